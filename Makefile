@@ -1,0 +1,54 @@
+# Everything a developer or CI runs. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] images/guests/*.[Sh])
+
+.PHONY: help venv run test check bench test-kvm-rig sanitize fuzz clean
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+venv: $(STAMP)   ## create .venv and install the package, editable, with its test extras
+$(STAMP): pyproject.toml setup.py $(C_FILES) | packages
+	@echo "== building the package into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=69' wheel
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,net]'
+	@touch $@
+
+.PHONY: packages
+packages:
+	@.ci/packages build
+
+run: venv        ## a shell in a real Linux guest
+	@.ci/packages run
+	@$(BIN)/vmm run linux
+
+test: venv       ## every test
+	@.ci/packages test
+	$(BIN)/python -m pytest -q
+
+check: venv      ## ruff, mypy --strict, layering
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+bench: venv      ## print the bench table, write bench.json
+	@.ci/packages test
+	$(BIN)/python -m tests.bench
+
+test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
+	@.ci/packages test
+	$(BIN)/python -m tests.rig
+
+sanitize: venv   ## C code under ASan and UBSan
+	.ci/sanitize
+
+fuzz: venv       ## fuzz campaigns; SECONDS_EACH=3600 make fuzz
+	.ci/fuzz $${SECONDS_EACH:-600}
+
+clean:           ## remove what was built here
+	rm -rf $(VENV) build dist *.egg-info bench.json
+	find . -name '*.so' -not -path './.venv/*' -delete

@@ -1,0 +1,1 @@
+"""The `vmm` command: parses, prints, exits."""

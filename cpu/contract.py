@@ -1,0 +1,295 @@
+"""The contract of an execution core: system, vm, vcpu. It is KVM's own.
+
+Life of a vCPU: created *parked*. `resume()` lets its native thread run it; it parks again with every exit that
+`Vm.take()` hands out, and stays parked until `resume()` answers that exit. Registers and state may be read and set
+only while parked. So a paused VM is one whose vCPUs are all parked: `kick()` each, take the `Interrupted` exits.
+
+Threads: everything here is called from one thread (the loop's) unless the docstring says *any thread*.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from cpu.exits import AlarmDue, Entry, Exit, Posted
+
+
+class Capability(enum.StrEnum):
+    """What a core may offer beyond the contract's core; `vmm/` asks for these and never for a core's name."""
+
+    REAL_MODE = "real-mode"
+    PAE_PAGING = "pae-paging"
+    STOCK_KERNELS = "stock-kernels"
+    VIRTUAL_CLOCK = "virtual-clock"
+    DIRTY_LOG = "dirty-log"
+    IRQFD = "irqfd"
+    NMI = "nmi"
+    INSTRUCTION_COUNT = "instruction-count"
+    DETECTS_HALT = "detects-halt"
+
+
+class Space(enum.IntEnum):
+    """The two address spaces of the bus."""
+
+    PORT = 0
+    MMIO = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CpuidEntry:
+    """One CPUID leaf (struct kvm_cpuid_entry2); flags bit 0: `index` (ECX) is significant."""
+
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmConfig:
+    """What a VM needs to know before its vCPUs are made."""
+
+    vcpus: int = 1
+    virtual_clock: bool = False
+    virtual_ips: int = 1_000_000_000
+    """Instructions per second of virtual time."""
+    epoch_ns: int = 0
+    """CLOCK_REALTIME in ns at time 0; 0 means: now."""
+    seed: int | None = None
+    """Seeds RDRAND and RDSEED (software core); None: the host's entropy."""
+
+
+@dataclass(frozen=True, slots=True)
+class MsiRoute:
+    """GSI -> MSI message."""
+
+    gsi: int
+    address: int
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """Complete state of a vCPU: blobs in the layouts of the KVM API (declared in cpu/layouts.py)."""
+
+    regs: bytes
+    sregs: bytes
+    xsave: bytes
+    xcrs: bytes
+    msrs: bytes
+    lapic: bytes
+    events: bytes
+    debugregs: bytes
+    mp_state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """State of the interrupt controllers, timer and clock; `core` is the core's own, versioned, may be empty."""
+
+    pic_master: bytes
+    pic_slave: bytes
+    ioapic: bytes
+    pit: bytes
+    clock: bytes
+    core: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    base: int = 0
+    limit: int = 0xFFFF
+    selector: int = 0
+    type: int = 3
+    present: int = 1
+    dpl: int = 0
+    db: int = 0
+    s: int = 1
+    l: int = 0  # noqa: E741 - the SDM's name
+    g: int = 0
+    avl: int = 0
+    unusable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Registers:
+    """General registers (64 bits each)."""
+
+    rax: int = 0
+    rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    rsp: int = 0
+    rbp: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
+    rip: int = 0
+    rflags: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SystemRegisters:
+    """Segment, table and control registers (struct kvm_sregs)."""
+
+    cs: Segment = field(default_factory=Segment)
+    ds: Segment = field(default_factory=Segment)
+    es: Segment = field(default_factory=Segment)
+    fs: Segment = field(default_factory=Segment)
+    gs: Segment = field(default_factory=Segment)
+    ss: Segment = field(default_factory=Segment)
+    tr: Segment = field(default_factory=Segment)
+    ldt: Segment = field(default_factory=Segment)
+    gdt: tuple[int, int] = (0, 0xFFFF)
+    """(base, limit)"""
+    idt: tuple[int, int] = (0, 0xFFFF)
+    cr0: int = 0x60000010
+    cr2: int = 0
+    cr3: int = 0
+    cr4: int = 0
+    cr8: int = 0
+    efer: int = 0
+    apic_base: int = 0xFEE00900
+
+
+@runtime_checkable
+class Vcpu(Protocol):
+    """One virtual processor."""
+
+    @property
+    def index(self) -> int: ...
+    def resume(self, entry: Entry) -> None:
+        """Answer the exit that parked it (Resume also for a fresh vCPU) and run on. StateError if it is not parked."""
+
+    def kick(self) -> None:
+        """Make it park with `Interrupted` soon (1 ms); nothing if it is parked. *any thread*"""
+
+    def registers(self) -> Registers: ...
+    def set_registers(self, registers: Registers) -> None: ...
+    def system_registers(self) -> SystemRegisters: ...
+    def set_system_registers(self, registers: SystemRegisters) -> None: ...
+    def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
+    def msr(self, index: int) -> int: ...
+    def set_msr(self, index: int, value: int) -> None: ...
+    def state(self) -> VcpuState: ...
+    def set_state(self, state: VcpuState) -> None: ...
+    def nmi(self) -> None: ...
+
+
+class Shadow(Protocol):
+    """One shadow-read register: the guest reads `value` without an exit while it is valid."""
+
+    def set(self, value: int, after: int | None = None) -> None:
+        """Make reads yield `value`. With `after`, the first read switches the register to `after` by itself and
+        posts a zero-length `Posted(tag, size, b"")` notice (a read-to-clear register)."""
+
+    def invalidate(self) -> None:
+        """Reads exit synchronously again until the next set()."""
+
+
+@runtime_checkable
+class Vm(Protocol):
+    """One virtual machine in guest mode: memory slots, interrupt controller, vCPUs, the channel of exits."""
+
+    def create_vcpu(self, index: int) -> Vcpu: ...
+    def set_memory_slot(
+        self, slot: int, address: int, memory: memoryview | None, *, readonly: bool = False, log_dirty: bool = False
+    ) -> None:
+        """Map a writable, page-aligned buffer at a guest-physical address; None removes the slot. The core keeps
+        the buffer exported until removal or close."""
+
+    def dirty_log(self, slot: int) -> bytes:
+        """One bit per 4 KiB page written by vCPUs since the last call; cleared by the call."""
+
+    def memory_written(self, address: int, length: int) -> None:
+        """The caller wrote guest memory (DMA). Hardware is coherent; the software core drops translated code.
+        *any thread*"""
+
+    def fileno(self) -> int:
+        """Readable when take() has something. One descriptor per VM."""
+
+    def take(self) -> list[tuple[int, Exit] | Posted | AlarmDue]:
+        """What happened since the last call, in order: every posted write made before an exit stands before it.
+        (vcpu index, exit) pairs leave that vCPU parked. Never blocks."""
+
+    # The three kinds of access. Everything not named here is a synchronous exit.
+    def add_posted(self, space: Space, address: int, size: int, tag: int) -> None:
+        """Writes of `size` bytes at exactly `address` are posted. (virtual clock: they are still in order, and the
+        vCPU waits until they were taken, so that a run stays a function of its inputs.)"""
+
+    def remove_posted(self, space: Space, address: int, size: int) -> None: ...
+    def add_shadow(self, space: Space, address: int, size: int, tag: int = 0) -> Shadow:
+        """Reads of `size` bytes at `address` are answered from the shadow; invalid until its first set()."""
+
+    def remove_shadow(self, space: Space, address: int, size: int) -> None: ...
+    def add_ioeventfd(self, fd: int, space: Space, address: int, size: int, match: int | None = None) -> None:
+        """A write (of value `match`, if given; size 0: any size) signals the eventfd and is done."""
+
+    def remove_ioeventfd(
+        self, fd: int, space: Space, address: int, size: int, match: int | None = None
+    ) -> None: ...
+
+    # Interrupts.
+    def set_irq(self, gsi: int, level: bool) -> None:
+        """Drive one of the 24 GSIs (0-15 reach PIC and IOAPIC, 0 is IOAPIC pin 2). *any thread*"""
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """*any thread*"""
+
+    def set_msi_routes(self, routes: Sequence[MsiRoute]) -> None:
+        """Replace all MSI routes; GSIs 24 and up. The fixed PIC/IOAPIC routes stay."""
+
+    def add_irqfd(self, fd: int, gsi: int, resample_fd: int | None = None) -> None:
+        """A write to the eventfd raises the GSI; with a resample eventfd it is level-triggered."""
+
+    def remove_irqfd(self, fd: int, gsi: int) -> None: ...
+
+    # Time.
+    def now_ns(self) -> int:
+        """Time since the VM's start: host monotonic, or virtual. *any thread*"""
+
+    def set_alarm(self, deadline_ns: int | None) -> None:
+        """Have take() report AlarmDue once now_ns() >= deadline_ns. One alarm per VM."""
+
+    def state(self) -> VmState: ...
+    def set_state(self, state: VmState) -> None: ...
+    def stats(self) -> dict[str, int]:
+        """Counters: exits by class and reason ('exit.port-in', 'posted', 'shadow', 'ioeventfd'...), and the core's own."""
+
+    def close(self) -> None:
+        """Stop and join every thread, release slots, close descriptors. Idempotent."""
+
+
+@runtime_checkable
+class System(Protocol):
+    """An execution core on this host."""
+
+    @property
+    def name(self) -> str: ...
+    def capabilities(self) -> frozenset[Capability]: ...
+    def supported_cpuid(self) -> list[CpuidEntry]: ...
+    def create_vm(self, config: VmConfig) -> Vm: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether a core can be had here: `reason` is one sentence, `cure` what the user can do (may be empty)."""
+
+    available: bool
+    capabilities: frozenset[Capability]
+    reason: str
+    cure: str = ""

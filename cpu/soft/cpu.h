@@ -1,0 +1,299 @@
+/* State of a vCPU of the software core, and the functions its files offer each other.
+ *
+ * Files: decode.c (bytes to micro-ops), block.c (block cache, chaining, invalidation by physical page), exec.c
+ * (micro-op handlers), string.c (rep string operations in bulk), flags.h (lazy flags), mmu.c (slots, page walk, TLBs,
+ * slow loads and stores, dirty log), segment.c (segment loads, far transfers, gates), interrupt.c (exceptions,
+ * interrupt delivery, IRET), system.c (control, debug and model-specific registers, CPUID, SYSCALL...),
+ * state.c (get/set in KVM layouts), vm.c (scheduler, clock, events from other threads, public interface).
+ *
+ * Faults: soft_raise() and what calls it do not return: they longjmp to the run loop. A handler must therefore
+ * not have changed architectural state before its last access that can fault, and must have stored c->rip
+ * (the address of the instruction itself) before any call that can raise or can reach the access callback.
+ */
+#ifndef SOFT_CPU_H
+#define SOFT_CPU_H
+
+#include <setjmp.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "soft/fpu/fpu.h"
+#include "soft/irqchip/irqchip.h"
+#include "soft/soft.h"
+
+#define SOFT_LIKELY(x) __builtin_expect(!!(x), 1)
+#define SOFT_UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 };
+enum { SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_COUNT };
+
+#define F_CF 0x1u
+#define F_PF 0x4u
+#define F_AF 0x10u
+#define F_ZF 0x40u
+#define F_SF 0x80u
+#define F_TF 0x100u
+#define F_IF 0x200u
+#define F_DF 0x400u
+#define F_OF 0x800u
+#define F_IOPL 0x3000u
+#define F_NT 0x4000u
+#define F_RF 0x10000u
+#define F_VM 0x20000u
+#define F_AC 0x40000u
+#define F_VIF 0x80000u
+#define F_VIP 0x100000u
+#define F_ID 0x200000u
+#define F_ARITH (F_CF | F_PF | F_AF | F_ZF | F_SF | F_OF)
+
+enum { VEC_DE = 0, VEC_DB = 1, VEC_NMI = 2, VEC_BP = 3, VEC_OF = 4, VEC_BR = 5, VEC_UD = 6, VEC_NM = 7, VEC_DF = 8,
+       VEC_TS = 10, VEC_NP_ = 11, VEC_SS = 12, VEC_GP = 13, VEC_PF = 14, VEC_MF = 16, VEC_AC = 17, VEC_XM_ = 19 };
+
+#define CR0_PE (1ull << 0)
+#define CR0_MP (1ull << 1)
+#define CR0_EM (1ull << 2)
+#define CR0_TS (1ull << 3)
+#define CR0_NE (1ull << 5)
+#define CR0_WP (1ull << 16)
+#define CR0_AM (1ull << 18)
+#define CR0_PG (1ull << 31)
+#define CR4_VME (1u << 0)
+#define CR4_PVI (1u << 1)
+#define CR4_TSD (1u << 2)
+#define CR4_DE (1u << 3)
+#define CR4_PSE (1u << 4)
+#define CR4_PAE (1u << 5)
+#define CR4_MCE (1u << 6)
+#define CR4_PGE (1u << 7)
+#define CR4_OSFXSR (1u << 9)
+#define CR4_OSXMMEXCPT (1u << 10)
+#define CR4_UMIP (1u << 11)
+#define CR4_FSGSBASE (1u << 16)
+#define CR4_PCIDE (1u << 17)
+#define CR4_OSXSAVE (1u << 18)
+#define CR4_SMEP (1u << 20)
+#define CR4_SMAP (1u << 21)
+#define EFER_SCE (1u << 0)
+#define EFER_LME (1u << 8)
+#define EFER_LMA (1u << 10)
+#define EFER_NXE (1u << 11)
+
+/* A segment register's hidden part. attr is bits 40-55 of the descriptor: type 0-3, S 4, DPL 5-6, P 7, (limit 8-11),
+ * AVL 12, L 13, D/B 14, G 15. limit is in bytes (granularity applied). A null selector has P clear ("unusable"). */
+struct soft_seg {
+    uint64_t base;
+    uint32_t limit;
+    uint16_t selector;
+    uint16_t attr;
+};
+#define SEG_TYPE(s) ((s)->attr & 15)
+#define SEG_S(s) (((s)->attr >> 4) & 1)
+#define SEG_DPL(s) (((s)->attr >> 5) & 3)
+#define SEG_P(s) (((s)->attr >> 7) & 1)
+#define SEG_L(s) (((s)->attr >> 13) & 1)
+#define SEG_DB(s) (((s)->attr >> 14) & 1)
+
+/* Software TLB: direct-mapped on the linear page number; one table for each kind of access and each view of memory.
+ * A hit: entry.tag == (linear page address); host pointer = linear + addend. tag is 1 (never a page address) when empty.
+ * A page that is not plain RAM for this access (MMIO, read-only, or holding translated code when writing, or dirty
+ * logging not yet satisfied) is never installed, so it always takes the slow path. */
+enum { TLB_BITS = 10, TLB_SIZE = 1 << TLB_BITS };
+enum soft_kind { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_KINDS };
+enum soft_view { VIEW_SUPERVISOR, VIEW_USER, VIEW_SUPERVISOR_AC /* SMAP on and EFLAGS.AC set */, VIEW_COUNT };
+struct soft_tlb_entry {
+    uint64_t tag;
+    uint64_t addend;
+};
+struct soft_tlb {
+    struct soft_tlb_entry e[ACCESS_KINDS][TLB_SIZE];
+};
+
+struct soft_slot {
+    uint64_t gpa, size;
+    uint8_t *host;
+    bool readonly, log_dirty;
+    uint8_t *dirty;      /* bitmap, when log_dirty */
+    uint8_t *code_pages; /* a byte a page: translated code was made from it (owned by block.c) */
+};
+
+enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI };
+
+struct soft_block; /* block.c */
+struct soft_vm;
+
+struct soft_vcpu {
+    /* --- hot: touched by every handler --- */
+    uint64_t gpr[16];
+    uint64_t rip;
+    uint64_t lf[3];          /* lazy arithmetic flags: representation private to flags.h */
+    uint32_t rflags;         /* all other flags (and bit 1); arithmetic bits here are meaningless */
+    uint32_t attention;      /* nonzero: leave the block loop (interrupt, event, wake). Written by other threads: atomic */
+    int64_t budget;          /* instructions left in this turn */
+    struct soft_tlb *tlb;    /* tlbs[view] */
+    struct soft_seg seg[SEG_COUNT];
+    uint8_t cpl;
+    uint8_t shadow;          /* 1 + after STI or MOV SS: no interrupt before the next instruction has run */
+    bool long_mode;          /* EFER.LMA */
+    bool code64;             /* LMA and CS.L */
+    uint8_t view;            /* enum soft_view */
+
+    struct soft_vm *vm;
+    uint32_t index;
+    jmp_buf fault;           /* soft_raise() and soft_leave() come here */
+
+    /* --- system --- */
+    struct soft_seg ldtr, tr;
+    struct { uint64_t base; uint16_t limit; } gdtr, idtr;
+    uint64_t cr0, cr2, cr3, cr4, xcr0;
+    uint64_t dr[8];
+    uint32_t efer;
+    uint64_t star, lstar, cstar, fmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, tsc_aux, pat;
+    uint64_t mtrr_def, mtrr_fixed[11], mtrr_phys[16], misc_enable, mcg_status, spec_ctrl;
+    uint64_t tsc_offset;     /* guest TSC = vm TSC + offset */
+    uint64_t kvm_system_time, kvm_wall_clock, kvm_async_pf, kvm_steal_time, kvm_pv_eoi;
+    enum soft_activity activity;
+    bool parked;
+    bool nmi_pending, nmi_blocked;
+    bool in_exception;       /* for #DF and triple fault */
+    uint8_t exception_vector;
+    bool pending_valid;      /* an exception or interrupt being injected (KVM's vcpu_events) */
+    uint8_t pending_vector, pending_kind;
+    bool pending_has_error;
+    uint32_t pending_error;
+    uint64_t instructions;   /* retired; exact between instructions */
+    struct fpu fpu;
+    struct kvm_guest_debug *debug;
+
+    struct { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
+    uint32_t cpuid_count;
+
+    /* block.c: look-up by linear rip, flushed with the TLB */
+    struct { uint64_t rip; struct soft_block *block; } jump_cache[4096];
+
+    struct soft_tlb tlbs[VIEW_COUNT];
+};
+
+struct soft_vm {
+    struct soft_config config;
+    struct soft_host host;
+    struct irqchip *irqchip;
+    struct soft_slot slots[SOFT_MAX_SLOTS];
+    uint32_t slot_count;
+    struct soft_vcpu *vcpus[SOFT_MAX_VCPUS];
+    uint32_t turn;
+    struct soft_stats stats;
+    struct block_cache *blocks; /* block.c */
+    struct vm_events *events;   /* vm.c: what other threads sent (irqs, MSIs, wake, DMA), under its own lock */
+    uint64_t virtual_ns_skipped;/* virtual clock: time that HLT skipped */
+    uint64_t start_ns, alarm_ns, tsc_base;
+};
+
+/* ---- faults ---- */
+__attribute__((noreturn)) void soft_raise(struct soft_vcpu *c, uint8_t vector);                      /* no error code */
+__attribute__((noreturn)) void soft_raise_error(struct soft_vcpu *c, uint8_t vector, uint32_t error);
+__attribute__((noreturn)) void soft_raise_pf(struct soft_vcpu *c, uint64_t linear, uint32_t error);  /* sets CR2 */
+/* Leave the block loop at once without a fault, c->rip being the next instruction to run. */
+__attribute__((noreturn)) void soft_leave(struct soft_vcpu *c);
+__attribute__((noreturn)) void soft_triple_fault(struct soft_vcpu *c);
+
+/* ---- mmu.c ----  linear addresses; view as c->view unless said otherwise */
+/* Translate, checking rights and setting A/D bits; raises #PF. Installs a TLB entry if the page is plain RAM for this
+ * access. Returns the host address of `linear`, or NULL with *gpa set when it is not plain RAM. */
+uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, uint64_t *gpa);
+/* The slow path of every load and store: any size 1-8, page-crossing, MMIO, code pages, non-canonical (#GP/#SS). */
+uint64_t soft_load_slow(struct soft_vcpu *c, uint64_t linear, unsigned size);
+void soft_store_slow(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value);
+/* Any length up to 4096: reads or writes all or faults before anything is written. */
+void soft_load_bytes(struct soft_vcpu *c, uint64_t linear, void *to, unsigned size);
+void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, unsigned size);
+/* Raise now if [linear, +size) cannot be written (probe before a multi-part store or read-modify-write). */
+void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size);
+/* For a LOCKed or plain read-modify-write: host address if all in one plain-RAM writable page, else NULL. */
+uint8_t *soft_rmw_pointer(struct soft_vcpu *c, uint64_t linear, unsigned size);
+/* Supervisor accesses of the processor itself (descriptor tables, TSS, IDT): as above with CPL 0, no SMAP. */
+uint64_t soft_sys_load(struct soft_vcpu *c, uint64_t linear, unsigned size);
+void soft_sys_store(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value);
+/* Guest-physical. phys: NULL if not in a slot, or (for_write) read-only. Length is within one page. */
+uint8_t *soft_phys(struct soft_vm *vm, uint64_t gpa, bool for_write, struct soft_slot **slot);
+uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size);          /* RAM, in-core MMIO or callback */
+void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t value);
+/* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */
+void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size);
+void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
+void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear);
+void soft_tlb_flush_all_vcpus(struct soft_vm *vm);
+/* A page now holds (or no longer holds) translated code: drop write entries for it in every vCPU's TLBs. */
+void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa);
+/* Recompute c->view, c->tlb, c->long_mode, c->code64 after CPL, AC, CR0/4, EFER or CS changed. */
+void soft_mode_changed(struct soft_vcpu *c);
+
+static inline bool soft_canonical(uint64_t a) { return (uint64_t)((int64_t)(a << 16) >> 16) == a; }
+static inline bool soft_protected(const struct soft_vcpu *c) { return (c->cr0 & CR0_PE) && !(c->rflags & F_VM); }
+
+/* ---- segment.c ---- */
+/* MOV/POP/LxS to a segment register (not CS): checks, loads, sets Accessed. */
+void soft_load_seg(struct soft_vcpu *c, unsigned seg, uint16_t selector);
+void soft_load_ldtr(struct soft_vcpu *c, uint16_t selector);
+void soft_load_tr(struct soft_vcpu *c, uint16_t selector);
+/* Far transfers; op_size is 2, 4 or 8; next_rip is what CALL pushes. They set c->rip, CS, CPL, SS:RSP. */
+void soft_far_jump(struct soft_vcpu *c, uint16_t selector, uint64_t offset, unsigned op_size);
+void soft_far_call(struct soft_vcpu *c, uint16_t selector, uint64_t offset, unsigned op_size, uint64_t next_rip);
+void soft_far_return(struct soft_vcpu *c, unsigned op_size, uint16_t pop_bytes);
+/* LAR, LSL, VERR, VERW: true sets ZF and (LAR, LSL) *value. */
+bool soft_lar(struct soft_vcpu *c, uint16_t selector, uint32_t *value);
+bool soft_lsl(struct soft_vcpu *c, uint16_t selector, uint32_t *value);
+bool soft_verify(struct soft_vcpu *c, uint16_t selector, bool write);
+/* Limit and type check of a data access outside 64-bit mode; raises #GP(0) or #SS(0). Returns the linear address
+ * (truncated to 32 bits outside long mode). */
+uint64_t soft_seg_check(struct soft_vcpu *c, unsigned seg, uint64_t offset, unsigned size, bool write);
+
+/* ---- interrupt.c ---- */
+enum soft_event { EVENT_HARDWARE, EVENT_EXCEPTION, EVENT_SOFTWARE /* INT n */, EVENT_INT3, EVENT_ICEBP, EVENT_NMI };
+/* Deliver through the IVT or IDT with #DF and triple fault logic. c->rip: what is pushed (fault: the instruction;
+ * software: the next one, given as next_rip for privilege checks that fault back). Called by the run loop only. */
+void soft_deliver(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, bool has_error, uint32_t error);
+/* INT n / INT3 / INTO / INT1 as an instruction: checks DPL, IOPL in VM86; pushes next_rip. */
+void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, uint64_t next_rip);
+void soft_iret(struct soft_vcpu *c, unsigned op_size);
+
+/* ---- system.c ---- */
+uint64_t soft_read_cr(struct soft_vcpu *c, unsigned n);
+void soft_write_cr(struct soft_vcpu *c, unsigned n, uint64_t value); /* #GP, #UD; flushes */
+void soft_lmsw(struct soft_vcpu *c, uint16_t value);
+uint64_t soft_read_dr(struct soft_vcpu *c, unsigned n);
+void soft_write_dr(struct soft_vcpu *c, unsigned n, uint64_t value);
+uint64_t soft_rdmsr(struct soft_vcpu *c, uint32_t index);
+void soft_wrmsr(struct soft_vcpu *c, uint32_t index, uint64_t value);
+void soft_cpuid(struct soft_vcpu *c); /* EAX, ECX in; EAX..EDX out */
+void soft_syscall(struct soft_vcpu *c, uint64_t next_rip);
+void soft_sysret(struct soft_vcpu *c, bool to64);
+void soft_sysenter(struct soft_vcpu *c);
+void soft_sysexit(struct soft_vcpu *c, bool to64);
+void soft_xsetbv(struct soft_vcpu *c, uint32_t index, uint64_t value);
+void soft_invlpg(struct soft_vcpu *c, uint64_t linear);
+void soft_invpcid(struct soft_vcpu *c, uint64_t type, uint64_t pcid, uint64_t linear);
+uint64_t soft_rdtsc(struct soft_vcpu *c);
+/* IN/OUT permission (CPL > IOPL: TSS bitmap); raises #GP(0). Then the access itself, in-core or callback. */
+void soft_check_io(struct soft_vcpu *c, uint16_t port, unsigned size);
+uint32_t soft_port_read(struct soft_vcpu *c, uint16_t port, unsigned size);
+void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t value);
+void soft_hlt(struct soft_vcpu *c, uint64_t next_rip);   /* #GP unless CPL 0; then leaves the block loop */
+void soft_reset_vcpu(struct soft_vcpu *c, bool init);    /* power-up, or INIT (keeps FPU, MSRs as the SDM says) */
+uint64_t soft_now(struct soft_vm *vm);                   /* vm.c */
+/* Debug breakpoints: set DR6 and raise #DB (or stop for the caller's own breakpoints). */
+void soft_debug_step(struct soft_vcpu *c);               /* after an instruction that began with TF set */
+bool soft_breakpoints_active(const struct soft_vcpu *c); /* DR7 has enabled ones, or c->debug: run instruction by instruction */
+
+/* ---- flags.h holds these, inline ---- uint32_t soft_flags(const struct soft_vcpu *) -> full RFLAGS;
+ * void soft_set_flags(struct soft_vcpu *, uint32_t) (all bits taken as given). */
+
+/* ---- block.c / exec.c ---- */
+/* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
+void soft_execute(struct soft_vcpu *c);
+struct block_cache *soft_blocks_create(void);
+void soft_blocks_destroy(struct block_cache *blocks);
+void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
+void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
+void soft_jump_cache_flush(struct soft_vcpu *c);
+
+#endif

@@ -1,0 +1,137 @@
+/* x87, MMX and SSE to SSE4.2 of the software core: state, and a table of operations.
+ *
+ * The decoder looks an opcode up with fpu_lookup_vector() or fpu_lookup_x87() and emits one generic micro-op that
+ * computes addresses and checks alignment, reads the memory operand into a buffer, calls `fn`, and writes
+ * registers or memory back. Nothing here touches guest memory or raises: an operation returns 0 or an exception to raise.
+ */
+#ifndef SOFT_FPU_H
+#define SOFT_FPU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+union xmm {
+    uint8_t b[16];
+    uint16_t w[8];
+    uint32_t d[4];
+    uint64_t q[2];
+    float f[4];
+    double lf[2];
+} __attribute__((aligned(16)));
+
+struct x87_reg {
+    uint64_t mantissa;
+    uint16_t exponent; /* with the sign in bit 15 */
+} __attribute__((aligned(16)));
+
+struct fpu {
+    struct x87_reg st[8]; /* physical registers R0-R7; ST(i) is st[(top + i) & 7]; MMi is st[i].mantissa */
+    uint16_t cw, sw;      /* sw holds TOP in bits 11-13 */
+    uint8_t tag;          /* abridged: bit i set when Ri is not empty */
+    uint16_t fop;         /* low 11 bits of the last x87 opcode */
+    uint16_t fcs, fds;
+    uint64_t fip, fdp;
+    uint32_t mxcsr;
+    union xmm xmm[16];
+};
+
+enum fpu_fault { FPU_OK = 0, FPU_XM = 1 /* SIMD exception: #XM, or #UD if CR4.OSXMMEXCPT is clear */ };
+
+/* How a vector operation takes its operands. reg is ModRM.reg, rm is ModRM.rm. */
+enum vec_form {
+    VEC_NONE,         /* no such instruction: #UD */
+    VEC_XMM_XMMM,     /* dst = xmm[reg]; src = xmm[rm] or memory of mem_size (upper bytes of src read as zero) */
+    VEC_STORE,        /* dst = xmm[rm] or memory of mem_size; src = xmm[reg] (moves to r/m) */
+    VEC_MM_MMM,       /* the same with MMX registers (64-bit values in q[0]); enters MMX mode */
+    VEC_MM_STORE,
+    VEC_XMM_GPR,      /* dst = xmm[reg]; src.q[0] = r/m32 or, with REX.W, r/m64 (or mem_size bytes of memory) */
+    VEC_GPR_STORE,    /* r/m32/64 = dst.q[0] after fn; src = xmm[reg] (MOVD/MOVQ r/m, xmm; PEXTRx) */
+    VEC_GPR_XMMM,     /* gpr[reg] (32, or 64 with REX.W) = dst.q[0] after fn; src = xmm[rm] or memory */
+    VEC_MM_GPR, VEC_GPR_STORE_MM, VEC_GPR_MM, /* as above, with MMX registers (rm is MMX for VEC_GPR_MM) */
+    VEC_XMM_MMM,      /* dst = xmm[reg]; src = mm[rm] or memory (CVTPI2PS, MOVQ2DQ) */
+    VEC_MM_XMMM,      /* dst = mm[reg]; src = xmm[rm] or memory (CVTPS2PI, MOVDQ2Q) */
+    VEC_XMM_IMM,      /* group 12-14 shifts: dst = xmm[rm], count = imm8; ModRM.reg selects (see fpu_lookup_vector) */
+    VEC_MM_IMM,
+    VEC_FLAGS,        /* COMISS, UCOMISS, PTEST, PCMPxSTRx: fn sets *flags (CF PF AF ZF SF OF bits of RFLAGS) */
+    VEC_FLAGS_GPR,    /* PCMPxSTRI: flags, and ECX = dst.q[0]; PCMPxSTRM are VEC_FLAGS with dst = xmm0 (implicit) */
+    VEC_MASKMOV,      /* MASKMOVDQU/MASKMOVQ: src = data xmm[reg], mask xmm[rm]; byte stores to DS:rDI */
+    VEC_EMMS,
+};
+
+struct vec_context {
+    struct fpu *fpu;
+    uint64_t rax, rdx;   /* for PCMPESTRx lengths; full registers */
+    uint32_t flags;      /* out, for VEC_FLAGS* */
+    uint8_t imm;
+    bool rex_w;
+};
+
+/* fn(ctx, dst, src): dst is read and written. Returns enum fpu_fault; on a fault dst is left unchanged. */
+typedef int (*vec_fn)(struct vec_context *ctx, union xmm *dst, const union xmm *src);
+
+struct vec_op {
+    vec_fn fn;
+    uint8_t form;       /* enum vec_form */
+    uint8_t mem_size;   /* bytes of a memory operand: 1, 2, 4, 8, 16; 0: 4, or 8 with REX.W; 255: register only */
+    bool has_imm;
+    bool aligned;       /* a 16-byte memory operand must be aligned: #GP(0) */
+    bool dst_write_only;/* dst need not be read (and for a store: memory is not read) */
+    bool mem_only;      /* register form is #UD */
+    uint8_t feature;    /* 0 SSE/MMX base */
+    const char *name;
+};
+
+enum vec_map { VEC_MAP_0F, VEC_MAP_0F38, VEC_MAP_0F3A };
+enum vec_prefix { VEC_NP, VEC_66, VEC_F3, VEC_F2 };
+
+/* NULL: not a vector instruction (the decoder goes on), modrm decides for groups (0F 71-73) and for the
+ * register/memory forms that differ (MOVLPS/MOVHLPS, MOVSS, MOVQ...). */
+const struct vec_op *fpu_lookup_vector(enum vec_map map, uint8_t opcode, enum vec_prefix prefix, uint8_t modrm);
+
+/* x87: opcode D8-DF with ModRM. */
+enum x87_form {
+    X87_NONE,     /* #UD */
+    X87_REG,      /* registers only */
+    X87_LOAD,     /* memory operand of mem_size bytes is read into `mem` before fn */
+    X87_STORE,    /* fn fills `mem`, mem_size bytes are then written; registers are popped after the store succeeded,
+                     by `commit` */
+    X87_AX,       /* FNSTSW AX: fn fills mem[0..1], which goes to AX */
+    X87_FLAGS,    /* FCOMI...: fn sets flags (ZF PF CF) */
+    X87_CMOV,     /* FCMOVcc: fn reads flags */
+    X87_ENV,      /* FLDENV/FNSTENV/FSAVE/FRSTOR: mem_size depends on operand size: 14/28, 94/108 */
+};
+struct x87_context {
+    struct fpu *fpu;
+    uint32_t flags;      /* RFLAGS in for X87_CMOV, out for X87_FLAGS */
+    uint8_t modrm;
+    bool operand16;      /* 16-bit operand size, for X87_ENV */
+    bool protected_mode; /* for X87_ENV's layout */
+    uint8_t *mem;        /* at least 108 bytes */
+};
+struct x87_op {
+    int (*fn)(struct x87_context *ctx);
+    void (*commit)(struct x87_context *ctx); /* after a store was written; may be NULL */
+    uint8_t form;
+    uint8_t mem_size;    /* 2, 4, 8, 10 (0 for X87_ENV) */
+    bool store_env;      /* for X87_ENV: writes memory */
+    bool control;        /* no-wait form: does not check for pending exceptions (FNINIT, FNSTSW, FNSTCW, FNCLEX, FNSTENV, FNSAVE) */
+    const char *name;
+};
+const struct x87_op *fpu_lookup_x87(uint8_t opcode, uint8_t modrm);
+/* An unmasked exception is pending (SW.ES): with CR0.NE the next waiting instruction raises #MF. */
+static inline bool fpu_pending(const struct fpu *f) { return (f->sw & 0x80) != 0; }
+
+void fpu_init(struct fpu *f);  /* FNINIT */
+void fpu_reset(struct fpu *f); /* power-up: FNINIT and MXCSR 0x1F80, registers zero */
+/* The 512-byte FXSAVE image. long_mode: 64-bit FIP/FDP with REX.W, and 16 instead of 8 XMM registers. */
+void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_mode);
+/* false: MXCSR has reserved bits, #GP(0), nothing is changed. */
+bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode);
+/* XSAVE area, standard format, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes. */
+void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, bool optimise, bool rex_w, bool long_mode);
+bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, bool rex_w, bool long_mode);
+bool fpu_load_mxcsr(struct fpu *f, uint32_t mxcsr); /* false: #GP(0) */
+uint64_t fpu_xinuse(const struct fpu *f);
+
+#endif

@@ -1,0 +1,132 @@
+/* The software core's public C interface: an x86-64 virtual machine as a library.
+ *
+ * Knows nothing of Python and nothing of devices outside the core (the caller's access callback answers
+ * port and memory-mapped accesses). One thread at a time may be inside soft_vm_run(); the functions marked
+ * [any] may be called from any thread at any moment; all others only while no thread is inside soft_vm_run(),
+ * or from inside a callback of it.
+ */
+#ifndef SOFT_SOFT_H
+#define SOFT_SOFT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct soft_vm;
+
+enum { SOFT_MAX_VCPUS = 16, SOFT_MAX_SLOTS = 64, SOFT_GSI_COUNT = 24 };
+
+/* A port or memory-mapped access that no memory slot and no in-core device answers. The callback runs on the
+ * thread inside soft_vm_run() and may block; for a read it returns the value (little-endian, upper bytes ignored).
+ * While it blocks, the vCPU's registers may be read, and rip is that of the accessing instruction. */
+struct soft_access {
+    uint64_t address; /* port number, or guest-physical address */
+    uint64_t value;   /* for a write */
+    uint8_t size;     /* 1, 2, 4 or 8 bytes */
+    bool port;
+    bool write;
+    uint8_t vcpu;
+};
+
+struct soft_host {
+    void *ctx;
+    uint64_t (*access)(void *ctx, const struct soft_access *access);
+    /* The entropy for RDRAND and RDSEED. */
+    void (*random)(void *ctx, void *buffer, size_t size);
+    /* EOI of a level-triggered GSI (for resampling irqfds); may be NULL. */
+    void (*eoi)(void *ctx, uint32_t gsi);
+};
+
+struct soft_config {
+    uint32_t vcpus;           /* 1 to SOFT_MAX_VCPUS; APIC id = index */
+    bool virtual_clock;       /* instructions retired at virtual_ips; HLT skips to the next event */
+    uint64_t virtual_ips;     /* instructions a second of virtual time, e.g. 1000000000 */
+    uint64_t epoch_ns;        /* wall clock (CLOCK_REALTIME, ns) at time 0, for kvmclock's wall clock */
+    uint64_t tsc_khz;         /* rate of the guest's TSC */
+    uint32_t quantum;         /* instructions a vCPU runs before the next has its turn, e.g. 100000 */
+};
+
+enum soft_stop {
+    SOFT_STOP_WAKE,     /* soft_vm_wake() was called; all vCPUs are between instructions */
+    SOFT_STOP_SHUTDOWN, /* triple fault of *vcpu */
+    SOFT_STOP_HALTED,   /* every vCPU is in HLT with interrupts off or waits for SIPI: nothing can wake the VM
+                           but an NMI, an INIT or the caller */
+    SOFT_STOP_ALARM,    /* the alarm of soft_vm_set_alarm() is due */
+    SOFT_STOP_DEBUG,    /* a breakpoint or single step that the caller asked for with soft_vcpu_set_debug() */
+    SOFT_STOP_ERROR,    /* the core cannot go on (out of host memory): a host fault */
+};
+
+struct soft_vm *soft_vm_create(const struct soft_config *config, const struct soft_host *host);
+void soft_vm_destroy(struct soft_vm *vm);
+
+/* Map [gpa, gpa+size) to host memory. size 0 removes the slot. 0, or -EINVAL, -EEXIST (overlap). */
+int soft_vm_set_slot(struct soft_vm *vm, uint32_t slot, uint64_t gpa, uint64_t size, void *host, bool readonly,
+                     bool log_dirty);
+/* One bit a 4 KiB page, written since the last call (by vCPUs); cleared by the call. */
+int soft_vm_dirty_log(struct soft_vm *vm, uint32_t slot, uint8_t *bitmap, size_t bitmap_size);
+/* [any] The caller wrote guest memory (DMA): any translated code there is dropped before the next block runs. */
+void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size);
+
+/* Run all vCPUs until something of enum soft_stop. */
+enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu);
+/* [any] Make soft_vm_run() return SOFT_STOP_WAKE within 1 ms. Sticky: if no run is under way, the next returns at once. */
+void soft_vm_wake(struct soft_vm *vm);
+/* A parked vCPU is not run (others are). [any] */
+void soft_vcpu_park(struct soft_vm *vm, uint32_t vcpu, bool parked);
+
+/* Interrupts. [any] */
+void soft_vm_set_irq(struct soft_vm *vm, uint32_t gsi, bool level);
+void soft_vm_signal_msi(struct soft_vm *vm, uint64_t address, uint32_t data);
+void soft_vm_nmi(struct soft_vm *vm, uint32_t vcpu);
+
+/* Time in ns since the VM's start: host monotonic, or virtual. [any] */
+uint64_t soft_vm_now(struct soft_vm *vm);
+/* Make soft_vm_run() return SOFT_STOP_ALARM once now >= deadline_ns (UINT64_MAX: never). [any] */
+void soft_vm_set_alarm(struct soft_vm *vm, uint64_t deadline_ns);
+/* Instructions retired by all vCPUs; the hot counters by name are in soft_vm_stats(). */
+uint64_t soft_vm_instructions(struct soft_vm *vm);
+
+struct soft_stats {
+    uint64_t instructions, blocks_decoded, blocks_invalidated, tlb_flushes, tlb_fills, exceptions, interrupts,
+        halts, accesses, icache_misses;
+};
+void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats);
+
+/* CPUID as the VMM sets it; the layout is struct kvm_cpuid_entry2's. */
+struct kvm_cpuid_entry2;
+int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
+/* What the core implements. Returns the number of entries written (at most max). */
+uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max);
+
+/* State, in the layouts of the KVM API (linux/kvm.h): kind names the structure. Sizes are exact, except XSAVE
+ * (4096) and MSRS (struct kvm_msrs with nmsrs entries; get fills the data of the indices given). 0, -EINVAL. */
+enum soft_state {
+    SOFT_STATE_REGS,        /* struct kvm_regs */
+    SOFT_STATE_SREGS,       /* struct kvm_sregs */
+    SOFT_STATE_XSAVE,       /* struct kvm_xsave, 4096 bytes, standard format */
+    SOFT_STATE_XCRS,        /* struct kvm_xcrs */
+    SOFT_STATE_MSRS,        /* struct kvm_msrs */
+    SOFT_STATE_LAPIC,       /* struct kvm_lapic_state */
+    SOFT_STATE_EVENTS,      /* struct kvm_vcpu_events */
+    SOFT_STATE_DEBUGREGS,   /* struct kvm_debugregs */
+    SOFT_STATE_MP,          /* struct kvm_mp_state */
+};
+int soft_vcpu_get(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, void *data, size_t size);
+int soft_vcpu_set(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, const void *data, size_t size);
+/* The MSR indices worth saving; returns their number. */
+uint32_t soft_msr_list(uint32_t *indices, uint32_t max);
+
+enum soft_vm_state {
+    SOFT_VM_PIC_MASTER, SOFT_VM_PIC_SLAVE, SOFT_VM_IOAPIC, /* struct kvm_irqchip */
+    SOFT_VM_PIT,                                           /* struct kvm_pit_state2 */
+    SOFT_VM_CLOCK,                                         /* struct kvm_clock_data */
+    SOFT_VM_CORE,                                          /* our own: instruction count, scheduler turn, versioned */
+};
+int soft_vm_get(struct soft_vm *vm, enum soft_vm_state kind, void *data, size_t size);
+int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, size_t size);
+
+/* struct kvm_guest_debug: single step, hardware breakpoints for the caller. */
+struct kvm_guest_debug;
+int soft_vcpu_set_debug(struct soft_vm *vm, uint32_t vcpu, const struct kvm_guest_debug *debug);
+
+#endif

@@ -1,0 +1,1 @@
+"""The machine: configuration, memory, buses, boot, interrupts, lifecycle, embedding."""

@@ -1,0 +1,163 @@
+"""What the machine's parts promise each other. Protocols only; the builder puts implementations together.
+
+All of it is confined to the loop thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cpu.contract import Shadow, Space
+
+State = dict[str, Any]
+"""A component's saved state: JSON-like values and bytes, with an integer "version"."""
+
+RandomSource = Callable[[int], bytes]
+"""random(n) -> n bytes. The only source of chance a device may use."""
+
+
+class Stateful(Protocol):
+    """Every component with state."""
+
+    def save(self) -> State: ...
+    def restore(self, state: State) -> None: ...
+
+
+class BusDevice(Protocol):
+    """What a bus range leads to. `offset` is relative to the range; size 1, 2, 4 or 8 bytes; values little-endian.
+
+    A read returns a value of `size` bytes; an access that the device does not define reads as all ones and is
+    ignored when written. Guest input must raise nothing but GuestError.
+    """
+
+    def read(self, offset: int, size: int) -> int: ...
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+class PostedDevice(Protocol):
+    """A device with posted ranges gets its writes merged: `data` is len(data) // size values in order."""
+
+    def posted(self, offset: int, size: int, data: bytes) -> None: ...
+
+
+class TimerHandle(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """The VM's clock: real or virtual. Devices read no other."""
+
+    def now_ns(self) -> int:
+        """ns since the VM's start."""
+
+    def wall_ns(self) -> int:
+        """CLOCK_REALTIME as the guest sees it, ns since the epoch."""
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle: ...
+
+
+class IrqLine(Protocol):
+    """One level-triggered input of the interrupt controller. Several owners of one GSI are ORed."""
+
+    def set(self, level: bool) -> None: ...
+
+
+class Machine(Protocol):
+    """What a device gets from its machine when it is attached."""
+
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def random(self) -> RandomSource: ...
+    def irq_line(self, gsi: int) -> IrqLine: ...
+    def signal_msi(self, address: int, data: int) -> None: ...
+    def map(self, space: Space, address: int, size: int, device: BusDevice, name: str) -> None:
+        """Put a device on a bus; overlapping an existing range raises ConfigError naming both."""
+
+    def unmap(self, space: Space, address: int) -> None: ...
+    def post(self, space: Space, address: int, size: int, device: PostedDevice, offset: int) -> None:
+        """Make writes of `size` at `address` posted; they arrive at device.posted(offset, ...)."""
+
+    def shadow(self, space: Space, address: int, size: int) -> Shadow: ...
+    def ioeventfd(
+        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Call `callback` on the loop when the guest writes there; returns the function that undoes it."""
+
+    def request(self, action: Literal["shutdown", "reset", "crash"], detail: str, status: int | None = None) -> None:
+        """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BarSpec:
+    """One base address register: kind and size (a power of two, bytes)."""
+
+    index: int
+    size: int
+    kind: Literal["mem32", "mem64", "io"] = "mem32"
+    prefetchable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MsixSpec:
+    """Where a function's MSI-X table and pending bits are. The PCI layer emulates both."""
+
+    vectors: int
+    table_bar: int
+    table_offset: int
+    pba_bar: int
+    pba_offset: int
+
+
+class PciHost(Protocol):
+    """What a PCI function gets from the bus it sits on."""
+
+    def signal_msix(self, vector: int) -> None:
+        """Send, or set pending if the vector or the function is masked; nothing while MSI-X is off."""
+
+    @property
+    def msix_enabled(self) -> bool: ...
+    def set_intx(self, level: bool) -> None: ...
+    def bar_address(self, index: int) -> int | None:
+        """Where the BAR decodes now; None while decoding is off."""
+
+    def ioeventfd(
+        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+    ) -> Callable[[], None]: ...
+
+
+class PciFunction(Protocol):
+    """One PCI function, as a device describes itself. virtio's PCI transport has this shape without importing it."""
+
+    vendor_id: int
+    device_id: int
+    revision: int
+    class_code: int
+    """24 bits: class, subclass, programming interface."""
+    subsystem_vendor_id: int
+    subsystem_id: int
+    bars: Sequence[BarSpec]
+    capabilities: Sequence[bytes]
+    """Bodies: capability id, a byte for the next pointer (filled by the PCI layer), the rest."""
+    msix: MsixSpec | None
+
+    def attach(self, host: PciHost) -> None: ...
+    def bar_read(self, index: int, offset: int, size: int) -> int: ...
+    def bar_write(self, index: int, offset: int, size: int, value: int) -> None: ...
+    def bars_changed(self) -> None:
+        """A BAR moved, or decoding went on or off (drop and redo ioeventfds)."""
+
+    def config_read(self, offset: int, size: int) -> int | None:
+        """A capability register with behaviour (virtio's PCI access window); None: plain configuration space."""
+
+    def config_write(self, offset: int, size: int, value: int) -> bool:
+        """True: consumed."""
+
+    def capability_placed(self, capability: int, offset: int) -> None:
+        """Capability number `capability` stands at this configuration-space offset."""
+
+    def reset(self) -> None: ...
+    def save(self) -> State: ...
+    def restore(self, state: State) -> None: ...
