@@ -1,12 +1,12 @@
-"""Build the native parts: the vCPU thread loop with the execution cores, and the virtqueue walker."""
+"""Build the native parts: the vCPU thread loop with the execution cores, the virtqueue walker, the tiny guests."""
 
 import glob
 import os
-import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-std=gnu11", "-O2", "-g1", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-strict-aliasing",
          "-fno-semantic-interposition", "-foptimize-sibling-calls", "-pthread"]
@@ -17,17 +17,44 @@ if os.environ.get("LOOPVISOR_SANITIZE"):
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     LINK += ["-fsanitize=address,undefined"]
 
+GUESTS = Path("images/guests")
+GUEST_LINK = ["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"]
+FLAT = {"real": ["-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary", "-Wl,-e,start"]}
+"""Guests that are flat binaries; all others are ELF with a PVH note."""
+
 
 def extension(name: str, *folders: str) -> Extension:
     """The extension module `name` from every C file in `folders`."""
     return Extension(
         name,
         sources=sorted(path for folder in folders for path in glob.glob(f"{folder}/*.c")),
-        depends=sorted(path for folder in folders for path in glob.glob(f"{folder}/*.h")),
+        depends=sorted(path for folder in folders for path in glob.glob(f"{folder}/*.[hi]*")),
         include_dirs=["cpu"] if name.startswith("cpu.") else [],
         extra_compile_args=FLAGS,
         extra_link_args=LINK,
     )
+
+
+class BuildNative(build_ext):
+    """Extensions as usual, then the tiny guests: assembled and linked with the C compiler alone."""
+
+    def run(self) -> None:
+        super().run()
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        target = GUESTS if in_place else Path(self.build_lib) / GUESTS
+        target.mkdir(parents=True, exist_ok=True)
+        compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+        newest = max(path.stat().st_mtime for path in [*GUESTS.glob("*.h"), *GUESTS.glob("*.ld"), Path("setup.py")])
+        for source in sorted(GUESTS.glob("*.S")):
+            binary = target / f"{source.stem}.bin"
+            if binary.exists() and binary.stat().st_mtime > max(newest, source.stat().st_mtime):
+                continue
+            layout = FLAT.get(source.stem, [f"-Wl,-T,{GUESTS / 'elf.ld'}", "-Wl,--no-warn-rwx-segments"])
+            self.spawn([compiler, "-m64", *GUEST_LINK, *layout, "-o", str(binary), str(source)])
+
+    def get_outputs(self) -> list[str]:
+        guests = [str(Path(self.build_lib) / GUESTS / f"{path.stem}.bin") for path in GUESTS.glob("*.S")]
+        return [*super().get_outputs(), *guests]
 
 
 setup(
@@ -35,4 +62,5 @@ setup(
         extension("cpu._core", "cpu/native", "cpu/kvm", "cpu/soft", "cpu/soft/fpu", "cpu/soft/irqchip"),
         extension("virtio._ring", "virtio/native"),
     ],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -1,0 +1,20 @@
+"""Our own tiny guests: a few KiB each, in assembly beside this file, built with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    """Every tiny guest's name."""
+    return sorted(path.stem for path in HERE.glob("*.bin"))
+
+
+def path(name: str) -> Path:
+    """The binary of a tiny guest; KeyError if there is none of that name."""
+    found = HERE / f"{name}.bin"
+    if "/" in name or not found.is_file():
+        raise KeyError(name)
+    return found
