@@ -14,7 +14,7 @@ venv: $(STAMP)   ## create .venv and install the package, editable, with its tes
 $(STAMP): pyproject.toml setup.py $(C_FILES) | packages
 	@echo "== building the package into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=69' wheel
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=77' wheel
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,net]'
 	@touch $@
 

@@ -49,7 +49,7 @@ class BuildNative(build_ext):
             binary = target / f"{source.stem}.bin"
             if binary.exists() and binary.stat().st_mtime > max(newest, source.stat().st_mtime):
                 continue
-            layout = FLAT.get(source.stem, [f"-Wl,-T,{GUESTS / 'elf.ld'}", "-Wl,--no-warn-rwx-segments"])
+            layout = FLAT.get(source.stem, [f"-Wl,-T,{GUESTS / 'elf.ld'}"])
             self.spawn([compiler, "-m64", *GUEST_LINK, *layout, "-o", str(binary), str(source)])
 
     def get_outputs(self) -> list[str]:
