@@ -36,7 +36,14 @@ struct fpu {
     union xmm xmm[16];
 };
 
-enum fpu_fault { FPU_OK = 0, FPU_XM = 1 /* SIMD exception: #XM, or #UD if CR4.OSXMMEXCPT is clear */ };
+enum fpu_fault {
+    FPU_OK = 0,
+    FPU_XM = 1,      /* SIMD exception: #XM, or #UD if CR4.OSXMMEXCPT is clear */
+    FPU_NO_STORE = 2 /* X87_STORE only: an unmasked x87 exception is now pending; memory is not written, no commit */
+};
+
+/* CPUID bits that a guest without them must see as #UD. */
+enum vec_feature { VEC_BASE, VEC_SSE3, VEC_SSSE3, VEC_SSE41, VEC_SSE42 };
 
 /* How a vector operation takes its operands. reg is ModRM.reg, rm is ModRM.rm. */
 enum vec_form {
@@ -46,17 +53,20 @@ enum vec_form {
     VEC_MM_MMM,       /* the same with MMX registers (64-bit values in q[0]); enters MMX mode */
     VEC_MM_STORE,
     VEC_XMM_GPR,      /* dst = xmm[reg]; src.q[0] = r/m32 or, with REX.W, r/m64 (or mem_size bytes of memory) */
-    VEC_GPR_STORE,    /* r/m32/64 = dst.q[0] after fn; src = xmm[reg] (MOVD/MOVQ r/m, xmm; PEXTRx) */
-    VEC_GPR_XMMM,     /* gpr[reg] (32, or 64 with REX.W) = dst.q[0] after fn; src = xmm[rm] or memory */
+    VEC_GPR_STORE,    /* r/m32/64 = dst.q[0] after fn; src = xmm[reg] (MOVD/MOVQ r/m, xmm; PEXTRx); dst is scratch.
+                         A register is written as 32 bits (zero-extended), or 64 with REX.W, whatever mem_size is */
+    VEC_GPR_XMMM,     /* gpr[reg] (32, or 64 with REX.W) = dst.q[0] after fn; src = xmm[rm] or memory; dst is scratch */
     VEC_MM_GPR, VEC_GPR_STORE_MM, VEC_GPR_MM, /* as above, with MMX registers (rm is MMX for VEC_GPR_MM) */
     VEC_XMM_MMM,      /* dst = xmm[reg]; src = mm[rm] or memory (CVTPI2PS, MOVQ2DQ) */
     VEC_MM_XMMM,      /* dst = mm[reg]; src = xmm[rm] or memory (CVTPS2PI, MOVDQ2Q) */
     VEC_XMM_IMM,      /* group 12-14 shifts: dst = xmm[rm], count = imm8; ModRM.reg selects (see fpu_lookup_vector) */
     VEC_MM_IMM,
     VEC_FLAGS,        /* COMISS, UCOMISS, PTEST, PCMPxSTRx: fn sets *flags (CF PF AF ZF SF OF bits of RFLAGS) */
-    VEC_FLAGS_GPR,    /* PCMPxSTRI: flags, and ECX = dst.q[0]; PCMPxSTRM are VEC_FLAGS with dst = xmm0 (implicit) */
-    VEC_MASKMOV,      /* MASKMOVDQU/MASKMOVQ: src = data xmm[reg], mask xmm[rm]; byte stores to DS:rDI */
-    VEC_EMMS,
+    VEC_FLAGS_GPR,    /* PCMPxSTRI: flags, and ECX = dst.q[0] after fn; dst is a scratch copy of xmm[reg]. PCMPxSTRM are
+                         VEC_FLAGS: fn writes ctx->fpu->xmm[0] itself */
+    VEC_MASKMOV,      /* MASKMOVDQU: data xmm[reg], mask xmm[rm]; byte stores to DS:rDI where the mask byte has bit 7; no fn */
+    VEC_MM_MASKMOV,   /* MASKMOVQ: the same with 8-byte MMX registers */
+    VEC_EMMS,         /* fn(ctx, NULL, NULL) */
 };
 
 struct vec_context {
@@ -67,7 +77,9 @@ struct vec_context {
     bool rex_w;
 };
 
-/* fn(ctx, dst, src): dst is read and written. Returns enum fpu_fault; on a fault dst is left unchanged. */
+/* fn(ctx, dst, src): dst is read and written. Returns enum fpu_fault; on a fault dst is left unchanged, so dst may be
+ * the register itself; dst and src may be the same. With 8-byte operands (MMX) dst->q[1] may be overwritten.
+ * Both pointers are 16-byte aligned. src is NULL for VEC_XMM_IMM and VEC_MM_IMM. */
 typedef int (*vec_fn)(struct vec_context *ctx, union xmm *dst, const union xmm *src);
 
 struct vec_op {
@@ -78,7 +90,8 @@ struct vec_op {
     bool aligned;       /* a 16-byte memory operand must be aligned: #GP(0) */
     bool dst_write_only;/* dst need not be read (and for a store: memory is not read) */
     bool mem_only;      /* register form is #UD */
-    uint8_t feature;    /* 0 SSE/MMX base */
+    bool copy;          /* fn only copies 16 bytes of src to dst: the executor may do it inline */
+    uint8_t feature;    /* enum vec_feature */
     const char *name;
 };
 
@@ -108,19 +121,48 @@ struct x87_context {
     bool operand16;      /* 16-bit operand size, for X87_ENV */
     bool protected_mode; /* for X87_ENV's layout */
     uint8_t *mem;        /* at least 108 bytes */
+    uint8_t scratch[128] __attribute__((aligned(16))); /* private to fn and commit */
 };
 struct x87_op {
     int (*fn)(struct x87_context *ctx);
-    void (*commit)(struct x87_context *ctx); /* after a store was written; may be NULL */
+    void (*commit)(struct x87_context *ctx); /* after a store was written (X87_STORE, X87_ENV); may be NULL */
     uint8_t form;
     uint8_t mem_size;    /* 2, 4, 8, 10 (0 for X87_ENV) */
     bool store_env;      /* for X87_ENV: writes memory */
     bool control;        /* no-wait form: does not check for pending exceptions (FNINIT, FNSTSW, FNSTCW, FNCLEX, FNSTENV, FNSAVE) */
+    bool pointers;       /* updates FOP, FCS:FIP and, with a memory operand, FDS:FDP: see fpu_set_pointers() */
     const char *name;
 };
 const struct x87_op *fpu_lookup_x87(uint8_t opcode, uint8_t modrm);
 /* An unmasked exception is pending (SW.ES): with CR0.NE the next waiting instruction raises #MF. */
 static inline bool fpu_pending(const struct fpu *f) { return (f->sw & 0x80) != 0; }
+
+/* After an x87 instruction with op->pointers has completed (also with FPU_NO_STORE): rip is its own address (of the
+ * first prefix), ea the offset of its memory operand. FDS:FDP change only with has_memory. */
+static inline void fpu_set_pointers(struct fpu *f, uint8_t opcode, uint8_t modrm, uint16_t cs, uint64_t rip,
+                                    bool has_memory, uint16_t ds, uint64_t ea)
+{
+    f->fop = (uint16_t)((opcode & 7) << 8 | modrm);
+    f->fcs = cs;
+    f->fip = rip;
+    if (has_memory) {
+        f->fds = ds;
+        f->fdp = ea;
+    }
+}
+
+/* Every MMX instruction but EMMS does this (after its faults have been checked: #UD, #NM, #MF if fpu_pending(), #PF):
+ * TOP = 0 and all registers valid. */
+static inline void fpu_enter_mmx(struct fpu *f)
+{
+    f->sw &= (uint16_t)~0x3800;
+    f->tag = 0xFF;
+}
+static inline void fpu_write_mmx(struct fpu *f, unsigned i, uint64_t value)
+{
+    f->st[i & 7].mantissa = value;
+    f->st[i & 7].exponent = 0xFFFF;
+}
 
 void fpu_init(struct fpu *f);  /* FNINIT */
 void fpu_reset(struct fpu *f); /* power-up: FNINIT and MXCSR 0x1F80, registers zero */
