@@ -116,7 +116,19 @@ struct soft_slot {
     uint8_t *code_pages; /* a byte a page: translated code was made from it (owned by block.c) */
 };
 
-enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI };
+enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
+
+/* mmu.c's own: which entries were filled, so that a flush touches only those ([1]: of global pages), and which 2 MiB
+ * and 1 GiB regions (hashed) had entries from large pages, so that INVLPG can drop all of them. */
+enum { TLB_LIST = 1536 };
+struct soft_mmu {
+    uint32_t used[2]; /* > TLB_LIST: the list overflowed, clear everything */
+    uint16_t list[2][TLB_LIST];
+    uint64_t large2m[16], large1g[4];
+    uint64_t watched[4]; /* pages with data breakpoints (page address | 1), never installed */
+    bool watching;
+    uint64_t pdpte[4];   /* PAE: loaded with CR3 */
+};
 
 struct soft_block; /* block.c */
 struct soft_vm;
@@ -132,10 +144,12 @@ struct soft_vcpu {
     struct soft_tlb *tlb;    /* tlbs[view] */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
-    uint8_t shadow;          /* 1 + after STI or MOV SS: no interrupt before the next instruction has run */
+    uint8_t shadow;          /* set to 1 by STI (if IF was clear), to 2 by MOV SS and POP SS; nothing but the run loop
+                                clears it: finding it set with an interrupt to deliver, it runs one more instruction first */
     bool long_mode;          /* EFER.LMA */
     bool code64;             /* LMA and CS.L */
     uint8_t view;            /* enum soft_view */
+    bool irq_waiting;        /* an interrupt waits for IF: see soft_system_flags_changed() */
 
     struct soft_vm *vm;
     uint32_t index;
@@ -157,12 +171,23 @@ struct soft_vcpu {
     bool in_exception;       /* for #DF and triple fault */
     uint8_t exception_vector;
     bool pending_valid;      /* an exception or interrupt being injected (KVM's vcpu_events) */
-    uint8_t pending_vector, pending_kind;
+    uint8_t pending_vector, pending_kind; /* enum soft_event */
     bool pending_has_error;
     uint32_t pending_error;
     uint64_t instructions;   /* retired; exact between instructions */
+    /* what soft_raise() hands to the run loop */
+    uint8_t fault_vector;
+    bool fault_has_error;
+    uint32_t fault_error;
+    uint64_t fault_linear;
+    uint8_t data_hits;       /* data breakpoints (DR0-3) that the current instruction touched */
+    bool init_pending, sipi_pending;
+    uint8_t sipi_vector;
+    uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
+    uint32_t guest_debug;    /* struct kvm_guest_debug: control */
+    uint64_t guest_dr[8];
+    struct soft_mmu mmu;
     struct fpu fpu;
-    struct kvm_guest_debug *debug;
 
     struct { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
@@ -248,6 +273,13 @@ bool soft_verify(struct soft_vcpu *c, uint16_t selector, bool write);
 uint64_t soft_seg_check(struct soft_vcpu *c, unsigned seg, uint64_t offset, unsigned size, bool write);
 
 /* ---- interrupt.c ---- */
+/* Call after an instruction changed IF or TF (STI, POPF; IRET and SYSRET do it themselves), and end the block there:
+ * it sets c->attention when the run loop has to look (an interrupt waited for IF, or TF is set). AC: soft_mode_changed(). */
+static inline void soft_system_flags_changed(struct soft_vcpu *c)
+{
+    if (SOFT_UNLIKELY((c->rflags & F_TF) || ((c->rflags & F_IF) && c->irq_waiting)))
+        __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
+}
 enum soft_event { EVENT_HARDWARE, EVENT_EXCEPTION, EVENT_SOFTWARE /* INT n */, EVENT_INT3, EVENT_ICEBP, EVENT_NMI };
 /* Deliver through the IVT or IDT with #DF and triple fault logic. c->rip: what is pushed (fault: the instruction;
  * software: the next one, given as next_rip for privilege checks that fault back). Called by the run loop only. */
@@ -280,9 +312,16 @@ void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t
 void soft_hlt(struct soft_vcpu *c, uint64_t next_rip);   /* #GP unless CPL 0; then leaves the block loop */
 void soft_reset_vcpu(struct soft_vcpu *c, bool init);    /* power-up, or INIT (keeps FPU, MSRs as the SDM says) */
 uint64_t soft_now(struct soft_vm *vm);                   /* vm.c */
-/* Debug breakpoints: set DR6 and raise #DB (or stop for the caller's own breakpoints). */
-void soft_debug_step(struct soft_vcpu *c);               /* after an instruction that began with TF set */
-bool soft_breakpoints_active(const struct soft_vcpu *c); /* DR7 has enabled ones, or c->debug: run instruction by instruction */
+/* TF, breakpoints and the caller's debugging are the run loop's: while one is active it calls soft_step(), never
+ * soft_execute(), and raises #DB itself. What activates one (POPF with TF, MOV DR) sets c->attention. */
+
+/* ---- vm.c ---- */
+/* PAUSE: c->rip is the next instruction. Ends the turn if another vCPU can run, else returns. */
+void soft_pause(struct soft_vcpu *c);
+/* MWAIT: c->rip is the next instruction. Leaves the block loop; the vCPU sleeps until an event, or briefly. */
+__attribute__((noreturn)) void soft_mwait(struct soft_vcpu *c);
+/* An interrupt controller access may have moved the next timer event or changed what is pending: sets c->attention. */
+void soft_irqchip_touched(struct soft_vcpu *c);
 
 /* ---- flags.h holds these, inline ---- uint32_t soft_flags(const struct soft_vcpu *) -> full RFLAGS;
  * void soft_set_flags(struct soft_vcpu *, uint32_t) (all bits taken as given). */
@@ -290,6 +329,9 @@ bool soft_breakpoints_active(const struct soft_vcpu *c); /* DR7 has enabled ones
 /* ---- block.c / exec.c ---- */
 /* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
 void soft_execute(struct soft_vcpu *c);
+/* Run exactly one instruction (one iteration of a repeated string instruction is enough), whatever c->attention and
+ * c->budget are; counts it. */
+void soft_step(struct soft_vcpu *c);
 struct block_cache *soft_blocks_create(void);
 void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
