@@ -130,17 +130,22 @@ struct soft_mmu {
     uint64_t pdpte[4];   /* PAE: loaded with CR3 */
 };
 
-struct soft_block; /* block.c */
+struct uop; /* uop.h */
 struct soft_vm;
 
 struct soft_vcpu {
     /* --- hot: touched by every handler --- */
     uint64_t gpr[16];
-    uint64_t rip;
+    uint64_t zero;           /* always 0: what an absent base or index register reads as */
+    uint64_t tmp[3];         /* micro-op temporaries; tmp[0] is the linear address of a complex memory operand */
+    uint64_t rip;            /* outside 64-bit mode: EIP or IP, relative to CS.base */
     uint64_t lf[3];          /* lazy arithmetic flags: representation private to flags.h */
     uint32_t rflags;         /* all other flags (and bit 1); arithmetic bits here are meaningless */
     uint32_t attention;      /* nonzero: leave the block loop (interrupt, event, wake). Written by other threads: atomic */
-    int64_t budget;          /* instructions left in this turn */
+    int64_t budget;          /* instructions left in this turn: see soft_set_budget(), soft_instructions() */
+    uint64_t turn_end;       /* instructions retired + budget */
+    int64_t budget_held;     /* block.c: kept back from budget while single instructions are run */
+    uint64_t jump_key;       /* block.c: generation and mode, mixed into the tags of jump_cache */
     struct soft_tlb *tlb;    /* tlbs[view] */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
@@ -150,6 +155,7 @@ struct soft_vcpu {
     bool code64;             /* LMA and CS.L */
     uint8_t view;            /* enum soft_view */
     bool irq_waiting;        /* an interrupt waits for IF: see soft_system_flags_changed() */
+    uint8_t access_ss;       /* the slow access under way goes through SS: non-canonical raises #SS, not #GP */
 
     struct soft_vm *vm;
     uint32_t index;
@@ -174,7 +180,6 @@ struct soft_vcpu {
     uint8_t pending_vector, pending_kind; /* enum soft_event */
     bool pending_has_error;
     uint32_t pending_error;
-    uint64_t instructions;   /* retired; exact between instructions */
     /* what soft_raise() hands to the run loop */
     uint8_t fault_vector;
     bool fault_has_error;
@@ -193,7 +198,7 @@ struct soft_vcpu {
     uint32_t cpuid_count;
 
     /* block.c: look-up by linear rip, flushed with the TLB */
-    struct { uint64_t rip; struct soft_block *block; } jump_cache[4096];
+    struct { uint64_t tag; struct uop *code; } jump_cache[4096];
 
     struct soft_tlb tlbs[VIEW_COUNT];
 };
@@ -213,17 +218,30 @@ struct soft_vm {
     uint64_t start_ns, alarm_ns, tsc_base;
 };
 
+/* Instructions retired by this vCPU. Exact between instructions and in every call out of a handler (there: without
+ * the instruction under way). */
+static inline uint64_t soft_instructions(const struct soft_vcpu *c) { return c->turn_end - (uint64_t)(c->budget + c->budget_held); }
+/* Start a turn of n instructions (run loop; never change c->budget otherwise). */
+static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
+{
+    c->turn_end = soft_instructions(c) + (uint64_t)n;
+    c->budget_held = 0;
+    c->budget = n;
+}
+
 /* ---- faults ---- */
 __attribute__((noreturn)) void soft_raise(struct soft_vcpu *c, uint8_t vector);                      /* no error code */
 __attribute__((noreturn)) void soft_raise_error(struct soft_vcpu *c, uint8_t vector, uint32_t error);
 __attribute__((noreturn)) void soft_raise_pf(struct soft_vcpu *c, uint64_t linear, uint32_t error);  /* sets CR2 */
-/* Leave the block loop at once without a fault, c->rip being the next instruction to run. */
+/* Leave the block loop at once without a fault, c->rip being the next instruction to run. The instruction that
+ * leaves is retired: soft_leave() takes it off the budget (c->budget--). After a fault it is not. */
 __attribute__((noreturn)) void soft_leave(struct soft_vcpu *c);
 __attribute__((noreturn)) void soft_triple_fault(struct soft_vcpu *c);
 
 /* ---- mmu.c ----  linear addresses; view as c->view unless said otherwise */
 /* Translate, checking rights and setting A/D bits; raises #PF. Installs a TLB entry if the page is plain RAM for this
- * access. Returns the host address of `linear`, or NULL with *gpa set when it is not plain RAM. */
+ * access. Returns the host address of `linear`, or NULL with *gpa set when it is not plain RAM (for ACCESS_EXEC
+ * plain RAM includes read-only slots). Probe the TLB first: this is its slow path. */
 uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, uint64_t *gpa);
 /* The slow path of every load and store: any size 1-8, page-crossing, MMIO, code pages, non-canonical (#GP/#SS). */
 uint64_t soft_load_slow(struct soft_vcpu *c, uint64_t linear, unsigned size);
@@ -336,6 +354,7 @@ struct block_cache *soft_blocks_create(void);
 void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
 void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
-void soft_jump_cache_flush(struct soft_vcpu *c);
+void soft_jump_cache_flush(struct soft_vcpu *c);                        /* mmu.c: with every TLB flush */
+void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */
 
 #endif
