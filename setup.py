@@ -19,6 +19,9 @@ if os.environ.get("LOOPVISOR_SANITIZE"):
 
 GUESTS = Path("images/guests")
 GUEST_LINK = ["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"]
+INIT_SOURCES = ["images/init/agent.c", "images/init/init.c"]
+INIT_FLAGS = ["-m64", "-std=gnu11", "-Os", "-Wall", "-Wextra", "-ffreestanding", "-fno-stack-protector", "-fno-pic",
+              "-mno-red-zone", "-fno-asynchronous-unwind-tables"]
 FLAT = {"real": ["-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary", "-Wl,-e,start"]}
 """Guests that are flat binaries; all others are ELF with a PVH note."""
 
@@ -45,6 +48,9 @@ class BuildNative(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
         newest = max(path.stat().st_mtime for path in [*GUESTS.glob("*.h"), *GUESTS.glob("*.ld"), Path("setup.py")])
+        init = target.parent / "init" / "guest-init.bin"
+        init.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([compiler, *INIT_FLAGS, *GUEST_LINK, "-Wl,-s", "-o", str(init), *INIT_SOURCES])
         for source in sorted(GUESTS.glob("*.S")):
             binary = target / f"{source.stem}.bin"
             if binary.exists() and binary.stat().st_mtime > max(newest, source.stat().st_mtime):
@@ -54,7 +60,7 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         guests = [str(Path(self.build_lib) / GUESTS / f"{path.stem}.bin") for path in GUESTS.glob("*.S")]
-        return [*super().get_outputs(), *guests]
+        return [*super().get_outputs(), *guests, str(Path(self.build_lib) / "images/init/guest-init.bin")]
 
 
 setup(

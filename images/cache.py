@@ -1,0 +1,94 @@
+"""The content-addressed cache: packages and built images under the user's cache directory.
+
+An entry is made in a directory of its own under tmp/, whose lock file its maker holds, and is renamed into place
+when it is whole; so a killed maker leaves only a tmp directory that the next command removes, and two makers of one
+entry wait for each other. Nothing here knows what an entry holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from images.errors import ImageError
+
+
+def cache_directory() -> Path:
+    """$LOOPVISOR_CACHE, else loopvisor/ under $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("LOOPVISOR_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "loopvisor"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def directory(*parts: str) -> Path:
+    """A directory of the cache, made if it is not there."""
+    path = cache_directory().joinpath(*parts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"cannot make the cache directory {path}: {error.strerror}; set LOOPVISOR_CACHE") from error
+    return path
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Hold the cache's lock of that name; waits for another process that holds it."""
+    with (directory("locks") / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A temporary directory on the cache's file system; removed at the end, or by sweep() if this process is killed."""
+    path = Path(tempfile.mkdtemp(dir=directory("tmp")))
+    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def sweep() -> None:
+    """Remove the workspaces of processes that are gone."""
+    for path in directory("tmp").iterdir():
+        try:
+            with (path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        except OSError:
+            # Between mkdtemp and the lock, or removed by somebody else; an old one without a lock goes.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def publish(made: Path, target: Path) -> None:
+    """Move a finished file or directory to its place, whole or not at all; durable before it is visible."""
+    for path in [made, *made.rglob("*")] if made.is_dir() else [made]:
+        if path.is_file() and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    if made.is_dir() and target.exists():
+        shutil.rmtree(target)
+    os.replace(made, target)

@@ -1,0 +1,80 @@
+"""What `vmm run NAME` finds: tiny guests, built images, and files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from images import builder, guests
+from images.errors import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One guest, ready to run. `kind` is how the kernel file boots: "auto" (by its content: ELF with a PVH note or
+    multiboot header, bzImage), or "real" (a flat binary at 0000:7C00 in real mode)."""
+
+    name: str
+    kernel: Path
+    kind: Literal["auto", "real"] = "auto"
+    initrd: Path | None = None
+    disk: Path | None = None
+    """The root disk. Shared by all machines that run this image: attach it as a snapshot."""
+    cmdline: str = ""
+    memory: str = "64M"
+    agent: bool = False
+    """The guest runs our agent, over vsock, and wants network and entropy."""
+    description: str = ""
+
+
+def names() -> list[tuple[str, str, bool]]:
+    """(name, description, built) of every guest and recipe."""
+    tiny = [(name, "tiny guest", True) for name in guests.names()]
+    recipes = [
+        (name, str(builder.load_recipe(name).get("description", "")), builder.current(name) is not None)
+        for name in builder.recipe_names()
+    ]
+    return recipes + tiny
+
+
+def resolve(name: str, *, build: bool = False, progress: builder.Progress | None = None) -> Image:
+    """The image of that name, or a kernel file by its path (anything with a slash, or an existing file).
+
+    A recipe that was never built is built when `build` is set; otherwise ImageError says how.
+    """
+    try:
+        path = guests.path(name)
+    except KeyError:
+        pass
+    else:
+        return Image(name, path, kind="real" if name == "real" else "auto", memory="16M", description="tiny guest")
+    if name in builder.recipe_names():
+        built = builder.current(name)
+        if built is None:
+            if not build:
+                raise ImageError(f"image {name} is not built yet; run: vmm images build {name}", "config")
+            built = builder.build(name, progress)
+        return _from_build(built)
+    path = Path(name)
+    if path.is_file():
+        return Image(path.name, path, memory="256M", description=str(path))
+    if "/" in name:
+        raise ImageError(f"no file {name}", "config")
+    known = ", ".join(item for item, _, _ in names())
+    raise ImageError(f"no image {name}; there are: {known}, or give a file's path", "config")
+
+
+def _from_build(built: builder.Built) -> Image:
+    defaults = built.recipe.get("defaults", {})
+    disk = built.directory / "root.img"
+    return Image(
+        built.name,
+        built.directory / "vmlinuz",
+        initrd=built.directory / "initrd",
+        disk=disk if disk.exists() else None,
+        cmdline=str(defaults.get("cmdline", "")),
+        memory=str(defaults.get("memory", "256M")),
+        agent=True,
+        description=str(built.recipe.get("description", "")),
+    )

@@ -1,0 +1,264 @@
+/* The guest's first process: mounts, loads modules in order, finds the root file system, starts the agent and a shell.
+ *
+ * As /init (of the initramfs): /etc/modules names module files, one a line, loaded in that order. With root=DEVICE on the
+ * kernel command line that file system becomes the root and its /sbin/init runs (this program again, or another init);
+ * without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the background, the agent is started, and a shell
+ * on each active console; when the shell of the last one ends, or the power button is pressed, the machine powers off. */
+#include "sys.h"
+
+enum { MS_RDONLY = 1, MS_NOSUID = 2, MS_NODEV = 4, MS_REMOUNT = 32, MS_MOVE = 8192, MS_BIND = 4096 };
+enum { POWER_OFF = 0x4321fedc, RESTART = 0x01234567, HALT = (int)0xcdef0123 };
+enum { TIOCSCTTY = 0x540e };
+
+char **guest_environment;
+static char *environment[64] = {"HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux", "USER=root", 0};
+
+void *memcpy(void *to, const void *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++) ((char *)to)[i] = ((const char *)from)[i];
+    return to;
+}
+void *memset(void *to, int value, size_t n)
+{
+    for (size_t i = 0; i < n; i++) ((volatile char *)to)[i] = (char)value;
+    return to;
+}
+
+static void mount_at(const char *type, const char *path, const char *options)
+{
+    SYS(__NR_mkdir, path, 0755);
+    SYS(__NR_mount, type, path, type, 0, options);
+}
+
+/* The value of KEY= on the kernel command line, into `to`; 0 if it is not there. */
+static int argument(const char *key, char *to, size_t size)
+{
+    static char line[4096];
+    if (!line[0] && read_file("/proc/cmdline", line, sizeof line) < 0) return 0;
+    for (const char *p = line; *p;) {
+        const char *value = text_after(p, key);
+        if (value && *value == '=') {
+            size_t n = 0;
+            for (value++; *value > ' ' && n < size - 1; ) to[n++] = *value++;
+            to[n] = 0;
+            return 1;
+        }
+        while (*p > ' ') p++;
+        while (*p && *p <= ' ') p++;
+    }
+    return 0;
+}
+
+static void load_modules(void)
+{
+    static char list[16384];
+    if (read_file("/etc/modules", list, sizeof list) <= 0) return;
+    for (char *p = list; *p;) {
+        char *end = p;
+        while (*end && *end != '\n') end++;
+        int last = !*end;
+        *end = 0;
+        long fd = *p ? open_file(p, O_RDONLY | O_CLOEXEC) : -1;
+        if (fd >= 0) {
+            long error = SYS(__NR_finit_module, fd, "", 0);
+            SYS(__NR_close, fd);
+            /* A device that is not there (ENODEV) and a module that is built in (EEXIST) are no faults. */
+            if (error < 0 && error != -EEXIST && error != -19) {
+                say("init: cannot load ");
+                say(p);
+                say("\n");
+            }
+            SYS(__NR_unlink, p);
+        }
+        if (last) break;
+        p = end + 1;
+    }
+}
+
+static void switch_root(void)
+{
+    char device[128], type[32] = "ext4";
+    if (!argument("root", device, sizeof device)) return;
+    argument("rootfstype", type, sizeof type);
+    SYS(__NR_mkdir, "/newroot", 0755);
+    long error = 0;
+    for (int tries = 0; tries < 500; tries++) {
+        error = SYS(__NR_mount, device, "/newroot", type, 0, "");
+        if (error == -30) error = SYS(__NR_mount, device, "/newroot", type, MS_RDONLY, "");
+        if (error != -ENOENT && error != -6 && error != -15) break;
+        pause_ms(20);
+    }
+    if (error < 0) {
+        say("init: cannot mount the root file system ");
+        say(device);
+        say("; a shell of the initramfs instead\n");
+        return;
+    }
+    SYS(__NR_chdir, "/newroot");
+    static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
+    for (int i = 0; i < 3; i++) {
+        SYS(__NR_mkdir, move[i][1], 0755);
+        SYS(__NR_mount, move[i][0], move[i][1], 0, MS_MOVE, 0);
+    }
+    SYS(__NR_mount, ".", "/", 0, MS_MOVE, 0);
+    SYS(__NR_chroot, ".");
+    SYS(__NR_chdir, "/");
+    static char *arguments[] = {"/sbin/init", 0};
+    SYS(__NR_execve, "/sbin/init", arguments, guest_environment);
+    say("init: the root file system has no /sbin/init\n");
+}
+
+/* Start a program in a new session, with `tty` (or /dev/null) as its terminal. Its process id. */
+static long start(char *const arguments[], const char *tty)
+{
+    long child = SYS(__NR_fork, 0);
+    if (child) return child;
+    signal_mask(0);
+    SYS(__NR_setsid, 0);
+    long fd = open_file(tty ? tty : "/dev/null", O_RDWR);
+    if (fd >= 0) {
+        if (tty) SYS(__NR_ioctl, fd, TIOCSCTTY, 1);
+        for (int i = 0; i < 3; i++) SYS(__NR_dup2, fd, i);
+        if (fd > 2) SYS(__NR_close, fd);
+    }
+    SYS(__NR_chdir, "/root");
+    SYS(__NR_execve, arguments[0], arguments, guest_environment);
+    SYS(__NR_exit_group, 127);
+    __builtin_unreachable();
+}
+
+static void loopback_up(void)
+{
+    struct { char name[16]; short flags; char rest[22]; } request = {"lo", 1 /* IFF_UP */ | 64, {0}};
+    long fd = SYS(__NR_socket, 2, 2 | O_CLOEXEC, 0);
+    if (fd < 0) return;
+    SYS(__NR_ioctl, fd, 0x8914 /* SIOCSIFFLAGS */, &request);
+    SYS(__NR_close, fd);
+}
+
+static void leave(int how)
+{
+    SYS(__NR_kill, -1, SIGTERM);
+    pause_ms(50);
+    SYS(__NR_kill, -1, SIGKILL);
+    SYS(__NR_sync, 0);
+    SYS(__NR_mount, 0, "/", 0, MS_REMOUNT | MS_RDONLY, 0);
+    SYS(__NR_sync, 0);
+    SYS(__NR_reboot, 0xfee1dead, 672274793, how, 0);
+    for (;;) pause_ms(1000);
+}
+
+/* The power button's input devices, for poll(); a power key event is (.., type 1, code 116, value 1). */
+static int open_buttons(struct pollfd *to, int most)
+{
+    int count = 0;
+    char path[] = "/dev/input/event0";
+    for (int i = 0; i < 10 && count < most; i++) {
+        path[sizeof path - 2] = (char)('0' + i);
+        long fd = open_file(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+        if (fd >= 0) to[count++] = (struct pollfd){(int)fd, POLLIN, 0};
+    }
+    return count;
+}
+
+static int power_key(int fd)
+{
+    struct { long time[2]; uint16_t type, code; int value; } event;
+    while (SYS(__NR_read, fd, &event, sizeof event) == sizeof event)
+        if (event.type == 1 && event.code == 116 && event.value) return 1;
+    return 0;
+}
+
+static void run_system(void)
+{
+    mount_at("devpts", "/dev/pts", "gid=5,mode=620,ptmxmode=666");
+    mount_at("tmpfs", "/run", "mode=755");
+    mount_at("tmpfs", "/tmp", "mode=1777");
+    SYS(__NR_symlink, "/proc/self/fd", "/dev/fd");
+    char name[65];
+    long length = read_file("/etc/hostname", name, sizeof name);
+    if (argument("hostname", name, sizeof name)) length = (long)text_length(name);
+    while (length > 0 && name[length - 1] <= ' ') length--;
+    if (length > 0) SYS(__NR_sethostname, name, length);
+    loopback_up();
+
+    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGUSR1 - 1) | 1ull << (SIGUSR2 - 1) | 1ull << (SIGTERM - 1) |
+                    1ull << (SIGINT - 1);
+    signal_mask(mask);
+    struct pollfd fds[11] = {{(int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC), POLLIN, 0}};
+
+    long helper = SYS(__NR_fork, 0);
+    if (!helper) {
+        signal_mask(0);
+        agent();
+    }
+    static char *rc[] = {"/bin/sh", "/etc/rc", 0};
+    start(rc, NULL);
+
+    char active[256] = "", path[8][48];
+    long shells[8];
+    int count = 0;
+    read_file("/sys/class/tty/console/active", active, sizeof active);
+    for (char *p = active; *p > ' ' && count < 8;) {
+        size_t n = text_length("/dev/");
+        memcpy(path[count], "/dev/", n);
+        while (*p > ' ' && n < sizeof path[0] - 1) path[count][n++] = *p++;
+        path[count++][n] = 0;
+        while (*p && *p <= ' ') p++;
+    }
+    if (!count) {
+        memcpy(path[0], "/dev/console", 13);
+        count = 1;
+    }
+    static char *shell[] = {"/bin/sh", "-l", 0};
+    for (int i = 0; i < count; i++) shells[i] = start(shell, path[i]);
+    int polled = 1 + open_buttons(fds + 1, 10);
+
+    for (;;) {
+        SYS(__NR_poll, fds, polled, -1);
+        for (int i = 1; i < polled; i++)
+            if (fds[i].revents && power_key(fds[i].fd)) leave(POWER_OFF);
+        if (!fds[0].revents) continue;
+        uint32_t information[32];
+        SYS(__NR_read, fds[0].fd, information, sizeof information);
+        if (information[0] == SIGUSR2) leave(POWER_OFF);
+        if (information[0] == SIGUSR1) leave(HALT);
+        if (information[0] == SIGTERM || information[0] == SIGINT) leave(RESTART);
+        long gone;
+        while ((gone = SYS(__NR_wait4, -1, 0, 1 /* WNOHANG */, 0)) > 0)
+            for (int i = 0; i < count; i++)
+                if (gone == shells[i]) {
+                    if (i == count - 1) leave(POWER_OFF);
+                    shells[i] = start(shell, path[i]);
+                }
+    }
+}
+
+__attribute__((noreturn, used)) void guest_main(long *stack)
+{
+    char **arguments = (char **)(stack + 1);
+    char **given = arguments + stack[0] + 1;
+    int count = 4;
+    for (; *given && count < 63; given++) {
+        const char *terminal = text_after(*given, "TERM=");
+        if (terminal) environment[2] = *given;
+        else if (!text_after(*given, "HOME=") && !text_after(*given, "PATH=") && !text_after(*given, "USER="))
+            environment[count++] = *given;
+    }
+    guest_environment = environment;
+    if (SYS(__NR_getpid, 0) != 1) agent();
+    if (text_equal(arguments[0], "/init")) {
+        mount_at("devtmpfs", "/dev", "");
+        long fd = open_file("/dev/console", O_RDWR | O_NOCTTY);
+        for (int i = 0; fd >= 0 && i < 3; i++) SYS(__NR_dup2, fd, i);
+        if (fd > 2) SYS(__NR_close, fd);
+        mount_at("proc", "/proc", "");
+        mount_at("sysfs", "/sys", "");
+        load_modules();
+        switch_root();
+    }
+    run_system();
+    __builtin_unreachable();
+}
+
+__asm__(".globl _start\n_start: xor %ebp, %ebp\n mov %rsp, %rdi\n and $-16, %rsp\n call guest_main\n");

@@ -1,0 +1,54 @@
+"""Kernel modules out of a package: which ones are needed for a list of names, in the order in which they load."""
+
+from __future__ import annotations
+
+import lzma
+import re
+
+from images.errors import ImageError
+
+
+def module_name(path: str) -> str:
+    """kernel/drivers/char/hw_random/virtio-rng.ko -> virtio_rng"""
+    return re.sub(r"\.ko(\.\w+)?$", "", path.rsplit("/", 1)[-1]).replace("-", "_")
+
+
+def unpack(path: str, data: bytes) -> bytes:
+    """The module itself, whatever it was compressed with."""
+    if path.endswith(".xz"):
+        return lzma.decompress(data)
+    if path.endswith(".zst"):
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return data
+
+
+def depends(module: bytes) -> list[str]:
+    """The names in a module's "depends=" (its .modinfo section holds zero-terminated NAME=value strings)."""
+    match = re.search(rb"\0depends=([\w,-]*)\0", module)
+    return [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []
+
+
+def closure(wanted: list[str], files: dict[str, bytes], built_in: set[str]) -> list[str]:
+    """Paths of the modules for `wanted`, dependencies first. A name that is built in needs none."""
+    by_name = {module_name(path): path for path in files}
+    order: list[str] = []
+
+    def add(name: str, reason: str, above: tuple[str, ...]) -> None:
+        if name in built_in:
+            return
+        path = by_name.get(name)
+        if path is None:
+            raise ImageError(f"the kernel has no module {name}, which {reason} needs", "config")
+        if path in order:
+            return
+        if name in above:
+            raise ImageError(f"module {name} depends on itself")
+        for other in depends(files[path]):
+            add(other, f"module {name}", (*above, name))
+        order.append(path)
+
+    for name in wanted:
+        add(name.replace("-", "_"), "the recipe", ())
+    return order

@@ -1,0 +1,197 @@
+"""The image builder's parts: cache, tree, modules, catalogue. No network, no apt."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import lzma
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from images import builder, cache, catalog, guests, modules, packages
+from images.errors import ImageError
+from images.tree import Tree
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOOPVISOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def sample_tree() -> Tree:
+    tree = Tree()
+    tree.file("etc/deep/file", b"content\n", 0o640)
+    tree.link("bin/link", "/etc/deep/file")
+    tree.directory("tmp", 0o1777)
+    return tree
+
+
+@pytest.mark.skipif(not shutil.which("cpio"), reason="cpio is not installed")
+def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
+    tree = sample_tree()
+    tree.character_device("dev/console", 5, 1)
+    listing = subprocess.run(["cpio", "-tv", "--quiet"], input=tree.cpio(), capture_output=True, check=True)
+    lines = listing.stdout.decode().splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("etc/deep/file") and "->" not in line] == ["-rw-r-----"]
+    assert any("5,   1" in line and line.endswith("dev/console") for line in lines)
+    assert any("bin/link -> /etc/deep/file" in line for line in lines)
+
+
+def has_e2fsprogs() -> bool:
+    return bool(shutil.which("mke2fs") or shutil.which("mke2fs", path="/usr/sbin:/sbin"))
+
+
+@pytest.mark.skipif(not has_e2fsprogs(), reason="e2fsprogs is not installed")
+def test_ext4_is_clean_and_reproducible(tmp_path: Path) -> None:
+    images = []
+    for name in ("one", "two"):
+        work = tmp_path / name
+        work.mkdir()
+        sample_tree().ext4(work / "image", 16, "test", work)
+        images.append(work / "image")
+    assert cache.file_hash(images[0]) == cache.file_hash(images[1])
+    check = subprocess.run([packages.tool("e2fsck", "e2fsprogs"), "-fn", images[0]], capture_output=True, check=False)
+    assert check.returncode == 0, check.stdout
+
+    def debugfs(request: str) -> str:
+        command = [packages.tool("debugfs", "e2fsprogs"), "-R", request, images[0]]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    described = debugfs("stat etc/deep/file")
+    assert "Mode:  0640" in described and "User:     0   Group:     0" in described
+    assert debugfs("cat etc/deep/file") == "content\n"
+
+
+def module(*depends: str) -> bytes:
+    return b"\x7fELF\0license=GPL\0depends=" + ",".join(depends).encode() + b"\0name=x\0"
+
+
+def test_modules_come_after_what_they_need() -> None:
+    files = {"net/virtio_net.ko": module("virtio", "failover"), "virtio/virtio.ko": module("virtio-ring"),
+             "virtio/virtio-ring.ko": module(), "net/failover.ko": module("packet")}
+    order = modules.closure(["virtio-net"], files, {"packet"})
+    assert order == ["virtio/virtio-ring.ko", "virtio/virtio.ko", "net/failover.ko", "net/virtio_net.ko"]
+
+
+def test_a_missing_module_is_named_with_who_needs_it() -> None:
+    with pytest.raises(ImageError, match="no module gone, which module a needs"):
+        modules.closure(["a"], {"a.ko": module("gone")}, set())
+
+
+def test_modules_that_need_each_other_are_refused() -> None:
+    with pytest.raises(ImageError, match="depends on itself"):
+        modules.closure(["a"], {"a.ko": module("b"), "b.ko": module("a")}, set())
+
+
+def deb(path: Path, **files: bytes) -> Path:
+    """A minimal package: debian-binary, control.tar, data.tar.xz."""
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    parts = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", lzma.compress(body.getvalue()))]
+    out = b"!<arch>\n"
+    for name, data in parts:
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) & 1)
+    path.write_bytes(out)
+    return path
+
+
+def test_package_contents(tmp_path: Path) -> None:
+    members = dict((m.name, data) for m, data in packages.contents(deb(tmp_path / "x.deb", a=b"1", b=b"22")))
+    assert members == {"./a": b"1", "./b": b"22"}
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.deb").write_bytes(b"something else")
+    with pytest.raises(ImageError, match="not a Debian package"):
+        list(packages.contents(tmp_path / "x.deb"))
+
+
+def test_a_workspace_outlives_neither_its_block_nor_its_process(own_cache: Path) -> None:
+    with cache.workspace() as work:
+        (work / "file").write_text("x")
+        cache.sweep()
+        assert (work / "file").exists(), "a live workspace was swept"
+    assert not work.exists()
+    script = "import os, signal; from images import cache\nwith cache.workspace() as w:\n" \
+             "    (w / 'half').write_text('x'); print(w, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert done.returncode == -signal.SIGKILL
+    left = Path(done.stdout.strip())
+    assert left.exists()
+    cache.sweep()
+    assert not left.exists()
+
+
+def test_publish_replaces_whole(own_cache: Path) -> None:
+    target = cache.directory("images") / "x"
+    for text in ("one", "two"):
+        with cache.workspace() as work:
+            made = work / "made"
+            made.mkdir()
+            (made / "file").write_text(text)
+            cache.publish(made, target)
+    assert (target / "file").read_text() == "two"
+
+
+def test_the_lock_excludes(own_cache: Path) -> None:
+    inside = threading.Event()
+    with cache.lock("x"):
+        other = threading.Thread(target=lambda: (cache.lock("x").__enter__(), inside.set()))
+        with (cache.directory("locks") / "x").open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        other.start()
+        assert not inside.is_set()
+    other.join(10)
+    assert inside.is_set()
+
+
+def test_every_tiny_guest_resolves() -> None:
+    assert {"hello", "real", "echo", "timer", "exit", "triple", "spin", "dirty", "flood"} <= set(guests.names())
+    for name in guests.names():
+        image = catalog.resolve(name)
+        assert image.kernel.stat().st_size < 16384
+        assert image.kind == ("real" if name == "real" else "auto")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("nonsense", "no image nonsense; there are: .*hello"),
+    ("./gone", "no file ./gone"),
+    ("linux", "vmm images build linux"),
+])
+def test_unknown_images_are_one_line(name: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        catalog.resolve(name)
+    assert caught.value.kind == "config" and "\n" not in str(caught.value)
+
+
+def test_a_file_is_an_image(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(b"x")
+    assert catalog.resolve(str(tmp_path / "kernel")).kernel == tmp_path / "kernel"
+
+
+def test_recipes_are_whole() -> None:
+    for name in builder.recipe_names():
+        recipe = builder.load_recipe(name)
+        assert recipe["description"] and recipe["kind"] in builder._BUILDERS
+    with pytest.raises(ImageError, match="no recipe x"):
+        builder.load_recipe("x")
+
+
+def test_the_guest_init_is_static_and_small() -> None:
+    data = builder.guest_init()
+    assert data[:4] == b"\x7fELF" and len(data) < 65536
+    assert b"/lib64/ld-linux" not in data
