@@ -135,6 +135,14 @@ struct x87_op {
 };
 const struct x87_op *fpu_lookup_x87(uint8_t opcode, uint8_t modrm);
 /* An unmasked exception is pending (SW.ES): with CR0.NE the next waiting instruction raises #MF. */
+/* Bytes of the memory operand of an X87_ENV instruction: FLDENV and FNSTENV are D9, FRSTOR and FNSAVE are DD. */
+static inline unsigned fpu_env_size(uint8_t opcode, bool operand16)
+{
+    return (operand16 ? 14u : 28u) + (opcode == 0xDD ? 80u : 0u);
+}
+/* The bits that exist in the control word; bit 6 reads as one. */
+static inline uint16_t fpu_control_word(uint16_t value) { return (value & 0x1F3F) | 0x40; }
+
 static inline bool fpu_pending(const struct fpu *f) { return (f->sw & 0x80) != 0; }
 
 /* After an x87 instruction with op->pointers has completed (also with FPU_NO_STORE): rip is its own address (of the
@@ -151,8 +159,8 @@ static inline void fpu_set_pointers(struct fpu *f, uint8_t opcode, uint8_t modrm
     }
 }
 
-/* Every MMX instruction but EMMS does this (after its faults have been checked: #UD, #NM, #MF if fpu_pending(), #PF):
- * TOP = 0 and all registers valid. */
+/* Every MMX instruction but EMMS, and but VEC_XMM_MMM with a memory operand, does this after its faults have been checked
+ * (#UD, #NM, #MF if fpu_pending(), #PF): TOP = 0 and all registers valid. */
 static inline void fpu_enter_mmx(struct fpu *f)
 {
     f->sw &= (uint16_t)~0x3800;
@@ -166,11 +174,22 @@ static inline void fpu_write_mmx(struct fpu *f, unsigned i, uint64_t value)
 
 void fpu_init(struct fpu *f);  /* FNINIT */
 void fpu_reset(struct fpu *f); /* power-up: FNINIT and MXCSR 0x1F80, registers zero */
-/* The 512-byte FXSAVE image. long_mode: 64-bit FIP/FDP with REX.W, and 16 instead of 8 XMM registers. */
+/* Unmasked exception flags set ES and B of the status word: after any change of the control or status word. */
+static inline void fpu_summarise(struct fpu *f)
+{
+    if (f->sw & ~f->cw & 0x3F)
+        f->sw |= 0x8080;
+    else
+        f->sw &= 0x7F7F;
+}
+
+/* The 512-byte FXSAVE image, of which hardware writes FPU_FXSAVE_SIZE bytes. long_mode: 64-bit FIP/FDP with REX.W, and 16 instead of 8 XMM registers. */
+#define FPU_FXSAVE_SIZE(long_mode) ((long_mode) ? 416u : 288u)
 void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_mode);
 /* false: MXCSR has reserved bits, #GP(0), nothing is changed. */
 bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode);
-/* XSAVE area, standard format, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes. */
+/* XSAVE area, standard format, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes; those that the
+ * instruction does not write keep their values, so the caller reads the area first. xrstor false: #GP(0). */
 void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, bool optimise, bool rex_w, bool long_mode);
 bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, bool rex_w, bool long_mode);
 bool fpu_load_mxcsr(struct fpu *f, uint32_t mxcsr); /* false: #GP(0) */

@@ -1,0 +1,185 @@
+/* Reset state and memory images of the FPU: FXSAVE and XSAVE (AMD64 APM volume 2, 11.4.4 and 11.5). */
+#include <string.h>
+
+#include "soft/fpu/fpu.h"
+
+/* Bits that LDMXCSR and FXRSTOR accept; stored in the images as MXCSR_MASK. */
+#define MXCSR_MASK 0xFFFFu
+#define MXCSR_RESET 0x1F80u
+enum { XFEATURE_X87 = 1, XFEATURE_SSE = 2, XSAVE_HEADER = 512, XSAVE_SIZE = 576 };
+
+static void put(uint8_t *image, size_t offset, const void *from, size_t size) { memcpy(image + offset, from, size); }
+static void get(const uint8_t *image, size_t offset, void *to, size_t size) { memcpy(to, image + offset, size); }
+
+static uint32_t get32(const uint8_t *image, size_t offset)
+{
+    uint32_t v;
+    get(image, offset, &v, 4);
+    return v;
+}
+
+static uint64_t get64(const uint8_t *image, size_t offset)
+{
+    uint64_t v;
+    get(image, offset, &v, 8);
+    return v;
+}
+
+void fpu_init(struct fpu *f)
+{
+    f->cw = 0x37F;
+    f->sw = 0;
+    f->tag = 0;
+    f->fop = f->fcs = f->fds = 0;
+    f->fip = f->fdp = 0;
+}
+
+void fpu_reset(struct fpu *f)
+{
+    memset(f, 0, sizeof *f);
+    fpu_init(f);
+    f->mxcsr = MXCSR_RESET;
+}
+
+bool fpu_load_mxcsr(struct fpu *f, uint32_t mxcsr)
+{
+    if (mxcsr & ~MXCSR_MASK)
+        return false;
+    f->mxcsr = mxcsr;
+    return true;
+}
+
+/* The x87 part of the legacy region: bytes 0-23 and 32-159. As AMD processors do, the pointers are stored as zeros
+ * unless an exception is pending. */
+static void put_x87(const struct fpu *f, uint8_t *image, bool rex_w)
+{
+    static const uint8_t zeros[16];
+    uint16_t tag = f->tag;
+    put(image, 0, &f->cw, 2);
+    put(image, 2, &f->sw, 2);
+    put(image, 4, &tag, 2);
+    if (!fpu_pending(f)) {
+        put(image, 6, zeros, 2);
+        put(image, 8, zeros, 16);
+    } else if (rex_w) {
+        put(image, 6, &f->fop, 2);
+        put(image, 8, &f->fip, 8);
+        put(image, 16, &f->fdp, 8);
+    } else {
+        uint32_t cs = f->fcs, ds = f->fds;
+        put(image, 6, &f->fop, 2);
+        put(image, 8, &f->fip, 4);
+        put(image, 12, &cs, 4);
+        put(image, 16, &f->fdp, 4);
+        put(image, 20, &ds, 4);
+    }
+    unsigned top = f->sw >> 11 & 7;
+    for (unsigned i = 0; i < 8; i++) {
+        put(image, 32 + 16 * i, &f->st[(top + i) & 7], 10);
+        put(image, 42 + 16 * i, zeros, 6);
+    }
+}
+
+static void get_x87(struct fpu *f, const uint8_t *image, bool rex_w)
+{
+    uint16_t cw;
+    get(image, 0, &cw, 2);
+    f->cw = fpu_control_word(cw);
+    get(image, 2, &f->sw, 2);
+    f->tag = image[4];
+    get(image, 6, &f->fop, 2);
+    f->fop &= 0x7FF;
+    if (rex_w) {
+        f->fip = get64(image, 8);
+        f->fdp = get64(image, 16);
+        f->fcs = f->fds = 0;
+    } else {
+        f->fip = get32(image, 8);
+        f->fdp = get32(image, 16);
+        f->fcs = (uint16_t)get32(image, 12);
+        f->fds = (uint16_t)get32(image, 20);
+    }
+    unsigned top = f->sw >> 11 & 7;
+    for (unsigned i = 0; i < 8; i++)
+        get(image, 32 + 16 * i, &f->st[(top + i) & 7], 10);
+    fpu_summarise(f);
+}
+
+static void put_mxcsr(const struct fpu *f, uint8_t *image)
+{
+    uint32_t mask = MXCSR_MASK;
+    put(image, 24, &f->mxcsr, 4);
+    put(image, 28, &mask, 4);
+}
+
+static size_t xmm_bytes(bool long_mode) { return long_mode ? 256 : 128; }
+
+void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_mode)
+{
+    put_x87(f, image, rex_w);
+    put_mxcsr(f, image);
+    put(image, 160, f->xmm, xmm_bytes(long_mode));
+}
+
+bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode)
+{
+    if (!fpu_load_mxcsr(f, get32(image, 24)))
+        return false;
+    get_x87(f, image, rex_w);
+    get(image, 160, f->xmm, xmm_bytes(long_mode));
+    return true;
+}
+
+uint64_t fpu_xinuse(const struct fpu *f)
+{
+    uint64_t any = 0;
+    for (unsigned i = 0; i < 16; i++)
+        any |= f->xmm[i].q[0] | f->xmm[i].q[1];
+    uint64_t inuse = any ? XFEATURE_SSE : 0;
+    any = f->fip | f->fdp;
+    for (unsigned i = 0; i < 8; i++)
+        any |= f->st[i].mantissa | f->st[i].exponent;
+    if (any || f->cw != 0x37F || f->sw || f->tag || f->fop || f->fcs || f->fds)
+        inuse |= XFEATURE_X87;
+    return inuse;
+}
+
+void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, bool optimise, bool rex_w, bool long_mode)
+{
+    uint64_t inuse = fpu_xinuse(f), bv = get64(area, XSAVE_HEADER);
+    uint64_t write = optimise ? rfbm & inuse : rfbm;
+    if (write & XFEATURE_X87)
+        put_x87(f, area, rex_w);
+    if (write & XFEATURE_SSE)
+        put(area, 160, f->xmm, xmm_bytes(long_mode));
+    if (rfbm & XFEATURE_SSE)
+        put_mxcsr(f, area);
+    bv = (bv & ~rfbm) | (inuse & rfbm);
+    put(area, XSAVE_HEADER, &bv, 8);
+}
+
+bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, bool rex_w, bool long_mode)
+{
+    uint64_t bv = get64(area, XSAVE_HEADER);
+    /* "XSTATE_BV sets a bit that XCR0 does not" and "bytes 8-23 of the header are not all zero": #GP. Only x87 and SSE
+     * exist here, whatever XCR0 says, and only the standard format. */
+    if ((bv & ~(uint64_t)(XFEATURE_X87 | XFEATURE_SSE)) || get64(area, XSAVE_HEADER + 8) || get64(area, XSAVE_HEADER + 16))
+        return false;
+    if ((rfbm & XFEATURE_SSE) && !fpu_load_mxcsr(f, get32(area, 24)))
+        return false;
+    if (rfbm & XFEATURE_X87) {
+        if (bv & XFEATURE_X87) {
+            get_x87(f, area, rex_w);
+        } else {
+            fpu_init(f);
+            memset(f->st, 0, sizeof f->st);
+        }
+    }
+    if (rfbm & XFEATURE_SSE) {
+        if (bv & XFEATURE_SSE)
+            get(area, 160, f->xmm, xmm_bytes(long_mode));
+        else
+            memset(f->xmm, 0, xmm_bytes(long_mode));
+    }
+    return true;
+}

@@ -1,0 +1,15 @@
+/* Inside of the x87 operations: the exact path that the short ones fall back on. */
+#ifndef SOFT_X87_H
+#define SOFT_X87_H
+
+#include "soft/fpu/fpu.h"
+
+enum { X87_IE = 1, X87_DE = 2, X87_ZE = 4, X87_OE = 8, X87_UE = 16, X87_PE = 32, X87_SF = 64 };
+
+/* Run the instruction on the host with the guest's whole environment. opcode: 0 to 7 for D8 to DF. */
+int fpu_x87_register(struct x87_context *ctx, unsigned opcode);
+int fpu_x87_load(struct x87_context *ctx, unsigned opcode);
+int fpu_x87_store(struct x87_context *ctx, unsigned opcode); /* FPU_NO_STORE, or 0 and then commit */
+void fpu_x87_store_commit(struct x87_context *ctx);
+
+#endif
