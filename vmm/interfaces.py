@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from cpu.contract import Shadow, Space
+from cpu.contract import Capability, Registers, Shadow, Space, SystemRegisters
+from vmm.config import Config
+from vmm.memory import GuestMemory
 
 State = dict[str, Any]
 """A component's saved state: JSON-like values and bytes, with an integer "version"."""
@@ -80,7 +82,12 @@ class Machine(Protocol):
     def post(self, space: Space, address: int, size: int, device: PostedDevice, offset: int) -> None:
         """Make writes of `size` at `address` posted; they arrive at device.posted(offset, ...)."""
 
-    def shadow(self, space: Space, address: int, size: int) -> Shadow: ...
+    def unpost(self, space: Space, address: int, size: int) -> None: ...
+    def shadow(self, space: Space, address: int, size: int, notice: Callable[[], None] | None = None) -> Shadow:
+        """Reads of `size` at `address` come from the shadow while it is valid. `notice` is called when a read
+        switched the register to its `after` value (in order with the posted writes)."""
+
+    def unshadow(self, space: Space, address: int, size: int) -> None: ...
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
     ) -> Callable[[], None]:
@@ -88,6 +95,57 @@ class Machine(Protocol):
 
     def request(self, action: Literal["shutdown", "reset", "crash"], detail: str, status: int | None = None) -> None:
         """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BootState:
+    """What the boot loader leaves for vCPU 0; the others wait for INIT and SIPI."""
+
+    registers: Registers
+    system_registers: SystemRegisters
+
+
+class Assembly(Protocol):
+    """What a part of the machine (serial ports, legacy devices, PCI, virtio) gets while the builder calls its
+    `attach(assembly)`. Parts are called in the builder's order, before the boot loader."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def capabilities(self) -> frozenset[Capability]: ...
+    @property
+    def console(self) -> CharacterPort:
+        """The machine's console hub."""
+
+    def debug_output(self, text: bytes) -> None:
+        """What a guest writes to a debug port. Never blocks, bounded."""
+
+    def add(self, name: str, component: object) -> None:
+        """Own a component under a unique name. Those that are Stateful are saved and restored; `async start()` is
+        awaited before the first instruction, `async aclose()` or else `close()` in reverse order at the end."""
+
+    def get(self, name: str) -> Any:
+        """A component that an earlier part added. Raises KeyError."""
+
+
+class CharacterPort(Protocol):
+    """The host side of a character device (UART, virtio-console port)."""
+
+    def write(self, data: bytes) -> None:
+        """Output of the guest. Never blocks, takes everything."""
+
+    def read(self, limit: int) -> bytes:
+        """Input for the guest, up to `limit` bytes; empty if there is none now."""
+
+    def set_receiver(self, ready: Callable[[], None]) -> None:
+        """`ready` is called whenever input arrives while there was none."""
+
+    def event(self, kind: str) -> None:
+        """Something other than data: "break"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,188 @@
+"""The only interpreter of exits: takes what a core has to say, calls buses and devices, answers.
+
+Also the place where vCPUs are held: while at least one hold is set, answered exits are kept back, so a paused
+machine is one whose vCPUs are all parked. Loop thread; no logging on the hot path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from cpu.contract import Vcpu, Vm
+from cpu.exits import (
+    CompleteRead,
+    Debug,
+    Entry,
+    Exit,
+    FailEntry,
+    Halt,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Posted,
+    Resume,
+    Shutdown,
+    SystemEvent,
+)
+from vmm.errors import GuestError
+from vmm.lifecycle import Outcome, Reason
+from vmm.machine import CoreMachine
+
+RESUME = Resume()
+EMULATION_FAILURE = 1  # KVM_INTERNAL_ERROR_EMULATION
+_SYSTEM_EVENTS = {
+    1: Outcome(Reason.SHUTDOWN, "system event: shutdown"),
+    2: Outcome(Reason.RESET, "system event: reset"),
+    3: Outcome(Reason.CRASH, "system event: crash"),
+}
+
+
+class Dispatcher:
+    """Runs one machine's vCPUs. `finish(outcome)` is called once, from within `drain`, when the machine ended."""
+
+    def __init__(self, vm: Vm, vcpus: Sequence[Vcpu], machine: CoreMachine, finish: Callable[[Outcome], None]) -> None:
+        self._vm = vm
+        self._take = vm.take
+        self._vcpus = tuple(vcpus)
+        self._machine = machine
+        self._posted = machine.posted
+        self._finish = finish
+        self._holds = {"pause"}
+        self._held: dict[int, Entry] = dict.fromkeys(range(len(self._vcpus)), RESUME)
+        self._halted: set[int] = set()
+        self._waiters: list[asyncio.Future[None]] = []
+        self.ended = False
+
+    @property
+    def parked(self) -> bool:
+        """Every vCPU is parked, so state may be read, set and saved."""
+        return len(self._held) + len(self._halted) == len(self._vcpus)
+
+    def hold(self, why: str) -> None:
+        """Park all vCPUs soon, until `release(why)`."""
+        first = not self._holds
+        self._holds.add(why)
+        if first and not self.ended:
+            for vcpu in self._vcpus:
+                vcpu.kick()
+
+    def release(self, why: str) -> None:
+        """Take back a hold; with the last one the vCPUs run on."""
+        self._holds.discard(why)
+        if not self._holds and not self.ended:
+            held, self._held = self._held, {}
+            for index, entry in held.items():
+                self._vcpus[index].resume(entry)
+
+    async def wait_parked(self) -> None:
+        """Until every vCPU is parked, or the machine ended."""
+        while not (self.parked or self.ended):
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+    def end(self, outcome: Outcome) -> None:
+        """The machine is over: nothing is answered any more."""
+        if not self.ended:
+            self.ended = True
+            self._wake()
+            self._finish(outcome)
+
+    def fail(self, error: BaseException) -> None:
+        """A device or callback raised: GuestError is the guest's end, anything else the VMM's own failure."""
+        if isinstance(error, GuestError):
+            self.end(Outcome(Reason.GUEST_ERROR, str(error)))
+        else:
+            import traceback
+
+            last = traceback.extract_tb(error.__traceback__)
+            where = f" ({last[-1].filename.rpartition('/')[2]}:{last[-1].lineno})" if last else ""
+            self.end(Outcome(Reason.HOST_ERROR, f"{type(error).__name__}: {error}{where}"))
+
+    def drain(self) -> None:
+        """Handle everything that happened (the loop's reader of Vm.fileno())."""
+        if self.ended:
+            return
+        machine = self._machine
+        ports, mmio = machine.ports, machine.mmio
+        try:
+            for item in self._take():
+                if self.ended:
+                    return
+                if type(item) is tuple:
+                    index, exit_ = item
+                    kind = type(exit_)
+                    entry: Entry
+                    if kind is PortIn:
+                        entry = CompleteRead(ports.read(exit_.port, exit_.size))  # type: ignore[union-attr]
+                    elif kind is PortOut:
+                        ports.write(exit_.port, exit_.size, exit_.value)  # type: ignore[union-attr]
+                        entry = RESUME
+                    elif kind is MmioRead:
+                        entry = CompleteRead(mmio.read(exit_.address, exit_.size))  # type: ignore[union-attr]
+                    elif kind is MmioWrite:
+                        mmio.write(exit_.address, exit_.size, exit_.value)  # type: ignore[union-attr]
+                        entry = RESUME
+                    elif kind is Interrupted or kind is Debug:
+                        entry = RESUME
+                    else:
+                        self._other(index, exit_)
+                        continue
+                    if self._holds or self.ended:
+                        self._held[index] = entry
+                        if self.parked:
+                            self._wake()
+                    else:
+                        self._vcpus[index].resume(entry)
+                elif type(item) is Posted:
+                    handler = self._posted.get(item.tag)
+                    if handler is not None:
+                        handler(item.size, item.data)
+                else:
+                    machine.clock.expire()
+        except Exception as error:
+            self.fail(error)
+
+    def _other(self, index: int, exit_: Exit) -> None:
+        """The exits that end a vCPU's run."""
+        match exit_:
+            case Halt():
+                self._halted.add(index)
+                if len(self._halted) == len(self._vcpus):
+                    self.end(Outcome(Reason.HALTED, "every vCPU halted with interrupts off"))
+                elif self.parked:
+                    self._wake()
+            case Shutdown():
+                self.end(Outcome(Reason.TRIPLE_FAULT, f"vCPU {index}{self._where(index)}"))
+            case SystemEvent(kind=kind) if kind in _SYSTEM_EVENTS:
+                self.end(_SYSTEM_EVENTS[kind])
+            case InternalError(suberror=suberror, rip=rip, instruction=instruction):
+                if suberror == EMULATION_FAILURE:
+                    detail = f"vCPU {index}: the core cannot execute the instruction at {rip:#x}"
+                else:
+                    detail = f"vCPU {index}: internal error {suberror} of the core at {rip:#x}"
+                self.end(Outcome(Reason.HOST_ERROR, detail, rip=rip, instruction=instruction))
+            case FailEntry(reason=reason):
+                self.end(Outcome(Reason.HOST_ERROR, f"vCPU {index}: entry to guest mode failed, {reason:#x}"))
+            case _:
+                self.end(Outcome(Reason.HOST_ERROR, f"vCPU {index}: unexpected exit {exit_}"))
+
+    def _where(self, index: int) -> str:
+        try:
+            return f" at rip {self._vcpus[index].registers().rip:#x}"
+        except Exception:  # the address is a courtesy; a core that cannot tell it has crashed all the same
+            return ""
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -1,0 +1,124 @@
+"""Guest memory: host buffers at guest-physical addresses, checked on every access.
+
+Layout of a PC: RAM from 0 up to the PCI hole at 3 GiB, the rest from 4 GiB on. Implements virtio's GuestMemory
+structurally. Anonymous mappings use transparent huge pages; with `hugepages` they come from the reserved pool.
+It must not know devices or cores; the builder makes memory slots from `regions`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmm.config import format_size
+from vmm.errors import GuestError, HostError, os_reason
+
+PCI_HOLE = 0xC000_0000
+"""Guest-physical start of the hole below 4 GiB: BARs, ECAM, IOAPIC, LAPIC."""
+HIGH_MEMORY = 1 << 32
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module has it from Python 3.11 on some platforms only
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`memory` (writable, `size` bytes) stands at guest-physical address `start`; `end` is the first byte after it."""
+
+    start: int
+    end: int
+    memory: memoryview
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+class GuestMemory:
+    """All RAM of one machine. Loop thread, except that views may be filled by whoever holds them.
+
+    `written`, set by the builder, tells the core about writes by the VMM (Vm.memory_written).
+    """
+
+    def __init__(self, size: int, *, hugepages: bool = False) -> None:
+        """`size` in bytes, a multiple of 4 KiB. Raises HostError if the host refuses."""
+        self.size = size
+        self._maps: list[mmap.mmap] = []
+        self._regions: list[Region] = []
+        self.written: Callable[[int, int], None] | None = None
+        low = min(size, PCI_HOLE)
+        try:
+            self._add(0, low, hugepages)
+            if size > low:
+                self._add(HIGH_MEMORY, size - low, hugepages)
+        except OSError as error:
+            self.close()
+            cure = (
+                "; reserve pages with sysctl vm.nr_hugepages, or leave hugepages out"
+                if hugepages
+                else "; ask for less memory"
+            )
+            raise HostError(f"memory: cannot map {format_size(size)}: {os_reason(error)}{cure}") from error
+
+    def _add(self, start: int, size: int, hugepages: bool) -> None:
+        if hugepages:
+            descriptor = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+            try:
+                os.ftruncate(descriptor, size)
+                mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            finally:
+                os.close(descriptor)
+        else:
+            mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+            for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
+                try:
+                    mapping.madvise(advice)
+                except OSError:
+                    pass  # a kernel without transparent huge pages: slower, nothing more
+        self._maps.append(mapping)
+        self._regions.append(Region(start, start + size, memoryview(mapping)))
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """By address."""
+        return tuple(self._regions)
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises GuestError otherwise."""
+        if length >= 0:
+            for region in self._regions:
+                if region.start <= gpa and gpa + length <= region.end:
+                    offset = gpa - region.start
+                    return region.memory[offset : offset + length]
+        raise GuestError(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy. Raises GuestError."""
+        return bytes(self.view(gpa, length))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` in and tell the core. Raises GuestError."""
+        self.view(gpa, len(data))[:] = data
+        if self.written is not None:
+            self.written(gpa, len(data))
+
+    def memory_written(self, gpa: int, length: int) -> None:
+        """[gpa, gpa + length) was written through a view. *any thread*"""
+        if self.written is not None:
+            self.written(gpa, length)
+
+    def close(self) -> None:
+        """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
+        regions, self._regions = self._regions, []
+        for region in regions:
+            try:
+                region.memory.release()
+            except BufferError:
+                pass
+        maps, self._maps = self._maps, []
+        for mapping in maps:
+            try:
+                mapping.close()
+            except BufferError:
+                pass
+        self.written = None
