@@ -118,13 +118,13 @@ struct soft_slot {
 
 enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
 
-/* mmu.c's own: which entries were filled, so that a flush touches only those ([1]: of global pages), and which 2 MiB
+/* mmu.c's own: which entries were filled, so that a flush touches only those ([1]: of global pages), and which 4 MiB
  * and 1 GiB regions (hashed) had entries from large pages, so that INVLPG can drop all of them. */
 enum { TLB_LIST = 1536 };
 struct soft_mmu {
     uint32_t used[2]; /* > TLB_LIST: the list overflowed, clear everything */
     uint16_t list[2][TLB_LIST];
-    uint64_t large2m[16], large1g[4];
+    uint64_t large4m[16], large1g[4];
     uint64_t watched[4]; /* pages with data breakpoints (page address | 1), never installed */
     bool watching;
     uint64_t pdpte[4];   /* PAE: loaded with CR3 */
@@ -209,6 +209,7 @@ struct soft_vm {
     struct irqchip *irqchip;
     struct soft_slot slots[SOFT_MAX_SLOTS];
     uint32_t slot_count;
+    uint32_t last_slot; /* where the last look-up hit */
     struct soft_vcpu *vcpus[SOFT_MAX_VCPUS];
     uint32_t turn;
     struct soft_stats stats;
