@@ -32,17 +32,23 @@ void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t no
 void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
 
 /* The highest-priority deliverable vector for the vCPU (LAPIC, or PIC through LINT0/ExtINT), or -1.
- * cr8 is kept by the LAPIC's TPR: see irqchip_get_tpr(). */
+ * CR8 is the upper half of the LAPIC's TPR: see irqchip_get_tpr(). */
 int irqchip_pending(struct irqchip *chip, uint32_t index);
-/* Acknowledge what irqchip_pending() reported; returns the vector. */
+/* Acknowledge what irqchip_pending() reported; returns the vector. If nothing is pending any more: the spurious vector of the
+ * LAPIC, or IRQ 7 of the PIC where the LAPIC is disabled. */
 int irqchip_acknowledge(struct irqchip *chip, uint32_t index);
 
+/* The whole TPR: CR8 is its bits 4 to 7. */
 uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index);
 void irqchip_set_tpr(struct irqchip *chip, uint32_t index, uint8_t tpr);
 
 /* IA32_APIC_BASE (0x1B), x2APIC MSRs 0x800-0x8FF, IA32_TSC_DEADLINE (0x6E0). false: the access is a #GP. */
 bool irqchip_msr_read(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t *value, uint64_t now);
 bool irqchip_msr_write(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now);
+
+/* The same for a state being restored: any change of mode in IA32_APIC_BASE. Restore the base first, then the LAPIC's
+ * registers, then IA32_TSC_DEADLINE (which only takes a value while the LVT timer is in that mode). */
+bool irqchip_restore_msr(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now);
 
 /* Memory-mapped: the LAPIC page at its base (per vCPU), the IOAPIC at 0xFEC00000. true: answered here. */
 bool irqchip_mmio_read(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8_t size, uint64_t *value, uint64_t now);
@@ -55,7 +61,8 @@ bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint6
 uint64_t irqchip_next_event(struct irqchip *chip);
 void irqchip_advance(struct irqchip *chip, uint64_t now);
 
-/* State in the KVM API's layouts. */
+/* State in the KVM API's layouts. Call irqchip_advance() before taking any part of it. The init callback is answered by
+ * irqchip_reset_lapic(index, true): the irqchip does not reset a LAPIC by itself. */
 struct kvm_lapic_state;
 struct kvm_irqchip;
 struct kvm_pit_state2;

@@ -1,0 +1,271 @@
+/* The public interface of the irqchip, and the routes between its parts: GSIs to PIC and IOAPIC, messages to LAPICs. */
+#include "soft/irqchip/internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host)
+{
+    if (!vcpus || vcpus > IRQCHIP_MAX_VCPUS)
+        return NULL;
+    struct irqchip *chip = calloc(1, sizeof *chip);
+    if (!chip)
+        return NULL;
+    chip->host = *host;
+    chip->vcpus = vcpus;
+    pic_reset(chip);
+    ioapic_reset(chip);
+    pit_reset(chip);
+    for (uint32_t i = 0; i < vcpus; i++) {
+        chip->lapics[i].chip = chip;
+        chip->lapics[i].index = i;
+        lapic_reset(&chip->lapics[i], false);
+    }
+    return chip;
+}
+
+void irqchip_destroy(struct irqchip *chip) { free(chip); }
+
+void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init) { lapic_reset(&chip->lapics[index], init); }
+
+/* ---- routes ---- */
+void irqchip_wake(struct irqchip *chip, uint32_t index) { chip->host.wake(chip->host.ctx, index); }
+
+bool irqchip_accepts_pic(const struct irqchip *chip, const struct lapic *l)
+{
+    if (!lapic_hw_enabled(l))
+        return l->index == 0; /* SDM 11.4.3: LINT0 is the BSP's INTR pin then */
+    return lapic_lint0_extint(l) || ioapic_extint(chip, l);
+}
+
+void irqchip_pic_changed(struct irqchip *chip)
+{
+    if (!chip->pic_output)
+        return;
+    for (uint32_t i = 0; i < chip->vcpus; i++)
+        if (irqchip_accepts_pic(chip, &chip->lapics[i]))
+            irqchip_wake(chip, i);
+}
+
+/* Lowest priority: the LAPIC with the lowest arbitration priority; among equals one chosen by the vector, so that
+ * interrupts spread without a state of their own. */
+static struct lapic *arbitrate(struct irqchip *chip, const struct apic_message *m)
+{
+    struct lapic *best = NULL;
+    uint8_t best_priority = 0;
+    for (uint32_t k = 0; k < chip->vcpus; k++) {
+        struct lapic *l = &chip->lapics[(m->vector + k) % chip->vcpus];
+        if (!lapic_matches(l, m) || !lapic_enabled(l))
+            continue;
+        uint8_t priority = lapic_arbitration(l);
+        if (!best || priority < best_priority) {
+            best = l;
+            best_priority = priority;
+        }
+    }
+    return best;
+}
+
+bool irqchip_send(struct irqchip *chip, const struct apic_message *m)
+{
+    bool taken = false;
+    if (m->mode == DELIVER_LOWEST) {
+        struct lapic *l = arbitrate(chip, m);
+        return l && lapic_accept(l, m->mode, m->vector, m->level);
+    }
+    for (uint32_t i = 0; i < chip->vcpus; i++)
+        if (lapic_matches(&chip->lapics[i], m))
+            taken |= lapic_accept(&chip->lapics[i], m->mode, m->vector, m->level);
+    return taken;
+}
+
+void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t now)
+{
+    (void)now;
+    if (gsi >= IOAPIC_PINS || gsi == PIC_CASCADE)
+        return;
+    if (gsi < 16)
+        pic_set_irq(chip, gsi, level);
+    ioapic_set_pin(chip, gsi ? gsi : 2, level);
+}
+
+/* SDM 11.11: message address and data. */
+void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
+{
+    struct apic_message m = {.destination = (address >> 12) & 0xFF, .vector = (uint8_t)data, .mode = (data >> 8) & 7,
+                             .logical = address & 4, .level = data & 0x8000};
+    if (address >> 20 != 0xFEE)
+        return;
+    if ((address & 8) && m.mode == DELIVER_FIXED)
+        m.mode = DELIVER_LOWEST; /* redirection hint */
+    if (m.mode == DELIVER_SIPI || m.mode == DELIVER_EXTINT)
+        return; /* not for messages */
+    if (m.level && !(data & 0x4000))
+        return; /* de-assert */
+    irqchip_send(chip, &m);
+}
+
+int irqchip_pending(struct irqchip *chip, uint32_t index)
+{
+    struct lapic *l = &chip->lapics[index];
+    if (chip->pic_output && irqchip_accepts_pic(chip, l))
+        return pic_peek(chip);
+    return lapic_pending(l);
+}
+
+int irqchip_acknowledge(struct irqchip *chip, uint32_t index)
+{
+    struct lapic *l = &chip->lapics[index];
+    bool from_pic = irqchip_accepts_pic(chip, l) && (chip->pic_output || !lapic_hw_enabled(l));
+    return from_pic ? pic_acknowledge(chip) : lapic_acknowledge(l);
+}
+
+uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index) { return lapic_tpr(&chip->lapics[index]); }
+
+void irqchip_set_tpr(struct irqchip *chip, uint32_t index, uint8_t tpr) { lapic_set_tpr(&chip->lapics[index], tpr); }
+
+/* ---- accesses ---- */
+bool irqchip_msr_read(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t *value, uint64_t now)
+{
+    return lapic_msr_read(&chip->lapics[index], msr, value, now);
+}
+
+bool irqchip_msr_write(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now)
+{
+    return lapic_msr_write(&chip->lapics[index], msr, value, now, false);
+}
+
+bool irqchip_restore_msr(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now)
+{
+    return lapic_msr_write(&chip->lapics[index], msr, value, now, true);
+}
+
+static bool in_lapic(const struct lapic *l, uint64_t gpa)
+{
+    return lapic_hw_enabled(l) && !(l->base & 1u << 10) && gpa >> 12 == (l->base & 0xFFFFFFFFFF000ull) >> 12;
+}
+
+static bool in_ioapic(uint64_t gpa) { return gpa >= IOAPIC_BASE && gpa < IOAPIC_BASE + 0x100; }
+
+bool irqchip_mmio_read(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8_t size, uint64_t *value, uint64_t now)
+{
+    struct lapic *l = &chip->lapics[index];
+    if (in_lapic(l, gpa))
+        return lapic_mmio_read(l, gpa & 0xFFF, size, value, now);
+    if (!in_ioapic(gpa))
+        return false;
+    uint32_t offset = gpa & 0xFF;
+    *value = (offset & 15) + size <= 8 ? ioapic_read(chip, offset & ~3u) >> (8 * (offset & 3)) : 0;
+    if (size < 4)
+        *value &= (1u << (8 * size)) - 1;
+    return true;
+}
+
+bool irqchip_mmio_write(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8_t size, uint64_t value, uint64_t now)
+{
+    struct lapic *l = &chip->lapics[index];
+    if (in_lapic(l, gpa)) {
+        lapic_mmio_write(l, gpa & 0xFFF, size, value, now);
+        return true;
+    }
+    if (!in_ioapic(gpa))
+        return false;
+    /* The data window takes 32 bits only; the index register also a byte. */
+    if (!(gpa & 3) && (size >= 4 || !(gpa & 0xFF)))
+        ioapic_write(chip, gpa & 0xFF, (uint32_t)value);
+    return true;
+}
+
+static bool is_pic(uint16_t port) { return (port & ~0x81) == 0x20 || (port & ~1) == 0x4D0; }
+static bool is_pit(uint16_t port) { return (port & ~3) == 0x40 || port == 0x61; }
+
+/* Wider accesses reach the byte ports one after the other; a byte that nobody answers reads as ones. */
+bool irqchip_port_read(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t *value, uint64_t now)
+{
+    if (!is_pic(port) && !is_pit(port))
+        return false;
+    *value = 0;
+    for (unsigned i = 0; i < size; i++) {
+        uint16_t p = (uint16_t)(port + i);
+        uint64_t byte = is_pic(p) ? pic_read(chip, p) : is_pit(p) ? pit_read(chip, p, now) : 0xFF;
+        *value |= byte << (8 * i);
+    }
+    return true;
+}
+
+bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t value, uint64_t now)
+{
+    if (!is_pic(port) && !is_pit(port))
+        return false;
+    for (unsigned i = 0; i < size; i++) {
+        uint16_t p = (uint16_t)(port + i);
+        if (is_pic(p))
+            pic_write(chip, p, (uint8_t)(value >> (8 * i)));
+        else if (is_pit(p))
+            pit_write(chip, p, (uint8_t)(value >> (8 * i)), now);
+    }
+    return true;
+}
+
+/* ---- time ---- */
+uint64_t irqchip_next_event(struct irqchip *chip)
+{
+    uint64_t next = pit_next_event(chip);
+    for (uint32_t i = 0; i < chip->vcpus; i++) {
+        uint64_t at = lapic_next_event(&chip->lapics[i]);
+        if (at < next)
+            next = at;
+    }
+    return next;
+}
+
+void irqchip_advance(struct irqchip *chip, uint64_t now)
+{
+    pit_advance(chip, now);
+    for (uint32_t i = 0; i < chip->vcpus; i++)
+        lapic_advance(&chip->lapics[i], now);
+}
+
+/* ---- state ---- */
+void irqchip_get_lapic(struct irqchip *chip, uint32_t index, struct kvm_lapic_state *state, uint64_t now)
+{
+    irqchip_advance(chip, now);
+    lapic_save(&chip->lapics[index], state, now);
+}
+
+void irqchip_set_lapic(struct irqchip *chip, uint32_t index, const struct kvm_lapic_state *state, uint64_t now)
+{
+    lapic_load(&chip->lapics[index], state, now);
+}
+
+int irqchip_get(struct irqchip *chip, struct kvm_irqchip *state)
+{
+    uint32_t id = state->chip_id;
+    memset(&state->chip, 0, sizeof state->chip);
+    if (id == KVM_IRQCHIP_IOAPIC)
+        ioapic_save(chip, &state->chip.ioapic);
+    else if (id <= KVM_IRQCHIP_PIC_SLAVE)
+        state->chip.pic = chip->pics[id];
+    else
+        return -EINVAL;
+    return 0;
+}
+
+int irqchip_set(struct irqchip *chip, const struct kvm_irqchip *state, uint64_t now)
+{
+    (void)now;
+    if (state->chip_id == KVM_IRQCHIP_IOAPIC) {
+        ioapic_load(chip, &state->chip.ioapic);
+        return 0;
+    }
+    return state->chip_id <= KVM_IRQCHIP_PIC_SLAVE ? pic_load(chip, state->chip_id, &state->chip.pic) : -EINVAL;
+}
+
+void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
+{
+    irqchip_advance(chip, now);
+    pit_save(chip, state, now);
+}
+
+void irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, uint64_t now) { pit_load(chip, state, now); }
