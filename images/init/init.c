@@ -3,7 +3,8 @@
  * As /init (of the initramfs): /etc/modules names module files, one a line, loaded in that order. With root=DEVICE on the
  * kernel command line that file system becomes the root and its /sbin/init runs (this program again, or another init);
  * without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the background, the agent is started, and a shell
- * on each active console; when the shell of the last one ends, or the power button is pressed, the machine powers off. */
+ * on each active console; when the shell of the last one ends, or the power button is pressed, the machine powers off.
+ * Not as process 1 it is the agent; with the arguments `serve N`, the agent for the one connection on descriptor N. */
 #include "sys.h"
 
 enum { MS_RDONLY = 1, MS_NOSUID = 2, MS_NODEV = 4, MS_REMOUNT = 32, MS_MOVE = 8192, MS_BIND = 4096 };
@@ -246,6 +247,11 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
             environment[count++] = *given;
     }
     guest_environment = environment;
+    if (stack[0] == 3 && text_equal(arguments[1], "serve")) {
+        int link = 0;
+        for (const char *digit = arguments[2]; *digit; digit++) link = link * 10 + *digit - '0';
+        serve(link);
+    }
     if (SYS(__NR_getpid, 0) != 1) agent();
     if (text_equal(arguments[0], "/init")) {
         mount_at("devtmpfs", "/dev", "");

@@ -67,5 +67,6 @@ static inline void signal_mask(uint64_t mask) { SYS(__NR_rt_sigprocmask, SIG_SET
 
 void *memcpy(void *to, const void *from, size_t n);
 void agent(void) __attribute__((noreturn));
+void serve(int link) __attribute__((noreturn));
 extern char **guest_environment;
 #endif
