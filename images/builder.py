@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import stat
 import subprocess
+import tarfile
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,6 +146,8 @@ def remove(name: str) -> bool:
 
 def _key(recipe: dict[str, Any], wanted: list[packages.Package]) -> str:
     inputs = [FORMAT, recipe, [package.sha256 for package in wanted], hashlib.sha256(guest_init()).hexdigest()]
+    if recipe["kind"] == "debian":
+        inputs.append(packages.archive_state())
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -215,6 +220,65 @@ def _busybox(recipe: dict[str, Any], kernel: _Kernel, debs: list[Path], made: Pa
     tree.ext4(made / "root.img", recipe["root"]["size_mib"], hostname, work)
 
 
+def _debian(recipe: dict[str, Any], kernel: _Kernel, debs: list[Path], made: Path, work: Path) -> None:
+    """An initramfs that only finds the root, and a root disk that mmdebstrap fills."""
+    (made / "initrd").write_bytes(_initramfs(kernel).cpio())
+    root = recipe["root"]
+    archive = work / "root.tar"
+    command = [packages.tool("mmdebstrap", "mmdebstrap"), "--quiet", "--variant=minbase", "--format=tar"]
+    command += ["--include", ",".join(root["include"]), '--aptopt=Acquire::Languages "none"']
+    command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1", "LC_ALL": "C"}
+    done = subprocess.run(
+        [*command, root["suite"], str(archive)], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or ["no message"]
+        raise ImageError(f"mmdebstrap failed: {lines[0]}")
+    tree = Tree()
+    with tarfile.open(archive) as file:
+        tree.add_tar(file)
+    archive.unlink()
+    for path in [path for path in tree.nodes if path.startswith("dev/")]:
+        del tree.nodes[path]
+    hostname = root.get("hostname", "debian")
+    for path, data in kernel.modules.items():
+        tree.file(f"usr/lib/modules/{kernel.version}/{path}", data)
+    tree.file("usr/sbin/loopvisor-agent", guest_init(), 0o755)
+    for path, text in _DEBIAN.items():
+        tree.file(path, text.format(hostname=hostname).encode(), 0o600 if path == "etc/shadow" else 0o644)
+    for unit, target in (
+        ("loopvisor-agent.service", "multi-user.target.wants"),
+        ("systemd-networkd.service", "multi-user.target.wants"),
+    ):
+        source = "etc" if unit.startswith("loopvisor") else "lib"
+        tree.link(f"etc/systemd/system/{target}/{unit}", f"/{source}/systemd/system/{unit}")
+    # Every machine has an identity and keys of its own, made at its first start.
+    tree.file("etc/machine-id", b"")
+    for path in [path for path in tree.nodes if path.startswith("etc/ssh/ssh_host_")]:
+        del tree.nodes[path]
+    shadow = tree.nodes["etc/shadow"].data.decode()
+    tree.file("etc/shadow", re.sub(r"(?m)^root:[^:]*:", "root::", shadow).encode(), 0o640)
+    tree.ext4(made / "root.img", root["size_mib"], hostname, work)
+
+
+_DEBIAN = {
+    "etc/hostname": "{hostname}\n",
+    "etc/hosts": "127.0.0.1 localhost {hostname}\n::1 localhost\n",
+    "etc/fstab": "/dev/vda / ext4 defaults 0 1\n",
+    "etc/resolv.conf": "",
+    "etc/systemd/network/80-dhcp.network": "[Match]\nName=e*\n\n[Network]\nDHCP=yes\n",
+    "etc/systemd/system/loopvisor-agent.service": (
+        "[Unit]\nDescription=Guest agent\n\n[Service]\nExecStart=/usr/sbin/loopvisor-agent\nRestart=on-failure\n\n"
+        "[Install]\nWantedBy=multi-user.target\n"
+    ),
+    "etc/systemd/system/ssh-keys.service": (
+        "[Unit]\nDescription=SSH host keys\nBefore=ssh.service\n\n[Service]\nType=oneshot\nExecStart=ssh-keygen -A\n"
+    ),
+    "etc/systemd/system/ssh.service.d/keys.conf": "[Unit]\nRequires=ssh-keys.service\nAfter=ssh-keys.service\n",
+}
+
+
 def _applets(tree: Tree, work: Path) -> list[str]:
     """Where busybox wants its links; asked of the binary itself (it runs on any x86-64 Linux)."""
     binary = work / "busybox"
@@ -254,4 +318,7 @@ _ETC = {
     "etc/resolv.conf": "",
 }
 
-_BUILDERS: dict[str, Callable[[dict[str, Any], _Kernel, list[Path], Path, Path], None]] = {"busybox": _busybox}
+_BUILDERS: dict[str, Callable[[dict[str, Any], _Kernel, list[Path], Path, Path], None]] = {
+    "busybox": _busybox,
+    "debian": _debian,
+}

@@ -6,6 +6,7 @@ enters the cache and again when it is read from there.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import lzma
 import os
@@ -112,6 +113,12 @@ def contents(deb: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         for member in archive:
             body = archive.extractfile(member) if member.isreg() else None
             yield member, body.read() if body else b""
+
+
+def archive_state() -> str:
+    """A hash of what apt knows of its archives now: it changes when any package there may have changed."""
+    names = sorted(Path("/var/lib/apt/lists").glob("*InRelease"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()
 
 
 def tool(name: str, package: str) -> str:

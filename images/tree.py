@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import tarfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +19,17 @@ from images.errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One entry: `mode` with type bits; `data` is a file's content or a symbolic link's target."""
+    """One entry: `mode` with type bits; `data`, a file's content or a symbolic link's target; `owner`, (uid, gid)."""
 
     mode: int
     data: bytes = b""
     device: tuple[int, int] = (0, 0)
+    owner: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True)
 class Tree:
-    """Paths (without a leading slash) and their entries; parents are made as needed; all owned by root."""
+    """Paths (without a leading slash) and their entries; parents are made as needed, owned by root."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
 
@@ -47,6 +49,23 @@ class Tree:
         self._parents(path)
         self.nodes[path] = Node(stat.S_IFCHR | mode, b"", (major, minor))
 
+    def add_tar(self, archive: tarfile.TarFile) -> None:
+        """Everything in a tar file but device nodes; a hard link becomes a copy."""
+        for member in archive:
+            path = member.name.removeprefix("./").rstrip("/")
+            if not path or path == ".":
+                continue
+            mode, owner = stat.S_IMODE(member.mode), (member.uid, member.gid)
+            if member.isdir():
+                self.nodes[path] = Node(stat.S_IFDIR | mode, owner=owner)
+            elif member.issym():
+                self.nodes[path] = Node(stat.S_IFLNK | 0o777, member.linkname.encode(), owner=owner)
+            elif member.islnk():
+                self.nodes[path] = self.nodes[member.linkname.removeprefix("./")]
+            elif member.isreg():
+                body = archive.extractfile(member)
+                self.nodes[path] = Node(stat.S_IFREG | mode, body.read() if body else b"", owner=owner)
+
     def _parents(self, path: str) -> None:
         parent = os.path.dirname(path)
         if parent and parent not in self.nodes:
@@ -54,7 +73,7 @@ class Tree:
             self.nodes[parent] = Node(stat.S_IFDIR | 0o755)
 
     def cpio(self) -> bytes:
-        """The tree as a newc archive: sorted, owner root, time 0."""
+        """The tree as a newc archive: sorted, owned by root, time 0."""
         parts: list[bytes] = []
         for number, path in enumerate(sorted(self.nodes), 1):
             node = self.nodes[path]
@@ -84,7 +103,9 @@ class Tree:
                 raise ImageError(f"no {path} in an ext4 image: only files, directories and links", "config")
             if not stat.S_ISLNK(node.mode):
                 target.chmod(stat.S_IMODE(node.mode))
-            fixes += [f'set_inode_field "/{path}" {name} 0' for name in ("uid", "gid", "mtime", "atime", "ctime")]
+            owners = zip(("uid", "gid"), node.owner, strict=True)
+            fixes += [f'set_inode_field "/{path}" {name} {value}' for name, value in owners]
+            fixes += [f'set_inode_field "/{path}" {name} 0' for name in ("mtime", "atime", "ctime")]
         fixes += [f"set_inode_field / {name} 0" for name in ("uid", "gid", "mtime", "atime", "ctime")]
         identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"loopvisor:{label}"))
         environment = {**os.environ, "E2FSPROGS_FAKE_TIME": "1", "SOURCE_DATE_EPOCH": "1"}
