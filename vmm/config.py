@@ -253,6 +253,10 @@ class Disk(_Checked):
     id: str = ""
     format: Literal["auto", "raw", "qcow2"] = "auto"
     transport: Literal["pci", "mmio"] = "pci"
+    snapshot: bool = False
+    """Writes go to a private copy that vanishes with the machine; the file itself is only read."""
+    cache: Literal["writeback", "writethrough", "none"] = "writeback"
+    """writethrough: every write is durable before it completes; none: past the host's page cache (O_DIRECT)."""
 
     _where = "disk"
     _converters = {
@@ -261,12 +265,19 @@ class Disk(_Checked):
         "id": _name,
         "format": _choice(Literal["auto", "raw", "qcow2"]),
         "transport": _choice(Literal["pci", "mmio"]),
+        "snapshot": _boolean,
+        "cache": _choice(Literal["writeback", "writethrough", "none"]),
     }
+
+    def _check(self) -> None:
+        if self.snapshot and self.readonly:
+            raise ConfigError("disk: ro and snapshot exclude each other; give one of them")
 
     @classmethod
     def parse(cls, text: str) -> Disk:
-        """FILE[,ro][,id=NAME][,format=raw|qcow2][,transport=pci|mmio]"""
-        path, values = _split("disk", text, {"ro": ("readonly", True), "rw": ("readonly", False)})
+        """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,transport=pci|mmio]"""
+        flags = {"ro": ("readonly", True), "rw": ("readonly", False), "snapshot": ("snapshot", True)}
+        path, values = _split("disk", text, flags)
         return _from_mapping(cls, "disk", {"path": path, **values})
 
 
@@ -279,6 +290,8 @@ class Net(_Checked):
     mac: str | None = None
     id: str = ""
     transport: Literal["pci", "mmio"] = "pci"
+    pcap: Path | None = None
+    """Every frame is written there, in pcap format."""
 
     _where = "net"
     _converters = {
@@ -287,6 +300,7 @@ class Net(_Checked):
         "mac": _optional(_mac),
         "id": _name,
         "transport": _choice(Literal["pci", "mmio"]),
+        "pcap": _optional(_path),
     }
 
     def _check(self) -> None:
@@ -299,7 +313,7 @@ class Net(_Checked):
 
     @classmethod
     def parse(cls, text: str) -> Net:
-        """user | tap=NAME | unix=PATH, then [,mac=…][,id=NAME][,transport=pci|mmio]"""
+        """user | tap=NAME | unix=PATH, then [,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE]"""
         first, values = _split("net", text, {})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:
@@ -338,6 +352,25 @@ class Console(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Port(_Checked):
+    """A named port of the virtio console, as a UNIX socket of the host."""
+
+    name: str
+    path: Path
+
+    _where = "port"
+    _converters = {"name": _name, "path": _path}
+
+    @classmethod
+    def parse(cls, text: str) -> Port:
+        """NAME=PATH"""
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"port: {text!r} is not understood; write NAME=PATH")
+        return cls(name=name, path=Path(path))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 
@@ -355,6 +388,16 @@ class Config(_Checked):
     disks: tuple[Disk, ...] = ()
     nets: tuple[Net, ...] = ()
     console: Console = Console()
+    hvc: bool = False
+    """A virtio console (hvc0) beside the serial port; its output joins the machine's console."""
+    ports: tuple[Port, ...] = ()
+    vsock: Path | None = None
+    """Base of the vsock sockets: the host connects to it and writes "CONNECT port"; the guest's connections to the host
+    arrive at PATH_PORT. None: no such sockets (an agent's vsock device is there all the same)."""
+    agent: bool = False
+    """The guest runs our agent; VirtualMachine.exec reaches it over vsock."""
+    rng: bool = True
+    """A virtio entropy device."""
     timeout: float | None = None
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
@@ -379,6 +422,11 @@ class Config(_Checked):
         "disks": _parts(Disk),
         "nets": _parts(Net),
         "console": _part(Console),
+        "hvc": _boolean,
+        "ports": _parts(Port),
+        "vsock": _optional(_path),
+        "agent": _boolean,
+        "rng": _boolean,
         "timeout": _optional(_seconds),
         "clock": _choice(ClockKind),
         "seed": _optional(_integer(0, (1 << 64) - 1)),
@@ -462,7 +510,7 @@ class Config(_Checked):
             )
 
     def _files(self) -> list[tuple[str, Path, bool]]:
-        found: list[tuple[str, Path, bool]] = [("disk", disk.path, not disk.readonly) for disk in self.disks]
+        found = [("disk", disk.path, not (disk.readonly or disk.snapshot)) for disk in self.disks]
         if self.kernel is not None:
             found.append(("kernel", self.kernel, False))
         if self.initrd is not None:
@@ -481,7 +529,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-_PATH_KEYS = frozenset({"kernel", "initrd", "path", "log"})
+_PATH_KEYS = frozenset({"kernel", "initrd", "path", "log", "pcap", "vsock"})
 
 
 def _relative_to(values: Any, folder: Path) -> Any:
