@@ -384,6 +384,8 @@ class Config(_Checked):
     initrd: Path | None = None
     cmdline: str | None = None
     """None: the default for this kernel and core."""
+    append: str = ""
+    """Added to the command line, whether that is the default or given."""
     flat: FlatImage | None = None
     disks: tuple[Disk, ...] = ()
     nets: tuple[Net, ...] = ()
@@ -418,6 +420,7 @@ class Config(_Checked):
         "kernel": _optional(_path),
         "initrd": _optional(_path),
         "cmdline": _optional(_text),
+        "append": _text,
         "flat": _optional(_part(FlatImage)),
         "disks": _parts(Disk),
         "nets": _parts(Net),
@@ -436,8 +439,9 @@ class Config(_Checked):
     }
 
     def _check(self) -> None:
-        if self.cmdline is not None and len(self.cmdline.encode()) > MAX_CMDLINE:
-            raise ConfigError(f"cmdline: {len(self.cmdline.encode())} bytes; a kernel takes {MAX_CMDLINE} at most")
+        length = len(f"{self.cmdline or ''} {self.append}".encode())
+        if length > MAX_CMDLINE:
+            raise ConfigError(f"cmdline: {length} bytes; a kernel takes {MAX_CMDLINE} at most")
         if self.flat is not None and self.kernel is not None:
             raise ConfigError("flat and kernel exclude each other; give one of them")
         if self.kernel is None and self.initrd is not None:
