@@ -1,0 +1,94 @@
+"""Loaders: put a kernel into guest memory and say how the first vCPU enters it.
+
+`load()` finds out what a file is: bzImage (its payload unpacked on the host), ELF by PVH, multiboot or the 64-bit
+Linux protocol. `load_flat()` takes raw bytes. Both return a BootState. Nothing here knows devices or cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from vmm.boot import elf, linux, multiboot
+from vmm.boot.cmdline import default_cmdline
+from vmm.boot.flat import load_flat, place_flat
+from vmm.boot.linux import Request
+from vmm.boot.pvh import load_pvh
+from vmm.boot.state import BootState, LoadMemory
+from vmm.boot.unpack import UnpackError, compression, read_file, unpack_cached
+from vmm.errors import ConfigError
+from vmm.layout import Layout
+
+__all__ = ["BootState", "LoadMemory", "Protocol", "default_cmdline", "identify", "load", "load_flat", "place_flat"]
+
+Protocol = Literal["auto", "linux64", "pvh", "multiboot", "bzimage"]
+"""How to enter: found out, or forced. 'bzimage' runs the image's own decompressor."""
+
+
+def identify(path: Path) -> str:
+    """'bzimage', 'pvh', 'vmlinux', 'multiboot', or 'unknown'. Raises ConfigError if it cannot be read."""
+    return _identify(read_file(path), str(path))
+
+
+def _identify(data: memoryview, name: str) -> str:
+    if linux.is_bzimage(data):
+        return "bzimage"
+    found = multiboot.find(data)
+    if elf.is_elf(data):
+        image = elf.parse(data, name)
+        if image.pvh_entry is not None:
+            return "pvh"
+        if found is None and image.bits == 64:
+            return "vmlinux"
+    return "multiboot" if found is not None else "unknown"
+
+
+def load(
+    memory: LoadMemory, kernel: Path, *, initrd: Path | None = None, cmdline: str = "", rsdp: int | None = None,
+    protocol: Protocol = "auto", cache: Path | None = None,
+) -> BootState:
+    """Load `kernel` (and `initrd`) into fresh, zeroed memory.
+
+    `rsdp`: guest-physical address of the ACPI root pointer, None without ACPI. `cache`: folder of unpacked kernels,
+    None for the user's. Raises ConfigError, one line with the cure.
+    """
+    data = read_file(kernel)
+    name = str(kernel)
+    request = Request(
+        cmdline=cmdline, initrd=None if initrd is None else read_file(initrd), initrd_name=str(initrd), rsdp=rsdp,
+        e820=Layout(memory.size).e820(),
+    )
+    kind = _identify(data, name)
+    match protocol, kind:
+        case "multiboot", _:
+            return multiboot.load_multiboot(memory, data, request, name)
+        case "pvh", "bzimage":
+            return load_pvh(memory, _unpacked(data, name, cache), request)
+        case "pvh", _:
+            return load_pvh(memory, elf.parse(data, name), request)
+        case ("auto" | "linux64" | "bzimage"), "bzimage":
+            image = linux.parse(data, name)
+            return linux.load_bzimage(memory, image, request, unpacked=protocol != "bzimage", cache=cache)
+        case "auto", "pvh":
+            return load_pvh(memory, elf.parse(data, name), request)
+        case "auto", "multiboot":
+            return multiboot.load_multiboot(memory, data, request, name)
+        case ("auto", "vmlinux") | ("linux64", "vmlinux" | "pvh"):
+            image64 = elf.parse(data, name)
+            return linux.load_vmlinux(memory, image64, linux.synthesized_header(), request)
+        case _:
+            raise ConfigError(
+                f"{name}: not a kernel that can be booted{'' if protocol == 'auto' else ' by ' + protocol}: neither "
+                f"bzImage nor x86 ELF nor multiboot; for raw code use a flat image"
+            )
+
+
+def _unpacked(data: memoryview, name: str, cache: Path | None) -> elf.Elf:
+    image = linux.parse(data, name)
+    payload = image.payload
+    if compression(payload) is None:
+        raise ConfigError(f"{name}: its payload cannot be unpacked, so that there is no PVH entry")
+    try:
+        return elf.parse(unpack_cached(payload, cache=cache), name)
+    except UnpackError as error:
+        raise ConfigError(f"{name}: {error}") from error

@@ -1,0 +1,259 @@
+"""Loaders: what stands in memory and in the registers afterwards, by the boot protocols' own documents."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import struct
+from pathlib import Path
+
+import lz4.block
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.ram import Ram
+from vmm import boot, layout
+from vmm.boot import elf, linux, multiboot, pvh, unpack
+from vmm.errors import ConfigError
+
+MIB = 1 << 20
+
+
+def elf64(entry: int, paddr: int, code: bytes, *, note: int | None = None, memsz: int | None = None) -> bytes:
+    """An x86-64 ELF executable with one segment, and a PVH note if `note` is its entry."""
+    body = code
+    notes = b"" if note is None else struct.pack("<III4sI", 4, 4, 18, b"Xen\0", note)
+    count = 1 if note is None else 2
+    offset = 64 + 56 * count
+    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, entry, 64, 0, 0, 64, 56, count, 0, 0, 0
+    )
+    size = len(code) if memsz is None else memsz
+    programs = struct.pack("<IIQQQQQQ", 1, 5, offset, 0xFFFF_FFFF_8000_0000 + paddr, paddr, len(code), size, 4096)
+    if note is not None:
+        programs += struct.pack("<IIQQQQQQ", 4, 4, offset + len(code), 0, 0, len(notes), len(notes), 4)
+    return header + programs + body + notes
+
+
+def bzimage(payload: bytes, *, pref: int = 0x100_0000, xload: int = 1, version: int = 0x20F) -> bytes:
+    header = dict(linux.SETUP_HEADER.parse(bytes(linux.SETUP_HEADER.sizeof())))
+    header.update(
+        setup_sects=1, boot_flag=0xAA55, header=b"HdrS", version=version, loadflags=1, code32_start=0x10_0000,
+        initrd_addr_max=0x7FFF_FFFF, kernel_alignment=0x20_0000, relocatable_kernel=1, xloadflags=xload,
+        cmdline_size=2047, payload_offset=0x400, payload_length=len(payload), pref_address=pref, init_size=0x40_0000,
+    )
+    setup = bytearray(1024)
+    raw = linux.SETUP_HEADER.build(header)
+    setup[0x1F1 : 0x1F1 + len(raw)] = raw
+    return bytes(setup) + bytes(0x400) + payload
+
+
+def with_size(packed: bytes, data: bytes) -> bytes:
+    return packed + struct.pack("<I", len(data))
+
+
+def lz4_legacy(data: bytes) -> bytes:
+    out = b"\x02\x21\x4c\x18"
+    for at in range(0, len(data), 8 << 20):
+        block = lz4.block.compress(data[at : at + (8 << 20)], store_size=False)
+        out += struct.pack("<I", len(block)) + block
+    return out
+
+
+PACKERS = {
+    "gzip": gzip.compress,
+    "bzip2": lambda data: with_size(bz2.compress(data), data),
+    "lzma": lambda data: with_size(lzma.compress(data, format=lzma.FORMAT_ALONE), data),
+    "xz": lambda data: with_size(
+        lzma.compress(data, check=lzma.CHECK_CRC32, filters=[{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2}]), data
+    ),
+    "lz4": lambda data: with_size(lz4_legacy(data), data),
+    "zstd": lambda data: with_size(zstandard.compress(data), data),
+    "none": lambda data: data,
+}
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_payload_of_each_compression_unpacks(kind: str) -> None:
+    data = elf64(0x100_0000, 0x100_0000, bytes(range(256)) * 64)
+    packed = PACKERS[kind](data)
+    assert unpack.compression(packed) == kind
+    assert unpack.unpack(packed) == data
+
+
+def test_lzo_unpacks_or_says_what_is_missing() -> None:
+    block = b"\x7fELF" + bytes(40)
+    header = b"\x89LZO\0\r\n\x1a\n" + struct.pack(">HHHBBIIIIB", 0x1030, 0x2080, 0x0940, 1, 5, 0, 0, 0, 0, 0) + bytes(4)
+    stored = header + struct.pack(">II", len(block), len(block)) + block + bytes(4)
+    try:
+        import lzo  # noqa: F401
+    except ImportError:
+        with pytest.raises(unpack.UnpackError, match="python-lzo"):
+            unpack.unpack(stored)
+    else:
+        assert unpack.unpack(stored) == block
+
+
+def test_unpacked_kernel_is_cached_by_content(tmp_path: Path) -> None:
+    data = elf64(0x100_0000, 0x100_0000, b"\xf4" * 100)
+    packed = gzip.compress(data)
+    assert bytes(unpack.unpack_cached(packed, cache=tmp_path)) == data
+    (entry,) = tmp_path.iterdir()
+    entry.write_bytes(b"taken from the cache")
+    assert bytes(unpack.unpack_cached(packed, cache=tmp_path)) == b"taken from the cache"
+
+
+def test_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    data = elf64(0x100_0000, 0x100_0000, b"\xf4")
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    assert bytes(unpack.unpack_cached(gzip.compress(data), cache=blocked)) == data
+
+
+def test_linux64_zero_page_and_registers(tmp_path: Path) -> None:
+    code = b"\x90" * 5000
+    image = tmp_path / "bzImage"
+    image.write_bytes(bzimage(PACKERS["lz4"](elf64(0x100_0000, 0x100_0000, code, memsz=0x30_0000))))
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"cpio" * 3000)
+    memory = Ram(64 * MIB)
+    state = boot.load(memory, image, initrd=initrd, cmdline="console=ttyS0 a=b", rsdp=0xE_0000, cache=tmp_path / "c")
+
+    assert state.protocol == "linux64"
+    assert state.registers.rip == 0x100_0000 and state.registers.rflags == 2
+    assert memory.read(0x100_0000, len(code)) == code
+    page = linux.ZERO_PAGE.parse(memory.read(state.registers.rsi, 4096))
+    assert page.acpi_rsdp_addr == 0xE_0000
+    assert page.header.type_of_loader == 0xFF and page.header.header == b"HdrS"
+    assert memory.text(page.header.cmd_line_ptr) == "console=ttyS0 a=b"
+    assert memory.read(page.header.ramdisk_image, page.header.ramdisk_size) == b"cpio" * 3000
+    assert page.header.ramdisk_image % 4096 == 0
+    assert page.header.ramdisk_image + page.header.ramdisk_size <= 64 * MIB
+    entries = [(item.start, item.size, item.type) for item in page.e820_table[: page.e820_entries]]
+    assert entries == [(item.start, item.size, item.type) for item in layout.Layout(64 * MIB).e820()]
+
+    # "64-bit Boot Protocol": __BOOT_CS(0x10) execute/read, __BOOT_DS(0x18) read/write, paging on, identity mapped.
+    system = state.system_registers
+    assert (system.cs.selector, system.cs.l, system.ds.selector, system.ss.selector) == (0x10, 1, 0x18, 0x18)
+    assert system.cr0 & 0x8000_0001 == 0x8000_0001 and system.cr4 & 0x20 and system.efer == 0x500
+    (gdt_code,) = struct.unpack("<Q", memory.read(system.gdt[0] + 0x10, 8))
+    assert gdt_code == 0x00AF_9B00_0000_FFFF
+    (pml4,) = struct.unpack("<Q", memory.read(system.cr3, 8))
+    (pdpt,) = struct.unpack("<Q", memory.read((pml4 & ~0xFFF) + 8 * 3, 8))
+    (page_entry,) = struct.unpack("<Q", memory.read((pdpt & ~0xFFF) + 8 * 511, 8))
+    assert page_entry == 0xFFE0_0083
+
+
+def test_pvh_start_info(tmp_path: Path) -> None:
+    image = tmp_path / "guest"
+    image.write_bytes(elf64(0x10_0000, 0x10_0000, b"\xf4" * 64, note=0x10_0010))
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"x" * 5000)
+    memory = Ram(32 * MIB)
+    state = boot.load(memory, image, initrd=initrd, cmdline="10", rsdp=0xE_0000)
+    assert state.protocol == "pvh" and state.registers.rip == 0x10_0010
+    info = pvh.START_INFO.parse(memory.read(state.registers.rbx, pvh.START_INFO.sizeof()))
+    assert (info.magic, info.version, info.nr_modules, info.rsdp_paddr) == (0x336E_C578, 1, 1, 0xE_0000)
+    assert memory.text(info.cmdline_paddr) == "10"
+    module = pvh.MODULE.parse(memory.read(info.modlist_paddr, pvh.MODULE.sizeof()))
+    assert memory.read(module.paddr, module.size) == b"x" * 5000
+    assert info.memmap_entries == len(layout.Layout(32 * MIB).e820())
+    system = state.system_registers
+    assert system.cr0 & 0x8000_0001 == 1 and system.cs.db == 1 and system.efer == 0
+
+
+def test_multiboot_elf_and_addresses(tmp_path: Path) -> None:
+    flags = 0x3 | multiboot.ADDRESSES
+    load_at = 0x20_0000
+    header = struct.pack("<III5I", multiboot.MAGIC, flags, -(multiboot.MAGIC + flags) & 0xFFFF_FFFF, load_at, load_at,
+                         0, load_at + 0x8000, load_at + 32)
+    kernel = header + b"\xf4" * 100
+    path = tmp_path / "kernel"
+    path.write_bytes(kernel)
+    memory = Ram(32 * MIB)
+    state = boot.load(memory, path, cmdline="hello", rsdp=None)
+    assert state.protocol == "multiboot" and state.registers.rip == load_at + 32
+    assert state.registers.rax == 0x2BAD_B002
+    assert memory.read(load_at, len(kernel)) == kernel
+    info = multiboot.INFO.parse(memory.read(state.registers.rbx, multiboot.INFO.sizeof()))
+    assert info.flags & 0b1000101 == 0b1000101 and info.mem_upper == 31 * 1024
+    assert memory.text(info.cmdline) == "hello"
+    first = multiboot.MEMORY_MAP.parse(memory.read(info.mmap_addr, 24))
+    assert (first.size, first.address, first.type) == (20, 0, 1)
+
+
+def test_image_with_unknown_payload_is_entered_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "memtest"
+    path.write_bytes(bzimage(b"not packed at all"))
+    memory = Ram(32 * MIB)
+    state = boot.load(memory, path)
+    assert (state.protocol, state.registers.rip) == ("linux64", 0x100_0200)
+    path.write_bytes(bzimage(b"not packed at all", xload=0))
+    state = boot.load(Ram(32 * MIB), path)
+    assert (state.protocol, state.registers.rip) == ("linux32", 0x100_0000)
+
+
+@pytest.mark.parametrize("mode", ["real", "protected", "long"])
+def test_flat_image(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "flat"
+    path.write_bytes(b"\xeb\xfe" + bytes(510))
+    memory = Ram(8 * MIB)
+    at = 0x7C00 if mode == "real" else 0x10_0000
+    state = boot.load_flat(memory, path, load=at, mode=mode)  # type: ignore[arg-type]
+    assert memory.read(at, 2) == b"\xeb\xfe"
+    system = state.system_registers
+    assert system.cs.base + state.registers.rip == at
+    assert {"real": 0, "protected": 1, "long": 0x8000_0001}[mode] == system.cr0 & 0x8000_0001
+
+
+def test_mistakes_name_file_and_cure(tmp_path: Path) -> None:
+    path = tmp_path / "kernel"
+    with pytest.raises(ConfigError, match="no such file"):
+        boot.load(Ram(32 * MIB), path)
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="empty"):
+        boot.load(Ram(32 * MIB), path)
+    path.write_bytes(b"#!/bin/sh\n" * 200)
+    with pytest.raises(ConfigError, match="not a kernel"):
+        boot.load(Ram(32 * MIB), path)
+    path.write_bytes(bzimage(gzip.compress(elf64(0x100_0000, 0x100_0000, b"\xf4", memsz=0x400_0000))))
+    with pytest.raises(ConfigError, match="give it 80M or more"):
+        boot.load(Ram(32 * MIB), path, cache=tmp_path / "c")
+    path.write_bytes(bzimage(gzip.compress(bytes(100000))[:50]))
+    with pytest.raises(ConfigError, match="gzip payload"):
+        boot.load(Ram(32 * MIB), path, cache=tmp_path / "c")
+    path.write_bytes(elf64(0x10_0000, 0x10_0000, b"\xf4", note=0x10_0000))
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(bytes(31 * MIB))
+    with pytest.raises(ConfigError, match="give the machine"):
+        boot.load(Ram(32 * MIB), path, initrd=initrd)
+    with pytest.raises(ConfigError, match="cmdline"):
+        boot.load(Ram(32 * MIB), path, cmdline="x" * 70000)
+
+
+@pytest.mark.parametrize("size", [2 * MIB, 32 * MIB, 128 * MIB, 3 << 30, 4 << 30, 6 << 30, 64 << 30])
+def test_e820_covers_ram_once_and_leaves_the_hole(size: int) -> None:
+    entries = layout.Layout(size).e820()
+    assert all(one.end <= two.start for one, two in zip(entries, entries[1:], strict=False))
+    ram = [item for item in entries if item.type is layout.E820Type.RAM]
+    assert sum(item.size for item in ram) == size - (MIB - layout.EBDA.start)
+    assert not any(item.start < 1 << 32 and item.end > layout.PCI_HOLE for item in ram)
+    assert layout.Layout(size).mmio64.start >= layout.Layout(size).high_end
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_elf_raises_only_config_error(data: st.DataObject) -> None:
+    raw = bytearray(elf64(0x10_0000, 0x10_0000, b"\xf4" * 64, note=0x10_0010))
+    for _ in range(data.draw(st.integers(1, 6))):
+        raw[data.draw(st.integers(4, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    del raw[data.draw(st.integers(4, len(raw))) :]
+    memory = Ram(4 * MIB)
+    try:
+        image = elf.parse(bytes(raw), "file")
+        pvh.load_pvh(memory, image, linux.Request(e820=layout.Layout(4 * MIB).e820()))
+    except ConfigError:
+        pass

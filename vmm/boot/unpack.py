@@ -1,0 +1,202 @@
+"""Unpacking a kernel's compressed payload on the host, with a cache by content.
+
+The formats that Linux's build can write (Documentation/arch/x86/boot.rst, `payload_offset`): gzip, bzip2, lzma, xz,
+lzo, lz4 (legacy frames), zstd, or none. A payload is followed by its unpacked size in 4 bytes, which every decoder
+here ignores as trailing data. The cache holds unpacked ELF files named by the SHA-256 of the payload.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import hashlib
+import importlib
+import lzma
+import mmap
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lz4.block
+import zstandard
+
+from vmm.errors import ConfigError, os_reason
+
+MAX_UNPACKED = 1 << 30
+"""Bytes; a larger result is refused."""
+_LZ4_BLOCK = 8 << 20
+_LZO_MAGIC = b"\x89LZO\0\r\n\x1a\n"
+
+MAGICS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\x5d\0\0", "lzma"),
+    (b"\xfd7zXZ\0", "xz"),
+    (_LZO_MAGIC, "lzo"),
+    (b"\x02\x21\x4c\x18", "lz4"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x7fELF", "none"),
+)
+
+
+class UnpackError(Exception):
+    """The payload is not what its magic says, or too large. One sentence."""
+
+
+def compression(payload: bytes | memoryview) -> str | None:
+    """The name of the compression by magic number, 'none' for a plain ELF file, None if unknown."""
+    head = bytes(payload[:16])
+    return next((name for magic, name in MAGICS if head.startswith(magic)), None)
+
+
+def _bounded(decoder: Any, payload: bytes | memoryview) -> bytes:
+    """Drive a zlib-, bz2- or lzma-like decompressor object with a bound on its output."""
+    data: bytes = decoder.decompress(payload, MAX_UNPACKED)
+    if not decoder.eof:
+        raise UnpackError("it ends early, or unpacks to more than 1 GiB")
+    return data
+
+
+def _lz4(payload: memoryview) -> bytes:
+    """The legacy frame format: magic, then blocks of up to 8 MiB, each after its packed size (4 bytes)."""
+    at, blocks, total = 4, [], 0
+    while at + 4 <= len(payload):
+        size = int.from_bytes(payload[at : at + 4], "little")
+        if payload[at : at + 4] == payload[:4]:
+            at += 4  # concatenated frames
+            continue
+        if size == 0 or at + 4 + size > len(payload):
+            break  # the size that Linux's build appends
+        block = lz4.block.decompress(payload[at + 4 : at + 4 + size], uncompressed_size=_LZ4_BLOCK)
+        total += len(block)
+        if total > MAX_UNPACKED:
+            raise UnpackError("it unpacks to more than 1 GiB")
+        blocks.append(block)
+        at += 4 + size
+    if not blocks:
+        raise UnpackError("it holds no block")
+    return b"".join(blocks)
+
+
+def _lzo(payload: memoryview) -> bytes:
+    """The lzop file format: a header of big-endian fields, then blocks of (unpacked, packed size, checksums, data)."""
+    try:
+        lzo = importlib.import_module("lzo")
+    except ImportError as error:
+        raise UnpackError("lzo needs the package python-lzo; install it with pip") from error
+
+    def word(at: int, size: int = 4) -> int:
+        if at + size > len(payload):
+            raise UnpackError("it ends early")
+        return int.from_bytes(payload[at : at + size], "big")
+
+    at = len(_LZO_MAGIC)
+    new = word(at, 2) >= 0x0940
+    at += 4 + (2 if new else 0) + 1 + (1 if new else 0)
+    flags = word(at)
+    at += 4 + (4 if flags & 0x800 else 0) + 8 + (4 if new else 0)
+    at += 1 + word(at, 1) + 4
+    checksums_unpacked = 4 * (bool(flags & 0x1) + bool(flags & 0x100))
+    checksums_packed = 4 * (bool(flags & 0x2) + bool(flags & 0x200))
+    blocks, total = [], 0
+    while unpacked := word(at):
+        packed = word(at + 4)
+        at += 8 + checksums_unpacked + (checksums_packed if packed < unpacked else 0)
+        total += unpacked
+        if packed > unpacked or at + packed > len(payload) or total > MAX_UNPACKED:
+            raise UnpackError("a block's size is wrong")
+        block = bytes(payload[at : at + packed])
+        blocks.append(lzo.decompress(block, False, unpacked) if packed < unpacked else block)
+        at += packed
+    return b"".join(blocks)
+
+
+def unpack(payload: bytes | memoryview) -> bytes:
+    """The unpacked payload. Raises UnpackError."""
+    view = memoryview(payload)
+    kind = compression(view)
+    try:
+        match kind:
+            case "none":
+                return bytes(view)
+            case "gzip":
+                return _bounded(zlib.decompressobj(31), view)
+            case "bzip2":
+                return _bounded(bz2.BZ2Decompressor(), view)
+            case "lzma":
+                return _bounded(lzma.LZMADecompressor(lzma.FORMAT_ALONE), view)
+            case "xz":
+                return _bounded(lzma.LZMADecompressor(lzma.FORMAT_XZ), view)
+            case "lz4":
+                return _lz4(view)
+            case "lzo":
+                return _lzo(view)
+            case "zstd":
+                return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj().decompress(view)
+    except UnpackError as error:
+        raise UnpackError(f"{kind} payload: {error}") from error
+    except (zlib.error, lzma.LZMAError, lz4.block.LZ4BlockError, zstandard.ZstdError, OSError, EOFError) as error:
+        raise UnpackError(f"{kind} payload: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "lzo":  # lzo.error: the module may be absent
+            raise UnpackError(f"lzo payload: {error}") from error
+        raise
+    raise UnpackError(f"no known compression (it starts with {bytes(view[:4]).hex(' ')})")
+
+
+def cache_directory() -> Path:
+    """Where unpacked kernels are kept: $XDG_CACHE_HOME/loopvisor/kernels, else below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "kernels"
+
+
+def _map(path: Path) -> memoryview | None:
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError):
+        return None
+
+
+def unpack_cached(payload: bytes | memoryview, *, cache: Path | None = None) -> memoryview:
+    """The unpacked payload, from the cache if it is there; else it is unpacked and kept (a cache that cannot be
+    written is no error). Raises UnpackError."""
+    if compression(payload) == "none":
+        return memoryview(payload)
+    folder = cache_directory() if cache is None else cache
+    path = folder / f"{hashlib.sha256(payload).hexdigest()}.elf"
+    found = _map(path)
+    if found is not None:
+        return found
+    data = unpack(payload)
+    with contextlib.suppress(OSError):
+        store(path, data)
+    return memoryview(data)
+
+
+def store(path: Path, data: bytes) -> None:
+    """Write a file so that others see it whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.rename(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def read_file(path: Path) -> memoryview:
+    """A file's bytes, mapped. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ConfigError(f"{path}: the file is empty")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path}: {reason}") from error

@@ -1,0 +1,152 @@
+"""The address map of the machine: where RAM, PCI windows, interrupt controllers, tables and ports stand.
+
+One place for every guest-physical address, I/O port and GSI that two parts must agree on (a device and the ACPI
+table that describes it). Addresses and sizes are bytes. It must not know devices, cores or files.
+
+RAM starts at 0 and is cut by the PCI hole: what does not fit below 3 GiB continues at 4 GiB.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from vmm.errors import ConfigError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """[start, start + size), guest-physical."""
+
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+# The hole below 4 GiB.
+PCI_HOLE = 0xC000_0000
+HIGH_MEMORY = 1 << 32
+MMIO32 = Range(0xC000_0000, 512 * MIB)
+"""Window of 32-bit BARs."""
+ECAM = Range(0xE000_0000, 256 * MIB)
+"""PCI Express enhanced configuration access, buses 0 to 255 (PCI Firmware Specification 4.1)."""
+VIRTIO_MMIO = Range(0xFEB0_0000, 32 * 4096)
+VIRTIO_MMIO_STRIDE = 4096
+IOAPIC = Range(0xFEC0_0000, 4096)
+LAPIC = Range(0xFEE0_0000, 4096)
+MMIO64_ALIGN = 1 << 35
+
+# Ports.
+COM1, COM2 = 0x3F8, 0x2F8
+PCI_IO = Range(0x1000, 0xF000)
+"""Window of I/O BARs."""
+PM_BASE = 0x600
+PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0 = PM_BASE, PM_BASE + 4, PM_BASE + 8, PM_BASE + 0x20
+PM_SIZE = 0x40
+RESET_PORT, RESET_VALUE = 0xCF9, 0x06
+PVPANIC = 0x505
+FW_CFG = 0x510
+
+# GSIs. 0-15 reach both the PIC and the IOAPIC.
+COM1_GSI, COM2_GSI, RTC_GSI, SCI_GSI, KEYBOARD_GSI, MOUSE_GSI = 4, 3, 8, 9, 1, 12
+PCI_INTX_GSIS = (10, 11, 10, 11)
+"""INTA# to INTD# of device 0; each further device rotates by one. Below 16, so that they work in PIC mode too."""
+VIRTIO_MMIO_GSIS = tuple(range(16, 24))
+VIRTIO_MMIO_MAX = VIRTIO_MMIO.size // VIRTIO_MMIO_STRIDE
+
+# RAM below 1 MiB that the loaders and tables use.
+WARM_BOOT_FLAG = 0x472
+"""BIOS data area: 0x1234 before a reset asks for a warm boot."""
+BOOT_GDT, BOOT_IDT = 0x500, 0x5A0
+BOOT_INFO = 0x7000
+"""Linux zero page, hvm_start_info or multiboot information; 8 KiB."""
+BOOT_PAGE_TABLES = 0x9000
+"""PML4, one PDPT, four page directories: 24 KiB."""
+BOOT_STACK = 0x8FF0
+CMDLINE = Range(0x2_0000, 64 * KIB)
+EBDA = Range(0x9_FC00, 1 * KIB)
+LOW_RAM_END = 0xA_0000
+ACPI = Range(0xE_0000, 128 * KIB)
+"""RSDP (on a 16-byte boundary, at the start) and all tables; reserved in the memory map."""
+VM_GENERATION_ID = ACPI.end - 4096
+KERNEL_BASE = 1 * MIB
+
+
+class E820Type(enum.IntEnum):
+    """ACPI 6.4, table 15.374 (address range types)."""
+
+    RAM = 1
+    RESERVED = 2
+    ACPI = 3
+    NVS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class E820Entry:
+    start: int
+    size: int
+    type: E820Type
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The map of one machine with `memory` bytes of RAM."""
+
+    memory: int
+
+    @property
+    def low_end(self) -> int:
+        """First address after the RAM below the PCI hole."""
+        return min(self.memory, PCI_HOLE)
+
+    @property
+    def high_end(self) -> int:
+        """First address after all RAM; HIGH_MEMORY if none stands above 4 GiB."""
+        return HIGH_MEMORY + max(self.memory - PCI_HOLE, 0)
+
+    @property
+    def mmio64(self) -> Range:
+        """Window of 64-bit BARs: 32 GiB, above all RAM."""
+        return Range(-(-self.high_end // MMIO64_ALIGN) * MMIO64_ALIGN, MMIO64_ALIGN)
+
+    @property
+    def ram(self) -> tuple[Range, ...]:
+        low = Range(0, self.low_end)
+        return (low, Range(HIGH_MEMORY, self.memory - PCI_HOLE)) if self.memory > PCI_HOLE else (low,)
+
+    def e820(self) -> list[E820Entry]:
+        """The memory map that firmware would report, by address. Raises ConfigError below 2 MiB of RAM."""
+        if self.memory < 2 * MIB:
+            raise ConfigError(f"memory: {self.memory} bytes is too little for a memory map; give 2M or more")
+        entries = [
+            E820Entry(0, EBDA.start, E820Type.RAM),
+            E820Entry(EBDA.start, EBDA.size, E820Type.RESERVED),
+            E820Entry(ACPI.start, ACPI.size, E820Type.RESERVED),
+            E820Entry(MIB, self.low_end - MIB, E820Type.RAM),
+            E820Entry(ECAM.start, ECAM.size, E820Type.RESERVED),
+        ]
+        if self.memory > PCI_HOLE:
+            entries.append(E820Entry(HIGH_MEMORY, self.memory - PCI_HOLE, E820Type.RAM))
+        return entries
+
+
+def intx_gsi(device: int, pin: int) -> int:
+    """The GSI of interrupt pin `pin` (0 for INTA#) of device number `device` on bus 0."""
+    return PCI_INTX_GSIS[(device + pin) % len(PCI_INTX_GSIS)]
+
+
+def virtio_mmio(index: int) -> tuple[Range, int]:
+    """Registers and GSI of the `index`-th virtio-mmio device. Raises ConfigError beyond the window."""
+    if not 0 <= index < VIRTIO_MMIO_MAX:
+        raise ConfigError(f"virtio-mmio: {VIRTIO_MMIO_MAX} devices fit; use the pci transport for the others")
+    start = VIRTIO_MMIO.start + index * VIRTIO_MMIO_STRIDE
+    return Range(start, VIRTIO_MMIO_STRIDE), VIRTIO_MMIO_GSIS[index % len(VIRTIO_MMIO_GSIS)]
