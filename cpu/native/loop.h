@@ -119,7 +119,7 @@ struct lv_ops {
 
     /* ns since the VM's start [any]; NULL: CLOCK_MONOTONIC since creation. */
     uint64_t (*now)(struct lv_vm *vm);
-    /* Have lv_alarm_due() called at deadline_ns (UINT64_MAX: never). NULL: the loop uses a timer descriptor. */
+    /* Have lv_alarm_due() called at deadline_ns (UINT64_MAX: never). NULL or -ENOSYS: the loop uses a timer descriptor. */
     int (*set_alarm)(struct lv_vm *vm, uint64_t deadline_ns);
 
     /* The vCPU is PARKED. get returns the number of bytes filled; MSRS: data holds struct kvm_msrs with nmsrs indices
@@ -131,6 +131,9 @@ struct lv_ops {
     int (*set_cpuid)(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
     int (*set_debug)(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug);
     int (*nmi)(struct lv_vcpu *vcpu);
+    /* Without a VM, any may be NULL (KVM: Python asks /dev/kvm). Both return how many they wrote, at most max. */
+    uint32_t (*supported_cpuid)(struct kvm_cpuid_entry2 *entries, uint32_t max);
+    uint32_t (*msr_list)(uint32_t *indices, uint32_t max); /* the MSRs worth saving */
     /* The core's own counters; returns how many were written (at most max). May be NULL. */
     uint32_t (*stats)(struct lv_vm *vm, struct lv_stat *stats, uint32_t max);
 };
@@ -146,6 +149,7 @@ struct lv_engine {
     bool started;
     _Atomic int tid;
     uint32_t spin_ns;          /* adaptive: how long to spin for an answer */
+    struct lv_vcpu *waiting;   /* the vCPU whose access or exit the thread is inside: not between instructions */
     void *core;                /* the core's own, per engine */
 };
 
@@ -166,8 +170,8 @@ enum { LV_STAT_POSTED = LV_EXIT_KINDS, LV_STAT_SHADOW, LV_STAT_IOEVENTFD, LV_STA
 
 struct lv_event {
     uint8_t kind;      /* enum lv_event_kind */
-    uint8_t size;      /* POSTED: bytes a value; 0 in a read-to-clear notice's `notice` */
-    uint8_t notice;    /* POSTED: zero-length notice */
+    uint8_t size;      /* POSTED: bytes a value */
+    uint8_t notice;    /* POSTED: a read-to-clear shadow was read; no value */
     uint8_t vcpu;      /* EXIT: index */
     int32_t tag;       /* POSTED */
     uint64_t value;    /* POSTED */
@@ -196,11 +200,13 @@ struct lv_vm {
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */
     bool signalled;                  /* event_fd is readable */
     bool moderated;                  /* the timer will make the loop look: posted writes need no signal */
+    bool posted_since_timer;
+    uint64_t moderation_ns;          /* absolute CLOCK_MONOTONIC; UINT64_MAX: off */
     uint64_t take_seq;
     uint32_t barriers;               /* engines waiting for the loop to have handled a posted write */
     uint32_t room_waiters;
     struct lv_entry **table;
-    uint32_t table_size, entry_count;
+    _Atomic uint32_t entry_count;
 
     int poll_fd, event_fd, timer_fd; /* poll_fd watches the others */
     uint64_t alarm_ns, timer_ns;     /* absolute CLOCK_MONOTONIC; UINT64_MAX: off */
@@ -225,6 +231,8 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit);
 uint32_t lv_park_kicked(struct lv_engine *engine);
 /* Sleep until engine->seq differs from `seq` (read it before looking at the states). [engine] */
 void lv_engine_wait(struct lv_engine *engine, uint32_t seq);
+/* Make a sleeping engine look again. [any] */
+void lv_engine_wake(struct lv_engine *engine);
 /* The VM's alarm is due: queue AlarmDue; with the virtual clock wait until the loop handled it. [engine] */
 void lv_alarm_due(struct lv_engine *engine);
 /* A level-triggered GSI was acknowledged: lower and signal its resampling irqfds (those that the loop serves). [any] */

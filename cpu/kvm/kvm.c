@@ -1,0 +1,543 @@
+/* The KVM core: one native thread a vCPU around KVM_RUN (Linux: Documentation/virt/kvm/api.rst, "the KVM API").
+ *
+ * Kick: a real-time signal that is blocked in every thread of ours and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK,
+ * API 4.40). It stays pending until KVM_RUN looks, so no kick is lost, and no handler ever runs: the process's signal
+ * dispositions are untouched.
+ */
+#define _GNU_SOURCE
+#include "native/loop.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define KICK_SIGNAL (SIGRTMAX - 3)
+
+enum {
+    TSS_ADDRESS = 0xfffbd000u,          /* three pages below the firmware area, outside all RAM */
+    IDENTITY_MAP_ADDRESS = 0xfffbc000u,
+    GSI_COUNT = 24,
+    ROUTES_MAX = 4096,
+    CPUID_MAX = 256,
+    UNKNOWN_EXIT = 0x10000,             /* InternalError.suberror of an exit reason that we do not know: this + reason */
+};
+
+struct kvm_slot {
+    uint64_t gpa, size;
+    uint8_t *host;
+};
+
+struct kvm_core_vm {
+    int fd;
+    size_t run_size;
+    pthread_mutex_t lock; /* slots: the loop changes them, engines read instruction bytes */
+    struct kvm_slot slots[LV_MAX_SLOTS];
+};
+
+struct kvm_core_vcpu {
+    int fd;
+    struct kvm_run *run;
+    size_t run_size;
+};
+
+static int call(int fd, unsigned long request, const void *argument)
+{
+    int r;
+    do
+        r = ioctl(fd, request, argument);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : r;
+}
+
+static int vm_fd(const struct lv_vm *vm) { return ((struct kvm_core_vm *)vm->core)->fd; }
+static int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core_vcpu *)vcpu->core)->fd; }
+
+/* ---- the VM ---- */
+
+static int set_routes(struct lv_vm *vm, const struct lv_route *routes, uint32_t count)
+{
+    if (count > ROUTES_MAX)
+        return -ENOSPC;
+    struct kvm_irq_routing *table = calloc(1, sizeof *table + (2 * GSI_COUNT + count) * sizeof table->entries[0]);
+    if (!table)
+        return -ENOMEM;
+    for (uint32_t gsi = 0; gsi < GSI_COUNT; gsi++) {
+        if (gsi == 2)
+            continue; /* the cascade: IOAPIC pin 2 is driven by GSI 0 */
+        if (gsi < 16)
+            table->entries[table->nr++] = (struct kvm_irq_routing_entry){
+                .gsi = gsi, .type = KVM_IRQ_ROUTING_IRQCHIP,
+                .u.irqchip = {.irqchip = gsi < 8 ? KVM_IRQCHIP_PIC_MASTER : KVM_IRQCHIP_PIC_SLAVE, .pin = gsi & 7}};
+        table->entries[table->nr++] = (struct kvm_irq_routing_entry){
+            .gsi = gsi, .type = KVM_IRQ_ROUTING_IRQCHIP,
+            .u.irqchip = {.irqchip = KVM_IRQCHIP_IOAPIC, .pin = gsi ? gsi : 2}};
+    }
+    for (uint32_t i = 0; i < count; i++)
+        table->entries[table->nr++] = (struct kvm_irq_routing_entry){
+            .gsi = routes[i].gsi, .type = KVM_IRQ_ROUTING_MSI,
+            .u.msi = {.address_lo = (uint32_t)routes[i].address, .address_hi = (uint32_t)(routes[i].address >> 32),
+                      .data = routes[i].data}};
+    int r = call(vm_fd(vm), KVM_SET_GSI_ROUTING, table);
+    free(table);
+    return r;
+}
+
+static void vm_destroy(struct lv_vm *vm)
+{
+    struct kvm_core_vm *k = vm->core;
+    if (!k)
+        return;
+    if (k->fd >= 0)
+        close(k->fd);
+    pthread_mutex_destroy(&k->lock);
+    free(k);
+    vm->core = NULL;
+}
+
+static int vm_create(struct lv_vm *vm)
+{
+    if (vm->config.virtual_clock)
+        return -ENOTSUP;
+    struct kvm_core_vm *k = calloc(1, sizeof *k);
+    if (!k)
+        return -ENOMEM;
+    vm->core = k;
+    pthread_mutex_init(&k->lock, NULL);
+    uint64_t identity = IDENTITY_MAP_ADDRESS;
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    int r = k->fd = call(vm->config.system_fd, KVM_CREATE_VM, NULL);
+    if (r >= 0) {
+        k->run_size = (size_t)call(vm->config.system_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
+        r = k->run_size < sizeof(struct kvm_run) ? -EINVAL : 0;
+    }
+    if (r >= 0)
+        r = call(k->fd, KVM_SET_TSS_ADDR, (void *)(uintptr_t)TSS_ADDRESS);
+    if (r >= 0)
+        r = call(k->fd, KVM_SET_IDENTITY_MAP_ADDR, &identity);
+    if (r >= 0)
+        r = call(k->fd, KVM_CREATE_IRQCHIP, NULL);
+    if (r >= 0)
+        r = call(k->fd, KVM_CREATE_PIT2, &pit);
+    if (r >= 0)
+        r = set_routes(vm, NULL, 0);
+    if (r < 0) {
+        vm_destroy(vm);
+        return r;
+    }
+    return 0;
+}
+
+static int set_slot(struct lv_vm *vm, uint32_t slot, uint64_t gpa, uint64_t size, void *host, bool readonly, bool log_dirty)
+{
+    struct kvm_core_vm *k = vm->core;
+    struct kvm_userspace_memory_region region = {
+        .slot = slot, .guest_phys_addr = gpa, .memory_size = size, .userspace_addr = (uintptr_t)host,
+        .flags = (readonly ? KVM_MEM_READONLY : 0) | (log_dirty ? KVM_MEM_LOG_DIRTY_PAGES : 0)};
+    int r = call(k->fd, KVM_SET_USER_MEMORY_REGION, &region);
+    if (r < 0)
+        return r;
+    pthread_mutex_lock(&k->lock);
+    k->slots[slot] = (struct kvm_slot){.gpa = gpa, .size = size, .host = host};
+    pthread_mutex_unlock(&k->lock);
+    return 0;
+}
+
+static int dirty_log(struct lv_vm *vm, uint32_t slot, uint8_t *bitmap, size_t size)
+{
+    (void)size;
+    struct kvm_dirty_log log = {.slot = slot, .dirty_bitmap = bitmap};
+    return call(vm_fd(vm), KVM_GET_DIRTY_LOG, &log);
+}
+
+static int set_irq(struct lv_vm *vm, uint32_t gsi, bool level)
+{
+    struct kvm_irq_level line = {.irq = gsi, .level = level};
+    return call(vm_fd(vm), KVM_IRQ_LINE, &line);
+}
+
+static int signal_msi(struct lv_vm *vm, uint64_t address, uint32_t data)
+{
+    struct kvm_msi msi = {.address_lo = (uint32_t)address, .address_hi = (uint32_t)(address >> 32), .data = data};
+    int r = call(vm_fd(vm), KVM_SIGNAL_MSI, &msi);
+    return r < 0 ? r : 0; /* 0: blocked by the guest, 1: delivered */
+}
+
+static int irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add)
+{
+    struct kvm_irqfd request = {.fd = (uint32_t)fd, .gsi = gsi, .flags = add ? 0 : KVM_IRQFD_FLAG_DEASSIGN};
+    if (add && resample_fd >= 0) {
+        request.flags |= KVM_IRQFD_FLAG_RESAMPLE;
+        request.resamplefd = (uint32_t)resample_fd;
+    }
+    return call(vm_fd(vm), KVM_IRQFD, &request);
+}
+
+static int ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint32_t size, bool has_match,
+                     uint64_t match, bool add)
+{
+    struct kvm_ioeventfd request = {.datamatch = match, .addr = address, .len = size, .fd = fd};
+    request.flags = (space == LV_PORT ? KVM_IOEVENTFD_FLAG_PIO : 0) | (has_match ? KVM_IOEVENTFD_FLAG_DATAMATCH : 0) |
+                    (add ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN);
+    return call(vm_fd(vm), KVM_IOEVENTFD, &request);
+}
+
+static int transfer_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size, bool set)
+{
+    static const uint32_t chips[] = {KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC};
+    unsigned long request;
+    size_t exact;
+    switch ((int)kind) {
+    case LV_STATE_PIC_MASTER:
+    case LV_STATE_PIC_SLAVE:
+    case LV_STATE_IOAPIC:
+        request = set ? KVM_SET_IRQCHIP : KVM_GET_IRQCHIP;
+        exact = sizeof(struct kvm_irqchip);
+        if (size == exact && ((struct kvm_irqchip *)data)->chip_id != chips[kind - LV_STATE_PIC_MASTER]) {
+            if (set)
+                return -EINVAL;
+            ((struct kvm_irqchip *)data)->chip_id = chips[kind - LV_STATE_PIC_MASTER];
+        }
+        break;
+    case LV_STATE_PIT:
+        request = set ? KVM_SET_PIT2 : KVM_GET_PIT2;
+        exact = sizeof(struct kvm_pit_state2);
+        break;
+    case LV_STATE_CLOCK:
+        request = set ? KVM_SET_CLOCK : KVM_GET_CLOCK;
+        exact = sizeof(struct kvm_clock_data);
+        break;
+    case LV_STATE_CORE:
+        return size && set ? -EINVAL : 0;
+    default:
+        return -EINVAL;
+    }
+    if (size < exact || (set && size != exact))
+        return -EINVAL;
+    struct kvm_clock_data clock;
+    if (set && kind == LV_STATE_CLOCK) {
+        /* The clock goes on where it stood; host time that passed in between (KVM_CLOCK_REALTIME) is not added. */
+        memcpy(&clock, data, sizeof clock);
+        clock.flags = 0;
+        data = &clock;
+    }
+    int r = call(vm_fd(vm), request, data);
+    return r < 0 ? r : (int)exact;
+}
+
+static int get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size)
+{
+    return transfer_vm(vm, kind, data, size, false);
+}
+
+static int set_vm(struct lv_vm *vm, enum lv_state_kind kind, const void *data, size_t size)
+{
+    return transfer_vm(vm, kind, (void *)data, size, true);
+}
+
+/* ---- a vCPU ---- */
+
+static void vcpu_destroy(struct lv_vcpu *vcpu)
+{
+    struct kvm_core_vcpu *k = vcpu->core;
+    if (!k)
+        return;
+    if (k->run)
+        munmap(k->run, k->run_size);
+    if (k->fd >= 0)
+        close(k->fd);
+    free(k);
+    vcpu->core = NULL;
+}
+
+static int vcpu_create(struct lv_vcpu *vcpu)
+{
+    struct kvm_core_vm *vm = vcpu->vm->core;
+    struct kvm_core_vcpu *k = calloc(1, sizeof *k);
+    if (!k)
+        return -ENOMEM;
+    vcpu->core = k;
+    int r = k->fd = call(vm->fd, KVM_CREATE_VCPU, (void *)(uintptr_t)vcpu->index);
+    if (r >= 0) {
+        k->run_size = vm->run_size;
+        k->run = mmap(NULL, k->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, k->fd, 0);
+        if (k->run == MAP_FAILED) {
+            r = -errno;
+            k->run = NULL;
+        }
+    }
+    /* Inside KVM_RUN everything is blocked but the kick. The kernel's sigset is 8 bytes. */
+    struct { struct kvm_signal_mask head; uint8_t bits[8]; } mask = {.head.len = 8};
+    uint64_t bits = ~(1ull << (KICK_SIGNAL - 1));
+    memcpy(mask.head.sigset, &bits, sizeof bits);
+    if (r >= 0)
+        r = call(k->fd, KVM_SET_SIGNAL_MASK, &mask);
+    if (r < 0) {
+        vcpu_destroy(vcpu);
+        return r;
+    }
+    return 0;
+}
+
+static void kick(struct lv_vcpu *vcpu)
+{
+    int tid = atomic_load(&vcpu->engine->tid);
+    /* Without a thread id yet: the thread looks at `kicked` and `closing` before it enters the guest. */
+    if (tid)
+        syscall(SYS_tgkill, getpid(), tid, KICK_SIGNAL);
+}
+
+static void drain_kicks(void)
+{
+    sigset_t set;
+    struct timespec none = {0};
+    sigemptyset(&set);
+    sigaddset(&set, KICK_SIGNAL);
+    while (sigtimedwait(&set, NULL, &none) > 0)
+        ;
+}
+
+/* The bytes at CS:RIP, for an emulation failure that came without them. */
+static void read_instruction(struct lv_vcpu *vcpu, struct lv_exit *exit, uint64_t linear)
+{
+    struct kvm_core_vm *vm = vcpu->vm->core;
+    pthread_mutex_lock(&vm->lock);
+    for (exit->insn_size = 0; exit->insn_size < LV_INSN_MAX;) {
+        struct kvm_translation t = {.linear_address = linear + exit->insn_size};
+        if (call(vcpu_fd(vcpu), KVM_TRANSLATE, &t) < 0 || !t.valid)
+            break;
+        const uint8_t *byte = NULL;
+        for (int i = 0; i < LV_MAX_SLOTS && !byte; i++)
+            if (vm->slots[i].size && t.physical_address - vm->slots[i].gpa < vm->slots[i].size)
+                byte = vm->slots[i].host + (t.physical_address - vm->slots[i].gpa);
+        if (!byte)
+            break;
+        exit->insn[exit->insn_size++] = *byte;
+    }
+    pthread_mutex_unlock(&vm->lock);
+}
+
+static void park_internal_error(struct lv_vcpu *vcpu, int64_t suberror)
+{
+    struct kvm_core_vcpu *k = vcpu->core;
+    struct lv_exit exit = {.kind = LV_INTERNAL_ERROR, .code = (uint64_t)suberror};
+    struct kvm_regs regs;
+    struct kvm_sregs sregs;
+    if (k->run->exit_reason == KVM_EXIT_INTERNAL_ERROR && suberror >= 0 && suberror < UNKNOWN_EXIT) {
+        exit.ndata = k->run->internal.ndata < LV_EXIT_DATA ? k->run->internal.ndata : LV_EXIT_DATA;
+        memcpy(exit.data, k->run->internal.data, exit.ndata * sizeof exit.data[0]);
+        if (suberror == KVM_INTERNAL_ERROR_EMULATION && k->run->emulation_failure.ndata >= 3 &&
+            (k->run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)) {
+            uint32_t n = k->run->emulation_failure.insn_size;
+            exit.insn_size = (uint8_t)(n < LV_INSN_MAX ? n : LV_INSN_MAX);
+            memcpy(exit.insn, k->run->emulation_failure.insn_bytes, exit.insn_size);
+        }
+    }
+    if (call(k->fd, KVM_GET_REGS, &regs) >= 0) {
+        exit.rip = regs.rip;
+        if (!exit.insn_size && call(k->fd, KVM_GET_SREGS, &sregs) >= 0)
+            read_instruction(vcpu, &exit, sregs.cs.base + regs.rip);
+    }
+    lv_park(vcpu, &exit);
+}
+
+static void do_port(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
+{
+    /* Copied once: the page is shared with the kernel only, but KVM_RUN reuses it. */
+    uint32_t count = k->run->io.count;
+    uint8_t size = k->run->io.size;
+    uint64_t offset = k->run->io.data_offset;
+    bool write = k->run->io.direction == KVM_EXIT_IO_OUT;
+    if ((size != 1 && size != 2 && size != 4) || offset > k->run_size || (uint64_t)count * size > k->run_size - offset) {
+        park_internal_error(vcpu, UNKNOWN_EXIT + KVM_EXIT_IO);
+        return;
+    }
+    struct lv_access access = {.address = k->run->io.port, .size = size, .space = LV_PORT, .write = write};
+    uint8_t *data = (uint8_t *)k->run + offset;
+    for (uint32_t i = 0; i < count && !lv_closing(vcpu->vm); i++, data += size) {
+        access.value = 0;
+        if (write)
+            memcpy(&access.value, data, size);
+        uint64_t value = lv_access(vcpu, &access);
+        if (!write)
+            memcpy(data, &value, size);
+    }
+}
+
+static void do_mmio(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
+{
+    uint32_t left = k->run->mmio.len < 8 ? k->run->mmio.len : 8;
+    uint8_t *data = k->run->mmio.data;
+    struct lv_access access = {.address = k->run->mmio.phys_addr, .space = LV_MMIO, .write = k->run->mmio.is_write};
+    /* An access that crosses a page arrives in parts of any length: as powers of two, lowest address first. */
+    while (left && !lv_closing(vcpu->vm)) {
+        access.size = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        access.value = 0;
+        if (access.write)
+            memcpy(&access.value, data, access.size);
+        uint64_t value = lv_access(vcpu, &access);
+        if (!access.write)
+            memcpy(data, &value, access.size);
+        data += access.size;
+        access.address += access.size;
+        left -= access.size;
+    }
+}
+
+static void park_debug(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
+{
+    struct lv_exit exit = {.kind = LV_DEBUG, .rip = k->run->debug.arch.pc, .code = k->run->debug.arch.dr6,
+                           .extra = k->run->debug.arch.exception};
+    lv_park(vcpu, &exit);
+}
+
+static void park_system_event(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
+{
+    struct lv_exit exit = {.kind = LV_SYSTEM_EVENT, .code = k->run->system_event.type};
+    exit.ndata = k->run->system_event.ndata < LV_EXIT_DATA ? k->run->system_event.ndata : LV_EXIT_DATA;
+    memcpy(exit.data, k->run->system_event.data, exit.ndata * sizeof exit.data[0]);
+    lv_park(vcpu, &exit);
+}
+
+static void handle(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
+{
+    struct lv_exit exit = {0};
+    switch (k->run->exit_reason) {
+    case KVM_EXIT_IO:
+        do_port(vcpu, k);
+        return;
+    case KVM_EXIT_MMIO:
+        do_mmio(vcpu, k);
+        return;
+    case KVM_EXIT_HLT:
+        exit.kind = LV_HALT;
+        break;
+    case KVM_EXIT_SHUTDOWN:
+        exit.kind = LV_SHUTDOWN;
+        break;
+    case KVM_EXIT_FAIL_ENTRY:
+        exit.kind = LV_FAIL_ENTRY;
+        exit.code = k->run->fail_entry.hardware_entry_failure_reason;
+        exit.extra = k->run->fail_entry.cpu;
+        break;
+    case KVM_EXIT_SYSTEM_EVENT:
+        park_system_event(vcpu, k);
+        return;
+    case KVM_EXIT_DEBUG:
+        park_debug(vcpu, k);
+        return;
+    case KVM_EXIT_INTERNAL_ERROR:
+        park_internal_error(vcpu, k->run->internal.suberror);
+        return;
+    case KVM_EXIT_INTR:
+    case KVM_EXIT_IRQ_WINDOW_OPEN:
+        return;
+    default:
+        park_internal_error(vcpu, UNKNOWN_EXIT + (int64_t)k->run->exit_reason);
+        return;
+    }
+    lv_park(vcpu, &exit);
+}
+
+static void run(struct lv_engine *engine)
+{
+    static const struct lv_exit interrupted = {.kind = LV_INTERRUPTED};
+    struct lv_vcpu *vcpu = engine->vcpus[0];
+    struct kvm_core_vcpu *k = vcpu->core;
+    while (!lv_closing(vcpu->vm)) {
+        /* With immediate_exit KVM_RUN still completes the instruction that the last exit was in (API 5, kvm_run). */
+        k->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
+        if (ioctl(k->fd, KVM_RUN, NULL) >= 0) {
+            handle(vcpu, k);
+            continue;
+        }
+        int error = errno;
+        if (error == EINTR || error == EAGAIN) {
+            /* A kick; or SIGSTOP and a debugger, which concern nobody here; or an AP that got INIT. */
+            drain_kicks();
+            if (atomic_exchange(&vcpu->kicked, 0))
+                lv_park(vcpu, &interrupted);
+        } else {
+            park_internal_error(vcpu, -error);
+        }
+    }
+}
+
+static int msrs(struct lv_vcpu *vcpu, unsigned long request, void *data, size_t size)
+{
+    const struct kvm_msrs *head = data;
+    if (size < sizeof *head || size != sizeof *head + (size_t)head->nmsrs * sizeof head->entries[0])
+        return -EINVAL;
+    return call(vcpu_fd(vcpu), request, data);
+}
+
+static int transfer_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, size_t size, bool set)
+{
+    static const struct { unsigned long get, set; size_t size; } table[LV_VCPU_STATES] = {
+        [LV_STATE_REGS] = {KVM_GET_REGS, KVM_SET_REGS, sizeof(struct kvm_regs)},
+        [LV_STATE_SREGS] = {KVM_GET_SREGS, KVM_SET_SREGS, sizeof(struct kvm_sregs)},
+        [LV_STATE_XSAVE] = {KVM_GET_XSAVE, KVM_SET_XSAVE, 4096},
+        [LV_STATE_XCRS] = {KVM_GET_XCRS, KVM_SET_XCRS, sizeof(struct kvm_xcrs)},
+        [LV_STATE_LAPIC] = {KVM_GET_LAPIC, KVM_SET_LAPIC, sizeof(struct kvm_lapic_state)},
+        [LV_STATE_EVENTS] = {KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, sizeof(struct kvm_vcpu_events)},
+        [LV_STATE_DEBUGREGS] = {KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, sizeof(struct kvm_debugregs)},
+        [LV_STATE_MP] = {KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(struct kvm_mp_state)},
+    };
+    if (kind == LV_STATE_MSRS)
+        return msrs(vcpu, set ? KVM_SET_MSRS : KVM_GET_MSRS, data, size);
+    if ((unsigned)kind >= LV_VCPU_STATES || size < table[kind].size || (set && size != table[kind].size))
+        return -EINVAL;
+    int r = call(vcpu_fd(vcpu), set ? table[kind].set : table[kind].get, data);
+    return r < 0 ? r : (int)table[kind].size;
+}
+
+static int get_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, size_t size)
+{
+    return transfer_vcpu(vcpu, kind, data, size, false);
+}
+
+static int set_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *data, size_t size)
+{
+    return transfer_vcpu(vcpu, kind, (void *)data, size, true);
+}
+
+static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count)
+{
+    if (count > CPUID_MAX)
+        return -E2BIG;
+    struct kvm_cpuid2 *table = calloc(1, sizeof *table + count * sizeof *entries);
+    if (!table)
+        return -ENOMEM;
+    table->nent = count;
+    memcpy(table->entries, entries, count * sizeof *entries);
+    int r = call(vcpu_fd(vcpu), KVM_SET_CPUID2, table);
+    free(table);
+    return r;
+}
+
+static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
+{
+    return call(vcpu_fd(vcpu), KVM_SET_GUEST_DEBUG, debug);
+}
+
+static int nmi(struct lv_vcpu *vcpu)
+{
+    return call(vcpu_fd(vcpu), KVM_NMI, NULL);
+}
+
+const struct lv_ops lv_kvm_ops = {
+    .name = "kvm",
+    .vm_create = vm_create, .vm_destroy = vm_destroy,
+    .vcpu_create = vcpu_create, .vcpu_destroy = vcpu_destroy,
+    .run = run, .kick = kick,
+    .set_slot = set_slot, .dirty_log = dirty_log,
+    .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
+    .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
+    .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi,
+};

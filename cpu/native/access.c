@@ -1,0 +1,266 @@
+/* The table of addresses whose accesses the engine thread answers itself: posted writes, shadow reads, ioeventfds. */
+#define _GNU_SOURCE
+#include "native/loop_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+enum entry_kind { ENTRY_POSTED, ENTRY_SHADOW, ENTRY_IOEVENTFD };
+
+struct lv_entry {
+    struct lv_entry *next;
+    uint64_t address;
+    uint8_t space, size, kind;
+    bool has_match;            /* ioeventfd */
+    bool valid, has_after;     /* shadow */
+    int32_t tag;               /* posted; shadow with has_after */
+    int user_fd, fd;           /* ioeventfd: the caller's number, our duplicate */
+    uint64_t match;            /* ioeventfd */
+    uint64_t value, after;     /* shadow */
+};
+
+static uint32_t slot_of(uint8_t space, uint64_t address)
+{
+    uint64_t x = (address ^ ((uint64_t)space << 63)) * 0x9e3779b97f4a7c15u;
+    return (uint32_t)(x >> 56) % LV_TABLE_SIZE;
+}
+
+static uint64_t mask(uint32_t size)
+{
+    return size >= 8 ? UINT64_MAX : (1ull << (8 * size)) - 1;
+}
+
+static struct lv_entry **find(struct lv_vm *vm, enum entry_kind kind, uint8_t space, uint64_t address, uint32_t size)
+{
+    if (!vm->table)
+        return NULL;
+    for (struct lv_entry **link = &vm->table[slot_of(space, address)]; *link; link = &(*link)->next) {
+        struct lv_entry *e = *link;
+        if (e->address == address && e->space == space && e->kind == kind && e->size == size)
+            return link;
+    }
+    return NULL;
+}
+
+static bool valid_size(uint32_t size)
+{
+    return size == 1 || size == 2 || size == 4 || size == 8;
+}
+
+/* Insert a copy of `entry` (its fd is owned from then on). */
+static int insert(struct lv_vm *vm, const struct lv_entry *entry)
+{
+    if (!vm->table && !(vm->table = calloc(LV_TABLE_SIZE, sizeof *vm->table)))
+        return -ENOMEM;
+    if (vm->entry_count >= LV_TABLE_ENTRIES_MAX)
+        return -ENOSPC;
+    struct lv_entry *made = malloc(sizeof *made);
+    if (!made)
+        return -ENOMEM;
+    *made = *entry;
+    pthread_mutex_lock(&vm->lock);
+    struct lv_entry **head = &vm->table[slot_of(entry->space, entry->address)];
+    made->next = *head;
+    *head = made;
+    vm->entry_count++;
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
+{
+    struct lv_entry *gone = *link;
+    pthread_mutex_lock(&vm->lock);
+    *link = gone->next;
+    vm->entry_count--;
+    pthread_mutex_unlock(&vm->lock);
+    if (gone->kind == ENTRY_IOEVENTFD)
+        close(gone->fd);
+    free(gone);
+}
+
+static int add(struct lv_vm *vm, enum entry_kind kind, uint8_t space, uint64_t address, uint8_t size, int32_t tag)
+{
+    if (!valid_size(size))
+        return -EINVAL;
+    if (find(vm, kind, space, address, size))
+        return -EEXIST;
+    struct lv_entry entry = {.kind = (uint8_t)kind, .space = space, .address = address, .size = size, .tag = tag};
+    return insert(vm, &entry);
+}
+
+static int removed(struct lv_vm *vm, enum entry_kind kind, uint8_t space, uint64_t address, uint8_t size)
+{
+    struct lv_entry **link = find(vm, kind, space, address, size);
+    if (!link)
+        return -ENOENT;
+    unlink_entry(vm, link);
+    return 0;
+}
+
+int lv_add_posted(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size, int32_t tag)
+{
+    return add(vm, ENTRY_POSTED, space, address, size, tag);
+}
+
+int lv_remove_posted(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size)
+{
+    return removed(vm, ENTRY_POSTED, space, address, size);
+}
+
+int lv_add_shadow(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size, int32_t tag)
+{
+    return add(vm, ENTRY_SHADOW, space, address, size, tag);
+}
+
+int lv_remove_shadow(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size)
+{
+    return removed(vm, ENTRY_SHADOW, space, address, size);
+}
+
+int lv_shadow_set(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size, uint64_t value, bool has_after, uint64_t after)
+{
+    struct lv_entry **link = find(vm, ENTRY_SHADOW, space, address, size);
+    if (!link)
+        return -ENOENT;
+    pthread_mutex_lock(&vm->lock);
+    (*link)->value = value & mask(size);
+    (*link)->after = after & mask(size);
+    (*link)->has_after = has_after;
+    (*link)->valid = true;
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+int lv_shadow_invalidate(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size)
+{
+    struct lv_entry **link = find(vm, ENTRY_SHADOW, space, address, size);
+    if (!link)
+        return -ENOENT;
+    pthread_mutex_lock(&vm->lock);
+    (*link)->valid = false;
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+int lv_ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint32_t size, bool has_match,
+                 uint64_t match, bool adding)
+{
+    if (size && !valid_size(size))
+        return -EINVAL;
+    if (!size && has_match)
+        return -EINVAL; /* KVM API 4.59: a match of any length has no datamatch */
+    if (vm->ops->ioeventfd)
+        return vm->ops->ioeventfd(vm, fd, space, address, size, has_match, match, adding);
+    struct lv_entry **link = vm->table ? &vm->table[slot_of(space, address)] : NULL;
+    for (; link && *link; link = &(*link)->next) {
+        struct lv_entry *e = *link;
+        if (e->kind == ENTRY_IOEVENTFD && e->address == address && e->space == space && e->size == size &&
+            e->has_match == has_match && (!has_match || e->match == (match & mask(size))) &&
+            (adding || e->user_fd == fd)) {
+            if (adding)
+                return -EEXIST;
+            unlink_entry(vm, link);
+            return 0;
+        }
+    }
+    if (!adding)
+        return -ENOENT;
+    struct lv_entry entry = {.kind = ENTRY_IOEVENTFD, .space = space, .address = address, .size = (uint8_t)size,
+                             .has_match = has_match, .match = match & mask(size), .user_fd = fd};
+    entry.fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (entry.fd < 0)
+        return -errno;
+    int error = insert(vm, &entry);
+    if (error)
+        close(entry.fd);
+    return error;
+}
+
+void lv_table_free(struct lv_vm *vm)
+{
+    for (uint32_t i = 0; vm->table && i < LV_TABLE_SIZE; i++)
+        while (vm->table[i])
+            unlink_entry(vm, &vm->table[i]);
+    free(vm->table);
+    vm->table = NULL;
+}
+
+/* ---- [engine] ---- */
+
+/* True: the write is done. The lock is held on entry and, when false, on return. */
+static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a)
+{
+    struct lv_vm *vm = vcpu->vm;
+    struct lv_entry *posted = NULL;
+    for (struct lv_entry *e = vm->table[slot_of(a->space, a->address)]; e; e = e->next) {
+        if (e->address != a->address || e->space != a->space)
+            continue;
+        if (e->kind == ENTRY_POSTED && e->size == a->size)
+            posted = e;
+        if (e->kind == ENTRY_IOEVENTFD && (!e->size || e->size == a->size) &&
+            (!e->has_match || e->match == (a->value & mask(a->size)))) {
+            uint64_t one = 1;
+            /* Under the lock, so that the descriptor cannot be removed and its number reused meanwhile. */
+            (void)!write(e->fd, &one, sizeof one);
+            lv_count(vm, LV_STAT_IOEVENTFD);
+            if (vm->config.virtual_clock)
+                lv_push_locked(vcpu->engine, &(struct lv_event){.kind = LV_EVENT_BARRIER});
+            else
+                pthread_mutex_unlock(&vm->lock);
+            return true;
+        }
+    }
+    if (!posted)
+        return false;
+    lv_count(vm, LV_STAT_POSTED);
+    lv_push_locked(vcpu->engine, &(struct lv_event){.kind = LV_EVENT_POSTED, .size = a->size, .tag = posted->tag,
+                                                    .value = a->value & mask(a->size)});
+    return true;
+}
+
+static bool read_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *value)
+{
+    struct lv_vm *vm = vcpu->vm;
+    struct lv_entry **link = find(vm, ENTRY_SHADOW, a->space, a->address, a->size);
+    struct lv_entry *e = link ? *link : NULL;
+    if (!e || !e->valid)
+        return false;
+    lv_count(vm, LV_STAT_SHADOW);
+    *value = e->value;
+    if (e->has_after) {
+        e->has_after = false;
+        e->value = e->after;
+        lv_push_locked(vcpu->engine, &(struct lv_event){.kind = LV_EVENT_POSTED, .notice = 1, .size = a->size,
+                                                        .tag = e->tag});
+    } else {
+        pthread_mutex_unlock(&vm->lock);
+    }
+    return true;
+}
+
+uint64_t lv_access(struct lv_vcpu *vcpu, const struct lv_access *a)
+{
+    struct lv_vm *vm = vcpu->vm;
+    struct lv_vcpu *outer = vcpu->engine->waiting;
+    uint64_t value = 0;
+    bool done = false;
+    if (vm->entry_count) {
+        /* While this waits (virtual clock, full queue) the vCPU is inside an instruction: a kick must not park it here. */
+        vcpu->engine->waiting = vcpu;
+        pthread_mutex_lock(&vm->lock);
+        done = a->write ? write_on_the_spot(vcpu, a) : read_on_the_spot(vcpu, a, &value);
+        if (!done)
+            pthread_mutex_unlock(&vm->lock);
+        vcpu->engine->waiting = outer;
+    }
+    if (done)
+        return value;
+    static const uint8_t kinds[2][2] = {{LV_PORT_IN, LV_PORT_OUT}, {LV_MMIO_READ, LV_MMIO_WRITE}};
+    struct lv_exit exit = {.kind = kinds[a->space != 0][a->write], .size = a->size, .address = a->address,
+                           .value = a->write ? a->value & mask(a->size) : 0};
+    value = lv_ask(vcpu, &exit, true);
+    return a->write ? 0 : value & mask(a->size);
+}

@@ -1,0 +1,24 @@
+/* What loop.c and access.c share; no core includes it. */
+#ifndef LV_LOOP_INTERNAL_H
+#define LV_LOOP_INTERNAL_H
+
+#include "native/loop.h"
+
+enum { LV_TABLE_SIZE = 256, LV_TABLE_ENTRIES_MAX = 8192 };
+
+static inline void lv_count(struct lv_vm *vm, uint32_t stat)
+{
+    atomic_fetch_add_explicit(&vm->stats[stat], 1, memory_order_relaxed);
+}
+
+uint64_t lv_clock(void); /* CLOCK_MONOTONIC, ns */
+void lv_signal(struct lv_vm *vm);
+/* Queue `event` and wake the loop as needed. Called with vm->lock held; returns with it released; may wait (room in the
+ * queue; virtual clock). */
+void lv_push_locked(struct lv_engine *engine, const struct lv_event *event);
+void lv_wait_handled(struct lv_engine *engine, uint64_t taken);
+/* Queue `exit`, wait for resume(), return its value (all ones when closing). */
+uint64_t lv_ask(struct lv_vcpu *vcpu, const struct lv_exit *exit, bool may_spin);
+void lv_table_free(struct lv_vm *vm);
+
+#endif

@@ -1,0 +1,55 @@
+/* What the files of the Python extension share. Everything here holds the GIL. */
+#ifndef LV_PY_H
+#define LV_PY_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include "native/loop.h"
+
+struct lv_slot {
+    bool used;
+    uint64_t gpa;
+    bool readonly;
+    Py_buffer buffer; /* held while the slot maps it */
+};
+
+typedef struct {
+    PyObject_HEAD
+    struct lv_vm *vm;      /* NULL once closed */
+    uint32_t busy;         /* inside a call that must not see the VM closed */
+    bool stopping;
+    struct lv_slot slots[LV_MAX_SLOTS];
+} VmObject;
+
+typedef struct {
+    PyObject_HEAD
+    VmObject *owner;       /* strong */
+    struct lv_vcpu *vcpu;  /* valid while owner->vm is */
+    uint32_t index;
+} VcpuObject;
+
+extern PyTypeObject *lv_vm_type, *lv_vcpu_type, *lv_shadow_type;
+extern PyType_Spec lv_vm_spec, lv_vcpu_spec, lv_shadow_spec;
+extern PyObject *lv_config_error, *lv_host_error, *lv_state_error;
+
+const struct lv_ops *lv_core_by_name(const char *name);
+
+/* Raise the error class that fits -errno, "what: strerror". Always NULL. */
+PyObject *lv_raise(int error, const char *what);
+/* The open VM, or NULL with StateError. */
+struct lv_vm *lv_open(VmObject *self);
+struct lv_vcpu *lv_open_vcpu(VcpuObject *self);
+/* An unsigned integer; false with an exception. */
+bool lv_u64(PyObject *object, uint64_t *value);
+
+/* exits.c: the classes of cpu.exits, made without running Python code. */
+int lv_exits_init(void);
+PyObject *lv_exit_object(const struct lv_exit *exit);
+PyObject *lv_posted_object(int32_t tag, uint32_t size, PyObject *data); /* steals data */
+PyObject *lv_alarm_object(void);
+/* resume()'s argument: true for Resume; CompleteRead sets *value and *is_read. */
+bool lv_entry_value(PyObject *entry, bool *is_read, uint64_t *value);
+
+#endif

@@ -1,0 +1,712 @@
+/* cpu._core.Vm and Shadow: memory slots, the channel of exits, interrupts, time. */
+#include "native/py.h"
+
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, IRQ_LINES = 24, GSI_MAX = 4096, ROUTES_MAX = 4072 };
+#define ADDRESS_LIMIT (1ull << 52) /* the widest physical address (SDM 3A 4.1.4) */
+
+struct lv_vm *lv_open(VmObject *self)
+{
+    if (self->vm && !self->stopping)
+        return self->vm;
+    PyErr_SetString(lv_state_error, "the VM is closed");
+    return NULL;
+}
+
+static PyObject *none_or_raise(int r, const char *what)
+{
+    if (r < 0)
+        return lv_raise(r, what);
+    Py_RETURN_NONE;
+}
+
+static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"core", "vcpus", "virtual_clock", "virtual_ips", "epoch_ns", "seed", "system_fd", NULL};
+    const char *core;
+    unsigned int vcpus = 1;
+    int virtual_clock = 0, system_fd = -1, error = 0;
+    unsigned long long ips = 1000000000, epoch = 0;
+    PyObject *seed = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|IpKKOi:Vm", names, &core, &vcpus, &virtual_clock, &ips, &epoch,
+                                     &seed, &system_fd))
+        return NULL;
+    const struct lv_ops *ops = lv_core_by_name(core);
+    if (!ops) {
+        PyErr_Format(lv_config_error, "this build has no execution core named %.40s", core);
+        return NULL;
+    }
+    if (!vcpus || vcpus > LV_MAX_VCPUS || !ips) {
+        PyErr_Format(lv_config_error, "a VM has 1 to %d vCPUs, and time must pass", LV_MAX_VCPUS);
+        return NULL;
+    }
+    if (!epoch) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        epoch = (unsigned long long)t.tv_sec * 1000000000u + (unsigned long long)t.tv_nsec;
+    }
+    struct lv_config config = {.vcpus = vcpus, .virtual_clock = virtual_clock, .virtual_ips = ips, .epoch_ns = epoch,
+                               .seeded = seed != Py_None, .system_fd = system_fd};
+    if (config.seeded && !lv_u64(seed, &config.seed))
+        return NULL;
+    VmObject *self = (VmObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->vm = lv_vm_create(ops, &config, &error);
+    if (!self->vm) {
+        Py_DECREF(self);
+        return lv_raise(error, "cannot create a VM");
+    }
+    return (PyObject *)self;
+}
+
+static void close_vm(VmObject *self)
+{
+    struct lv_vm *vm = self->vm;
+    if (!vm || self->stopping)
+        return;
+    self->stopping = true;
+    Py_BEGIN_ALLOW_THREADS
+    lv_vm_stop(vm);
+    Py_END_ALLOW_THREADS
+    self->vm = NULL;
+    lv_vm_destroy(vm);
+    for (int i = 0; i < LV_MAX_SLOTS; i++)
+        if (self->slots[i].used) {
+            self->slots[i].used = false;
+            PyBuffer_Release(&self->slots[i].buffer);
+        }
+}
+
+static PyObject *vm_close(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    if (self->busy) {
+        PyErr_SetString(lv_state_error, "close() inside another call on the same VM");
+        return NULL;
+    }
+    close_vm(self);
+    Py_RETURN_NONE;
+}
+
+static void vm_finalize(PyObject *object)
+{
+    VmObject *self = (VmObject *)object;
+    if (!self->vm || self->stopping)
+        return;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (PyErr_ResourceWarning(object, 1, "unclosed VM %R", object))
+        PyErr_WriteUnraisable(object);
+    close_vm(self);
+    PyErr_Restore(type, value, traceback);
+}
+
+static void vm_dealloc(VmObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (PyObject_CallFinalizerFromDealloc((PyObject *)self) < 0)
+        return;
+    PyObject_GC_UnTrack(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int vm_traverse(VmObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    for (int i = 0; i < LV_MAX_SLOTS; i++)
+        if (self->slots[i].used)
+            Py_VISIT(self->slots[i].buffer.obj);
+    return 0;
+}
+
+/* ---- memory ---- */
+
+static PyObject *remove_slot(VmObject *self, struct lv_vm *vm, unsigned int slot)
+{
+    struct lv_slot *s = &self->slots[slot];
+    if (!s->used)
+        return none_or_raise(-ENOENT, "no such memory slot");
+    int r;
+    self->busy++;
+    Py_BEGIN_ALLOW_THREADS
+    r = vm->ops->set_slot(vm, slot, s->gpa, 0, NULL, false, false);
+    Py_END_ALLOW_THREADS
+    self->busy--;
+    if (r >= 0) {
+        s->used = false;
+        PyBuffer_Release(&s->buffer);
+    }
+    return none_or_raise(r, "cannot remove the memory slot");
+}
+
+static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"slot", "address", "memory", "readonly", "log_dirty", NULL};
+    unsigned int slot;
+    PyObject *address, *memory;
+    int readonly = 0, log_dirty = 0, r;
+    uint64_t gpa;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IOO|$pp:set_memory_slot", names, &slot, &address, &memory, &readonly,
+                                     &log_dirty) || !lv_u64(address, &gpa))
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    if (slot >= LV_MAX_SLOTS)
+        return PyErr_Format(lv_config_error, "memory slots are numbered 0 to %d", LV_MAX_SLOTS - 1);
+    if (memory == Py_None)
+        return remove_slot(self, vm, slot);
+    struct lv_slot *s = &self->slots[slot];
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    uint64_t size = (uint64_t)buffer.len;
+    const char *wrong = NULL;
+    if (!size || size % PAGE || gpa % PAGE || (uintptr_t)buffer.buf % PAGE)
+        wrong = "a memory slot's address, buffer and length must be multiples of 4096 and not empty";
+    else if (gpa >= ADDRESS_LIMIT || size > ADDRESS_LIMIT - gpa)
+        wrong = "a memory slot must end below 2^52";
+    else if (s->used && (s->buffer.buf != buffer.buf || s->buffer.len != buffer.len || s->gpa != gpa ||
+                         s->readonly != (bool)readonly))
+        wrong = "the memory slot is in use: only log_dirty can be changed";
+    if (wrong) {
+        PyBuffer_Release(&buffer);
+        PyErr_SetString(lv_config_error, wrong);
+        return NULL;
+    }
+    self->busy++;
+    Py_BEGIN_ALLOW_THREADS
+    r = vm->ops->set_slot(vm, slot, gpa, size, buffer.buf, readonly, log_dirty);
+    Py_END_ALLOW_THREADS
+    self->busy--;
+    if (r < 0 || s->used)
+        PyBuffer_Release(&buffer);
+    else
+        *s = (struct lv_slot){.used = true, .gpa = gpa, .readonly = readonly, .buffer = buffer};
+    return none_or_raise(r, "cannot map the memory slot");
+}
+
+static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
+{
+    unsigned int slot;
+    if (!PyArg_ParseTuple(args, "I:dirty_log", &slot))
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    if (slot >= LV_MAX_SLOTS || !self->slots[slot].used)
+        return lv_raise(-ENOENT, "no such memory slot");
+    /* KVM API 4.8: the bitmap is a multiple of 64 bits. */
+    size_t size = ((size_t)self->slots[slot].buffer.len / PAGE + 63) / 64 * 8;
+    PyObject *bitmap = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+    if (!bitmap)
+        return NULL;
+    memset(PyBytes_AS_STRING(bitmap), 0, size);
+    int r;
+    self->busy++;
+    Py_BEGIN_ALLOW_THREADS
+    r = vm->ops->dirty_log(vm, slot, (uint8_t *)PyBytes_AS_STRING(bitmap), size);
+    Py_END_ALLOW_THREADS
+    self->busy--;
+    if (r < 0) {
+        Py_DECREF(bitmap);
+        return lv_raise(r, "cannot read the dirty log");
+    }
+    return bitmap;
+}
+
+static PyObject *vm_memory_written(VmObject *self, PyObject *args)
+{
+    PyObject *address, *length;
+    uint64_t gpa, size;
+    if (!PyArg_ParseTuple(args, "OO:memory_written", &address, &length) || !lv_u64(address, &gpa) || !lv_u64(length, &size))
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    if (vm->ops->memory_written)
+        vm->ops->memory_written(vm, gpa, size);
+    Py_RETURN_NONE;
+}
+
+/* ---- the channel ---- */
+
+static PyObject *vm_fileno(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vm *vm = lv_open(self);
+    return vm ? PyLong_FromLong(vm->poll_fd) : NULL;
+}
+
+/* One Posted from as many consecutive events of the same tag and size as there are; *index moves past them. */
+static PyObject *merge(const struct lv_event *events, uint32_t count, uint32_t *index)
+{
+    const struct lv_event *first = &events[*index];
+    uint32_t n = 1;
+    if (first->notice) {
+        ++*index;
+        return lv_posted_object(first->tag, first->size, PyBytes_FromStringAndSize(NULL, 0));
+    }
+    while (*index + n < count && first[n].kind == LV_EVENT_POSTED && !first[n].notice && first[n].tag == first->tag &&
+           first[n].size == first->size)
+        n++;
+    PyObject *data = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * first->size);
+    for (uint32_t i = 0; data && i < n; i++)
+        memcpy(PyBytes_AS_STRING(data) + (size_t)i * first->size, &first[i].value, first->size);
+    *index += n;
+    return lv_posted_object(first->tag, first->size, data);
+}
+
+static PyObject *exit_pair(struct lv_vcpu *vcpu)
+{
+    PyObject *exit = lv_exit_object(&vcpu->exit);
+    PyObject *index = PyLong_FromUnsignedLong(vcpu->index);
+    PyObject *pair = exit && index ? PyTuple_New(2) : NULL;
+    if (!pair) {
+        Py_XDECREF(exit);
+        Py_XDECREF(index);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(pair, 0, index);
+    PyTuple_SET_ITEM(pair, 1, exit);
+    return pair;
+}
+
+static PyObject *vm_take(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    if (self->busy) {
+        PyErr_SetString(lv_state_error, "take() inside another call on the same VM");
+        return NULL;
+    }
+    uint32_t count;
+    PyObject *list = PyList_New(0);
+    if (!list)
+        return NULL;
+    self->busy++; /* making objects may run the garbage collector, and that may run anything */
+    const struct lv_event *events = lv_vm_take(vm, &count);
+    for (uint32_t i = 0; list && i < count;) {
+        PyObject *item = NULL;
+        switch (events[i].kind) {
+        case LV_EVENT_POSTED:
+            item = merge(events, count, &i);
+            break;
+        case LV_EVENT_EXIT:
+            item = exit_pair(vm->vcpus[events[i++].vcpu]);
+            break;
+        case LV_EVENT_ALARM:
+            i++;
+            item = lv_alarm_object();
+            break;
+        default: /* a barrier: nothing to see */
+            i++;
+            continue;
+        }
+        if (!item || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    self->busy--;
+    return list;
+}
+
+/* ---- posted, shadow, ioeventfd ---- */
+
+static bool parse_range(PyObject *args, PyObject *kwargs, bool tagged, struct lv_access *access, int *tag)
+{
+    static char *with_tag[] = {"space", "address", "size", "tag", NULL};
+    static char *without[] = {"space", "address", "size", NULL};
+    int space, size;
+    PyObject *address;
+    if (!(tagged ? PyArg_ParseTupleAndKeywords(args, kwargs, "iOi|i", with_tag, &space, &address, &size, tag)
+                 : PyArg_ParseTupleAndKeywords(args, kwargs, "iOi", without, &space, &address, &size)) ||
+        !lv_u64(address, &access->address))
+        return false;
+    if (space != LV_PORT && space != LV_MMIO) {
+        PyErr_SetString(lv_config_error, "space is PORT or MMIO");
+        return false;
+    }
+    if (space == LV_PORT && access->address > 0xffff) {
+        PyErr_SetString(lv_config_error, "ports end at 0xffff");
+        return false;
+    }
+    access->space = (uint8_t)space;
+    access->size = size < 0 || size > 8 ? 255 : (uint8_t)size;
+    return true;
+}
+
+static PyObject *vm_add_posted(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    struct lv_access a;
+    int tag = 0;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
+        return NULL;
+    return none_or_raise(lv_add_posted(vm, a.space, a.address, a.size, tag), "cannot make the address posted");
+}
+
+static PyObject *vm_remove_posted(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    struct lv_access a;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
+        return NULL;
+    return none_or_raise(lv_remove_posted(vm, a.space, a.address, a.size), "no such posted address");
+}
+
+typedef struct {
+    PyObject_HEAD
+    VmObject *owner;
+    uint64_t address;
+    uint8_t space, size;
+} ShadowObject;
+
+static PyObject *vm_add_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    struct lv_access a;
+    int tag = 0;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
+        return NULL;
+    int r = lv_add_shadow(vm, a.space, a.address, a.size, tag);
+    if (r < 0)
+        return lv_raise(r, "cannot make the address a shadow");
+    ShadowObject *shadow = (ShadowObject *)lv_shadow_type->tp_alloc(lv_shadow_type, 0);
+    if (!shadow) {
+        lv_remove_shadow(vm, a.space, a.address, a.size);
+        return NULL;
+    }
+    shadow->owner = (VmObject *)Py_NewRef((PyObject *)self);
+    shadow->space = a.space;
+    shadow->address = a.address;
+    shadow->size = a.size;
+    return (PyObject *)shadow;
+}
+
+static PyObject *vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    struct lv_access a;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
+        return NULL;
+    return none_or_raise(lv_remove_shadow(vm, a.space, a.address, a.size), "no such shadow");
+}
+
+static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, bool add)
+{
+    static char *names[] = {"fd", "space", "address", "size", "match", NULL};
+    int fd, space, size;
+    PyObject *address, *match = Py_None;
+    uint64_t at, value = 0;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !PyArg_ParseTupleAndKeywords(args, kwargs, "iiOi|O", names, &fd, &space, &address, &size, &match) ||
+        !lv_u64(address, &at) || (match != Py_None && !lv_u64(match, &value)))
+        return NULL;
+    if ((space != LV_PORT && space != LV_MMIO) || size < 0 || size > 8)
+        return lv_raise(-EINVAL, "no such ioeventfd");
+    return none_or_raise(lv_ioeventfd(vm, fd, (uint8_t)space, at, (uint32_t)size, match != Py_None, value, add),
+                         add ? "cannot add the ioeventfd" : "no such ioeventfd");
+}
+
+static PyObject *vm_add_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    return ioeventfd(self, args, kwargs, true);
+}
+
+static PyObject *vm_remove_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    return ioeventfd(self, args, kwargs, false);
+}
+
+/* ---- interrupts ---- */
+
+static PyObject *vm_set_irq(VmObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct lv_vm *vm = lv_open(self);
+    uint64_t gsi;
+    if (!vm)
+        return NULL;
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "set_irq(gsi, level)");
+    if (!lv_u64(args[0], &gsi))
+        return NULL;
+    int level = PyObject_IsTrue(args[1]);
+    if (level < 0)
+        return NULL;
+    if (gsi >= IRQ_LINES)
+        return PyErr_Format(lv_config_error, "interrupt lines are numbered 0 to %d", IRQ_LINES - 1);
+    return none_or_raise(vm->ops->set_irq(vm, (uint32_t)gsi, level), "cannot drive the interrupt line");
+}
+
+static PyObject *vm_signal_msi(VmObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct lv_vm *vm = lv_open(self);
+    uint64_t address, data;
+    if (!vm)
+        return NULL;
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "signal_msi(address, data)");
+    if (!lv_u64(args[0], &address) || !lv_u64(args[1], &data))
+        return NULL;
+    return none_or_raise(vm->ops->signal_msi(vm, address, (uint32_t)data), "cannot signal the MSI");
+}
+
+static bool attribute(PyObject *object, const char *name, uint64_t *value)
+{
+    PyObject *number = PyObject_GetAttrString(object, name);
+    bool good = number && lv_u64(number, value);
+    Py_XDECREF(number);
+    return good;
+}
+
+static PyObject *vm_set_msi_routes(VmObject *self, PyObject *sequence)
+{
+    PyObject *result = NULL, *items = PySequence_Fast(sequence, "set_msi_routes() takes a sequence of MsiRoute");
+    struct lv_route *routes = NULL;
+    if (!items)
+        return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+    if (count > ROUTES_MAX) {
+        PyErr_Format(lv_config_error, "at most %d MSI routes", ROUTES_MAX);
+        goto out;
+    }
+    routes = PyMem_Calloc((size_t)count + 1, sizeof *routes);
+    if (!routes) {
+        PyErr_NoMemory();
+        goto out;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(items, i);
+        uint64_t gsi, address, data;
+        if (!attribute(item, "gsi", &gsi) || !attribute(item, "address", &address) || !attribute(item, "data", &data))
+            goto out;
+        if (gsi < IRQ_LINES || gsi >= GSI_MAX) {
+            PyErr_Format(lv_config_error, "MSI routes have GSIs %d to %d", IRQ_LINES, GSI_MAX - 1);
+            goto out;
+        }
+        routes[i] = (struct lv_route){.gsi = (uint32_t)gsi, .address = address, .data = (uint32_t)data};
+    }
+    struct lv_vm *vm = lv_open(self);
+    if (vm)
+        result = none_or_raise(lv_set_routes(vm, routes, (uint32_t)count), "cannot set the MSI routes");
+out:
+    PyMem_Free(routes);
+    Py_DECREF(items);
+    return result;
+}
+
+static PyObject *vm_add_irqfd(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "gsi", "resample_fd", NULL};
+    int fd, resample_fd = -1;
+    unsigned int gsi;
+    PyObject *resample = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iI|O:add_irqfd", names, &fd, &gsi, &resample))
+        return NULL;
+    if (resample != Py_None && (resample_fd = (int)PyLong_AsLong(resample)) == -1 && PyErr_Occurred())
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    if (gsi >= GSI_MAX || (resample_fd >= 0 && gsi >= IRQ_LINES))
+        return lv_raise(-EINVAL, "no such GSI for an irqfd");
+    return none_or_raise(lv_irqfd(vm, fd, gsi, resample_fd, true), "cannot add the irqfd");
+}
+
+static PyObject *vm_remove_irqfd(VmObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "gsi", NULL};
+    int fd;
+    unsigned int gsi;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iI:remove_irqfd", names, &fd, &gsi))
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    return vm ? none_or_raise(lv_irqfd(vm, fd, gsi, -1, false), "no such irqfd") : NULL;
+}
+
+/* ---- time, state, counters ---- */
+
+static PyObject *vm_now_ns(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vm *vm = lv_open(self);
+    return vm ? PyLong_FromUnsignedLongLong(lv_vm_now(vm)) : NULL;
+}
+
+static PyObject *vm_set_alarm(VmObject *self, PyObject *deadline)
+{
+    uint64_t ns = UINT64_MAX;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || (deadline != Py_None && !lv_u64(deadline, &ns)))
+        return NULL;
+    return none_or_raise(lv_vm_set_alarm(vm, ns), "cannot set the alarm");
+}
+
+static PyObject *vm_get_blob(VmObject *self, PyObject *args)
+{
+    int kind;
+    unsigned char data[8192] = {0};
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !PyArg_ParseTuple(args, "i:get_blob", &kind))
+        return NULL;
+    int r = vm->ops->get_vm(vm, (enum lv_state_kind)kind, data, sizeof data);
+    return r < 0 ? lv_raise(r, "cannot read the VM's state") : PyBytes_FromStringAndSize((char *)data, r);
+}
+
+static PyObject *vm_set_blob(VmObject *self, PyObject *args)
+{
+    int kind;
+    Py_buffer blob;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || !PyArg_ParseTuple(args, "iy*:set_blob", &kind, &blob))
+        return NULL;
+    int r = vm->ops->set_vm(vm, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len);
+    PyBuffer_Release(&blob);
+    return none_or_raise(r, "cannot set the VM's state");
+}
+
+static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    static const char *const names[LV_STATS] = {
+        [LV_PORT_IN] = "exit.port-in", [LV_PORT_OUT] = "exit.port-out", [LV_MMIO_READ] = "exit.mmio-read",
+        [LV_MMIO_WRITE] = "exit.mmio-write", [LV_HALT] = "exit.halt", [LV_SHUTDOWN] = "exit.shutdown",
+        [LV_SYSTEM_EVENT] = "exit.system-event", [LV_FAIL_ENTRY] = "exit.fail-entry",
+        [LV_INTERNAL_ERROR] = "exit.internal-error", [LV_DEBUG] = "exit.debug", [LV_INTERRUPTED] = "exit.interrupted",
+        [LV_STAT_POSTED] = "posted", [LV_STAT_SHADOW] = "shadow", [LV_STAT_IOEVENTFD] = "ioeventfd",
+        [LV_STAT_POSTED_WAIT] = "posted.waits", [LV_STAT_SLEEP] = "sleeps"};
+    struct lv_stat own[64];
+    struct lv_vm *vm = lv_open(self);
+    PyObject *dict = vm ? PyDict_New() : NULL;
+    if (!dict)
+        return NULL;
+    uint32_t count = vm->ops->stats ? vm->ops->stats(vm, own, 64) : 0;
+    for (uint32_t i = 0; i < LV_STATS + count; i++) {
+        const char *name = i < LV_STATS ? names[i] : own[i - LV_STATS].name;
+        uint64_t value = i < LV_STATS ? atomic_load(&vm->stats[i]) : own[i - LV_STATS].value;
+        PyObject *number = PyLong_FromUnsignedLongLong(value);
+        if (!number || PyDict_SetItemString(dict, name, number) < 0) {
+            Py_XDECREF(number);
+            Py_DECREF(dict);
+            return NULL;
+        }
+        Py_DECREF(number);
+    }
+    return dict;
+}
+
+static PyMethodDef vm_methods[] = {
+    {"set_memory_slot", (PyCFunction)(void (*)(void))vm_set_memory_slot, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"dirty_log", (PyCFunction)vm_dirty_log, METH_VARARGS, NULL},
+    {"memory_written", (PyCFunction)vm_memory_written, METH_VARARGS, NULL},
+    {"fileno", (PyCFunction)vm_fileno, METH_NOARGS, NULL},
+    {"take", (PyCFunction)vm_take, METH_NOARGS, NULL},
+    {"add_posted", (PyCFunction)(void (*)(void))vm_add_posted, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_posted", (PyCFunction)(void (*)(void))vm_remove_posted, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"add_shadow", (PyCFunction)(void (*)(void))vm_add_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_shadow", (PyCFunction)(void (*)(void))vm_remove_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"add_ioeventfd", (PyCFunction)(void (*)(void))vm_add_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_ioeventfd", (PyCFunction)(void (*)(void))vm_remove_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"set_irq", (PyCFunction)(void (*)(void))vm_set_irq, METH_FASTCALL, NULL},
+    {"signal_msi", (PyCFunction)(void (*)(void))vm_signal_msi, METH_FASTCALL, NULL},
+    {"set_msi_routes", (PyCFunction)vm_set_msi_routes, METH_O, NULL},
+    {"add_irqfd", (PyCFunction)(void (*)(void))vm_add_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_irqfd", (PyCFunction)(void (*)(void))vm_remove_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"now_ns", (PyCFunction)vm_now_ns, METH_NOARGS, NULL},
+    {"set_alarm", (PyCFunction)vm_set_alarm, METH_O, NULL},
+    {"get_blob", (PyCFunction)vm_get_blob, METH_VARARGS, "get_blob(kind) -> bytes"},
+    {"set_blob", (PyCFunction)vm_set_blob, METH_VARARGS, "set_blob(kind, data)"},
+    {"stats", (PyCFunction)vm_stats, METH_NOARGS, NULL},
+    {"close", (PyCFunction)vm_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyObject *vm_get_closed(VmObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(!self->vm || self->stopping);
+}
+
+static PyGetSetDef vm_getset[] = {
+    {"closed", (getter)vm_get_closed, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot vm_slots[] = {
+    {Py_tp_new, vm_new},
+    {Py_tp_dealloc, vm_dealloc},
+    {Py_tp_finalize, vm_finalize},
+    {Py_tp_traverse, vm_traverse},
+    {Py_tp_methods, vm_methods},
+    {Py_tp_getset, vm_getset},
+    {0, NULL},
+};
+
+PyType_Spec lv_vm_spec = {
+    .name = "cpu._core.Vm", .basicsize = sizeof(VmObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, .slots = vm_slots,
+};
+
+/* ---- Shadow ---- */
+
+static PyObject *shadow_set(ShadowObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    /* set(value, after=None) */
+    struct lv_vm *vm = lv_open(self->owner);
+    Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
+    uint64_t value, after = 0;
+    if (!vm)
+        return NULL;
+    if (count < 1 || count + named > 2 ||
+        (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "after")))
+        return PyErr_Format(PyExc_TypeError, "set(value, after=None)");
+    bool has_after = count + named == 2 && args[1] != Py_None;
+    if (!lv_u64(args[0], &value) || (has_after && !lv_u64(args[1], &after)))
+        return NULL;
+    return none_or_raise(lv_shadow_set(vm, self->space, self->address, self->size, value, has_after, after),
+                         "the shadow was removed");
+}
+
+static PyObject *shadow_invalidate(ShadowObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vm *vm = lv_open(self->owner);
+    return vm ? none_or_raise(lv_shadow_invalidate(vm, self->space, self->address, self->size), "the shadow was removed")
+              : NULL;
+}
+
+static void shadow_dealloc(ShadowObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    Py_XDECREF(self->owner);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int shadow_traverse(ShadowObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->owner);
+    return 0;
+}
+
+static PyMethodDef shadow_methods[] = {
+    {"set", (PyCFunction)(void (*)(void))shadow_set, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"invalidate", (PyCFunction)shadow_invalidate, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot shadow_slots[] = {
+    {Py_tp_dealloc, shadow_dealloc},
+    {Py_tp_traverse, shadow_traverse},
+    {Py_tp_methods, shadow_methods},
+    {0, NULL},
+};
+
+PyType_Spec lv_shadow_spec = {
+    .name = "cpu._core.Shadow", .basicsize = sizeof(ShadowObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, .slots = shadow_slots,
+};
