@@ -267,7 +267,7 @@ class Vm(Protocol):
     def state(self) -> VmState: ...
     def set_state(self, state: VmState) -> None: ...
     def stats(self) -> dict[str, int]:
-        """Counters: exits by class and reason ('exit.port-in', 'posted', 'shadow', 'ioeventfd'...), and the core's own."""
+        """Counters: exits by class ('exit.port-in'...), 'posted', 'shadow', 'ioeventfd', and the core's own."""
 
     def close(self) -> None:
         """Stop and join every thread, release slots, close descriptors. Idempotent."""

@@ -199,11 +199,10 @@ static int transfer_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, si
     case LV_STATE_IOAPIC:
         request = set ? KVM_SET_IRQCHIP : KVM_GET_IRQCHIP;
         exact = sizeof(struct kvm_irqchip);
-        if (size == exact && ((struct kvm_irqchip *)data)->chip_id != chips[kind - LV_STATE_PIC_MASTER]) {
-            if (set)
-                return -EINVAL;
+        if (!set && size >= exact)
             ((struct kvm_irqchip *)data)->chip_id = chips[kind - LV_STATE_PIC_MASTER];
-        }
+        else if (size == exact && ((struct kvm_irqchip *)data)->chip_id != chips[kind - LV_STATE_PIC_MASTER])
+            return -EINVAL;
         break;
     case LV_STATE_PIT:
         request = set ? KVM_SET_PIT2 : KVM_GET_PIT2;

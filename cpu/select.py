@@ -1,0 +1,146 @@
+"""Which execution core would run here, and why.
+
+`probe(name)` never raises: it says in one sentence what is wrong and what the user can do. `choose()` picks
+for `--core`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from cpu.contract import Capability, Probe, System
+from cpu.errors import ConfigError, CpuError, HostError
+
+NAMES = ("kvm", "soft")
+"""In order of preference. The scripted core is for tests only and never chosen."""
+
+_NONE: frozenset[Capability] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The core that runs, its probe, and one sentence why it and no other."""
+
+    name: str
+    probe: Probe
+    reason: str
+
+
+def probe(name: str) -> Probe:
+    """Whether the core `name` can be had on this host; ConfigError only for a name that no core has."""
+    match name:
+        case "kvm":
+            return _probe_kvm()
+        case "soft":
+            return _probe_soft()
+        case "scripted":
+            from cpu.scripted import ScriptedSystem
+
+            return Probe(True, ScriptedSystem.DEFAULT, "the scripted core replays what a test wrote")
+        case _:
+            raise ConfigError(f"no execution core is named {name!r}; there are {', '.join(NAMES)}")
+
+
+def choose(core: str = "auto", needs: frozenset[Capability] = _NONE) -> Choice:
+    """The core for `--core`: "auto" takes the first of NAMES that is available and has what the guest needs.
+
+    Raises HostError, with the cure, if there is none.
+    """
+    if core != "auto":
+        found = probe(core)
+        if not found.available:
+            raise HostError(_sentence(found))
+        missing = needs - found.capabilities
+        if missing:
+            raise HostError(f"the {core} core here lacks {_list(missing)}: {found.reason}" + _cure(found))
+        return Choice(core, found, f"{core} was asked for")
+    refused: list[str] = []
+    for name in NAMES:
+        found = probe(name)
+        missing = needs - found.capabilities
+        if found.available and not missing:
+            because = f", as {'; '.join(refused)}" if refused else ""
+            return Choice(name, found, f"{name}{because}: {found.reason}")
+        refused.append(f"{name} lacks {_list(missing)}" if found.available else found.reason)
+    raise HostError(f"no execution core can run this guest: {'; '.join(refused)}")
+
+
+def open_system(choice: Choice) -> System:
+    """Open a chosen core. HostError if it vanished meanwhile."""
+    match choice.name:
+        case "kvm":
+            from cpu.kvm.system import KvmSystem
+
+            return KvmSystem(choice.probe.capabilities)
+        case "soft":
+            from cpu.system import soft_system
+
+            return soft_system()
+        case _:
+            from cpu.scripted import ScriptedSystem
+
+            return ScriptedSystem()
+
+
+def _list(capabilities: frozenset[Capability]) -> str:
+    return ", ".join(sorted(capability.value for capability in capabilities))
+
+
+def _cure(found: Probe) -> str:
+    return f" ({found.cure})" if found.cure else ""
+
+
+def _sentence(found: Probe) -> str:
+    return found.reason + _cure(found)
+
+
+def _probe_soft() -> Probe:
+    from cpu import _core
+
+    if "soft" not in _core.CORES:
+        return Probe(False, _NONE, "this build has no software core", "build the package with all of its C sources")
+    from cpu.system import SOFT_CAPABILITIES
+
+    return Probe(True, SOFT_CAPABILITIES, "the software core runs on any x86-64 host")
+
+
+def _probe_kvm() -> Probe:
+    from cpu.kvm.probe import has_hardware
+    from cpu.kvm.system import DEVICE, KvmSystem
+
+    try:
+        node = os.stat(DEVICE)
+    except OSError:
+        if has_hardware():
+            cure = "load the kernel module: modprobe kvm-intel or kvm-amd"
+        else:
+            cure = "turn on VT-x or SVM in the firmware, or nested virtualization in the host of this virtual machine"
+        return Probe(False, _NONE, f"there is no {DEVICE}", cure)
+    if not stat.S_ISCHR(node.st_mode):
+        return Probe(False, _NONE, f"{DEVICE} is not a device", "remove it and load kvm-intel or kvm-amd")
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return Probe(
+            False, _NONE, f"no permission to open {DEVICE}", "join its group: sudo adduser $USER kvm, then log in again"
+        )
+    try:
+        system = KvmSystem()
+        try:
+            capabilities = system.capabilities()
+        finally:
+            system.close()
+    except CpuError as error:
+        cause = error.__cause__
+        busy = isinstance(cause, OSError) and cause.errno == errno.EBUSY
+        cure = "another hypervisor uses the processor's virtualization: stop it" if busy else ""
+        return Probe(False, _NONE, str(error), cure)
+    if Capability.STOCK_KERNELS not in capabilities:
+        return Probe(
+            True,
+            capabilities,
+            f"{DEVICE} has no VT-x or SVM below it: small guests run, stock kernels do not",
+            "turn on nested virtualization in the host of this virtual machine",
+        )
+    return Probe(True, capabilities, f"{DEVICE} runs stock kernels")
