@@ -170,6 +170,7 @@ struct soft_vcpu {
     uint64_t star, lstar, cstar, fmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, tsc_aux, pat;
     uint64_t mtrr_def, mtrr_fixed[11], mtrr_phys[16], misc_enable, mcg_status, spec_ctrl;
     uint64_t tsc_offset;     /* guest TSC = vm TSC + offset */
+    uint64_t tsc_adjust;
     uint64_t kvm_system_time, kvm_wall_clock, kvm_async_pf, kvm_steal_time, kvm_pv_eoi;
     enum soft_activity activity;
     bool parked;
@@ -189,6 +190,10 @@ struct soft_vcpu {
     bool init_pending, sipi_pending;
     uint8_t sipi_vector;
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
+    bool in_step;            /* soft_step() is under way; step_flags: RFLAGS before it */
+    bool trap_taken;         /* the instruction entered a handler by itself (INT n, SYSCALL): no single-step trap */
+    bool skip_breakpoint;    /* the caller was told of the breakpoint at rip */
+    uint32_t step_flags;
     uint32_t guest_debug;    /* struct kvm_guest_debug: control */
     uint64_t guest_dr[8];
     struct soft_mmu mmu;
@@ -216,6 +221,8 @@ struct soft_vm {
     struct block_cache *blocks; /* block.c */
     struct vm_events *events;   /* vm.c: what other threads sent (irqs, MSIs, wake, DMA), under its own lock */
     uint64_t virtual_ns_skipped;/* virtual clock: time that HLT skipped */
+    uint64_t turn_limit_ns;     /* the turn under way ends no later: the next timer event */
+    bool turn_over;             /* end the turn under way: the timers or the turn order need a look */
     uint64_t start_ns, alarm_ns, tsc_base;
 };
 

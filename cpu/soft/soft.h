@@ -122,6 +122,7 @@ enum soft_vm_state {
     SOFT_VM_CLOCK,                                         /* struct kvm_clock_data */
     SOFT_VM_CORE,                                          /* our own: instruction count, scheduler turn, versioned */
 };
+enum { SOFT_CORE_STATE_SIZE = 256 };                       /* exact size of SOFT_VM_CORE */
 int soft_vm_get(struct soft_vm *vm, enum soft_vm_state kind, void *data, size_t size);
 int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, size_t size);
 
