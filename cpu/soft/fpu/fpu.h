@@ -118,7 +118,7 @@ struct x87_context {
     struct fpu *fpu;
     uint32_t flags;      /* RFLAGS in for X87_CMOV, out for X87_FLAGS */
     uint8_t modrm;
-    bool operand16;      /* 16-bit operand size, for X87_ENV */
+    bool operand16;      /* 16-bit operand size (REX.W overrides 66), for X87_ENV */
     bool protected_mode; /* for X87_ENV's layout */
     uint8_t *mem;        /* at least 108 bytes */
     uint8_t scratch[128] __attribute__((aligned(16))); /* private to fn and commit */
@@ -160,7 +160,8 @@ static inline void fpu_set_pointers(struct fpu *f, uint8_t opcode, uint8_t modrm
 }
 
 /* Every MMX instruction but EMMS, and but VEC_XMM_MMM with a memory operand, does this after its faults have been checked
- * (#UD, #NM, #MF if fpu_pending(), #PF): TOP = 0 and all registers valid. */
+ * (#UD, #NM, #MF if fpu_pending(), #PF) and before fn is called, also if that then raises #XM: TOP = 0 and all registers
+ * valid. */
 static inline void fpu_enter_mmx(struct fpu *f)
 {
     f->sw &= (uint16_t)~0x3800;

@@ -1,0 +1,27 @@
+"""User-mode instructions against the host's processor: registers, flags, memory and faults of a seeded sample.
+
+The long campaign over many seeds is ``python -m tests.support.oracle --seconds 3600``.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from tests.support import oracle
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 host")
+
+
+@pytest.fixture(scope="module")
+def fpu_oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return oracle.build(tmp_path_factory.mktemp("oracle-fpu"), core=False)
+
+
+def test_fpu_operations(fpu_oracle: Path) -> None:
+    """x87, MMX and SSE to SSE4.2 operations do what the host does, bit for bit, without the decoder in between."""
+    result = oracle.run(fpu_oracle, "direct", "--fpu", "--per-slot", "20")
+    assert result.compared > 15_000
+    assert result.differences == 0, result.report

@@ -1,0 +1,37 @@
+"""The long campaign: ``python -m tests.support.oracle [--seconds N] [--seed N]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.support.oracle import build, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.support.oracle")
+    parser.add_argument("--seconds", type=float, default=600, help="how long to go on taking new seeds")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="the first seed")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
+    compared = differences = 0
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder), core=True)
+        seed = options.seed
+        while time.monotonic() < deadline:
+            for mode in ("64", "32"):
+                result = run(program, "core", "--mode", mode, "--seed", str(seed), "--per-slot", "20", timeout_s=900)
+                compared += result.compared
+                differences += result.differences
+                if result.differences:
+                    sys.stdout.write(f"oracle core --mode {mode} --seed {seed} --per-slot 20\n{result.report}")
+            seed += 1
+    sys.stdout.write(f"seeds {options.seed} to {seed - 1}: compared {compared} differences {differences}\n")
+    return differences != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+/* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu]
+ *
+ * BACKEND: core (if built with ORACLE_CORE) or direct. Goes through every slot of the opcode maps --per-slot times (x87 and groups more often) and
+ * prints each difference, then "compared N differences M". Exit status 1 if there was one.
+ *
+ * UNDERFLOW: with an unmasked underflow the core's PE and UE in MXCSR are not exact when #XM is raised: it runs the
+ * operation masked, and denormalising the result can lose bits that an unmasked response would keep.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "oracle.h"
+
+static const char *const names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+                                      "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
+enum { F_COMPARED = 0x244DD7 /* all but IF, IOPL, RF, VM, AC */ };
+
+static unsigned differences, limit = 40;
+static uint32_t shown[MAP_COUNT * 256 * 4];
+
+static void print_bytes(const char *what, const uint8_t *p, unsigned n)
+{
+    printf("    %-8s", what);
+    for (unsigned i = 0; i < n; i++)
+        printf("%02x%s", p[i], i % 8 == 7 ? " " : "");
+    printf("\n");
+}
+
+/* x87 pointers are stored only while an exception is pending; other bytes are all compared. */
+static bool compare(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *want, const struct cpu_state *got,
+                    const struct memory *before, const struct memory *mem_want, const struct memory *mem_got, uint64_t undefined)
+{
+    uint64_t flags = F_COMPARED & ~undefined;
+    bool same = want->vector == got->vector && want->rip == got->rip && (want->rflags & flags) == (got->rflags & flags) &&
+                memcmp(want->gpr, got->gpr, (insn->mode32 ? 8 : 16) * 8) == 0 && memcmp(want->fx, got->fx, 416) == 0 &&
+                memcmp(mem_want, mem_got, sizeof *mem_want) == 0;
+    /* Linux hides the rest of the error code of a kernel address from the process. */
+    bool hidden = want->vector == 14 && want->cr2 >> 47;
+    if (want->vector == 14 && want->cr2 != got->cr2)
+        same = false;
+    if (!hidden && want->error != got->error)
+        same = false;
+    if (same)
+        return true;
+    uint32_t *count = &shown[(insn->map * 256u + insn->opcode) * 4u + insn->prefix];
+    if (++*count > 2 || ++differences > limit)
+        return false;
+    printf("map %u opcode %02x prefix %u modrm %02x%s\n", insn->map, insn->opcode, insn->prefix, insn->modrm, insn->mode32 ? " (32-bit)" : "");
+    print_bytes("code", insn->bytes, insn->length);
+    printf("    ended   host: vector %u error %x cr2 %llx rip %llx   core: vector %u error %x cr2 %llx rip %llx   (start %llx, ea %llx)\n",
+           want->vector, want->error, (unsigned long long)want->cr2, (unsigned long long)want->rip, got->vector, got->error,
+           (unsigned long long)got->cr2, (unsigned long long)got->rip, CODE_BASE + (unsigned long long)insn->offset,
+           (unsigned long long)insn->ea);
+    if ((want->rflags ^ got->rflags) & flags)
+        printf("    rflags  in %06llx host %06llx core %06llx\n", (unsigned long long)in->rflags, (unsigned long long)want->rflags,
+               (unsigned long long)got->rflags);
+    for (unsigned i = 0; i < 16; i++)
+        if (want->gpr[i] != got->gpr[i])
+            printf("    %-7s in %016llx host %016llx core %016llx\n", names[i], (unsigned long long)in->gpr[i],
+                   (unsigned long long)want->gpr[i], (unsigned long long)got->gpr[i]);
+    for (unsigned i = 0; i < 416; i += 16)
+        if (memcmp(want->fx + i, got->fx + i, 16) != 0) {
+            printf("    fx+%u\n", i);
+            print_bytes("in", in->fx + i, 16);
+            print_bytes("host", want->fx + i, 16);
+            print_bytes("core", got->fx + i, 16);
+        }
+    const uint8_t *b = (const uint8_t *)before, *w = (const uint8_t *)mem_want, *g = (const uint8_t *)mem_got;
+    unsigned lines = 0;
+    for (unsigned i = 0; i < sizeof *before && lines < 4; i += 16)
+        if (memcmp(w + i, g + i, 16) != 0) {
+            lines++;
+            printf("    memory %08x\n", i < DATA_SIZE ? DATA_BASE + i : STACK_BASE + i - DATA_SIZE);
+            print_bytes("in", b + i, 16);
+            print_bytes("host", w + i, 16);
+            print_bytes("core", g + i, 16);
+        }
+    print_bytes("in fx", in->fx, 32);
+    for (unsigned i = 0; i < 16; i++)
+        printf("%s%s=%llx", i % 8 ? " " : "\n    ", names[i], (unsigned long long)in->gpr[i]);
+    printf("\n");
+    return false;
+}
+
+int main(int argc, char **argv)
+{
+    bool core = argc > 1 && strcmp(argv[1], "core") == 0, mode32 = false, fpu = false;
+    unsigned long seed = 1, per_slot = 2, only_map = 99, only_opcode = 256;
+    #ifndef ORACLE_CORE
+    core = false;
+#endif
+    if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
+        fprintf(stderr, "usage: oracle core|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu]\n");
+        return 2;
+    }
+    for (int i = 2; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "0";
+        if (strcmp(argv[i], "--fpu") == 0) {
+            fpu = true;
+            continue;
+        }
+        if (strcmp(argv[i], "--mode") == 0)
+            mode32 = strcmp(value, "32") == 0;
+        else if (strcmp(argv[i], "--seed") == 0)
+            seed = strtoul(value, NULL, 0);
+        else if (strcmp(argv[i], "--per-slot") == 0)
+            per_slot = strtoul(value, NULL, 0);
+        else if (strcmp(argv[i], "--map") == 0)
+            only_map = strtoul(value, NULL, 0);
+        else if (strcmp(argv[i], "--opcode") == 0)
+            only_opcode = strtoul(value, NULL, 0);
+        else if (strcmp(argv[i], "--limit") == 0)
+            limit = (unsigned)strtoul(value, NULL, 0);
+        i++;
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    native_init();
+#ifdef ORACLE_CORE
+    if (core)
+        core_init();
+#endif
+
+    static struct memory before, mem_native, mem_core;
+    unsigned long compared = 0, different = 0;
+    struct rng r = {seed};
+    fill_memory(&r, &before);
+    for (unsigned slot = 0; slot < MAP_COUNT * 256 * 8; slot++) {
+        unsigned map = slot >> 11, opcode = slot >> 3 & 255, prefix = slot & 3;
+        bool rex_w = slot >> 2 & 1, x87 = map == MAP_ONE && (opcode & 0xF8) == 0xD8;
+        if ((only_map != 99 && map != only_map) || (only_opcode != 256 && opcode != only_opcode) || (fpu && map == MAP_ONE && !x87))
+            continue;
+        unsigned long count = x87 && (rex_w || prefix > 1) ? per_slot : x87 ? per_slot * 24 : per_slot;
+        for (unsigned long n = 0; n < count; n++) {
+            struct insn insn;
+            static struct cpu_state in, native, got;
+            struct rng one = {seed * 0x100000001B3 + ((uint64_t)slot << 32) + n};
+            if ((compared & 1023) == 0) {
+                struct rng fill = {seed + compared};
+                fill_memory(&fill, &before);
+            }
+            if (!generate(&one, map, opcode, prefix, rex_w, mode32, -1, &insn, &in, &before))
+                continue;
+            got = in;
+            mem_core = before;
+#ifdef ORACLE_CORE
+            if (core)
+                core_run(&insn, &got, &mem_core);
+            else
+#endif
+                if (!direct_run(&insn, &got, &mem_core))
+                    continue;
+            native = in;
+            mem_native = before;
+            native_run(&insn, &native, &mem_native);
+            memcpy(native.fx + 28, got.fx + 28, 4); /* MXCSR_MASK: the host has misaligned SSE */
+            if (native.vector == 19 && !(in.fx[25] & 8)) /* see UNDERFLOW above */
+                native.fx[24] = (uint8_t)((native.fx[24] & ~0x30) | (got.fx[24] & 0x30));
+            compared++;
+            if (!compare(&insn, &in, &native, &got, &before, &mem_native, &mem_core, 0))
+                different++;
+        }
+    }
+    printf("compared %lu differences %lu\n", compared, different);
+    return different != 0;
+}

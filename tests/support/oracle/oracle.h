@@ -1,0 +1,76 @@
+/* A native oracle for user-mode instructions: generated instructions run on the host's processor and on the software
+ * core from the same state, and every register, flag, byte of memory and fault is compared.
+ *
+ * native.c runs one instruction in this process under signal handlers; core.c runs it in a vCPU of the software core
+ * at CPL 3; direct.c calls the FPU's operations without decoder; generate.c makes the instructions; main.c compares.
+ */
+#ifndef ORACLE_H
+#define ORACLE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    CODE_BASE = 0x10000000, CODE_SIZE = 0x2000,
+    DATA_BASE = 0x20000000, DATA_SIZE = 0x3000, /* two writable pages, then a read-only one; the rest unmapped */
+    DATA_WRITABLE = 0x2000,
+    STACK_BASE = 0x30000000, STACK_SIZE = 0x1000,
+};
+
+struct cpu_state {
+    uint64_t gpr[16]; /* in encoding order: RAX RCX RDX RBX RSP RBP RSI RDI R8... */
+    uint64_t rip, rflags;
+    uint8_t fx[512] __attribute__((aligned(16))); /* FXSAVE64 image */
+    /* how it ended */
+    uint32_t vector, error;
+    uint64_t cr2;
+};
+
+struct memory {
+    uint8_t data[DATA_SIZE];
+    uint8_t stack[STACK_SIZE];
+};
+
+enum { MAP_ONE, MAP_0F, MAP_0F38, MAP_0F3A, MAP_COUNT };
+
+struct insn {
+    uint8_t bytes[24];
+    unsigned length;
+    unsigned offset; /* in the code pages */
+    bool mode32;
+    /* what direct.c needs of it */
+    uint8_t map, opcode, prefix /* as enum vec_prefix */, rex, modrm, imm;
+    bool operand16, has_modrm, other_prefixes;
+    uint64_t ea;
+};
+
+struct rng { uint64_t s; };
+static inline uint64_t rng_next(struct rng *r) /* splitmix64 */
+{
+    uint64_t z = r->s += 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return z ^ z >> 31;
+}
+static inline unsigned rng_below(struct rng *r, unsigned n) { return (unsigned)((rng_next(r) >> 32) * n >> 32); }
+static inline bool rng_one_in(struct rng *r, unsigned n) { return rng_below(r, n) == 0; }
+
+/* generate.c: a slot is (map, opcode, prefix, REX.W). false: the instruction is not compared (a system call, state that
+ * the two sides do not share, an extension that the core does not offer). */
+bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
+              struct insn *insn, struct cpu_state *state, struct memory *memory);
+void fill_memory(struct rng *r, struct memory *memory);
+
+/* native.c */
+void native_init(void);
+void native_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
+
+/* core.c: the vCPU. steps: the number of instructions the core retired, or 0. */
+void core_init(void);
+void core_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
+
+/* direct.c: false if the instruction is not an FPU operation, or faults in a way the decoder is responsible for. */
+bool direct_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
+
+#endif
