@@ -1,4 +1,4 @@
-"""The software core's irqchip in C against its data sheets: builds native/irqchip_test.c and runs each of its tests."""
+"""The software core's irqchip in C against its data sheets: builds native/irqchip_test.c, runs each test in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
              "-fno-sanitize-recover=undefined", "-fno-strict-aliasing"]
     target = folder / "irqchip_test"
-    subprocess.run(["gcc", *flags, f"-I{ROOT / 'cpu'}", f"-I{folder}", "-o", target, SOURCE, *sources], check=True)
+    includes = [f"-I{ROOT / 'cpu'}", f"-I{folder}"]
+    subprocess.run(["gcc", *flags, *includes, "-o", target, SOURCE, *sources], check=True)
     return target
 
 
