@@ -84,6 +84,7 @@ bool lapic_msr_read(struct lapic *l, uint32_t msr, uint64_t *value, uint64_t now
 bool lapic_msr_write(struct lapic *l, uint32_t msr, uint64_t value, uint64_t now, bool by_host);
 uint64_t lapic_next_event(struct lapic *l);
 void lapic_advance(struct lapic *l, uint64_t now);
+void lapic_clock_moved(struct lapic *l, uint64_t before, uint64_t now);
 uint8_t lapic_tpr(const struct lapic *l);
 void lapic_set_tpr(struct lapic *l, uint8_t tpr);
 void lapic_save(struct lapic *l, struct kvm_lapic_state *state, uint64_t now);
@@ -114,6 +115,7 @@ uint8_t pit_read(struct irqchip *chip, uint16_t port, uint64_t now);
 void pit_write(struct irqchip *chip, uint16_t port, uint8_t value, uint64_t now);
 uint64_t pit_next_event(const struct irqchip *chip);
 void pit_advance(struct irqchip *chip, uint64_t now);
+void pit_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now);
 void pit_save(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now);
 void pit_load(struct irqchip *chip, const struct kvm_pit_state2 *state, uint64_t now);
 

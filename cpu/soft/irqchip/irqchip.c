@@ -227,6 +227,19 @@ void irqchip_advance(struct irqchip *chip, uint64_t now)
         lapic_advance(&chip->lapics[i], now);
 }
 
+void irqchip_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now)
+{
+    pit_clock_moved(chip, before, now);
+    for (uint32_t i = 0; i < chip->vcpus; i++)
+        lapic_clock_moved(&chip->lapics[i], before, now);
+}
+
+uint32_t irqchip_levels(const struct irqchip *chip)
+{
+    uint32_t pins = chip->ioapic.irr;
+    return (pins & ~5u) | (pins >> 2 & 1);
+}
+
 /* ---- state ---- */
 void irqchip_get_lapic(struct irqchip *chip, uint32_t index, struct kvm_lapic_state *state, uint64_t now)
 {

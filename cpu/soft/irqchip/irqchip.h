@@ -61,6 +61,11 @@ bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint6
 uint64_t irqchip_next_event(struct irqchip *chip);
 void irqchip_advance(struct irqchip *chip, uint64_t now);
 
+/* The clock was set: what was running goes on as far from its end as it was. */
+void irqchip_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now);
+/* The level that irqchip_set_gsi() last gave each GSI, or that the restored IOAPIC had: bit n is GSI n. */
+uint32_t irqchip_levels(const struct irqchip *chip);
+
 /* State in the KVM API's layouts. Call irqchip_advance() before taking any part of it. The init callback is answered by
  * irqchip_reset_lapic(index, true): the irqchip does not reset a LAPIC by itself. */
 struct kvm_lapic_state;

@@ -277,6 +277,12 @@ void lapic_advance(struct lapic *l, uint64_t now)
     deliver_lvt(l, LVT_TIMER);
 }
 
+void lapic_clock_moved(struct lapic *l, uint64_t before, uint64_t now)
+{
+    if (l->expiry != IRQCHIP_NEVER)
+        l->expiry += now - before;
+}
+
 /* ---- registers ---- */
 static void write_svr(struct lapic *l, uint32_t value)
 {

@@ -303,6 +303,16 @@ void pit_advance(struct irqchip *chip, uint64_t now)
     irqchip_set_gsi(chip, 0, true, now);
 }
 
+void pit_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now)
+{
+    int64_t ticks = tick_at(now) - tick_at(before);
+    for (unsigned i = 0; i < 3; i++) {
+        chip->pit.channels[i].load_tick += ticks;
+        chip->pit.channels[i].frozen_tick += ticks;
+    }
+    schedule(chip, tick_at(now));
+}
+
 void pit_save(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
 {
     int64_t tick = tick_at(now);

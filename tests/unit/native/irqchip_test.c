@@ -705,6 +705,26 @@ TEST(pit_drives_ioapic_pin2)
         go(w, PIT_NS(100 * i)); EQUAL(ack(w, 0), 0x30); lw(w, 0, 0xB0, 0);
     }
 }
+TEST(clock_moves)
+{
+    pic_init(w, 1);
+    enable(w);
+    lw(w, 0, 0x3E0, 0xB); lw(w, 0, 0x320, 0x40); lw(w, 0, 0x380, 5000000);
+    pit_set(w, 0, 2, 1000);
+    go(w, PIT_NS(1300));
+    uint32_t count = lr(w, 0, 0x390), left = pit_count(w, 0);
+    uint64_t before = w->now;
+    w->now = 12345678901234;
+    irqchip_clock_moved(w->chip, before, w->now);
+    EQUAL(lr(w, 0, 0x390), count);
+    EQUAL(pit_count(w, 0), left);
+    CHECK(irqchip_next_event(w->chip) - w->now <= PIT_NS(700) && irqchip_next_event(w->chip) - w->now >= PIT_NS(699));
+}
+TEST(levels)
+{
+    irq(w, 5, true); irq(w, 17, true); irq(w, 0, true); irq(w, 17, false);
+    EQUAL(irqchip_levels(w->chip), 0x21);
+}
 TEST(wide_port_accesses)
 {
     uint64_t v;
