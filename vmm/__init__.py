@@ -1,1 +1,66 @@
-"""The machine: configuration, memory, buses, boot, interrupts, lifecycle, embedding."""
+"""The machine: configuration, memory, buses, devices, boot, lifecycle; embedding and management.
+
+    async with vmm.VirtualMachine(kernel="bzImage", memory="512M") as vm:
+        outcome = await vm.run()
+
+Names are imported when they are first used, so that `import vmm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmm.config import Config, Disk, FlatImage, Net
+    from vmm.config import Console as ConsoleConfig
+    from vmm.console import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
+    from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
+    from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
+    from vmm.lifecycle import Outcome, Reason, State
+    from vmm.vm import VirtualMachine
+
+_HOMES = {
+    "vmm.config": ("Config", "Disk", "FlatImage", "Net"),
+    "vmm.console": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
+    "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
+    "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
+    "vmm.lifecycle": ("Outcome", "Reason", "State"),
+    "vmm.vm": ("VirtualMachine",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Console",
+    "ConsoleBreak",
+    "ConsoleClosed",
+    "ConsoleConfig",
+    "ConsoleReader",
+    "ConsoleTimeout",
+    "Disk",
+    "Ended",
+    "Event",
+    "FlatImage",
+    "GuestError",
+    "HostError",
+    "Net",
+    "Outcome",
+    "Reason",
+    "Rebooted",
+    "State",
+    "StateChanged",
+    "StateError",
+    "VirtualMachine",
+    "VmmError",
+    "Warned",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ConsoleConfig":
+        return import_module("vmm.config").Console
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'vmm' has no attribute {name!r}")

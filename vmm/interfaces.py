@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from cpu.contract import Capability, Registers, Shadow, Space, SystemRegisters
+from cpu.contract import Capability, Shadow, Space
 from vmm.config import Config
 from vmm.memory import GuestMemory
 
@@ -95,14 +95,6 @@ class Machine(Protocol):
 
     def request(self, action: Literal["shutdown", "reset", "crash"], detail: str, status: int | None = None) -> None:
         """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
-
-
-@dataclass(frozen=True, slots=True)
-class BootState:
-    """What the boot loader leaves for vCPU 0; the others wait for INIT and SIPI."""
-
-    registers: Registers
-    system_registers: SystemRegisters
 
 
 class Assembly(Protocol):

@@ -1,0 +1,247 @@
+"""Puts a machine together: core, memory, buses, devices, boot loader. The only module of vmm that sees everything.
+
+A part is a module with `attach(assembly)`; PARTS lists them in order. What a part adds is started, saved and closed
+by name. Nothing here knows what a part does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
+from vmm import boot
+from vmm.boot.state import BootState
+from vmm.config import Config
+from vmm.cores import SMALL_KERNEL
+from vmm.dispatch import Dispatcher
+from vmm.errors import ConfigError, HostError, core_errors
+from vmm.interfaces import CharacterPort, RandomSource
+from vmm.lifecycle import Outcome, Reason
+from vmm.machine import Action, CoreMachine
+from vmm.memory import GuestMemory
+from vmm.topology import vcpu_cpuid
+
+PARTS = (
+    "vmm.devices.uart",
+    "vmm.devices.debug",
+)
+"""Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
+
+
+def random_source(config: Config) -> RandomSource:
+    """The host's entropy, or with a seed a generator that is a function of it."""
+    if config.seed is None:
+        return os.urandom
+    import random
+
+    return random.Random(f"devices {config.seed}").randbytes
+
+
+def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> str:
+    """The kernel command line as the guest gets it: given or default, and what is appended. Test guests have no
+    default."""
+    if config.cmdline is not None:
+        base = config.cmdline
+    elif config.kernel is not None and config.kernel.stat().st_size >= SMALL_KERNEL:
+        base = boot.default_cmdline(capabilities)
+    else:
+        base = ""
+    return f"{base} {config.append}".strip()
+
+
+class Built:
+    """One incarnation of a machine, from its core up. vmm.interfaces.Assembly for the parts. Loop thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        system: System,
+        console: CharacterPort,
+        debug_output: Callable[[bytes], None],
+        finish: Callable[[Outcome], None],
+    ) -> None:
+        self.config = config
+        self.system = system
+        self.console = console
+        self.debug_output = debug_output
+        self.capabilities: frozenset[Capability] = system.capabilities()
+        self.components: dict[str, object] = {}
+        self._started: list[object] = []
+        self._finish = finish
+        self._loop = asyncio.get_running_loop()
+        self._reading = -1
+        self._closed = False
+        self._vm: Vm | None = None
+        self._machine: CoreMachine | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._memory: GuestMemory | None = None
+        self.vcpus: list[Vcpu] = []
+        self.rsdp: int | None = None
+        """Guest-physical address of the ACPI root pointer, set by the part that builds the tables."""
+
+    # vmm.interfaces.Assembly
+
+    @property
+    def machine(self) -> CoreMachine:
+        assert self._machine is not None
+        return self._machine
+
+    @property
+    def memory(self) -> GuestMemory:
+        assert self._memory is not None
+        return self._memory
+
+    @property
+    def vm(self) -> Vm:
+        assert self._vm is not None
+        return self._vm
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        assert self._dispatcher is not None
+        return self._dispatcher
+
+    def add(self, name: str, component: object) -> None:
+        if name in self.components:
+            raise ConfigError(f"two components are called {name!r}; give the devices different ids")
+        self.components[name] = component
+
+    def get(self, name: str) -> Any:
+        return self.components[name]
+
+    # For VirtualMachine.
+
+    async def build(self) -> None:
+        """Everything up to the first instruction. On failure or cancellation nothing is left behind."""
+        try:
+            with core_errors():
+                await self._build()
+        except BaseException:
+            self.close()
+            await self.aclose()
+            raise
+
+    async def _build(self) -> None:
+        config = self.config
+        virtual = config.clock == "virtual"
+        if virtual and Capability.VIRTUAL_CLOCK not in self.capabilities:
+            raise ConfigError(f"clock: the core {self.system.name} has no virtual clock; use --core soft")
+        memory = self._memory = GuestMemory(config.memory, hugepages=config.hugepages)
+        epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
+        vm = self._vm = self.system.create_vm(
+            VmConfig(vcpus=config.cpus, virtual_clock=virtual, epoch_ns=epoch_ns, seed=config.seed)
+        )
+        for slot, region in enumerate(memory.regions):
+            vm.set_memory_slot(slot, region.start, region.memory)
+        memory.written = vm.memory_written
+        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
+        machine = self._machine = CoreMachine(
+            vm,
+            self._loop,
+            epoch_ns=epoch_ns,
+            random=random_source(config),
+            virtual_clock=virtual,
+            request=self._request,
+            fail=self._fail,
+        )
+        self._dispatcher = Dispatcher(vm, self.vcpus, machine, self._finish)
+        for name in PARTS:
+            importlib.import_module(name).attach(self)
+        await self._load()
+        for component in tuple(self.components.values()):
+            start = getattr(component, "start", None)
+            if start is not None:
+                self._started.append(component)
+                result = start()
+                if inspect.isawaitable(result):
+                    await result
+        self._reading = vm.fileno()
+        self._loop.add_reader(self._reading, self._dispatcher.drain)
+
+    async def _load(self) -> None:
+        """The boot loader and vCPU 0's registers. A kernel is unpacked beside the loop."""
+        cpuid = self.system.supported_cpuid()
+        for index, vcpu in enumerate(self.vcpus):
+            vcpu.set_cpuid(vcpu_cpuid(cpuid, index, self.config.cpus))
+        kernel = self.config.kernel
+        if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:
+            state = await asyncio.to_thread(self._load_image)
+        else:
+            state = self._load_image()
+        self.vcpus[0].set_system_registers(state.system_registers)
+        self.vcpus[0].set_registers(state.registers)
+
+    def _load_image(self) -> BootState:
+        """May run in a worker thread: only fills memory."""
+        config, memory = self.config, self.memory
+        if config.flat is not None:
+            flat = config.flat
+            return boot.load_flat(memory, flat.path, load=flat.load, entry=flat.entry, mode=flat.mode)
+        if config.kernel is None:
+            raise ConfigError("nothing to boot: give an image, a kernel or a flat image")
+        return boot.load(
+            memory,
+            config.kernel,
+            initrd=config.initrd,
+            cmdline=effective_cmdline(config, self.capabilities),
+            rsdp=self.rsdp,
+        )
+
+    def _request(self, action: Action, detail: str, status: int | None = None) -> None:
+        """vmm.interfaces.Machine.request"""
+        if status is not None:
+            self.dispatcher.end(Outcome(Reason.EXIT, detail, code=status))
+        else:
+            reason = {"shutdown": Reason.SHUTDOWN, "reset": Reason.RESET, "crash": Reason.CRASH}[action]
+            self.dispatcher.end(Outcome(reason, detail))
+
+    def _fail(self, error: BaseException) -> None:
+        self.dispatcher.fail(error)
+
+    def stats(self) -> dict[str, int]:
+        """The core's counters and the buses'."""
+        counters = dict(self.vm.stats()) if not self._closed else {}
+        counters["unclaimed"] = self.machine.ports.unclaimed + self.machine.mmio.unclaimed
+        return counters
+
+    def close(self) -> None:
+        """Stop every vCPU and give back what the core holds, at once. Idempotent; `aclose` does the rest."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._reading >= 0:
+            self._loop.remove_reader(self._reading)
+        if self._machine is not None:
+            self._machine.close()
+        if self._memory is not None:
+            self._memory.written = None
+        if self._vm is not None:
+            self._vm.close()
+
+    async def aclose(self) -> None:
+        """Close the components in reverse order, then memory. Idempotent."""
+        self.close()
+        components, self.components = self.components, {}
+        failure: BaseException | None = None
+        for name, component in reversed(components.items()):
+            close = getattr(component, "aclose", None) or getattr(component, "close", None)
+            if close is None:
+                continue
+            try:
+                result = close()
+                if inspect.isawaitable(result):
+                    await result
+            except Exception as error:
+                failure = failure or HostError(f"closing {name}: {type(error).__name__}: {error}")
+                failure.__cause__ = failure.__cause__ or error
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        if failure is not None:
+            raise failure

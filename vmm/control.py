@@ -1,0 +1,218 @@
+"""The control interface of one machine: requests and answers as JSON lines on its control socket.
+
+    {"command": "status"}                       -> {"ok": true, "state": "running", …}
+    {"command": "stop", "timeout": 30}          -> {"ok": true, "outcome": …} when it has ended
+    pause, resume, kill, stats, config, metrics -> see COMMANDS
+    anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
+
+The server side is `Registration`: the machine's place in the registry with its control and console sockets. The
+client side is `request`. Loop thread; a client that sends garbage or never reads harms only itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from vmm.console import ConsoleHub
+from vmm.consoleserver import ConsoleServer
+from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.lifecycle import Outcome
+from vmm.registry import CONSOLE, CONTROL, Entry, Slot
+from vmm.sockets import listen
+
+if TYPE_CHECKING:
+    from vmm.vm import VirtualMachine
+
+LINE_LIMIT = 64 << 10
+ANSWER_SECONDS = 1.0
+"""How long the machine's end waits for clients that are being answered."""
+MAX_STOP_SECONDS = 86_400.0
+_KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
+
+
+def outcome_dict(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON."""
+    return {"reason": outcome.reason.value, "detail": outcome.detail, "status": outcome.status}
+
+
+def metrics(name: str, stats: dict[str, int]) -> str:
+    """Counters as Prometheus text (exposition format 0.0.4)."""
+    lines = [
+        "# HELP loopvisor_events_total What the machine's vCPUs asked for, by kind.",
+        "# TYPE loopvisor_events_total counter",
+    ]
+    lines += [f'loopvisor_events_total{{machine="{name}",kind="{key}"}} {stats[key]}' for key in sorted(stats)]
+    return "\n".join(lines) + "\n"
+
+
+class Registration:
+    """A named machine's sockets and its entry in the registry."""
+
+    def __init__(self, vm: VirtualMachine, hub: ConsoleHub) -> None:
+        self._vm = vm
+        self._slot = Slot(vm.config.name)
+        self._console = ConsoleServer(hub, self._slot.path / CONSOLE)
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
+        self._busy: set[asyncio.Task[None]] = set()
+        self._started = time.time()
+
+    async def start(self) -> None:
+        try:
+            await self._console.start()
+            listener = listen(self._slot.path / CONTROL, "control socket")
+            try:
+                self._server = await asyncio.start_unix_server(self._client, sock=listener, limit=LINE_LIMIT)
+            except BaseException:
+                listener.close()
+                raise
+            self._slot.write_info({"pid": os.getpid(), "started": self._started, "command": sys.argv[:32]})
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """At once. Idempotent."""
+        self._stop_serving()
+        self._console.close()
+        self._slot.release()
+
+    async def aclose(self) -> None:
+        """Clients that wait for an answer get it; the others are sent away."""
+        try:
+            self._stop_serving()
+            await self._console.aclose()
+            if self._busy:
+                await asyncio.wait(self._busy, timeout=ANSWER_SECONDS)
+            clients = tuple(self._clients)
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+        finally:
+            self.close()
+
+    def _stop_serving(self) -> None:
+        if self._server is not None:
+            server, self._server = self._server, None
+            server.close()
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        try:
+            while line := await reader.readline():
+                self._busy.add(task)
+                try:
+                    answer = await self._answer(line)
+                    writer.write(json.dumps(answer).encode() + b"\n")
+                    await writer.drain()
+                finally:
+                    self._busy.discard(task)
+                if self._server is None:
+                    break
+        except (ValueError, OSError, asyncio.IncompleteReadError):
+            pass  # a line beyond LINE_LIMIT, or a client that went away
+        finally:
+            self._clients.discard(task)
+            writer.close()
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            try:
+                request = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"not JSON: {error}") from error
+            if not isinstance(request, dict):
+                raise ConfigError("a request is an object with a command")
+            command = COMMANDS.get(str(request.get("command")))
+            if command is None:
+                raise ConfigError(f"unknown command {request.get('command')!r}; known are {', '.join(COMMANDS)}")
+            return {"ok": True, **await command(self, request)}
+        except VmmError as error:
+            return {"ok": False, "kind": type(error).__name__, "error": str(error)}
+
+    async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+        vm, config = self._vm, self._vm.config
+        return {
+            "name": config.name,
+            "state": vm.state.value,
+            "core": vm.core,
+            "cpus": config.cpus,
+            "memory": config.memory,
+            "pid": os.getpid(),
+            "started": self._started,
+            "uptime": time.time() - self._started,
+        }
+
+    async def _stats(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"stats": self._vm.stats()}
+
+    async def _metrics(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"metrics": metrics(self._vm.config.name, self._vm.stats())}
+
+    async def _config(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"config": self._vm.config.to_dict()}
+
+    async def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
+        await self._vm.pause()
+        return await self._status(request)
+
+    async def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._vm.resume()
+        return await self._status(request)
+
+    async def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
+        timeout = request.get("timeout", 30.0)
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= MAX_STOP_SECONDS:
+            raise ConfigError(f"timeout: {timeout!r} is not a number of seconds")
+        return {"outcome": outcome_dict(await self._vm.ask_to_stop(timeout))}
+
+    async def _kill(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._vm.kill()
+        return {"outcome": outcome_dict(await self._vm.ended())}
+
+
+COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
+    "status": Registration._status,
+    "stats": Registration._stats,
+    "metrics": Registration._metrics,
+    "config": Registration._config,
+    "pause": Registration._pause,
+    "resume": Registration._resume,
+    "stop": Registration._stop,
+    "kill": Registration._kill,
+}
+
+
+def request(entry: Entry, command: str, timeout: float = 10.0, **values: Any) -> dict[str, Any]:
+    """Ask a machine and wait for its answer (blocking). Raises what it answers, HostError if it does not."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(timeout)
+            client.connect(str(entry.control))
+            client.sendall(json.dumps({"command": command, **values}).encode() + b"\n")
+            answer = bytearray()
+            while not answer.endswith(b"\n"):
+                data = client.recv(1 << 16)
+                if not data:
+                    break
+                answer += data
+    except TimeoutError as error:
+        raise HostError(f"{entry.name}: no answer within {timeout:g} s") from error
+    except OSError as error:
+        raise HostError(f"{entry.name}: {os_reason(error)}") from error
+    try:
+        values = json.loads(bytes(answer))
+    except ValueError:
+        raise HostError(f"{entry.name}: the machine ended before it answered") from None
+    if not values.pop("ok", False):
+        raise _KINDS.get(str(values.get("kind")), HostError)(f"{entry.name}: {values.get('error')}")
+    return values

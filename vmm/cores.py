@@ -1,0 +1,41 @@
+"""Which execution core a configuration runs on: what its guest needs, and opening it."""
+
+from __future__ import annotations
+
+from cpu.contract import Capability, System
+from cpu.select import Choice, choose
+from cpu.select import open_system as open_choice
+from vmm.config import MIB, Config
+from vmm.errors import core_errors
+
+SMALL_KERNEL = 1 * MIB
+"""Kernel files below this are test guests, which need no more than they say; others count as stock kernels."""
+
+
+def needs(config: Config) -> frozenset[Capability]:
+    """What the guest needs beyond the contract's core."""
+    found = set()
+    if config.clock == "virtual":
+        found.add(Capability.VIRTUAL_CLOCK)
+    if config.flat is not None and config.flat.mode == "real":
+        found.add(Capability.REAL_MODE)
+    if config.kernel is not None and config.kernel.stat().st_size >= SMALL_KERNEL:
+        found.add(Capability.STOCK_KERNELS)
+    return frozenset(found)
+
+
+def choice(config: Config) -> Choice:
+    """The core that would run, and why. With `core` named by the user only its availability counts: trying a stock
+    kernel on a KVM that cannot run one is allowed. Raises HostError with the cure."""
+    with core_errors():
+        wanted = needs(config)
+        if config.core != "auto":
+            wanted &= {Capability.VIRTUAL_CLOCK}
+        return choose(config.core, wanted)
+
+
+def open_system(config: Config) -> System:
+    """Raises HostError."""
+    chosen = choice(config)
+    with core_errors():
+        return open_choice(chosen)

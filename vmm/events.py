@@ -1,0 +1,67 @@
+"""What a machine tells those who follow `VirtualMachine.events()`: frozen values, one class per kind."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from vmm.lifecycle import Outcome, State
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Rebooted:
+    """The guest rebooted and the machine was started again in place."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that a person should hear about; the machine goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleBreak:
+    """The guest sent a break on its serial line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last event."""
+
+    outcome: Outcome
+
+
+Event = StateChanged | Rebooted | Warned | ConsoleBreak | Ended
+QUEUE_LIMIT = 1024
+"""Events kept for a follower that does not fetch them; then the oldest go."""
+
+
+class EventStream:
+    """An async iterator of events; ends after `Ended`."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._over = False
+
+    def put(self, event: Event) -> None:
+        if self._queue.qsize() >= QUEUE_LIMIT:
+            self._queue.get_nowait()
+        self._queue.put_nowait(event)
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        self._over = isinstance(event, Ended)
+        return event

@@ -1,0 +1,347 @@
+"""The embedding API: one machine as an async context manager.
+
+    async with VirtualMachine(Config(kernel=…)) as vm:
+        outcome = await vm.run()
+
+Works on asyncio and uvloop, several machines in one loop, no global state. Everything is called on the loop thread.
+Leaving the block, or cancelling anything, ends the machine and gives back all it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from cpu.contract import System
+from vmm.builder import Built
+from vmm.config import Config
+from vmm.console import REPLAY, Console, ConsoleHub, ConsoleLog
+from vmm.cores import open_system
+from vmm.errors import StateError, VmmError
+from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
+from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
+
+STOP_SECONDS = 30.0
+"""How long a guest may take to power off before `stop` ends it."""
+KILLED = Outcome(Reason.KILLED, "killed")
+MAX_WARNINGS = 100
+
+
+class VirtualMachine:
+    """One machine: built paused on entering the block, run by `run` or `resume`, ended at the latest on leaving."""
+
+    def __init__(self, config: Config | None = None, *, system: System | None = None, **options: Any) -> None:
+        """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
+        `config.core`; it stays the caller's. Raises ConfigError."""
+        if config is not None and options:
+            raise TypeError("give a Config or options, not both")
+        self.config = config if config is not None else Config(**options)
+        self._given_system = system
+        self._system: System | None = None
+        self._lifecycle = Lifecycle()
+        self._hub = ConsoleHub()
+        self._hub.on_event = self._console_event
+        self.console = Console(self._hub)
+        self._debug = bytearray()
+        self.on_debug: Callable[[bytes], None] | None = None
+        """Called with what the guest writes to the debug port 0xe9."""
+        self._built: Built | None = None
+        self._ending = asyncio.Event()
+        self._end: Outcome | None = None
+        self._outcome: Outcome | None = None
+        self._settled = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._failure: VmmError | None = None
+        self._streams: list[EventStream] = []
+        self._warnings = 0
+        self._supervisor: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closers: list[Any] = []
+
+    # Life.
+
+    async def __aenter__(self) -> Self:
+        """Build it. Raises ConfigError, HostError."""
+        if self.state is not State.CREATED or self._supervisor is not None:
+            raise StateError("a VirtualMachine is entered once; make another")
+        try:
+            self.config.check_host()
+            self._system = self._given_system or open_system(self.config)
+            await self._open_console()
+            await self._build()
+        except BaseException:
+            self._end = self._end or KILLED
+            await self._release()
+            raise
+        self._change(Change.BUILD)
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"machine {self.config.name}".rstrip())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the machine if it has not ended, and give everything back. Idempotent."""
+        self._finish(KILLED)
+        supervisor = self._supervisor
+        if supervisor is None:
+            return
+        try:
+            await asyncio.shield(supervisor)
+        except asyncio.CancelledError:
+            self._close_core()
+            raise
+
+    async def run(self) -> Outcome:
+        """Run to the end. Cancelled, it ends the machine. Raises HostError only for what went wrong while closing."""
+        try:
+            if self.state is State.PAUSED:
+                self.resume()
+            return await self.wait()
+        except asyncio.CancelledError:
+            self._finish(KILLED)
+            self._close_core()
+            raise
+
+    async def wait(self) -> Outcome:
+        """Until the machine has ended and everything is given back; does not start it."""
+        if self._supervisor is None and self._outcome is None:
+            raise StateError("the machine is not built; use it in `async with`")
+        await self._stopped.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._outcome is not None
+        return self._outcome
+
+    def resume(self) -> None:
+        """Run, or run on. Raises StateError."""
+        self._change(Change.RESUME)
+        if self._timer is None and self.config.timeout is not None:
+            outcome = Outcome(Reason.TIMEOUT, f"still running after {self.config.timeout:g} s")
+            self._timer = asyncio.get_running_loop().call_later(self.config.timeout, self._finish, outcome)
+        assert self._built is not None
+        self._built.dispatcher.release("pause")
+
+    async def pause(self) -> None:
+        """Park every vCPU. Raises StateError."""
+        self._change(Change.PAUSE)
+        assert self._built is not None
+        dispatcher = self._built.dispatcher
+        dispatcher.hold("pause")
+        await dispatcher.wait_parked()
+
+    async def stop(self, timeout: float = STOP_SECONDS) -> Outcome:
+        """Press the power button, wait for the guest to power off, end it after `timeout` seconds."""
+        if self._supervisor is None:
+            raise StateError("the machine is not built; use it in `async with`")
+        await self.ask_to_stop(timeout)
+        return await self.wait()
+
+    async def ask_to_stop(self, timeout: float) -> Outcome:
+        """`stop`, but returns as soon as it is known how the machine ended, while its sockets still close."""
+        if self._outcome is not None:
+            return self._outcome
+        if self.state is State.PAUSED:
+            self.resume()
+        if not self._ending.is_set():
+            self._change(Change.ASK)
+            assert self._built is not None
+            button = self._built.components.get("power-button")
+            if button is None:
+                self._finish(Outcome(Reason.KILLED, "this machine has no power button"))
+            else:
+                button.press()  # type: ignore[attr-defined]
+        try:
+            async with asyncio.timeout(timeout):
+                return await self.ended()
+        except TimeoutError:
+            self._finish(Outcome(Reason.KILLED, f"the guest did not power off within {timeout:g} s"))
+        return await self.ended()
+
+    async def ended(self) -> Outcome:
+        """Until it is known how the machine ended; its sockets may still be closing."""
+        await self._settled.wait()
+        assert self._outcome is not None
+        return self._outcome
+
+    def kill(self) -> None:
+        """End it now; `wait` and `run` then return."""
+        self._finish(KILLED)
+
+    @property
+    def state(self) -> State:
+        return self._lifecycle.state
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended; None before."""
+        return self._outcome
+
+    @property
+    def core(self) -> str:
+        """The name of the execution core, "" before the machine is built."""
+        return self._system.name if self._system is not None else ""
+
+    def events(self) -> EventStream:
+        """What happens from now on, as an async iterator that ends with the machine."""
+        stream = EventStream()
+        if self._outcome is not None:
+            stream.put(Ended(self._outcome))
+        self._streams.append(stream)
+        return stream
+
+    def stats(self) -> dict[str, int]:
+        """Counters of exits by class and reason; empty once the machine ended."""
+        return self._built.stats() if self._built is not None else {}
+
+    @property
+    def debug_output(self) -> bytes:
+        """The last 64 KiB that the guest wrote to the debug port 0xe9."""
+        return bytes(self._debug)
+
+    # Inside.
+
+    async def _build(self) -> None:
+        assert self._system is not None
+        built = Built(self.config, self._system, self._hub, self._write_debug, self._finish)
+        await built.build()
+        self._built = built
+        self._hub.on_pressure = self._console_pressure
+
+    async def _open_console(self) -> None:
+        console = self.config.console
+        if console.log is not None:
+            self._closers.append(ConsoleLog(self._hub, console.log, console.log_limit, self._warn))
+        if console.path is not None:
+            from vmm.consoleserver import ConsoleServer
+
+            await self._add_service(ConsoleServer(self._hub, console.path))
+        if self.config.name:
+            from vmm.control import Registration
+
+            await self._add_service(Registration(self, self._hub))
+        if console.kind == "stdio":
+            from vmm.terminal import StandardStreams
+
+            await self._add_service(StandardStreams(self._hub, self._finish))
+
+    async def _add_service(self, service: Any) -> None:
+        self._closers.append(service)
+        await service.start()
+
+    def _finish(self, outcome: Outcome) -> None:
+        """The machine is to end this way; the first caller decides. The supervisor does the rest."""
+        if self._end is None:
+            self._end = outcome
+            self._ending.set()
+            if self._built is not None:
+                self._built.dispatcher.end(outcome)
+
+    async def _supervise(self) -> None:
+        """Waits for the end, restarts after a reboot if that is asked for, cleans up."""
+        try:
+            while True:
+                await self._ending.wait()
+                end = self._end
+                if end is None or end.reason is not Reason.RESET or not self.config.reboot:
+                    break
+                await self._restart(end)
+        except asyncio.CancelledError:
+            self._end = KILLED
+            raise
+        except VmmError as error:
+            self._end = Outcome(Reason.HOST_ERROR, f"restart: {error}")
+        finally:
+            await self._release()
+
+    async def _restart(self, end: Outcome) -> None:
+        assert self._built is not None
+        await self._built.aclose()
+        self._built = None
+        self._end = None
+        self._ending.clear()
+        await self._build()
+        self._tell(Rebooted(end.detail))
+        if self._end is None:
+            assert self._built is not None
+            self._built.dispatcher.release("pause")
+
+    def _close_core(self) -> None:
+        if self._built is not None:
+            self._built.close()
+
+    async def _release(self) -> None:
+        """Give everything back, whatever fails; the outcome is known afterwards."""
+        try:
+            self._close_core()
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._built is not None:
+                await self._built.aclose()
+        except VmmError as error:
+            self._failure = error
+        finally:
+            self._settle()
+            try:
+                await self._close_services()
+            finally:
+                self._stopped.set()
+
+    async def _close_services(self) -> None:
+        self._hub.close()
+        closers, self._closers = self._closers, []
+        try:
+            for closer in reversed(closers):
+                close = getattr(closer, "aclose", None)
+                if close is not None:
+                    await close()
+                else:
+                    closer.close()
+        except BaseException:
+            for closer in closers:
+                closer.close()
+            raise
+
+    def _settle(self) -> None:
+        if self._system is not None and self._given_system is None:
+            self._system.close()
+        self._outcome = self._end or KILLED
+        if self.state is not State.STOPPED:
+            self._change(Change.END)
+        self._tell(Ended(self._outcome))
+        self._settled.set()
+
+    def _change(self, change: Change) -> None:
+        state = self._lifecycle.change(change)
+        self._tell(StateChanged(state))
+
+    def _tell(self, event: Event) -> None:
+        for stream in self._streams:
+            stream.put(event)
+
+    def _warn(self, text: str) -> None:
+        self._warnings += 1
+        if self._warnings <= MAX_WARNINGS:
+            self._tell(Warned(text))
+
+    def _console_event(self, kind: str) -> None:
+        if kind == "break":
+            self._tell(ConsoleBreak())
+
+    def _console_pressure(self, pressed: bool) -> None:
+        if self._built is not None:
+            if pressed:
+                self._built.dispatcher.hold("console")
+            else:
+                self._built.dispatcher.release("console")
+
+    def _write_debug(self, data: bytes) -> None:
+        self._debug += data
+        if len(self._debug) > 2 * REPLAY:
+            del self._debug[:-REPLAY]
+        if self.on_debug is not None:
+            self.on_debug(data)
