@@ -1,1 +1,2 @@
-"""The virtio 1.2 specification, device side: rings, transports, devices, backends. Imports no other package here."""
+"""The virtio 1.2 specification, device side: rings, transports, devices, backends. Imports no other package
+here."""

@@ -1,0 +1,60 @@
+"""What a block device is made of, and the one that lives in memory.
+
+A user's backend is a subclass of BlockBackend with `capacity`, `read` and `write`. Offsets and lengths are
+bytes and multiples of 512 within the capacity. An OSError or HostError becomes an I/O error in the guest.
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+CHUNK = 1 << 20
+"""The most bytes one call is asked for."""
+
+
+class BlockBackend(Protocol):
+    capacity: int
+    """Bytes, a multiple of 512; what is beyond the last whole sector is not visible."""
+    read_only: bool = False
+    block_size: int = 512
+    """Logical block size in bytes."""
+
+    async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def write(self, offset: int, data: bytes) -> None: ...
+
+    async def flush(self) -> None:
+        """Make everything written durable."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes are not needed any more; what they read as is the backend's choice."""
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        for at in range(offset, offset + length, CHUNK):
+            await self.write(at, bytes(min(CHUNK, offset + length - at)))
+
+    async def aclose(self) -> None:
+        """Give up descriptors."""
+
+
+class MemoryBlock(BlockBackend):
+    """A disk in memory: the fake, and a RAM disk."""
+
+    def __init__(self, capacity: int, *, read_only: bool = False) -> None:
+        self.data = bytearray(capacity)
+        self.capacity = capacity // 512 * 512
+        self.read_only = read_only
+        self.flushes = 0
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    async def write(self, offset: int, data: bytes) -> None:
+        self.data[offset : offset + len(data)] = data
+
+    async def flush(self) -> None:
+        self.flushes += 1
+
+    async def discard(self, offset: int, length: int) -> None:
+        self.data[offset : offset + length] = bytes(length)

@@ -1,0 +1,122 @@
+"""What a console port is connected to: a byte stream whose other end may come and go. Loop thread only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from pathlib import Path
+from typing import Protocol
+
+from virtio.errors import ConfigError
+
+CHUNK = 65536
+BACKLOG = 1 << 20
+"""Bytes a slow watcher may be behind before it is dropped."""
+REPLAY = 65536
+"""Bytes of recent output that a late watcher gets."""
+
+
+class CharBackend(Protocol):
+    async def read(self) -> bytes:
+        """The next input, at least one byte; waits while nobody is there."""
+
+    async def write(self, data: bytes) -> None:
+        """Output; dropped if nobody is there. Returns soon: a slow reader does not hold the guest."""
+
+    async def aclose(self) -> None:
+        """Give up descriptors."""
+
+
+class MemoryChar(CharBackend):
+    """The fake: `feed` is input, `output` collects."""
+
+    def __init__(self) -> None:
+        self.output = bytearray()
+        self._input: deque[bytes] = deque()
+        self._fed = asyncio.Event()
+        self._wrote = asyncio.Event()
+
+    def feed(self, data: bytes) -> None:
+        self._input.append(data)
+        self._fed.set()
+
+    async def read(self) -> bytes:
+        while not self._input:
+            self._fed.clear()
+            await self._fed.wait()
+        return self._input.popleft()
+
+    async def write(self, data: bytes) -> None:
+        self.output += data
+        self._wrote.set()
+
+    async def wait_output(self, wanted: bytes, timeout: float = 10) -> bytes:
+        """Wait until `wanted` was written; everything written so far. TimeoutError."""
+        async with asyncio.timeout(timeout):
+            while wanted not in self.output:
+                self._wrote.clear()
+                await self._wrote.wait()
+        return bytes(self.output)
+
+
+class SocketChar(CharBackend):
+    """A listening UNIX stream socket: every client sees the output, any client's input counts, late ones get
+    a replay."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.StreamWriter] = set()
+        self._recent: deque[bytes] = deque()
+        self._recent_size = 0
+        self._input: asyncio.Queue[bytes] = asyncio.Queue(maxsize=16)
+
+    async def start(self) -> SocketChar:
+        """Listen; ConfigError if the path cannot be bound."""
+        with contextlib.suppress(FileNotFoundError):
+            if Path(self.path).is_socket():
+                Path(self.path).unlink()
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, self.path)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}") from error
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for part in self._recent:
+            writer.write(part)
+        self._clients.add(writer)
+        try:
+            while data := await reader.read(CHUNK):
+                await self._input.put(data)
+        except OSError:
+            pass
+        finally:
+            self._clients.discard(writer)
+            writer.close()
+
+    async def read(self) -> bytes:
+        return await self._input.get()
+
+    async def write(self, data: bytes) -> None:
+        self._recent.append(data)
+        self._recent_size += len(data)
+        while self._recent_size > REPLAY and len(self._recent) > 1:
+            self._recent_size -= len(self._recent.popleft())
+        for writer in tuple(self._clients):
+            if writer.transport.get_write_buffer_size() > BACKLOG:
+                self._clients.discard(writer)
+                writer.transport.abort()
+            else:
+                writer.write(data)
+
+    async def aclose(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            for writer in tuple(self._clients):
+                writer.close()
+            self._server = None
+            with contextlib.suppress(FileNotFoundError):
+                Path(self.path).unlink()

@@ -1,0 +1,199 @@
+"""The base of every virtio device (virtio 1.2, 2): what a transport asks of it, and what it gets when it is
+active.
+
+A device states its type, features, queue sizes and configuration space. It has no memory and no interrupts
+until the driver has set DRIVER_OK and `activate` gave it both; after `reset` it has neither again. A device
+whose work is one coroutine only writes `serve`; one that works in batches overrides `queue_notified`. Loop
+thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from virtio.errors import GuestError, HostError, StateError
+from virtio.protocols import Interrupts, State
+from virtio.queue import Queue
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What an active device has. `features` are the negotiated ones (2.2)."""
+
+    features: int
+    queues: Sequence[Queue]
+    interrupts: Interrupts
+    fault: Callable[[Exception], None]
+    """Tell the transport that the driver (GuestError) or the host broke this device: DEVICE_NEEDS_RESET."""
+
+
+class Device:
+    """One virtio device. Subclasses set the attributes and override what they need."""
+
+    device_id: int = 0
+    """5: virtio device ID."""
+    device_features: int = 0
+    """Bits of this device type (0 to 23, 50 to 127); ring and transport features are the transport's."""
+    queue_sizes: Sequence[int] = (128,)
+    """The largest size of each queue, powers of two."""
+
+    def __init__(self) -> None:
+        self._active: Activation | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._config_listener: Callable[[], None] | None = None
+        self._paused = False
+        self._progress = asyncio.Event()
+
+    # What a subclass may override.
+
+    def config(self) -> bytes:
+        """The device-specific configuration space (2.5)."""
+        return b""
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        """The driver wrote there; what is not writable is ignored."""
+
+    async def serve(self, queues: Sequence[Queue]) -> None:
+        """The device's work, from DRIVER_OK until the reset that cancels it."""
+
+    def started(self, active: Activation) -> None:
+        """DRIVER_OK: by default `serve` runs."""
+        self.spawn(self.serve(active.queues), "serve")
+
+    def stopped(self) -> bool:
+        """The driver resets the device: nothing may touch guest memory from now on. Tasks are cancelled
+        already.
+
+        False if something still does (a system call that runs); `idle` then says when it is over."""
+        return True
+
+    def idle(self) -> bool:
+        return True
+
+    def queue_notified(self, index: int) -> None:
+        """Available buffer notification (2.3)."""
+        self.active.queues[index].wake()
+
+    def save_device(self) -> State:
+        """What survives besides the rings; requests are drained."""
+        return {}
+
+    def restore_device(self, state: State) -> None:
+        """Called before `activate`."""
+
+    async def aclose(self) -> None:
+        """Give up backends and descriptors."""
+        self.deactivate()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What a subclass uses.
+
+    @property
+    def active(self) -> Activation:
+        """What the device has while it is active; StateError otherwise."""
+        if self._active is None:
+            raise StateError("the device is not active")
+        return self._active
+
+    @property
+    def is_active(self) -> bool:
+        return self._active is not None
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a coroutine until it ends or the device is reset. Its errors are this device's fault state."""
+        task = asyncio.get_running_loop().create_task(work, name=f"{type(self).__name__}.{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def guarded(self, call: Callable[..., object], *args: object) -> None:
+        """Run a loop callback of an active device: a GuestError is its fault state; nothing after a reset."""
+        active = self._active
+        if active is None:
+            return
+        try:
+            call(*args)
+        except GuestError as error:
+            active.fault(error)
+
+    def config_changed(self) -> None:
+        """Configuration space changed: generation count and configuration change notification (2.5, 2.3)."""
+        if self._config_listener is not None:
+            self._config_listener()
+
+    # What a transport calls.
+
+    def on_config_change(self, listener: Callable[[], None]) -> None:
+        self._config_listener = listener
+
+    def activate(self, active: Activation) -> None:
+        self._active = active
+        for queue in active.queues:
+            queue.paused = self._paused
+        self.started(active)
+
+    def deactivate(self) -> bool:
+        """Abandon everything (2.4). True: nothing touches guest memory any more."""
+        active, self._active = self._active, None
+        for task in tuple(self._tasks):
+            task.cancel()
+        if active is None:
+            return self.idle()
+        for queue in active.queues:
+            if queue.enabled:
+                queue.ring.close()
+        return self.stopped()
+
+    def pause(self) -> None:
+        """Take no more chains until `resume`."""
+        self._paused = True
+        for queue in self._active.queues if self._active else ():
+            queue.paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        for queue in self._active.queues if self._active else ():
+            queue.paused = False
+            queue.on_push = None
+            if queue.enabled:
+                self.queue_notified(queue.index)
+
+    async def quiesce(self) -> None:
+        """Pause, and wait until every chain taken is returned. A device takes no chain that it cannot answer
+        soon."""
+        self.pause()
+        while self._active is not None and any(
+            queue.in_flight for queue in self._active.queues if queue.enabled
+        ):
+            for queue in self._active.queues:
+                queue.on_push = self._progress.set
+            self._progress.clear()
+            await self._progress.wait()
+
+    def progressed(self) -> None:
+        """A subclass returned chains without `Queue.push`."""
+        self._progress.set()
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        if self._active is None:
+            if not isinstance(error, (GuestError, StateError)):
+                log.error("%s failed after its reset", task.get_name(), exc_info=error)
+        elif isinstance(error, Exception):
+            if not isinstance(error, (GuestError, HostError)):
+                log.error("%s failed", task.get_name(), exc_info=error)
+            self._active.fault(error)

@@ -1,0 +1,293 @@
+"""Block device (virtio 1.2, 5.2).
+
+Two request paths with one behaviour: `virtio._ring.BlockEngine` for backends that have a descriptor, and
+coroutines over any BlockBackend. tests/property/test_blk.py holds them equal. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from virtio import _ring
+from virtio.backends.block import CHUNK, BlockBackend
+from virtio.constants import DeviceId
+from virtio.device import Activation, Device
+from virtio.errors import GuestError, HostError
+from virtio.layouts import BlkConfig, BlkHeader, BlkZeroes, fast, fields
+from virtio.protocols import Chain, Ring, State
+from virtio.queue import Queue
+
+log = logging.getLogger(__name__)
+
+
+class Feature(enum.IntFlag):
+    """5.2.3"""
+
+    SEG_MAX = 1 << 2
+    RO = 1 << 5
+    BLK_SIZE = 1 << 6
+    FLUSH = 1 << 9
+    TOPOLOGY = 1 << 10
+    CONFIG_WCE = 1 << 11
+    MQ = 1 << 12
+    DISCARD = 1 << 13
+    WRITE_ZEROES = 1 << 14
+
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+SECTOR = 512
+ID_BYTES = 20
+ZEROES_SECTORS = 0x200000
+"""max_discard_sectors and max_write_zeroes_sectors: 1 GiB."""
+ZEROES_SEGMENTS = 32
+SEGMENTS_MAX = 1024
+_MORE, _SIGNAL = 1, 2
+_CANCEL_MS = 50
+_header = fast(BlkHeader)
+_zeroes = fast(BlkZeroes)
+_WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
+
+
+class BlockDevice(Device):
+    """A disk. `serial` (at most 20 bytes) is what GET_ID returns."""
+
+    device_id = DeviceId.BLOCK
+
+    def __init__(
+        self, backend: BlockBackend, *, serial: str = "", queues: int = 1, queue_size: int = 256
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.serial = serial.encode()[:ID_BYTES]
+        self.queue_sizes = (queue_size,) * queues
+        self.device_features = (
+            Feature.SEG_MAX | Feature.BLK_SIZE | Feature.FLUSH | Feature.TOPOLOGY | Feature.CONFIG_WCE
+        )
+        if queues > 1:
+            self.device_features |= Feature.MQ
+        if backend.read_only:
+            self.device_features |= Feature.RO
+        else:
+            self.device_features |= Feature.DISCARD | Feature.WRITE_ZEROES
+        self._writeback_default = getattr(backend, "cache", "writeback") != "writethrough"
+        self.writeback = self._writeback_default
+        make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
+        self._engine = make(self.serial) if make else None
+        self._reader: asyncio.AbstractEventLoop | None = None
+        self._errors = 0
+
+    def config(self) -> bytes:
+        segments = max(min(self.queue_sizes[0], SEGMENTS_MAX) - 2, 1)
+        result: bytes = BlkConfig.build(
+            {
+                "capacity": self.backend.capacity // SECTOR,
+                "size_max": 0,
+                "seg_max": segments,
+                "cylinders": 0,
+                "heads": 0,
+                "sectors": 0,
+                "blk_size": self.backend.block_size,
+                "physical_block_exp": (4096 // self.backend.block_size).bit_length() - 1,
+                "alignment_offset": 0,
+                "min_io_size": 4096 // self.backend.block_size,
+                "opt_io_size": 0,
+                "writeback": self.writeback,
+                "unused0": 0,
+                "num_queues": len(self.queue_sizes),
+                "max_discard_sectors": ZEROES_SECTORS,
+                "max_discard_seg": ZEROES_SEGMENTS,
+                "discard_sector_alignment": self.backend.block_size // SECTOR,
+                "max_write_zeroes_sectors": ZEROES_SECTORS,
+                "max_write_zeroes_seg": ZEROES_SEGMENTS,
+                "write_zeroes_may_unmap": 1,
+                "unused1": [0, 0, 0],
+            }
+        )
+        return result
+
+    def config_written(self, offset: int, data: bytes) -> None:
+        # 5.2.4: writeback is the one field a driver may write, if CONFIG_WCE was negotiated
+        if offset == _WRITEBACK_AT and self.is_active and self.active.features & Feature.CONFIG_WCE:
+            self.writeback = bool(data[0])
+            self._configure()
+
+    @property
+    def effective_writeback(self) -> bool:
+        # 5.2.6.2: a driver that did not negotiate FLUSH cannot make writes durable: they are so when they
+        # complete
+        return self.writeback and bool(self.active.features & Feature.FLUSH)
+
+    def _configure(self) -> None:
+        if self._engine is not None:
+            self._engine.configure(
+                sectors=self.backend.capacity // SECTOR,
+                writeback=self.effective_writeback,
+                discard=bool(self.active.features & Feature.DISCARD),
+                write_zeroes=bool(self.active.features & Feature.WRITE_ZEROES),
+            )
+
+    def resized(self) -> None:
+        """The backend's capacity changed: tell the driver (5.2.5)."""
+        if self.is_active:
+            self._configure()
+        self.config_changed()
+
+    # Life
+
+    def started(self, active: Activation) -> None:
+        self._configure()
+        if self._engine is not None:
+            self._reader = asyncio.get_running_loop()
+            self._reader.add_reader(self._engine.fileno(), self.guarded, self._reap)
+        for queue in active.queues:
+            if queue.enabled:
+                self.guarded(self.queue_notified, queue.index)
+
+    def stopped(self) -> bool:
+        self.writeback = self._writeback_default
+        if self._engine is None:
+            return True
+        if self._reader is not None:
+            self._reader.remove_reader(self._engine.fileno())
+            self._reader = None
+        return self._engine.cancel(_CANCEL_MS)
+
+    def idle(self) -> bool:
+        return self._engine is None or self._engine.cancel(0)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.cancel, 10_000)
+            self._engine.close()
+            self._engine = None
+        await self.backend.aclose()
+
+    def save_device(self) -> State:
+        return {"version": 1, "writeback": self.writeback, "capacity": self.backend.capacity}
+
+    def restore_device(self, state: State) -> None:
+        if state["capacity"] != self.backend.capacity:
+            raise HostError(
+                f"the disk has {self.backend.capacity} bytes, the state expects {state['capacity']}"
+            )
+        self.writeback = state["writeback"]
+
+    # Requests
+
+    def queue_notified(self, index: int) -> None:
+        if self.paused:
+            return
+        queue = self.active.queues[index]
+        ring = queue.ring
+        if self._engine is None or not isinstance(ring, _ring.Ring):
+            self._drain(queue, ring)
+            return
+        flags = self._engine.drain(ring)
+        if flags & _SIGNAL:
+            self.active.interrupts.signal_queue(index)
+        if flags & _MORE:
+            self._later(index)
+
+    def _later(self, index: int) -> None:
+        active = self.active
+        asyncio.get_running_loop().call_soon(
+            lambda: self.guarded(self.queue_notified, index) if self._active is active else None
+        )
+
+    def _reap(self) -> None:
+        if self._engine is None:
+            return
+        rings: list[Any] = self._engine.reap()
+        for queue in self.active.queues:
+            if queue.enabled and queue.ring in rings:
+                self.active.interrupts.signal_queue(queue.index)
+        self.progressed()
+
+    def _drain(self, queue: Queue, ring: Ring) -> None:
+        ring.disable_notification()
+        chains = queue.pop_batch(64)
+        for chain in chains:
+            # 2.7.4.2 lets a driver lay the parts out as it likes; header and status byte must be there
+            if chain.readable_length < _header.size or not chain.writable_length:
+                raise GuestError("block request without header or status")
+            self.spawn(self._request(queue, chain), "request")
+        if len(chains) == 64 or ring.enable_notification():
+            self._later(queue.index)
+
+    async def _request(self, queue: Queue, chain: Chain) -> None:
+        try:
+            status = await self._answer(chain)
+        except (OSError, HostError) as error:
+            self._errors += 1
+            log.log(logging.WARNING if self._errors <= 8 else logging.DEBUG, "block backend: %s", error)
+            status = IOERR
+        length = chain.writable_length
+        chain.write(bytes((status,)), length - 1)
+        queue.complete(chain, length)
+
+    async def _answer(self, chain: Chain) -> int:
+        kind, _, sector = _header.unpack(chain.read(_header.size))
+        space, payload = chain.writable_length - 1, chain.readable_length - _header.size
+        sectors = self.backend.capacity // SECTOR
+        if kind in (IN, OUT):
+            length = space if kind == IN else payload
+            # 5.2.6.2: "A device MUST set the status byte to VIRTIO_BLK_S_IOERR for a write request if the
+            # VIRTIO_BLK_F_RO feature if offered, and MUST NOT write any data."
+            if kind == OUT and self.backend.read_only:
+                return IOERR
+            if not length or length % SECTOR or sector + length // SECTOR > sectors:
+                return IOERR
+            for at in range(0, length, CHUNK):
+                part = min(CHUNK, length - at)
+                if kind == IN:
+                    chain.write(await self.backend.read(sector * SECTOR + at, part), at)
+                else:
+                    await self.backend.write(sector * SECTOR + at, chain.read(part, _header.size + at))
+            if kind == OUT and not self.effective_writeback:
+                await self.backend.flush()
+            return OK
+        if kind == FLUSH:
+            await self.backend.flush()
+            return OK
+        if kind == GET_ID:
+            if space < ID_BYTES:
+                return IOERR
+            chain.write(self.serial.ljust(ID_BYTES, b"\0"), 0)
+            return OK
+        if kind in (DISCARD, WRITE_ZEROES):
+            return await self._zeroes(kind, chain, payload, sectors)
+        return UNSUPP  # 5.2.6: "UNSUPP for a request unsupported by device"
+
+    async def _zeroes(self, kind: int, chain: Chain, payload: int, sectors: int) -> int:
+        feature = Feature.DISCARD if kind == DISCARD else Feature.WRITE_ZEROES
+        if not self.active.features & feature:
+            return UNSUPP
+        if self.backend.read_only or not payload or payload % _zeroes.size:
+            return IOERR
+        if payload // _zeroes.size > ZEROES_SEGMENTS:
+            return IOERR
+        entries = list(_zeroes.iter_unpack(chain.read(payload, _header.size)))
+        for sector, count, flags in entries:
+            # 5.2.6.2: "the device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard, secure erase
+            # and write zeroes commands if any unknown flag is set. Furthermore, the device MUST set the
+            # status byte to VIRTIO_BLK_S_UNSUPP for discard commands if the unmap flag is set."
+            if flags & ~1 or (kind == DISCARD and flags):
+                return UNSUPP
+            if count > ZEROES_SECTORS or sector + count > sectors:
+                return IOERR
+        for sector, count, flags in entries:
+            if not count:
+                continue
+            if kind == DISCARD:
+                await self.backend.discard(sector * SECTOR, count * SECTOR)
+            else:
+                await self.backend.write_zeroes(sector * SECTOR, count * SECTOR, bool(flags & 1))
+        if kind == WRITE_ZEROES and not self.effective_writeback:
+            await self.backend.flush()
+        return OK

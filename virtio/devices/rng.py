@@ -1,0 +1,43 @@
+"""Entropy device (virtio 1.2, 5.4): random bytes from an injected source, at a limited rate if asked. Loop
+thread only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from virtio.constants import DeviceId
+from virtio.device import Device
+from virtio.errors import GuestError
+from virtio.protocols import RandomSource
+from virtio.queue import Queue
+
+LARGEST = 65536
+"""Bytes of one answer at most."""
+
+
+class EntropyDevice(Device):
+    """`bytes_per_second`: None means no limit."""
+
+    device_id = DeviceId.ENTROPY
+    queue_sizes = (64,)
+
+    def __init__(self, random: RandomSource, *, bytes_per_second: int | None = None) -> None:
+        super().__init__()
+        self._random = random
+        self._rate = bytes_per_second
+
+    async def serve(self, queues: Sequence[Queue]) -> None:
+        async for chain in queues[0]:
+            # 5.4.6.1: "The driver MUST NOT place driver-readable buffers into the queue."
+            if chain.readable_length:
+                raise GuestError("the entropy queue got a device-readable buffer")
+            # 5.4.6.2: "The device MUST place one or more random bytes into the buffer, but it MAY use less
+            # than the entire buffer length."
+            count = min(
+                chain.writable_length, LARGEST if self._rate is None else max(self._rate // 10, 1), LARGEST
+            )
+            chain.write(self._random(count))
+            queues[0].complete(chain)
+            if self._rate is not None:
+                await asyncio.sleep(count / self._rate)

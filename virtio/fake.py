@@ -1,0 +1,44 @@
+"""Guest memory and interrupts without a machine: for tests, benchmarks and trying a device out."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from virtio.errors import GuestError
+
+
+class FakeMemory:
+    """`size` bytes of RAM at `base`, and the ranges that devices wrote."""
+
+    def __init__(self, size: int = 1 << 20, base: int = 0) -> None:
+        self.base = base
+        self.buffer = mmap.mmap(-1, size)
+        self.bytes = memoryview(self.buffer)
+        self.log: list[tuple[int, int]] = []
+
+    def regions(self) -> Sequence[tuple[int, memoryview]]:
+        return [(self.base, self.bytes)]
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        start = gpa - self.base
+        if start < 0 or length < 0 or start + length > len(self.bytes):
+            raise GuestError(f"[{gpa:#x}, +{length:#x}) is outside guest memory")
+        return self.bytes[start : start + length]
+
+    def written(self, gpa: int, length: int) -> None:
+        self.log.append((gpa, length))
+
+
+class FakeInterrupts:
+    """Counts notifications."""
+
+    def __init__(self) -> None:
+        self.queues: list[int] = []
+        self.config = 0
+
+    def signal_queue(self, index: int) -> None:
+        self.queues.append(index)
+
+    def signal_config(self) -> None:
+        self.config += 1

@@ -1,0 +1,691 @@
+/* virtio._ring: guest memory, virtqueues and descriptor chains for Python. */
+#include "module.h"
+
+#include <string.h>
+
+PyObject *guest_error, *state_error;
+
+/* ---- Memory ---- */
+
+static int memory_clear(MemoryObject *self)
+{
+    for (size_t i = 0; i < self->memory.count; i++) {
+        Py_CLEAR(self->objects[i]);
+        PyBuffer_Release(&self->buffers[i]);
+    }
+    self->memory.count = 0;
+    PyMem_Free(self->memory.regions);
+    PyMem_Free(self->buffers);
+    PyMem_Free(self->objects);
+    self->memory.regions = NULL;
+    self->buffers = NULL;
+    self->objects = NULL;
+    Py_CLEAR(self->written);
+    return 0;
+}
+
+static void memory_dealloc(MemoryObject *self)
+{
+    memory_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"regions", "written", NULL};
+    PyObject *regions, *written = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &regions, &written))
+        return -1;
+    PyObject *list = PySequence_Fast(regions, "regions must be a sequence of (gpa, buffer)");
+    if (!list)
+        return -1;
+    memory_clear(self);
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    self->memory.regions = PyMem_Calloc((size_t)count + 1, sizeof *self->memory.regions);
+    self->buffers = PyMem_Calloc((size_t)count + 1, sizeof *self->buffers);
+    self->objects = PyMem_Calloc((size_t)count + 1, sizeof *self->objects);
+    if (!self->memory.regions || !self->buffers || !self->objects) {
+        Py_DECREF(list);
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        unsigned long long gpa;
+        PyObject *buffer;
+        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(list, i), "KO", &gpa, &buffer))
+            goto failed;
+        if (PyObject_GetBuffer(buffer, &self->buffers[i], PyBUF_WRITABLE))
+            goto failed;
+        PyObject *view = PyMemoryView_FromObject(buffer);
+        self->objects[i] = view ? PyObject_CallMethod(view, "cast", "s", "B") : NULL;
+        Py_XDECREF(view);
+        if (!self->objects[i]) {
+            PyBuffer_Release(&self->buffers[i]);
+            goto failed;
+        }
+        self->memory.regions[i] = (struct region){gpa, (uint64_t)self->buffers[i].len, self->buffers[i].buf};
+        self->memory.count++;
+    }
+    Py_DECREF(list);
+    if (written != Py_None)
+        self->written = Py_NewRef(written);
+    return 0;
+failed:
+    Py_DECREF(list);
+    return -1;
+}
+
+int memory_notify(MemoryObject *memory, uint64_t gpa, uint64_t length)
+{
+    if (!memory->written || !length)
+        return 0;
+    PyObject *result = PyObject_CallFunction(memory->written, "KK", (unsigned long long)gpa, (unsigned long long)length);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int segments_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length)
+{
+    if (!memory->written)
+        return 0;
+    for (uint32_t i = 0; i < count && length; i++) {
+        uint64_t part = length < segments[i].len ? length : segments[i].len;
+        if (memory_notify(memory, segments[i].gpa, part))
+            return -1;
+        length -= part;
+    }
+    return 0;
+}
+
+static PyObject *region_slice(MemoryObject *self, const uint8_t *host, uint64_t size)
+{
+    for (size_t i = 0; i < self->memory.count; i++) {
+        const struct region *region = &self->memory.regions[i];
+        if (host < region->host || host >= region->host + region->size)
+            continue;
+        Py_ssize_t start = host - region->host;
+        PyObject *from = PyLong_FromSsize_t(start), *to = PyLong_FromSsize_t(start + (Py_ssize_t)size);
+        PyObject *slice = from && to ? PySlice_New(from, to, NULL) : NULL;
+        PyObject *result = slice ? PyObject_GetItem(self->objects[i], slice) : NULL;
+        Py_XDECREF(slice);
+        Py_XDECREF(from);
+        Py_XDECREF(to);
+        return result;
+    }
+    PyErr_SetString(guest_error, "address is outside guest memory");
+    return NULL;
+}
+
+static PyObject *memory_view(MemoryObject *self, PyObject *args)
+{
+    unsigned long long gpa, length;
+    if (!PyArg_ParseTuple(args, "KK", &gpa, &length))
+        return NULL;
+    uint8_t *host = memory_at(&self->memory, gpa, length);
+    if (!host)
+        return PyErr_Format(guest_error, "[0x%llx, +0x%llx) is outside guest memory", gpa, length);
+    return region_slice(self, host, length);
+}
+
+static PyObject *memory_written(MemoryObject *self, PyObject *args)
+{
+    unsigned long long gpa, length;
+    if (!PyArg_ParseTuple(args, "KK", &gpa, &length))
+        return NULL;
+    if (memory_notify(self, gpa, length))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef memory_methods[] = {
+    {"view", (PyCFunction)memory_view, METH_VARARGS, "view(gpa, length) -> memoryview; GuestError outside memory."},
+    {"written", (PyCFunction)memory_written, METH_VARARGS, "written(gpa, length): the device wrote there."},
+    {0},
+};
+
+PyTypeObject memory_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Memory",
+    .tp_doc = "Memory(regions, written=None): guest memory as [(gpa, writable buffer), ...], exported while this lives.",
+    .tp_basicsize = sizeof(MemoryObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)memory_init,
+    .tp_dealloc = (destructor)memory_dealloc,
+    .tp_methods = memory_methods,
+};
+
+/* ---- Chain ---- */
+
+static void chain_dealloc(ChainObject *self)
+{
+    PyMem_Free(self->chain.segments);
+    Py_XDECREF(self->ring);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static bool chain_usable(ChainObject *self)
+{
+    if (!self->ring->closed && !self->returned)
+        return true;
+    PyErr_SetString(state_error, self->returned ? "the chain was returned to the driver" : "the queue was reset");
+    return false;
+}
+
+static PyObject *chain_read(ChainObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count > 2) {
+        PyErr_SetString(PyExc_TypeError, "read(length=-1, offset=0)");
+        return NULL;
+    }
+    long long length = count > 0 ? PyLong_AsLongLong(args[0]) : -1;
+    long long offset = count > 1 ? PyLong_AsLongLong(args[1]) : 0;
+    if (PyErr_Occurred() || !chain_usable(self))
+        return NULL;
+    uint64_t total = self->chain.readable_length;
+    uint64_t skip = offset < 0 ? 0 : (uint64_t)offset;
+    uint64_t left = skip > total ? 0 : total - skip;
+    if (length >= 0 && (uint64_t)length < left)
+        left = (uint64_t)length;
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)left);
+    if (!result)
+        return NULL;
+    char *to = PyBytes_AS_STRING(result);
+    for (uint32_t i = 0; i < self->chain.readable && left; i++) {
+        struct segment *segment = &self->chain.segments[i];
+        if (skip >= segment->len) {
+            skip -= segment->len;
+            continue;
+        }
+        uint64_t part = segment->len - skip;
+        if (part > left)
+            part = left;
+        memcpy(to, segment->host + skip, part);
+        to += part;
+        left -= part;
+        skip = 0;
+    }
+    return result;
+}
+
+static PyObject *chain_write(ChainObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count < 1 || count > 2) {
+        PyErr_SetString(PyExc_TypeError, "write(data, offset=None)");
+        return NULL;
+    }
+    uint64_t skip = self->written;
+    if (count > 1 && args[1] != Py_None) {
+        skip = PyLong_AsUnsignedLongLong(args[1]);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    Py_buffer data;
+    if (!chain_usable(self) || PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE))
+        return NULL;
+    const char *from = data.buf;
+    uint64_t left = (uint64_t)data.len, at = skip;
+    struct segment *segments = self->chain.segments + self->chain.readable;
+    for (uint32_t i = 0; i < self->chain.writable && left; i++) {
+        if (skip >= segments[i].len) {
+            skip -= segments[i].len;
+            continue;
+        }
+        uint64_t part = segments[i].len - skip;
+        if (part > left)
+            part = left;
+        memcpy(segments[i].host + skip, from, part);
+        from += part;
+        left -= part;
+        at += part;
+        skip = 0;
+    }
+    uint64_t done = (uint64_t)data.len - left;
+    PyBuffer_Release(&data);
+    if (done && at > self->written)
+        self->written = at;
+    return PyLong_FromUnsignedLongLong(done);
+}
+
+static PyObject *chain_views(ChainObject *self, uint32_t first, uint32_t count)
+{
+    if (!chain_usable(self))
+        return NULL;
+    PyObject *list = PyList_New(count);
+    for (uint32_t i = 0; list && i < count; i++) {
+        struct segment *segment = &self->chain.segments[first + i];
+        PyObject *view = region_slice(self->ring->memory, segment->host, segment->len);
+        if (!view)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, view);
+    }
+    return list;
+}
+
+static PyObject *chain_readable(ChainObject *self, PyObject *Py_UNUSED(unused))
+{
+    return chain_views(self, 0, self->chain.readable);
+}
+
+static PyObject *chain_writable(ChainObject *self, PyObject *Py_UNUSED(unused))
+{
+    return chain_views(self, self->chain.readable, self->chain.writable);
+}
+
+static PyObject *chain_segments(ChainObject *self, void *Py_UNUSED(unused))
+{
+    uint32_t count = self->chain.readable + self->chain.writable;
+    PyObject *tuple = PyTuple_New(count);
+    for (uint32_t i = 0; tuple && i < count; i++) {
+        PyObject *item = Py_BuildValue("(KIO)", (unsigned long long)self->chain.segments[i].gpa,
+                                       (unsigned)self->chain.segments[i].len,
+                                       i >= self->chain.readable ? Py_True : Py_False);
+        if (!item)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, item);
+    }
+    return tuple;
+}
+
+static PyObject *chain_number(ChainObject *self, void *which)
+{
+    switch ((intptr_t)which) {
+    case 0: return PyLong_FromLong(self->chain.id);
+    case 1: return PyLong_FromLong(self->chain.slots);
+    case 2: return PyLong_FromUnsignedLongLong(self->chain.readable_length);
+    case 3: return PyLong_FromUnsignedLongLong(self->chain.writable_length);
+    default: return PyLong_FromUnsignedLongLong(self->written);
+    }
+}
+
+static PyMethodDef chain_methods[] = {
+    {"read", (PyCFunction)(void (*)(void))chain_read, METH_FASTCALL,
+     "read(length=-1, offset=0) -> bytes of the device-readable part, as many as there are."},
+    {"write", (PyCFunction)(void (*)(void))chain_write, METH_FASTCALL,
+     "write(data, offset=None) -> bytes stored into the device-writable part, by default after the last ones."},
+    {"readable", (PyCFunction)chain_readable, METH_NOARGS, "The device-readable segments as memoryviews."},
+    {"writable", (PyCFunction)chain_writable, METH_NOARGS, "The device-writable segments as memoryviews."},
+    {0},
+};
+
+static PyGetSetDef chain_getset[] = {
+    {"id", (getter)chain_number, NULL, "head index (split) or buffer id (packed)", (void *)0},
+    {"slots", (getter)chain_number, NULL, "ring slots it takes", (void *)1},
+    {"readable_length", (getter)chain_number, NULL, "bytes", (void *)2},
+    {"writable_length", (getter)chain_number, NULL, "bytes", (void *)3},
+    {"written", (getter)chain_number, NULL, "bytes written so far", (void *)4},
+    {"segments", (getter)chain_segments, NULL, "((gpa, length, writable), ...)", NULL},
+    {0},
+};
+
+PyTypeObject chain_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Chain",
+    .tp_doc = "A descriptor chain that the driver made available: checked, copied once.",
+    .tp_basicsize = sizeof(ChainObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .tp_dealloc = (destructor)chain_dealloc,
+    .tp_methods = chain_methods,
+    .tp_getset = chain_getset,
+};
+
+/* ---- Ring ---- */
+
+static void ring_dealloc(RingObject *self)
+{
+    ring_free(&self->ring);
+    Py_XDECREF(self->memory);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"memory", "size", "desc", "driver", "device", "features", NULL};
+    MemoryObject *memory;
+    unsigned size;
+    unsigned long long desc, driver, device, features = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IKKK|K", names, &memory_type, &memory, &size, &desc, &driver,
+                                     &device, &features))
+        return NULL;
+    RingObject *self = (RingObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    const char *error = NULL;
+    if (ring_init(&self->ring, &memory->memory, size, desc, driver, device, features, &error)) {
+        Py_DECREF(self);
+        PyErr_SetString(guest_error, error);
+        return NULL;
+    }
+    self->memory = (MemoryObject *)Py_NewRef((PyObject *)memory);
+    return (PyObject *)self;
+}
+
+PyObject *ring_raise(RingObject *self)
+{
+    PyErr_SetString(guest_error, self->ring.error ? self->ring.error : "the ring is broken");
+    return NULL;
+}
+
+int ring_notify_area(RingObject *self)
+{
+    if (!self->ring.used_dirty)
+        return 0;
+    self->ring.used_dirty = false;
+    if (!self->memory->written)
+        return 0;
+    if (self->ring.packed && memory_notify(self->memory, self->ring.desc_gpa, self->ring.desc_size))
+        return -1;
+    return memory_notify(self->memory, self->ring.device_gpa, self->ring.device_size);
+}
+
+static bool ring_open(RingObject *self)
+{
+    if (self->closed)
+        PyErr_SetString(state_error, "the queue was reset");
+    return !self->closed;
+}
+
+/* A new reference, or NULL: with an exception, or without one if nothing is available. */
+static PyObject *pop_one(RingObject *self)
+{
+    struct chain chain;
+    int got = ring_pop(&self->ring, &chain);
+    if (got < 0)
+        return ring_raise(self);
+    if (!got)
+        return NULL;
+    ChainObject *result = (ChainObject *)chain_type.tp_alloc(&chain_type, 0);
+    if (!result)
+        return NULL;
+    size_t bytes = (chain.readable + chain.writable) * sizeof *chain.segments;
+    result->chain = chain;
+    result->chain.segments = PyMem_Malloc(bytes ? bytes : 1);
+    result->ring = (RingObject *)Py_NewRef((PyObject *)self);
+    if (!result->chain.segments) {
+        Py_DECREF(result);
+        return PyErr_NoMemory();
+    }
+    memcpy(result->chain.segments, chain.segments, bytes);
+    return (PyObject *)result;
+}
+
+static PyObject *ring_py_pop(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self))
+        return NULL;
+    PyObject *chain = pop_one(self);
+    if (chain || PyErr_Occurred())
+        return chain;
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_pop_batch(RingObject *self, PyObject *limit)
+{
+    long most = PyLong_AsLong(limit);
+    if (PyErr_Occurred() || !ring_open(self))
+        return NULL;
+    PyObject *list = PyList_New(0);
+    while (list && most-- > 0) {
+        PyObject *chain = pop_one(self);
+        if (!chain)
+            break;
+        int failed = PyList_Append(list, chain);
+        Py_DECREF(chain);
+        if (failed)
+            Py_CLEAR(list);
+    }
+    if (PyErr_Occurred()) /* what was popped before the malformed chain is abandoned with the ring */
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *ring_py_push(RingObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count < 1 || count > 2 || !PyObject_TypeCheck(args[0], &chain_type)) {
+        PyErr_SetString(PyExc_TypeError, "push(chain, written=None)");
+        return NULL;
+    }
+    ChainObject *chain = (ChainObject *)args[0];
+    uint64_t length = chain->written;
+    if (count > 1 && args[1] != Py_None) {
+        length = PyLong_AsUnsignedLongLong(args[1]);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    if (!ring_open(self) || !chain_usable(chain))
+        return NULL;
+    if (chain->ring != self || length > chain->chain.writable_length) {
+        PyErr_SetString(PyExc_ValueError, chain->ring != self ? "the chain is another ring's" : "written is too large");
+        return NULL;
+    }
+    chain->returned = true;
+    if (segments_notify(self->memory, chain->chain.segments + chain->chain.readable, chain->chain.writable, length))
+        return NULL;
+    ring_push(&self->ring, chain->chain.order, chain->chain.id, chain->chain.slots, (uint32_t)length);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_push_batch(RingObject *self, PyObject *chains)
+{
+    PyObject *list = PySequence_Fast(chains, "push_batch([(chain, written), ...])");
+    if (!list)
+        return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    struct pending *pending = PyMem_Calloc((size_t)count + 1, sizeof *pending);
+    PyObject *result = NULL;
+    if (!pending) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (!ring_open(self))
+        goto done;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        ChainObject *chain;
+        unsigned long long length;
+        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(list, i), "O!K", &chain_type, &chain, &length) ||
+            !chain_usable(chain))
+            goto done;
+        if (chain->ring != self || length > chain->chain.writable_length) {
+            PyErr_SetString(PyExc_ValueError, "the chain is another ring's, or written is too large");
+            goto done;
+        }
+        chain->returned = true;
+        if (segments_notify(self->memory, chain->chain.segments + chain->chain.readable, chain->chain.writable, length))
+            goto done;
+        pending[i] = (struct pending){chain->chain.order, (uint32_t)length, chain->chain.id, chain->chain.slots, false};
+    }
+    ring_push_batch(&self->ring, pending, (uint32_t)count);
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(pending);
+    Py_DECREF(list);
+    return result;
+}
+
+static PyObject *ring_py_undo_pop(RingObject *self, PyObject *argument)
+{
+    if (!PyObject_TypeCheck(argument, &chain_type)) {
+        PyErr_SetString(PyExc_TypeError, "undo_pop(chain)");
+        return NULL;
+    }
+    ChainObject *chain = (ChainObject *)argument;
+    if (!ring_open(self) || !chain_usable(chain))
+        return NULL;
+    if (chain->ring != self || chain->chain.order + 1 != self->ring.popped) {
+        PyErr_SetString(PyExc_ValueError, "not the chain popped last");
+        return NULL;
+    }
+    chain->returned = true;
+    ring_undo_pop(&self->ring, &chain->chain);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_needs_notification(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self) || ring_notify_area(self))
+        return NULL;
+    return PyBool_FromLong(ring_needs_notification(&self->ring));
+}
+
+static PyObject *ring_py_enable(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self))
+        return NULL;
+    bool more = ring_enable_notification(&self->ring);
+    if (ring_notify_area(self))
+        return NULL;
+    return PyBool_FromLong(more);
+}
+
+static PyObject *ring_py_want_more(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self))
+        return NULL;
+    ring_want_more(&self->ring);
+    if (ring_notify_area(self))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_disable(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self))
+        return NULL;
+    ring_disable_notification(&self->ring);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_has_available(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!ring_open(self))
+        return NULL;
+    return PyBool_FromLong(ring_has_available(&self->ring));
+}
+
+static PyObject *ring_py_close(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    self->closed = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_py_save(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct ring *ring = &self->ring;
+    if (ring->in_flight) {
+        PyErr_SetString(state_error, "requests are in flight");
+        return NULL;
+    }
+    return Py_BuildValue("{s:I,s:I,s:O,s:O}", "next_avail", (unsigned)ring->next_avail, "next_used",
+                         (unsigned)ring->next_used, "avail_wrap", ring->avail_wrap ? Py_True : Py_False, "used_wrap",
+                         ring->used_wrap ? Py_True : Py_False);
+}
+
+static PyObject *ring_py_restore(RingObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"next_avail", "next_used", "avail_wrap", "used_wrap", NULL};
+    unsigned next_avail, next_used;
+    int avail_wrap = 1, used_wrap = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "II|pp", names, &next_avail, &next_used, &avail_wrap, &used_wrap))
+        return NULL;
+    unsigned limit = self->ring.packed ? self->ring.size : 0x10000;
+    if (next_avail >= limit || next_used >= limit) {
+        PyErr_SetString(PyExc_ValueError, "ring index is out of range");
+        return NULL;
+    }
+    self->ring.next_avail = (uint16_t)next_avail;
+    self->ring.next_used = (uint16_t)next_used;
+    self->ring.avail_wrap = avail_wrap;
+    self->ring.used_wrap = used_wrap;
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_number(RingObject *self, void *which)
+{
+    switch ((intptr_t)which) {
+    case 0: return PyLong_FromUnsignedLong(self->ring.size);
+    case 1: return PyLong_FromUnsignedLong(self->ring.in_flight);
+    case 2: return PyLong_FromUnsignedLong(self->ring.next_avail);
+    default: return PyLong_FromUnsignedLong(self->ring.next_used);
+    }
+}
+
+static PyObject *ring_error(RingObject *self, void *Py_UNUSED(unused))
+{
+    if (self->ring.error)
+        return PyUnicode_FromString(self->ring.error);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef ring_methods[] = {
+    {"pop", (PyCFunction)ring_py_pop, METH_NOARGS, "pop() -> Chain or None; GuestError if the ring is malformed."},
+    {"pop_batch", (PyCFunction)ring_py_pop_batch, METH_O, "pop_batch(limit) -> list of at most `limit` chains."},
+    {"push", (PyCFunction)(void (*)(void))ring_py_push, METH_FASTCALL,
+     "push(chain, written=None): return a chain with so many bytes written."},
+    {"push_batch", (PyCFunction)ring_py_push_batch, METH_O,
+     "push_batch([(chain, written), ...]): return chains so that the driver sees all of them at once."},
+    {"undo_pop", (PyCFunction)ring_py_undo_pop, METH_O, "undo_pop(chain): make the chain popped last available again."},
+    {"needs_notification", (PyCFunction)ring_py_needs_notification, METH_NOARGS,
+     "Whether the driver wants to hear of what was pushed since the last call."},
+    {"enable_notification", (PyCFunction)ring_py_enable, METH_NOARGS,
+     "Ask for notifications; True: more came meanwhile, so pop again."},
+    {"want_more", (PyCFunction)ring_py_want_more, METH_NOARGS,
+     "Ask for a notification with the next chain although some are available; then try once more."},
+    {"disable_notification", (PyCFunction)ring_py_disable, METH_NOARGS, "Ask for silence."},
+    {"has_available", (PyCFunction)ring_py_has_available, METH_NOARGS, "Whether a chain is available."},
+    {"close", (PyCFunction)ring_py_close, METH_NOARGS, "Reset: chains in flight can no longer touch guest memory."},
+    {"save", (PyCFunction)ring_py_save, METH_NOARGS, "The positions as a dict; StateError while chains are in flight."},
+    {"restore", (PyCFunction)(void (*)(void))ring_py_restore, METH_VARARGS | METH_KEYWORDS,
+     "restore(next_avail, next_used, avail_wrap=True, used_wrap=True)"},
+    {0},
+};
+
+static PyGetSetDef ring_getset[] = {
+    {"size", (getter)ring_number, NULL, "Queue Size", (void *)0},
+    {"in_flight", (getter)ring_number, NULL, "ring slots popped and not pushed", (void *)1},
+    {"next_avail", (getter)ring_number, NULL, "position in the available ring", (void *)2},
+    {"next_used", (getter)ring_number, NULL, "position in the used ring", (void *)3},
+    {"error", (getter)ring_error, NULL, "why the ring is broken, or None", NULL},
+    {0},
+};
+
+PyTypeObject ring_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Ring",
+    .tp_doc = "Ring(memory, size, desc, driver, device, features=0): one virtqueue, device side; it never signals.",
+    .tp_basicsize = sizeof(RingObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = ring_new,
+    .tp_dealloc = (destructor)ring_dealloc,
+    .tp_methods = ring_methods,
+    .tp_getset = ring_getset,
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "virtio._ring",
+    .m_doc = "Virtqueues in C, and engines that move a batch of requests in one call.",
+    .m_size = -1,
+};
+
+PyMODINIT_FUNC PyInit__ring(void)
+{
+    PyObject *errors = PyImport_ImportModule("virtio.errors");
+    if (!errors)
+        return NULL;
+    guest_error = PyObject_GetAttrString(errors, "GuestError");
+    state_error = PyObject_GetAttrString(errors, "StateError");
+    Py_DECREF(errors);
+    if (!guest_error || !state_error)
+        return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    if (!module)
+        return NULL;
+    PyTypeObject *types[] = {&memory_type, &ring_type, &chain_type, &block_type, &net_type};
+    const char *names[] = {"Memory", "Ring", "Chain", "BlockEngine", "NetEngine"};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        if (PyType_Ready(types[i]) || PyModule_AddObjectRef(module, names[i], (PyObject *)types[i])) {
+            Py_DECREF(module);
+            return NULL;
+        }
+    }
+    return module;
+}

@@ -1,0 +1,44 @@
+/* The Python objects of virtio._ring: Memory, Ring, Chain, and what the engines need of them. Loop thread, with the GIL. */
+#ifndef VIRTIO_MODULE_H
+#define VIRTIO_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "ring.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct memory memory;
+    Py_buffer *buffers;   /* one export per region */
+    PyObject **objects;   /* the regions as memoryviews, to slice */
+    PyObject *written;    /* called with (gpa, length) after a device wrote; or NULL */
+} MemoryObject;
+
+typedef struct {
+    PyObject_HEAD
+    MemoryObject *memory;
+    struct ring ring;
+    bool closed;
+} RingObject;
+
+typedef struct {
+    PyObject_HEAD
+    RingObject *ring;
+    struct chain chain; /* segments are our own copy */
+    uint64_t written;   /* write cursor, bytes */
+    bool returned;
+} ChainObject;
+
+extern PyTypeObject memory_type, ring_type, chain_type, block_type, net_type;
+extern PyObject *guest_error, *state_error;
+
+/* Tell whoever listens that the device wrote there. 0, or -1 with an exception. */
+int memory_notify(MemoryObject *memory, uint64_t gpa, uint64_t length);
+/* The same for the first `length` bytes of a chain's writable segments, and for the device area of a ring. */
+int segments_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length);
+int ring_notify_area(RingObject *self);
+/* Raise GuestError from ring.error. */
+PyObject *ring_raise(RingObject *self);
+
+#endif

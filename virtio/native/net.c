@@ -1,0 +1,485 @@
+/* virtio._ring.NetEngine: frames between virtqueues and a descriptor (virtio 1.2, 5.1.6), a batch in one call.
+ *
+ * Three framings: a tap with its virtio_net_hdr passed through, a datagram socket (one frame each), and a stream with a
+ * 4-byte big-endian length before each frame. A frame stays where it is, in the queue or in the socket, while the other
+ * side has no room. virtio/devices/net.py is the same in Python, for backends without a descriptor.
+ */
+#include "module.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum {
+    FRAMING_TAP, FRAMING_DATAGRAM, FRAMING_STREAM,
+    HEADER = 12,           /* struct virtio_net_hdr with num_buffers: always so with VIRTIO_F_VERSION_1 (5.1.6) */
+    NUM_BUFFERS = 10,      /* its offset in the header */
+    FRAME_MAX = 65550 + 4, /* an Ethernet frame with VLAN tag around 64 KiB */
+    BUFFER = 256 * 1024,
+    IOV_LIMIT = 1024, BATCH = 64, MERGE_MAX = 64,
+    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16
+};
+
+typedef struct {
+    PyObject_HEAD
+    int fd, framing;
+    bool mergeable;
+    uint8_t *in;           /* received, not yet delivered: [in_start, in_end) */
+    size_t in_start, in_end;
+    uint8_t *out;          /* stream: the rest of a frame that the socket did not take */
+    size_t out_start, out_end;
+    uint64_t sent, received, dropped;
+} NetObject;
+
+static size_t gather_chain(const struct chain *chain, uint64_t skip, struct iovec *iov, size_t room)
+{
+    size_t count = 0;
+    for (uint32_t i = 0; i < chain->readable; i++) {
+        if (skip >= chain->segments[i].len) {
+            skip -= chain->segments[i].len;
+            continue;
+        }
+        if (count == room)
+            return SIZE_MAX;
+        iov[count++] = (struct iovec){chain->segments[i].host + skip, chain->segments[i].len - skip};
+        skip = 0;
+    }
+    return count;
+}
+
+/* Whether everything held back went out. -1: the other end is gone. */
+static int flush_out(NetObject *self)
+{
+    while (self->out_start < self->out_end) {
+        ssize_t done = send(self->fd, self->out + self->out_start, self->out_end - self->out_start,
+                            MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0)
+            return errno == EAGAIN ? 0 : -1;
+        self->out_start += (size_t)done;
+    }
+    self->out_start = self->out_end = 0;
+    return 1;
+}
+
+static void hold_rest(NetObject *self, const struct iovec *iov, size_t count, size_t sent)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (sent >= iov[i].iov_len) {
+            sent -= iov[i].iov_len;
+            continue;
+        }
+        memcpy(self->out + self->out_end, (const char *)iov[i].iov_base + sent, iov[i].iov_len - sent);
+        self->out_end += iov[i].iov_len - sent;
+        sent = 0;
+    }
+}
+
+/* One batch of frames as a single gathered write. */
+static int transmit_stream(NetObject *self, RingObject *ring, int limit)
+{
+    struct iovec iov[IOV_LIMIT];
+    struct pending done[BATCH];
+    uint32_t lengths[BATCH];
+    size_t used = 0, total = 0;
+    uint32_t count = 0;
+    int flags = 0;
+    int flushed = flush_out(self);
+    if (flushed <= 0)
+        return flushed ? CLOSED : BLOCKED;
+    for (;;) {
+        if ((int)count >= limit || count >= BATCH || total >= BUFFER / 2) {
+            flags |= MORE;
+            break;
+        }
+        struct chain chain;
+        int got = ring_pop(&ring->ring, &chain);
+        if (got < 0)
+            return -1;
+        if (!got)
+            break;
+        uint64_t length = chain.readable_length - HEADER;
+        size_t parts = 0;
+        bool fits = chain.readable_length > HEADER && length <= FRAME_MAX;
+        if (fits)
+            parts = gather_chain(&chain, HEADER, iov + used + 1, used + 1 < IOV_LIMIT ? IOV_LIMIT - used - 1 : 0);
+        if (parts == SIZE_MAX && used) {
+            ring_undo_pop(&ring->ring, &chain);
+            flags |= MORE;
+            break;
+        }
+        done[count] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
+        lengths[count] = __builtin_bswap32((uint32_t)length);
+        if (fits && parts != SIZE_MAX) {
+            iov[used] = (struct iovec){&lengths[count], 4};
+            used += 1 + parts;
+            total += 4 + length;
+            self->sent++;
+        } else {
+            self->dropped++; /* no frame: 5.1.6.2 makes the header and at least one byte the driver's part */
+        }
+        count++;
+    }
+    if (used) {
+        struct msghdr message = {.msg_iov = iov, .msg_iovlen = used};
+        ssize_t sent;
+        do
+            sent = sendmsg(self->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        while (sent < 0 && errno == EINTR);
+        if (sent < 0 && errno != EAGAIN)
+            flags |= CLOSED;
+        else if (sent < 0 || (size_t)sent < total) {
+            hold_rest(self, iov, used, sent < 0 ? 0 : (size_t)sent);
+            flags |= BLOCKED;
+        }
+    }
+    ring_push_batch(&ring->ring, done, count);
+    return flags;
+}
+
+static int transmit_frames(NetObject *self, RingObject *ring, int limit)
+{
+    struct pending done[BATCH];
+    uint32_t count = 0;
+    int flags = 0;
+    bool tap = self->framing == FRAMING_TAP;
+    for (;;) {
+        if ((int)count >= limit || count >= BATCH) {
+            flags |= MORE;
+            break;
+        }
+        struct chain chain;
+        int got = ring_pop(&ring->ring, &chain);
+        if (got < 0)
+            return -1;
+        if (!got)
+            break;
+        struct iovec iov[IOV_LIMIT];
+        size_t parts = chain.readable_length > HEADER && chain.readable_length <= FRAME_MAX + HEADER
+                           ? gather_chain(&chain, tap ? 0 : HEADER, iov, IOV_LIMIT)
+                           : SIZE_MAX;
+        ssize_t sent = -1;
+        if (parts == SIZE_MAX) {
+            errno = EINVAL;
+        } else if (tap) {
+            do
+                sent = writev(self->fd, iov, (int)parts);
+            while (sent < 0 && errno == EINTR);
+        } else {
+            struct msghdr message = {.msg_iov = iov, .msg_iovlen = parts};
+            do
+                sent = sendmsg(self->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+            while (sent < 0 && errno == EINTR);
+        }
+        if (sent < 0 && (errno == EAGAIN || errno == ENOBUFS)) {
+            ring_undo_pop(&ring->ring, &chain);
+            flags |= BLOCKED;
+            break;
+        }
+        if (sent < 0)
+            self->dropped++; /* the link is down, or the header makes no sense: the frame is lost, as on a wire */
+        else
+            self->sent++;
+        done[count++] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
+    }
+    ring_push_batch(&ring->ring, done, count);
+    return flags;
+}
+
+static void scatter(const struct chain *chain, uint64_t offset, const void *from, uint64_t length)
+{
+    for (uint32_t i = 0; i < chain->writable && length; i++) {
+        const struct segment *segment = &chain->segments[chain->readable + i];
+        if (offset >= segment->len) {
+            offset -= segment->len;
+            continue;
+        }
+        uint64_t part = segment->len - offset;
+        if (part > length)
+            part = length;
+        memcpy(segment->host + offset, from, part);
+        from = (const char *)from + part;
+        length -= part;
+        offset = 0;
+    }
+}
+
+/* 1: delivered or dropped; 0: the driver has no room for it; -1: the ring is broken or memory ran out. */
+static int deliver(NetObject *self, RingObject *ring, const uint8_t *header, const uint8_t *frame, size_t length)
+{
+    struct chain chains[MERGE_MAX];
+    struct pending done[MERGE_MAX];
+    uint32_t count = 0;
+    uint64_t room = 0, need = HEADER + length;
+    int result = 0;
+    while (room < need) {
+        if (count == MERGE_MAX || (count && !self->mergeable)) {
+            result = 2; /* it will never fit */
+            break;
+        }
+        int got = ring_pop(&ring->ring, &chains[count]);
+        if (got < 0)
+            result = -1;
+        if (got <= 0)
+            break;
+        size_t bytes = (chains[count].readable + chains[count].writable + 1) * sizeof(struct segment);
+        struct segment *copy = malloc(bytes);
+        if (!copy) {
+            ring_undo_pop(&ring->ring, &chains[count]);
+            result = -1;
+            break;
+        }
+        memcpy(copy, chains[count].segments, bytes - sizeof *copy);
+        chains[count].segments = copy;
+        room += chains[count].writable_length;
+        count++;
+    }
+    if (room >= need && !result) {
+        uint8_t head[HEADER];
+        memcpy(head, header, HEADER);
+        /* 5.1.6.4.1: "If VIRTIO_NET_F_MRG_RXBUF has not been negotiated, the device MUST set num_buffers to 1." and
+         * "the device MUST set num_buffers to indicate the number of buffers the packet (including the header) is
+         * spread over." */
+        head[NUM_BUFFERS] = (uint8_t)count;
+        head[NUM_BUFFERS + 1] = 0;
+        uint64_t header_left = HEADER, at = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            uint64_t size = chains[i].writable_length, put = 0;
+            if (header_left) {
+                put = size < header_left ? size : header_left;
+                scatter(&chains[i], 0, head + (HEADER - header_left), put);
+                header_left -= put;
+            }
+            uint64_t part = length - at < size - put ? length - at : size - put;
+            scatter(&chains[i], put, frame + at, part);
+            at += part;
+            done[i] = (struct pending){chains[i].order, (uint32_t)(put + part), chains[i].id, chains[i].slots, false};
+            if (segments_notify(ring->memory, chains[i].segments + chains[i].readable, chains[i].writable, put + part))
+                result = -1;
+        }
+        /* 5.1.6.4.1: "The device MUST use only a single descriptor if mergeable buffers are not negotiated"; together:
+         * the used index moves once for all of a packet's buffers. */
+        ring_push_batch(&ring->ring, done, count);
+        self->received++;
+        result = result ? result : 1;
+    } else {
+        for (uint32_t i = count; i-- > 0;)
+            ring_undo_pop(&ring->ring, &chains[i]);
+        if (result == 2) {
+            self->dropped++;
+            result = 1;
+        }
+    }
+    for (uint32_t i = 0; i < count; i++)
+        free(chains[i].segments);
+    return result;
+}
+
+/* Make a frame available at self->in + in_start. 1, 0: nothing there now, -1: the other end is gone. */
+static int fill(NetObject *self)
+{
+    if (self->framing != FRAMING_STREAM) {
+        if (self->in_end > self->in_start)
+            return 1;
+        ssize_t got;
+        do
+            got = self->framing == FRAMING_TAP ? read(self->fd, self->in, FRAME_MAX + HEADER)
+                                               : recv(self->fd, self->in, FRAME_MAX, MSG_DONTWAIT);
+        while (got < 0 && errno == EINTR);
+        if (got < 0)
+            return errno == EAGAIN || errno == ECONNREFUSED || errno == EIO ? 0 : -1;
+        self->in_start = 0;
+        self->in_end = (size_t)got;
+        return got > (self->framing == FRAMING_TAP ? HEADER : 0) ? 1 : 0;
+    }
+    for (;;) {
+        size_t have = self->in_end - self->in_start;
+        if (have >= 4) {
+            uint32_t length;
+            memcpy(&length, self->in + self->in_start, 4);
+            length = __builtin_bswap32(length);
+            if (length > FRAME_MAX)
+                return -1;
+            if (have >= 4 + (size_t)length)
+                return 1;
+        }
+        if (self->in_start && self->in_start + 4 + FRAME_MAX > BUFFER) {
+            memmove(self->in, self->in + self->in_start, have);
+            self->in_start = 0;
+            self->in_end = have;
+        }
+        ssize_t got = recv(self->fd, self->in + self->in_end, BUFFER - self->in_end, MSG_DONTWAIT);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return errno == EAGAIN ? 0 : -1;
+        if (!got)
+            return -1;
+        self->in_end += (size_t)got;
+    }
+}
+
+static int receive(NetObject *self, RingObject *ring, int limit)
+{
+    static const uint8_t none[HEADER];
+    for (int i = 0; i < limit; i++) {
+        int got = fill(self);
+        if (got <= 0)
+            return got ? CLOSED : 0;
+        const uint8_t *header = none, *frame = self->in + self->in_start;
+        size_t length = self->in_end - self->in_start, skip = 0;
+        if (self->framing == FRAMING_TAP) {
+            header = frame;
+            skip = HEADER;
+            length -= HEADER;
+        } else if (self->framing == FRAMING_STREAM) {
+            uint32_t size;
+            memcpy(&size, frame, 4);
+            length = __builtin_bswap32(size);
+            skip = 4;
+        }
+        int delivered = length ? deliver(self, ring, header, frame + skip, length) : 1;
+        if (delivered < 0)
+            return -1;
+        if (!delivered) {
+            ring_want_more(&ring->ring);
+            delivered = deliver(self, ring, header, frame + skip, length);
+            if (delivered < 0)
+                return -1;
+            if (!delivered)
+                return STARVED;
+        }
+        self->in_start += skip + length;
+        if (self->in_start == self->in_end)
+            self->in_start = self->in_end = 0;
+    }
+    return MORE;
+}
+
+static RingObject *ring_argument(PyObject *args, int *limit)
+{
+    RingObject *ring;
+    *limit = 256;
+    if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, limit))
+        return NULL;
+    if (!ring->closed)
+        return ring;
+    PyErr_SetString(state_error, "the queue was reset");
+    return NULL;
+}
+
+static PyObject *answer(RingObject *ring, int flags)
+{
+    if (ring->ring.error)
+        return ring_raise(ring);
+    if (flags < 0)
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    if (ring_notify_area(ring))
+        return NULL;
+    if (ring_needs_notification(&ring->ring))
+        flags |= SIGNAL;
+    return PyLong_FromLong(flags);
+}
+
+static PyObject *net_transmit(NetObject *self, PyObject *args)
+{
+    int limit, flags;
+    RingObject *ring = ring_argument(args, &limit);
+    if (!ring)
+        return NULL;
+    ring_disable_notification(&ring->ring);
+    for (;;) {
+        flags = self->framing == FRAMING_STREAM ? transmit_stream(self, ring, limit) : transmit_frames(self, ring, limit);
+        limit -= BATCH;
+        if (flags == MORE && limit > 0)
+            continue;
+        if (flags || !ring_enable_notification(&ring->ring))
+            break;
+    }
+    return answer(ring, flags);
+}
+
+static PyObject *net_receive(NetObject *self, PyObject *args)
+{
+    int limit;
+    RingObject *ring = ring_argument(args, &limit);
+    if (!ring)
+        return NULL;
+    ring_disable_notification(&ring->ring);
+    return answer(ring, receive(self, ring, limit));
+}
+
+static PyObject *net_configure(NetObject *self, PyObject *mergeable)
+{
+    self->mergeable = PyObject_IsTrue(mergeable) == 1;
+    Py_RETURN_NONE;
+}
+
+static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "framing", NULL};
+    int fd, framing;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ii", names, &fd, &framing))
+        return NULL;
+    if (framing < FRAMING_TAP || framing > FRAMING_STREAM) {
+        PyErr_SetString(PyExc_ValueError, "framing is 0 (tap), 1 (datagram) or 2 (stream)");
+        return NULL;
+    }
+    NetObject *self = (NetObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->fd = fd;
+    self->framing = framing;
+    self->in = PyMem_Malloc(BUFFER);
+    self->out = PyMem_Malloc(2 * BUFFER);
+    if (!self->in || !self->out) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void net_dealloc(NetObject *self)
+{
+    PyMem_Free(self->in);
+    PyMem_Free(self->out);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *net_counter(NetObject *self, void *which)
+{
+    uint64_t values[] = {self->sent, self->received, self->dropped, self->out_end - self->out_start};
+    return PyLong_FromUnsignedLongLong(values[(intptr_t)which]);
+}
+
+static PyMethodDef net_methods[] = {
+    {"transmit", (PyCFunction)net_transmit, METH_VARARGS,
+     "transmit(ring, limit=256) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone."},
+    {"receive", (PyCFunction)net_receive, METH_VARARGS,
+     "receive(ring, limit=256) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone."},
+    {"configure", (PyCFunction)net_configure, METH_O, "configure(mergeable): VIRTIO_NET_F_MRG_RXBUF was negotiated."},
+    {0},
+};
+
+static PyGetSetDef net_getset[] = {
+    {"sent", (getter)net_counter, NULL, "frames", (void *)0},
+    {"received", (getter)net_counter, NULL, "frames", (void *)1},
+    {"dropped", (getter)net_counter, NULL, "frames", (void *)2},
+    {"unsent", (getter)net_counter, NULL, "bytes that a stream has not taken yet", (void *)3},
+    {0},
+};
+
+PyTypeObject net_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.NetEngine",
+    .tp_doc = "NetEngine(fd, framing): framing 0 tap with a 12-byte virtio_net_hdr, 1 datagrams, 2 length-prefixed stream.",
+    .tp_basicsize = sizeof(NetObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = net_new,
+    .tp_dealloc = (destructor)net_dealloc,
+    .tp_methods = net_methods,
+    .tp_getset = net_getset,
+};

@@ -1,0 +1,124 @@
+"""What virtio needs from the machine it is built into. Everything is confined to the loop thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+State = dict[str, Any]
+"""A component's saved state: JSON-like values and bytes, with an integer "version"."""
+
+RandomSource = Callable[[int], bytes]
+"""random(n) -> n bytes. The only source of chance a device may use."""
+
+
+class GuestMemory(Protocol):
+    """Guest RAM as devices see it."""
+
+    def regions(self) -> Sequence[tuple[int, memoryview]]:
+        """(guest-physical address, writable buffer), stable while the machine lives."""
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """`length` bytes at `gpa`; GuestError unless all of them are RAM of one region."""
+
+    def written(self, gpa: int, length: int) -> None:
+        """A device wrote there (dirty log, translated code)."""
+
+
+class Interrupts(Protocol):
+    """A device's notifications to its driver (2.3); what becomes of them is the transport's."""
+
+    def signal_queue(self, index: int) -> None:
+        """Used buffer notification of queue `index`."""
+
+    def signal_config(self) -> None:
+        """Configuration change notification."""
+
+
+class TimerHandle(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """The VM's clock, in ns."""
+
+    def now_ns(self) -> int: ...
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle: ...
+
+
+class Chain(Protocol):
+    """A descriptor chain (2.7.5): device-readable bytes, then device-writable ones."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def readable_length(self) -> int: ...
+    @property
+    def writable_length(self) -> int: ...
+    @property
+    def written(self) -> int: ...
+    @property
+    def segments(self) -> tuple[tuple[int, int, bool], ...]:
+        """(gpa, length, device-writable) each."""
+
+    def read(self, length: int = -1, offset: int = 0, /) -> bytes:
+        """At most `length` device-readable bytes (-1: all) from `offset`."""
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int | None = None, /) -> int:
+        """Store into the device-writable part, by default after what was written; the number of bytes that
+        fit."""
+
+    def readable(self) -> list[memoryview]: ...
+    def writable(self) -> list[memoryview]: ...
+
+
+@runtime_checkable
+class Ring(Protocol):
+    """One virtqueue, device side; it never signals. `virtio._ring.Ring` and the reference in Python are
+    two."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def next_avail(self) -> int: ...
+    @property
+    def next_used(self) -> int: ...
+    @property
+    def error(self) -> str | None: ...
+    def pop(self) -> Chain | None:
+        """The next available chain; GuestError if the ring is malformed, and from then on."""
+
+    def pop_batch(self, limit: int, /) -> Sequence[Chain]: ...
+    def undo_pop(self, chain: Any, /) -> None:
+        """Make the chain popped last available again."""
+
+    def push(self, chain: Any, written: int | None = None, /) -> None:
+        """Return a chain with `written` bytes stored (default: what write() counted)."""
+
+    def push_batch(self, chains: Sequence[tuple[Any, int]], /) -> None:
+        """Return chains so that the driver sees all of them at once."""
+
+    def needs_notification(self) -> bool:
+        """Whether the driver wants to hear of what was pushed since the last call."""
+
+    def enable_notification(self) -> bool:
+        """Ask for notifications; True: more came meanwhile, so pop again."""
+
+    def want_more(self) -> None:
+        """Ask for a notification with the next chain although some are available; then try once more."""
+
+    def disable_notification(self) -> None: ...
+    def has_available(self) -> bool: ...
+    def close(self) -> None:
+        """The queue was reset: its chains can no longer touch guest memory."""
+
+    def save(self) -> dict[str, Any]:
+        """The positions; StateError while chains are in flight."""
+
+    def restore(
+        self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True
+    ) -> None: ...

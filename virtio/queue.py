@@ -1,0 +1,95 @@
+"""A virtqueue as a device uses it: a ring, its number, and the way to tell the driver.
+
+`async for chain in queue` waits for the driver's notifications; `pop_batch` and `push` are for devices that
+work in batches. Loop thread only. A queue the driver did not enable has no ring: nothing is ever available in
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from virtio.errors import StateError
+from virtio.protocols import Chain, Interrupts, Ring
+
+TURN = 64
+"""Chains that one `async for` takes before other tasks get a turn."""
+
+
+class Queue:
+    """One virtqueue of an active device."""
+
+    def __init__(self, index: int, ring: Ring | None, interrupts: Interrupts) -> None:
+        self.index = index
+        self._ring = ring
+        self._interrupts = interrupts
+        self._event = asyncio.Event()
+        self._taken = 0
+        self.paused = False
+        """While set nothing is available."""
+        self.on_push: Callable[[], object] | None = None
+        """Called after each push, while somebody waits for the queue to drain."""
+
+    @property
+    def enabled(self) -> bool:
+        return self._ring is not None
+
+    @property
+    def ring(self) -> Ring:
+        """The ring; StateError if the driver did not enable the queue."""
+        if self._ring is None:
+            raise StateError(f"queue {self.index} is not enabled")
+        return self._ring
+
+    @property
+    def in_flight(self) -> int:
+        return self._ring.in_flight if self._ring is not None else 0
+
+    def wake(self) -> None:
+        """The driver notified the queue."""
+        self._event.set()
+
+    def pop(self) -> Chain | None:
+        """The next available chain, if any; GuestError if the ring is malformed."""
+        return self._ring.pop() if self._ring is not None and not self.paused else None
+
+    def pop_batch(self, limit: int = TURN) -> Sequence[Chain]:
+        return self._ring.pop_batch(limit) if self._ring is not None and not self.paused else []
+
+    def push(self, chain: Chain, written: int | None = None) -> None:
+        """Return a chain without telling the driver: `notify` does, once for a batch."""
+        self.ring.push(chain, written)
+        if self.on_push is not None:
+            self.on_push()
+
+    def push_batch(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        self.ring.push_batch(chains)
+        if self.on_push is not None:
+            self.on_push()
+
+    def notify(self) -> None:
+        """Send a used buffer notification if the driver wants one for what was pushed."""
+        if self._ring is not None and self._ring.needs_notification():
+            self._interrupts.signal_queue(self.index)
+
+    def complete(self, chain: Chain, written: int | None = None) -> None:
+        """Return a chain and tell the driver."""
+        self.push(chain, written)
+        self.notify()
+
+    def __aiter__(self) -> Queue:
+        return self
+
+    async def __anext__(self) -> Chain:
+        self._taken += 1
+        if self._taken % TURN == 0:
+            await asyncio.sleep(0)  # a driver that never stops must not keep the loop
+        while True:
+            chain = self.pop()
+            if chain is not None:
+                return chain
+            self._event.clear()
+            if self._ring is not None and not self.paused and self._ring.enable_notification():
+                continue
+            await self._event.wait()

@@ -1,0 +1,354 @@
+"""What both transports share: device status, feature negotiation, queue configuration (virtio 1.2, 2.1 to
+2.4, 3.1).
+
+Sans-I/O: register accesses come in as method calls, interrupts go out through the two abstract methods of a
+subclass. The state machine is TRANSITIONS: illegal input changes nothing. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from virtio import _ring
+from virtio.constants import RING_FEATURES, Feature, Status
+from virtio.device import Activation, Device
+from virtio.errors import GuestError, StateError
+from virtio.protocols import GuestMemory, Ring, State
+from virtio.queue import Queue
+
+log = logging.getLogger(__name__)
+
+RingFactory = Callable[[GuestMemory, int, int, int, int, int], Ring]
+"""(memory, size, descriptor area, driver area, device area, features) -> ring."""
+
+FAULTS_LOGGED = 8
+"""Driver faults of one device that reach the log; a hostile driver can make any number."""
+
+
+@dataclass(slots=True)
+class QueueConfig:
+    """What the driver configures about a queue. Addresses are guest-physical."""
+
+    size: int
+    enabled: bool = False
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+    vector: int = 0xFFFF
+
+
+class Transport:
+    """Base of virtio-pci and virtio-mmio."""
+
+    # newly set bit -> bits that must be set already (3.1.1); FEATURES_OK and DRIVER_OK have an effect besides
+    TRANSITIONS: dict[Status, Status] = {
+        Status.ACKNOWLEDGE: Status(0),
+        Status.DRIVER: Status.ACKNOWLEDGE,
+        Status.FEATURES_OK: Status.ACKNOWLEDGE | Status.DRIVER,
+        Status.DRIVER_OK: Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK,
+        Status.FAILED: Status(0),
+    }
+
+    def __init__(
+        self,
+        device: Device,
+        memory: GuestMemory,
+        *,
+        packed: bool = False,
+        in_order: bool = False,
+        ring_factory: RingFactory | None = None,
+    ) -> None:
+        self.device = device
+        self._memory = memory
+        self._native: _ring.Memory | None = None
+        self._ring_factory = ring_factory or self._native_ring
+        self.features = int(device.device_features | RING_FEATURES)
+        if packed:
+            self.features |= Feature.RING_PACKED
+        if in_order:
+            self.features |= Feature.IN_ORDER
+        self.config_generation = 0
+        self._faults = 0
+        self._resetting = False
+        self._generation_read = True
+        self._clear()
+        device.on_config_change(self._config_changed)
+
+    def _clear(self) -> None:
+        self.status = Status(0)
+        self.driver_features = 0
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.queue_select = 0
+        self.queues = [QueueConfig(size) for size in self.device.queue_sizes]
+        self.active: Activation | None = None
+
+    # Interrupts: the subclass's part.
+
+    def signal_queue(self, index: int) -> None:
+        raise NotImplementedError
+
+    def signal_config(self) -> None:
+        raise NotImplementedError
+
+    def interrupts_reset(self) -> None:
+        """Withdraw what is asserted."""
+        raise NotImplementedError
+
+    # Status (2.1)
+
+    def read_status(self) -> int:
+        if self._resetting and self.device.idle():
+            self._finish_reset()
+        return int(self.status)
+
+    def write_status(self, value: int) -> None:
+        if value == 0:
+            self.reset()
+            return
+        if self._resetting:
+            return
+        for bit, needed in self.TRANSITIONS.items():
+            if not value & bit or self.status & bit:
+                continue
+            if self.status & needed != needed:
+                continue
+            if bit is Status.FEATURES_OK and not self._features_acceptable():
+                # 2.2.2: "The device MUST NOT ... accept" an unsupported set: "the FEATURES_OK bit remains
+                # unset"
+                continue
+            self.status |= bit
+            if bit is Status.DRIVER_OK:
+                self._activate()
+
+    def _features_acceptable(self) -> bool:
+        # 2.2.1: "The driver MUST NOT accept a feature which the device did not offer"; 6.2: "A device MAY
+        # fail to operate further if VIRTIO_F_VERSION_1 is not accepted."
+        unknown = self.driver_features & ~self.features
+        return not unknown and bool(self.driver_features & Feature.VERSION_1)
+
+    def _activate(self) -> None:
+        # 2.1.2: "The device MUST NOT consume buffers or send any used buffer notifications to the driver
+        # before DRIVER_OK": there are no rings before.
+        try:
+            queues = [
+                Queue(index, self._make_ring(config) if config.enabled else None, self)
+                for index, config in enumerate(self.queues)
+            ]
+        except GuestError as error:
+            self.fault(error)
+            return
+        self._start(queues)
+
+    def _make_ring(self, config: QueueConfig) -> Ring:
+        return self._ring_factory(
+            self._memory, config.size, config.desc, config.driver, config.device, self.driver_features
+        )
+
+    def _native_ring(
+        self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int
+    ) -> Ring:
+        if self._native is None:
+            self._native = _ring.Memory(list(memory.regions()), getattr(memory, "written", None))
+        return _ring.Ring(self._native, size, desc, driver, device, features)
+
+    def _start(self, queues: list[Queue]) -> None:
+        self.active = Activation(self.driver_features, queues, self, self.fault)
+        self._guard(self.device.activate, self.active)
+
+    def fault(self, error: Exception) -> None:
+        """The device cannot go on until the driver resets it. Latched: notifications are ignored until
+        then."""
+        if self.status & Status.DEVICE_NEEDS_RESET:
+            return
+        self._faults += 1
+        level = logging.WARNING if self._faults <= FAULTS_LOGGED else logging.DEBUG
+        log.log(level, "%s needs a reset: %s", type(self.device).__name__, error)
+        # 2.1.2: "The device SHOULD set DEVICE_NEEDS_RESET when it enters an error state that a reset is
+        # needed."
+        self.status |= Status.DEVICE_NEEDS_RESET
+        if self.status & Status.DRIVER_OK:
+            # 2.1.2: "If DRIVER_OK is set, after it sets DEVICE_NEEDS_RESET, the device MUST send a device
+            # configuration change notification to the driver."
+            self.signal_config()
+
+    def _guard(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except GuestError as error:
+            self.fault(error)
+
+    def reset(self) -> None:
+        """The driver wrote 0 to device status, or the machine is reset."""
+        # 2.4.1: "A device MUST reinitialize device status to 0 after receiving a reset." "A device MUST NOT
+        # send notifications or interact with the queues after indicating completion of the reset by
+        # reinitializing device status to 0, until the driver re-initializes the device."
+        done = self.device.deactivate()
+        self.active = None
+        self.interrupts_reset()
+        self._resetting = not done
+        if done:
+            self._finish_reset()
+
+    def _finish_reset(self) -> None:
+        self._resetting = False
+        self._clear()
+
+    # Features (2.2), in words of 32 bits
+
+    def device_feature_word(self) -> int:
+        return (
+            (self.features >> (32 * self.device_feature_select)) & 0xFFFFFFFF
+            if self.device_feature_select < 4
+            else 0
+        )
+
+    def driver_feature_word(self) -> int:
+        return (
+            (self.driver_features >> (32 * self.driver_feature_select)) & 0xFFFFFFFF
+            if self.driver_feature_select < 4
+            else 0
+        )
+
+    def write_driver_features(self, value: int) -> None:
+        # 3.1.1: feature bits are written before FEATURES_OK: "The driver MUST NOT accept new feature bits
+        # after"
+        if self.status & Status.FEATURES_OK or self.driver_feature_select >= 4:
+            return
+        shift = 32 * self.driver_feature_select
+        self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
+
+    # Queues
+
+    @property
+    def queue(self) -> QueueConfig | None:
+        """The selected queue; None if the device has no such queue."""
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    def _configurable(self) -> QueueConfig | None:
+        queue = self.queue
+        if queue is None or queue.enabled or self.status & Status.DRIVER_OK:
+            return None
+        return queue
+
+    def set_queue_size(self, size: int) -> None:
+        queue = self._configurable()
+        most = self.device.queue_sizes[self.queue_select] if queue else 0
+        # 2.7: "Queue Size value is always a power of 2" for split; 4.1.5.1.3: the driver may only lower it
+        if (
+            queue
+            and 0 < size <= most
+            and (self.driver_features & Feature.RING_PACKED or not size & (size - 1))
+        ):
+            queue.size = size
+
+    def set_queue_address(self, which: str, high: bool, value: int) -> None:
+        queue = self._configurable()
+        if queue:
+            old = getattr(queue, which)
+            setattr(queue, which, old & 0xFFFFFFFF | value << 32 if high else old & ~0xFFFFFFFF | value)
+
+    def enable_queue(self) -> None:
+        queue = self._configurable()
+        if queue:
+            queue.enabled = True
+
+    def notify(self, index: int) -> None:
+        """The driver made buffers available in queue `index`."""
+        active = self.active
+        if active is None or index >= len(active.queues) or not active.queues[index].enabled:
+            return
+        if self.status & Status.DEVICE_NEEDS_RESET or self.device.paused:
+            return
+        self._guard(self.device.queue_notified, index)
+
+    # Device configuration space (2.5)
+
+    def config_read(self, offset: int, size: int) -> int:
+        # 4.1.4.6.1, 4.2.2.1: a field changed since it was last seen gets a new generation
+        data = self.device.config()[offset : offset + size]
+        return int.from_bytes(data.ljust(size, b"\0"), "little")
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        if offset + size <= len(self.device.config()):
+            self._guard(self.device.config_written, offset, value.to_bytes(size, "little"))
+
+    def _config_changed(self) -> None:
+        # 2.5.2: "The device MUST change the configuration space generation before/when a field changes" so
+        # that a driver that reads between two generations sees it
+        self.config_generation = (self.config_generation + 1) & 0xFFFFFFFF
+        if self.status & Status.DRIVER_OK and self.active is not None:
+            self.signal_config()
+
+    # State
+
+    async def quiesce(self) -> None:
+        """Take no more chains and wait for those in flight; then `save` may be called."""
+        await self.device.quiesce()
+
+    def resume(self) -> None:
+        self._guard(self.device.resume)
+
+    def save(self) -> State:
+        """Versioned state of transport, rings and device; StateError while requests are in flight."""
+        rings = []
+        for queue in self.active.queues if self.active else ():
+            if queue.in_flight and not queue.ring.error:
+                raise StateError(f"queue {queue.index} has {queue.in_flight} requests in flight")
+            rings.append(queue.ring.save() if queue.enabled and not queue.ring.error else None)
+        return {
+            "version": 1,
+            "device_id": self.device.device_id,
+            "status": int(self.status),
+            "features": self.features,
+            "driver_features": self.driver_features,
+            "device_feature_select": self.device_feature_select,
+            "driver_feature_select": self.driver_feature_select,
+            "queue_select": self.queue_select,
+            "config_generation": self.config_generation,
+            "queues": [
+                {
+                    "size": queue.size,
+                    "enabled": queue.enabled,
+                    "desc": queue.desc,
+                    "driver": queue.driver,
+                    "device": queue.device,
+                    "vector": queue.vector,
+                }
+                for queue in self.queues
+            ],
+            "rings": rings,
+            "device": self.device.save_device(),
+        }
+
+    def restore(self, state: State) -> None:
+        """Into a fresh transport over the same memory contents and an equal device; it is paused until
+        `resume`."""
+        if state["version"] != 1 or state["device_id"] != self.device.device_id:
+            raise StateError("the state is another device's")
+        if state["features"] & ~self.features:
+            raise StateError(f"the state needs features {state['features'] & ~self.features:#x}")
+        if len(state["queues"]) != len(self.queues):
+            raise StateError("the state has another number of queues")
+        self.features = state["features"]
+        self.status = Status(state["status"])
+        self.driver_features = state["driver_features"]
+        self.device_feature_select = state["device_feature_select"]
+        self.driver_feature_select = state["driver_feature_select"]
+        self.queue_select = state["queue_select"]
+        self.config_generation = state["config_generation"]
+        self.queues = [QueueConfig(**queue) for queue in state["queues"]]
+        self.device.restore_device(state["device"])
+        if not state["rings"]:
+            return
+        queues = []
+        for index, (config, positions) in enumerate(zip(self.queues, state["rings"], strict=True)):
+            ring = self._make_ring(config) if positions is not None else None
+            if ring is not None:
+                ring.restore(**positions)
+            queues.append(Queue(index, ring, self))
+        self.device.pause()
+        self._start(queues)
