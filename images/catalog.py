@@ -65,6 +65,11 @@ def resolve(name: str, *, build: bool = False, progress: builder.Progress | None
     raise ImageError(f"no image {name}; there are: {known}, or give a file's path", "config")
 
 
+def provide(name: str) -> Image:
+    """The entry point for `vmm.run`: the image of that name, built if it never was."""
+    return resolve(name, build=True)
+
+
 def _from_build(built: builder.Built) -> Image:
     defaults = built.recipe.get("defaults", {})
     disk = built.directory / "root.img"

@@ -1,0 +1,99 @@
+"""From an image's name to a running machine: `async with vmm.run("linux") as vm: …`.
+
+Images are another package's business: whoever provides them registers an entry point in the group `loopvisor.images`,
+a function from a name to something of ImageLike's shape (None or an error if there is no such image). This module only
+turns that into a Config.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from vmm.config import Config, Disk, FlatImage, Net
+from vmm.errors import ConfigError, HostError, VmmError
+from vmm.vm import VirtualMachine
+
+GROUP = "loopvisor.images"
+
+
+class ImageLike(Protocol):
+    """What a provider of images gives back: files, and how they want to be run."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kernel(self) -> Path: ...
+    @property
+    def kind(self) -> str:
+        """"auto": by the file's content; "real": a flat binary at 0000:7C00 in real mode."""
+
+    @property
+    def initrd(self) -> Path | None: ...
+    @property
+    def disk(self) -> Path | None: ...
+    @property
+    def cmdline(self) -> str: ...
+    @property
+    def memory(self) -> str: ...
+    @property
+    def agent(self) -> bool: ...
+
+
+def config_for(image: ImageLike, **options: Any) -> Config:
+    """The Config that runs an image; `options` are Config's fields and win over the image's wishes. Its root disk is
+    attached as a snapshot before the disks of `options`. With an agent the machine has vsock, and user networking
+    where passt is installed and no networks are asked for."""
+    values: dict[str, Any] = {"memory": image.memory}
+    if image.kind == "real":
+        values["flat"] = FlatImage(path=image.kernel)
+    else:
+        values["kernel"] = image.kernel
+    if image.initrd is not None:
+        values["initrd"] = image.initrd
+    if image.cmdline:
+        values["append"] = image.cmdline
+    if image.agent:
+        values["agent"] = True
+        if shutil.which("passt"):
+            values["nets"] = (Net(kind="user"),)
+    values |= options
+    if image.disk is not None:
+        values["disks"] = (Disk(path=image.disk, snapshot=True), *values.get("disks", ()))
+    return Config.from_dict(values)
+
+
+def find_image(name: str) -> ImageLike:
+    """The image of that name (built first, if it never was). Raises ConfigError, HostError."""
+    providers = entry_points(group=GROUP)
+    if not providers:
+        raise ConfigError(f"image {name}: no package here provides images; give kernel=… instead")
+    failure: Exception | None = None
+    for provider in providers:
+        try:
+            image: ImageLike | None = provider.load()(name)
+        except VmmError:
+            raise
+        except Exception as error:  # the provider's own errors: `kind` says whose fault it is
+            failure = error
+            continue
+        if image is not None:
+            return image
+    kind = ConfigError if getattr(failure, "kind", "config") == "config" else HostError
+    raise kind(str(failure or f"no image {name}")) from failure
+
+
+@asynccontextmanager
+async def run(image: str | ImageLike | None = None, **options: Any) -> AsyncIterator[VirtualMachine]:
+    """A running machine: an image by name or by value, or none and Config's fields. Ends with the block."""
+    if isinstance(image, str):
+        image = await asyncio.to_thread(find_image, image)
+    config = Config.from_dict(options) if image is None else config_for(image, **options)
+    async with VirtualMachine(config) as vm:
+        vm.resume()
+        yield vm
