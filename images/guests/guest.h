@@ -20,7 +20,7 @@
 .macro RESET
     mov al, 0xfe
     out 0x64, al
-    mov ecx, 0x100000
+    mov ecx, 0x4000
 91: dec ecx
     jnz 91b
     lidt [no_idt]
