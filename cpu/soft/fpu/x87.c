@@ -92,6 +92,8 @@ static void take_image(struct fpu *f, const struct image *im)
 
 int fpu_x87_register(struct x87_context *ctx, unsigned opcode)
 {
+    if (fpu_x87_fast_register(ctx, opcode))
+        return FPU_OK;
     struct image im;
     load_image(ctx->fpu, &im);
     uint64_t flags = fpu_x87_native(NULL, &im, fpu_x87_register_stubs[opcode][ctx->modrm & 63],
@@ -103,6 +105,8 @@ int fpu_x87_register(struct x87_context *ctx, unsigned opcode)
 
 int fpu_x87_load(struct x87_context *ctx, unsigned opcode)
 {
+    if (fpu_x87_fast_load(ctx, opcode))
+        return FPU_OK;
     struct image im;
     load_image(ctx->fpu, &im);
     fpu_x87_native(ctx->mem, &im, fpu_x87_memory_stubs[opcode][ctx->modrm >> 3 & 7], FLAGS_ALWAYS);
@@ -112,6 +116,8 @@ int fpu_x87_load(struct x87_context *ctx, unsigned opcode)
 
 int fpu_x87_store(struct x87_context *ctx, unsigned opcode)
 {
+    if (fpu_x87_fast_store(ctx, opcode))
+        return FPU_OK;
     struct image im;
     load_image(ctx->fpu, &im);
     fpu_x87_native(ctx->mem, &im, fpu_x87_memory_stubs[opcode][ctx->modrm >> 3 & 7], FLAGS_ALWAYS);
@@ -126,6 +132,8 @@ int fpu_x87_store(struct x87_context *ctx, unsigned opcode)
 
 void fpu_x87_store_commit(struct x87_context *ctx)
 {
+    if (fpu_x87_fast_commit(ctx))
+        return;
     struct image im;
     memcpy(&im, ctx->scratch, sizeof im);
     take_image(ctx->fpu, &im);
