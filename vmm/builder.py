@@ -137,9 +137,9 @@ class Built:
         vm = self._vm = self.system.create_vm(
             VmConfig(vcpus=config.cpus, virtual_clock=virtual, epoch_ns=epoch_ns, seed=config.seed)
         )
-        for slot, region in enumerate(memory.regions):
-            vm.set_memory_slot(slot, region.start, region.memory)
-        memory.written = vm.memory_written
+        for slot, (start, buffer) in enumerate(memory.regions()):
+            vm.set_memory_slot(slot, start, buffer)
+        memory.on_written = vm.memory_written
         self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
         machine = self._machine = CoreMachine(
             vm,
@@ -220,7 +220,7 @@ class Built:
         if self._machine is not None:
             self._machine.close()
         if self._memory is not None:
-            self._memory.written = None
+            self._memory.on_written = None
         if self._vm is not None:
             self._vm.close()
 

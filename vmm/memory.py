@@ -10,8 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from virtio.errors import GuestError as VirtioGuestError
 from vmm.config import format_size
 from vmm.errors import GuestError, HostError, os_reason
 
@@ -21,31 +21,22 @@ HIGH_MEMORY = 1 << 32
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module has it from Python 3.11 on some platforms only
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """`memory` (writable, `size` bytes) stands at guest-physical address `start`; `end` is the first byte after it."""
-
-    start: int
-    end: int
-    memory: memoryview
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
+class OutsideMemory(GuestError, VirtioGuestError):
+    """A guest-physical range that is not RAM; virtio's devices take it as their driver's error."""
 
 
 class GuestMemory:
     """All RAM of one machine. Loop thread, except that views may be filled by whoever holds them.
 
-    `written`, set by the builder, tells the core about writes by the VMM (Vm.memory_written).
+    `on_written`, set by the builder, tells the core about writes by the VMM (Vm.memory_written).
     """
 
     def __init__(self, size: int, *, hugepages: bool = False) -> None:
         """`size` in bytes, a multiple of 4 KiB. Raises HostError if the host refuses."""
         self.size = size
         self._maps: list[mmap.mmap] = []
-        self._regions: list[Region] = []
-        self.written: Callable[[int, int], None] | None = None
+        self._regions: list[tuple[int, memoryview]] = []
+        self.on_written: Callable[[int, int], None] | None = None
         low = min(size, PCI_HOLE)
         try:
             self._add(0, low, hugepages)
@@ -76,21 +67,19 @@ class GuestMemory:
                 except OSError:
                     pass  # a kernel without transparent huge pages: slower, nothing more
         self._maps.append(mapping)
-        self._regions.append(Region(start, start + size, memoryview(mapping)))
+        self._regions.append((start, memoryview(mapping)))
 
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """By address."""
-        return tuple(self._regions)
+    def regions(self) -> list[tuple[int, memoryview]]:
+        """(guest-physical address, writable buffer) by address; they stay until close()."""
+        return list(self._regions)
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises GuestError otherwise."""
-        if length >= 0:
-            for region in self._regions:
-                if region.start <= gpa and gpa + length <= region.end:
-                    offset = gpa - region.start
-                    return region.memory[offset : offset + length]
-        raise GuestError(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
+        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise."""
+        for start, memory in self._regions:
+            offset = gpa - start
+            if 0 <= offset <= offset + length <= len(memory):
+                return memory[offset : offset + length]
+        raise OutsideMemory(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
 
     def read(self, gpa: int, length: int) -> bytes:
         """A copy. Raises GuestError."""
@@ -99,20 +88,19 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` in and tell the core. Raises GuestError."""
         self.view(gpa, len(data))[:] = data
-        if self.written is not None:
-            self.written(gpa, len(data))
+        self.written(gpa, len(data))
 
-    def memory_written(self, gpa: int, length: int) -> None:
-        """[gpa, gpa + length) was written through a view. *any thread*"""
-        if self.written is not None:
-            self.written(gpa, length)
+    def written(self, gpa: int, length: int) -> None:
+        """[gpa, gpa + length) was written through a view: tell the core. *any thread*"""
+        if self.on_written is not None:
+            self.on_written(gpa, length)
 
     def close(self) -> None:
         """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
         regions, self._regions = self._regions, []
-        for region in regions:
+        for _start, memory in regions:
             try:
-                region.memory.release()
+                memory.release()
             except BufferError:
                 pass
         maps, self._maps = self._maps, []
@@ -121,4 +109,4 @@ class GuestMemory:
                 mapping.close()
             except BufferError:
                 pass
-        self.written = None
+        self.on_written = None
