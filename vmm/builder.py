@@ -72,7 +72,6 @@ class Built:
         self.debug_output = debug_output
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
-        self._started: list[object] = []
         self._finish = finish
         self._loop = asyncio.get_running_loop()
         self._reading = -1
@@ -155,10 +154,9 @@ class Built:
             importlib.import_module(name).attach(self)
         await self._load()
         for component in tuple(self.components.values()):
-            start = getattr(component, "start", None)
-            if start is not None:
-                self._started.append(component)
-                result = start()
+            begin = getattr(component, "start", None)
+            if begin is not None:
+                result = begin()
                 if inspect.isawaitable(result):
                     await result
         self._reading = vm.fileno()

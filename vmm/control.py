@@ -192,11 +192,11 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
 }
 
 
-def request(entry: Entry, command: str, timeout: float = 10.0, **values: Any) -> dict[str, Any]:
-    """Ask a machine and wait for its answer (blocking). Raises what it answers, HostError if it does not."""
+def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
+    """Ask a machine and wait `patience` seconds for its answer (blocking). Raises what it answers, HostError if it does not."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(timeout)
+            client.settimeout(patience)
             client.connect(str(entry.control))
             client.sendall(json.dumps({"command": command, **values}).encode() + b"\n")
             answer = bytearray()
@@ -206,7 +206,7 @@ def request(entry: Entry, command: str, timeout: float = 10.0, **values: Any) ->
                     break
                 answer += data
     except TimeoutError as error:
-        raise HostError(f"{entry.name}: no answer within {timeout:g} s") from error
+        raise HostError(f"{entry.name}: no answer within {patience:g} s") from error
     except OSError as error:
         raise HostError(f"{entry.name}: {os_reason(error)}") from error
     try:

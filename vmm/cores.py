@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from cpu.contract import Capability, System
-from cpu.select import Choice, choose
+from dataclasses import dataclass
+
+from cpu.contract import Capability, Probe, System
+from cpu.errors import CpuError
+from cpu.select import NAMES, Choice, choose, probe
 from cpu.select import open_system as open_choice
 from vmm.config import MIB, Config
 from vmm.errors import core_errors
@@ -39,3 +42,25 @@ def open_system(config: Config) -> System:
     chosen = choice(config)
     with core_errors():
         return open_choice(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What every core says of this host, and which one `auto` takes for a stock kernel ("" if none can) and for a
+    small test guest."""
+
+    probes: dict[str, Probe]
+    stock: str
+    small: str
+
+
+def diagnose() -> Diagnosis:
+    """For `vmm doctor`. Raises HostError if no core runs at all."""
+    with core_errors():
+        probes = {name: probe(name) for name in NAMES}
+        small = choose("auto", frozenset()).name
+        try:
+            stock = choose("auto", frozenset({Capability.STOCK_KERNELS})).name
+        except CpuError:
+            stock = ""
+        return Diagnosis(probes, stock, small)

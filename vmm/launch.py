@@ -31,7 +31,7 @@ class ImageLike(Protocol):
     def kernel(self) -> Path: ...
     @property
     def kind(self) -> str:
-        """"auto": by the file's content; "real": a flat binary at 0000:7C00 in real mode."""
+        """ "auto": by the file's content; "real": a flat binary at 0000:7C00 in real mode."""
 
     @property
     def initrd(self) -> Path | None: ...

@@ -80,6 +80,8 @@ class Reason(enum.StrEnum):
     """The host, the core or the VMM failed."""
     TIMEOUT = "timeout"
     KILLED = "killed"
+    SIGNAL = "signal"
+    """A signal ended the process that runs it; `code` is its number."""
 
 
 EXIT_STATUS = {
@@ -93,7 +95,8 @@ EXIT_STATUS = {
     Reason.TIMEOUT: 124,
     Reason.KILLED: 137,
 }
-"""Exit status of `vmm run`; 137 is what a shell reports for SIGKILL. EXIT carries its own; 2 is for ConfigError."""
+"""Exit status of `vmm run`; 137 is what a shell reports for SIGKILL.
+EXIT and SIGNAL carry their own; 2 is for ConfigError."""
 EXIT_CONFIG = 2
 
 
@@ -113,6 +116,8 @@ class Outcome:
         """The exit status of `vmm run`; a guest that writes v to port 0xf4 ends with (v << 1) | 1, in eight bits."""
         if self.reason is Reason.EXIT:
             return ((self.code or 0) << 1 | 1) & 0xFF
+        if self.reason is Reason.SIGNAL:
+            return 128 + (self.code or 0)
         return EXIT_STATUS[self.reason]
 
     @property

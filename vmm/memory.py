@@ -14,10 +14,8 @@ from collections.abc import Callable
 from virtio.errors import GuestError as VirtioGuestError
 from vmm.config import format_size
 from vmm.errors import GuestError, HostError, os_reason
+from vmm.layout import HIGH_MEMORY, PCI_HOLE
 
-PCI_HOLE = 0xC000_0000
-"""Guest-physical start of the hole below 4 GiB: BARs, ECAM, IOAPIC, LAPIC."""
-HIGH_MEMORY = 1 << 32
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module has it from Python 3.11 on some platforms only
 
 

@@ -172,6 +172,10 @@ class VirtualMachine:
         """End it now; `wait` and `run` then return."""
         self._finish(KILLED)
 
+    def end(self, outcome: Outcome) -> None:
+        """End it now, with this outcome unless it has ended already."""
+        self._finish(outcome)
+
     @property
     def state(self) -> State:
         return self._lifecycle.state

@@ -1,0 +1,179 @@
+"""The typer application: every command with its help and shell completion. Commands import what they need when they
+run, so that completion and `--help` stay quick."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from cli.options import RUN_OPTIONS, RunArguments, RunOption
+
+SUB_APPS = ("images", "bench")
+"""Modules cli.NAME with a typer application `app`."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def complete_machine(incomplete: str) -> list[str]:
+    """Shell completion of the names of running machines."""
+    from vmm.errors import VmmError
+    from vmm.registry import entries
+
+    try:
+        return [entry.name for entry in entries() if entry.name.startswith(incomplete)]
+    except VmmError:
+        return []
+
+
+def complete_image(incomplete: str) -> list[str]:
+    """Shell completion of image names."""
+    from images.catalog import names
+
+    return [name for name, _, _ in names() if name.startswith(incomplete)]
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A running machine.", autocompletion=complete_machine)]
+
+
+def _annotation(option: RunOption) -> tuple[Any, Any]:
+    """(type with typer's option, default)"""
+    if option.kind == "switch":
+        return Annotated[bool, typer.Option(option.flag, help=option.help)], False
+    settings = typer.Option(option.flag, help=option.help, metavar=option.metavar)
+    if option.kind == "list":
+        return Annotated[list[str] | None, settings], None
+    return Annotated[str | None, settings], None
+
+
+def _run_command() -> Any:
+    """The function behind `vmm run`, its parameters made from RUN_OPTIONS."""
+
+    def run(**values: Any) -> None:
+        from cli.run import execute
+
+        words: list[str] = values.pop("words") or []
+        parsed = RunArguments(image=words[0] if words else None, command=words[1:])
+        for option in RUN_OPTIONS:
+            value = values.pop(option.field)
+            for item in value if isinstance(value, list) else [value]:
+                if item is not None and item is not False:
+                    parsed.set(option, item)
+        sys.exit(execute(parsed))
+
+    image = Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE] [-- COMMAND…]", help="An image or a kernel file.", autocompletion=complete_image
+        ),
+    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("words", keyword, default=None, annotation=image)]
+    for option in RUN_OPTIONS:
+        annotation, default = _annotation(option)
+        parameters.append(inspect.Parameter(option.field, keyword, default=default, annotation=annotation))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = """Run a machine until it ends; its exit status tells how.
+
+    0: the guest shut down or rebooted. 2: usage or configuration. 3: the guest crashed. 4: the host failed. 124:
+    --timeout. 137: killed. A guest that writes v to port 0xf4 ends with (v << 1) | 1. On a terminal Ctrl-] ends the
+    machine.
+    """
+    return run
+
+
+def console(
+    name: Annotated[str, typer.Argument(metavar="NAME|SOCKET", help="A machine.", autocompletion=complete_machine)],
+) -> None:
+    """Attach this terminal to a machine's console. Ctrl-] detaches; several may watch."""
+    from cli.machines import attach_console
+
+    attach_console(name)
+
+
+def ps(
+    json: Json = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Counters of exits by reason.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Prometheus text.")] = False,
+) -> None:
+    """List the machines that you run."""
+    from cli.machines import list_machines
+
+    list_machines(json=json, stats=stats, metrics=metrics)
+
+
+def stop(
+    name: Name,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the guest before it is killed.")] = 30.0,
+    json: Json = False,
+) -> None:
+    """Press the power button; kill the machine if it does not power off in time."""
+    from cli.machines import stop_machine
+
+    stop_machine(name, timeout, json=json)
+
+
+def kill(name: Name, json: Json = False) -> None:
+    """End a machine at once."""
+    from cli.machines import kill_machine
+
+    kill_machine(name, json=json)
+
+
+def pause(name: Name, json: Json = False) -> None:
+    """Park every vCPU of a machine."""
+    from cli.machines import change_machine
+
+    change_machine(name, "pause", json=json)
+
+
+def resume(name: Name, json: Json = False) -> None:
+    """Let a paused machine run on."""
+    from cli.machines import change_machine
+
+    change_machine(name, "resume", json=json)
+
+
+def doctor(json: Json = False) -> None:
+    """Say which execution core would run here and why, and what would make it better."""
+    from cli.doctor import report
+
+    sys.exit(report(json=json))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"vmm (loopvisor) {version('loopvisor')}\n")
+        raise typer.Exit
+
+
+def vmm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run and manage virtual machines."""
+
+
+def build() -> typer.Typer:
+    """The whole application."""
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback()(vmm)
+    app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
+    for command in (console, ps, stop, kill, pause, resume, doctor):
+        app.command()(command)
+    for name in SUB_APPS:
+        try:
+            module = importlib.import_module(f"cli.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"cli.{name}":
+                raise
+            continue
+        app.add_typer(module.app, name=name)
+    return app

@@ -1,0 +1,104 @@
+"""`vmm console, ps, stop, kill, pause, resume`: the machines that this user runs, through their control sockets."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli.errors import say
+from vmm.config import MIB
+from vmm.control import request
+from vmm.errors import VmmError
+from vmm.registry import entries, find
+
+
+def attach_console(name: str) -> None:
+    """By the machine's name, or a socket's path (anything with a slash, or an existing socket)."""
+    from vmm.terminal import attach
+
+    path = Path(name)
+    if "/" not in name and not path.is_socket():
+        path = find(name).console
+    if sys.stdin.isatty():
+        say(f"{name}: attached; Ctrl-] detaches")
+    end = attach(path, name)
+    if sys.stdin.isatty():
+        sys.stderr.write("\r\n")
+    say(end)
+
+
+def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
+    """One machine a line; one that does not answer is listed all the same."""
+    found: list[dict[str, Any]] = []
+    for entry in entries():
+        try:
+            status = request(entry, "status", 5.0)
+            if stats:
+                status |= request(entry, "stats", 5.0)
+            if metrics:
+                sys.stdout.write(request(entry, "metrics", 5.0)["metrics"])
+        except VmmError as error:
+            status = {"name": entry.name, "state": "unknown", "pid": entry.info.get("pid"), "error": str(error)}
+        found.append(status)
+    if metrics:
+        return
+    if json:
+        _print_json(found)
+        return
+    rows = [("NAME", "STATE", "CORE", "CPUS", "MEMORY", "UPTIME", "PID")]
+    for status in found:
+        rows.append(
+            (
+                str(status["name"]),
+                str(status["state"]),
+                str(status.get("core", "-")),
+                str(status.get("cpus", "-")),
+                f"{status['memory'] // MIB}M" if "memory" in status else "-",
+                _duration(status["uptime"]) if "uptime" in status else "-",
+                str(status.get("pid", "-")),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for index, row in enumerate(rows):
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+        if index and stats:
+            for key, value in sorted(found[index - 1].get("stats", {}).items()):
+                if value:
+                    sys.stdout.write(f"    {key:<28} {value:>12}\n")
+
+
+def stop_machine(name: str, timeout: float, *, json: bool) -> None:
+    answer = request(find(name), "stop", timeout + 15.0, timeout=timeout)
+    _ended(name, answer["outcome"], json=json)
+
+
+def kill_machine(name: str, *, json: bool) -> None:
+    _ended(name, request(find(name), "kill", 15.0)["outcome"], json=json)
+
+
+def change_machine(name: str, command: str, *, json: bool) -> None:
+    answer = request(find(name), command)
+    if json:
+        _print_json(answer)
+    else:
+        say(f"{name}: {answer['state']}")
+
+
+def _ended(name: str, outcome: dict[str, Any], *, json: bool) -> None:
+    if json:
+        _print_json(outcome)
+    else:
+        detail = f": {outcome['detail']}" if outcome["detail"] else ""
+        say(f"{name}: {outcome['reason']}{detail}")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json_text.dumps(value) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

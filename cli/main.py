@@ -1,0 +1,26 @@
+"""The command `vmm`: finds out which command is meant and imports only that."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Entry point; ends the process with the command's exit status (DESIGN: 0, 2, 3, 4, 124, or the guest's)."""
+    from cli.errors import reported
+
+    arguments = sys.argv[1:]
+    with reported():
+        if arguments[:1] == ["run"]:
+            from cli.options import parse_run
+
+            parsed = parse_run(arguments[1:])
+            if parsed is not None:
+                from cli.run import execute
+
+                sys.exit(execute(parsed))
+        from cli.app import build
+
+        build()(prog_name="vmm")
+    sys.exit(0)

@@ -1,0 +1,102 @@
+"""The options of `vmm run`, declared once: the quick parser below and the typer command are both made from this table.
+
+`vmm run` must reach the guest's first byte quickly, and loading typer takes longer than starting a machine. So a plain,
+correct command line is read here; for anything else (`--help`, a mistake) typer takes over and says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RunOption:
+    """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command")."""
+
+    flag: str
+    field: str
+    kind: Literal["text", "switch", "list"]
+    help: str
+    metavar: str = ""
+    of: Literal["config", "command"] = "config"
+
+
+RUN_OPTIONS = (
+    RunOption("--core", "core", "text", "Execution core; auto takes the best that this host has.", "auto|kvm|soft"),
+    RunOption("--cpus", "cpus", "text", "Virtual CPUs.", "N"),
+    RunOption("--memory", "memory", "text", "Guest memory.", "SIZE"),
+    RunOption("--kernel", "kernel", "text", "bzImage, vmlinux, PVH or multiboot ELF.", "FILE"),
+    RunOption("--initrd", "initrd", "text", "Initial RAM disk.", "FILE"),
+    RunOption("--cmdline", "cmdline", "text", "Kernel command line in place of the default.", "TEXT"),
+    RunOption("--append", "append", "text", "Added to the kernel command line.", "TEXT"),
+    RunOption("--flat", "flat", "text", "Raw code: FILE[,load=ADDRESS][,entry=ADDRESS][,mode=real|…].", "SPEC"),
+    RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,format=…][,cache=…][,transport=…].", "SPEC"),
+    RunOption("--net", "nets", "list", "user, tap=NAME or unix=PATH, then [,mac=…][,id=NAME][,pcap=FILE].", "SPEC"),
+    RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
+    RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
+    RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),
+    RunOption("--vsock", "vsock", "text", "Base path of the vsock sockets.", "PATH"),
+    RunOption("--name", "name", "text", "Name for vmm ps, console, stop …; by default made from the image.", "NAME"),
+    RunOption("--timeout", "timeout", "text", "End the machine after this long; exit status 124.", "SECONDS"),
+    RunOption("--clock", "clock", "text", "virtual: guest time follows instructions; runs repeat.", "real|virtual"),
+    RunOption("--seed", "seed", "text", "Makes every random byte for the guest a function of it.", "N"),
+    RunOption("--epoch", "epoch", "text", "The guest's wall clock at the start, seconds since 1970.", "SECONDS"),
+    RunOption("--reboot", "reboot", "switch", "Restart in place when the guest reboots."),
+    RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
+    RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
+    RunOption("--json", "json", "switch", "Print the outcome as JSON on stderr.", of="command"),
+    RunOption("--print-config", "print_config", "switch", "Print the configuration as TOML, do not run.", of="command"),
+    RunOption("--print-cmdline", "print_cmdline", "switch", "Print the kernel command line.", of="command"),
+)
+_BY_FLAG = {option.flag: option for option in RUN_OPTIONS}
+
+
+@dataclass(slots=True)
+class RunArguments:
+    """A parsed `vmm run`: `config` holds what was given, as text; `command` what follows `--`."""
+
+    image: str | None = None
+    command: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_file: str | None = None
+    json: bool = False
+    print_config: bool = False
+    print_cmdline: bool = False
+
+    def set(self, option: RunOption, value: Any) -> None:
+        if option.of == "command":
+            setattr(self, option.field, value)
+        elif option.kind == "list":
+            self.config.setdefault(option.field, []).append(value)
+        else:
+            self.config[option.field] = value
+
+
+def parse_run(arguments: Sequence[str]) -> RunArguments | None:
+    """What follows `vmm run`. None: typer should look at it."""
+    parsed = RunArguments()
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            parsed.command = list(rest)
+        elif argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            option = _BY_FLAG.get(flag)
+            if option is None or (option.kind == "switch" and equals):
+                return None
+            if option.kind == "switch":
+                parsed.set(option, True)
+                continue
+            if not equals:
+                following = next(rest, None)
+                if following is None:
+                    return None
+                value = following
+            parsed.set(option, value)
+        elif parsed.image is None:
+            parsed.image = argument
+        else:
+            return None
+    return parsed
