@@ -54,9 +54,7 @@ class ReferenceChain:
     def _views(self, write: bool) -> list[memoryview]:
         if not self.usable:
             raise StateError("the chain was returned to the driver, or the queue was reset")
-        return [
-            self.memory.view(gpa, length) for gpa, length, writable in self._segments if writable == write
-        ]
+        return [self.memory.view(gpa, length) for gpa, length, writable in self._segments if writable == write]
 
     def readable(self) -> list[memoryview]:
         return self._views(False)

@@ -171,9 +171,7 @@ class Device:
         """Pause, and wait until every chain taken is returned. A device takes no chain that it cannot answer
         soon."""
         self.pause()
-        while self._active is not None and any(
-            queue.in_flight for queue in self._active.queues if queue.enabled
-        ):
+        while self._active is not None and any(queue.in_flight for queue in self._active.queues if queue.enabled):
             for queue in self._active.queues:
                 queue.on_push = self._progress.set
             self._progress.clear()

@@ -104,9 +104,7 @@ class DriverQueue:
         self._avail[2 + index % self.size] = head
         self._avail[1] = (index + 1) & 0xFFFF
 
-    def add(
-        self, readable: Sequence[Buffer] = (), writable: Sequence[Buffer] = (), *, indirect: bool = False
-    ) -> int:
+    def add(self, readable: Sequence[Buffer] = (), writable: Sequence[Buffer] = (), *, indirect: bool = False) -> int:
         """Make one buffer available; its head. MemoryError if descriptors are short."""
         parts = [(gpa, length, 0) for gpa, length in readable]
         parts += [(gpa, length, F_WRITE) for gpa, length in writable]
@@ -121,9 +119,7 @@ class DriverQueue:
         chain = [self._free.pop() for _ in parts]
         for i, (gpa, length, flags) in enumerate(parts):
             last = i + 1 == len(parts)
-            self.set_descriptor(
-                chain[i], gpa, length, flags | (0 if last else F_NEXT), 0 if last else chain[i + 1]
-            )
+            self.set_descriptor(chain[i], gpa, length, flags | (0 if last else F_NEXT), 0 if last else chain[i + 1])
         self._links[chain[0]] = chain
         self.offer(chain[0])
         return chain[0]

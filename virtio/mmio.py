@@ -61,9 +61,7 @@ WRITABLE = {
 class MmioTransport(Transport):
     """One virtio-mmio device. `irq(level)` drives its interrupt line."""
 
-    def __init__(
-        self, device: Device, memory: GuestMemory, irq: Callable[[bool], None], **options: Any
-    ) -> None:
+    def __init__(self, device: Device, memory: GuestMemory, irq: Callable[[bool], None], **options: Any) -> None:
         self._irq = irq
         self._interrupt_status = 0
         super().__init__(device, memory, **options)
@@ -92,7 +90,7 @@ class MmioTransport(Transport):
 
     def read(self, offset: int, size: int) -> int:
         if offset >= CONFIG:
-            return self.config_read(offset - CONFIG, size) if offset + size <= SIZE else (1 << 8 * size) - 1
+            return self.config_read_device(offset - CONFIG, size) if offset + size <= SIZE else (1 << 8 * size) - 1
         # 4.2.2.2: "The driver MUST only use 32 bit wide and aligned reads and writes to access the control
         # registers"
         name = READABLE.get(offset) if size == 4 else None
@@ -125,7 +123,7 @@ class MmioTransport(Transport):
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset >= CONFIG:
-            self.config_write(offset - CONFIG, size, value)
+            self.config_write_device(offset - CONFIG, size, value)
             return
         name = WRITABLE.get(offset) if size == 4 else None
         if name:

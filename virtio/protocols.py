@@ -119,6 +119,4 @@ class Ring(Protocol):
     def save(self) -> dict[str, Any]:
         """The positions; StateError while chains are in flight."""
 
-    def restore(
-        self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True
-    ) -> None: ...
+    def restore(self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True) -> None: ...

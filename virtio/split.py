@@ -141,9 +141,7 @@ class ReferenceRing:
 class SplitRing(ReferenceRing):
     """Arguments as virtio._ring.Ring; GuestError if an area is misaligned or outside memory."""
 
-    def __init__(
-        self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int = 0
-    ) -> None:
+    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int = 0) -> None:
         if not 0 < size <= QUEUE_SIZE_MAX or size & (size - 1):
             raise GuestError("queue size is not valid")
         super().__init__(memory, size, features)
@@ -252,9 +250,7 @@ class SplitRing(ReferenceRing):
             "used_wrap": True,
         }
 
-    def restore(
-        self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True
-    ) -> None:
+    def restore(self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True) -> None:
         if not (0 <= next_avail <= 0xFFFF and 0 <= next_used <= 0xFFFF):
             raise ValueError("ring index is out of range")
         self.next_avail, self.next_used = next_avail, next_used

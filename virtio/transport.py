@@ -148,9 +148,7 @@ class Transport:
             self._memory, config.size, config.desc, config.driver, config.device, self.driver_features
         )
 
-    def _native_ring(
-        self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int
-    ) -> Ring:
+    def _native_ring(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int) -> Ring:
         if self._native is None:
             self._native = _ring.Memory(list(memory.regions()), getattr(memory, "written", None))
         return _ring.Ring(self._native, size, desc, driver, device, features)
@@ -201,9 +199,7 @@ class Transport:
 
     def device_feature_word(self) -> int:
         return (
-            (self.features >> (32 * self.device_feature_select)) & 0xFFFFFFFF
-            if self.device_feature_select < 4
-            else 0
+            (self.features >> (32 * self.device_feature_select)) & 0xFFFFFFFF if self.device_feature_select < 4 else 0
         )
 
     def driver_feature_word(self) -> int:
@@ -238,11 +234,7 @@ class Transport:
         queue = self._configurable()
         most = self.device.queue_sizes[self.queue_select] if queue else 0
         # 2.7: "Queue Size value is always a power of 2" for split; 4.1.5.1.3: the driver may only lower it
-        if (
-            queue
-            and 0 < size <= most
-            and (self.driver_features & Feature.RING_PACKED or not size & (size - 1))
-        ):
+        if queue and 0 < size <= most and (self.driver_features & Feature.RING_PACKED or not size & (size - 1)):
             queue.size = size
 
     def set_queue_address(self, which: str, high: bool, value: int) -> None:
@@ -267,12 +259,12 @@ class Transport:
 
     # Device configuration space (2.5)
 
-    def config_read(self, offset: int, size: int) -> int:
+    def config_read_device(self, offset: int, size: int) -> int:
         # 4.1.4.6.1, 4.2.2.1: a field changed since it was last seen gets a new generation
         data = self.device.config()[offset : offset + size]
         return int.from_bytes(data.ljust(size, b"\0"), "little")
 
-    def config_write(self, offset: int, size: int, value: int) -> None:
+    def config_write_device(self, offset: int, size: int, value: int) -> None:
         if offset + size <= len(self.device.config()):
             self._guard(self.device.config_written, offset, value.to_bytes(size, "little"))
 

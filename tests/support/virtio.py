@@ -12,11 +12,14 @@ from virtio.constants import Feature, Status
 from virtio.device import Device
 from virtio.driver import Allocator, Buffer, DriverQueue, Used
 from virtio.fake import FakeMemory
+from virtio.layouts import PciCapability, PciCommonConfig, fields
 from virtio.mmio import MmioTransport
+from virtio.pci import PciTransport
 from virtio.transport import Transport
 
 MEMORY = 8 << 20
 BASE = 0x10000
+COMMON = fields(PciCommonConfig)
 
 
 class Driver:
@@ -95,9 +98,7 @@ class Driver:
     def bytes_at(self, buffer: Buffer) -> bytes:
         return bytes(self.memory.view(*buffer))
 
-    def submit(
-        self, index: int, readable: Sequence[Buffer] = (), writable: Sequence[Buffer] = (), **kw: Any
-    ) -> int:
+    def submit(self, index: int, readable: Sequence[Buffer] = (), writable: Sequence[Buffer] = (), **kw: Any) -> int:
         head = self.queues[index].add(readable, writable, **kw)
         if self.queues[index].needs_kick():
             self.notify(index)
@@ -212,5 +213,111 @@ class MmioDriver(Driver):
         self.mmio.write(mmio.CONFIG + offset, size, value)
 
 
-DRIVERS: dict[str, Callable[..., Driver]] = {"mmio": MmioDriver}
+class FakePciHost:
+    """A PCI bus with one slot: BARs at fixed addresses, MSI-X messages counted by vector."""
+
+    def __init__(self, woken: asyncio.Event) -> None:
+        self.msix_enabled = True
+        self.messages: list[int] = []
+        self.intx = False
+        self.addresses: dict[int, int | None] = {1: 0xC0000000, 4: 0xC0010000}
+        self.notifiers: dict[tuple[int, int], Callable[[], None]] = {}
+        self._woken = woken
+
+    def signal_msix(self, vector: int) -> None:
+        self.messages.append(vector)
+        self._woken.set()
+
+    def set_intx(self, level: bool) -> None:
+        self.intx = level
+        if level:
+            self._woken.set()
+
+    def bar_address(self, index: int) -> int | None:
+        return self.addresses[index]
+
+    def ioeventfd(
+        self, space: Any, address: int, size: int, match: int | None, callback: Callable[[], None]
+    ) -> Callable[[], None]:
+        assert int(space) == 1 and match is None and (address, size) not in self.notifiers
+        self.notifiers[address, size] = callback
+        return lambda: self.notifiers.pop((address, size)) and None
+
+
+class PciDriver(Driver):
+    """Over virtio-pci registers, which it finds through the capabilities as 4.1.4 tells it."""
+
+    def __init__(self, device: Device, memory: FakeMemory | None = None, **options: Any) -> None:
+        super().__init__(memory)
+        self.transport = self.pci = PciTransport(device, self.memory, **options)
+        self.host = FakePciHost(self.interrupted)
+        self.pci.attach(self.host)
+        self.pci.bars_changed()
+        self.caps: dict[int, Any] = {}
+        for capability in self.pci.capabilities:
+            parsed = PciCapability.parse(capability)
+            assert parsed.cap_len == len(capability)
+            self.caps.setdefault(parsed.cfg_type, parsed)
+        self.multiplier = int.from_bytes(self.pci.capabilities[1][-4:], "little")
+
+    def get(self, name: str) -> int:
+        offset, size = COMMON[name]
+        return self.pci.bar_read(self.caps[1].bar, self.caps[1].offset + offset, size)
+
+    def set(self, name: str, value: int) -> None:
+        offset, size = COMMON[name]
+        for part in range(0, size, 4):  # 64-bit fields as two 32-bit accesses
+            width = min(size, 4)
+            self.pci.bar_write(
+                self.caps[1].bar, self.caps[1].offset + offset + part, width, value >> 8 * part & (1 << 8 * width) - 1
+            )
+
+    def read_status(self) -> int:
+        return self.get("device_status")
+
+    def write_status(self, value: int) -> None:
+        self.set("device_status", value)
+
+    def read_features(self) -> int:
+        value = 0
+        for word in range(2):
+            self.set("device_feature_select", word)
+            value |= self.get("device_feature") << 32 * word
+        return value
+
+    def write_features(self, value: int) -> None:
+        for word in range(2):
+            self.set("driver_feature_select", word)
+            self.set("driver_feature", value >> 32 * word & 0xFFFFFFFF)
+
+    def queue_size_max(self, index: int) -> int:
+        self.set("queue_select", index)
+        return self.get("queue_size")
+
+    def configure_queue(self, index: int, queue: DriverQueue) -> None:
+        self.set("config_msix_vector", 0)
+        self.set("queue_select", index)
+        self.set("queue_size", queue.size)
+        self.set("queue_msix_vector", index + 1)
+        assert self.get("queue_msix_vector") == index + 1
+        for name in ("desc", "driver", "device"):
+            self.set(f"queue_{name}", getattr(queue, name))
+        self.set("queue_enable", 1)
+        assert self.get("queue_enable") == 1
+
+    def notify_address(self, index: int) -> int:
+        self.set("queue_select", index)
+        return int(self.caps[2].offset + self.get("queue_notify_off") * self.multiplier)
+
+    def notify(self, index: int) -> None:
+        self.pci.bar_write(self.caps[2].bar, self.notify_address(index), 2, index)
+
+    def config_read(self, offset: int, size: int) -> int:
+        return self.pci.bar_read(self.caps[4].bar, self.caps[4].offset + offset, size)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        self.pci.bar_write(self.caps[4].bar, self.caps[4].offset + offset, size, value)
+
+
+DRIVERS: dict[str, Callable[..., Driver]] = {"pci": PciDriver, "mmio": MmioDriver}
 """Each device test runs over every transport."""

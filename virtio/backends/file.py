@@ -35,9 +35,7 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class FileBlock(BlockBackend):
     """A raw image. Use `await FileBlock.open(path)`; it is locked against a second writer."""
 
-    def __init__(
-        self, fd: int, capacity: int, *, read_only: bool, cache: Cache, block_size: int = 512
-    ) -> None:
+    def __init__(self, fd: int, capacity: int, *, read_only: bool, cache: Cache, block_size: int = 512) -> None:
         self.fd = fd
         self.capacity = capacity
         self.read_only = read_only
@@ -62,9 +60,7 @@ class FileBlock(BlockBackend):
             fd = os.open(path, flags)
         except OSError as error:
             if error.errno == errno.EINVAL and cache == "none":
-                raise ConfigError(
-                    f"{path}: its file system has no O_DIRECT; use another cache mode"
-                ) from error
+                raise ConfigError(f"{path}: its file system has no O_DIRECT; use another cache mode") from error
             raise ConfigError(f"{path}: {error.strerror}") from error
         try:
             mode = os.fstat(fd).st_mode
@@ -96,9 +92,7 @@ class FileBlock(BlockBackend):
 
     def engine(self, serial: bytes) -> _ring.BlockEngine:
         """The C path over this descriptor; it is to be closed before the backend."""
-        return _ring.BlockEngine(
-            self.fd, self.capacity // 512, self.read_only, self.cache == "none", 2, serial[:20]
-        )
+        return _ring.BlockEngine(self.fd, self.capacity // 512, self.read_only, self.cache == "none", 2, serial[:20])
 
     async def read(self, offset: int, length: int) -> bytes:
         return await asyncio.to_thread(self._read, offset, length)

@@ -58,9 +58,7 @@ class BlockDevice(Device):
 
     device_id = DeviceId.BLOCK
 
-    def __init__(
-        self, backend: BlockBackend, *, serial: str = "", queues: int = 1, queue_size: int = 256
-    ) -> None:
+    def __init__(self, backend: BlockBackend, *, serial: str = "", queues: int = 1, queue_size: int = 256) -> None:
         super().__init__()
         self.backend = backend
         self.serial = serial.encode()[:ID_BYTES]
@@ -173,9 +171,7 @@ class BlockDevice(Device):
 
     def restore_device(self, state: State) -> None:
         if state["capacity"] != self.backend.capacity:
-            raise HostError(
-                f"the disk has {self.backend.capacity} bytes, the state expects {state['capacity']}"
-            )
+            raise HostError(f"the disk has {self.backend.capacity} bytes, the state expects {state['capacity']}")
         self.writeback = state["writeback"]
 
     # Requests

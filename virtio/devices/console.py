@@ -64,9 +64,7 @@ class ConsoleDevice(Device):
         self.columns, self.rows = columns, rows
         self.multiport = len(self.ports) > 1 or bool(self.ports[0].name) or not self.ports[0].console
         self.device_features = Feature.SIZE | (Feature.MULTIPORT if self.multiport else 0)
-        self.queue_sizes = (128, 128) + (
-            (64, 64) + (128, 128) * (len(self.ports) - 1) if self.multiport else ()
-        )
+        self.queue_sizes = (128, 128) + ((64, 64) + (128, 128) * (len(self.ports) - 1) if self.multiport else ())
         self._messages: asyncio.Queue[bytes] = asyncio.Queue(MESSAGES_MAX)
         self._opened = asyncio.Event()
 
@@ -93,9 +91,7 @@ class ConsoleDevice(Device):
             self.spawn(self._send_control(active.queues[2]), "control-receive")
             self.spawn(self._control(active.queues[3]), "control-transmit")
         for index, port in enumerate(self.ports if multiport else self.ports[:1]):
-            first = (
-                0 if index == 0 else 2 * index + 2
-            )  # 5.3.2: 0 and 1 are port 0's, 2 and 3 control, then port 1's
+            first = 0 if index == 0 else 2 * index + 2  # 5.3.2: 0 and 1 are port 0's, 2 and 3 control, then port 1's
             self.spawn(self._receive(port, active.queues[first], not multiport), f"receive-{index}")
             self.spawn(self._transmit(port, active.queues[first + 1]), f"transmit-{index}")
 

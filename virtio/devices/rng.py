@@ -34,9 +34,7 @@ class EntropyDevice(Device):
                 raise GuestError("the entropy queue got a device-readable buffer")
             # 5.4.6.2: "The device MUST place one or more random bytes into the buffer, but it MAY use less
             # than the entire buffer length."
-            count = min(
-                chain.writable_length, LARGEST if self._rate is None else max(self._rate // 10, 1), LARGEST
-            )
+            count = min(chain.writable_length, LARGEST if self._rate is None else max(self._rate // 10, 1), LARGEST)
             chain.write(self._random(count))
             queues[0].complete(chain)
             if self._rate is not None:

@@ -44,9 +44,7 @@ def header(kind: int, sector: int = 0) -> bytes:
     return struct.pack("<IIQ", kind, 0, sector)
 
 
-async def transfer(
-    driver: Any, kind: int, sector: int, payload: bytes = b"", space: int = 0
-) -> tuple[int, bytes]:
+async def transfer(driver: Any, kind: int, sector: int, payload: bytes = b"", space: int = 0) -> tuple[int, bytes]:
     readable = [header(kind, sector)] + ([payload] if payload else [])
     answer = await driver.request(0, readable, ([space] if space else []) + [1])
     return answer[-1], answer[:-1]
@@ -108,9 +106,7 @@ async def test_discard_and_write_zeroes(connect: Connect, backend: BlockBackend)
     driver.initialize()
 
     async def zeroes(kind: int, *entries: tuple[int, int, int]) -> int:
-        return (await transfer(driver, kind, 0, b"".join(struct.pack("<QII", *entry) for entry in entries)))[
-            0
-        ]
+        return (await transfer(driver, kind, 0, b"".join(struct.pack("<QII", *entry) for entry in entries)))[0]
 
     assert await zeroes(blk.WRITE_ZEROES, (1, 2, 0), (8, 1, 1)) == blk.OK
     _, data = await transfer(driver, blk.IN, 0, space=512 * 10)
