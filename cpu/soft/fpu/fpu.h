@@ -32,9 +32,28 @@ struct fpu {
     uint16_t fop;         /* low 11 bits of the last x87 opcode */
     uint16_t fcs, fds;
     uint64_t fip, fdp;
-    uint32_t mxcsr;
+    uint32_t mxcsr;       /* without the flags that the host's MXCSR still holds: read it with fpu_mxcsr() */
+    bool mxcsr_lazy;      /* the host's MXCSR collects this vCPU's exception flags */
     union xmm xmm[16];
 };
+
+static inline uint32_t fpu_host_mxcsr(void)
+{
+    uint32_t v;
+    __asm__ volatile("stmxcsr %0" : "=m"(v));
+    return v;
+}
+static inline uint32_t fpu_mxcsr(const struct fpu *f)
+{
+    return f->mxcsr | (f->mxcsr_lazy ? fpu_host_mxcsr() & 0x3F : 0);
+}
+/* While a vCPU runs, SSE exception flags gather in the host's MXCSR. Before the thread does anything else that may
+ * use floating point (another vCPU, a callback, returning to the caller) they are taken over. */
+static inline void fpu_collect(struct fpu *f)
+{
+    f->mxcsr = fpu_mxcsr(f);
+    f->mxcsr_lazy = false;
+}
 
 enum fpu_fault {
     FPU_OK = 0,

@@ -46,6 +46,7 @@ bool fpu_load_mxcsr(struct fpu *f, uint32_t mxcsr)
     if (mxcsr & ~MXCSR_MASK)
         return false;
     f->mxcsr = mxcsr;
+    f->mxcsr_lazy = false;
     return true;
 }
 
@@ -107,8 +108,8 @@ static void get_x87(struct fpu *f, const uint8_t *image, bool rex_w)
 
 static void put_mxcsr(const struct fpu *f, uint8_t *image)
 {
-    uint32_t mask = MXCSR_MASK;
-    put(image, 24, &f->mxcsr, 4);
+    uint32_t mxcsr = fpu_mxcsr(f), mask = MXCSR_MASK;
+    put(image, 24, &mxcsr, 4);
     put(image, 28, &mask, 4);
 }
 

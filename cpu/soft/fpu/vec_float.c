@@ -1,8 +1,8 @@
 /* SSE to SSE4.1 floating point by the host's own instructions, under the guest's MXCSR.
  *
- * The operation runs with every exception masked; the flags it raised are then compared with the guest's masks.
- * Reading MXCSR is cheap and loading it is not, so it is loaded only when its control bits differ from the guest's, or
- * when it holds a sticky flag that the guest has not got (which would hide whether the operation raised it).
+ * In the usual case (all exceptions masked, the control bits those of the host) an operation simply runs, and its flags
+ * stay in the host's MXCSR until fpu_collect(): reading MXCSR after each costs four times the operation itself. Else
+ * the guest's control bits are loaded with every exception masked, and the flags are compared with the guest's masks.
  */
 #pragma GCC target("sse4.2")
 #include "soft/fpu/vec.h"
@@ -14,21 +14,18 @@ enum {
 };
 #define SWITCHED 0x80000000u /* the host's MXCSR was replaced and is to be restored */
 
-static inline uint32_t get_mxcsr(void)
-{
-    uint32_t v;
-    asm volatile("stmxcsr %0" : "=m"(v));
-    return v;
-}
-
 static inline void set_mxcsr(uint32_t v) { asm volatile("ldmxcsr %0" : : "m"(v)); }
 
-static inline uint32_t enter(const struct fpu *f)
+/* Returns the host's MXCSR with SWITCHED if leave() has work to do, else 0. */
+static uint32_t prepare(struct fpu *f)
 {
-    uint32_t guest = f->mxcsr, host = get_mxcsr();
-    if (__builtin_expect(((guest ^ host) & MXCSR_CONTROL) == 0 && (host & MXCSR_FLAGS & ~guest) == 0 &&
-                             (guest & MXCSR_MASKS) == MXCSR_MASKS, 1))
-        return host;
+    uint32_t guest = f->mxcsr, host = fpu_host_mxcsr();
+    if (((guest ^ host) & MXCSR_CONTROL) == 0 && (guest & MXCSR_MASKS) == MXCSR_MASKS) {
+        if (host & MXCSR_FLAGS & ~guest) /* flags of something else */
+            set_mxcsr(host & ~(uint32_t)MXCSR_FLAGS);
+        f->mxcsr_lazy = true;
+        return 0;
+    }
     uint32_t run = (guest & MXCSR_CONTROL) | MXCSR_MASKS;
     if (!(guest & MXCSR_UM)) /* an unmasked underflow overrides flush-to-zero */
         run &= ~(uint32_t)MXCSR_FTZ;
@@ -36,17 +33,14 @@ static inline uint32_t enter(const struct fpu *f)
     return host | SWITCHED;
 }
 
+static inline uint32_t enter(struct fpu *f) { return __builtin_expect(f->mxcsr_lazy, 1) ? 0 : prepare(f); }
+
 /* True if the operation raised an unmasked exception. tiny: the result is denormal, which raises an unmasked underflow
  * even when it is exact. */
-static inline bool leave(struct fpu *f, uint32_t host, bool tiny)
+static bool finish(struct fpu *f, uint32_t host, bool tiny)
 {
-    uint32_t flags = get_mxcsr() & MXCSR_FLAGS;
-    if (__builtin_expect(!(host & SWITCHED), 1)) {
-        f->mxcsr |= flags;
-        return false;
-    }
+    uint32_t flags = fpu_host_mxcsr() & MXCSR_FLAGS, unmasked = ~(f->mxcsr >> 7) & MXCSR_FLAGS;
     set_mxcsr(host & ~SWITCHED);
-    uint32_t unmasked = ~(f->mxcsr >> 7) & MXCSR_FLAGS;
     if (tiny)
         flags |= MXCSR_UE & unmasked;
     /* Exceptions of the operands come first: what the result would raise is then not known. */
@@ -54,6 +48,11 @@ static inline bool leave(struct fpu *f, uint32_t host, bool tiny)
         flags &= MXCSR_IE | MXCSR_DE | MXCSR_ZE;
     f->mxcsr |= flags;
     return (flags & unmasked) != 0;
+}
+
+static inline bool leave(struct fpu *f, uint32_t host, bool tiny)
+{
+    return __builtin_expect(host & SWITCHED, 0) && finish(f, host, tiny);
 }
 
 static bool tiny_ps(__m128i v)
