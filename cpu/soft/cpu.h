@@ -133,6 +133,21 @@ struct soft_mmu {
 struct uop; /* uop.h */
 struct soft_vm;
 
+/* block.c's own: translated code by linear address, a direct-mapped table for each of 64-bit supervisor, 64-bit user and
+ * other modes; which entries were filled since the last flush; and a filter of the linear pages among them. */
+enum { JUMP_SIZE = 4096, JUMP_TABLES = 3 };
+struct soft_jump {
+    uint64_t linear;
+    struct uop *code;
+};
+struct soft_jumps {
+    uint32_t used;   /* > JUMP_SIZE: the list overflowed */
+    uint32_t mode;   /* MODE_* that the entries of the third table are for */
+    uint64_t pages[64];
+    uint16_t list[JUMP_SIZE];
+    struct soft_jump table[JUMP_TABLES][JUMP_SIZE];
+};
+
 struct soft_vcpu {
     /* --- hot: touched by every handler --- */
     uint64_t gpr[16];
@@ -145,7 +160,7 @@ struct soft_vcpu {
     int64_t budget;          /* instructions left in this turn: see soft_set_budget(), soft_instructions() */
     uint64_t turn_end;       /* instructions retired + budget */
     int64_t budget_held;     /* block.c: kept back from budget while single instructions are run */
-    uint64_t jump_key;       /* block.c: generation and mode, mixed into the tags of jump_cache */
+    struct soft_jump *jumps; /* block.c: jump.table of the mode */
     struct soft_tlb *tlb;    /* tlbs[view] */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
@@ -202,8 +217,7 @@ struct soft_vcpu {
     struct { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
 
-    /* block.c: look-up by linear rip, flushed with the TLB */
-    struct { uint64_t tag; struct uop *code; } jump_cache[4096];
+    struct soft_jumps jump;
 
     struct soft_tlb tlbs[VIEW_COUNT];
 };

@@ -1,0 +1,79 @@
+/* Inside of the decoder: shared by decode.c and decode_map.c. */
+#ifndef SOFT_DECODE_H
+#define SOFT_DECODE_H
+
+#include "soft/exec.h"
+#include "soft/helpers.h"
+
+/* Flags as dead-flag elimination sees them. */
+enum { FLAG_C = 1, FLAGS_REST = 2, FLAGS_ALL = 3 };
+
+struct uop_meta {
+    uop_fn without;  /* variant that sets no flags, or NULL */
+    uint8_t effects; /* flags it may change */
+    uint8_t kills;   /* flags it always overwrites */
+    uint8_t reads;
+    uint8_t fuse;    /* 1 + FUSE_*: the CMP or TEST of registers (fuse_imm: register and immediate) */
+    bool fuse_imm;
+};
+
+struct dec {
+    struct decoded *out;
+    const uint8_t *bytes;
+    unsigned available, pos, start; /* start: of the instruction */
+    unsigned mode, insn;
+    bool c64;
+    bool missing; /* bytes beyond `available` were asked for */
+    bool bad;     /* #UD */
+    bool end;     /* the block ends with this instruction */
+    bool fused;   /* the micro-op of the instruction before was taken over */
+    /* prefixes */
+    uint8_t rex, rep, opcode;
+    int seg;
+    bool lock, lock_ok, p66;
+    unsigned opsize, adsize, stack_size;
+    /* ModRM and memory operand */
+    bool has_modrm, mem, ea_rip, op_tmp;
+    uint8_t modrm, mod, reg, rm;
+    uint8_t ea_base, ea_index, ea_scale, ea_seg;
+    int32_t ea_disp;
+    int rip_fix;  /* micro-op whose imm is relative to the instruction's end, or -1 */
+    struct uop_meta meta[BLOCK_MAX_UOPS];
+    /* FPU availability was checked already in this block: bit per kind */
+    uint8_t fpu_checked;
+};
+
+#define LOG2(size) ((unsigned)__builtin_ctz(size))
+
+uint8_t dec_u8(struct dec *d);
+uint16_t dec_u16(struct dec *d);
+uint32_t dec_u32(struct dec *d);
+uint64_t dec_u64(struct dec *d);
+int64_t dec_imm(struct dec *d, unsigned size);
+void dec_modrm(struct dec *d);
+
+struct uop *emit(struct dec *d, uop_fn fn);
+struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effects, unsigned kills, unsigned reads);
+struct uop *emit_helper(struct dec *d, helper_fn helper);
+struct uop *emit_helper_store(struct dec *d, helper_fn helper);
+struct uop *emit_helper_end(struct dec *d, helper_fn helper);
+void emit_links(struct dec *d, int64_t delta);
+void emit_address(struct dec *d, unsigned size, bool write);
+void emit_load(struct dec *d, unsigned size, unsigned to);
+void emit_store(struct dec *d, unsigned size, unsigned from);
+int address_form(struct dec *d, unsigned size, bool write);
+void operand(struct dec *d, struct uop *u);
+unsigned reg_off(const struct dec *d, unsigned n, unsigned size);
+unsigned source_rm(struct dec *d, unsigned size);
+unsigned rmw_begin(struct dec *d, unsigned size);
+void rmw_end(struct dec *d, unsigned size);
+
+void decode_opcode(struct dec *d);      /* decode_map.c */
+void decode_jcc(struct dec *d, unsigned cc, int64_t rel);
+void decode_push_seg(struct dec *d, unsigned seg);
+void decode_pop_seg(struct dec *d, unsigned seg);
+void emit_fpu_check(struct dec *d, unsigned kind); /* decode_0f.c; kind: 0 SSE, 1 MMX, 2 x87 */
+void decode_two_byte(struct dec *d);    /* decode_0f.c */
+bool decode_vector(struct dec *d, unsigned map, uint8_t opcode); /* decode_0f.c: true if it was one */
+
+#endif
