@@ -78,6 +78,16 @@ class Queue:
         self.push(chain, written)
         self.notify()
 
+    def want_more(self) -> None:
+        """Ask to be woken by the next chain although some are available; then try once more, then `wait`."""
+        self._event.clear()
+        if self._ring is not None and not self.paused:
+            self._ring.want_more()
+
+    async def wait(self) -> None:
+        """Until the driver notifies the queue."""
+        await self._event.wait()
+
     def __aiter__(self) -> Queue:
         return self
 

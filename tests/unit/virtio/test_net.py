@@ -1,0 +1,427 @@
+"""Network device (5.1) over every kind of backend: frames both ways, mergeable buffers, link, loss of the peer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virtio.backends.net import FRAME_MAX, MemoryNet, NetBackend, PcapNet
+from virtio.backends.sockets import DatagramNet, StreamNet
+from virtio.backends.sockets import connect as connect_socket
+from virtio.devices import net
+from virtio.devices.net import NetDevice, parse_mac
+from virtio.errors import ConfigError, HostError
+
+from .conftest import Connect
+
+MAC = parse_mac("52:54:00:12:34:56")
+HEADER = bytes(12)
+
+
+class Peer:
+    """The far end of a backend: sends frames to the guest, sees the guest's."""
+
+    def __init__(self, backend: NetBackend, far: NetBackend) -> None:
+        self.backend = backend
+        self.far = far
+
+    async def send(self, frame: bytes) -> None:
+        await self.far.send(frame)
+
+    async def receive(self) -> bytes:
+        return await asyncio.wait_for(self.far.receive(), 10)
+
+
+def memory_peer(tmp_path: Path) -> Peer:
+    return Peer(*MemoryNet.pair())
+
+
+def stream_peer(tmp_path: Path) -> Peer:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return Peer(StreamNet(one), StreamNet(two))
+
+
+def datagram_peer(tmp_path: Path) -> Peer:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    return Peer(DatagramNet(one), DatagramNet(two))
+
+
+def pcap_peer(tmp_path: Path) -> Peer:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return Peer(PcapNet(StreamNet(one), tmp_path / "frames.pcap"), StreamNet(two))
+
+
+PEERS: dict[str, Callable[[Path], Peer]] = {
+    "memory": memory_peer,
+    "stream": stream_peer,
+    "datagram": datagram_peer,
+    "pcap": pcap_peer,
+}
+
+
+@pytest.fixture(params=PEERS)
+async def peer(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Peer]:
+    made = PEERS[request.param](tmp_path)
+    yield made
+    await made.far.aclose()
+
+
+def frame(number: int, length: int) -> bytes:
+    return struct.pack(">I", number) + bytes((number + i) & 0xFF for i in range(length - 4))
+
+
+def offer(driver: Any, count: int, size: int) -> list[tuple[int, int]]:
+    rooms = [driver.buffer(size) for _ in range(count)]
+    for room in rooms:
+        driver.submit(0, [], [room])
+    return rooms
+
+
+async def test_frames_from_the_guest(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    for number, length in enumerate((60, 1514, 65000)):
+        sent = frame(number, length)
+        driver.submit(1, [driver.buffer(HEADER + sent[:20]), driver.buffer(sent[20:])])
+        assert await peer.receive() == sent
+        await driver.used(1)
+
+
+async def test_frames_to_the_guest(connect: Connect, peer: Peer) -> None:
+    """5.1.6.4.1: a header of zeroes with num_buffers 1."""
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    rooms = offer(driver, 4, 2000)
+    frames = [frame(number, 100 * number + 60) for number in range(4)]
+    for sent in frames:
+        await peer.send(sent)
+    used = await driver.used(0, 4)
+    for room, sent, buffer in zip(rooms, frames, used, strict=True):
+        assert driver.bytes_at(room)[: buffer.length] == HEADER[:10] + b"\1\0" + sent
+
+
+async def test_mergeable_buffers(connect: Connect, peer: Peer) -> None:
+    """5.1.6.4.1: num_buffers tells over how many buffers a packet is spread."""
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    sent = frame(7, 5000)
+    await peer.send(sent)
+    rooms = offer(driver, 3, 1500)
+    await asyncio.sleep(0.01)
+    assert driver.queues[0].used() == [], "not before all of it fits"
+    rooms += offer(driver, 1, 1500)
+    used = await driver.used(0, 4)
+    data = b"".join(driver.bytes_at(room)[: buffer.length] for room, buffer in zip(rooms, used, strict=True))
+    assert data == HEADER[:10] + b"\4\0" + sent
+
+
+async def test_without_mergeable_buffers_a_frame_too_large_is_lost(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize(~net.Feature.MRG_RXBUF)
+    (room,) = offer(driver, 1, 100)
+    await peer.send(frame(1, 1000))
+    await peer.send(frame(2, 60))
+    (used,) = await driver.used(0)
+    assert driver.bytes_at(room)[: used.length] == HEADER[:10] + b"\1\0" + frame(2, 60)
+
+
+async def test_a_guest_without_buffers_gets_its_frames_later(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    for number in range(20):
+        await peer.send(frame(number, 60))
+    received = []
+    for _ in range(20):
+        (room,) = offer(driver, 1, 2000)
+        await driver.used(0)
+        received.append(int.from_bytes(driver.bytes_at(room)[12:16], "big"))
+    assert received == list(range(20))
+
+
+async def test_nonsense_from_the_guest_is_lost(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    driver.submit(1, [driver.buffer(b"short")])
+    driver.submit(1, [driver.buffer(HEADER)])
+    driver.submit(1, [], [driver.buffer(100)])
+    big = driver.buffer(FRAME_MAX // 2)
+    driver.submit(1, [big, big, big])
+    driver.submit(1, [driver.buffer(HEADER + frame(5, 60))])
+    assert await peer.receive() == frame(5, 60)
+    await driver.used(1, 5)
+    assert not driver.needs_reset
+
+
+async def test_many_frames_both_ways(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    data = [driver.buffer(HEADER + frame(number, 1500)) for number in range(64)]
+
+    async def far() -> list[int]:
+        return [int.from_bytes((await peer.receive())[:4], "big") for _ in range(640)]
+
+    counting = asyncio.ensure_future(far())
+    for _ in range(10):
+        for buffer in data:
+            driver.submit(1, [buffer])
+        await driver.used(1, 64)
+    assert await asyncio.wait_for(counting, 20) == list(range(64)) * 10
+    rooms = offer(driver, 64, 1600)
+    for number in range(64):
+        await peer.send(frame(number, 1500))
+    await driver.used(0, 64)
+    assert [driver.bytes_at(room)[12:] for room in rooms] == [frame(n, 1500).ljust(1588, b"\0") for n in range(64)]
+
+
+async def test_link_up_and_down(connect: Connect, peer: Peer) -> None:
+    """5.1.4: the status field, with a configuration change notification; nothing passes while it is down."""
+    device = NetDevice(peer.backend, MAC)
+    driver = connect(device)
+    driver.initialize()
+    assert driver.config_read(6, 2) == 1
+    device.set_link(False)
+    assert driver.interrupted.is_set() and driver.config_read(6, 2) == 0
+    driver.submit(1, [driver.buffer(HEADER + frame(1, 60))])
+    await driver.used(1)
+    device.set_link(True)
+    assert driver.config_read(6, 2) == 1
+    driver.submit(1, [driver.buffer(HEADER + frame(2, 60))])
+    assert await peer.receive() == frame(2, 60)
+    (room,) = offer(driver, 1, 100)
+    await peer.send(frame(3, 60))
+    await driver.used(0)
+    assert driver.bytes_at(room)[12:72] == frame(3, 60)
+
+
+async def control(driver: Any, data: bytes) -> bytes:
+    answer: bytes = await driver.request(2, [data], [1])
+    return answer
+
+
+async def test_control_queue(connect: Connect, peer: Peer) -> None:
+    """5.1.6.5"""
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    assert driver.config_read(0, 4).to_bytes(4, "little") == MAC[:4]
+    assert await control(driver, b"\1\1" + b"\2\0\0\0\0\1") == b"\0"
+    assert driver.config_read(0, 1) == 2
+    for wrong in (b"\1\1short", b"\4\0\1\0", b"\4\0\0\0", b"\x63\0", b"\1"):
+        assert await control(driver, wrong) == b"\1"
+    driver.initialize()
+    assert driver.config_read(0, 1) == 0x52, "a reset brings the MAC back"
+
+
+async def test_reset_in_traffic(connect: Connect, peer: Peer) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    for number in range(5):
+        driver.initialize()
+        rooms = offer(driver, 2, 2000)
+        driver.submit(1, [driver.buffer(HEADER + frame(number, 60))])
+        driver.write_status(0)
+        before = bytes(driver.memory.bytes)
+        await peer.send(frame(number, 70))
+        await asyncio.sleep(0)
+        assert bytes(driver.memory.bytes) == before
+        assert rooms
+
+
+async def test_state_moves(connect: Connect, tmp_path: Path) -> None:
+    for make in PEERS.values():
+        one, two = make(tmp_path), make(tmp_path)
+        driver = connect(NetDevice(one.backend, MAC))
+        driver.initialize()
+        offer(driver, 4, 2000)
+        await one.send(frame(1, 60))
+        await driver.used(0)
+        await driver.transport.quiesce()
+        other = connect(NetDevice(two.backend, MAC))
+        other.memory.bytes[:] = driver.memory.bytes
+        other.transport.restore(driver.transport.save())
+        other.adopt(driver)
+        other.transport.resume()
+        await two.send(frame(2, 60))
+        await other.used(0)
+        other.submit(1, [other.buffer(HEADER + frame(3, 60))])
+        assert await two.receive() == frame(3, 60)
+        await one.far.aclose()
+        await two.far.aclose()
+
+
+@pytest.mark.parametrize("kind", ["stream", "pcap"])
+async def test_the_peer_goes_away(connect: Connect, tmp_path: Path, kind: str) -> None:
+    peer = PEERS[kind](tmp_path)
+    device = NetDevice(peer.backend, MAC)
+    driver = connect(device)
+    driver.initialize()
+    await peer.far.aclose()
+    await driver.wait(lambda: driver.config_read(6, 2) == 0)
+    driver.submit(1, [driver.buffer(HEADER + frame(1, 60))])
+    await driver.used(1)
+    assert not driver.needs_reset
+
+
+async def test_a_peer_that_does_not_read(connect: Connect) -> None:
+    """The guest's buffers wait; nothing grows, nothing is lost."""
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    far = StreamNet(two)
+    driver = connect(NetDevice(StreamNet(one), MAC))
+    driver.initialize()
+    data = [driver.buffer(HEADER + frame(number, 60_000)) for number in range(100)]
+    for buffer in data:
+        driver.submit(1, [buffer])
+    await asyncio.sleep(0.01)
+    assert len(driver.queues[1].used()) < 100
+    for number in range(100):
+        assert await asyncio.wait_for(far.receive(), 10) == frame(number, 60_000)
+    await far.aclose()
+
+
+async def test_hostile_stream_peer(connect: Connect) -> None:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    driver = connect(NetDevice(StreamNet(one), MAC))
+    driver.initialize()
+    offer(driver, 1, 2000)
+    two.send(struct.pack(">I", 0xFFFFFFFF) + b"x" * 100)
+    await driver.wait(lambda: driver.config_read(6, 2) == 0)
+    two.close()
+
+
+async def test_zero_length_frames_are_skipped(connect: Connect) -> None:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    driver = connect(NetDevice(StreamNet(one), MAC))
+    driver.initialize()
+    (room,) = offer(driver, 1, 2000)
+    for piece in (b"\0\0\0\0", b"\0\0", b"\0\x40", frame(9, 64)[:10], frame(9, 64)[10:]):
+        two.send(piece)
+        await asyncio.sleep(0)
+    await driver.used(0)
+    assert driver.bytes_at(room)[12:76] == frame(9, 64)
+    two.close()
+
+
+async def test_pcap_is_what_wireshark_opens(connect: Connect, tmp_path: Path) -> None:
+    one, two = MemoryNet.pair()
+    backend = PcapNet(one, tmp_path / "x.pcap")
+    driver = connect(NetDevice(backend, MAC))
+    driver.initialize()
+    driver.submit(1, [driver.buffer(HEADER + frame(1, 60))])
+    assert await asyncio.wait_for(two.receive(), 10) == frame(1, 60)
+    offer(driver, 1, 200)
+    await two.send(frame(2, 80))
+    await driver.used(0)
+    await backend.aclose()
+    data = (tmp_path / "x.pcap").read_bytes()
+    magic, major, minor, _, _, _, link = struct.unpack_from("<IHHiIII", data)
+    assert (magic, major, minor, link) == (0xA1B23C4D, 2, 4, 1)
+    at, frames = 24, []
+    while at < len(data):
+        _, _, length, original = struct.unpack_from("<IIII", data, at)
+        assert length == original
+        frames.append(data[at + 16 : at + 16 + length])
+        at += 16 + length
+    assert frames == [frame(1, 60), frame(2, 80)]
+
+
+async def test_sockets_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(ConfigError):
+            await connect_socket(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(os.fspath(tmp_path / "frames"))
+        backend = await connect_socket(tmp_path / "frames")
+        assert isinstance(backend, DatagramNet)
+        await backend.send(b"frame")
+        assert listener.recv(100) == b"frame"
+        await backend.aclose()
+    with pytest.raises(HostError):
+        await backend.send(b"late")
+
+
+@pytest.mark.root
+async def test_tap_both_ways(connect: Connect) -> None:
+    """A packet socket on the interface sees what the guest sends, and the other way round."""
+    tap_module = pytest.importorskip("virtio.backends.tap")
+    try:
+        backend = tap_module.TapNet("lvtest%d")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with contextlib.ExitStack() as stack:
+        far = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)))
+        await backend.configure()
+        far.bind((backend.name, 0x88B5))
+        far.setblocking(False)
+        driver = connect(NetDevice(backend, MAC))
+        driver.initialize()
+        sent = b"\xff" * 6 + MAC + b"\x88\xb5" + b"from the guest".ljust(50, b".")
+        driver.submit(1, [driver.buffer(HEADER + sent)])
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(loop.sock_recv(far, 2000), 10) == sent
+        answer = MAC + b"\2\0\0\0\0\1" + b"\x88\xb5" + b"to the guest".ljust(50, b".")
+        rooms = offer(driver, 16, 2000)
+        far.send(answer)
+        seen = []
+        async with asyncio.timeout(10):
+            while answer not in seen:  # the host may speak IPv6 on its own
+                used = await driver.used(0)
+                seen += [driver.bytes_at(rooms.pop(0))[12 : buffer.length] for buffer in used]
+
+
+@pytest.mark.root
+async def test_a_tap_with_two_queues(connect: Connect) -> None:
+    """5.1.6.5.5: multi-queue, switched on and off by the control queue."""
+    tap_module = pytest.importorskip("virtio.backends.tap")
+    try:
+        backend = tap_module.TapNet("lvmq%d", queues=2)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    driver = connect(NetDevice(backend, MAC))
+    driver.initialize()
+    assert driver.config_read(8, 2) == 2 and len(driver.queues) == 5
+    answer = []
+    for pairs in (2, 1, 0, 3, 2):
+        answer.append(await driver.request(4, [b"\4\0" + struct.pack("<H", pairs)], [1]))
+    assert answer == [b"\0", b"\0", b"\1", b"\1", b"\0"]
+
+
+async def test_user_networking_answers_dhcp(connect: Connect) -> None:
+    """passt gives the guest an address."""
+    from virtio.backends.sockets import UserNet
+
+    try:
+        backend = await UserNet.start()
+    except (ConfigError, HostError) as error:
+        pytest.skip(str(error))
+    driver = connect(NetDevice(backend, MAC))
+    driver.initialize()
+    assert driver.config_read(10, 2) == 65520
+    rooms = offer(driver, 32, 2000)
+    bootp = struct.pack("!BBBBIHHIIII16s64s128sI", 1, 1, 6, 0, 7, 0, 0x8000, 0, 0, 0, 0, MAC, b"", b"", 0x63825363)
+    bootp = (bootp + bytes((53, 1, 1, 255))).ljust(300, b"\0")
+    udp = struct.pack("!HHHH", 68, 67, 8 + len(bootp), 0) + bootp
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), b"\xff" * 4)
+    total = sum(struct.unpack("!10H", ip))
+    total = (total & 0xFFFF) + (total >> 16)
+    ip = ip[:10] + struct.pack("!H", ~total & 0xFFFF) + ip[12:]
+    driver.submit(1, [driver.buffer(HEADER + b"\xff" * 6 + MAC + b"\x08\x00" + ip + udp)])
+    offer_seen = False
+    async with asyncio.timeout(10):
+        while not offer_seen:
+            for buffer in await driver.used(0):
+                data = driver.bytes_at(rooms.pop(0))[12 : buffer.length]
+                offer_seen |= data[12:14] == b"\x08\x00" and data[34:38] == struct.pack("!HH", 67, 68)
+
+
+def test_mac_addresses() -> None:
+    assert MAC.hex() == "525400123456"
+    for wrong in ("", "52:54:00:12:34", "53:54:00:12:34:56", "52:54:00:12:34:zz", "525400123456"):
+        with pytest.raises(ConfigError):
+            parse_mac(wrong)

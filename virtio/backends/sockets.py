@@ -1,0 +1,141 @@
+"""Network over UNIX sockets: a stream with length-prefixed frames, or datagrams; and `user`, rootless networking by
+passt over such a stream. Loop thread only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from virtio.backends.net import FdNet, Framing
+from virtio.errors import ConfigError, HostError
+
+BUFFER = 1 << 20
+PASST_MTU = 65520
+
+
+def _buffers(sock: socket.socket) -> None:
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+
+
+class StreamNet(FdNet):
+    """A connected stream socket: each frame after its length, 4 bytes big-endian (as passt and QEMU do)."""
+
+    def __init__(self, sock: socket.socket, *, mtu: int | None = None) -> None:
+        _buffers(sock)
+        super().__init__([sock.detach()], Framing.STREAM)
+        self.mtu = mtu
+
+    @classmethod
+    async def connect(cls, path: str | os.PathLike[str], *, mtu: int | None = None) -> StreamNet:
+        """Connect to a listening socket; ConfigError if nobody listens."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
+        except OSError as error:
+            sock.close()
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        return cls(sock, mtu=mtu)
+
+
+class DatagramNet(FdNet):
+    """A datagram socket, one frame each. A local address is bound in a private folder, so that the peer can answer."""
+
+    def __init__(self, sock: socket.socket, folder: str | None = None) -> None:
+        _buffers(sock)
+        super().__init__([sock.detach()], Framing.DATAGRAM)
+        self._folder = folder
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], *, local: str | os.PathLike[str] | None = None) -> DatagramNet:
+        """Talk to the socket at `path`; ConfigError if there is none."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        folder = None
+        try:
+            if local is None:
+                folder = tempfile.mkdtemp(prefix="loopvisor-net-")
+                local = Path(folder, "frames")
+            sock.bind(os.fspath(local))
+            sock.connect(os.fspath(path))
+        except OSError as error:
+            sock.close()
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        return cls(sock, folder)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def connect(path: str | os.PathLike[str]) -> FdNet:
+    """A peer's UNIX socket, stream or datagram, whichever it is; ConfigError."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConfigError(f"{path}: not a socket")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        return await StreamNet.connect(path)
+    except ConfigError as refused:
+        try:
+            return DatagramNet.connect(path)
+        except ConfigError:
+            raise refused from None
+
+
+class UserNet(StreamNet):
+    """User-mode networking by a passt process of our own: no privileges, the guest gets the host's addresses by
+    DHCP."""
+
+    def __init__(self, sock: socket.socket, process: asyncio.subprocess.Process) -> None:
+        super().__init__(sock, mtu=PASST_MTU)
+        self._process = process
+
+    @classmethod
+    async def start(cls, options: Sequence[str] = ()) -> UserNet:
+        """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError if it
+        fails."""
+        program = shutil.which("passt")
+        if program is None:
+            raise ConfigError("net user: passt is not installed; apt-get install passt")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            theirs.set_inheritable(True)
+            process = await asyncio.create_subprocess_exec(
+                program,
+                "--foreground",
+                "--quiet",
+                "--fd",
+                str(theirs.fileno()),
+                *options,
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            code = await asyncio.wait_for(process.wait(), 0.05)
+        except TimeoutError:
+            return cls(ours, process)
+        ours.close()
+        raise HostError(f"net user: passt ended at once with status {code}")
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            await self._process.wait()

@@ -1,0 +1,319 @@
+"""Network device (virtio 1.2, 5.1).
+
+Two data paths with one behaviour: `virtio._ring.NetEngine` for backends with descriptors, and coroutines over any
+NetBackend. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable
+
+from virtio import _ring
+from virtio.backends.net import FRAME_MAX, NetBackend
+from virtio.constants import DeviceId
+from virtio.device import Activation, Device
+from virtio.errors import ConfigError, HostError
+from virtio.layouts import NetConfig, NetControl, NetHeader, fast
+from virtio.protocols import Chain, State
+from virtio.queue import Queue
+
+log = logging.getLogger(__name__)
+
+
+class Feature(enum.IntFlag):
+    """5.1.3"""
+
+    CSUM = 1 << 0
+    GUEST_CSUM = 1 << 1
+    MTU = 1 << 3
+    MAC = 1 << 5
+    GUEST_TSO4 = 1 << 7
+    GUEST_TSO6 = 1 << 8
+    HOST_TSO4 = 1 << 11
+    HOST_TSO6 = 1 << 12
+    MRG_RXBUF = 1 << 15
+    STATUS = 1 << 16
+    CTRL_VQ = 1 << 17
+    MQ = 1 << 22
+    CTRL_MAC_ADDR = 1 << 23
+
+
+LINK_UP = 1
+HEADER = 12
+_header = fast(NetHeader)
+_control = fast(NetControl)
+_CTRL_MAC, _CTRL_MAC_ADDR_SET = 1, 1
+_CTRL_MQ, _CTRL_MQ_PAIRS_SET = 4, 0
+_OK, _ERR = b"\0", b"\1"
+_MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED = 1, 2, 4, 8, 16
+MERGE_MAX = 64
+"""Buffers that one packet is spread over at most."""
+
+
+def parse_mac(text: str) -> bytes:
+    """ "52:54:00:12:34:56" as 6 bytes; ConfigError."""
+    try:
+        mac = bytes(int(part, 16) for part in text.split(":"))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1:
+        raise ConfigError(f"{text!r} is no unicast MAC address")
+    return mac
+
+
+class NetDevice(Device):
+    """A network card. `mac` 6 bytes."""
+
+    device_id = DeviceId.NET
+
+    def __init__(self, backend: NetBackend, mac: bytes, *, queue_size: int = 256) -> None:
+        super().__init__()
+        self.backend = backend
+        self.mac = mac
+        self._mac_default = mac
+        self.link = True
+        self.pairs_max = max(len(backend.channels), 1)
+        self.pairs = 1
+        features = Feature.MAC | Feature.STATUS | Feature.MRG_RXBUF | Feature.CTRL_VQ | Feature.CTRL_MAC_ADDR
+        if backend.mtu is not None:
+            features |= Feature.MTU
+        if self.pairs_max > 1:
+            features |= Feature.MQ
+        self.device_features = int(features) | backend.offloads
+        self.queue_sizes = (queue_size, queue_size) * self.pairs_max + (64,)
+        self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
+        self._reading: set[int] = set()
+        self._writing: set[int] = set()
+
+    def config(self) -> bytes:
+        result: bytes = NetConfig.build(
+            {
+                "mac": self.mac,
+                "status": LINK_UP if self.link else 0,
+                "max_virtqueue_pairs": self.pairs_max,
+                "mtu": self.backend.mtu or 0,
+                "speed": 0xFFFFFFFF,
+                "duplex": 0xFF,
+                "rss_max_key_size": 0,
+                "rss_max_indirection_table_length": 0,
+                "supported_hash_types": 0,
+            }
+        )
+        return result
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it, at any time (5.1.4)."""
+        if up == self.link:
+            return
+        self.link = up
+        self.config_changed()
+        if self.is_active and self._native:
+            for pair in range(len(self._engines)):
+                self.guarded(self._receive, pair)
+                self.guarded(self._transmit, pair)
+
+    # Life
+
+    @property
+    def _native(self) -> bool:
+        active = self.active
+        return bool(self._engines) and isinstance(active.queues[0].ring, _ring.Ring)
+
+    def started(self, active: Activation) -> None:
+        multi = bool(active.features & Feature.MQ)
+        self.backend.set_offloads(active.features & self.backend.offloads)
+        if active.features & Feature.CTRL_VQ:
+            # 5.1.2: "controlq ... 2N": N is 1 unless VIRTIO_NET_F_MQ was negotiated, else max_virtqueue_pairs
+            self.spawn(self._control(active.queues[2 * self.pairs_max if multi else 2]), "control")
+        if not (active.queues[0].enabled and active.queues[1].enabled):
+            return
+        if self._native:
+            for engine in self._engines:
+                engine.configure(bool(active.features & Feature.MRG_RXBUF))
+            self._set_pairs(self.pairs)
+        else:
+            self.spawn(self._send_frames(active.queues[1]), "transmit")
+            self.spawn(self._deliver_frames(active.queues[0], active.features), "receive")
+
+    def stopped(self) -> bool:
+        self._unregister()
+        self.mac = self._mac_default
+        self.pairs = 1
+        return True
+
+    def _unregister(self) -> None:
+        if not (self._reading or self._writing):
+            return
+        loop = asyncio.get_running_loop()
+        for pair in self._reading:
+            loop.remove_reader(self.backend.channels[pair].fd)
+        for pair in self._writing:
+            loop.remove_writer(self.backend.channels[pair].fd)
+        self._reading.clear()
+        self._writing.clear()
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.backend.aclose()
+
+    def save_device(self) -> State:
+        return {"version": 1, "mac": self.mac, "link": self.link, "pairs": self.pairs}
+
+    def restore_device(self, state: State) -> None:
+        self.mac, self.link, self.pairs = state["mac"], state["link"], state["pairs"]
+
+    def _set_pairs(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.backend.set_pairs(pairs)
+        if self._native:
+            for pair in range(pairs):
+                self.guarded(self._receive, pair)
+                self.guarded(self._transmit, pair)
+
+    # The path in C: queue 2N is receiveqN, 2N + 1 transmitqN (5.1.2)
+
+    def queue_notified(self, index: int) -> None:
+        if self.paused:
+            return
+        pair, transmit = divmod(index, 2)
+        if not self._native or pair >= len(self._engines) or self._is_control(index):
+            self.active.queues[index].wake()
+        elif transmit:
+            self._transmit(pair)
+        else:
+            self._receive(pair)
+
+    def _is_control(self, index: int) -> bool:
+        return index == (2 * self.pairs_max if self.active.features & Feature.MQ else 2)
+
+    def _watch(self, pair: int, kind: set[int], wanted: bool, call: Callable[[int], None]) -> None:
+        loop = asyncio.get_running_loop()
+        fd = self.backend.channels[pair].fd
+        if wanted and pair not in kind:
+            kind.add(pair)
+            (loop.add_reader if kind is self._reading else loop.add_writer)(fd, self.guarded, call, pair)
+        elif not wanted and pair in kind:
+            kind.discard(pair)
+            (loop.remove_reader if kind is self._reading else loop.remove_writer)(fd)
+
+    def _transmit(self, pair: int) -> None:
+        queue = self.active.queues[2 * pair + 1]
+        if self.paused or not queue.enabled or pair >= self.pairs:
+            self._watch(pair, self._writing, False, self._transmit)
+            return
+        if not self.link:
+            self._discard(queue)
+            return
+        flags = self._engines[pair].transmit(queue.ring)  # type: ignore[arg-type]
+        self._after(queue, flags, self._transmit, pair)
+        self._watch(pair, self._writing, bool(flags & _BLOCKED) and not flags & _CLOSED, self._transmit)
+
+    def _receive(self, pair: int) -> None:
+        queue = self.active.queues[2 * pair]
+        if self.paused or not queue.enabled or not self.link or pair >= self.pairs:
+            self._watch(pair, self._reading, False, self._receive)
+            return
+        flags = self._engines[pair].receive(queue.ring)  # type: ignore[arg-type]
+        self._after(queue, flags & ~_MORE, self._receive, pair)
+        # while the guest has no buffers the frames stay in the socket; with MORE the descriptor is readable again
+        self._watch(pair, self._reading, not flags & (_STARVED | _CLOSED), self._receive)
+
+    def _after(self, queue: Queue, flags: int, call: Callable[[int], None], pair: int) -> None:
+        if flags & _SIGNAL:
+            self.active.interrupts.signal_queue(queue.index)
+        if flags & _CLOSED:
+            log.warning("the network peer is gone: the link is down")
+            self.set_link(False)
+        elif flags & _MORE:
+            active = self.active
+            asyncio.get_running_loop().call_soon(lambda: self.guarded(call, pair) if self._active is active else None)
+
+    def _discard(self, queue: Queue) -> None:
+        """What is sent while the link is down is lost."""
+        while True:
+            for chain in queue.pop_batch():
+                queue.push(chain, 0)
+            queue.notify()
+            if queue.paused or not queue.ring.enable_notification():
+                return
+
+    # The path for any backend
+
+    async def _send_frames(self, queue: Queue) -> None:
+        async for chain in queue:
+            frame = chain.read(FRAME_MAX, HEADER) if chain.readable_length - HEADER <= FRAME_MAX else b""
+            queue.complete(chain, 0)
+            if frame and self.link:
+                try:
+                    await self.backend.send(frame)
+                except HostError as error:
+                    log.warning("%s", error)
+                    self.set_link(False)
+
+    async def _deliver_frames(self, queue: Queue, features: int) -> None:
+        while True:
+            try:
+                frame = await self.backend.receive()
+            except HostError as error:
+                log.warning("%s", error)
+                self.set_link(False)
+                return
+            if not self.link or len(frame) > FRAME_MAX:
+                continue
+            mergeable = bool(features & Feature.MRG_RXBUF)
+            while not self._deliver(queue, frame, mergeable):
+                queue.want_more()
+                if self._deliver(queue, frame, mergeable):
+                    break
+                await queue.wait()
+
+    def _deliver(self, queue: Queue, frame: bytes, mergeable: bool) -> bool:
+        """False: the driver has no room for it now."""
+        chains: list[Chain] = []
+        room, need = 0, HEADER + len(frame)
+        while room < need and len(chains) < (MERGE_MAX if mergeable else 1):
+            chain = queue.pop()
+            if chain is None:
+                for taken in reversed(chains):
+                    queue.ring.undo_pop(taken)
+                return False
+            chains.append(chain)
+            room += chain.writable_length
+        if room < need:  # it will never fit: lost
+            for taken in reversed(chains):
+                queue.ring.undo_pop(taken)
+            return True
+        # 5.1.6.4.1: "the device MUST set num_buffers to indicate the number of buffers the packet (including the
+        # header) is spread over", and to 1 if VIRTIO_NET_F_MRG_RXBUF has not been negotiated
+        data = memoryview(_header.pack(0, 0, 0, 0, 0, 0, len(chains)) + frame)
+        for chain in chains:
+            data = data[chain.write(data) :]
+        queue.push_batch([(chain, chain.written) for chain in chains])
+        queue.notify()
+        return True
+
+    # Control virtqueue (5.1.6.5)
+
+    async def _control(self, queue: Queue) -> None:
+        async for chain in queue:
+            # the ack is one byte, the last of the device-writable part
+            command = chain.read(4096)
+            chain.write(self._command(command) if len(command) >= _control.size else _ERR)
+            queue.complete(chain)
+
+    def _command(self, command: bytes) -> bytes:
+        kind, number = _control.unpack_from(command)
+        data = command[_control.size :]
+        if (kind, number) == (_CTRL_MAC, _CTRL_MAC_ADDR_SET) and len(data) == 6:
+            self.mac = bytes(data)
+            return _OK
+        if (kind, number) == (_CTRL_MQ, _CTRL_MQ_PAIRS_SET) and len(data) == 2:
+            pairs = int.from_bytes(data, "little")
+            # 5.1.6.5.5.2: the value is 1 to max_virtqueue_pairs
+            if self.active.features & Feature.MQ and 1 <= pairs <= self.pairs_max:
+                self._set_pairs(pairs)
+                return _OK
+        return _ERR
