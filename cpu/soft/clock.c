@@ -37,12 +37,13 @@ uint64_t soft_now(struct soft_vm *vm)
 
 uint64_t soft_vm_now(struct soft_vm *vm) { return soft_now(vm); }
 
-void soft_set_now(struct soft_vm *vm, uint64_t now)
+void soft_set_now(struct soft_vm *vm, uint64_t before, uint64_t now)
 {
     if (vm->config.virtual_clock)
         vm->virtual_ns_skipped += now - soft_now(vm);
     else
         vm->start_ns = soft_host_now() - now;
+    irqchip_clock_moved(vm->irqchip, before, now);
 }
 
 int64_t soft_budget_until(const struct soft_vm *vm, uint64_t now, uint64_t deadline)

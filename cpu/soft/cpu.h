@@ -120,10 +120,19 @@ enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
 
 /* mmu.c's own: which entries were filled, so that a flush touches only those ([1]: of global pages), and which 4 MiB
  * and 1 GiB regions (hashed) had entries from large pages, so that INVLPG can drop all of them. */
-enum { TLB_LIST = 1536 };
+enum { TLB_LIST = 1536, TLB_VICTIMS = 8, TLB_ENTRIES = VIEW_COUNT * ACCESS_KINDS * TLB_SIZE };
+struct soft_victim {
+    struct soft_tlb_entry entry;
+    bool global;
+};
 struct soft_mmu {
     uint32_t used[2]; /* > TLB_LIST: the list overflowed, clear everything */
     uint16_t list[2][TLB_LIST];
+    uint64_t listed[2][TLB_ENTRIES / 64]; /* bit n: entry n is in list[] */
+    /* What was last replaced, so that two pages that share an entry do not need a walk at every turn. */
+    struct soft_victim victims[VIEW_COUNT][ACCESS_KINDS][TLB_VICTIMS];
+    uint8_t next_victim;
+    bool have_victims;
     uint64_t large4m[16], large1g[4];
     uint64_t watched[4]; /* pages with data breakpoints (page address | 1), never installed */
     bool watching;

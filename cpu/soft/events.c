@@ -109,6 +109,15 @@ void soft_vm_set_irq(struct soft_vm *vm, uint32_t gsi, bool level)
     soft_events_unlock(vm);
 }
 
+void soft_events_set_levels(struct soft_vm *vm, uint32_t levels)
+{
+    struct vm_events *e = vm->events;
+    soft_events_lock(vm);
+    e->gsi_applied = e->gsi_last = levels;
+    e->gsi_rose = e->gsi_fell = 0;
+    soft_events_unlock(vm);
+}
+
 void soft_vm_signal_msi(struct soft_vm *vm, uint64_t address, uint32_t data)
 {
     struct vm_events *e = vm->events;

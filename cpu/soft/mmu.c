@@ -165,15 +165,49 @@ static struct soft_tlb_entry *entry_at(struct soft_vcpu *c, unsigned flat)
 static void install(struct soft_vcpu *c, enum soft_view view, enum soft_kind kind, uint64_t linear, const uint8_t *host,
                     bool global)
 {
-    unsigned index = tlb_index(linear);
+    unsigned index = tlb_index(linear), flat = (view * ACCESS_KINDS + kind) * TLB_SIZE + index;
     struct soft_tlb_entry *e = &c->tlbs[view].e[kind][index];
+    if (e->tag != 1) {
+        struct soft_victim *v = &c->mmu.victims[view][kind][c->mmu.next_victim++ % TLB_VICTIMS];
+        v->entry = *e;
+        v->global = bit_test(c->mmu.listed[1], TLB_ENTRIES / 64, flat) && !bit_test(c->mmu.listed[0], TLB_ENTRIES / 64, flat);
+        c->mmu.have_victims = true;
+    }
     e->tag = linear & PAGE_MASK;
     e->addend = (uint64_t)(uintptr_t)host - e->tag;
+    if (bit_test(c->mmu.listed[global], TLB_ENTRIES / 64, flat))
+        return;
+    bit_set(c->mmu.listed[global], TLB_ENTRIES / 64, flat);
     uint32_t *used = &c->mmu.used[global];
     if (*used < TLB_LIST)
-        c->mmu.list[global][*used] = (uint16_t)((view * ACCESS_KINDS + kind) * TLB_SIZE + index);
+        c->mmu.list[global][*used] = (uint16_t)flat;
     if (*used <= TLB_LIST)
         ++*used;
+}
+
+/* The page may be among what was last replaced: put it back. */
+static uint8_t *restore_victim(struct soft_vcpu *c, enum soft_view view, enum soft_kind kind, uint64_t linear)
+{
+    for (unsigned i = 0; i < TLB_VICTIMS; i++) {
+        struct soft_victim *v = &c->mmu.victims[view][kind][i];
+        if (v->entry.tag != (linear & PAGE_MASK))
+            continue;
+        struct soft_victim found = *v;
+        v->entry.tag = 1;
+        uint8_t *page = (uint8_t *)(uintptr_t)(found.entry.tag + found.entry.addend);
+        install(c, view, kind, linear, page, found.global);
+        return page + (linear & ~PAGE_MASK);
+    }
+    return NULL;
+}
+
+static void clear_victims(struct soft_vcpu *c)
+{
+    if (!c->mmu.have_victims)
+        return;
+    for (unsigned i = 0; i < VIEW_COUNT * ACCESS_KINDS * TLB_VICTIMS; i++)
+        c->mmu.victims[i / (ACCESS_KINDS * TLB_VICTIMS)][i / TLB_VICTIMS % ACCESS_KINDS][i % TLB_VICTIMS].entry.tag = 1;
+    c->mmu.have_victims = false;
 }
 
 static void clear_all(struct soft_vcpu *c)
@@ -183,6 +217,7 @@ static void clear_all(struct soft_vcpu *c)
             for (unsigned i = 0; i < TLB_SIZE; i++)
                 c->tlbs[view].e[kind][i].tag = 1;
     memset(c->mmu.used, 0, sizeof c->mmu.used);
+    memset(c->mmu.listed, 0, sizeof c->mmu.listed);
     memset(c->mmu.large4m, 0, sizeof c->mmu.large4m);
     memset(c->mmu.large1g, 0, sizeof c->mmu.large1g);
 }
@@ -191,8 +226,11 @@ static bool clear_list(struct soft_vcpu *c, unsigned global)
 {
     if (c->mmu.used[global] > TLB_LIST)
         return false;
-    for (unsigned i = 0; i < c->mmu.used[global]; i++)
-        entry_at(c, c->mmu.list[global][i])->tag = 1;
+    for (unsigned i = 0; i < c->mmu.used[global]; i++) {
+        unsigned flat = c->mmu.list[global][i];
+        entry_at(c, flat)->tag = 1;
+        c->mmu.listed[global][flat / 64 % (TLB_ENTRIES / 64)] &= ~(1ull << (flat % 64));
+    }
     c->mmu.used[global] = 0;
     return true;
 }
@@ -200,6 +238,7 @@ static bool clear_list(struct soft_vcpu *c, unsigned global)
 void soft_tlb_flush(struct soft_vcpu *c, bool global_too)
 {
     c->vm->stats.tlb_flushes++;
+    clear_victims(c);
     if (!clear_list(c, 0) || (global_too && !clear_list(c, 1)))
         clear_all(c);
     soft_jump_cache_flush(c);
@@ -209,6 +248,7 @@ void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear)
 {
     uint64_t page = linear & PAGE_MASK;
     unsigned shift = 0;
+    clear_victims(c);
     if (bit_test(c->mmu.large1g, 4, linear >> 30))
         shift = 30;
     else if (bit_test(c->mmu.large4m, 16, linear >> 22))
@@ -250,6 +290,7 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
         return;
     for (unsigned n = 0; n < vm->config.vcpus; n++) {
         struct soft_vcpu *c = vm->vcpus[n];
+        clear_victims(c);
         for (unsigned view = 0; view < VIEW_COUNT; view++) {
             struct soft_tlb_entry *e = c->tlbs[view].e[ACCESS_WRITE];
             for (unsigned i = 0; i < TLB_SIZE; i++)
@@ -274,6 +315,11 @@ uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind
     struct soft_tlb_entry *e = &c->tlbs[view].e[kind][tlb_index(linear)];
     if (e->tag == (linear & PAGE_MASK))
         return (uint8_t *)(uintptr_t)(linear + e->addend);
+    if (c->mmu.have_victims) {
+        uint8_t *found = restore_victim(c, view, kind, linear);
+        if (found)
+            return found;
+    }
     if (c->long_mode ? !soft_canonical(linear) : linear >> 32 != 0)
         soft_raise_error(c, c->access_ss ? VEC_SS : VEC_GP, 0);
 

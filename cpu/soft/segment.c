@@ -596,7 +596,7 @@ bool soft_lar(struct soft_vcpu *c, uint16_t selector, uint32_t *value)
                                         | 1u << SYS_TSS | 1u << SYS_TSS_BUSY | 1u << SYS_CALL;
     if (!visible(c, selector, types, &d))
         return false;
-    *value = (uint32_t)(d.raw >> 32) & 0x00FFFF00u;
+    *value = (uint32_t)(d.raw >> 32) & 0x00F0FF00u;
     return true;
 }
 

@@ -108,7 +108,7 @@ static int set_sregs(struct soft_vcpu *c, const struct kvm_sregs *s)
     c->cr4 = s->cr4;
     c->efer = (uint32_t)s->efer;
     c->cpl = !(s->cr0 & CR0_PE) ? 0 : c->rflags & F_VM ? 3 : s->ss.dpl & 3;
-    soft_msr_write(c, MSR_APIC_BASE, s->apic_base);
+    irqchip_restore_msr(c->vm->irqchip, c->index, MSR_APIC_BASE, s->apic_base, soft_now(c->vm));
     irqchip_set_tpr(c->vm->irqchip, c->index, (uint8_t)(s->cr8 << 4));
     if (paging && !lma && (s->cr4 & CR4_PAE))
         soft_load_pdptes(c, s->cr3);
@@ -180,7 +180,10 @@ static int each_msr(struct soft_vcpu *c, struct kvm_msrs *out, const struct kvm_
             ok = soft_msr_read(c, out->entries[i].index, &value);
             out->entries[i].data = value;
         } else {
-            ok = soft_msr_write(c, in->entries[i].index, in->entries[i].data);
+            uint32_t index = in->entries[i].index;
+            uint64_t data = in->entries[i].data;
+            ok = index == MSR_APIC_BASE ? irqchip_restore_msr(c->vm->irqchip, c->index, index, data, soft_now(c->vm))
+                                        : soft_msr_write(c, index, data);
         }
         if (!ok)
             result = -EINVAL;
@@ -384,13 +387,14 @@ static int set_core(struct soft_vm *vm, const struct core_state *s)
 {
     if (s->version != 1 || s->vcpus != vm->config.vcpus || s->turn >= vm->config.vcpus)
         return -EINVAL;
+    uint64_t before = soft_now(vm);
     vm->turn = s->turn;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct soft_vcpu *c = vm->vcpus[i];
         c->turn_end = s->instructions[i];
         c->budget = c->budget_held = 0;
     }
-    soft_set_now(vm, s->now_ns);
+    soft_set_now(vm, before, s->now_ns);
     return 0;
 }
 
@@ -450,14 +454,16 @@ int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, s
         struct kvm_irqchip state;
         memcpy(&state, data, sizeof state);
         state.chip_id = (uint32_t)chip;
-        return irqchip_set(vm->irqchip, &state, soft_now(vm));
+        int result = irqchip_set(vm->irqchip, &state, soft_now(vm));
+        soft_events_set_levels(vm, irqchip_levels(vm->irqchip));
+        return result;
     }
     switch (kind) {
     case SOFT_VM_PIT:
         irqchip_set_pit(vm->irqchip, data, soft_now(vm));
         return 0;
     case SOFT_VM_CLOCK:
-        soft_set_now(vm, ((const struct kvm_clock_data *)data)->clock);
+        soft_set_now(vm, soft_now(vm), ((const struct kvm_clock_data *)data)->clock);
         for (uint32_t i = 0; i < vm->config.vcpus; i++)
             soft_kvmclock_update(vm->vcpus[i]);
         return 0;

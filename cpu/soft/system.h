@@ -105,7 +105,8 @@ bool soft_step_end(struct soft_vcpu *c);   /* false: stop for the caller; may de
 /* clock.c: TSC of `c` at a time of the VM's clock and back, kvmclock pages; instructions left until a time. */
 uint64_t soft_host_now(void);
 int64_t soft_budget_until(const struct soft_vm *vm, uint64_t now, uint64_t deadline);
-void soft_set_now(struct soft_vm *vm, uint64_t now);
+/* Set the clock; before: what it said when the timers were last looked at. */
+void soft_set_now(struct soft_vm *vm, uint64_t before, uint64_t now);
 uint64_t soft_tsc_at(const struct soft_vcpu *c, uint64_t now);
 uint64_t soft_tsc_to_ns(const struct soft_vcpu *c, uint64_t tsc);
 void soft_kvmclock_update(struct soft_vcpu *c);
@@ -118,6 +119,7 @@ bool soft_events_pending(const struct soft_vm *vm);
 bool soft_events_apply(struct soft_vm *vm); /* true: soft_vm_wake() was called */
 void soft_events_wait(struct soft_vm *vm, uint64_t deadline); /* sleep until an event or deadline (VM time; UINT64_MAX: none) */
 uint64_t soft_alarm(struct soft_vm *vm);
+void soft_events_set_levels(struct soft_vm *vm, uint32_t levels); /* of the GSIs, as restored */
 void soft_events_lock(struct soft_vm *vm);
 void soft_events_unlock(struct soft_vm *vm);
 

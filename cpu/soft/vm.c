@@ -86,6 +86,7 @@ static struct soft_vcpu *create_vcpu(struct soft_vm *vm, uint32_t index)
     memset(c, 0, size);
     c->vm = vm;
     c->index = index;
+    c->mmu.have_victims = true;
     c->mmu.used[0] = c->mmu.used[1] = TLB_LIST + 1; /* the first flush fills the TLBs with empty entries */
     return c;
 }

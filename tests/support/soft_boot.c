@@ -208,7 +208,7 @@ static void checksum(uint8_t *table, size_t size, size_t at)
 
 static uint8_t *table_begin(uint8_t *at, const char *signature, uint8_t revision)
 {
-    memset(at, 0, 512);
+    memset(at, 0, 256);
     memcpy(at, signature, 4);
     at[8] = revision;
     memcpy(at + 10, "LPVSR SOFTBOOT", 14);
@@ -254,6 +254,7 @@ static void build_acpi(struct machine *m, uint32_t cpus)
     f[109] = 0x01;            /* IAPC_BOOT_ARCH: legacy devices, no 8042 */
     f[112] = 0x01 | 0x04 | 0x30; /* WBINVD, C1; no fixed power and sleep buttons */
     memcpy(f + 140, &dsdt, 4);
+    memset(f + 256, 0, 12);
     table_end(f, f + 268);
 
     p = table_begin(m->ram + madt, "APIC", 3);

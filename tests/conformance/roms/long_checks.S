@@ -1,0 +1,17 @@
+/* Checks of control registers, MSRs and canonical stack addresses that QEMU does not make. */
+.include "long.inc"
+test_long:
+    mov rbp, 0x8000000000000000
+    TRY "mov al, [rbp]"
+    SAY "cr and msr\n"
+    TRY "mov rax, 0x100000000; mov cr0, rax"
+    TRY "mov rax, cr0; and eax, ~1; mov cr0, rax"
+    TRY "mov rax, cr4; bts rax, 30; mov cr4, rax"
+    TRY "mov rax, cr4; btr rax, 5; mov cr4, rax"
+    TRY "mov rax, 0x10; mov cr8, rax"
+    TRY "mov ecx, 0xC0000080; rdmsr; bts eax, 1; wrmsr"
+    TRY "mov ecx, 0xC0000082; xor eax, eax; mov edx, 0x80000000; wrmsr"
+    TRY "mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr"
+    TRY "mov ecx, 0x12345678; rdmsr"
+    TRY "mov rax, 1; shl rax, 32; mov dr7, rax"
+    EXIT 0
