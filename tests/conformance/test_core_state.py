@@ -1,0 +1,259 @@
+"""cpu/contract.py: registers and complete state, moved between VMs in mid-run; the dirty log; CPUID. Every core."""
+
+import struct
+from dataclasses import fields, replace
+
+import pytest
+
+from cpu import layouts
+from cpu.contract import CpuidEntry, Registers, Segment
+from cpu.errors import ConfigError, CpuError
+from cpu.exits import Interrupted, PortIn, PortOut, Resume
+from cpu.scripted import Store
+from tests.support.cores import CODE, DONE, RAM, RESUME, SCRATCH
+
+PAGE = 4096
+
+
+def test_general_registers_round_trip(core, guests):
+    vcpu = guests(core).vcpus[0]
+    names = [field.name for field in fields(Registers) if field.name not in ("rip", "rflags")]
+    wanted = Registers(
+        **{name: 0x0123_4567_89AB_CDEF ^ at << 56 for at, name in enumerate(names)}, rip=0x1234, rflags=0x246
+    )
+    vcpu.set_registers(wanted)
+    assert vcpu.registers() == wanted
+
+
+def test_system_registers_round_trip(core, guests):
+    vcpu = guests(core).vcpus[0]
+    data = Segment(base=0x1000, limit=0xFFFF_FFFF, selector=0x18, type=3, db=1, g=1)
+    wanted = replace(
+        vcpu.system_registers(),
+        cs=replace(data, selector=8, type=11),
+        ds=data,
+        es=replace(data, base=0),
+        ss=replace(data, selector=0x10),
+        gdt=(0x5000, 0x7F),
+        idt=(0x6000, 0x7FF),
+        cr0=0x11,
+        cr2=0xDEAD_BEEF,
+        cr3=0x3000,
+        cr4=0x20,
+    )
+    vcpu.set_system_registers(wanted)
+    assert vcpu.system_registers() == wanted
+
+
+def test_msrs_round_trip(core, guests):
+    vcpu = guests(core).vcpus[0]
+    lstar = 0xC000_0082
+    vcpu.set_msr(lstar, 0xFFFF_FFFF_8100_0000)
+    assert vcpu.msr(lstar) == 0xFFFF_FFFF_8100_0000
+
+
+def test_an_unknown_msr_is_refused(real_core, guests):
+    vcpu = guests(real_core).vcpus[0]
+    with pytest.raises(ConfigError):
+        vcpu.msr(0x1234_5678)
+    with pytest.raises(ConfigError):
+        vcpu.set_msr(0x1234_5678, 1)
+
+
+def test_blobs_have_the_declared_layouts(real_core, guests):
+    guest = guests(real_core)
+    state, vm = guest.vcpus[0].state(), guest.vm.state()
+    for declaration, blob in (
+        (layouts.Regs, state.regs),
+        (layouts.Sregs, state.sregs),
+        (layouts.Xsave, state.xsave),
+        (layouts.Xcrs, state.xcrs),
+        (layouts.Msrs, state.msrs),
+        (layouts.Lapic, state.lapic),
+        (layouts.VcpuEvents, state.events),
+        (layouts.DebugRegs, state.debugregs),
+        (layouts.MpState, state.mp_state),
+        (layouts.PitState2, vm.pit),
+        (layouts.ClockData, vm.clock),
+    ):
+        assert declaration.build(declaration.parse(blob)) == blob
+    for chip, blob in enumerate((vm.pic_master, vm.pic_slave, vm.ioapic)):
+        assert layouts.Irqchip.parse(blob).chip_id == chip
+        assert len(blob) == layouts.IRQCHIP_SIZE
+
+
+@pytest.mark.parametrize("field", ["regs", "sregs", "xsave", "xcrs", "lapic", "events", "debugregs", "mp_state"])
+def test_a_state_of_the_wrong_size_is_refused(core, guests, field):
+    vcpu = guests(core).vcpus[0]
+    state = vcpu.state()
+    for wrong in (b"", getattr(state, field)[:-1], getattr(state, field) + b"\0"):
+        with pytest.raises(ConfigError):
+            vcpu.set_state(replace(state, **{field: wrong}))
+
+
+def test_garbage_in_a_state_raises_nothing_but_cpu_errors(core, guests):
+    guest = guests(core)
+    vcpu = guest.vcpus[0]
+    state, vm = vcpu.state(), guest.vm.state()
+    for filler in (b"\xff", b"\x5a"):
+        for field in fields(state):
+            wrong = replace(state, **{field.name: filler * len(getattr(state, field.name))})
+            try:
+                vcpu.set_state(wrong)
+            except CpuError:
+                pass
+        for field in fields(vm):
+            try:
+                guest.vm.set_state(replace(vm, **{field.name: filler * len(getattr(vm, field.name))}))
+            except CpuError:
+                pass
+
+
+# xor eax, eax; xor ebx, ebx; 1: inc ebx; lea eax, [eax*4+eax+7]; xor eax, ebx; mov [SCRATCH], eax; out 0x10, al when
+# (ebx & 0x3ff) == 0; until ebx == 4096; then DONE
+COUNT = bytes.fromhex(
+    "31c0 31db 43 8d448007 31d8 a300900000 f7c3ff030000 7507 ba10000000 ef 90 81fb00100000 75dd baf00f0000 ef ebfe"
+)
+
+
+def expected():
+    a, outs = 0, []
+    for b in range(1, 4097):
+        a = (a * 5 + 7 & 0xFFFF_FFFF) ^ b
+        if not b & 0x3FF:
+            outs.append(a)
+    return outs, a
+
+
+def test_a_run_that_hops_through_fresh_vms_yields_the_same_result(real_core, guests):
+    """Kick, save, restore into a new VM over the same memory bytes, run on: as if nothing had happened."""
+    outs, final = [], None
+    guest = guests(real_core)
+    guest.load_code(COUNT)
+    guest.go()
+    hops = 0
+    while final is None:
+        if hops < 14:
+            guest.vcpus[0].kick()
+        index, exit_ = guest.next_exit()
+        match exit_:
+            case PortOut(0x10, 4, value):
+                outs.append(value)
+                guest.vcpus[index].resume(RESUME)
+            case PortOut(port, 4, value) if port == DONE:
+                final = value
+            case Interrupted():
+                hops += 1
+                after = guests(real_core)
+                after.memory[:] = guest.memory[:]
+                after.vm.set_state(guest.vm.state())
+                after.vcpus[0].set_state(guest.vcpus[0].state())
+                guest = after
+                guest.go()
+            case _:
+                raise AssertionError(exit_)
+    assert hops == 14
+    assert (outs, final) == expected()
+
+
+def test_a_kick_completes_the_read_before_the_state_is_saved(real_core, guests):
+    """resume(answer) then kick(): the state holds the answer and does not ask again."""
+    guest = guests(real_core)
+    guest.load([PortIn(0x60, 4), PortOut(0x10, 1, 1)])
+    guest.go()
+    assert guest.next_exit() == (0, PortIn(0x60, 4))
+    from cpu.exits import CompleteRead
+
+    guest.vcpus[0].resume(CompleteRead(0x1122_3344))
+    guest.vcpus[0].kick()
+    index, exit_ = guest.next_exit()
+    while not isinstance(exit_, Interrupted):  # it may have reached the write first
+        assert exit_ == PortOut(0x10, 1, 1)
+        guest.vcpus[0].resume(Resume())
+        index, exit_ = guest.next_exit()
+    other = guests(real_core)
+    other.memory[:] = guest.memory[:]
+    other.vcpus[0].set_state(guest.vcpus[0].state())
+    other.go()
+    assert (0, PortIn(0x60, 4)) not in other.run()
+    assert other.answers == [0x1122_3344]
+
+
+def dirty_pages(guest):
+    bitmap = guest.vm.dirty_log(0)
+    assert len(bitmap) == RAM // PAGE // 8
+    return {at for at in range(RAM // PAGE) if bitmap[at // 8] >> at % 8 & 1}
+
+
+def test_the_dirty_log_holds_what_vcpus_wrote_since_it_was_read(core, guests):
+    guest = guests(core, log_dirty=True)
+    dirty_pages(guest)
+    guest.load(
+        [Store(0x20000, 4, 1), Store(0x42FFE, 2, 2), PortOut(0x10, 1, 1), Store(0x50000, 1, 3), Store(0x20000, 1, 9)]
+    )
+    dirty_pages(guest)  # loading is not the guest's doing, but a core may have seen its own accesses
+    guest.go()
+    assert guest.next_exit() == (0, PortOut(0x10, 1, 1))
+    assert dirty_pages(guest) - {CODE // PAGE} == {0x20, 0x42}
+    assert dirty_pages(guest) == set()
+    guest.vcpus[0].resume(RESUME)
+    assert guest.next_exit() == (0, PortOut(DONE, 1, 0))
+    assert dirty_pages(guest) == {0x20, 0x50}
+
+
+def test_the_dirty_log_can_be_turned_on_and_off(core, guests):
+    guest = guests(core)
+    with pytest.raises(CpuError):
+        guest.vm.dirty_log(0)
+    view = memoryview(guest.memory)
+    guest.vm.set_memory_slot(0, 0, view, log_dirty=True)
+    guest.load([Store(0x30000, 4, 1)])
+    dirty_pages(guest)
+    guest.go()
+    assert guest.run() == []
+    assert 0x30 in dirty_pages(guest)
+    guest.vm.set_memory_slot(0, 0, view)
+    view.release()
+    with pytest.raises(CpuError):
+        guest.vm.dirty_log(5)
+
+
+def test_a_read_only_slot_keeps_its_bytes(real_core, guests):
+    """A write to it is an MMIO exit (KVM API 4.35)."""
+    import mmap
+
+    from cpu.exits import MmioWrite
+
+    guest = guests(real_core)
+    rom = mmap.mmap(-1, PAGE)
+    rom[:4] = b"ROM!"
+    guest.vm.set_memory_slot(1, 0x10_0000, memoryview(rom), readonly=True)
+    from cpu.exits import MmioRead
+
+    guest.load([MmioRead(0x10_0000, 4), MmioWrite(0x10_0000, 4, 0)])
+    guest.go()
+    assert guest.run() == [(0, MmioWrite(0x10_0000, 4, 0))]
+    assert guest.answers == [int.from_bytes(b"ROM!", "little")]
+    assert rom[:4] == b"ROM!"
+    guest.vm.set_memory_slot(1, 0, None)
+    rom.close()
+
+
+def test_the_guest_sees_the_cpuid_that_was_set(real_core, guests):
+    guest = guests(real_core)
+    table = [entry for entry in real_core.supported_cpuid() if entry.function < 0x4000_0000]
+    guest.vcpus[0].set_cpuid([*table, CpuidEntry(0x4000_0000, 0, 0, 0x4000_0001, 0x1111, 0x2222, 0x3333)])
+    # mov eax, 0x40000000; cpuid; mov [SCRATCH], ebx; mov [SCRATCH + 4], ecx; mov [SCRATCH + 8], edx; DONE
+    guest.load_code(bytes.fromhex("b800000040 0fa2 891d00900000 890d04900000 891508900000 baf00f0000 ee ebfe"))
+    guest.go()
+    assert guest.run() == []
+    assert struct.unpack_from("<3I", guest.memory, SCRATCH) == (0x1111, 0x2222, 0x3333)
+
+
+def test_supported_cpuid_names_leaves_once(real_core):
+    entries = real_core.supported_cpuid()
+    keys = [(entry.function, entry.index) for entry in entries]
+    assert len(keys) == len(set(keys))
+    assert {0, 1, 0x8000_0000, 0x8000_0001} <= {entry.function for entry in entries}
+    leaf1 = next(entry for entry in entries if entry.function == 1)
+    assert leaf1.ecx >> 31 & 1, "guests must know that they are guests"
