@@ -86,6 +86,7 @@ void core_init(void)
     put64(GDT + 0x28, 0x00CFF3000000FFFF);
     put64(GDT + 0x30, 0x00AFFB000000FFFF);
     put64(TSS + 4, LINEAR(KERNEL_STACK)); /* RSP0 */
+    ram[TSS + 0x66] = 0x68; /* no I/O permission bitmap */
     for (unsigned i = 0; i < 256; i++) {
         uint64_t handler = LINEAR(HANDLERS) + 16 * i;
         uint64_t low = (handler & 0xFFFF) | 0x10ull << 16 | (0x8E00ull | (i == 3 || i == 4 ? 0x6000 : 0)) << 32 | (handler >> 16 & 0xFFFF) << 48;
