@@ -325,7 +325,7 @@ done:
     if (d->c64) {
         d->opsize = d->rex & 8 ? 8 : p66 ? 2 : 4;
         d->adsize = p67 ? 4 : 8;
-        d->stack_size = p66 ? 2 : 8;
+        d->stack_size = p66 && !(d->rex & 8) ? 2 : 8;
     } else {
         d->opsize = p66 != !!(d->mode & MODE_DB) ? 4 : 2;
         d->adsize = p67 != !!(d->mode & MODE_DB) ? 4 : 2;

@@ -20,12 +20,15 @@ static unsigned flags_of_condition(unsigned cc)
     }
 }
 
-static uint8_t peek_modrm(struct dec *d) { return d->pos < d->available ? d->bytes[d->pos] : 0; }
-
 bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
 {
     enum vec_prefix prefix = d->rep == 0xF3 ? VEC_F3 : d->rep == 0xF2 ? VEC_F2 : d->p66 ? VEC_66 : VEC_NP;
-    const struct vec_op *op = fpu_lookup_vector((enum vec_map)map, opcode, prefix, peek_modrm(d));
+    bool emms = map == VEC_MAP_0F && opcode == 0x77; /* alone has no ModRM */
+    if (!emms && d->pos >= d->available) {
+        d->missing = true;
+        return true;
+    }
+    const struct vec_op *op = fpu_lookup_vector((enum vec_map)map, opcode, prefix, emms ? 0 : d->bytes[d->pos]);
     if (!op)
         return false;
     if (op->form == VEC_NONE) {
@@ -91,7 +94,7 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     u->base = (uint8_t)d->adsize;
     u->index = d->mem;
     u->aux = d->rex & 8;
-    u->scale = mmx;
+    u->scale = mmx && !(op->form == VEC_XMM_MMM && d->mem);
     u->disp = imm;
     u->size = (uint8_t)size;
     if (op->form == VEC_MASKMOV || op->form == VEC_MM_MASKMOV)
@@ -260,6 +263,7 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
         d->lock_ok = op != 0;
         emit_address(d, 1, op != 0);
         u = emit_helper_store(d, h_bt_m);
+        u->base = (uint8_t)d->adsize;
     } else {
         u = emit_flags(d, bt_rr, NULL, FLAG_C, FLAG_C, 0);
         u->r0 = (uint8_t)(d->rm * 8);
@@ -319,7 +323,7 @@ static void map_38(struct dec *d)
 {
     uint8_t b = dec_u8(d);
     if (b < 0xF0) {
-        if (b == 0x82 && d->p66) {
+        if (b == 0x82 && d->p66 && !d->rep) {
             dec_modrm(d);
             if (!d->mem) {
                 d->bad = true;
@@ -380,7 +384,12 @@ void decode_two_byte(struct dec *d)
     case 0x06: emit_helper_end(d, h_clts); return;
     case 0x07: emit_helper_end(d, h_sysret)->aux = d->rex & 8; return;
     case 0x08: case 0x09: emit_helper(d, h_wbinvd); return;
-    case 0x0D: dec_modrm(d); emit(d, nop); return; /* PREFETCH, PREFETCHW */
+    case 0x0D: /* PREFETCH, PREFETCHW */
+        dec_modrm(d);
+        if (!d->mem)
+            break;
+        emit(d, nop);
+        return;
     case 0x18 ... 0x1F: dec_modrm(d); emit(d, nop); return; /* hints: PREFETCHh, ENDBR, NOP */
     case 0x20: case 0x21: case 0x22: case 0x23: {
         static const helper_fn table[4] = {h_mov_from_cr, h_mov_from_dr, h_mov_to_cr, h_mov_to_dr};
@@ -412,7 +421,7 @@ void decode_two_byte(struct dec *d)
         return;
     }
     case 0x80 ... 0x8F: {
-        int64_t rel = d->c64 || d->opsize == 4 ? (int32_t)dec_u32(d) : (int16_t)dec_u16(d);
+        int64_t rel = d->opsize >= 4 ? (int32_t)dec_u32(d) : (int16_t)dec_u16(d);
         decode_jcc(d, b & 15, rel);
         return;
     }
@@ -492,8 +501,8 @@ void decode_two_byte(struct dec *d)
         dec_modrm(d);
         two_operands(d, popcnt_rr, FLAGS_ALL, FLAGS_ALL);
         return;
-    case 0xBC: dec_modrm(d); two_operands(d, bsf_rr, FLAGS_ALL, 0); return;
-    case 0xBD: dec_modrm(d); two_operands(d, bsr_rr, FLAGS_ALL, 0); return;
+    case 0xBC: dec_modrm(d); two_operands(d, bsf_rr, FLAGS_ALL, FLAGS_ALL); return;
+    case 0xBD: dec_modrm(d); two_operands(d, bsr_rr, FLAGS_ALL, FLAGS_ALL); return;
     case 0xC0: case 0xC1: {
         unsigned size = b & 1 ? d->opsize : 1;
         dec_modrm(d);

@@ -149,18 +149,20 @@ void decode_pop_seg(struct dec *d, unsigned seg)
     u->size = (uint8_t)d->stack_size;
 }
 
-/* A direct jump's distance. In 64-bit mode the operand size is 64 bits and a 66 prefix is ignored, as Intel
- * processors do (AMD's would use 16 bits). */
+/* Near branches of 64-bit mode have a 64-bit operand size; with a 66 prefix and without REX.W, 16 bits, as on AMD
+ * processors (Intel's ignore the prefix). Those go through the helpers of the other modes. */
+static bool near64(const struct dec *d) { return d->c64 && d->opsize != 2; }
+
 static int64_t displacement(struct dec *d, bool byte)
 {
     if (byte)
         return (int8_t)dec_u8(d);
-    return d->c64 ? (int32_t)dec_u32(d) : dec_imm(d, d->opsize);
+    return d->opsize == 2 ? (int16_t)dec_u16(d) : (int32_t)dec_u32(d);
 }
 
 static void jump_rel(struct dec *d, int64_t rel)
 {
-    if (d->c64) {
+    if (near64(d)) {
         emit(d, jmp_rel);
         emit_links(d, d->pos + rel);
     } else {
@@ -172,7 +174,7 @@ void decode_jcc(struct dec *d, unsigned cc, int64_t rel)
 {
     if (d->missing || d->pos - d->start > 15 || d->lock)
         return;
-    if (!d->c64) {
+    if (!near64(d)) {
         struct uop *u = emit_helper_end(d, h_jcc_rel);
         u->disp = (int32_t)rel;
         u->aux = (uint8_t)cc;
@@ -200,7 +202,7 @@ void decode_jcc(struct dec *d, unsigned cc, int64_t rel)
 
 static void call_rel_op(struct dec *d, int64_t rel)
 {
-    if (d->c64) {
+    if (near64(d)) {
         emit(d, call_rel)->seg = SEG_SS;
         emit_links(d, d->pos + rel);
     } else {
@@ -210,7 +212,7 @@ static void call_rel_op(struct dec *d, int64_t rel)
 
 static void ret_near(struct dec *d, unsigned pop)
 {
-    if (d->c64) {
+    if (near64(d)) {
         struct uop *u = emit(d, ret64);
         u->imm = pop;
         u->seg = SEG_SS;
@@ -292,7 +294,7 @@ static void group3(struct dec *d)
     default: {
         unsigned op = d->reg & 7, r = source_rm(d, size);
         static const uop_fn *const table[4] = {mul_r, imul_r, div_r, idiv_r};
-        u = emit_flags(d, table[op - 4][s], NULL, op < 6 ? FLAGS_ALL : 0, op < 6 ? FLAG_C : 0, 0);
+        u = emit_flags(d, table[op - 4][s], NULL, op < 6 ? FLAGS_ALL : FLAGS_REST, op < 6 ? FLAG_C : FLAGS_REST, 0);
         u->r1 = (uint8_t)r;
         return;
     }
@@ -322,8 +324,8 @@ static void group5(struct dec *d)
     case 1: inc_dec(d, UN_DEC, d->opsize); return;
     case 2: case 4: {
         bool call = (d->reg & 7) == 2;
-        unsigned size = d->c64 ? 8 : d->opsize, r = source_rm(d, size);
-        if (d->c64) {
+        unsigned size = near64(d) ? 8 : d->opsize, r = source_rm(d, size);
+        if (near64(d)) {
             u = emit(d, call ? call_r : jmp_r);
             d->end = true;
             u->seg = SEG_SS;
@@ -565,7 +567,7 @@ void decode_opcode(struct dec *d)
         dec_modrm(d);
         if (!d->c64) {
             if (d->mem)
-                emit_address(d, 2, true);
+                emit_address(d, 2, false);
             u = emit_helper_store(d, d->mem ? h_arpl_m : h_arpl_r);
             u->r0 = (uint8_t)(d->rm * 8);
             u->r1 = (uint8_t)(d->reg * 8);
@@ -788,7 +790,8 @@ void decode_opcode(struct dec *d)
         int64_t rel = displacement(d, true);
         u = emit_helper_end(d, h_loop);
         u->disp = (int32_t)rel;
-        u->aux = b & 3;
+        /* A repeat prefix decides whether LOOPNE and LOOPE want ZF clear or set: AMD processors do so. */
+        u->aux = b <= 0xE1 && d->rep ? d->rep == 0xF3 : b & 3;
         u->base = (uint8_t)d->adsize;
         return;
     }

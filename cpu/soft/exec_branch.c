@@ -5,7 +5,20 @@
 
 HANDLER(jmp_rel) { GO_TAKEN(); }
 HANDLER(jmp_fall) { GO_NEXT(); }
-HANDLER(jmp_r) { JUMP(REG64(u->r1)); }
+
+/* A computed target that is not canonical faults at the branch, before it has changed anything. */
+static SLOW HANDLER(bad_target)
+{
+    SYNC();
+    soft_raise_error(c, VEC_GP, 0);
+}
+HANDLER(jmp_r)
+{
+    uint64_t target = REG64(u->r1);
+    if (SOFT_UNLIKELY(!soft_canonical(target)))
+        return bad_target(c, u, rip);
+    JUMP(target);
+}
 
 #define JCC(cc)                                                                                                        \
     static HANDLER(jcc##cc)                                                                                            \
@@ -55,6 +68,8 @@ HANDLER(call_r)
 {
     uint64_t sp = REG64(RSP * 8) - 8, target = REG64(u->r1);
     uint8_t *p;
+    if (SOFT_UNLIKELY(!soft_canonical(target)))
+        return bad_target(c, u, rip);
     if (!tlb_hit(c, sp, 8, ACCESS_WRITE, &p))
         return call_r_slow(c, u, rip);
     MEM(64, p) = rip + u->off + u->len;
@@ -66,6 +81,8 @@ static SLOW HANDLER(ret64_slow)
     SYNC();
     c->access_ss = 1;
     uint64_t target = soft_load_slow(c, REG64(RSP * 8), 8);
+    if (!soft_canonical(target))
+        soft_raise_error(c, VEC_GP, 0);
     UNSYNC();
     REG64(RSP * 8) += 8 + u->imm;
     c->budget -= u->idx + 1;
@@ -79,6 +96,8 @@ HANDLER(ret64)
     if (!tlb_hit(c, sp, 8, ACCESS_READ, &p))
         return ret64_slow(c, u, rip);
     uint64_t target = MEM(64, p);
+    if (SOFT_UNLIKELY(!soft_canonical(target)))
+        return bad_target(c, u, rip);
     REG64(RSP * 8) = sp + 8 + u->imm;
     JUMP(target);
 }

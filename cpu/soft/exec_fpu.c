@@ -150,11 +150,10 @@ HELPER(h_vector)
         else
             src = f->xmm[rm];
         dst.q[0] = f->st[reg & 7].mantissa;
+        fpu_enter_mmx(f); /* also if #XM follows */
         fault = op->fn(&ctx, &dst, &src);
-        if (fault)
-            break;
-        fpu_enter_mmx(f);
-        fpu_write_mmx(f, reg, dst.q[0]);
+        if (!fault)
+            fpu_write_mmx(f, reg, dst.q[0]);
         break;
     case VEC_MM_STORE:
         src.q[0] = f->st[reg & 7].mantissa;
@@ -176,9 +175,9 @@ HELPER(h_vector)
             load_any(c, at, &src, size);
         else
             src.q[0] = f->st[rm & 7].mantissa;
-        fault = op->fn(&ctx, &f->xmm[reg], &src);
-        if (!fault && !mem)
+        if (!mem)
             fpu_enter_mmx(f);
+        fault = op->fn(&ctx, &f->xmm[reg], &src);
         break;
     case VEC_XMM_IMM:
         fault = op->fn(&ctx, &f->xmm[rm], NULL);
@@ -205,8 +204,8 @@ HELPER(h_vector)
         mask_move(c, u, f->xmm[reg].b, f->xmm[rm].b, 16);
         break;
     case VEC_MM_MASKMOV:
-        mask_move(c, u, (const uint8_t *)&f->st[reg & 7].mantissa, (const uint8_t *)&f->st[rm & 7].mantissa, 8);
         fpu_enter_mmx(f);
+        mask_move(c, u, (const uint8_t *)&f->st[reg & 7].mantissa, (const uint8_t *)&f->st[rm & 7].mantissa, 8);
         break;
     case VEC_EMMS:
         fault = op->fn(&ctx, NULL, NULL);
@@ -292,6 +291,8 @@ HELPER(h_x87)
         result = op->fn(&ctx);
         break;
     case X87_STORE:
+        if ((f->cw & 0x3F) != 0x3F) /* an unmasked exception comes after #PF, but changes state at once */
+            soft_probe_write(c, at, u->size);
         result = op->fn(&ctx);
         if (result == FPU_OK)
             store_any(c, at, mem, u->size);

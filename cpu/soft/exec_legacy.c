@@ -191,11 +191,12 @@ HELPER(h_sahf)
 
 static void branch(struct soft_vcpu *c, unsigned size, uint64_t target)
 {
-    if (!c->code64) {
-        target &= size == 2 ? 0xFFFF : UINT32_MAX;
-        if (target > c->seg[SEG_CS].limit)
-            soft_raise_error(c, VEC_GP, 0);
-    }
+    if (size == 2)
+        target &= 0xFFFF;
+    if (!c->code64)
+        target &= UINT32_MAX;
+    if (c->code64 ? !soft_canonical(target) : target > c->seg[SEG_CS].limit)
+        soft_raise_error(c, VEC_GP, 0);
     c->rip = target;
 }
 HELPER(h_fall) { c->rip = next_rip(c, u); }
@@ -326,8 +327,12 @@ HELPER(h_arpl_m)
 {
     if (!soft_protected(c))
         soft_raise(c, VEC_UD);
-    soft_probe_write(c, c->tmp[0], 2);
+    /* Memory is written, and checked for that, only when RPL changes. */
     uint16_t a = (uint16_t)load(c, c->tmp[0], 2);
+    if ((a & 3) < (REG16(u->r1) & 3)) {
+        soft_seg_check(c, u->seg, (uint32_t)(c->tmp[0] - c->seg[u->seg].base), 2, true);
+        soft_probe_write(c, c->tmp[0], 2);
+    }
     if (arpl(c, &a, REG16(u->r1)))
         store(c, c->tmp[0], 2, a);
 }

@@ -58,8 +58,11 @@ HELPER(h_bt_m)
     unsigned bit = (unsigned)index & (size * 8 - 1);
     uint64_t distance = (uint64_t)((index >> (3 + __builtin_ctz(size))) * (int64_t)size);
     uint64_t at = c->tmp[0] + distance;
+    uint64_t base = !c->code64 || u->seg >= SEG_FS ? c->seg[u->seg].base : 0;
+    if (u->base < 8)
+        at = base + ((at - base) & (u->base == 4 ? UINT32_MAX : 0xFFFF));
     if (!c->code64)
-        at = soft_seg_check(c, u->seg, (at - c->seg[u->seg].base) & UINT32_MAX, size, u->aux != 0);
+        at = soft_seg_check(c, u->seg, at - base, size, u->aux != 0);
     if (u->aux)
         soft_probe_write(c, at, size);
     uint64_t v = load(c, at, size);
@@ -69,27 +72,32 @@ HELPER(h_bt_m)
     }
     flags_set_co(c, v >> bit & 1, flag_of(c));
 }
-/* ZF tells whether the source was zero; the destination is then unchanged. The other flags are undefined: AMD leaves
- * them as they were. */
 static inline void set_zf_only(struct soft_vcpu *c, bool zf)
 {
     uint32_t f = flags_arith(c) & ~F_ZF;
     flags_set_arith(c, zf ? f | F_ZF : f);
 }
+/* ZF tells whether the source was zero; the destination is then unchanged. The other flags are undefined: AMD processors
+ * compute PF from the result and clear the rest (0x100 keeps the lazy ZF clear without touching PF). */
+static inline void bit_scan_flags(struct soft_vcpu *c, uint64_t v, uint64_t r)
+{
+    c->lf[0] = v ? r | 0x100 : 0;
+    c->lf[1] = c->lf[2] = 0;
+}
 HANDLER(bsf_rr)
 {
-    uint64_t v = get_reg(c, u->r1, u->size);
-    set_zf_only(c, v == 0);
+    uint64_t v = get_reg(c, u->r1, u->size), r = v ? (uint64_t)__builtin_ctzll(v) : 0;
+    bit_scan_flags(c, v, r);
     if (v)
-        set_reg(c, u->r0, u->size, (uint64_t)__builtin_ctzll(v));
+        set_reg(c, u->r0, u->size, r);
     NEXT;
 }
 HANDLER(bsr_rr)
 {
-    uint64_t v = get_reg(c, u->r1, u->size);
-    set_zf_only(c, v == 0);
+    uint64_t v = get_reg(c, u->r1, u->size), r = v ? 63u - (uint64_t)__builtin_clzll(v) : 0;
+    bit_scan_flags(c, v, r);
     if (v)
-        set_reg(c, u->r0, u->size, 63u - (uint64_t)__builtin_clzll(v));
+        set_reg(c, u->r0, u->size, r);
     NEXT;
 }
 HANDLER(popcnt_rr)
@@ -253,6 +261,7 @@ HELPER(h_salc) { SET8(RAX * 8, flag_cf(c) ? 0xFF : 0); }
 HELPER(h_rdrand)
 {
     uint64_t v = 0;
+    fpu_collect(&c->fpu);
     c->vm->host.random(c->vm->host.ctx, &v, u->size);
     set_reg(c, u->r0, u->size, v);
     flags_set_arith(c, F_CF);

@@ -1,18 +1,18 @@
 /* Micro-op handlers: shifts, rotates, double shifts, multiplication and division on registers.
  *
- * Undefined flags follow AMD processors: AF is cleared by shifts, OF is computed as for a count of 1 from the last step,
- * MUL and IMUL leave ZF, AF and PF as computed from nothing guests rely on (unchanged), DIV and IDIV change no flags.
+ * Undefined flags follow AMD processors (family 19h): AF is set by shifts, OF is computed as for a count of 1 from the
+ * last step, MUL and IMUL leave SF, ZF, AF and PF unchanged, DIV and IDIV set AF, clear SF, ZF and PF and leave CF and OF.
  */
 #include "soft/access.h"
 #include "soft/exec.h"
 
-/* Result flags of a shift: SF, ZF and PF from r, CF and OF given, AF clear. */
+/* Result flags of a shift: SF, ZF and PF from r, CF and OF given, AF set. */
 #define SHIFT_FLAGS(bits, r, cf, of)                                                                                   \
     do {                                                                                                               \
         uint64_t cf_ = (cf), of_ = (of);                                                                               \
         c->lf[0] = (uint64_t)(int64_t)(SINT(bits))(r);                                                                 \
         flags_set_co(c, cf_, of_);                                                                                     \
-        c->lf[2] = 0;                                                                                                  \
+        c->lf[2] = 8;                                                                                                  \
     } while (0)
 #define TOP(bits, r) ((uint64_t)(r) >> ((bits) - 1) & 1)
 
@@ -149,7 +149,7 @@ ROTATE(rcr, DO_RCR)
 const uop_fn shift_ri[SH_OPS][4][2] = {RI(rol), RI(ror), RI(rcl), RI(rcr), RI(shl), RI(shr), RI(shl), RI(sar)};
 const uop_fn shift_rc[SH_OPS][4] = {RC(rol), RC(ror), RC(rcl), RC(rcr), RC(shl), RC(shr), RC(shl), RC(sar)};
 
-/* SHLD and SHRD. A 16-bit count above 16 goes on into the destination again, as AMD processors do. */
+/* SHLD and SHRD. A 16-bit count above 16 goes on into the source again, as AMD processors do. */
 static inline void double_shift(struct soft_vcpu *c, const struct uop *u, unsigned n, bool left)
 {
     unsigned bits = u->size * 8u;
@@ -166,7 +166,7 @@ static inline void double_shift(struct soft_vcpu *c, const struct uop *u, unsign
         r = (uint32_t)(left ? a << n | b >> (32 - n) : a >> n | b << (32 - n));
         cf = left ? a >> (32 - n) & 1 : a >> (n - 1) & 1;
     } else {
-        uint64_t wide = left ? a << 32 | b << 16 | a : a << 32 | b << 16 | a;
+        uint64_t wide = left ? a << 32 | b << 16 | b : b << 32 | b << 16 | a;
         if (left) {
             r = (uint16_t)(wide >> (32 - n));
             cf = wide >> (48 - n) & 1;
@@ -182,7 +182,7 @@ static inline void double_shift(struct soft_vcpu *c, const struct uop *u, unsign
         of = (r >> (bits - 1) & 1) ^ cf;
     c->lf[0] = bits == 64 ? r : bits == 32 ? (uint64_t)(int64_t)(int32_t)r : (uint64_t)(int64_t)(int16_t)r;
     flags_set_co(c, cf, of);
-    c->lf[2] = 0;
+    c->lf[2] = 8;
     set_reg(c, u->r0, u->size, r);
 }
 HANDLER(shld_ri) { double_shift(c, u, (unsigned)u->imm, true); NEXT; }
@@ -257,12 +257,14 @@ static SLOW HANDLER(divide_error)
     SYNC();
     soft_raise(c, VEC_DE);
 }
+#define DIVIDE_FLAGS() (c->lf[0] = 1, c->lf[2] = 8)
 static HANDLER(div_r8)
 {
     unsigned d = REG8(u->r1), n = REG16(RAX * 8);
     if (SOFT_UNLIKELY(d == 0 || n / d > 0xFF))
         return divide_error(c, u, rip);
     SET16(RAX * 8, n % d << 8 | n / d);
+    DIVIDE_FLAGS();
     NEXT;
 }
 static HANDLER(idiv_r8)
@@ -271,6 +273,7 @@ static HANDLER(idiv_r8)
     if (SOFT_UNLIKELY(d == 0 || n / d != (int8_t)(n / d)))
         return divide_error(c, u, rip);
     SET16(RAX * 8, (unsigned)(n % d & 0xFF) << 8 | (unsigned)(n / d & 0xFF));
+    DIVIDE_FLAGS();
     NEXT;
 }
 #define DIV_SIZE(bits, UWIDE, SWIDE)                                                                                   \
@@ -282,6 +285,7 @@ static HANDLER(idiv_r8)
             return divide_error(c, u, rip);                                                                            \
         SET##bits(RAX * 8, (UINT(bits))(n / d));                                                                       \
         SET##bits(RDX * 8, (UINT(bits))(n % d));                                                                       \
+        DIVIDE_FLAGS();                                                                                                \
         NEXT;                                                                                                          \
     }                                                                                                                  \
     static HANDLER(idiv_r##bits)                                                                                       \
@@ -299,6 +303,7 @@ static HANDLER(idiv_r8)
             return divide_error(c, u, rip);                                                                            \
         SET##bits(RAX * 8, q_minus ? -q : q);                                                                          \
         SET##bits(RDX * 8, minus ? -rest : rest);                                                                      \
+        DIVIDE_FLAGS();                                                                                                \
         NEXT;                                                                                                          \
     }
 DIV_SIZE(16, uint32_t, int32_t)
@@ -319,6 +324,7 @@ static HANDLER(div_r64)
     uint64_t q = div128(high, REG64(RAX * 8), d, &rest);
     SET64(RAX * 8, q);
     SET64(RDX * 8, rest);
+    DIVIDE_FLAGS();
     NEXT;
 }
 static HANDLER(idiv_r64)
@@ -335,6 +341,7 @@ static HANDLER(idiv_r64)
         return divide_error(c, u, rip);
     SET64(RAX * 8, q_minus ? -q : q);
     SET64(RDX * 8, minus ? -rest : rest);
+    DIVIDE_FLAGS();
     NEXT;
 }
 const uop_fn div_r[4] = {div_r8, div_r16, div_r32, div_r64};

@@ -110,6 +110,7 @@ uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size)
     }
     vm->stats.accesses++;
     struct soft_access access = { .address = gpa, .size = (uint8_t)size, .vcpu = (uint8_t)c->index };
+    fpu_collect(&c->fpu);
     return vm->host.access(vm->host.ctx, &access) & mask_of(size);
 }
 
@@ -135,6 +136,7 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
     }
     vm->stats.accesses++;
     struct soft_access access = { .address = gpa, .value = value, .size = (uint8_t)size, .write = true, .vcpu = (uint8_t)c->index };
+    fpu_collect(&c->fpu);
     vm->host.access(vm->host.ctx, &access);
 }
 

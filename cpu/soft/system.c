@@ -129,6 +129,7 @@ uint32_t soft_port_read(struct soft_vcpu *c, uint16_t port, unsigned size)
     } else {
         vm->stats.accesses++;
         struct soft_access access = { .address = port, .size = (uint8_t)size, .port = true, .vcpu = (uint8_t)c->index };
+        fpu_collect(&c->fpu);
         value = vm->host.access(vm->host.ctx, &access);
     }
     return (uint32_t)value & value_mask(size);
@@ -145,6 +146,7 @@ void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t
     vm->stats.accesses++;
     struct soft_access access = { .address = port, .value = value, .size = (uint8_t)size, .port = true, .write = true,
                                   .vcpu = (uint8_t)c->index };
+    fpu_collect(&c->fpu);
     vm->host.access(vm->host.ctx, &access);
 }
 

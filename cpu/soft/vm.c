@@ -375,6 +375,7 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
         vm->turn_limit_ns = next_event(vm);
         soft_set_budget(c, soft_budget_until(vm, now, vm->turn_limit_ns));
         int stop = run_turn(c);
+        fpu_collect(&c->fpu);
         vm->turn_limit_ns = UINT64_MAX;
         if (stop != GO_ON) {
             *vcpu = c->index;
