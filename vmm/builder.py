@@ -29,7 +29,17 @@ from vmm.topology import vcpu_cpuid
 
 PARTS = (
     "vmm.devices.uart",
+    "vmm.devices.com2",
     "vmm.devices.debug",
+    "vmm.devices.post",
+    "vmm.devices.reset",
+    "vmm.devices.rtc",
+    "vmm.devices.i8042",
+    "vmm.devices.pm",
+    "vmm.devices.pvpanic",
+    "vmm.pci",
+    "vmm.acpi",
+    "vmm.devices.vmgenid",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
 

@@ -113,6 +113,9 @@ class Assembly(Protocol):
     def console(self) -> CharacterPort:
         """The machine's console hub."""
 
+    rsdp: int | None
+    """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""
+
     def debug_output(self, text: bytes) -> None:
         """What a guest writes to a debug port. Never blocks, bounded."""
 

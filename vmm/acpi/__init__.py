@@ -1,0 +1,55 @@
+"""ACPI: the tables of one machine. `attach` is the builder's part; other parts tell it what they added.
+
+The tables are written once, right before the first instruction, into reserved memory below 1 MiB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmm import layout
+from vmm.acpi import tables
+from vmm.acpi.dsdt import GENERATION_EVENT, dsdt
+from vmm.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.interfaces import Assembly
+
+__all__ = ["GENERATION_EVENT", "Acpi", "attach"]
+
+
+class Acpi:
+    """What the tables describe. `write(address, bytes)` fills guest memory."""
+
+    def __init__(self, memory: Layout, cpus: int, write: Callable[[int, bytes], None]) -> None:
+        self._memory, self._cpus, self._write = memory, cpus, write
+        self._virtio_mmio: list[int] = []
+
+    @property
+    def rsdp(self) -> int:
+        """Guest-physical address of the root pointer."""
+        return layout.ACPI.start
+
+    def add_virtio_mmio(self, index: int) -> None:
+        """Describe the virtio-mmio window `index` (layout.virtio_mmio). Before start()."""
+        layout.virtio_mmio(index)
+        self._virtio_mmio.append(index)
+
+    def tables(self) -> list[tuple[str, int, bytes]]:
+        """(signature, guest-physical address, bytes) of every table."""
+        return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio))
+
+    def start(self) -> None:
+        """Write all tables. The builder calls it when every part is attached."""
+        for _, address, data in self.tables():
+            self._write(address, data)
+
+
+def attach(assembly: Assembly) -> None:
+    """Component "acpi", and the root pointer for the boot loader."""
+    memory = Layout(assembly.memory.size)
+    acpi = Acpi(memory, assembly.config.cpus, assembly.memory.write)
+    assembly.add("acpi", acpi)
+    assembly.rsdp = acpi.rsdp

@@ -1,0 +1,11 @@
+"""The second serial port: there, and connected to nothing."""
+
+from __future__ import annotations
+
+from vmm import layout
+from vmm.devices.uart import Uart
+from vmm.interfaces import Assembly
+
+
+def attach(assembly: Assembly) -> None:
+    assembly.add("com2", Uart(assembly.machine, layout.COM2, layout.COM2_GSI, None, "com2"))

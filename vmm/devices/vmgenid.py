@@ -1,0 +1,50 @@
+"""VM generation ID: 16 bytes that change when a machine is resumed from a snapshot or cloned, so that the guest
+reseeds its random number generator.
+
+Specification: Virtual Machine Generation ID (Microsoft, 2012). The DSDT gives the address; general purpose event 5 says
+that the value changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmm import layout
+from vmm.acpi.dsdt import GENERATION_EVENT
+from vmm.devices.pm import Pm
+from vmm.errors import StateError
+from vmm.interfaces import Assembly, RandomSource, State
+
+SIZE = 16
+
+
+class GenerationId:
+    """`start` writes the first value, `renew` a new one with the event."""
+
+    def __init__(self, write: Callable[[int, bytes], None], random: RandomSource, pm: Pm) -> None:
+        self._write, self._random, self._pm = write, random, pm
+        self._value = random(SIZE)
+
+    def start(self) -> None:
+        self._write(layout.VM_GENERATION_ID, self._value)
+
+    def renew(self) -> None:
+        """The machine goes on from a state that may go on elsewhere too."""
+        self._value = self._random(SIZE)
+        self.start()
+        self._pm.general_event(GENERATION_EVENT)
+
+    def save(self) -> State:
+        return {"version": 1, "value": self._value}
+
+    def restore(self, state: State) -> None:
+        """The same machine goes on (a migration): no new value. A clone calls renew() afterwards."""
+        if state.get("version") != 1 or len(state["value"]) != SIZE:
+            raise StateError("generation id: the saved state is of another shape")
+        self._value = bytes(state["value"])
+        self.start()
+
+
+def attach(assembly: Assembly) -> None:
+    device = GenerationId(assembly.memory.write, assembly.machine.random, assembly.get("pm"))
+    assembly.add("generation-id", device)
