@@ -175,7 +175,10 @@ class Vcpu(Protocol):
         """Answer the exit that parked it (Resume also for a fresh vCPU) and run on. StateError if it is not parked."""
 
     def kick(self) -> None:
-        """Make it park with `Interrupted` soon (1 ms); nothing if it is parked. *any thread*"""
+        """Make it park with `Interrupted` soon (1 ms); nothing if it is parked. *any thread*
+
+        A kick is sticky: if another exit was on its way, `Interrupted` follows right after that one's answer, with the
+        access completed. So to save the state of a vCPU that is parked in an access: resume() it, then kick() it."""
 
     def registers(self) -> Registers: ...
     def set_registers(self, registers: Registers) -> None: ...
@@ -184,8 +187,12 @@ class Vcpu(Protocol):
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
     def msr(self, index: int) -> int: ...
     def set_msr(self, index: int, value: int) -> None: ...
-    def state(self) -> VcpuState: ...
-    def set_state(self, state: VcpuState) -> None: ...
+    def state(self) -> VcpuState:
+        """Complete only between instructions: fresh, or parked by `Interrupted` (or by an exit that is no access)."""
+
+    def set_state(self, state: VcpuState) -> None:
+        """After set_cpuid()."""
+
     def nmi(self) -> None: ...
 
 
@@ -223,7 +230,8 @@ class Vm(Protocol):
 
     def take(self) -> list[tuple[int, Exit] | Posted | AlarmDue]:
         """What happened since the last call, in order: every posted write made before an exit stands before it.
-        (vcpu index, exit) pairs leave that vCPU parked. Never blocks."""
+        (vcpu index, exit) pairs leave that vCPU parked. Never blocks. Virtual clock: call it once each time that the
+        descriptor is readable; the next call says that what this one returned has been handled."""
 
     # The three kinds of access. Everything not named here is a synchronous exit.
     def add_posted(self, space: Space, address: int, size: int, tag: int) -> None:

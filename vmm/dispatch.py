@@ -136,12 +136,16 @@ class Dispatcher:
                     else:
                         self._other(index, exit_)
                         continue
-                    if self._holds or self.ended:
+                    if not self._holds and not self.ended:
+                        self._vcpus[index].resume(entry)
+                    elif self.ended or kind is Interrupted or kind is Debug:
                         self._held[index] = entry
                         if self.parked:
                             self._wake()
                     else:
+                        # Complete the access first: a state is whole only between instructions.
                         self._vcpus[index].resume(entry)
+                        self._vcpus[index].kick()
                 elif type(item) is Posted:
                     handler = self._posted.get(item.tag)
                     if handler is not None:

@@ -1,4 +1,4 @@
-"""Fixtures of the cores' conformance suite: `core` is each core in turn, `real_core` each that executes instructions."""
+"""Fixtures of the cores' conformance suite: `core` is each core, `real_core` each that executes instructions."""
 
 from collections.abc import Callable, Iterator
 

@@ -242,4 +242,9 @@ def test_the_scripted_core_records_what_was_signalled(guests, eventfds):
     guest.vm.add_irqfd(fd, 24)
     os.eventfd_write(fd, 3)
     assert guest.vm.take() == []
-    assert guest.vm.interrupts == [LineChange(4, True), LineChange(4, False), Message(LAPIC, 0x31), Message(LAPIC, VECTOR)]
+    assert guest.vm.interrupts == [
+        LineChange(4, True),
+        LineChange(4, False),
+        Message(LAPIC, 0x31),
+        Message(LAPIC, VECTOR),
+    ]
