@@ -1,0 +1,152 @@
+"""The host's side of vsock: who answers the guest's connections, and how the host reaches the guest. Loop thread only.
+
+UNIX sockets as Firecracker maps them: the host connects to PATH and writes "CONNECT port\\n", is answered "OK port\\n"
+and is then through; a guest's connection to host port P arrives at PATH_P.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+from virtio.errors import ConfigError
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Open = Callable[[int], Awaitable[Streams]]
+"""open(port) -> a connection to the guest's port; OSError if it is refused."""
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+LINE_MAX = 32
+PORT_MAX = 0xFFFFFFFF
+HANDSHAKE_SECONDS = 10
+
+
+async def stream_pair() -> tuple[Streams, Streams]:
+    """Two ends of one connection."""
+    one, two = socket.socketpair()
+    return await asyncio.open_connection(sock=one), await asyncio.open_connection(sock=two)
+
+
+class VsockBackend(Protocol):
+    async def start(self, open: Open) -> None:
+        """The device is there: `open` reaches the guest."""
+
+    async def dial(self, port: int) -> Streams:
+        """The guest connects to this port of the host; OSError refuses it."""
+
+    async def aclose(self) -> None:
+        """Give up descriptors."""
+
+
+class MemoryVsock(VsockBackend):
+    """Within this process: `listen` for the guest's connections, `open` one to the guest."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Handler] = {}
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._open: Open | None = None
+
+    def listen(self, port: int, handler: Handler) -> None:
+        """`handler(reader, writer)` serves each connection of the guest to this port."""
+        self._handlers[port] = handler
+
+    async def open(self, port: int) -> Streams:
+        """A connection to the guest's port; OSError."""
+        if self._open is None:
+            raise ConnectionRefusedError("the device is not there yet")
+        return await self._open(port)
+
+    async def start(self, open: Open) -> None:
+        self._open = open
+
+    async def dial(self, port: int) -> Streams:
+        handler = self._handlers.get(port)
+        if handler is None:
+            raise ConnectionRefusedError(f"nobody listens on port {port}")
+        ours, theirs = await stream_pair()
+        task = asyncio.ensure_future(self._handle(handler, theirs))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return ours
+
+    async def _handle(self, handler: Handler, streams: Streams) -> None:
+        try:
+            await handler(*streams)
+        finally:
+            streams[1].close()
+
+    async def aclose(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class UnixVsock(VsockBackend):
+    """UNIX sockets at `path` and `path`_PORT."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._server: asyncio.Server | None = None
+        self._open: Open | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self, open: Open) -> None:
+        self._open = open
+        with contextlib.suppress(FileNotFoundError):
+            if Path(self.path).is_socket():
+                Path(self.path).unlink()
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, self.path)
+        except OSError as error:
+            raise ConfigError(f"vsock {self.path}: {error.strerror}") from error
+
+    async def dial(self, port: int) -> Streams:
+        return await asyncio.open_unix_connection(f"{self.path}_{port}")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        guest: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                port = self._parse(await reader.readuntil(b"\n"))
+                if port is None or self._open is None:
+                    return
+                back, guest = await self._open(port)
+            writer.write(b"OK %d\n" % port)
+            await asyncio.gather(_copy(reader, guest), _copy(back, writer))
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+            return  # refused, or not a client of ours: it sees the end of its connection
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+            if guest is not None:
+                guest.close()
+
+    @staticmethod
+    def _parse(line: bytes) -> int | None:
+        word, _, port = line.strip().partition(b" ")
+        if word != b"CONNECT" or not port.isdigit() or len(line) > LINE_MAX or int(port) > PORT_MAX:
+            return None
+        return int(port)
+
+    async def aclose(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            for writer in tuple(self._writers):
+                writer.close()
+            with contextlib.suppress(FileNotFoundError):
+                Path(self.path).unlink()
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    if writer.can_write_eof() and not writer.is_closing():
+        writer.write_eof()
