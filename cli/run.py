@@ -94,9 +94,9 @@ async def _run(config: Config) -> Outcome:
     vm.on_debug = _debug
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
+        for number in signals:
+            loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))
         async with vm:
-            for number in signals:
-                loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))
             return await vm.run()
     finally:
         for number in signals:

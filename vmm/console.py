@@ -252,7 +252,7 @@ def _quote(pattern: re.Pattern[bytes]) -> str:
 
 
 def _tail(seen: bytearray) -> str:
-    lines = bytes(seen[-400:]).decode(errors="replace").splitlines()
+    lines = bytes(seen[-400:]).decode(errors="replace").strip().splitlines()
     return repr("\n".join(lines[-4:])) if lines else "nothing"
 
 

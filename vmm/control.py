@@ -193,7 +193,7 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
 
 
 def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
-    """Ask a machine and wait `patience` seconds for its answer (blocking). Raises what it answers, HostError if it does not."""
+    """Ask a machine, wait up to `patience` seconds (blocking). Raises what it answers, HostError if it does not."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(patience)

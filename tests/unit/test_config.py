@@ -75,7 +75,7 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     assert config.disks[0].path == tmp_path / "d.img"
 
 
-TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=40)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 
 
 @given(cmdline=TEXT, name=st.from_regex(r"[a-z][a-z0-9_.-]{0,20}", fullmatch=True), memory=st.integers(256, 1 << 24))

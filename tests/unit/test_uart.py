@@ -160,10 +160,18 @@ def test_8_6_trigger_levels_and_character_timeout(rig: Rig, code: int, level: in
 
 def test_8_6_clearing_the_receive_fifo(rig: Rig) -> None:
     rig.driver()
-    rig.port.type(b"xyz")
+    rig.port.type(b"wxyz")
+    rig.inp(THR)
     rig.out(FCR, 3)
     assert not rig.inp(LSR) & 1
     assert not rig.irq
+
+
+def test_input_before_the_driver_starts_is_kept(rig: Rig) -> None:
+    """`echo commands | vmm run …`: what came before the guest initialised its UART is not cleared away."""
+    rig.port.type(b"early")
+    rig.driver(fcr=7)
+    assert bytes(rig.inp(THR) for _ in range(5)) == b"early"
 
 
 def test_without_fifo_one_character_at_a_time(rig: Rig) -> None:

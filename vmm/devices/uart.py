@@ -64,6 +64,10 @@ class Uart:
         self._received: deque[tuple[int, int]] = deque()
         """(character, its LSR_PE, LSR_FE, LSR_BI)"""
         self._last = 0
+        self._kept = b""
+        """Input that a guest cleared away before it ever read any: it only initialised its UART, so it gets it
+        afterwards. Without this the first characters of piped input would be lost."""
+        self._untouched = True
         self._overrun = 0
         self._thre_pending = False
         self._msr_delta = 0
@@ -127,6 +131,7 @@ class Uart:
     def _read_data(self) -> int:
         if self._lcr & LCR_DLAB:
             return self._divisor & 0xFF
+        self._untouched = False
         if self._received:
             self._last = self._received.popleft()[0]
             if not self._received:
@@ -156,11 +161,11 @@ class Uart:
     def _write_fcr(self, value: int) -> None:
         if bool(value & FCR_ENABLE) != self._fifos:
             self._fifos = bool(value & FCR_ENABLE)
-            self._received.clear()
+            self._clear_received()
         if self._fifos:
             self._trigger = TRIGGER[value >> 6 & 3]
             if value & FCR_CLEAR_RX:
-                self._received.clear()
+                self._clear_received()
         else:
             self._trigger = 1
         self._fill()
@@ -240,10 +245,16 @@ class Uart:
             return
         room = (FIFO_SIZE if self._fifos else 1) - len(self._received)
         if room > 0:
-            data = self._port.read(room)
+            data, self._kept = self._kept[:room], self._kept[room:]
+            data += self._port.read(room - len(data))
             if data:
                 self._received.extend((character, 0) for character in data)
                 self._update()
+
+    def _clear_received(self) -> None:
+        if self._untouched and not self._mcr & MCR_LOOP:
+            self._kept = bytes(character for character, errors in self._received if not errors) + self._kept
+        self._received.clear()
 
     def _receive(self, character: int, errors: int) -> None:
         """A character that cannot wait: 8.3, a full FIFO keeps what it has, a single register is overwritten."""
@@ -332,7 +343,8 @@ class Uart:
             "divisor": self._divisor, "fifos": self._fifos, "trigger": self._trigger,
             "received": [list(entry) for entry in self._received], "last": self._last,
             "overrun": self._overrun, "thre_pending": self._thre_pending,
-            "msr_delta": self._msr_delta, "inputs": self._inputs, "throttled": self._throttled,
+            "kept": self._kept, "untouched": self._untouched, "msr_delta": self._msr_delta,
+            "inputs": self._inputs, "throttled": self._throttled,
         }  # fmt: skip
 
     def restore(self, state: State) -> None:
@@ -344,6 +356,7 @@ class Uart:
         self._received = deque((entry[0] & 0xFF, entry[1] & 0x1E) for entry in state["received"][:FIFO_SIZE])
         self._last, self._overrun = state["last"] & 0xFF, state["overrun"] & LSR_OE
         self._thre_pending, self._msr_delta = bool(state["thre_pending"]), state["msr_delta"] & 0x0F
+        self._kept, self._untouched = bytes(state["kept"]), bool(state["untouched"])
         self._inputs, self._throttled = state["inputs"] & 0xF0, bool(state["throttled"])
         self._shown.clear()
         self._update()
