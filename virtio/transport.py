@@ -65,11 +65,12 @@ class Transport:
         self._memory = memory
         self._native: _ring.Memory | None = None
         self._ring_factory = ring_factory or self._native_ring
-        self.features = int(device.device_features | RING_FEATURES)
+        features = int(device.device_features) | RING_FEATURES
         if packed:
-            self.features |= Feature.RING_PACKED
+            features |= Feature.RING_PACKED
         if in_order:
-            self.features |= Feature.IN_ORDER
+            features |= Feature.IN_ORDER
+        self.features = int(features)  # not an IntFlag: their complement knows only named bits
         self.config_generation = 0
         self._faults = 0
         self._resetting = False

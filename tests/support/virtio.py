@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from virtio import mmio
 from virtio.constants import Feature, Status
 from virtio.device import Device
-from virtio.driver import Allocator, Buffer, DriverQueue, Used
+from virtio.driver import Allocator, AnyDriverQueue, Buffer, Used, driver_queue
 from virtio.fake import FakeMemory
 from virtio.layouts import PciCapability, PciCommonConfig, fields
 from virtio.mmio import MmioTransport
@@ -30,7 +31,7 @@ class Driver:
     def __init__(self, memory: FakeMemory | None = None) -> None:
         self.memory = memory or FakeMemory(MEMORY, BASE)
         self.allocator = Allocator(self.memory, self.memory.base, self.memory.base + len(self.memory.bytes))
-        self.queues: list[DriverQueue] = []
+        self.queues: list[AnyDriverQueue] = []
         self.interrupted = asyncio.Event()
         self.features = 0
 
@@ -51,7 +52,7 @@ class Driver:
     def queue_size_max(self, index: int) -> int:
         raise NotImplementedError
 
-    def configure_queue(self, index: int, queue: DriverQueue) -> None:
+    def configure_queue(self, index: int, queue: AnyDriverQueue) -> None:
         raise NotImplementedError
 
     def notify(self, index: int) -> None:
@@ -81,7 +82,7 @@ class Driver:
         while size := self.queue_size_max(index):
             if sizes is not None:
                 size = sizes[index]
-            queue = DriverQueue(self.allocator, size, self.features)
+            queue = driver_queue(self.allocator, size, self.features)
             self.configure_queue(index, queue)
             self.queues.append(queue)
             index += 1
@@ -193,7 +194,7 @@ class MmioDriver(Driver):
         self.set(0x030, index)
         return self.get(0x034)
 
-    def configure_queue(self, index: int, queue: DriverQueue) -> None:
+    def configure_queue(self, index: int, queue: AnyDriverQueue) -> None:
         self.set(0x030, index)
         assert self.get(0x044) == 0
         self.set(0x038, queue.size)
@@ -294,7 +295,7 @@ class PciDriver(Driver):
         self.set("queue_select", index)
         return self.get("queue_size")
 
-    def configure_queue(self, index: int, queue: DriverQueue) -> None:
+    def configure_queue(self, index: int, queue: AnyDriverQueue) -> None:
         self.set("config_msix_vector", 0)
         self.set("queue_select", index)
         self.set("queue_size", queue.size)
@@ -319,5 +320,9 @@ class PciDriver(Driver):
         self.pci.bar_write(self.caps[4].bar, self.caps[4].offset + offset, size, value)
 
 
-DRIVERS: dict[str, Callable[..., Driver]] = {"pci": PciDriver, "mmio": MmioDriver}
-"""Each device test runs over every transport."""
+DRIVERS: dict[str, Callable[..., Driver]] = {
+    "pci": PciDriver,
+    "mmio": MmioDriver,
+    "pci-packed": partial(PciDriver, packed=True),
+}
+"""Each device test runs over every transport, and over both kinds of rings."""

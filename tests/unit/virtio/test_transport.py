@@ -14,8 +14,8 @@ from virtio.constants import Feature, Status
 from virtio.device import Device
 from virtio.driver import F_NEXT
 from virtio.errors import HostError, StateError
+from virtio.packed import reference_ring
 from virtio.queue import Queue
-from virtio.split import SplitRing
 
 from .conftest import Connect
 
@@ -55,7 +55,7 @@ async def test_a_device_of_one_coroutine(connect: Connect) -> None:
 
 
 async def test_the_reference_ring_serves_a_device(connect: Connect) -> None:
-    driver = connect(Echo(), ring_factory=SplitRing)
+    driver = connect(Echo(), ring_factory=reference_ring)
     driver.initialize()
     assert await driver.request(0, [b"abc"], [4]) == b"cba"
 
@@ -236,7 +236,8 @@ async def test_state_moves_to_another_machine(connect: Connect) -> None:
 async def test_state_of_another_device_is_refused(connect: Connect) -> None:
     driver = connect(Echo())
     state = driver.transport.save()
-    for wrong in ({"version": 2}, {"device_id": 7}, {"features": 1 << 60}, {"queues": []}):
+    wrongs: list[dict[str, Any]] = [{"version": 2}, {"device_id": 7}, {"features": 1 << 60}, {"queues": []}]
+    for wrong in wrongs:
         with pytest.raises(StateError):
             connect(Echo()).transport.restore(state | wrong)
 
