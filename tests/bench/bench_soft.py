@@ -1,0 +1,121 @@
+"""Compute guests on the software core and on QEMU's TCG: the same binaries, in turn, on the same host.
+
+Each guest writes S when it begins and E when it is done to port 0xe9, with its result between; only the time between
+the two counts, and results must be equal. A ratio above 1 means that the software core is faster.
+
+    python -m tests.bench.bench_soft [WORKLOAD ...]
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cpu.contract import VmConfig
+from cpu.system import soft_system
+from tests.support.bare import Bare
+
+GUESTS = Path(__file__).parent / "guests"
+MEMORY_MIB = 256
+GOALS = {"sha256": 0.6, "sort": 0.6, "branches": 0.6, "tlb": 1.2, "movs": 20.0}
+"""Workload -> the ratio that is asked for."""
+FLAGS = ["-m64", "-O2", "-std=gnu11", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-mno-red-zone",
+         "-mgeneral-regs-only", "-fno-tree-vectorize", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none",
+         "-Wl,-z,max-page-size=4096"]
+QEMU = ["qemu-system-x86_64", "-accel", "tcg", "-M", "microvm,pit=on,pic=on,rtc=on", "-m", str(MEMORY_MIB), "-display",
+        "none", "-nodefaults", "-no-reboot", "-debugcon", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    name: str
+    soft_seconds: float
+    tcg_seconds: float | None
+    ratio: float | None
+    goal: float
+    mips: float
+
+
+def build(workload: str, folder: Path) -> Path:
+    """The ELF file of one workload."""
+    target = folder / f"{workload}.elf"
+    sources = [GUESTS / "start.S", GUESTS / "compute.c"]
+    linker = f"-Wl,-T,{GUESTS / 'guest.ld'}"
+    subprocess.run(["gcc", *FLAGS, linker, f"-DWORKLOAD={workload}", "-o", target, *sources], check=True)
+    return target
+
+
+def _between(marks: list[tuple[int, float]]) -> tuple[float, str]:
+    """Seconds from S to E and what stands between."""
+    begin = next(at for byte, at in marks if byte == ord("S"))
+    end = next(at for byte, at in marks if byte == ord("E"))
+    text = bytes(byte for byte, _ in marks).decode()
+    return end - begin, text[text.index("S") + 1 : text.index("E")]
+
+
+def on_soft(kernel: Path, timeout: float = 120) -> tuple[float, str, int]:
+    """(seconds, result, instructions) on the software core."""
+    marks: list[tuple[int, float]] = []
+    with Bare(soft_system(), VmConfig(), memory=MEMORY_MIB << 20) as machine:
+        machine.log = lambda byte: marks.append((byte, time.perf_counter()))
+        machine.boot(kernel)
+        machine.start()
+        machine.run(timeout=timeout)
+        instructions = machine.vm.stats()["instructions"]
+    return *_between(marks), instructions
+
+
+def on_tcg(kernel: Path, timeout: float = 120) -> tuple[float, str]:
+    """(seconds, result) on QEMU."""
+    marks: list[tuple[int, float]] = []
+    deadline = time.monotonic() + timeout
+    command = [*QEMU, "-kernel", str(kernel)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0) as qemu:
+        assert qemu.stdout is not None
+        try:
+            while (byte := qemu.stdout.read(1)) and time.monotonic() < deadline:
+                marks.append((byte[0], time.perf_counter()))
+        finally:
+            qemu.kill()
+    return _between(marks)
+
+
+def measure(workload: str, folder: Path) -> Result:
+    kernel = build(workload, folder)
+    tcg = shutil.which("qemu-system-x86_64") is not None
+    soft_best, tcg_best, instructions = float("inf"), float("inf"), 0
+    for _ in range(ROUNDS):
+        seconds, result, instructions = on_soft(kernel)
+        soft_best = min(soft_best, seconds)
+        if tcg:
+            seconds, other = on_tcg(kernel)
+            tcg_best = min(tcg_best, seconds)
+            if other != result:
+                raise RuntimeError(f"{workload}: the software core computed {result}, QEMU {other}")
+    return Result(
+        workload, soft_best, tcg_best if tcg else None, tcg_best / soft_best if tcg else None, GOALS[workload],
+        instructions / soft_best / 1e6,
+    )
+
+
+def run(workloads: list[str] | None = None) -> list[dict[str, object]]:
+    """Print the table; return its rows."""
+    rows = []
+    print(f"{'software core':<14}{'soft s':>9}{'TCG s':>9}{'ratio':>8}{'goal':>7}{'MIPS':>7}")
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in workloads or list(GOALS):
+            r = measure(workload, Path(folder))
+            tcg, ratio = ("-", "-") if r.ratio is None else (f"{r.tcg_seconds:.3f}", f"{r.ratio:.2f}")
+            print(f"{r.name:<14}{r.soft_seconds:>9.3f}{tcg:>9}{ratio:>8}{r.goal:>7}{r.mips:>7.0f}", flush=True)
+            rows.append(asdict(r))
+    return rows
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
