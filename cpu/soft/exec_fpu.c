@@ -223,11 +223,16 @@ HANDLER(vec_copy)
     c->fpu.xmm[u->r0] = c->fpu.xmm[u->r1];
     NEXT;
 }
-HANDLER(vec_rr)
+/* The context's address escapes: it must not be a local of a handler, which has to end in a tail call. */
+static __attribute__((noinline)) bool vec_call_rr(struct soft_vcpu *c, const struct uop *u)
 {
     const struct vec_op *op = u->ptr;
     struct vec_context ctx = {.fpu = &c->fpu, .rax = c->gpr[RAX], .rdx = c->gpr[RDX], .imm = (uint8_t)u->disp, .rex_w = u->aux};
-    if (SOFT_UNLIKELY(op->fn(&ctx, &c->fpu.xmm[u->r0], &c->fpu.xmm[u->r1]))) {
+    return op->fn(&ctx, &c->fpu.xmm[u->r0], &c->fpu.xmm[u->r1]) != FPU_OK;
+}
+HANDLER(vec_rr)
+{
+    if (SOFT_UNLIKELY(vec_call_rr(c, u))) {
         SYNC();
         raise_simd(c);
     }
