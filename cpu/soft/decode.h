@@ -31,6 +31,7 @@ struct dec {
     uint8_t rex, rep, opcode;
     int seg;
     bool lock, lock_ok, p66;
+    bool near64;  /* near branches have 64-bit operands */
     unsigned opsize, adsize, stack_size;
     /* ModRM and memory operand */
     bool has_modrm, mem, ea_rip, op_tmp;
@@ -70,6 +71,7 @@ void rmw_end(struct dec *d, unsigned size);
 
 void decode_opcode(struct dec *d);      /* decode_map.c */
 void decode_jcc(struct dec *d, unsigned cc, int64_t rel);
+int64_t decode_displacement(struct dec *d, bool byte);
 void decode_push_seg(struct dec *d, unsigned seg);
 void decode_pop_seg(struct dec *d, unsigned seg);
 void emit_fpu_check(struct dec *d, unsigned kind); /* decode_0f.c; kind: 0 SSE, 1 MMX, 2 x87 */

@@ -5,19 +5,28 @@
 
 HANDLER(jmp_rel) { GO_TAKEN(); }
 HANDLER(jmp_fall) { GO_NEXT(); }
-
-/* A computed target that is not canonical faults at the branch, before it has changed anything. */
-static SLOW HANDLER(bad_target)
+/* Indirect branches whose target is not in the jump cache. A target that is not canonical faults here, before anything
+ * has changed, as on AMD's processors. */
+static SLOW HANDLER(jmp_r_slow)
 {
-    SYNC();
-    soft_raise_error(c, VEC_GP, 0);
+    uint64_t target = REG64(u->r1);
+    if (!soft_canonical(target)) {
+        SYNC();
+        soft_raise_error(c, VEC_GP, 0);
+    }
+    c->budget -= u->idx + 1;
+    c->rip = target;
+    return block_enter(c, u, rip);
 }
 HANDLER(jmp_r)
 {
     uint64_t target = REG64(u->r1);
-    if (SOFT_UNLIKELY(!soft_canonical(target)))
-        return bad_target(c, u, rip);
-    JUMP(target);
+    const struct soft_jump *j = &c->jumps[jump_hash(target)];
+    if (SOFT_UNLIKELY(j->linear != target))
+        return jmp_r_slow(c, u, rip);
+    LEAVE_IF_DUE(target);
+    u = j->code;
+    return u->fn(c, u, target);
 }
 
 #define JCC(cc)                                                                                                        \
@@ -56,8 +65,10 @@ static SLOW HANDLER(call_r_slow)
 {
     uint64_t target = REG64(u->r1);
     SYNC();
+    if (!soft_canonical(target))
+        soft_raise_error(c, VEC_GP, 0);
     c->access_ss = 1;
-    soft_store_slow(c, REG64(RSP * 8) - 8, 8, rip + u->off + u->len);
+    store(c, REG64(RSP * 8) - 8, 8, rip + u->off + u->len);
     UNSYNC();
     REG64(RSP * 8) -= 8;
     c->budget -= u->idx + 1;
@@ -67,20 +78,21 @@ static SLOW HANDLER(call_r_slow)
 HANDLER(call_r)
 {
     uint64_t sp = REG64(RSP * 8) - 8, target = REG64(u->r1);
+    const struct soft_jump *j = &c->jumps[jump_hash(target)];
     uint8_t *p;
-    if (SOFT_UNLIKELY(!soft_canonical(target)))
-        return bad_target(c, u, rip);
-    if (!tlb_hit(c, sp, 8, ACCESS_WRITE, &p))
+    if (!tlb_hit(c, sp, 8, ACCESS_WRITE, &p) || SOFT_UNLIKELY(j->linear != target))
         return call_r_slow(c, u, rip);
     MEM(64, p) = rip + u->off + u->len;
     REG64(RSP * 8) = sp;
-    JUMP(target);
+    LEAVE_IF_DUE(target);
+    u = j->code;
+    return u->fn(c, u, target);
 }
 static SLOW HANDLER(ret64_slow)
 {
     SYNC();
     c->access_ss = 1;
-    uint64_t target = soft_load_slow(c, REG64(RSP * 8), 8);
+    uint64_t target = load(c, REG64(RSP * 8), 8);
     if (!soft_canonical(target))
         soft_raise_error(c, VEC_GP, 0);
     UNSYNC();
@@ -96,10 +108,13 @@ HANDLER(ret64)
     if (!tlb_hit(c, sp, 8, ACCESS_READ, &p))
         return ret64_slow(c, u, rip);
     uint64_t target = MEM(64, p);
-    if (SOFT_UNLIKELY(!soft_canonical(target)))
-        return bad_target(c, u, rip);
+    const struct soft_jump *j = &c->jumps[jump_hash(target)];
+    if (SOFT_UNLIKELY(j->linear != target))
+        return ret64_slow(c, u, rip);
     REG64(RSP * 8) = sp + 8 + u->imm;
-    JUMP(target);
+    LEAVE_IF_DUE(target);
+    u = j->code;
+    return u->fn(c, u, target);
 }
 
 /* CMP and TEST with the conditional jump that follows. The operands decide; the flags are stored besides. */

@@ -71,14 +71,10 @@ HELPER(h_pop_seg)
     if (u->aux == SEG_SS)
         c->shadow = 2;
 }
+/* Not all or nothing: what is written before a fault is written, RSP stays. */
 HELPER(h_pusha)
 {
     uint64_t sp = c->gpr[RSP];
-    for (unsigned i = 0; i < 8; i++)
-        stack_linear(c, sp - (i + 1) * u->size, u->size, true);
-    /* The last of the eight is the lowest: probe both ends before the first store. */
-    soft_probe_write(c, stack_linear(c, sp - 8 * u->size, u->size, true), u->size);
-    soft_probe_write(c, stack_linear(c, sp - u->size, u->size, true), u->size);
     for (unsigned i = 0; i < 8; i++)
         stack_put(c, sp - (i + 1) * u->size, u->size, c->gpr[i]);
     set_sp(c, sp - 8 * u->size);

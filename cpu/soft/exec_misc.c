@@ -215,29 +215,32 @@ static void result_flags(struct soft_vcpu *c, uint8_t r, bool cf, bool af, bool 
 }
 static void decimal_adjust(struct soft_vcpu *c, int sign)
 {
-    uint8_t old = REG8(RAX * 8), al = old;
-    bool old_cf = flag_cf(c), cf = false, af = flag_af(c);
-    if ((old & 15) > 9 || af) {
-        al = (uint8_t)(al + 6 * sign);
-        cf = old_cf || (sign > 0 ? old > 0xF9 : old < 6);
+    uint8_t old = REG8(RAX * 8), by = 0;
+    bool cf = false, af = false;
+    if ((old & 15) > 9 || flag_af(c)) {
+        by = 6;
+        cf = sign > 0 ? old > 0xF9 : old < 6;
         af = true;
     }
-    if (old > 0x99 || old_cf) {
-        al = (uint8_t)(al + 0x60 * sign);
+    if (old > 0x99 || flag_cf(c)) {
+        by += 0x60;
         cf = true;
     }
-    SET8(RAX * 8, al);
-    result_flags(c, al, cf, af, false);
+    uint8_t r = (uint8_t)(old + by * sign);
+    SET8(RAX * 8, r);
+    result_flags(c, r, cf || flag_cf(c), af, (sign > 0 ? (old ^ r) & (by ^ r) : (old ^ by) & (old ^ r)) & 0x80);
 }
 HELPER(h_daa) { decimal_adjust(c, 1); }
 HELPER(h_das) { decimal_adjust(c, -1); }
+/* ZF, SF, PF and OF are undefined: Zen has them from the 16-bit addition, before the upper half of AL is cleared. */
 static void ascii_adjust(struct soft_vcpu *c, int sign)
 {
     bool adjust = (REG8(RAX * 8) & 15) > 9 || flag_af(c);
-    if (adjust)
-        SET16(RAX * 8, REG16(RAX * 8) + 0x106 * sign);
-    SET8(RAX * 8, REG8(RAX * 8) & 15);
-    result_flags(c, REG8(RAX * 8), adjust, adjust, false);
+    uint16_t a = REG16(RAX * 8), by = adjust ? 0x106 : 0, r = (uint16_t)(a + by * sign);
+    SET16(RAX * 8, r & 0xFF0F);
+    c->lf[0] = (uint64_t)(int64_t)(int16_t)r;
+    flags_set_co(c, adjust, (sign > 0 ? (a ^ r) & (by ^ r) : (a ^ by) & (a ^ r)) >> 15 & 1);
+    c->lf[2] = adjust ? 8 : 0;
 }
 HELPER(h_aaa) { ascii_adjust(c, 1); }
 HELPER(h_aas) { ascii_adjust(c, -1); }
@@ -251,8 +254,9 @@ HELPER(h_aam)
 }
 HELPER(h_aad)
 {
-    SET16(RAX * 8, (uint8_t)(REG8(RAX * 8) + REG8(RAX * 8 + 1) * u->aux));
-    result_flags(c, REG8(RAX * 8), false, false, false);
+    uint8_t al = REG8(RAX * 8), by = (uint8_t)(REG8(RAX * 8 + 1) * u->aux), r = (uint8_t)(al + by);
+    SET16(RAX * 8, r);
+    result_flags(c, r, r < al, ((al ^ by ^ r) >> 4) & 1, ((al ^ r) & (by ^ r)) & 0x80);
 }
 HELPER(h_salc) { SET8(RAX * 8, flag_cf(c) ? 0xFF : 0); }
 

@@ -149,37 +149,26 @@ ROTATE(rcr, DO_RCR)
 const uop_fn shift_ri[SH_OPS][4][2] = {RI(rol), RI(ror), RI(rcl), RI(rcr), RI(shl), RI(shr), RI(shl), RI(sar)};
 const uop_fn shift_rc[SH_OPS][4] = {RC(rol), RC(ror), RC(rcl), RC(rcr), RC(shl), RC(shr), RC(shl), RC(sar)};
 
-/* SHLD and SHRD. A 16-bit count above 16 goes on into the source again, as AMD processors do. */
+/* SHLD and SHRD. A 16-bit count above 16 goes on with the source again (CF is then 0). */
 static inline void double_shift(struct soft_vcpu *c, const struct uop *u, unsigned n, bool left)
 {
     unsigned bits = u->size * 8u;
     n &= bits == 64 ? 63 : 31;
-    uint64_t a = get_reg(c, u->r0, u->size), b = get_reg(c, u->r1, u->size), r, cf;
+    uint64_t a = get_reg(c, u->r0, u->size), b = get_reg(c, u->r1, u->size), r, cf, of;
     if (n == 0) {
         set_reg(c, u->r0, u->size, a);
         return;
     }
     if (bits == 64) {
         r = left ? a << n | b >> (64 - n) : a >> n | b << (64 - n);
-        cf = left ? a >> (64 - n) & 1 : a >> (n - 1) & 1;
     } else if (bits == 32) {
         r = (uint32_t)(left ? a << n | b >> (32 - n) : a >> n | b << (32 - n));
-        cf = left ? a >> (32 - n) & 1 : a >> (n - 1) & 1;
     } else {
         uint64_t wide = left ? a << 32 | b << 16 | b : b << 32 | b << 16 | a;
-        if (left) {
-            r = (uint16_t)(wide >> (32 - n));
-            cf = wide >> (48 - n) & 1;
-        } else {
-            r = (uint16_t)(wide >> n);
-            cf = wide >> (n - 1) & 1;
-        }
+        r = (uint16_t)(left ? wide >> (32 - n) : wide >> n);
     }
-    uint64_t of = ((r ^ a) >> (bits - 1)) & 1;
-    if (!left)
-        of = ((r >> (bits - 1)) ^ (r >> (bits - 2))) & 1;
-    else
-        of = (r >> (bits - 1) & 1) ^ cf;
+    cf = n > bits ? 0 : left ? a >> (bits - n) & 1 : a >> (n - 1) & 1;
+    of = left ? cf ^ (n >= bits ? 0 : a << n >> (bits - 1) & 1) : ((r >> (bits - 1)) ^ (r >> (bits - 2))) & 1;
     c->lf[0] = bits == 64 ? r : bits == 32 ? (uint64_t)(int64_t)(int32_t)r : (uint64_t)(int64_t)(int16_t)r;
     flags_set_co(c, cf, of);
     c->lf[2] = 8;

@@ -4,8 +4,7 @@
  * lf[1]: bit 63 is CF, bit 63 xor bit 62 is OF (the carries out of the two highest bits, moved to the top).
  * lf[2]: bit 3 is AF; bit 63 inverts SF and bits 8-15 are xored into the byte that PF is computed from, for flag
  *        combinations that no result has.
- * Flags that the manuals leave undefined are set as AMD processors do where that is known: AF is cleared by logical
- * operations and shifts; MUL and IMUL leave SF, ZF, AF and PF unchanged... see the operations in exec_*.c.
+ * Flags that the manuals leave undefined are set as AMD's Zen processors do (measured; see exec_shift.c, exec_misc.c).
  */
 #ifndef SOFT_FLAGS_H
 #define SOFT_FLAGS_H
