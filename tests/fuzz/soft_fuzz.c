@@ -1,0 +1,447 @@
+/* Fuzz the software core: random bytes and random plausible instructions in every mode, with interrupts, DMA, dirty log
+ * and state changes in between. The promise under test: whatever the guest runs, the process neither crashes nor hangs
+ * nor touches memory outside the guest's RAM. Build with ASan and UBSan.
+ *
+ *   soft_fuzz SECONDS [SEED]        campaigns until the time is over; a failing case prints its seed
+ *   soft_fuzz --case SEED           one case
+ * Exit status 0: nothing found. The sanitizers abort with their own report; a hang is reported by SIGALRM.
+ */
+#include <linux/kvm.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "soft/soft.h"
+
+enum {
+    RAM_SIZE = 2 << 20, ROM_SIZE = 0x10000, CODE = 0x10000, CODE_SIZE = 0x3000, DATA = 0x40000, TABLES = 0x100000,
+    IDT_AT = 0x1000, GDT_AT = 0x2000, TSS_AT = 0x3000, HANDLER = 0x4000, STACK = 0x8000,
+    CASE_NS = 4000, HANG_SECONDS = 20,
+};
+#define ROM_AT 0xFFFF0000ull
+
+enum mode { REAL16, PROT32, PROT16, PROT32_PAGED, PAE, LONG64, LONG64_USER, COMPAT, VM86, MODES };
+
+static uint64_t random_state, current_seed;
+static uint8_t *ram, *rom;
+
+static uint64_t rnd(void)
+{
+    uint64_t z = (random_state += 0x9E3779B97F4A7C15ull);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+static uint32_t below(uint32_t n) { return (uint32_t)(rnd() >> 32) % n; }
+
+static uint64_t edge_value(void)
+{
+    static const uint64_t edges[] = { 0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
+                                      0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x00007FFFFFFFFFFF,
+                                      0xFFFF800000000000, RAM_SIZE - 1, RAM_SIZE - 4, RAM_SIZE, 0xFEE00000, 0xFEC00000,
+                                      0xFFFFFFF8, 0xFFF, 0xFFC, 0xC0000080, 0x800, 0x1B, 0x6E0 };
+    switch (below(4)) {
+    case 0: return edges[below(sizeof edges / sizeof edges[0])];
+    case 1: return DATA + below(0x10000);
+    case 2: return CODE + below(CODE_SIZE);
+    default: return rnd() >> below(64);
+    }
+}
+
+/* ---- code ---- */
+
+static unsigned put_modrm(uint8_t *p, bool address16)
+{
+    uint8_t modrm = (uint8_t)rnd();
+    unsigned n = 0;
+    p[n++] = modrm;
+    unsigned mod = modrm >> 6, rm = modrm & 7;
+    if (mod == 3)
+        return n;
+    if (address16) {
+        unsigned d = mod == 1 ? 1 : mod == 2 || (mod == 0 && rm == 6) ? 2 : 0;
+        for (unsigned i = 0; i < d; i++)
+            p[n++] = (uint8_t)rnd();
+        return n;
+    }
+    uint8_t sib = 0;
+    if (rm == 4)
+        p[n++] = sib = (uint8_t)rnd();
+    if (mod == 1) {
+        p[n++] = (uint8_t)rnd();
+    } else if (mod == 2 || (mod == 0 && (rm == 5 || (rm == 4 && (sib & 7) == 5)))) {
+        uint32_t d = below(3) ? DATA + below(0x10000) : (uint32_t)edge_value();
+        memcpy(p + n, &d, 4);
+        n += 4;
+    }
+    return n;
+}
+
+/* Something that is likely to be one instruction: prefixes, an opcode of any map, ModRM, an immediate. */
+static unsigned put_instruction(uint8_t *p)
+{
+    static const uint8_t prefixes[] = { 0x66, 0x67, 0xF2, 0xF3, 0xF0, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65 };
+    unsigned n = 0;
+    while (below(4) == 0 && n < 3)
+        p[n++] = prefixes[below(sizeof prefixes)];
+    if (below(3) == 0)
+        p[n++] = (uint8_t)(0x40 | below(16));
+    switch (below(8)) {
+    case 0: case 1: case 2:
+        p[n++] = 0x0F;
+        p[n++] = (uint8_t)rnd();
+        break;
+    case 3:
+        p[n++] = 0x0F;
+        p[n++] = below(2) ? 0x38 : 0x3A;
+        p[n++] = (uint8_t)rnd();
+        break;
+    case 4:
+        p[n++] = (uint8_t)(0xD8 + below(8));
+        break;
+    default:
+        p[n++] = (uint8_t)rnd();
+        break;
+    }
+    n += put_modrm(p + n, below(8) == 0);
+    unsigned immediate = below(5);
+    for (unsigned i = 0; i < immediate; i++)
+        p[n++] = (uint8_t)(below(2) ? rnd() : below(4));
+    return n;
+}
+
+static void fill_code(uint8_t *at, unsigned size)
+{
+    if (below(4) == 0) {
+        for (unsigned i = 0; i < size; i++)
+            at[i] = (uint8_t)rnd();
+        return;
+    }
+    unsigned n = 0;
+    while (n + 32 < size)
+        n += put_instruction(at + n);
+}
+
+/* ---- machine set-up ---- */
+
+static void put64(uint32_t at, uint64_t v) { memcpy(ram + at, &v, 8); }
+static void put32(uint32_t at, uint32_t v) { memcpy(ram + at, &v, 4); }
+
+static void build_tables(enum mode mode)
+{
+    static const uint64_t gdt[] = { 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF,
+                                    0x00AFFB000000FFFF, 0x00CFFB000000FFFF, 0x000F9B000000FFFF, 0x0000930000000FFF,
+                                    0x0000890030000FFF, 0, 0x0000EC0000184000, 0, 0x00C097000000000F };
+    memcpy(ram + GDT_AT, gdt, sizeof gdt);
+    for (unsigned i = 16; i < 64; i++) /* any descriptor */
+        put64(GDT_AT + i * 8, rnd());
+    bool long_mode = mode >= LONG64 && mode <= COMPAT;
+    for (unsigned v = 0; v < 256; v++) {
+        uint32_t handler = HANDLER + (v < 32 ? v * 16 : 0x200);
+        if (mode == REAL16) {
+            put32(v * 4, handler);
+        } else if (long_mode) {
+            put64(IDT_AT + v * 16, (handler & 0xFFFF) | 0x18u << 16 | (uint64_t)(0xEE00 | (v == 8)) << 32 | (uint64_t)(handler >> 16) << 48);
+            put64(IDT_AT + v * 16 + 8, 0);
+        } else {
+            put64(IDT_AT + v * 8, (handler & 0xFFFF) | 0x08u << 16 | 0xEE00ull << 32 | (uint64_t)(handler >> 16) << 48);
+        }
+    }
+    if (below(8) == 0)
+        for (unsigned i = 0; i < 16; i++) /* gates of any kind */
+            put64(IDT_AT + below(512) * 8, rnd());
+    memset(ram + TSS_AT, 0, 0x200);
+    if (long_mode) {
+        for (unsigned i = 0; i < 10; i++)
+            put64(TSS_AT + 4 + i * 8, STACK - i * 0x100);
+    } else {
+        for (unsigned i = 0; i < 3; i++) {
+            put32(TSS_AT + 4 + i * 8, STACK - i * 0x100);
+            put32(TSS_AT + 8 + i * 8, 0x10);
+        }
+    }
+    ram[TSS_AT + 0x66] = 0x68;
+    /* Handlers: drop the error code, step the return address on by a few bytes, return. */
+    for (unsigned v = 0; v < 33; v++) {
+        uint8_t *h = ram + HANDLER + v * 16;
+        unsigned n = 0;
+        bool error = v == 8 || (v >= 10 && v <= 14) || v == 17;
+        if (mode == REAL16) {
+            static const uint8_t code[] = { 0x55, 0x89, 0xE5, 0x83, 0x46, 0x02, 0x03, 0x5D, 0xCF };
+            memcpy(h, code, sizeof code); /* push bp; mov bp,sp; add word [bp+2],3; pop bp; iret */
+            continue;
+        }
+        if (error) {
+            static const uint8_t drop64[] = { 0x48, 0x83, 0xC4, 0x08 }, drop32[] = { 0x83, 0xC4, 0x04 };
+            memcpy(h, long_mode ? drop64 : drop32, long_mode ? 4 : 3);
+            n = long_mode ? 4 : 3;
+        }
+        static const uint8_t step64[] = { 0x48, 0x83, 0x04, 0x24, 0x03, 0x48, 0xCF }, step32[] = { 0x83, 0x04, 0x24, 0x03, 0xCF };
+        memcpy(h + n, long_mode ? step64 : step32, long_mode ? 7 : 5);
+    }
+    if (below(16) == 0)
+        fill_code(ram + HANDLER, 0x220);
+    /* Page tables: identity over RAM with odd entries in between. */
+    memset(ram + TABLES, 0, 0x6000);
+    if (mode == PROT32_PAGED || mode == VM86) {
+        put32(TABLES, TABLES + 0x1007);
+        put32(TABLES + 4, below(2) ? 0x87 : (uint32_t)rnd());
+        for (unsigned i = 0; i < 512; i++)
+            put32(TABLES + 0x1000 + i * 4, i << 12 | 7);
+        for (unsigned i = 0; i < 24; i++)
+            put32(TABLES + 0x1000 + (0x40 + below(16)) * 4, below(2) ? (uint32_t)rnd() : (uint32_t)(below(512) << 12 | below(8) | 1));
+    } else if (mode == PAE || long_mode) {
+        put64(TABLES, TABLES + (mode == PAE ? 0x1001 : 0x1007));
+        put64(TABLES + 8, below(4) ? 0 : rnd() & ~0x1E6ull);
+        uint32_t pd = mode == PAE ? TABLES + 0x1000 : TABLES + 0x2000;
+        if (mode != PAE) {
+            put64(TABLES + 0x1000, TABLES + 0x2007);
+            put64(TABLES + 0x1008, below(2) ? 0x87 : rnd());
+            put64(TABLES + 0x1FF8, below(2) ? TABLES + 0x2007 : rnd());
+            put64(TABLES + 0xFF8, TABLES + 0x1007);
+        }
+        put64(pd, TABLES + 0x3007);
+        put64(pd + 8, below(2) ? 0x87 : rnd());
+        put64(pd + 16, 0xFEC00083ull | 4);
+        for (unsigned i = 0; i < 512; i++)
+            put64(TABLES + 0x3000 + i * 8, (uint64_t)i << 12 | 7);
+        for (unsigned i = 0; i < 24; i++)
+            put64(TABLES + 0x3000 + (0x40 + below(16)) * 8, below(2) ? rnd() : ((uint64_t)below(512) << 12 | below(8) | 1 | (rnd() & 1ull << 63)));
+    }
+}
+
+static struct kvm_segment flat(uint16_t selector, uint8_t type, uint8_t dpl, bool wide)
+{
+    return (struct kvm_segment){ .limit = 0xFFFFFFFF, .selector = selector, .type = type, .present = 1, .dpl = dpl, .s = 1,
+                                 .db = !wide, .l = wide, .g = 1 };
+}
+
+static void build_state(struct soft_vm *vm, enum mode mode)
+{
+    struct kvm_sregs s;
+    struct kvm_regs r = { .rflags = 2 | (rnd() & 0x8D5) };
+    uint64_t *gpr = (uint64_t *)&r;
+    soft_vcpu_get(vm, 0, SOFT_STATE_SREGS, &s, sizeof s);
+    for (unsigned i = 0; i < 16; i++)
+        gpr[i] = edge_value();
+    r.rsp = STACK;
+    r.rip = CODE;
+    s.cr0 = 0x10 | (below(2) ? 0x20 : 0) | (below(8) ? 0 : 0xC);
+    s.cr2 = s.cr3 = s.efer = 0;
+    s.cr4 = 0x600 | (below(4) ? 0 : rnd() & 0x304F0);
+    s.cr8 = 0;
+    s.gdt = (struct kvm_dtable){ .base = GDT_AT, .limit = 0x1FF };
+    s.idt = (struct kvm_dtable){ .base = mode == REAL16 ? 0 : IDT_AT, .limit = 0xFFF };
+    s.tr = (struct kvm_segment){ .base = TSS_AT, .limit = 0xFFF, .selector = 0x48, .type = 11, .present = 1 };
+    s.ldt = (struct kvm_segment){ .base = GDT_AT, .limit = 0x1FF, .selector = 0x50, .type = 2, .present = (uint8_t)below(2) };
+    if (mode == REAL16) {
+        struct kvm_segment seg = { .limit = 0xFFFF, .type = 3, .present = 1, .s = 1 };
+        s.ds = s.es = s.fs = s.gs = s.ss = s.cs = seg;
+        s.cs.type = 11;
+        s.cs.selector = CODE >> 4;
+        s.cs.base = CODE;
+        s.ds.selector = s.es.selector = DATA >> 4;
+        s.ds.base = s.es.base = DATA;
+        r.rip = 0;
+    } else {
+        s.cr0 |= 1 | (below(2) ? 1u << 16 : 0);
+        s.cs = flat(0x08, 11, 0, false);
+        s.ds = s.es = s.fs = s.gs = s.ss = flat(0x10, 3, 0, false);
+        if (mode == PROT16) {
+            s.cs.db = s.ss.db = 0;
+            s.ds.limit = DATA + 0x1000;
+            s.cs.base = CODE;
+            s.cs.limit = 0xFFFF;
+            r.rip = 0;
+        }
+        if (mode >= PROT32_PAGED) {
+            s.cr0 |= 1u << 31;
+            s.cr3 = TABLES;
+            s.cr4 |= 0x10 | (mode == PAE || (mode >= LONG64 && mode <= COMPAT) ? 0x20 : 0);
+        }
+        if (mode >= LONG64 && mode <= COMPAT) {
+            s.efer = 0x500 | (below(4) ? 0x801 : 0);
+            if (mode != COMPAT)
+                s.cs = flat(0x18, 11, 0, true);
+            s.cr4 |= below(2) ? 0x10080 : 0;
+        }
+        if (mode == LONG64_USER || (mode == COMPAT && below(2))) {
+            s.cs = mode == COMPAT ? flat(0x33, 11, 3, false) : flat(0x2B, 11, 3, true);
+            s.ss = s.ds = s.es = flat(0x23, 3, 3, false);
+        }
+        if (mode == VM86) {
+            struct kvm_segment seg = { .limit = 0xFFFF, .type = 3, .present = 1, .s = 1, .dpl = 3 };
+            s.ds = s.es = s.fs = s.gs = s.ss = s.cs = seg;
+            s.cs.selector = CODE >> 4;
+            s.cs.base = CODE;
+            r.rip = 0;
+            r.rflags |= 1u << 17 | (below(2) ? 0x3000 : 0);
+        }
+    }
+    s.apic_base = 0xFEE00900;
+    if (below(4) == 0)
+        r.rflags |= below(2) ? 0x200 : 0x100;
+    soft_vcpu_set(vm, 0, SOFT_STATE_SREGS, &s, sizeof s);
+    soft_vcpu_set(vm, 0, SOFT_STATE_REGS, &r, sizeof r);
+    soft_vcpu_set(vm, 0, SOFT_STATE_SREGS, &s, sizeof s);
+    static const struct kvm_mp_state runnable = { KVM_MP_STATE_RUNNABLE };
+    soft_vcpu_set(vm, 0, SOFT_STATE_MP, &runnable, sizeof runnable);
+    struct kvm_vcpu_events none = { .flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW };
+    soft_vcpu_set(vm, 0, SOFT_STATE_EVENTS, &none, sizeof none);
+    if (below(4) == 0) {
+        uint8_t area[4096] __attribute__((aligned(64)));
+        soft_vcpu_get(vm, 0, SOFT_STATE_XSAVE, area, sizeof area);
+        for (unsigned i = 32; i < 416; i++)
+            area[i] = (uint8_t)rnd();
+        area[512] = 3;
+        soft_vcpu_set(vm, 0, SOFT_STATE_XSAVE, area, sizeof area);
+    }
+    struct kvm_debugregs d = { .dr6 = 0xFFFF0FF0, .dr7 = 0x400 };
+    if (below(16) == 0) {
+        for (unsigned i = 0; i < 4; i++)
+            d.db[i] = edge_value();
+        d.dr7 |= rnd() & 0xFFFF00FF;
+    }
+    soft_vcpu_set(vm, 0, SOFT_STATE_DEBUGREGS, &d, sizeof d);
+}
+
+/* ---- hostile surroundings ---- */
+
+static struct soft_vm *the_vm;
+
+static void disturb(struct soft_vm *vm)
+{
+    uint8_t bitmap[RAM_SIZE / 4096 / 8];
+    uint64_t at = below(RAM_SIZE - 64);
+    switch (below(8)) {
+    case 0: soft_vm_set_irq(vm, below(24), below(2)); break;
+    case 1: soft_vm_signal_msi(vm, 0xFEE00000 | (rnd() & 0xFFFFF), (uint32_t)rnd()); break;
+    case 2: soft_vm_nmi(vm, 0); break;
+    case 3:
+        for (unsigned i = 0; i < 64; i++)
+            ram[at + i] = (uint8_t)rnd();
+        soft_vm_memory_written(vm, at, 64);
+        break;
+    case 4: soft_vm_memory_written(vm, rnd(), rnd()); break;
+    default: soft_vm_dirty_log(vm, 0, bitmap, sizeof bitmap); break;
+    }
+}
+
+static uint64_t access_bus(void *ctx, const struct soft_access *a)
+{
+    (void)ctx;
+    if (a->write && below(8) == 0)
+        disturb(the_vm);
+    return rnd();
+}
+
+static void random_bytes(void *ctx, void *buffer, size_t size)
+{
+    (void)ctx;
+    for (size_t i = 0; i < size; i++)
+        ((uint8_t *)buffer)[i] = (uint8_t)rnd();
+}
+
+static void random_state_blob(struct soft_vm *vm)
+{
+    static const size_t sizes[] = { sizeof(struct kvm_regs), sizeof(struct kvm_sregs), 4096, sizeof(struct kvm_xcrs), 0,
+                                    sizeof(struct kvm_lapic_state), sizeof(struct kvm_vcpu_events),
+                                    sizeof(struct kvm_debugregs), sizeof(struct kvm_mp_state) };
+    uint8_t blob[4096] __attribute__((aligned(64)));
+    unsigned kind = below(9);
+    if (!sizes[kind])
+        return;
+    soft_vcpu_get(vm, 0, (enum soft_state)kind, blob, sizes[kind]);
+    for (unsigned i = 0; i < 4; i++)
+        blob[below((uint32_t)sizes[kind])] = (uint8_t)rnd();
+    soft_vcpu_set(vm, 0, (enum soft_state)kind, blob, sizes[kind]);
+}
+
+static void on_hang(int signal_number)
+{
+    (void)signal_number;
+    char text[80];
+    int n = snprintf(text, sizeof text, "soft_fuzz: HANG in case %llu\n", (unsigned long long)current_seed);
+    if (write(2, text, (size_t)n) < 0)
+        _exit(1);
+    abort();
+}
+
+static struct soft_vm *create(void)
+{
+    static const struct soft_host host = { .access = access_bus, .random = random_bytes };
+    const struct soft_config config = { .vcpus = 2, .virtual_clock = true, .virtual_ips = 1000000000, .tsc_khz = 1000000, .quantum = 5000 };
+    struct soft_vm *vm = soft_vm_create(&config, &host);
+    if (!vm || soft_vm_set_slot(vm, 0, 0, RAM_SIZE, ram, false, true) || soft_vm_set_slot(vm, 1, ROM_AT, ROM_SIZE, rom, true, false))
+        abort();
+    return the_vm = vm;
+}
+
+static uint64_t stops[8];
+
+static void run_case(uint64_t seed)
+{
+    current_seed = seed;
+    random_state = seed;
+    alarm(HANG_SECONDS);
+    memset(ram, 0, RAM_SIZE);
+    struct soft_vm *vm = create();
+    enum mode mode = (enum mode)below(MODES);
+    fill_code(ram + CODE, CODE_SIZE);
+    fill_code(ram + DATA, 0x1000);
+    fill_code(ram + RAM_SIZE - 0x1000, 0x1000); /* code up to the very end of RAM */
+    build_tables(mode);
+    soft_vm_memory_written(vm, 0, RAM_SIZE);
+    build_state(vm, mode);
+    if (below(32) == 0)
+        random_state_blob(vm);
+    uint64_t end = soft_vm_now(vm) + CASE_NS;
+    for (unsigned turns = 0; turns < 64; turns++) {
+        uint32_t vcpu;
+        soft_vm_set_alarm(vm, end);
+        enum soft_stop stop = soft_vm_run(vm, &vcpu);
+        stops[stop & 7]++;
+        if (stop == SOFT_STOP_SHUTDOWN || stop == SOFT_STOP_HALTED || stop == SOFT_STOP_ERROR)
+            break;
+        if (soft_vm_now(vm) >= end) {
+            if (below(2))
+                break;
+            disturb(vm);
+            end = soft_vm_now(vm) + CASE_NS / 4;
+        }
+    }
+    soft_vm_destroy(vm);
+    alarm(0);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        fprintf(stderr, "soft_fuzz SECONDS [SEED] | --case SEED\n");
+        return 2;
+    }
+    signal(SIGALRM, on_hang);
+    ram = aligned_alloc(4096, RAM_SIZE);
+    rom = aligned_alloc(4096, ROM_SIZE);
+    memset(ram, 0, RAM_SIZE);
+    memset(rom, 0xF4, ROM_SIZE);
+    if (!strcmp(argv[1], "--case") && argc > 2) {
+        run_case(strtoull(argv[2], NULL, 0));
+        return 0;
+    }
+    long seconds = atol(argv[1]);
+    uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : (uint64_t)time(NULL), cases = 0;
+    time_t start = time(NULL);
+    while (time(NULL) - start < seconds) {
+        run_case(seed * 1000003 + cases++);
+    }
+    printf("soft_fuzz: %llu cases from seed %llu; stops: wake %llu shutdown %llu halted %llu alarm %llu\n",
+           (unsigned long long)cases, (unsigned long long)seed, (unsigned long long)stops[SOFT_STOP_WAKE],
+           (unsigned long long)stops[SOFT_STOP_SHUTDOWN], (unsigned long long)stops[SOFT_STOP_HALTED],
+           (unsigned long long)stops[SOFT_STOP_ALARM]);
+    return 0;
+}
