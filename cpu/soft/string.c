@@ -199,6 +199,8 @@ static uint64_t chunk(const struct string_op *s, unsigned op, unsigned until, ui
     }
 }
 
+enum { MAX_ROUNDS = 256 };
+
 HELPER(h_string)
 {
     struct string_op s = {.c = c, .size = u->size, .seg = u->seg, .repeat = u->r0 != 0};
@@ -214,10 +216,12 @@ HELPER(h_string)
         c->rip = next;
         return;
     }
-    for (;;) {
+    for (unsigned rounds = 0;; rounds++) {
         uint64_t n = c->gpr[RCX] & s.mask;
         if (n == 0 || stop)
             break;
+        if (rounds == MAX_ROUNDS)
+            return; /* counts as one instruction, so that the longest repetition cannot outlast its turn */
         count_down(&s, chunk(&s, op, u->r0, c->budget_held ? 1 : n, &stop));
         /* Stepping, an event, or code was written (perhaps this instruction): come back for the rest. */
         if ((c->gpr[RCX] & s.mask) && !stop &&
