@@ -64,6 +64,8 @@ class BlockEngine:
         direct: bool = False,
         threads: int = 2,
         serial: bytes = b"",
+        overlay: int = -1,
+        dirty: bytearray | None = None,
     ) -> None: ...
     @property
     def in_flight(self) -> int: ...

@@ -10,9 +10,12 @@ import asyncio
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
-from typing import Literal
+import tempfile
+from collections.abc import Iterator
+from typing import Literal, Self
 
 from virtio import _ring
 from virtio.backends.block import BlockBackend
@@ -22,6 +25,7 @@ Cache = Literal["writeback", "writethrough", "none"]
 """writeback: durable when flushed. writethrough: when written. none: writeback past the page cache
 (O_DIRECT)."""
 
+SECTOR = 512
 _PUNCH_HOLE, _KEEP_SIZE, _ZERO_RANGE = 2, 1, 16
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,14 +47,12 @@ class FileBlock(BlockBackend):
         self.block_size = block_size
 
     @classmethod
-    async def open(
-        cls, path: str | os.PathLike[str], *, read_only: bool = False, cache: Cache = "writeback"
-    ) -> FileBlock:
+    async def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, cache: Cache = "writeback") -> Self:
         """ConfigError if there is no such image or it is in use."""
         return await asyncio.to_thread(cls._open, os.fspath(path), read_only, cache)
 
     @classmethod
-    def _open(cls, path: str, read_only: bool, cache: Cache) -> FileBlock:
+    def _open(cls, path: str, read_only: bool, cache: Cache) -> Self:
         if cache not in ("writeback", "writethrough", "none"):
             raise ConfigError(f"cache={cache}: not writeback, writethrough or none")
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
@@ -81,8 +83,6 @@ class FileBlock(BlockBackend):
 
     @staticmethod
     def _needs_4k(fd: int) -> bool:
-        import mmap
-
         with mmap.mmap(-1, 4096) as buffer, memoryview(buffer) as view, view[:512] as sector:
             try:
                 os.preadv(fd, [sector], 512)
@@ -115,8 +115,6 @@ class FileBlock(BlockBackend):
 
     @staticmethod
     def _aligned(length: int) -> memoryview:
-        import mmap
-
         return memoryview(mmap.mmap(-1, length))  # page-aligned, as O_DIRECT wants it
 
     async def flush(self) -> None:
@@ -142,3 +140,64 @@ class FileBlock(BlockBackend):
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             await asyncio.to_thread(os.close, fd)
+
+
+class SnapshotBlock(FileBlock):
+    """A raw image that is only read: what is written stands in an unnamed temporary file and ends with the machine."""
+
+    def __init__(self, fd: int, capacity: int, *, read_only: bool, cache: Cache, block_size: int = 512) -> None:
+        super().__init__(fd, capacity, read_only=False, cache="writeback", block_size=block_size)
+        self.dirty = bytearray(-(-capacity // (8 * SECTOR)))
+        """One bit per sector that stands in the overlay."""
+        with tempfile.TemporaryFile(prefix="loopvisor-", dir=os.environ.get("TMPDIR", "/var/tmp")) as overlay:
+            self.overlay = os.dup(overlay.fileno())
+        os.truncate(self.overlay, capacity)
+
+    @classmethod
+    async def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, cache: Cache = "writeback") -> Self:
+        """As FileBlock; the image needs to be readable only."""
+        return await asyncio.to_thread(cls._open, os.fspath(path), True, "writeback")
+
+    def engine(self, serial: bytes) -> _ring.BlockEngine:
+        return _ring.BlockEngine(
+            self.fd, self.capacity // SECTOR, False, False, 2, serial[:20], self.overlay, self.dirty
+        )
+
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+        sector, end = offset // SECTOR, (offset + length) // SECTOR
+        while sector < end:
+            first, start = self._is_dirty(sector), sector
+            while sector < end and self._is_dirty(sector) == first:
+                sector += 1
+            yield first, start * SECTOR, (sector - start) * SECTOR
+
+    def _is_dirty(self, sector: int) -> bool:
+        return bool(self.dirty[sector // 8] >> sector % 8 & 1)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        data = b"".join(
+            os.pread(self.overlay if dirty else self.fd, part, at) for dirty, at, part in self._runs(offset, length)
+        )
+        if len(data) != length:
+            raise HostError("the image became shorter")
+        return data
+
+    def _write(self, offset: int, data: bytes) -> None:
+        if os.pwrite(self.overlay, data, offset) != len(data):
+            raise HostError("the temporary file took only a part")
+        for sector in range(offset // SECTOR, (offset + len(data)) // SECTOR):
+            self.dirty[sector // 8] |= 1 << sector % 8
+
+    async def flush(self) -> None:
+        """There is nothing to make durable."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """A hint not taken."""
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await BlockBackend.write_zeroes(self, offset, length, unmap)
+
+    async def aclose(self) -> None:
+        if self.fd >= 0:
+            os.close(self.overlay)
+        await super().aclose()

@@ -58,6 +58,8 @@ struct request {
 typedef struct {
     PyObject_HEAD
     int fd, event;
+    int overlay;       /* descriptor that takes the writes, or -1; `dirty` has one bit per sector that is there */
+    Py_buffer dirty;
     uint64_t sectors;
     bool read_only, direct, nowait_read, nowait_write, writeback, discard, write_zeroes, stopping;
     char serial[ID_BYTES];
@@ -135,6 +137,65 @@ static uint8_t transfer_bounced(int fd, bool write, const struct iovec *iov, uns
     return status;
 }
 
+static bool is_dirty(const BlockObject *self, uint64_t sector)
+{
+    return __atomic_load_n((uint8_t *)self->dirty.buf + sector / 8, __ATOMIC_RELAXED) >> sector % 8 & 1;
+}
+
+/* How many of `sectors` from `sector` on stand where the first one does. */
+static uint64_t dirty_run(const BlockObject *self, uint64_t sector, uint64_t sectors)
+{
+    uint64_t run = 1;
+    bool first = is_dirty(self, sector);
+    while (run < sectors && is_dirty(self, sector + run) == first)
+        run++;
+    return run;
+}
+
+static void set_dirty(BlockObject *self, uint64_t offset, uint64_t length)
+{
+    for (uint64_t sector = offset / SECTOR; sector < (offset + length) / SECTOR; sector++)
+        __atomic_fetch_or((uint8_t *)self->dirty.buf + sector / 8, (uint8_t)(1u << sector % 8), __ATOMIC_RELEASE);
+}
+
+static unsigned iov_slice(const struct iovec *iov, unsigned count, uint64_t skip, uint64_t length, struct iovec *out)
+{
+    unsigned used = 0;
+    for (unsigned i = 0; i < count && length; i++) {
+        if (skip >= iov[i].iov_len) {
+            skip -= iov[i].iov_len;
+            continue;
+        }
+        uint64_t part = iov[i].iov_len - skip < length ? iov[i].iov_len - skip : length;
+        out[used++] = (struct iovec){(char *)iov[i].iov_base + skip, part};
+        length -= part;
+        skip = 0;
+    }
+    return used;
+}
+
+/* A snapshot: writes go to the overlay, each sector is read from where it stands. */
+static uint8_t transfer_overlaid(BlockObject *self, bool write, struct iovec *iov, unsigned count, uint64_t offset,
+                                 uint64_t length)
+{
+    if (write) {
+        uint8_t status = transfer(self->overlay, true, iov, count, offset, length, 0);
+        if (status == S_OK)
+            set_dirty(self, offset, length);
+        return status;
+    }
+    uint8_t status = S_OK;
+    for (uint64_t done = 0; done < length && status == S_OK;) {
+        struct iovec part[IOV_LIMIT];
+        uint64_t sector = (offset + done) / SECTOR;
+        uint64_t run = dirty_run(self, sector, (length - done) / SECTOR) * SECTOR;
+        unsigned parts = iov_slice(iov, count, done, run, part);
+        status = transfer(is_dirty(self, sector) ? self->overlay : self->fd, false, part, parts, offset + done, run, 0);
+        done += run;
+    }
+    return status;
+}
+
 static uint8_t zero_range(int fd, uint64_t offset, uint64_t length)
 {
     static const char zeroes[65536];
@@ -158,6 +219,16 @@ static uint8_t run_zeroes(BlockObject *self, struct request *request)
     for (uint32_t i = 0; i < request->zeroes_count && status == S_OK; i++) {
         uint64_t offset = request->zeroes[i].sector * SECTOR, length = (uint64_t)request->zeroes[i].sectors * SECTOR;
         bool unmap = request->type == T_DISCARD || request->zeroes[i].flags & 1;
+        if (self->overlay >= 0) {
+            if (length && request->type == T_WRITE_ZEROES) {
+                if (!fallocate(self->overlay, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) ||
+                    zero_range(self->overlay, offset, length) == S_OK)
+                    set_dirty(self, offset, length);
+                else
+                    status = S_IOERR;
+            }
+            continue;
+        }
         if (!length || (unmap && !fallocate(self->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                                             (off_t)length)))
             continue;
@@ -189,10 +260,13 @@ static void run_job(BlockObject *self, struct request *job)
         for (unsigned i = 0; i < count && self->direct; i++)
             aligned &= !(((uintptr_t)iov[i].iov_base | iov[i].iov_len) % SECTOR);
         int flags = job->dsync ? RWF_DSYNC : 0;
-        status = aligned ? transfer(self->fd, job->type == T_OUT, iov, count, job->offset, job->job_length, flags)
+        status = self->overlay >= 0
+                     ? transfer_overlaid(self, job->type == T_OUT, iov, count, job->offset, job->job_length)
+                 : aligned ? transfer(self->fd, job->type == T_OUT, iov, count, job->offset, job->job_length, flags)
                          : transfer_bounced(self->fd, job->type == T_OUT, iov, count, job->offset, job->job_length, flags);
     } else if (job->type == T_FLUSH) {
-        status = fdatasync(self->fd) ? S_IOERR : S_OK;
+        /* a snapshot ends with its machine: there is nothing to make durable */
+        status = self->overlay < 0 && fdatasync(self->fd) ? S_IOERR : S_OK;
     } else {
         status = run_zeroes(self, job);
     }
@@ -424,14 +498,22 @@ static bool try_now(BlockObject *self, struct request *job)
     bool write = job->type == T_OUT;
     if ((job->type != T_IN && !write) || self->direct || !(write ? self->nowait_write && !job->dsync : self->nowait_read))
         return false;
+    int fd = self->fd;
+    if (self->overlay >= 0) {
+        uint64_t first = job->offset / SECTOR, sectors = job->job_length / SECTOR;
+        if (write || dirty_run(self, first, sectors) != sectors)
+            return false;
+        if (is_dirty(self, first))
+            fd = self->overlay;
+    }
     struct iovec iov[IOV_LIMIT], *at = job->iov;
     unsigned count = job->iovs;
     if (job->merged) {
         count = gather(job, iov);
         at = iov;
     }
-    ssize_t done = write ? pwritev2(self->fd, at, (int)count, (off_t)job->offset, RWF_NOWAIT)
-                         : preadv2(self->fd, at, (int)count, (off_t)job->offset, RWF_NOWAIT);
+    ssize_t done = write ? pwritev2(fd, at, (int)count, (off_t)job->offset, RWF_NOWAIT)
+                         : preadv2(fd, at, (int)count, (off_t)job->offset, RWF_NOWAIT);
     if (done < 0 && errno != EAGAIN && errno != EINTR) {
         if (write)
             self->nowait_write = false;
@@ -668,14 +750,15 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "sectors", "read_only", "direct", "threads", "serial", NULL};
-    int fd, read_only = 0, direct = 0;
+    static char *names[] = {"fd", "sectors", "read_only", "direct", "threads", "serial", "overlay", "dirty", NULL};
+    int fd, read_only = 0, direct = 0, overlay = -1;
+    PyObject *dirty = Py_None;
     unsigned threads = 2;
     unsigned long long sectors;
     const char *serial = "";
     Py_ssize_t serial_length = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iK|ppIy#", names, &fd, &sectors, &read_only, &direct, &threads,
-                                     &serial, &serial_length))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iK|ppIy#iO", names, &fd, &sectors, &read_only, &direct,
+                                     &threads, &serial, &serial_length, &overlay, &dirty))
         return NULL;
     BlockObject *self = (BlockObject *)type->tp_alloc(type, 0);
     if (!self)
@@ -688,7 +771,20 @@ static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     pthread_cond_init(&self->idle, &monotonic);
     pthread_condattr_destroy(&monotonic);
     self->fd = fd;
+    self->overlay = overlay;
+    self->event = -1;
     self->sectors = sectors;
+    if (overlay >= 0) {
+        if (PyObject_GetBuffer(dirty, &self->dirty, PyBUF_WRITABLE)) {
+            Py_DECREF(self);
+            return NULL;
+        }
+        if ((uint64_t)self->dirty.len * 8 < sectors) {
+            PyErr_SetString(PyExc_ValueError, "dirty has fewer bits than there are sectors");
+            Py_DECREF(self);
+            return NULL;
+        }
+    }
     self->read_only = read_only;
     self->direct = direct;
     self->threads = threads < 1 ? 1 : threads > THREADS_MAX ? THREADS_MAX : threads;
@@ -710,6 +806,8 @@ static void block_dealloc(BlockObject *self)
     pthread_mutex_destroy(&self->lock);
     pthread_cond_destroy(&self->work);
     pthread_cond_destroy(&self->idle);
+    if (self->dirty.obj)
+        PyBuffer_Release(&self->dirty);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -725,6 +823,10 @@ static PyObject *block_configure(BlockObject *self, PyObject *args, PyObject *kw
     int writeback, discard, write_zeroes;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Kppp", names, &sectors, &writeback, &discard, &write_zeroes))
         return NULL;
+    if (self->overlay >= 0 && (uint64_t)self->dirty.len * 8 < sectors) {
+        PyErr_SetString(PyExc_ValueError, "dirty has fewer bits than there are sectors");
+        return NULL;
+    }
     self->sectors = sectors;
     self->writeback = writeback;
     self->discard = discard;
@@ -757,7 +859,7 @@ static PyGetSetDef block_getset[] = {
 
 PyTypeObject block_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.BlockEngine",
-    .tp_doc = "BlockEngine(fd, sectors, read_only=False, direct=False, threads=2, serial=b'')",
+    .tp_doc = "BlockEngine(fd, sectors, read_only=False, direct=False, threads=2, serial=b'', overlay=-1, dirty=None)",
     .tp_basicsize = sizeof(BlockObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = block_new,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from virtio.backends.block import BlockBackend, MemoryBlock
-from virtio.backends.file import FileBlock
+from virtio.backends.file import FileBlock, SnapshotBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.errors import ConfigError, HostError
@@ -29,11 +29,14 @@ def image(path: Path) -> bytes:
     return content
 
 
-@pytest.fixture(params=["engine", "coroutines"])
+@pytest.fixture(params=["engine", "snapshot", "coroutines"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BlockBackend]:
     content = image(tmp_path / "disk")
     if request.param == "engine":
         yield await FileBlock.open(tmp_path / "disk")
+    elif request.param == "snapshot":
+        yield await SnapshotBlock.open(tmp_path / "disk")
+        assert (tmp_path / "disk").read_bytes() == content
     else:
         memory = MemoryBlock(SECTORS * 512)
         memory.data[:] = content
