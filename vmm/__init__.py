@@ -12,19 +12,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vmm.agent import ExecResult, GuestProcess
     from vmm.config import Config, Disk, FlatImage, Net
     from vmm.config import Console as ConsoleConfig
     from vmm.console import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
+    from vmm.launch import run
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.vm import VirtualMachine
 
 _HOMES = {
+    "vmm.agent": ("ExecResult", "GuestProcess"),
     "vmm.config": ("Config", "Disk", "FlatImage", "Net"),
     "vmm.console": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
     "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
+    "vmm.launch": ("run",),
     "vmm.lifecycle": ("Outcome", "Reason", "State"),
     "vmm.vm": ("VirtualMachine",),
 }
@@ -42,8 +46,10 @@ __all__ = [
     "Disk",
     "Ended",
     "Event",
+    "ExecResult",
     "FlatImage",
     "GuestError",
+    "GuestProcess",
     "HostError",
     "Net",
     "Outcome",
@@ -55,6 +61,7 @@ __all__ = [
     "VirtualMachine",
     "VmmError",
     "Warned",
+    "run",
 ]
 
 

@@ -193,16 +193,22 @@ class GuestProcess:
 
 
 class Agent:
-    """The guest's agent. `ready` completes when the guest has said that it listens."""
+    """The guest's agent. With `waits`, programs wait until set_ready() says that it listens."""
 
-    def __init__(self, connect: Connect, ready: Awaitable[None] | None = None) -> None:
+    def __init__(self, connect: Connect, *, waits: bool = False) -> None:
         self._connect = connect
-        self._ready = asyncio.ensure_future(ready) if ready is not None else None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not waits:
+            self._ready.set_result(None)
+
+    def set_ready(self) -> None:
+        """The guest said that its agent listens."""
+        if not self._ready.done():
+            self._ready.set_result(None)
 
     async def wait_ready(self) -> None:
-        """Until the agent listens."""
-        if self._ready is not None:
-            await asyncio.shield(self._ready)
+        """Until the agent listens. GuestError if the machine ends before."""
+        await asyncio.shield(self._ready)
 
     async def start(
         self,
@@ -254,12 +260,11 @@ class Agent:
         result = await self.exec("cat", "--", source, check=True)
         await asyncio.to_thread(Path(target).write_bytes, result.stdout)
 
-    async def aclose(self) -> None:
-        """Stop waiting for the guest."""
-        if self._ready is not None and not self._ready.done():
-            self._ready.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._ready
+    def close(self) -> None:
+        """The machine is gone: whoever waits for the agent learns it."""
+        if not self._ready.done():
+            self._ready.set_exception(GuestError("the machine ended before its agent was ready"))
+            self._ready.exception()
 
 
 def _exec_request(

@@ -1,7 +1,7 @@
 """Puts a machine together: core, memory, buses, devices, boot loader. The only module of vmm that sees everything.
 
-A part is a module with `attach(assembly)`; PARTS lists them in order. What a part adds is started, saved and closed
-by name. Nothing here knows what a part does.
+A part is a module with `attach(assembly)`, maybe a coroutine; PARTS lists them in order. What a part adds is started,
+saved and closed by name. Nothing here knows what a part does.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PARTS = (
     "vmm.pci",
     "vmm.acpi",
     "vmm.devices.vmgenid",
+    "vmm.devices.virtio",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
 
@@ -124,6 +125,9 @@ class Built:
     def get(self, name: str) -> Any:
         return self.components[name]
 
+    def parts(self) -> list[object]:
+        return list(self.components.values())
+
     # For VirtualMachine.
 
     async def build(self) -> None:
@@ -161,7 +165,9 @@ class Built:
         )
         self._dispatcher = Dispatcher(vm, self.vcpus, machine, self._finish)
         for name in PARTS:
-            importlib.import_module(name).attach(self)
+            attached = importlib.import_module(name).attach(self)
+            if attached is not None:
+                await attached
         await self._load()
         for component in tuple(self.components.values()):
             begin = getattr(component, "start", None)

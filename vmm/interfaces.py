@@ -126,6 +126,9 @@ class Assembly(Protocol):
     def get(self, name: str) -> Any:
         """A component that an earlier part added. Raises KeyError."""
 
+    def parts(self) -> list[Any]:
+        """Every component that was added so far."""
+
 
 class CharacterPort(Protocol):
     """The host side of a character device (UART, virtio-console port)."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cpu.contract import System
 from vmm.builder import Built
@@ -22,6 +23,9 @@ from vmm.cores import open_system
 from vmm.errors import StateError, VmmError
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
+
+if TYPE_CHECKING:
+    from vmm.agent import Agent, ExecResult, GuestProcess
 
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
@@ -175,6 +179,32 @@ class VirtualMachine:
     def end(self, outcome: Outcome) -> None:
         """End it now, with this outcome unless it has ended already."""
         self._finish(outcome)
+
+    # Programs in the guest, for images that run the agent.
+
+    @property
+    def agent(self) -> Agent:
+        """The guest's agent. StateError if this machine has none, or has ended."""
+        agent = self._built.components.get("agent") if self._built is not None else None
+        if agent is None:
+            raise StateError("this machine has no guest agent; set agent=True and run an image that has it")
+        return agent  # type: ignore[return-value]
+
+    async def exec(self, *arguments: str, **options: Any) -> ExecResult:
+        """Run a program in the guest to its end: vmm.agent.Agent.exec."""
+        return await self.agent.exec(*arguments, **options)
+
+    async def start_process(self, *arguments: str, **options: Any) -> GuestProcess:
+        """Start a program in the guest: vmm.agent.Agent.start."""
+        return await self.agent.start(*arguments, **options)
+
+    async def copy_in(self, source: Path | str, target: str) -> None:
+        """Copy a file of the host into the guest."""
+        await self.agent.copy_in(source, target)
+
+    async def copy_out(self, source: str, target: Path | str) -> None:
+        """Copy a file of the guest to the host."""
+        await self.agent.copy_out(source, target)
 
     @property
     def state(self) -> State:

@@ -59,9 +59,11 @@ class NetBackend(Protocol):
 
     def set_offloads(self, features: int) -> None:
         """The driver negotiated these of `offloads`."""
+        return None
 
     def set_pairs(self, pairs: int) -> None:
         """The driver uses the first `pairs` channels."""
+        return None
 
     async def aclose(self) -> None:
         """Give up descriptors."""
