@@ -39,6 +39,7 @@ PARTS = (
     "vmm.devices.pvpanic",
     "vmm.pci",
     "vmm.acpi",
+    "vmm.virtio_devices",
     "vmm.devices.vmgenid",
     "vmm.devices.virtio",
 )

@@ -26,9 +26,11 @@ class BlockBackend(Protocol):
 
     async def flush(self) -> None:
         """Make everything written durable."""
+        return None
 
     async def discard(self, offset: int, length: int) -> None:
         """The bytes are not needed any more; what they read as is the backend's choice."""
+        return None
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         for at in range(offset, offset + length, CHUNK):
@@ -36,6 +38,7 @@ class BlockBackend(Protocol):
 
     async def aclose(self) -> None:
         """Give up descriptors."""
+        return None
 
 
 class MemoryBlock(BlockBackend):

@@ -27,6 +27,7 @@ class CharBackend(Protocol):
 
     async def aclose(self) -> None:
         """Give up descriptors."""
+        return None
 
 
 class MemoryChar(CharBackend):

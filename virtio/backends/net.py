@@ -67,6 +67,7 @@ class NetBackend(Protocol):
 
     async def aclose(self) -> None:
         """Give up descriptors."""
+        return None
 
 
 class MemoryNet(NetBackend):

@@ -40,6 +40,7 @@ class VsockBackend(Protocol):
 
     async def aclose(self) -> None:
         """Give up descriptors."""
+        return None
 
 
 class MemoryVsock(VsockBackend):

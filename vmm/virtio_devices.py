@@ -1,0 +1,272 @@
+"""The virtio devices that a configuration asks for, each on its transport. A part of the builder.
+
+PCI functions go to the component "pci"; virtio-mmio devices get a window of layout.virtio_mmio and are described by the
+component "acpi". Devices are found by name through the component "virtio": a disk's or net's id (else disk0, net0, …),
+"console", "rng", "vsock". Loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, cast
+
+from cpu.contract import Space
+from virtio import mmio
+from virtio.backends.block import BlockBackend
+from virtio.backends.char import CharBackend, SocketChar
+from virtio.backends.file import FileBlock, SnapshotBlock
+from virtio.backends.net import NetBackend, PcapNet
+from virtio.backends.sockets import UserNet
+from virtio.backends.sockets import connect as connect_socket
+from virtio.backends.tap import TapNet
+from virtio.backends.vsock import MemoryVsock, UnixVsock
+from virtio.device import Device
+from virtio.devices.blk import BlockDevice
+from virtio.devices.console import ConsoleDevice, Port
+from virtio.devices.net import NetDevice, parse_mac
+from virtio.devices.rng import EntropyDevice
+from virtio.devices.vsock import VsockDevice
+from virtio.mmio import MmioTransport
+from virtio.pci import PciTransport
+from virtio.transport import Transport
+from vmm import layout
+from vmm.config import Config, Disk, Net
+from vmm.errors import ConfigError, StateError
+from vmm.interfaces import Assembly, CharacterPort, PciFunction, State
+
+if TYPE_CHECKING:
+    from virtio.protocols import GuestMemory
+
+TransportKind = Literal["pci", "mmio"]
+Make = Callable[[], Awaitable[Device]]
+GUEST_CID = 3
+QCOW2_MAGIC = b"QFI\xfb"
+INPUT = 4096
+
+
+class HubChar(CharBackend):
+    """A virtio console port that joins the machine's console. With `input` it is where what is typed goes."""
+
+    def __init__(self, hub: CharacterPort, *, input: bool) -> None:
+        self._hub = hub
+        self._input = input
+        self._ready = asyncio.Event()
+
+    async def read(self) -> bytes:
+        if not self._input:
+            await asyncio.Event().wait()
+        while not (data := self._hub.read(INPUT)):
+            self._ready.clear()
+            self._hub.set_receiver(self._ready.set)
+            await self._ready.wait()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        self._hub.write(data)
+
+
+class VirtioDevices:
+    """Every virtio device of one machine."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self._assembly = assembly
+        self._wanted = wanted(assembly)
+        self._windows: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+        self.devices: dict[str, Device] = {}
+        self.transports: dict[str, Transport] = {}
+        for name, (kind, _) in self._wanted.items():
+            if kind == "mmio":
+                self._windows[name] = len(self._windows)
+                assembly.get("acpi").add_virtio_mmio(self._windows[name])
+
+    def __getitem__(self, name: str) -> Device:
+        """The device of that name. Raises KeyError."""
+        return self.devices[name]
+
+    async def start(self) -> None:
+        """Open the backends and plug the devices in. Raises ConfigError, HostError."""
+        for name, (kind, make) in self._wanted.items():
+            device = self.devices[name] = await make()
+            self._plug(name, device, kind)
+            if isinstance(device, VsockDevice):
+                await device.start()
+
+    def _plug(self, name: str, device: Device, kind: TransportKind) -> None:
+        memory = cast("GuestMemory", self._assembly.memory)
+        machine = self._assembly.machine
+        if kind == "pci":
+            function = PciTransport(device, memory)
+            self.transports[name] = function
+            self._assembly.get("pci").add(cast(PciFunction, function))
+            return
+        window, gsi = layout.virtio_mmio(self._windows[name])
+        transport = MmioTransport(device, memory, machine.irq_line(gsi).set)
+        self.transports[name] = transport
+        machine.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
+        for index in range(len(device.queue_sizes)):
+            self._undo.append(
+                machine.ioeventfd(
+                    Space.MMIO,
+                    window.start + mmio.QUEUE_NOTIFY,
+                    4,
+                    index,
+                    partial(transport.notify, index),
+                )
+            )
+
+    async def quiesce(self) -> None:
+        """Take no more requests and drain those in flight, in all devices. Before `save`."""
+        for transport in self.transports.values():
+            await transport.quiesce()
+
+    def resume(self) -> None:
+        """After `quiesce` or `restore`."""
+        for transport in self.transports.values():
+            transport.resume()
+
+    def reset(self) -> None:
+        """A machine reset, of the devices that no bus resets."""
+        for name in self._windows:
+            self.transports[name].reset()
+
+    def save(self) -> State:
+        """The virtio-mmio devices; functions are saved by their bus."""
+        return {"version": 1, "mmio": {name: self.transports[name].save() for name in self._windows}}
+
+    def restore(self, state: State) -> None:
+        if state["version"] != 1 or set(state["mmio"]) != set(self._windows):
+            raise StateError("virtio: the saved state is of a machine with other devices")
+        for name, saved in state["mmio"].items():
+            self.transports[name].restore(saved)
+
+    async def aclose(self) -> None:
+        """Close every device and backend."""
+        undo, self._undo = self._undo, []
+        for call in undo:
+            call()
+        devices, self.devices = self.devices, {}
+        failure: BaseException | None = None
+        for transport in self.transports.values():
+            transport.reset()
+        self.transports.clear()
+        for device in devices.values():
+            try:
+                await device.aclose()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+def wanted(assembly: Assembly) -> dict[str, tuple[TransportKind, Make]]:
+    """name -> (transport, coroutine that makes the device), in the order in which guests find them."""
+    config = assembly.config
+    found: dict[str, tuple[TransportKind, Make]] = {}
+
+    def want(name: str, kind: TransportKind, make: Make) -> None:
+        if name in found:
+            raise ConfigError(f"two devices are called {name!r}; give one another id")
+        found[name] = (kind, make)
+
+    for index, disk in enumerate(config.disks):
+        want(disk.id or f"disk{index}", disk.transport, _Disk(disk, disk.id or f"disk{index}").make)
+    for index, net in enumerate(config.nets):
+        want(net.id or f"net{index}", net.transport, _Net(net, assembly).make)
+    if config.hvc or config.ports:
+        want("console", "pci", _Console(config, assembly.console).make)
+    if config.rng:
+        want("rng", "pci", _Entropy(assembly).make)
+    if config.vsock is not None or config.agent:
+        want("vsock", "pci", _Vsock(config).make)
+    return found
+
+
+class _Disk:
+    def __init__(self, disk: Disk, serial: str) -> None:
+        self.disk, self.serial = disk, serial
+
+    async def make(self) -> Device:
+        backend = await open_disk(self.disk)
+        return BlockDevice(backend, serial=self.serial)
+
+
+async def open_disk(disk: Disk) -> BlockBackend:
+    """The backend of a configured disk. Raises ConfigError."""
+    if disk.format != "raw":
+        magic = await asyncio.to_thread(_first_bytes, disk)
+        if disk.format == "qcow2" or magic == QCOW2_MAGIC:
+            raise ConfigError(f"disk: {disk.path}: qcow2 is not supported; convert it with qemu-img convert -O raw")
+    if disk.snapshot:
+        return await SnapshotBlock.open(disk.path)
+    return await FileBlock.open(disk.path, read_only=disk.readonly, cache=disk.cache)
+
+
+def _first_bytes(disk: Disk) -> bytes:
+    try:
+        with disk.path.open("rb") as file:
+            return file.read(4)
+    except OSError:
+        return b""  # opening it says what is wrong
+
+
+class _Net:
+    def __init__(self, net: Net, assembly: Assembly) -> None:
+        self.net, self.random = net, assembly.machine.random
+
+    async def make(self) -> Device:
+        net = self.net
+        mac = parse_mac(net.mac) if net.mac else b"\x52\x54\x00" + self.random(3)
+        backend: NetBackend
+        if net.kind == "user":
+            backend = await UserNet.start()
+        elif net.kind == "tap":
+            backend = TapNet(net.target)
+        else:
+            backend = await connect_socket(net.target)
+        if net.pcap is not None:
+            try:
+                backend = PcapNet(backend, net.pcap)
+            except BaseException:
+                await backend.aclose()
+                raise
+        return NetDevice(backend, mac)
+
+
+class _Console:
+    def __init__(self, config: Config, hub: CharacterPort) -> None:
+        self.config, self.hub = config, hub
+
+    async def make(self) -> Device:
+        ports: list[Port] = []
+        if self.config.hvc:
+            # what is typed goes to hvc0 if the guest's console is there, else to the serial port
+            typed = "hvc0" in f"{self.config.cmdline or ''} {self.config.append}"
+            ports.append(Port(HubChar(self.hub, input=typed)))
+        for port in self.config.ports:
+            ports.append(Port(await SocketChar(port.path).start(), port.name, console=False))
+        return ConsoleDevice(ports)
+
+
+class _Entropy:
+    def __init__(self, assembly: Assembly) -> None:
+        self.random = assembly.machine.random
+
+    async def make(self) -> Device:
+        return EntropyDevice(self.random)
+
+
+class _Vsock:
+    def __init__(self, config: Config) -> None:
+        self.path = config.vsock
+
+    async def make(self) -> Device:
+        return VsockDevice(MemoryVsock() if self.path is None else UnixVsock(self.path), GUEST_CID)
+
+
+def attach(assembly: Assembly) -> None:
+    """Component "virtio", if the configuration asks for any device."""
+    devices = VirtioDevices(assembly)
+    assembly.add("virtio", devices)
