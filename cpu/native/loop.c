@@ -2,9 +2,9 @@
  * access.c has the table of posted, shadow and ioeventfd addresses.
  *
  * Waking the loop: an eventfd inside an epoll descriptor (the one that the Python loop watches). Posted writes are moderated as
- * network interrupts are: the first wakes the loop at once; having taken a few, the loop arms a timer and further ones
- * do not signal until it fires (or the queue is half full), so a stream costs its vCPU no system call (tests.bench
- * exits: posted).
+ * network interrupts are: the first wakes the loop at once; when takes bring few of them each, the loop arms a timer
+ * and further ones do not signal until it fires (or the queue is half full), so a slow stream costs its vCPU no system
+ * call (tests.bench exits: posted).
  */
 #define _GNU_SOURCE
 #include "native/loop_internal.h"
@@ -30,7 +30,8 @@ enum {
     SPIN_MAX_NS = 40000,     /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
     SPIN_MIN_NS = 2000,
     MODERATION_NS = 100000,  /* how long posted writes may gather before the loop looks */
-    MODERATION_BURST = 8,    /* a take with this many needs no moderation: waking for it was worth it */
+    MODERATION_BURST = 8,    /* a take with this many was worth waking for */
+    MODERATION_AFTER = 2,    /* takes with fewer in a row, then the stream is moderated */
     STACK_SIZE = 1 << 20,
     POLL_BATCH = 16,
 };
@@ -156,6 +157,8 @@ void lv_push_locked(struct lv_engine *engine, const struct lv_event *event)
     uint64_t taken = vm->take_seq;
     if (waits)
         vm->barriers++;
+    if (posted)
+        vm->posted_tsc = __builtin_ia32_rdtsc();
     bool quiet = posted && !waits && vm->moderated && vm->fill.count < QUEUE_LIMIT / 2;
     bool signal = !quiet && !vm->signalled;
     if (signal)
@@ -205,6 +208,41 @@ static void serve_irqfd(struct lv_vm *vm, struct lv_irqfd *irqfd)
     }
 }
 
+/* Whether posted writes are to signal from now on; under the lock, `taken` is what this take found. */
+static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_fired, uint64_t now)
+{
+    uint32_t posted = 0;
+    for (uint32_t i = 0; i < taken->count && posted < MODERATION_BURST; i++)
+        posted += taken->events[i].kind == LV_EVENT_POSTED;
+    if (vm->config.virtual_clock)
+        return;
+    if (!vm->moderated) {
+        if (!posted)
+            return;
+        vm->sparse_takes = posted < MODERATION_BURST ? vm->sparse_takes + 1 : 0;
+        if (vm->sparse_takes < MODERATION_AFTER)
+            return;
+        now = now ? now : lv_clock();
+    } else {
+        vm->posted_since_timer |= posted != 0;
+        if (!timer_fired || now < vm->moderation_ns)
+            return;
+        /* A guest that has fallen silent may wait for what its last write does: then let the next one signal. */
+        uint64_t tsc = __builtin_ia32_rdtsc();
+        bool silent = (tsc - vm->posted_tsc) * 3 > tsc - vm->moderation_tsc;
+        if (!vm->posted_since_timer || silent) {
+            vm->moderated = false;
+            vm->moderation_ns = UINT64_MAX;
+            vm->sparse_takes = 0;
+            return;
+        }
+    }
+    vm->moderated = true;
+    vm->posted_since_timer = false;
+    vm->moderation_ns = now + MODERATION_NS;
+    vm->moderation_tsc = __builtin_ia32_rdtsc();
+}
+
 const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)
 {
     uint64_t ignored, now = 0;
@@ -237,21 +275,7 @@ const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)
     bool again = vm->barriers != 0;
     if (again)
         vm->signalled = true;
-    uint32_t posted = 0;
-    for (uint32_t i = 0; i < taken.count && posted < MODERATION_BURST; i++)
-        posted += taken.events[i].kind == LV_EVENT_POSTED;
-    bool sparse = posted && posted < MODERATION_BURST;
-    if (sparse)
-        vm->posted_since_timer = true;
-    if (vm->moderated && timer_fired && now >= vm->moderation_ns) {
-        vm->moderated = vm->posted_since_timer;
-        vm->moderation_ns = vm->moderated ? now + MODERATION_NS : UINT64_MAX;
-        vm->posted_since_timer = false;
-    } else if (sparse && !vm->moderated && !vm->config.virtual_clock) {
-        vm->moderated = true;
-        vm->moderation_ns = (now ? now : lv_clock()) + MODERATION_NS;
-        vm->posted_since_timer = false;
-    }
+    moderate(vm, &taken, timer_fired, now);
     bool alarm = vm->alarm_ns != UINT64_MAX && timer_fired && now >= vm->alarm_ns;
     if (alarm) {
         struct lv_event event = {.kind = LV_EVENT_ALARM};
