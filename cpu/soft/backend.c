@@ -59,6 +59,14 @@ static void enter(struct backend *b)
     atomic_fetch_sub(&b->wanted, 1);
 }
 
+/* As enter(), to read state: interrupts that were sent while all vCPUs were parked belong to it. */
+static void enter_to_read(struct backend *b)
+{
+    enter(b);
+    if (atomic_load(&b->accessing) < 0)
+        soft_vm_settle(b->soft);
+}
+
 static void leave(struct backend *b) { pthread_mutex_unlock(&b->guest); }
 
 /* The engine's way back in: others first, since a mutex is not fair. */
@@ -339,7 +347,7 @@ static int get_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, s
     int r;
     if (kind != LV_STATE_MSRS && (!exact || size < exact))
         return -EINVAL;
-    enter(b);
+    enter_to_read(b);
     r = kind == LV_STATE_MSRS ? msrs(b, vcpu->index, data, size, false)
                               : soft_vcpu_get(b->soft, vcpu->index, (enum soft_state)kind, data, exact);
     leave(b);
@@ -397,7 +405,7 @@ static int get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t 
     int r;
     if (kind != LV_STATE_CORE && (kind < LV_STATE_PIC_MASTER || !exact || size < exact))
         return -EINVAL;
-    enter(b);
+    enter_to_read(b);
     if (kind == LV_STATE_CORE) {
         r = get_core(b, data, size);
     } else {

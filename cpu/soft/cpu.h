@@ -239,7 +239,8 @@ struct soft_vm {
     uint32_t slot_count;
     uint32_t last_slot; /* where the last look-up hit */
     struct soft_vcpu *vcpus[SOFT_MAX_VCPUS];
-    uint32_t turn;
+    uint32_t turn;      /* whose turn it is */
+    int64_t turn_left;  /* instructions of its quantum that are left; what interrupts a turn does not end it */
     struct soft_stats stats;
     struct block_cache *blocks; /* block.c */
     struct vm_events *events;   /* vm.c: what other threads sent (irqs, MSIs, wake, DMA), under its own lock */
@@ -289,6 +290,9 @@ uint64_t soft_sys_load(struct soft_vcpu *c, uint64_t linear, unsigned size);
 void soft_sys_store(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value);
 /* Guest-physical. phys: NULL if not in a slot, or (for_write) read-only. Length is within one page. */
 uint8_t *soft_phys(struct soft_vm *vm, uint64_t gpa, bool for_write, struct soft_slot **slot);
+/* An access that only the caller can answer. If the callback set another RIP (soft_vcpu_set()), this does not return: the
+ * vCPU goes on with what was set. */
+uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access);
 uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size);          /* RAM, in-core MMIO or callback */
 void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t value);
 /* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */

@@ -221,6 +221,19 @@ static void apply_gsi(struct soft_vm *vm, uint32_t gsi, bool fell, bool rose, bo
     vm->events->gsi_applied = last ? vm->events->gsi_applied | bit : vm->events->gsi_applied & ~bit;
 }
 
+void soft_events_apply_line(struct soft_vm *vm, uint32_t gsi)
+{
+    struct vm_events *e = vm->events;
+    uint32_t bit = 1u << gsi;
+    soft_events_lock(vm);
+    bool rose = e->gsi_rose & bit, fell = e->gsi_fell & bit, last = e->gsi_last & bit;
+    e->gsi_rose &= ~bit;
+    e->gsi_fell &= ~bit;
+    soft_events_unlock(vm);
+    if (rose || fell)
+        apply_gsi(vm, gsi, fell, rose, last, soft_now(vm));
+}
+
 bool soft_events_apply(struct soft_vm *vm)
 {
     struct vm_events *e = vm->events;

@@ -71,6 +71,8 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size);
 enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu);
 /* [any] Make soft_vm_run() return SOFT_STOP_WAKE within 1 ms. Sticky: if no run is under way, the next returns at once. */
 void soft_vm_wake(struct soft_vm *vm);
+/* Apply what the functions marked [any] sent, so that a state which is read next includes it. Not from a callback. */
+void soft_vm_settle(struct soft_vm *vm);
 /* A parked vCPU is not run (others are). [any] */
 void soft_vcpu_park(struct soft_vm *vm, uint32_t vcpu, bool parked);
 

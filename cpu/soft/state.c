@@ -368,7 +368,8 @@ struct core_state {
     uint32_t version, vcpus, turn, reserved;
     uint64_t now_ns;
     uint64_t instructions[SOFT_MAX_VCPUS];
-    uint64_t padding[13];
+    int64_t turn_left;
+    uint64_t padding[12];
 };
 _Static_assert(sizeof(struct core_state) == SOFT_CORE_STATE_SIZE, "announced in soft.h");
 
@@ -378,6 +379,7 @@ static void get_core(struct soft_vm *vm, struct core_state *s)
     s->version = 1;
     s->vcpus = vm->config.vcpus;
     s->turn = vm->turn;
+    s->turn_left = vm->turn_left;
     s->now_ns = soft_now(vm);
     for (uint32_t i = 0; i < vm->config.vcpus; i++)
         s->instructions[i] = soft_instructions(vm->vcpus[i]);
@@ -389,6 +391,7 @@ static int set_core(struct soft_vm *vm, const struct core_state *s)
         return -EINVAL;
     uint64_t before = soft_now(vm);
     vm->turn = s->turn;
+    vm->turn_left = s->turn_left < (int64_t)vm->config.quantum ? s->turn_left : vm->config.quantum;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct soft_vcpu *c = vm->vcpus[i];
         c->turn_end = s->instructions[i];

@@ -127,10 +127,8 @@ uint32_t soft_port_read(struct soft_vcpu *c, uint16_t port, unsigned size)
     if (irqchip_port_read(vm->irqchip, port, (uint8_t)size, &value, soft_now(vm))) {
         soft_irqchip_touched(c);
     } else {
-        vm->stats.accesses++;
         struct soft_access access = { .address = port, .size = (uint8_t)size, .port = true, .vcpu = (uint8_t)c->index };
-        fpu_collect(&c->fpu);
-        value = vm->host.access(vm->host.ctx, &access);
+        value = soft_host_access(c, &access);
     }
     return (uint32_t)value & value_mask(size);
 }
@@ -143,11 +141,9 @@ void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t
         soft_irqchip_touched(c);
         return;
     }
-    vm->stats.accesses++;
     struct soft_access access = { .address = port, .value = value, .size = (uint8_t)size, .port = true, .write = true,
                                   .vcpu = (uint8_t)c->index };
-    fpu_collect(&c->fpu);
-    vm->host.access(vm->host.ctx, &access);
+    soft_host_access(c, &access);
 }
 
 void soft_hlt(struct soft_vcpu *c, uint64_t next_rip)

@@ -117,6 +117,7 @@ struct vm_events *soft_events_create(void);
 void soft_events_destroy(struct vm_events *events);
 bool soft_events_pending(const struct soft_vm *vm);
 bool soft_events_apply(struct soft_vm *vm); /* true: soft_vm_wake() was called */
+void soft_events_apply_line(struct soft_vm *vm, uint32_t gsi); /* only what was sent for one GSI */
 void soft_events_wait(struct soft_vm *vm, uint64_t deadline); /* sleep until an event or deadline (VM time; UINT64_MAX: none) */
 uint64_t soft_alarm(struct soft_vm *vm);
 void soft_events_set_levels(struct soft_vm *vm, uint32_t levels); /* of the GSIs, as restored */

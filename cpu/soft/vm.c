@@ -1,7 +1,7 @@
 /* The virtual machine: creation, and the run loop that gives every vCPU its turn on one thread.
  *
- * A turn is at most config.quantum instructions, never goes past the next timer event, and ends early with PAUSE, HLT
- * or c->attention. With the virtual clock a turn's length depends on instructions alone, so a run is a function of
+ * A turn is at most config.quantum instructions and ends early with PAUSE or HLT. It is interrupted, not ended, by the next
+ * timer event, by c->attention and by a return from soft_vm_run(): the vCPU then goes on with the rest of its turn. With the virtual clock a turn's length depends on instructions alone, so a run is a function of
  * its inputs. Faults and other exits from the depth of an instruction come back to the _setjmp() in run_turn().
  */
 #include <errno.h>
@@ -59,8 +59,10 @@ static void on_sipi(void *ctx, uint32_t index, uint8_t vector)
 static void on_eoi(void *ctx, uint32_t gsi)
 {
     struct soft_vm *vm = ctx;
-    if (vm->host.eoi)
-        vm->host.eoi(vm->host.ctx, gsi);
+    if (!vm->host.eoi)
+        return;
+    vm->host.eoi(vm->host.ctx, gsi);
+    soft_events_apply_line(vm, gsi); /* if it lowered the line, there is no further interrupt */
 }
 
 static uint64_t on_tsc(void *ctx, uint32_t index, uint64_t now)
@@ -190,6 +192,7 @@ void soft_pause(struct soft_vcpu *c)
             continue;
         if (other->activity == ACT_RUNNING || __atomic_load_n(&other->attention, __ATOMIC_RELAXED)) {
             vm->turn_over = true;
+            vm->turn_left = 0;
             soft_leave(c);
         }
     }
@@ -351,6 +354,12 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
     return GO_ON;
 }
 
+void soft_vm_settle(struct soft_vm *vm)
+{
+    if (soft_events_pending(vm) && soft_events_apply(vm))
+        soft_vm_wake(vm);
+}
+
 enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
 {
     *vcpu = 0;
@@ -371,10 +380,18 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
                 return (enum soft_stop)stop;
             continue;
         }
-        vm->turn = (c->index + 1) % vm->config.vcpus;
+        if (c->index != vm->turn || vm->turn_left <= 0) {
+            vm->turn = c->index;
+            vm->turn_left = vm->config.quantum;
+        }
         vm->turn_limit_ns = next_event(vm);
-        soft_set_budget(c, soft_budget_until(vm, now, vm->turn_limit_ns));
+        int64_t budget = soft_budget_until(vm, now, vm->turn_limit_ns);
+        uint64_t before = soft_instructions(c);
+        soft_set_budget(c, budget < vm->turn_left ? budget : vm->turn_left);
         int stop = run_turn(c);
+        vm->turn_left -= (int64_t)(soft_instructions(c) - before);
+        if (vm->turn_left <= 0)
+            vm->turn = (c->index + 1) % vm->config.vcpus;
         fpu_collect(&c->fpu);
         vm->turn_limit_ns = UINT64_MAX;
         if (stop != GO_ON) {

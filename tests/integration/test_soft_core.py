@@ -1,0 +1,448 @@
+"""The software core as a machine: kick, park, state in mid-run, virtual clock, entropy, interrupts, SMP."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from cpu import _core
+from cpu.contract import MsiRoute, Space, System, VmConfig
+from cpu.exits import Halt, Interrupted, PortOut, Resume, Shutdown
+from images import guests
+from tests.support.assemble import assemble
+from tests.support.bare import Bare
+
+pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core")
+
+CODE = 0x10000
+COUNTERS = 0x8000
+VIRTUAL = VmConfig(virtual_clock=True, seed=1)
+
+
+@pytest.fixture
+def soft() -> Iterator[System]:
+    from cpu.system import soft_system
+
+    system = soft_system()
+    yield system
+    system.close()
+
+
+def counter(bare: Bare, index: int) -> int:
+    return int(struct.unpack_from("<Q", bare.ram, COUNTERS + 8 * index)[0])
+
+
+COUNT32 = f"""
+1:  lock inc dword ptr [{COUNTERS}]
+    jmp 1b
+"""
+HLT_ON = "1: sti\n hlt\n jmp 1b"
+HLT_OFF = "mov dword ptr [0x8000], 1\n 1: cli\n hlt\n inc dword ptr [0x8000]\n jmp 1b"
+
+START_APS = f"""
+    /* INIT and SIPI to all others; their code stands at 0x9000 */
+    mov dword ptr [0xfee000f0], 0x1ff
+    mov dword ptr [0xfee00300], 0xc4500
+    mov dword ptr [0xfee00300], 0xc4609
+1:  lock inc dword ptr [{COUNTERS}]
+    pause
+    jmp 1b
+"""
+AP = """
+    mov ax, 0
+    mov ds, ax
+    mov ebx, 0x8008
+    mov ecx, 1
+    lock xadd [0x8100], ecx
+    shl ecx, 3
+    add ebx, ecx
+1:  lock inc dword ptr [ebx]
+    pause
+    jmp 1b
+"""
+
+
+def smp(soft: System, vcpus: int, config: VmConfig | None = None) -> Bare:
+    bare = Bare(soft, replace(config or VmConfig(), vcpus=vcpus))
+    bare.code(CODE, assemble(START_APS, CODE))
+    bare.write(0x9000, assemble(AP, 0x9000, 16))
+    return bare
+
+
+@pytest.mark.parametrize("code", [COUNT32, HLT_ON], ids=["spinning", "halted"])
+def test_kick_parks_between_instructions(soft: System, code: str, record_property: pytest.FixtureRequest) -> None:
+    with Bare(soft) as bare:
+        bare.code(CODE, assemble(code, CODE))
+        bare.start()
+        slowest = 0.0
+        for _ in range(20):
+            begin = time.perf_counter()
+            bare.pause(0)
+            slowest = max(slowest, time.perf_counter() - begin)
+            assert CODE <= bare.vcpus[0].registers().rip < CODE + 64
+            bare.vcpus[0].resume(Resume())
+        record_property("slowest kick, ms", slowest * 1000)  # type: ignore[operator]
+
+
+def test_a_kick_while_parked_is_forgotten(soft: System) -> None:
+    with Bare(soft) as bare:
+        bare.code(CODE, assemble("mov al, 7\n out 0xf4, al\n hlt", CODE))
+        bare.vcpus[0].kick()
+        bare.start()
+        bare.run()
+        assert bare.ended == 7
+        assert bare.exits == []
+
+
+def test_hlt_with_interrupts_off_is_told_once(soft: System) -> None:
+    with Bare(soft) as bare:
+        bare.code(CODE, assemble(HLT_OFF, CODE))
+        bare.start()
+        bare.run()
+        assert bare.exits == [(0, Halt())]
+        bare.vcpus[0].resume(Resume())
+        bare.pause(0)
+        assert bare.exits == [(0, Halt())]
+
+
+def test_nmi_wakes_a_vcpu_that_halted_for_good(soft: System) -> None:
+    # Real mode: the vector of NMI at 2 * 4.
+    with Bare(soft) as bare:
+        bare.write(8, struct.pack("<HH", 0x7100, 0))
+        bare.write(0x7100, assemble("mov al, 9\n out 0xf4, al\n hlt", 0x7100, 16))
+        bare.code(0x7200, assemble("cli\n hlt", 0x7200, 16), bits=16)
+        bare.start()
+        bare.run()
+        assert bare.exits == [(0, Halt())]
+        bare.vcpus[0].resume(Resume())
+        bare.vcpus[0].nmi()
+        bare.run()
+        assert bare.ended == 9
+
+
+def test_triple_fault_is_a_shutdown(soft: System) -> None:
+    with Bare(soft) as bare:
+        bare.boot(guests.path("triple"))
+        bare.start()
+        bare.run()
+        assert bare.exits == [(0, Shutdown())]
+
+
+def test_one_of_several_vcpus_parks_and_goes_on(soft: System) -> None:
+    with smp(soft, 4) as bare:
+        bare.start()
+        bare.run(lambda b: all(counter(b, i) & 0xFFFFFFFF > 1000 for i in range(4)))
+        bare.pause(0)
+        still = counter(bare, 0)
+        others = [counter(bare, i) for i in range(1, 4)]
+        bare.run(lambda b: all(counter(b, i) > others[i - 1] + 1000 for i in range(1, 4)))
+        assert counter(bare, 0) == still
+        assert bare.vcpus[0].registers().rip >= CODE  # readable while the others run
+        bare.vcpus[0].resume(Resume())
+        bare.run(lambda b: counter(b, 0) > still)
+        bare.pause()
+        frozen = bare.read(COUNTERS, 32)
+        assert bare.vm.take() == []
+        assert bare.read(COUNTERS, 32) == frozen
+
+
+def test_a_vcpu_that_never_ran_is_not_run(soft: System) -> None:
+    with smp(soft, 2) as bare:
+        bare.vcpus[0].resume(Resume())
+        bare.run(lambda b: counter(b, 0) > 1000)
+        assert counter(bare, 1) == 0
+        bare.vcpus[1].resume(Resume())
+        bare.run(lambda b: counter(b, 1) > 1000)
+
+
+def test_close_while_it_runs_and_while_an_exit_waits(soft: System) -> None:
+    for code in (COUNT32, HLT_ON, HLT_OFF, "1: in al, 0x60\n jmp 1b"):
+        bare = Bare(soft)
+        bare.code(CODE, assemble(code, CODE))
+        bare.start()
+        bare.vm.take()
+        bare.vm.close()
+        bare.vm.close()
+        bare.ram.close()
+
+
+# ---- time ----
+
+
+def traced(soft: System, config: VmConfig, kernel: str, cmdline: str = "", hops: int = 0) -> tuple[bytes, int, str]:
+    """Run a guest to its end: (console, instructions, RAM hash). `hops`: move it to a fresh VM that many times."""
+    bare = Bare(soft, config)
+    try:
+        bare.boot(guests.path(kernel), cmdline)
+        bare.start()
+        for hop in range(hops):
+            bare.run(lambda b, n=hop: b.ended is not None or b.vm.now_ns() > (n + 1) * 37_000_000)
+            if bare.ended is not None:
+                break
+            bare.pause()
+            state = bare.state()
+            other = Bare(soft, config, console=bare.console)
+            bare.__exit__()
+            bare = other
+            bare.set_state(state)
+            bare.start()
+        bare.run()
+        instructions = bare.vm.stats()["instructions"]
+        return bytes(bare.console), instructions, hashlib.sha256(bare.ram[:]).hexdigest()
+    finally:
+        bare.__exit__()
+
+
+@pytest.mark.parametrize("kernel", ["hello", "timer", "long", "dirty", "flood 3000"])
+def test_virtual_clock_makes_a_run_a_function_of_its_inputs(soft: System, kernel: str) -> None:
+    name, _, cmdline = kernel.partition(" ")
+    first = traced(soft, VIRTUAL, name, cmdline)
+    assert first == traced(soft, VIRTUAL, name, cmdline)
+    assert first[0]
+
+
+def test_virtual_clock_skips_what_the_guest_sleeps(soft: System) -> None:
+    with Bare(soft, VIRTUAL) as bare:
+        bare.boot(guests.path("timer"), "200")
+        bare.start()
+        bare.run()
+        assert bytes(bare.console) == b"200 ticks\n"
+        assert 1_990_000_000 < bare.vm.now_ns() < 2_020_000_000
+
+
+def test_state_moves_to_a_fresh_vm_in_mid_run(soft: System) -> None:
+    alone = traced(soft, VIRTUAL, "timer", "100")
+    moved = traced(soft, VIRTUAL, "timer", "100", hops=12)
+    assert moved[0] == alone[0] == b"100 ticks\n"
+
+
+WORK = """
+    mov ecx, 300000000
+    mov eax, 1
+1:  imul eax, eax, 1103515245
+    add eax, 12345
+    rol eax, 7
+    push eax
+    pop edx
+    add [0x8000], edx
+    loop 1b
+    mov dx, 0xe9
+    mov ecx, 4
+2:  out dx, al
+    shr eax, 8
+    loop 2b
+    mov al, 1
+    out 0xf4, al
+    hlt
+"""
+
+
+def test_state_of_a_computation_moves_at_arbitrary_points(soft: System) -> None:
+    code = assemble(WORK.replace("300000000", "3000000"), CODE)
+    results = []
+    for hops in (0, 20):
+        bare = Bare(soft)
+        bare.code(CODE, code)
+        bare.start()
+        for _ in range(hops):
+            bare.pause()
+            state = bare.state()
+            bare.__exit__()
+            bare = Bare(soft)
+            bare.set_state(state)
+            bare.start()
+        bare.run()
+        results.append((bytes(bare.console), bare.read(0x8000, 8)))
+        bare.__exit__()
+    assert results[0] == results[1]
+
+
+def smp_run(soft: System, posted: bool) -> tuple[list[int], int, str]:
+    with smp(soft, 3, VIRTUAL) as bare:
+        bare.vm.set_alarm(5_000_000)
+        if posted:
+            bare.vm.add_posted(Space.PORT, 0xE9, 1, 5)
+        bare.start()
+        bare.run(lambda b: b.alarms == 1)
+        bare.pause()
+        counters = [counter(bare, i) for i in range(3)]
+        return counters, bare.vm.stats()["instructions"], hashlib.sha256(bare.ram).hexdigest()
+
+
+DICE = """
+    mov ecx, 64
+1:  rdrand eax
+    jnc 1b
+    mov edx, 0xe9
+    out dx, al
+    rdseed eax
+    out dx, al
+    loop 1b
+    mov al, 1
+    out 0xf4, al
+    hlt
+"""
+
+
+def dice(soft: System, seed: int | None) -> bytes:
+    with Bare(soft, VmConfig(seed=seed)) as bare:
+        bare.code(CODE, assemble(DICE, CODE))
+        bare.start()
+        bare.run()
+        return bytes(bare.console)
+
+
+def test_a_seed_determines_rdrand(soft: System) -> None:
+    assert dice(soft, 7) == dice(soft, 7)
+    assert dice(soft, 7) != dice(soft, 8)
+    assert dice(soft, None) != dice(soft, None)
+    assert len(set(dice(soft, 7))) > 64
+
+
+def test_chacha20_is_that_of_the_rfc(soft: System) -> None:
+    # RFC 8439 A.1, test vector 1: key zero, block 0 begins 76 b8 e0 ad. RDRAND of 32 bits draws whole words.
+    assert dice(soft, 0)[0] == 0x76
+
+
+# ---- interrupts, accesses ----
+
+ECHO_IRQ = """
+    lidt [idtr]
+    mov al, 0x11
+    out 0x20, al
+    mov al, 0x20
+    out 0x21, al
+    mov al, 4
+    out 0x21, al
+    mov al, 1
+    out 0x21, al
+    mov al, 0
+    out 0x21, al
+    mov dword ptr [0xfee000f0], 0x1ff
+    mov al, 'R'
+    out 0xe9, al
+1:  sti
+    hlt
+    jmp 1b
+irq:
+    push eax
+    mov al, 'I'
+    out 0xe9, al
+    mov al, 0x20
+    out 0x20, al
+    pop eax
+    iret
+msi:
+    push eax
+    mov al, 'M'
+    out 0xe9, al
+    mov dword ptr [0xfee000b0], 0
+    pop eax
+    iret
+    .balign 8
+idt: .skip 8 * 0x24
+    .word irq - _start, 8, 0x8e00, 1
+    .skip 8 * 27
+    .word msi - _start, 8, 0x8e00, 1
+idtr: .word 8 * 0x41 - 1
+    .long idt
+"""
+
+
+def listening(soft: System, config: VmConfig | None = None) -> Bare:
+    bare = Bare(soft, config or VmConfig())
+    code = assemble(ECHO_IRQ, CODE)
+    bare.code(CODE, code)
+    selector = bare.vcpus[0].system_registers().cs.selector
+    bare.write(CODE, code.replace(struct.pack("<HH", 8, 0x8E00), struct.pack("<HH", selector, 0x8E00)))
+    bare.vm.memory_written(CODE, len(code))
+    bare.start()
+    bare.run(lambda b: b.console == b"R")
+    return bare
+
+
+def test_interrupts_reach_a_halted_vcpu(soft: System) -> None:
+    with listening(soft) as bare:
+        bare.vm.set_irq(4, True)
+        bare.run(lambda b: b.console == b"RI")
+        bare.vm.set_irq(4, False)
+        bare.vm.signal_msi(0xFEE00000, 0x40)
+        bare.run(lambda b: b.console == b"RIM")
+        bare.vm.set_irq(4, True)
+        bare.run(lambda b: b.console == b"RIMI")
+
+
+def test_irqfds_raise_gsis_and_messages(soft: System) -> None:
+    line, message = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        with listening(soft) as bare:
+            bare.vm.set_msi_routes([MsiRoute(30, 0xFEE00000, 0x40)])
+            bare.vm.add_irqfd(line, 4)
+            bare.vm.add_irqfd(message, 30)
+            os.eventfd_write(line, 1)
+            bare.run(lambda b: b.console == b"RI")
+            os.eventfd_write(message, 1)
+            bare.run(lambda b: b.console == b"RIM")
+            os.eventfd_write(line, 1)
+            bare.run(lambda b: b.console == b"RIMI")
+    finally:
+        os.close(line)
+        os.close(message)
+
+
+def test_the_level_of_a_line_survives_a_move(soft: System) -> None:
+    """A line that was high when the state was saved falls in the new VM when its device lowers it."""
+    with listening(soft) as bare:
+        bare.vm.set_irq(17, True)
+        bare.pause()
+        state = bare.state()
+        with Bare(soft) as other:
+            other.set_state(state)
+            assert struct.unpack_from("<I", other.vm.state().ioapic, 8 + 16)[0] >> 17 & 1
+            other.vm.set_irq(17, False)
+            other.start()
+            other.pause()
+            assert not struct.unpack_from("<I", other.vm.state().ioapic, 8 + 16)[0] >> 17 & 1
+
+
+def test_registers_set_at_an_exit_are_those_that_it_goes_on_with(soft: System) -> None:
+    with Bare(soft) as bare:
+        bare.code(CODE, assemble("out 0x80, al\n hlt\n .skip 61\n mov al, 5\n out 0xf4, al\n hlt", CODE))
+        bare.start()
+        poll_until_exit(bare)
+        vcpu = bare.vcpus[0]
+        vcpu.set_registers(replace(vcpu.registers(), rip=CODE + 64))
+        vcpu.resume(Resume())
+        bare.run()
+        assert bare.ended == 5
+
+
+def poll_until_exit(bare: Bare) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for item in bare.vm.take():
+            assert item == (0, PortOut(0x80, 1, 0))
+            return
+    raise AssertionError("no exit")
+
+
+def test_interrupted_is_not_lost_while_an_access_waits(soft: System) -> None:
+    with Bare(soft) as bare:
+        bare.code(CODE, assemble("1: out 0x80, al\n jmp 1b", CODE))
+        bare.start()
+        assert select.select([bare.vm.fileno()], [], [], 10)[0]
+        bare.vcpus[0].kick()  # its exit is on its way, not taken yet
+        poll_until_exit(bare)
+        bare.vcpus[0].resume(Resume())
+        bare.run(lambda b: b.exits == [(0, Interrupted())])
+
+
+def test_smp_with_the_virtual_clock_is_deterministic(soft: System) -> None:
+    assert smp_run(soft, False) == smp_run(soft, False)
