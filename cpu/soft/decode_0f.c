@@ -50,6 +50,7 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     if (op->form == VEC_EMMS) {
         emit_fpu_check(d, 1);
         u = emit_helper(d, h_vector);
+        u->scale = true;
         emit(d, nop)->ptr = op;
         return true;
     }

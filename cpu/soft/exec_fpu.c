@@ -59,9 +59,7 @@ static void mask_move(struct soft_vcpu *c, const struct uop *u, const uint8_t *d
         at = offset + (u->seg >= SEG_FS ? c->seg[u->seg].base : 0);
     else
         at = soft_seg_check(c, u->seg, offset, size, true);
-    for (unsigned i = 0; i < size; i++)
-        if (mask[i] & 0x80)
-            soft_probe_write(c, at + i, 1);
+    soft_probe_write(c, at, size); /* all of it, whatever the mask, as AMD processors do */
     for (unsigned i = 0; i < size; i++)
         if (mask[i] & 0x80)
             store(c, at + i, 1, data[i]);
@@ -345,7 +343,7 @@ HELPER(h_fxsave)
     uint8_t image[512];
     state_check(c, 16);
     /* What is not architectural in the image stays as it is in memory. */
-    soft_probe_write(c, c->tmp[0], 464);
+    soft_probe_write(c, c->tmp[0], 512);
     soft_load_bytes(c, c->tmp[0], image, 512);
     fpu_fxsave(&c->fpu, image, u->aux & 1, c->code64);
     soft_store_bytes(c, c->tmp[0], image, 464);

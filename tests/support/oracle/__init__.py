@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ["-std=gnu11", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-parentheses", "-fno-strict-aliasing",
-         "-foptimize-sibling-calls", "-pthread"]
+         "-foptimize-sibling-calls", "-mno-red-zone", "-pthread"]
 BUILD_TIMEOUT_S = 300
 
 

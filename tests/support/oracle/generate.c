@@ -420,7 +420,8 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
         insn->bytes[insn->length - 1] = 0x3E; /* GS is a null selector */
     if (address32)
         put(insn, 0x67, 1);
-    if (rng_one_in(r, 24)) {
+    /* LOCK MOV CR0 is MOV CR8 on AMD processors, which the core does not offer. */
+    if (rng_one_in(r, 24) && !(map == MAP_0F && (opcode & 0xFD) == 0x20)) {
         put(insn, 0xF0, 1);
         insn->other_prefixes = true;
     }

@@ -15,7 +15,7 @@ static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_R
                               REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
 enum { XSTATE_MAGIC1 = 0x46505853, SW_RESERVED = 464, FX_DEFINED = 416, XSAVE_HEADER = 512 };
 
-static volatile int entering;
+static volatile enum { IDLE, ENTERING, RUNNING } phase;
 static const struct insn *current;
 static struct cpu_state *current_state;
 static gregset_t saved;
@@ -35,11 +35,13 @@ static void copy_fx(ucontext_t *u, const uint8_t *fx)
 static void handler(int signal, siginfo_t *info, void *context)
 {
     (void)info;
+    /* POPF may have set AC, which a handler inherits. */
+    asm volatile("pushfq; andl $~0x40000, (%%rsp); popfq" : : : "memory", "cc");
     ucontext_t *u = context;
     greg_t *g = u->uc_mcontext.gregs;
     struct cpu_state *s = current_state;
-    if (entering) {
-        entering = 0;
+    if (phase == ENTERING) {
+        phase = RUNNING;
         memcpy(saved, g, sizeof saved);
         memcpy(saved_fx, u->uc_mcontext.fpregs, FX_DEFINED);
         for (unsigned i = 0; i < 16; i++)
@@ -51,9 +53,12 @@ static void handler(int signal, siginfo_t *info, void *context)
         copy_fx(u, s->fx);
         return;
     }
-    if (signal == SIGALRM) {
-        static const char text[] = "oracle: an instruction does not end on the host\n";
-        (void)!write(2, text, sizeof text - 1);
+    if (signal == SIGALRM || phase != RUNNING) {
+        static const char hang[] = "oracle: an instruction does not end on the host: ", crash[] = "oracle: crash after: ";
+        if (signal == SIGALRM)
+            (void)!write(2, hang, sizeof hang - 1);
+        else
+            (void)!write(2, crash, sizeof crash - 1);
         for (unsigned i = 0; i < current->length; i++) {
             char hex[4];
             snprintf(hex, sizeof hex, "%02x ", current->bytes[i]);
@@ -61,6 +66,7 @@ static void handler(int signal, siginfo_t *info, void *context)
         }
         _exit(3);
     }
+    phase = IDLE;
     for (unsigned i = 0; i < 16; i++)
         s->gpr[i] = (uint64_t)g[order[i]];
     s->rip = (uint64_t)g[REG_RIP];
@@ -115,7 +121,7 @@ void native_run(const struct insn *insn, struct cpu_state *state, struct memory 
     current = insn;
     current_state = state;
     state->rip = CODE_BASE + insn->offset;
-    entering = 1;
+    phase = ENTERING;
     alarm(2);
     raise(SIGUSR1);
     alarm(0);
