@@ -65,9 +65,11 @@ static SLOW HANDLER(call_r_slow)
 {
     uint64_t target = REG64(u->r1);
     SYNC();
-    if (!soft_canonical(target))
-        soft_raise_error(c, VEC_GP, 0);
     c->access_ss = 1;
+    if (!soft_canonical(target)) {
+        soft_probe_write(c, REG64(RSP * 8) - 8, 8); /* the push faults first */
+        soft_raise_error(c, VEC_GP, 0);
+    }
     store(c, REG64(RSP * 8) - 8, 8, rip + u->off + u->len);
     UNSYNC();
     REG64(RSP * 8) -= 8;

@@ -81,12 +81,13 @@ HELPER(h_pusha)
 }
 HELPER(h_popa)
 {
-    uint64_t sp = c->gpr[RSP], v[8];
-    for (unsigned i = 0; i < 8; i++)
-        v[i] = stack_get(c, sp + i * u->size, u->size);
-    for (unsigned i = 0; i < 8; i++)
+    /* A fault in between leaves the registers loaded so far, as in hardware; doing it again repeats them. */
+    uint64_t sp = c->gpr[RSP];
+    for (unsigned i = 0; i < 8; i++) {
+        uint64_t v = stack_get(c, sp + i * u->size, u->size);
         if (7 - i != RSP)
-            set_reg(c, (7 - i) * 8, u->size, v[i]);
+            set_reg(c, (7 - i) * 8, u->size, v);
+    }
     set_sp(c, sp + 8 * u->size);
 }
 HELPER(h_enter)

@@ -144,9 +144,10 @@ static uint64_t chunk(const struct string_op *s, unsigned op, unsigned until, ui
         return 1;
     case STR_CMPS: {
         uint64_t a, b;
-        k = n > 1 ? span(s, s->seg, c->gpr[RSI], false, n, &from) : 0;
+        /* If both operands fault, AMD processors report the destination's. */
+        k = n > 1 ? span(s, SEG_ES, c->gpr[RDI], false, n, &to) : 0;
         if (k)
-            k = span(s, SEG_ES, c->gpr[RDI], false, k, &to);
+            k = span(s, s->seg, c->gpr[RSI], false, k, &from);
         if (k) {
             uint64_t i = 0;
             do {
@@ -157,8 +158,8 @@ static uint64_t chunk(const struct string_op *s, unsigned op, unsigned until, ui
             k = i;
         } else {
             k = 1;
-            a = load(c, linear(s, s->seg, c->gpr[RSI], false), size);
             b = load(c, linear(s, SEG_ES, c->gpr[RDI], false), size);
+            a = load(c, linear(s, s->seg, c->gpr[RSI], false), size);
         }
         flags_compare(c, a, b, size);
         *stop = until && (a == b) != (until == 1);

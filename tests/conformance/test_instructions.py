@@ -25,3 +25,16 @@ def test_fpu_operations(fpu_oracle: Path) -> None:
     result = oracle.run(fpu_oracle, "direct", "--fpu", "--per-slot", "20")
     assert result.compared > 15_000
     assert result.differences == 0, result.report
+
+
+@pytest.fixture(scope="module")
+def core_oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return oracle.build(tmp_path_factory.mktemp("oracle-core"), core=True)
+
+
+@pytest.mark.parametrize("mode", ["64", "32"])
+def test_software_core(core_oracle: Path, mode: str) -> None:
+    """Every opcode in every operand form, also what is undefined or faults, in 64-bit and in compatibility mode."""
+    result = oracle.run(core_oracle, "core", "--mode", mode, "--per-slot", "40")
+    assert result.compared > 150_000
+    assert result.differences == 0, result.report

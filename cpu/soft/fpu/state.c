@@ -81,6 +81,9 @@ static void put_x87(const struct fpu *f, uint8_t *image, bool rex_w)
     }
 }
 
+/* The pointers' registers have 57 bits. */
+static uint64_t canonical(uint64_t v) { return (uint64_t)((int64_t)(v << 7) >> 7); }
+
 static void get_x87(struct fpu *f, const uint8_t *image, bool rex_w)
 {
     uint16_t cw;
@@ -91,8 +94,8 @@ static void get_x87(struct fpu *f, const uint8_t *image, bool rex_w)
     get(image, 6, &f->fop, 2);
     f->fop &= 0x7FF;
     if (rex_w) {
-        f->fip = get64(image, 8);
-        f->fdp = get64(image, 16);
+        f->fip = canonical(get64(image, 8));
+        f->fdp = canonical(get64(image, 16));
         f->fcs = f->fds = 0;
     } else {
         f->fip = get32(image, 8);

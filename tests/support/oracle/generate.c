@@ -418,6 +418,9 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
         put(insn, PICK(r, escapes), 1);
     if (mode32 && insn->length && insn->bytes[insn->length - 1] == 0x65)
         insn->bytes[insn->length - 1] = 0x3E; /* GS is a null selector */
+    /* A store to the code segment by x87 with an exception pending: #GP here, #MF in hardware. */
+    if (mode32 && map == MAP_ONE && (opcode & 0xF8) == 0xD8 && insn->length && insn->bytes[insn->length - 1] == 0x2E)
+        insn->bytes[insn->length - 1] = 0x3E;
     if (address32)
         put(insn, 0x67, 1);
     /* LOCK MOV CR0 is MOV CR8 on AMD processors, which the core does not offer. */

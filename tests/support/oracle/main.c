@@ -3,8 +3,8 @@
  * BACKEND: core (if built with ORACLE_CORE) or direct. Goes through every slot of the opcode maps --per-slot times (x87 and groups more often) and
  * prints each difference, then "compared N differences M". Exit status 1 if there was one.
  *
- * UNDERFLOW: with an unmasked underflow the core's PE and UE in MXCSR are not exact when #XM is raised: it runs the
- * operation masked, and denormalising the result can lose bits that an unmasked response would keep.
+ * UNDERFLOW: with an unmasked underflow or overflow the core's PE and UE in MXCSR are not exact when #XM is raised: it
+ * runs the operation masked, and the masked response can lose bits that an unmasked one would keep.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -158,7 +158,7 @@ int main(int argc, char **argv)
             if (map == MAP_0F && opcode == 0xAE && insn.ea >= DATA_BASE && insn.ea < DATA_BASE + DATA_WRITABLE - 32)
                 memcpy(mem_native.data + insn.ea - DATA_BASE + 28, mem_core.data + insn.ea - DATA_BASE + 28, 4); /* FXSAVE's */
             memcpy(native.fx + 28, got.fx + 28, 4); /* MXCSR_MASK: the host has misaligned SSE */
-            if (native.vector == 19 && !(in.fx[25] & 8)) /* see UNDERFLOW above */
+            if (native.vector == 19 && (in.fx[25] & 12) != 12) /* see UNDERFLOW above */
                 native.fx[24] = (uint8_t)((native.fx[24] & ~0x30) | (got.fx[24] & 0x30));
             if (native.vector == 19 && map == MAP_0F3A && (opcode & 0xFE) == 0x40) /* DPPS, DPPD: in stages */
                 native.fx[24] = got.fx[24];
