@@ -210,7 +210,7 @@ class Agent:
         """Until the agent listens. GuestError if the machine ends before."""
         await asyncio.shield(self._ready)
 
-    async def start(
+    async def start_process(
         self,
         *arguments: str,
         env: Mapping[str, str] | None = None,
@@ -240,7 +240,7 @@ class Agent:
         """Run a program to its end. TimeoutError after `timeout` seconds (it is killed); with `check`, GuestError if
         its status is not 0."""
         async with asyncio.timeout(timeout):
-            async with await self.start(*arguments, env=env, cwd=cwd) as process:
+            async with await self.start_process(*arguments, env=env, cwd=cwd) as process:
                 result = await process.communicate(input)
         return result.check() if check else result
 

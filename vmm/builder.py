@@ -41,7 +41,6 @@ PARTS = (
     "vmm.acpi",
     "vmm.virtio_devices",
     "vmm.devices.vmgenid",
-    "vmm.devices.virtio",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
 

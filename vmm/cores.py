@@ -15,6 +15,11 @@ SMALL_KERNEL = 1 * MIB
 """Kernel files below this are test guests, which need no more than they say; others count as stock kernels."""
 
 
+def is_stock_kernel(config: Config) -> bool:
+    """Whether the kernel is an operating system's: it has drivers, and needs a core that runs everything."""
+    return config.kernel is not None and config.kernel.stat().st_size >= SMALL_KERNEL
+
+
 def needs(config: Config) -> frozenset[Capability]:
     """What the guest needs beyond the contract's core."""
     found = set()
@@ -22,7 +27,7 @@ def needs(config: Config) -> frozenset[Capability]:
         found.add(Capability.VIRTUAL_CLOCK)
     if config.flat is not None and config.flat.mode == "real":
         found.add(Capability.REAL_MODE)
-    if config.kernel is not None and config.kernel.stat().st_size >= SMALL_KERNEL:
+    if is_stock_kernel(config):
         found.add(Capability.STOCK_KERNELS)
     return frozenset(found)
 

@@ -21,7 +21,7 @@ from virtio.backends.net import NetBackend, PcapNet
 from virtio.backends.sockets import UserNet
 from virtio.backends.sockets import connect as connect_socket
 from virtio.backends.tap import TapNet
-from virtio.backends.vsock import MemoryVsock, UnixVsock
+from virtio.backends.vsock import MemoryVsock, UnixVsock, VsockBackend
 from virtio.device import Device
 from virtio.devices.blk import BlockDevice
 from virtio.devices.console import ConsoleDevice, Port
@@ -33,6 +33,7 @@ from virtio.pci import PciTransport
 from virtio.transport import Transport
 from vmm import layout
 from vmm.config import Config, Disk, Net
+from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError, StateError
 from vmm.interfaces import Assembly, CharacterPort, PciFunction, State
 
@@ -177,10 +178,10 @@ def wanted(assembly: Assembly) -> dict[str, tuple[TransportKind, Make]]:
         want(net.id or f"net{index}", net.transport, _Net(net, assembly).make)
     if config.hvc or config.ports:
         want("console", "pci", _Console(config, assembly.console).make)
-    if config.rng:
+    if config.rng and is_stock_kernel(config):
         want("rng", "pci", _Entropy(assembly).make)
     if config.vsock is not None or config.agent:
-        want("vsock", "pci", _Vsock(config).make)
+        want("vsock", "pci", _Vsock(assembly).make)
     return found
 
 
@@ -259,11 +260,21 @@ class _Entropy:
 
 
 class _Vsock:
-    def __init__(self, config: Config) -> None:
-        self.path = config.vsock
+    def __init__(self, assembly: Assembly) -> None:
+        self.assembly = assembly
 
     async def make(self) -> Device:
-        return VsockDevice(MemoryVsock() if self.path is None else UnixVsock(self.path), GUEST_CID)
+        config = self.assembly.config
+        backend: VsockBackend | None = None if config.vsock is None else UnixVsock(config.vsock)
+        if not config.agent:
+            return VsockDevice(backend or MemoryVsock(), GUEST_CID)
+        from vmm.agent import AGENT_PORT, Agent
+        from vmm.agentlink import AgentVsock
+
+        agent = Agent(lambda: device.open(AGENT_PORT), waits=True)
+        self.assembly.add("agent", agent)
+        device = VsockDevice(AgentVsock(agent, backend), GUEST_CID)
+        return device
 
 
 def attach(assembly: Assembly) -> None:

@@ -195,8 +195,8 @@ class VirtualMachine:
         return await self.agent.exec(*arguments, **options)
 
     async def start_process(self, *arguments: str, **options: Any) -> GuestProcess:
-        """Start a program in the guest: vmm.agent.Agent.start."""
-        return await self.agent.start(*arguments, **options)
+        """Start a program in the guest: vmm.agent.Agent.start_process."""
+        return await self.agent.start_process(*arguments, **options)
 
     async def copy_in(self, source: Path | str, target: str) -> None:
         """Copy a file of the host into the guest."""

@@ -70,14 +70,14 @@ async def test_unknown_programs_are_127(agent: Agent) -> None:
 
 
 async def test_signals(agent: Agent) -> None:
-    async with await agent.start("sh", "-c", "echo up; sleep 60") as process:
+    async with await agent.start_process("sh", "-c", "echo up; sleep 60") as process:
         assert await process.stdout.read() == b"up\n"
         await process.send_signal(15)
         assert await process.wait() == 128 + 15
 
 
 async def test_a_terminal_and_its_size(agent: Agent) -> None:
-    async with await agent.start("sh", "-c", "stty size; read line; stty size", terminal=(30, 90)) as process:
+    async with await agent.start_process("sh", "-c", "stty size; read line; stty size", terminal=(30, 90)) as process:
         seen = b""
         while b"30 90" not in seen:
             seen += await process.stdout.read()
@@ -89,7 +89,7 @@ async def test_a_terminal_and_its_size(agent: Agent) -> None:
 
 
 async def test_leaving_early_kills_the_program(agent: Agent) -> None:
-    async with await agent.start("sh", "-c", "echo $$; exec sleep 300") as process:
+    async with await agent.start_process("sh", "-c", "echo $$; exec sleep 300") as process:
         pid = int(await process.stdout.read())
     async with asyncio.timeout(10):
         while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
@@ -137,7 +137,7 @@ async def test_the_agent_survives_broken_requests(frame: bytes) -> None:
 async def test_a_guest_that_breaks_the_protocol_is_a_guest_error(frame: bytes) -> None:
     ours, theirs = socket.socketpair()
     agent = Agent(lambda: asyncio.open_connection(sock=ours))
-    async with await agent.start("true") as process:
+    async with await agent.start_process("true") as process:
         theirs.sendall(frame)
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(GuestError):

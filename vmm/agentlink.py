@@ -1,0 +1,33 @@
+"""The way from vsock to the guest's agent: a vsock backend that serves the agent's port and leaves the others to UNIX
+sockets, if the machine has them. Loop thread."""
+
+from __future__ import annotations
+
+from virtio.backends.vsock import Open, Streams, VsockBackend, stream_pair
+from vmm.agent import READY_PORT, Agent
+
+
+class AgentVsock(VsockBackend):
+    """`agent`: told when the guest connects to its port. `beyond`: who answers all other ports."""
+
+    def __init__(self, agent: Agent, beyond: VsockBackend | None) -> None:
+        self._agent = agent
+        self._beyond = beyond
+
+    async def start(self, open: Open) -> None:
+        if self._beyond is not None:
+            await self._beyond.start(open)
+
+    async def dial(self, port: int) -> Streams:
+        if port == READY_PORT:
+            self._agent.set_ready()
+            ours, theirs = await stream_pair()
+            theirs[1].close()
+            return ours
+        if self._beyond is None:
+            raise ConnectionRefusedError(f"nobody serves vsock port {port}")
+        return await self._beyond.dial(port)
+
+    async def aclose(self) -> None:
+        if self._beyond is not None:
+            await self._beyond.aclose()
