@@ -33,8 +33,10 @@ PCI_HOLE = 0xC000_0000
 HIGH_MEMORY = 1 << 32
 MMIO32 = Range(0xC000_0000, 512 * MIB)
 """Window of 32-bit BARs."""
-ECAM = Range(0xE000_0000, 256 * MIB)
-"""PCI Express enhanced configuration access, buses 0 to 255 (PCI Firmware Specification 4.1)."""
+ECAM = Range(0xE000_0000, 1 * MIB)
+"""PCI Express enhanced configuration access (PCI Firmware Specification 4.1). Bus 0 is all there is; if more were
+declared, Linux would look for peer bridges on every bus, by 8192 synchronous port reads."""
+LAST_BUS = ECAM.size // MIB - 1
 VIRTIO_MMIO = Range(0xFEB0_0000, 32 * 4096)
 VIRTIO_MMIO_STRIDE = 4096
 IOAPIC = Range(0xFEC0_0000, 4096)

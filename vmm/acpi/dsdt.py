@@ -63,7 +63,7 @@ def _pci(memory: Layout) -> bytes:
         aml.name(
             "_CRS",
             aml.resource_template(
-                aml.bus_range(0, 255),
+                aml.bus_range(0, layout.LAST_BUS),
                 aml.io(0xCF8, 8),
                 aml.io_window(0, 0xCF7),
                 aml.io_window(0xD00, 0xFFFF),

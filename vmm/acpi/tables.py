@@ -138,7 +138,7 @@ def madt(cpus: int) -> bytes:
 
 
 def mcfg() -> bytes:
-    entry = {"base": layout.ECAM.start, "segment": 0, "first_bus": 0, "last_bus": 255, "reserved": 0}
+    entry = {"base": layout.ECAM.start, "segment": 0, "first_bus": 0, "last_bus": layout.LAST_BUS, "reserved": 0}
     return table(b"MCFG", 1, MCFG.build({"reserved": 0}) + MCFG_ENTRY.build(entry))
 
 
