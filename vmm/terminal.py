@@ -63,7 +63,7 @@ def in_foreground(descriptor: int) -> bool:
         return False
 
 
-class _Output:
+class Output:
     """Writes to a descriptor what it takes now. `write` returns the number of bytes, -1: wait until writable."""
 
     def __init__(self, descriptor: int) -> None:
@@ -126,7 +126,7 @@ class StandardStreams:
         self._is_terminal = False
         self._reading = False
         self._raw = RawMode(input_descriptor)
-        self._output: _Output | None = None
+        self._output: Output | None = None
         self._output_descriptor = output_descriptor
         self._waiting = False
         self._drained = asyncio.Event()
@@ -134,7 +134,7 @@ class StandardStreams:
 
     async def start(self) -> None:
         try:
-            self._output = _Output(self._output_descriptor)
+            self._output = Output(self._output_descriptor)
         except OSError as error:
             raise HostError(f"standard output: {os_reason(error)}") from error
         self._hub.watch(self)

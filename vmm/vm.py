@@ -268,8 +268,9 @@ class VirtualMachine:
         await service.start()
 
     def _finish(self, outcome: Outcome) -> None:
-        """The machine is to end this way; the first caller decides. The supervisor does the rest."""
-        if self._end is None:
+        """The machine is to end this way; the first caller decides, except that a reset which only restarts it gives
+        way. The supervisor does the rest."""
+        if self._end is None or self._restarts(self._end):
             self._end = outcome
             self._ending.set()
             if self._built is not None:
@@ -281,7 +282,7 @@ class VirtualMachine:
             while True:
                 await self._ending.wait()
                 end = self._end
-                if end is None or end.reason is not Reason.RESET or not self.config.reboot:
+                if end is None or not self._restarts(end):
                     break
                 await self._restart(end)
         except asyncio.CancelledError:
@@ -291,6 +292,9 @@ class VirtualMachine:
             self._end = Outcome(Reason.HOST_ERROR, f"restart: {error}")
         finally:
             await self._release()
+
+    def _restarts(self, end: Outcome) -> bool:
+        return end.reason is Reason.RESET and self.config.reboot
 
     async def _restart(self, end: Outcome) -> None:
         assert self._built is not None

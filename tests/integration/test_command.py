@@ -300,15 +300,15 @@ def test_output_to_a_reader_that_leaves(runtime: Path) -> None:
 
 
 def test_output_is_whole_through_a_slow_pipe(runtime: Path) -> None:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*VMM, "run", "flood", "--cmdline", "30000"], env=environment(runtime), stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert process.stdout is not None
-    received = bytearray()
-    while data := process.stdout.read(4096):
-        received += data
-    assert process.wait(60) == 0
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        received = bytearray()
+        while data := process.stdout.read(4096):
+            received += data
+        assert process.wait(60) == 0
     line = bytes(range(48, 48 + 63)) + b"\n"
     assert bytes(received) == (line * 500)[:30_000]
 
@@ -367,15 +367,14 @@ def test_console_restores_the_terminal_on_signals(
 @pytest.mark.skipif(shutil.which("socat") is None, reason="socat is not installed")
 def test_console_by_socat(runtime: Path, echo: Background) -> None:
     path = runtime / "loopvisor/echo/console.sock"
-    process = subprocess.Popen(
-        ["socat", "-", f"UNIX-CONNECT:{path}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(b"by socat\x04")
-    process.stdin.flush()
-    assert echo.process.wait(30) == 0
-    assert process.stdout.read() == b"echo: type, Ctrl-D ends\nby socat"
-    process.communicate(timeout=20)
+    with subprocess.Popen(
+        ["socat", "-", f"UNIX-CONNECT:{path}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"by socat\x04")
+        process.stdin.flush()
+        assert echo.process.wait(30) == 0
+        assert process.stdout.read() == b"echo: type, Ctrl-D ends\nby socat"
 
 
 def test_console_in_a_pipe(runtime: Path, echo: Background) -> None:

@@ -227,6 +227,17 @@ async def test_reboot_in_place(tmp_path: Path) -> None:
     assert all(core.closed for core in system.vms)
 
 
+async def test_kill_wins_over_a_reboot_loop(tmp_path: Path) -> None:
+    async with machine(tmp_path, [SystemEvent(2)], reboot=True) as vm:
+        events = vm.events()
+        vm.resume()
+        async for event in events:
+            if isinstance(event, Rebooted):
+                break
+        vm.kill()
+        assert (await vm.wait()).reason is Reason.KILLED
+
+
 async def test_reset_without_reboot_ends(tmp_path: Path) -> None:
     assert (await outcome_of(tmp_path, [SystemEvent(2)])).status == 0
 

@@ -1,0 +1,109 @@
+"""`vmm run IMAGE -- COMMAND…`: a program in the guest, with our standard streams, terminal, signals and its status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from vmm.terminal import CHUNK, Output, RawMode, in_foreground
+
+if TYPE_CHECKING:
+    from vmm.agent import GuestProcess, GuestStream
+    from vmm.vm import VirtualMachine
+
+
+async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
+    """Run it in a machine that runs; its exit status, or 128 + signal. Raises VmmError if the guest went away."""
+    on_terminal = os.isatty(0) and os.isatty(1) and in_foreground(0)
+    raw = RawMode(0)
+    async with await vm.start_process(*arguments, terminal=_size() if on_terminal else None) as process:
+        async with _signals(process, on_terminal):
+            feeding = asyncio.create_task(_feed(process), name="stdin")
+            try:
+                if on_terminal:
+                    raw.enter()
+                await asyncio.gather(_copy(process.stdout, 1), _copy(process.stderr, 2))
+                return await process.wait()
+            finally:
+                raw.restore()
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+
+
+def _size() -> tuple[int, int]:
+    """(rows, columns)"""
+    size = os.get_terminal_size(1)
+    return size.lines, size.columns
+
+
+@asynccontextmanager
+async def _signals(process: GuestProcess, on_terminal: bool) -> AsyncIterator[None]:
+    """Ctrl-C goes to the program, the window's size follows ours."""
+    loop = asyncio.get_running_loop()
+    sending: set[asyncio.Task[None]] = set()
+
+    def send(work: Coroutine[Any, Any, None]) -> None:
+        task = loop.create_task(work, name="signal")
+        sending.add(task)
+        task.add_done_callback(sending.discard)
+
+    loop.add_signal_handler(signal.SIGINT, lambda: send(process.send_signal(signal.SIGINT)))
+    if on_terminal:
+        loop.add_signal_handler(signal.SIGWINCH, lambda: send(process.resize(*_size())))
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        if on_terminal:
+            loop.remove_signal_handler(signal.SIGWINCH)
+        await asyncio.gather(*sending, return_exceptions=True)
+
+
+async def _feed(process: GuestProcess) -> None:
+    while data := await _read(0):
+        await process.write(data)
+    await process.close_stdin()
+
+
+async def _read(descriptor: int) -> bytes:
+    """The next bytes of a descriptor, b"" at its end; without blocking the loop."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    try:
+        loop.add_reader(descriptor, ready.set_result, None)
+    except (OSError, ValueError, RuntimeError):
+        pass  # a regular file, which epoll refuses: always ready
+    else:
+        try:
+            await ready
+        finally:
+            loop.remove_reader(descriptor)
+    try:
+        return os.read(descriptor, CHUNK)
+    except OSError:
+        return b""
+
+
+async def _copy(stream: GuestStream, descriptor: int) -> None:
+    """Everything that the program writes. A reader that went away raises BrokenPipeError, which ends the command."""
+    loop = asyncio.get_running_loop()
+    output = Output(descriptor)
+    try:
+        async for data in stream:
+            while data:
+                count = output.write(data[:CHUNK])
+                if count >= 0:
+                    data = data[count:]
+                    continue
+                ready = loop.create_future()
+                loop.add_writer(output.descriptor, ready.set_result, None)
+                try:
+                    await ready
+                finally:
+                    loop.remove_writer(output.descriptor)
+    finally:
+        output.close()
