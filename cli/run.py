@@ -6,15 +6,23 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cli.errors import say
+from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, VmmError
+from vmm.launch import config_for
 from vmm.lifecycle import Outcome, Reason
 from vmm.vm import VirtualMachine
+
+if TYPE_CHECKING:
+    from images.catalog import Image
+
+CONSOLE_LINES = 15
+"""How much of its console is shown of a machine that ended before the command did."""
 
 
 def execute(arguments: RunArguments) -> int:
@@ -33,9 +41,10 @@ def execute(arguments: RunArguments) -> int:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        outcome = runner.run(_run(config))
-    _report(config, outcome, arguments)
-    return outcome.status
+        outcome, status = runner.run(_run(config, arguments.command))
+    if outcome is not None:
+        _report(config, outcome, arguments)
+    return status
 
 
 def configure(arguments: RunArguments) -> Config:
@@ -44,51 +53,50 @@ def configure(arguments: RunArguments) -> Config:
     if arguments.config_file is not None:
         values |= Config.read(Path(arguments.config_file))
     values |= arguments.config
-    if arguments.command:
-        raise ConfigError("a command after -- needs an image with an agent")
-    stem = "vm"
-    if arguments.image is not None:
-        stem, wishes = _image(arguments.image)
-        disks = [*wishes.pop("disks", ()), *values.pop("disks", ())]
-        values = wishes | values
-        if disks:
-            values["disks"] = disks
-    values.setdefault("console", "stdio")
-    if not values.get("name"):
-        values["name"] = f"{stem}-{os.getpid()}"
-    config = Config.from_dict(values)
+    # A command's output is what stdout is for; the console then shows itself only where it is asked for.
+    values.setdefault("console", "none" if arguments.command else "stdio")
+    if arguments.image is None:
+        values["name"] = values.get("name") or f"vm-{os.getpid()}"
+        config = Config.from_dict(values)
+    else:
+        image = _image(arguments.image)
+        stem = "".join(char for char in image.name.partition(".")[0] if char.isalnum() or char in "-_").lstrip("-_")
+        values["name"] = values.get("name") or f"{(stem or 'vm')[:40]}-{os.getpid()}"
+        config = config_for(image, **values)
     if config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: name an image or give --kernel; vmm images ls shows what there is")
+    if arguments.command and not config.agent:
+        raise ConfigError(f"{arguments.command[0]}: a command needs an image with the guest agent, such as linux")
     return config
 
 
-def _image(name: str) -> tuple[str, dict[str, Any]]:
-    """(stem for the machine's name, Config fields) of an image or a kernel file."""
+def _image(name: str) -> Image:
+    """The image of that name, or the kernel file; built first, if it never was."""
     from images import catalog
     from images.errors import ImageError
 
     try:
-        image = catalog.resolve(name, build=True)
+        return catalog.resolve(name, build=True, progress=_Progress())
     except ImageError as error:
         raise (ConfigError if error.kind == "config" else HostError)(str(error)) from error
-    wishes: dict[str, Any] = {"memory": image.memory}
-    if image.kind == "real":
-        wishes["flat"] = {"path": image.kernel}
-    else:
-        wishes["kernel"] = image.kernel
-    if image.initrd is not None:
-        wishes["initrd"] = image.initrd
-    if image.disk is not None:
-        wishes["disks"] = [{"path": image.disk, "snapshot": True}]
-    if image.cmdline:
-        wishes["append"] = image.cmdline
-    if image.agent:
-        wishes["agent"] = True
-    stem = "".join(char for char in image.name.partition(".")[0] if char.isalnum() or char in "-_")
-    return (stem.lstrip("-_") or "vm")[:40], wishes
 
 
-async def _run(config: Config) -> Outcome:
+class _Progress:
+    """The image builder's progress on a terminal; loaded when something is built, which is seldom."""
+
+    def __init__(self) -> None:
+        self._line: Callable[[str, int, int], None] | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._line is None:
+            from cli.images import Progress
+
+            self._line = Progress()
+        self._line(what, done, total)
+
+
+async def _run(config: Config, command: list[str]) -> tuple[Outcome | None, int]:
+    """(how the machine ended, None if it was ended after a command; exit status)"""
     vm = VirtualMachine(config)
     loop = asyncio.get_running_loop()
     vm.on_debug = _debug
@@ -97,7 +105,21 @@ async def _run(config: Config) -> Outcome:
         for number in signals:
             loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))
         async with vm:
-            return await vm.run()
+            if not command:
+                outcome = await vm.run()
+                return outcome, outcome.status
+            from cli.guestcommand import run_command
+
+            vm.resume()
+            try:
+                return None, await run_command(vm, command)
+            except VmmError:
+                if not vm.ending:
+                    raise
+                outcome = await vm.wait()
+                tail = "".join(f"  | {line}\n" for line in vm.console.text.splitlines()[-CONSOLE_LINES:])
+                sys.stderr.write(tail)
+                return outcome, outcome.status or EXIT_GUEST
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -11,7 +11,6 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +69,8 @@ def config_for(image: ImageLike, **options: Any) -> Config:
 
 def find_image(name: str) -> ImageLike:
     """The image of that name (built first, if it never was). Raises ConfigError, HostError."""
+    from importlib.metadata import entry_points  # slow to load, and only needed here
+
     providers = entry_points(group=GROUP)
     if not providers:
         raise ConfigError(f"image {name}: no package here provides images; give kernel=… instead")

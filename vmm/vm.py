@@ -207,6 +207,11 @@ class VirtualMachine:
         await self.agent.copy_out(source, target)
 
     @property
+    def ending(self) -> bool:
+        """It has ended or is about to."""
+        return self._end is not None and not self._restarts(self._end)
+
+    @property
     def state(self) -> State:
         return self._lifecycle.state
 
