@@ -340,7 +340,8 @@ static void iret_protected(struct soft_vcpu *c, unsigned op_size)
     if (c->rflags & F_NT) {
         if (c->long_mode)
             soft_raise_error(c, VEC_GP, 0);
-        soft_raise_error(c, VEC_TS, c->tr.selector & 0xFFFCu); /* a task return: no hardware tasks here */
+        /* A task return: the back link does not name a task that could be returned to. */
+        soft_raise_error(c, VEC_TS, (uint32_t)soft_sys_load(c, c->tr.base, 2) & 0xFFFCu);
     }
     struct stack s;
     stack_init(&s, c, &c->seg[SEG_SS], c->gpr[RSP], soft_stack_mask(c, &c->seg[SEG_SS]), c->cpl, 0);

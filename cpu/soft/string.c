@@ -227,7 +227,8 @@ HELPER(h_string)
         /* Stepping, an event, or code was written (perhaps this instruction): come back for the rest. */
         if ((c->gpr[RCX] & s.mask) && !stop &&
             (c->budget_held || __atomic_load_n(&c->attention, __ATOMIC_RELAXED) || block_code_changed(c))) {
-            c->budget++;
+            if (!c->budget_held)
+                c->budget++;
             return;
         }
     }

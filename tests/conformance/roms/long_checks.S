@@ -14,4 +14,7 @@ test_long:
     TRY "mov ecx, 0x277; mov eax, 2; xor edx, edx; wrmsr"
     TRY "mov ecx, 0x12345678; rdmsr"
     TRY "mov rax, 1; shl rax, 32; mov dr7, rax"
+    SAY "icebp and null TR\n"
+    TRY ".byte 0xF1"
+    TRY "xor eax, eax; ltr ax"
     EXIT 0
