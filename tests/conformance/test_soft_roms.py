@@ -31,8 +31,8 @@ def assemble(name: str, folder: Path) -> Path:
     image = folder / f"{name}.bin"
     subprocess.run(["as", "--64", "-mx86-used-note=no", "-o", folder / f"{name}.o", f"{name}.S"], check=True, cwd=ROMS)
     subprocess.run(["ld", "-T", "rom.ld", "-o", folder / f"{name}.elf", folder / f"{name}.o"], check=True, cwd=ROMS)
-    subprocess.run(["objcopy", "-O", "binary", "--gap-fill", "0", "--pad-to", "0x100000", folder / f"{name}.elf", image],
-                   check=True)
+    subprocess.run(["objcopy", "-O", "binary", "--gap-fill", "0", "--pad-to", "0x100000", folder / f"{name}.elf",
+                    image], check=True)
     return image
 
 

@@ -136,7 +136,7 @@ movss1:
     cli
     SAY "periodic\n"
     LW 0x320, 0x20050
-    LW 0x380, 100000
+    LW 0x380, 30000000
     sti
     hlt
     hlt
