@@ -41,6 +41,7 @@ PARTS = (
     "vmm.acpi",
     "vmm.virtio_devices",
     "vmm.devices.vmgenid",
+    "vmm.smbios",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
 

@@ -73,9 +73,13 @@ BOOT_STACK = 0x8FF0
 CMDLINE = Range(0x2_0000, 64 * KIB)
 EBDA = Range(0x9_FC00, 1 * KIB)
 LOW_RAM_END = 0xA_0000
-ACPI = Range(0xE_0000, 128 * KIB)
-"""RSDP (on a 16-byte boundary, at the start) and all tables; reserved in the memory map."""
-VM_GENERATION_ID = ACPI.end - 4096
+ROM = Range(0xE_0000, 128 * KIB)
+"""Where a PC has its BIOS: reserved in the memory map, writable by us."""
+ACPI = Range(0xE_0000, 64 * KIB)
+"""RSDP (on a 16-byte boundary, at the start) and all tables."""
+SMBIOS = Range(0xF_0000, 4 * KIB)
+"""Entry point (found by its anchor from 0xF0000 on) and structures."""
+VM_GENERATION_ID = 0xF_F000
 KERNEL_BASE = 1 * MIB
 
 
@@ -132,7 +136,7 @@ class Layout:
         entries = [
             E820Entry(0, EBDA.start, E820Type.RAM),
             E820Entry(EBDA.start, EBDA.size, E820Type.RESERVED),
-            E820Entry(ACPI.start, ACPI.size, E820Type.RESERVED),
+            E820Entry(ROM.start, ROM.size, E820Type.RESERVED),
             E820Entry(MIB, self.low_end - MIB, E820Type.RAM),
             E820Entry(ECAM.start, ECAM.size, E820Type.RESERVED),
         ]

@@ -174,6 +174,6 @@ def place(cpus: int, dsdt_body: bytes) -> list[tuple[str, int, bytes]]:
     dsdt_address = add("DSDT", table(b"DSDT", 2, dsdt_body))
     listed = [add("FACP", fadt(facs_address, dsdt_address)), add("APIC", madt(cpus)), add("MCFG", mcfg())]
     placed.insert(0, ("RSDP", layout.ACPI.start, rsdp(add("XSDT", xsdt(listed)))))
-    if at > layout.VM_GENERATION_ID:
+    if at > layout.ACPI.end:
         raise ConfigError(f"ACPI: the tables need {at - layout.ACPI.start} bytes, more than there is room for")
     return placed

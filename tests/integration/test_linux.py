@@ -1,0 +1,181 @@
+"""Debian's unmodified kernels on the machine: clean boots in all shapes, the same warnings as on QEMU, every ending."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vmm
+from tests.support import debian
+from tests.support.command import vmm as command
+from vmm.lifecycle import Reason
+
+pytestmark = [pytest.mark.debian]
+
+QEMU_CMDLINE = "console=ttyS0 panic=-1 cryptomgr.notests do=dmesg"
+
+ALLOWED = {
+    r"Unable to init MCE device \(rc: -5\)": "the software core has no machine-check banks, QEMU's CPU has ten",
+}
+"""Warnings that QEMU with the same kernel does not show, and why each is right here."""
+
+WARNING = 4
+SUSPICIOUS = re.compile(
+    r"\b(error|fail(ed|ure)?|warn(ing)?|bug|invalid|unexpected|timed? ?out|corrupt)\b", re.IGNORECASE
+)
+
+
+def kernel_log(console: str) -> list[tuple[int, str]]:
+    """(level, text) of every line between the marks."""
+    match = re.search(r"DMESG-BEGIN\n(.*?)DMESG-END", console.replace("\r", ""), re.DOTALL)
+    assert match, console[-2000:]
+    found = []
+    for line in match[1].splitlines():
+        parts = re.match(r"<(\d+)>\[\s*\d+\.\d+\] ?(.*)", line)
+        if parts:
+            found.append((int(parts[1]) & 7, parts[2]))
+    return found
+
+
+def normal(text: str) -> str:
+    """A line without its addresses, numbers and times."""
+    return re.sub(r"0x[0-9a-fA-F]+|\b[0-9a-f]{4,}\b|\d+", "#", text)
+
+
+def suspicious(log: list[tuple[int, str]]) -> dict[str, str]:
+    """Lines of level warning and worse, and those that speak of an error, by their normal form."""
+    return {normal(text): text for level, text in log if level <= WARNING or SUSPICIOUS.search(text)}
+
+
+def unexplained(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """Our lines that QEMU has not and ALLOWED does not explain."""
+    return [
+        text for key, text in ours.items()
+        if key not in theirs and not any(re.search(pattern, text) for pattern in ALLOWED)
+    ]  # fmt: skip
+
+
+def boot(
+    folder: Path, *options: str, do: str, append: str = "", kernel: Path | None = None, initrd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return command(
+        folder, "run", "--core", "soft", "--kernel", str(kernel or debian.kernel()),
+        "--initrd", str(initrd or debian.initramfs(folder)), "--append", f"{append} do={do}".strip(),
+        "--timeout", "90", "--json", *options, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.qemu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpus", "memory_mib", "append"), [(1, 128, ""), (2, 1024, ""), (4, 6144, ""), (1, 256, "acpi=off")]
+)
+def test_kernel_log_has_no_warning_that_qemu_lacks(tmp_path: Path, cpus: int, memory_mib: int, append: str) -> None:
+    done = boot(tmp_path, "--cpus", str(cpus), "--memory", f"{memory_mib}M", do="dmesg", append=append)
+    assert done.returncode == 0, done.stderr
+    assert f"INIT dmesg cpus={cpus}" in done.stdout
+    ours = suspicious(kernel_log(done.stdout))
+    image, initrd = debian.kernel(), tmp_path / "initramfs"
+    oracle = debian.qemu(
+        image, initrd, cmdline=f"{QEMU_CMDLINE} {append}", cpus=cpus, memory_mib=memory_mib,
+    )  # fmt: skip
+    theirs = suspicious(kernel_log(oracle))
+    assert unexplained(ours, theirs) == []
+
+
+@pytest.mark.qemu
+@pytest.mark.slow
+def test_generic_kernel_boots_like_on_qemu(tmp_path: Path) -> None:
+    image, initrd = debian.kernel("linux-image-amd64"), debian.initramfs(tmp_path)
+    done = boot(tmp_path, "--cpus", "2", "--memory", "512M", do="dmesg", kernel=image)
+    assert done.returncode == 0, done.stderr
+    theirs = suspicious(kernel_log(debian.qemu(image, initrd, cmdline=QEMU_CMDLINE, cpus=2, memory_mib=512)))
+    assert unexplained(suspicious(kernel_log(done.stdout)), theirs) == []
+
+
+@pytest.mark.parametrize(
+    ("do", "append", "status", "reason"),
+    [
+        ("poweroff", "", 0, "shutdown"),
+        ("reboot", "", 0, "reset"),
+        ("reboot", "reboot=k", 0, "reset"),
+        ("reboot", "reboot=t", 3, "triple-fault"),
+        ("panic", "", 3, "crash"),
+        ("halt", "", 0, "halted"),
+        ("poweroff", "acpi=off", 0, "halted"),
+    ],
+)
+def test_every_way_to_end(tmp_path: Path, do: str, append: str, status: int, reason: str) -> None:
+    done = boot(tmp_path, do=do, append=f"quiet {append}")
+    assert (done.returncode, json.loads(done.stderr.splitlines()[-1])["reason"]) == (status, reason), done.stderr
+
+
+@pytest.mark.parametrize("protocol", ["linux64", "pvh", "bzimage"])
+def test_one_kernel_by_every_protocol(
+    tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch, unpacked: Callable[[], Path]
+) -> None:
+    """As bzImage with its payload unpacked here, as the ELF file inside by PVH, and by its own decompressor."""
+    if protocol == "pvh":
+        image = unpacked()
+    elif protocol == "bzimage":
+        image = tmp_path / "own-decompressor"
+        data = bytearray(debian.kernel().read_bytes())
+        data[0x248:0x250] = bytes(8)  # no payload in the header: it is entered as it is
+        image.write_bytes(data)
+    else:
+        image = debian.kernel()
+    done = boot(tmp_path, do="poweroff", kernel=image)
+    assert done.returncode == 0 and "INIT poweroff" in done.stdout, done.stdout[-1000:] + done.stderr
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Callable[[], Path]:
+    def make() -> Path:
+        from vmm.boot import linux
+        from vmm.boot.unpack import unpack_cached
+
+        data = memoryview(debian.kernel().read_bytes())
+        path = tmp_path / "vmlinux"
+        path.write_bytes(unpack_cached(linux.parse(data, "kernel").payload))
+        return path
+
+    return make
+
+
+async def test_power_button_is_heard(tmp_path: Path) -> None:
+    loaded = debian.modules("linux-image-cloud-amd64", "button.ko", "evdev.ko")
+    initrd = debian.initramfs(tmp_path, loaded={name: loaded[name] for name in ("evdev.ko", "button.ko")})
+    config = vmm.Config(core="soft", kernel=debian.kernel(), initrd=initrd, append="do=button")
+    async with vmm.VirtualMachine(config) as machine:
+        machine.resume()
+        await machine.console.expect(rb"WAITING", timeout=90)
+        outcome = await machine.stop(timeout=30)
+    assert outcome.reason is Reason.SHUTDOWN
+
+
+async def test_pvpanic_driver_reports_a_panic(tmp_path: Path) -> None:
+    loaded = debian.modules("linux-image-cloud-amd64", "pvpanic.ko", "pvpanic-mmio.ko")
+    order = [name for name in ("pvpanic.ko", "pvpanic-mmio.ko") if name in loaded]
+    initrd = debian.initramfs(tmp_path, loaded={name: loaded[name] for name in order})
+    config = vmm.Config(core="soft", kernel=debian.kernel(), initrd=initrd, append="do=panic")
+    async with vmm.VirtualMachine(config) as machine:
+        machine.resume()
+        outcome = await machine.wait()
+    assert outcome.reason is Reason.CRASH and "pvpanic" in str(outcome)
+
+
+async def test_boot_makes_few_synchronous_exits(tmp_path: Path) -> None:
+    initrd = debian.initramfs(tmp_path)
+    config = vmm.Config(core="soft", kernel=debian.kernel(), initrd=initrd, append="do=idle")
+    async with vmm.VirtualMachine(config) as machine:
+        machine.resume()
+        await machine.console.expect(rb"IDLE", timeout=90)
+        stats = machine.stats()
+        machine.kill()
+    synchronous = sum(count for name, count in stats.items() if name.startswith("exit."))
+    assert 0 < synchronous < 5000, stats
