@@ -23,11 +23,13 @@ def main() -> int:
         seed = options.seed
         while time.monotonic() < deadline:
             for mode in ("64", "32"):
-                result = run(program, "core", "--mode", mode, "--seed", str(seed), "--per-slot", "20", timeout_s=900)
-                compared += result.compared
-                differences += result.differences
-                if result.differences:
-                    sys.stdout.write(f"oracle core --mode {mode} --seed {seed} --per-slot 20\n{result.report}")
+                for what in (("--per-slot", "20"), ("--programs", "50000")):
+                    arguments = ("--mode", mode, "--seed", str(seed), *what)
+                    result = run(program, "core", *arguments, timeout_s=900)
+                    compared += result.compared
+                    differences += result.differences
+                    if result.differences:
+                        sys.stdout.write(f"oracle core {' '.join(arguments)}\n{result.report}")
             seed += 1
     sys.stdout.write(f"seeds {options.seed} to {seed - 1}: compared {compared} differences {differences}\n")
     return differences != 0

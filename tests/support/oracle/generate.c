@@ -369,7 +369,7 @@ static void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s
         put(insn, (uint32_t)disp, 4);
 }
 
-static void any_registers(struct rng *r, struct cpu_state *s, bool mode32)
+void any_registers(struct rng *r, struct cpu_state *s, bool mode32)
 {
     for (unsigned i = 0; i < 16; i++)
         s->gpr[i] = any_integer(r);

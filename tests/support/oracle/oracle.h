@@ -2,7 +2,8 @@
  * core from the same state, and every register, flag, byte of memory and fault is compared.
  *
  * native.c runs one instruction in this process under signal handlers; core.c runs it in a vCPU of the software core
- * at CPL 3; direct.c calls the FPU's operations without decoder; generate.c makes the instructions; main.c compares.
+ * at CPL 3; direct.c calls the FPU's operations without decoder; generate.c makes the instructions, sequence.c programs
+ * of several; main.c compares.
  */
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -35,10 +36,11 @@ struct memory {
 enum { MAP_ONE, MAP_0F, MAP_0F38, MAP_0F3A, MAP_COUNT };
 
 struct insn {
-    uint8_t bytes[24];
+    uint8_t bytes[112];
     unsigned length;
     unsigned offset; /* in the code pages */
     bool mode32;
+    bool program; /* several instructions */
     /* what direct.c needs of it */
     uint8_t map, opcode, prefix /* as enum vec_prefix */, rex, modrm, imm;
     bool operand16, has_modrm, other_prefixes;
@@ -60,7 +62,11 @@ static inline bool rng_one_in(struct rng *r, unsigned n) { return rng_below(r, n
  * the two sides do not share, an extension that the core does not offer). */
 bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
               struct insn *insn, struct cpu_state *state, struct memory *memory);
+void any_registers(struct rng *r, struct cpu_state *state, bool mode32);
 void fill_memory(struct rng *r, struct memory *memory);
+
+/* sequence.c: insn is a whole program */
+void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_state *state);
 
 /* native.c */
 void native_init(void);

@@ -1,0 +1,140 @@
+/* Short programs: integer and SSE instructions in a row, jumps over single ones, and a loop around them all. Where
+ * generate.c tests instructions one by one, these test what the decoder makes of them together: flags that nobody
+ * reads, comparisons fused with jumps, blocks that are linked and run again.
+ */
+#include <string.h>
+
+#include "oracle.h"
+
+struct program {
+    struct rng *r;
+    struct insn *insn;
+    bool mode32;
+};
+
+/* General registers that programs change. RSP, the data pointer (R14 or ESI) and the loop counter (R15 or EBP) they do not. */
+static const uint8_t registers64[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13}, registers32[] = {0, 1, 2, 3, 7};
+
+static unsigned any_register(struct program *p)
+{
+    return p->mode32 ? registers32[rng_below(p->r, sizeof registers32)] : registers64[rng_below(p->r, sizeof registers64)];
+}
+
+static void put(struct program *p, unsigned byte) { p->insn->bytes[p->insn->length++] = (uint8_t)byte; }
+
+static void put_immediate(struct program *p, unsigned size)
+{
+    static const uint32_t edges[] = {0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF};
+    uint32_t v = rng_below(p->r, 2) ? (uint32_t)rng_next(p->r) : edges[rng_below(p->r, sizeof edges / sizeof edges[0])];
+    for (unsigned i = 0; i < size; i++)
+        put(p, v >> 8 * i & 0xFF);
+}
+
+/* How an instruction of a program is encoded. */
+enum { BYTE = 1 /* may not take a 66 prefix or REX.W to mean another size */, NO_MEMORY = 2, LONG_MAP = 4, NO_REGISTER = 8 };
+
+/* Prefixes, opcode, ModRM (and address) with `reg` (or a random register if it is -1). Returns the immediate size of Iz. */
+static unsigned encode(struct program *p, unsigned opcode, int reg, unsigned how, unsigned mandatory)
+{
+    bool memory = (!(how & NO_MEMORY) && rng_one_in(p->r, 3)) || (how & NO_REGISTER), p66 = !mandatory && rng_one_in(p->r, 5), w = !p->mode32 && rng_below(p->r, 2);
+    unsigned r = reg >= 0 ? (unsigned)reg : any_register(p), rm = memory ? (p->mode32 ? 6 : 14) : any_register(p);
+    if (mandatory)
+        put(p, mandatory);
+    if (p66)
+        put(p, 0x66);
+    unsigned rex = (w ? 8 : 0) | (r & 8 ? 4 : 0) | (rm & 8 ? 1 : 0);
+    if (!p->mode32 && (rex || rng_one_in(p->r, 4)))
+        put(p, 0x40 | rex);
+    if (how & LONG_MAP)
+        put(p, 0x0F);
+    put(p, opcode);
+    if (memory) {
+        put(p, 0x40 | (r & 7) << 3 | (rm & 7));
+        put(p, rng_below(p->r, 8) * 8 + (rng_one_in(p->r, 4) ? rng_below(p->r, 8) : 0));
+    } else {
+        put(p, 0xC0 | (r & 7) << 3 | (rm & 7));
+    }
+    return p66 && !w ? 2 : 4;
+}
+
+static void one_instruction(struct program *p)
+{
+    static const uint8_t sse[] = {0x14, 0x15, 0x54, 0x57, 0x60, 0x63, 0x6C, 0x6D, 0x74, 0x76, 0xD4, 0xDB, 0xEB, 0xEF, 0xFA, 0xFC, 0xFE, 0x6F, 0x58, 0x59, 0x5C, 0xF4};
+    struct rng *r = p->r;
+    unsigned n;
+    switch (rng_below(r, 30)) {
+    case 0: case 1: case 2: case 3: case 4: /* ALU, both directions and sizes */
+        encode(p, rng_below(r, 8) << 3 | rng_below(r, 4), -1, 0, 0);
+        break;
+    case 5: encode(p, 0x83, (int)rng_below(r, 8), 0, 0); put_immediate(p, 1); break;
+    case 6: encode(p, 0x80, (int)rng_below(r, 8), 0, 0); put_immediate(p, 1); break;
+    case 7: n = encode(p, 0x81, (int)rng_below(r, 8), 0, 0); put_immediate(p, n); break;
+    case 8: encode(p, 0x84 + rng_below(r, 2), -1, 0, 0); break; /* TEST */
+    case 9: encode(p, 0xC0 + rng_below(r, 2), (int)rng_below(r, 8), 0, 0); put_immediate(p, 1); break;
+    case 10: encode(p, 0xD0 + rng_below(r, 4), (int)rng_below(r, 8), 0, 0); break;
+    case 11: encode(p, 0xFE + rng_below(r, 2), (int)rng_below(r, 2), 0, 0); break; /* INC, DEC */
+    case 12: encode(p, 0xF6 + rng_below(r, 2), (int)(2 + rng_below(r, 4)), 0, 0); break; /* NOT, NEG, MUL, IMUL */
+    case 13: case 14: encode(p, 0x90 + rng_below(r, 16), 0, LONG_MAP, 0); break; /* SETcc */
+    case 15: case 16: encode(p, 0x40 + rng_below(r, 16), -1, LONG_MAP, 0); break; /* CMOVcc */
+    case 17: encode(p, (unsigned[]){0xA3, 0xAB, 0xB3, 0xBB}[rng_below(r, 4)], -1, LONG_MAP | NO_MEMORY, 0); break; /* BT... */
+    case 18: encode(p, 0xBA, (int)(4 + rng_below(r, 4)), LONG_MAP, 0); put_immediate(p, 1); break;
+    case 19: encode(p, (unsigned[]){0xA4, 0xAC}[rng_below(r, 2)], -1, LONG_MAP, 0); put_immediate(p, 1); break; /* SHLD, SHRD */
+    case 20: encode(p, (unsigned[]){0xAF, 0xBC, 0xBD, 0xB6, 0xB7, 0xBE, 0xBF, 0xC0, 0xC1, 0xB0, 0xB1}[rng_below(r, 11)], -1, LONG_MAP, 0); break;
+    case 21: encode(p, 0x86 + rng_below(r, 6), -1, 0, 0); break; /* XCHG, MOV */
+    case 22: encode(p, 0x8D, -1, NO_REGISTER, 0); break; /* LEA */
+    case 23: put(p, (unsigned[]){0x98, 0x99, 0x9F, 0x9E, 0xF5, 0xF8, 0xF9}[rng_below(r, 7)]); break; /* CBW, CWD, LAHF, SAHF, CMC, CLC, STC */
+    case 24: /* PUSHF and POP, so that the flags are kept */
+        put(p, 0x9C);
+        put(p, 0x58 + rng_below(r, 4));
+        break;
+    case 25: put(p, 0x50 + rng_below(r, 4)); put(p, 0x58 + rng_below(r, 4)); break;
+    case 26: case 27: /* SSE, on registers */
+        n = rng_below(r, sizeof sse);
+        put(p, 0x66);
+        put(p, 0x0F);
+        put(p, sse[n]);
+        put(p, 0xC0 | rng_below(r, 64));
+        break;
+    case 28: encode(p, 0xB8, -1, LONG_MAP, 0xF3); break; /* POPCNT */
+    default: /* IMUL with an immediate */
+        encode(p, 0x6B, -1, 0, 0);
+        put_immediate(p, 1);
+    }
+}
+
+void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_state *state)
+{
+    struct program p = {r, insn, mode32};
+    memset(insn, 0, sizeof *insn);
+    memset(state, 0, sizeof *state);
+    insn->mode32 = mode32;
+    insn->program = true;
+    insn->offset = rng_one_in(r, 4) ? 0x1000 - 1 - rng_below(r, 60) : 0x800 + rng_below(r, 64);
+    any_registers(r, state, mode32);
+    state->gpr[4] = STACK_BASE + STACK_SIZE / 2 + 8 * rng_below(r, 32);
+    state->gpr[mode32 ? 6 : 14] = DATA_BASE + 0x100 + 8 * rng_below(r, 64);
+    state->gpr[mode32 ? 5 : 15] = 1 + rng_below(r, 4);
+    uint32_t mxcsr = 0x1F80; /* no #XM */
+    memcpy(state->fx + 24, &mxcsr, 4);
+    while (insn->length < 64) {
+        if (rng_one_in(r, 3)) { /* Jcc over the next instruction, mostly behind a comparison */
+            if (rng_below(r, 3))
+                encode(&p, (unsigned[]){0x39, 0x38, 0x3B, 0x85, 0x84}[rng_below(r, 5)], -1, NO_MEMORY, 0);
+            unsigned at = insn->length + 1;
+            put(&p, 0x70 + rng_below(r, 16));
+            put(&p, 0);
+            one_instruction(&p);
+            insn->bytes[at] = (uint8_t)(insn->length - at - 1);
+        } else {
+            one_instruction(&p);
+        }
+    }
+    /* DEC of the counter, JNZ to the start; in 64-bit mode with R15 */
+    if (!mode32)
+        put(&p, 0x49), put(&p, 0xFF), put(&p, 0xCF);
+    else
+        put(&p, 0x4D);
+    unsigned back = insn->length + 2;
+    put(&p, 0x75);
+    put(&p, (uint8_t)-back);
+}
