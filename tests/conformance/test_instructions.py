@@ -16,32 +16,27 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an
 
 
 @pytest.fixture(scope="module")
-def fpu_oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return oracle.build(tmp_path_factory.mktemp("oracle-fpu"), core=False)
+def program() -> Path:
+    return oracle.build()
 
 
-def test_fpu_operations(fpu_oracle: Path) -> None:
+def test_fpu_operations(program: Path) -> None:
     """x87, MMX and SSE to SSE4.2 operations do what the host does, bit for bit, without the decoder in between."""
-    result = oracle.run(fpu_oracle, "direct", "--fpu", "--per-slot", "20")
+    result = oracle.run(program, "direct", "--fpu", "--per-slot", "20")
     assert result.compared > 15_000
     assert result.differences == 0, result.report
 
 
-@pytest.fixture(scope="module")
-def core_oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return oracle.build(tmp_path_factory.mktemp("oracle-core"), core=True)
-
-
 @pytest.mark.parametrize("mode", ["64", "32"])
-def test_software_core(core_oracle: Path, mode: str) -> None:
+def test_software_core(program: Path, mode: str) -> None:
     """Every opcode in every operand form, also what is undefined or faults, in 64-bit and in compatibility mode."""
-    result = oracle.run(core_oracle, "core", "--mode", mode, "--per-slot", "25")
+    result = oracle.run(program, "core", "--mode", mode, "--per-slot", "25")
     assert result.compared > 100_000
     assert result.differences == 0, result.report
 
 
 @pytest.mark.parametrize("mode", ["64", "32"])
-def test_programs(core_oracle: Path, mode: str) -> None:
+def test_programs(program: Path, mode: str) -> None:
     """What the decoder makes of instructions together: unread flags, fused comparisons, linked and repeated blocks."""
-    result = oracle.run(core_oracle, "core", "--mode", mode, "--programs", "20000")
+    result = oracle.run(program, "core", "--mode", mode, "--programs", "20000")
     assert result.differences == 0, result.report

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("cpu/soft", "cpu/soft/fpu", "cpu/soft/irqchip")
-PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_fuzz": "tests/fuzz/soft_fuzz.c"}
+PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_fuzz": "tests/fuzz/soft_fuzz.c",
+            "oracle": "tests/support/oracle/*.c"}
 PYTHON_ONLY = {"backend.c"}
 """Files that belong to the extension module, not to the library."""
 FLAGS = ["-std=gnu11", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-foptimize-sibling-calls",
@@ -31,8 +32,10 @@ def build(name: str, *, sanitize: bool = False) -> Path:
     flags = FLAGS + (SANITIZE if sanitize else ["-O2"])
     sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.c"))
                if path.name not in PYTHON_ONLY]
-    sources.append(ROOT / PROGRAMS[name])
-    headers = max(path.stat().st_mtime for folder in FOLDERS for path in (ROOT / folder).glob("*.h"))
+    own = sorted(ROOT.glob(PROGRAMS[name]))
+    sources += own
+    headers = max(path.stat().st_mtime for folder in [*map(ROOT.joinpath, FOLDERS), own[0].parent]
+                  for path in folder.glob("*.h"))
 
     def compile_one(source: Path) -> Path:
         target = out / (str(source.relative_to(ROOT)).replace("/", "_") + ".o")
@@ -54,7 +57,7 @@ def main() -> int:
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("name", choices=sorted(PROGRAMS))
     arguments = parser.parse_args()
-    print(build(arguments.name, sanitize=arguments.sanitize))
+    sys.stdout.write(f"{build(arguments.name, sanitize=arguments.sanitize)}\n")
     return 0
 
 

@@ -7,17 +7,11 @@ modes until the time is over, and prints every difference with what reproduces i
 
 from __future__ import annotations
 
-import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCES = Path(__file__).resolve().parent
-FLAGS = ["-std=gnu11", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-parentheses", "-fno-strict-aliasing",
-         "-foptimize-sibling-calls", "-mno-red-zone", "-pthread"]
-BUILD_TIMEOUT_S = 300
+from tests.support import soft_programs
 
 
 @dataclass(frozen=True)
@@ -29,31 +23,9 @@ class Result:
     report: str
 
 
-def build(folder: Path, *, core: bool) -> Path:
-    """Compile the oracle into `folder`: with the whole software core, or with its FPU operations alone."""
-    sources = sorted((ROOT / "cpu/soft/fpu").glob("*.c")) + sorted(SOURCES.glob("*.c"))
-    if core:
-        core_files = (ROOT / "cpu/soft").glob("*.c")
-        # backend.c binds the core to the thread loop; the oracle uses soft.h.
-        sources += sorted(path for path in core_files if path.name != "backend.c")
-        sources += sorted((ROOT / "cpu/soft/irqchip").glob("*.c"))
-    else:
-        sources.remove(SOURCES / "core.c")
-    flags = [*FLAGS, f"-I{ROOT / 'cpu'}", f"-I{SOURCES}", *(["-DORACLE_CORE"] if core else [])]
-
-    def compile_one(source: Path) -> Path:
-        target = folder / (str(source.relative_to(ROOT)).replace(os.sep, "_") + ".o")
-        # The core's execution loop relies on sibling calls, so it is built as the package builds it.
-        optimise = [] if source.parent == SOURCES else ["-O2"]
-        subprocess.run(["gcc", *flags, *optimise, "-c", source, "-o", target], check=True, timeout=BUILD_TIMEOUT_S)
-        return target
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / "oracle"
-    subprocess.run(["gcc", "-pthread", *objects, "-o", program], check=True, timeout=BUILD_TIMEOUT_S)
-    return program
+def build() -> Path:
+    """The oracle with the whole software core, built if need be."""
+    return soft_programs.build("oracle")
 
 
 def run(program: Path, backend: str, *arguments: str, timeout_s: float = 120) -> Result:

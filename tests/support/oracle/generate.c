@@ -148,7 +148,7 @@ static void fill_fx(struct rng *r, uint8_t *fx)
     memcpy(fx + 2, &sw, 2);
     fx[4] = rng_below(r, 3) ? 0xFF : (uint8_t)rng_next(r);
     if (rng_one_in(r, 3))
-        fx[4] &= (uint8_t)~(1u << ((sw >> 11) - 1 & 7)); /* room for a push */
+        fx[4] &= (uint8_t)~(1u << (((sw >> 11) + 7) & 7)); /* room for a push */
     uint32_t mxcsr = 0x1F80;
     switch (rng_below(r, 4)) {
     case 0: mxcsr |= (uint32_t)(rng_next(r) & 0xE07F); break;

@@ -1,6 +1,6 @@
 /* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu] [--programs N]
  *
- * BACKEND: core (if built with ORACLE_CORE) or direct. Goes through every slot of the opcode maps --per-slot times (x87 and groups more often) and
+ * BACKEND: core or direct. Goes through every slot of the opcode maps --per-slot times (x87 and groups more often) and
  * prints each difference, then "compared N differences M". Exit status 1 if there was one.
  *
  * --programs: run that many short programs instead of single instructions.
@@ -93,10 +93,7 @@ int main(int argc, char **argv)
 {
     bool core = argc > 1 && strcmp(argv[1], "core") == 0, mode32 = false, fpu = false;
     unsigned long seed = 1, per_slot = 2, only_map = 99, only_opcode = 256, programs = 0;
-    #ifndef ORACLE_CORE
-    core = false;
-#endif
-    if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
+        if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
         fprintf(stderr, "usage: oracle core|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]\n");
         return 2;
     }
@@ -124,10 +121,8 @@ int main(int argc, char **argv)
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     native_init();
-#ifdef ORACLE_CORE
     if (core)
         core_init();
-#endif
 
     static struct memory before, mem_native, mem_core;
     unsigned long compared = 0, different = 0;
@@ -165,11 +160,9 @@ int main(int argc, char **argv)
                 continue;
             got = in;
             mem_core = before;
-#ifdef ORACLE_CORE
             if (core)
                 core_run(&insn, &got, &mem_core);
             else
-#endif
                 if (!direct_run(&insn, &got, &mem_core))
                     continue;
             native = in;

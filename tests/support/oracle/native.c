@@ -36,7 +36,7 @@ static void handler(int signal, siginfo_t *info, void *context)
 {
     (void)info;
     /* POPF may have set AC, which a handler inherits. */
-    asm volatile("pushfq; andl $~0x40000, (%%rsp); popfq" : : : "memory", "cc");
+    __builtin_ia32_writeeflags_u64(__builtin_ia32_readeflags_u64() & ~0x40000ull);
     ucontext_t *u = context;
     greg_t *g = u->uc_mcontext.gregs;
     struct cpu_state *s = current_state;
