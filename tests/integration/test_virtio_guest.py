@@ -1,0 +1,204 @@
+"""Debian's kernel with our devices: disks over both transports, network by passt, consoles, vsock, durability."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import vmm
+from images import catalog
+from images.errors import ImageError
+from vmm.config import Disk, Net, Port
+
+pytestmark = [pytest.mark.debian]
+SECONDS = 90
+
+
+def image() -> catalog.Image:
+    try:
+        return catalog.resolve("linux", build=True)
+    except ImageError as error:
+        pytest.skip(f"the image linux cannot be built here: {error}")
+
+
+async def sh(vm: vmm.VirtualMachine, script: str) -> str:
+    """Run a script in the guest; its output. GuestError if it fails."""
+    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
+    return result.stdout.decode()
+
+
+async def test_disks_over_pci_and_mmio(tmp_path: Path) -> None:
+    """What the guest reads is what the image holds, and the other way round; also read-only and O_DIRECT."""
+    image()
+    content = os.urandom(4 << 20)
+    disks: Sequence[Disk] = [
+        Disk(path=tmp_path / "pci", id="pcidisk"),
+        Disk(path=tmp_path / "mmio", id="mmiodisk", transport="mmio"),
+        Disk(path=tmp_path / "direct", id="directdisk", cache="none"),
+        Disk(path=tmp_path / "ro", id="rodisk", readonly=True),
+    ]
+    for disk in disks:
+        disk.path.write_bytes(content)
+    want = hashlib.md5(content).hexdigest()
+    async with vmm.run("linux", core="soft", disks=tuple(disks), timeout=SECONDS) as vm:
+        names = {}
+        for line in (await sh(vm, "cd /sys/block; for d in vd?; do echo $d $(cat $d/serial); done")).splitlines():
+            device, serial = line.split()
+            names[serial] = device
+        for disk in disks:
+            device = names[disk.id]
+            assert (await sh(vm, f"md5sum /dev/{device}")).split()[0] == want
+            if disk.readonly:
+                assert (await sh(vm, f"cat /sys/block/{device}/ro")).strip() == "1"
+                continue
+            await sh(
+                vm, f"dd if=/dev/{device} of=/tmp/x bs=64k count=16; dd if=/tmp/x of=/dev/{device} bs=64k seek=20; sync"
+            )
+            data = disk.path.read_bytes()
+            assert data[20 << 16 : 36 << 16] == content[: 16 << 16] and data[: 20 << 16] == content[: 20 << 16]
+        path = await sh(vm, f"readlink -f /sys/block/{names['mmiodisk']}")
+        assert "/LNRO0005:" in path, path
+        assert (tmp_path / "ro").read_bytes() == content
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_network_by_passt(tmp_path: Path, transport: str) -> None:
+    """DHCP, and an HTTP download from a server on the host; every frame is in the pcap file."""
+    image()
+    body = os.urandom(3 << 20)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    net = Net(kind="user", transport=transport, pcap=tmp_path / "frames.pcap")  # type: ignore[arg-type]
+    async with vmm.run("linux", core="soft", nets=(net,), timeout=SECONDS) as vm:
+        await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
+        gateway = (await sh(vm, "ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'")).split()[0]
+        digest = await sh(vm, f"wget -q -O - http://{gateway}:{port}/ | md5sum")
+        assert digest.split()[0] == hashlib.md5(body).hexdigest()
+    server.close()
+    assert (tmp_path / "frames.pcap").stat().st_size > len(body)
+
+
+async def test_consoles_and_vsock(tmp_path: Path) -> None:
+    """hvc0 joins the console, a named port is a socket, and Firecracker's CONNECT reaches the guest."""
+    image()
+    async with vmm.run(
+        "linux",
+        core="soft",
+        hvc=True,
+        ports=(Port(name="org.test.port", path=tmp_path / "port"),),
+        vsock=tmp_path / "vsock",
+        timeout=SECONDS,
+    ) as vm:
+        await sh(vm, "echo from the hypervisor console > /dev/hvc0")
+        await vm.console.expect(rb"from the hypervisor console", timeout=SECONDS)
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "port")
+        name = (await sh(vm, "grep -l org.test.port /sys/class/virtio-ports/*/name")).split("/")[4]
+        echo = asyncio.ensure_future(sh(vm, f"read line < /dev/{name}; echo got $line > /dev/{name}"))
+        writer.write(b"through the port\n")
+        assert await asyncio.wait_for(reader.readline(), SECONDS) == b"got through the port\n"
+        await echo
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "vsock")
+        writer.write(b"CONNECT 1024\n")
+        assert await asyncio.wait_for(reader.readline(), SECONDS) == b"OK 1024\n"
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "vsock")
+        writer.write(b"CONNECT 4242\n")
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b"", "nobody listens there"
+        writer.close()
+
+
+def fsck(path: Path) -> None:
+    """Clean, without repairs."""
+    done = subprocess.run(["e2fsck", "-fn", path], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
+async def test_a_root_file_system_survives_poweroff(tmp_path: Path) -> None:
+    found = image()
+    assert found.disk is not None
+    root = tmp_path / "root.img"
+    shutil.copyfile(found.disk, root)
+    async with vmm.VirtualMachine(
+        kernel=found.kernel,
+        initrd=found.initrd,
+        append="root=/dev/vda rw",
+        disks=(Disk(path=root),),
+        agent=True,
+        core="soft",
+        timeout=SECONDS,
+    ) as vm:
+        vm.resume()
+        await sh(vm, "for i in 1 2 3 4 5; do mkdir -p /d$i; cp /bin/busybox /d$i/; done; echo kept > /note")
+        await vm.stop(timeout=SECONDS)
+    fsck(root)
+    note = subprocess.run(["debugfs", "-R", "cat /note", root], capture_output=True, timeout=SECONDS)
+    assert note.stdout == b"kept\n"
+
+
+RECORDS = """
+i=0
+while true; do
+    i=$((i+1))
+    printf '%08d' $i | dd of=/dev/vdb bs=512 seek=$i conv=notrunc,sync,fsync 2>/dev/null
+    echo record $i is durable
+done
+"""
+
+
+@pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
+async def test_what_was_flushed_survives_kill_9(tmp_path: Path) -> None:
+    """A log-structured writer in the guest says which records it has flushed; the VMM is killed; they are there."""
+    found = image()
+    assert found.disk is not None
+    root, log = tmp_path / "root.img", tmp_path / "log.img"
+    shutil.copyfile(found.disk, root)
+    log.write_bytes(bytes(4 << 20))
+    script = (
+        "import asyncio, sys, vmm\n"
+        "async def main():\n"
+        f"    async with vmm.VirtualMachine(kernel={str(found.kernel)!r}, initrd={str(found.initrd)!r},\n"
+        f"            append='root=/dev/vda rw', agent=True, core='soft', timeout={SECONDS},\n"
+        f"            disks=({str(root)!r}, {str(log)!r})) as vm:\n"
+        "        vm.resume()\n"
+        f"        process = await vm.start_process('sh', '-c', {RECORDS!r})\n"
+        "        async for part in process.stdout:\n"
+        "            sys.stdout.write(part.decode()); sys.stdout.flush()\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    last = 0
+    async with asyncio.timeout(SECONDS):
+        while last < 40:
+            line = await process.stdout.readline()
+            assert line, "the machine ended"
+            last = int(line.split()[1])
+    os.kill(process.pid, signal.SIGKILL)
+    rest = await process.stdout.read()
+    await process.wait()
+    whole = [line for line in rest.decode().splitlines() if line.endswith("durable")]
+    last = int(whole[-1].split()[1]) if whole else last
+    data = log.read_bytes()
+    for number in range(1, last + 1):
+        assert data[512 * number : 512 * number + 8] == b"%08d" % number
+    subprocess.run(["e2fsck", "-fy", root], capture_output=True, timeout=SECONDS)  # replays the journal
+    fsck(root)
