@@ -57,6 +57,7 @@ class VmConfig:
 
     vcpus: int = 1
     virtual_clock: bool = False
+    """Time is instructions retired. It stands still, for all vCPUs, while any vCPU is parked (software core)."""
     virtual_ips: int = 1_000_000_000
     """Instructions per second of virtual time."""
     epoch_ns: int = 0

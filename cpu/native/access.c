@@ -241,26 +241,37 @@ static bool read_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a, ui
     return true;
 }
 
-uint64_t lv_access(struct lv_vcpu *vcpu, const struct lv_access *a)
+bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *value)
 {
     struct lv_vm *vm = vcpu->vm;
     struct lv_vcpu *outer = vcpu->engine->waiting;
-    uint64_t value = 0;
     bool done = false;
+    *value = 0;
     if (vm->entry_count) {
         /* While this waits (virtual clock, full queue) the vCPU is inside an instruction: a kick must not park it here. */
         vcpu->engine->waiting = vcpu;
         pthread_mutex_lock(&vm->lock);
-        done = a->write ? write_on_the_spot(vcpu, a) : read_on_the_spot(vcpu, a, &value);
+        done = a->write ? write_on_the_spot(vcpu, a) : read_on_the_spot(vcpu, a, value);
         if (!done)
             pthread_mutex_unlock(&vm->lock);
         vcpu->engine->waiting = outer;
     }
-    if (done)
-        return value;
+    return done;
+}
+
+struct lv_exit lv_access_exit(const struct lv_access *a)
+{
     static const uint8_t kinds[2][2] = {{LV_PORT_IN, LV_PORT_OUT}, {LV_MMIO_READ, LV_MMIO_WRITE}};
-    struct lv_exit exit = {.kind = kinds[a->space != 0][a->write], .size = a->size, .address = a->address,
-                           .value = a->write ? a->value & mask(a->size) : 0};
+    return (struct lv_exit){.kind = kinds[a->space != 0][a->write], .size = a->size, .address = a->address,
+                            .value = a->write ? a->value & mask(a->size) : 0};
+}
+
+uint64_t lv_access(struct lv_vcpu *vcpu, const struct lv_access *a)
+{
+    uint64_t value;
+    if (lv_try_access(vcpu, a, &value))
+        return value;
+    struct lv_exit exit = lv_access_exit(a);
     value = lv_ask(vcpu, &exit, true);
     return a->write ? 0 : value & mask(a->size);
 }

@@ -324,7 +324,7 @@ uint32_t lv_park_kicked(struct lv_engine *engine)
         struct lv_vcpu *vcpu = engine->vcpus[i];
         if (!lv_running(vcpu) || vcpu == engine->waiting) /* one in an access is not between instructions */
             continue;
-        if (atomic_exchange(&vcpu->kicked, 0)) {
+        if (!vcpu->unfinished && atomic_exchange(&vcpu->kicked, 0)) {
             if (engine->vm->ops->hold)
                 engine->vm->ops->hold(vcpu, true);
             lv_post_exit(vcpu, &interrupted);

@@ -161,6 +161,7 @@ struct lv_vcpu {
     _Atomic uint32_t kicked;   /* an Interrupted exit is owed */
     struct lv_exit exit;       /* valid while QUEUED or PARKED (has_exit) */
     bool has_exit;
+    bool unfinished;           /* [engine] inside an instruction, although the thread is not: must not park for a kick */
     bool wants_value;          /* the exit is answered by CompleteRead */
     uint64_t answer;
     void *core;                /* the core's own, per vCPU */
@@ -224,6 +225,10 @@ struct lv_vm {
  * once (virtual clock: after the loop handled them); others when resume() answered. Returns at once with all ones when the VM
  * is closing. [engine] */
 uint64_t lv_access(struct lv_vcpu *vcpu, const struct lv_access *access);
+/* For shared engines whose other vCPUs go on meanwhile: true if the access was done on the spot. Else lv_post_exit() of
+ * lv_access_exit(); vcpu->answer is the answer once it is RUNNING again, and `unfinished` is set until it was used. [engine] */
+bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *access, uint64_t *value);
+struct lv_exit lv_access_exit(const struct lv_access *access);
 /* Queue `exit` and wait until resume() answers it or the VM closes. [engine] */
 void lv_park(struct lv_vcpu *vcpu, const struct lv_exit *exit);
 /* Shared engines: queue `exit` without waiting; the vCPU is RUNNING again after resume(). The core has held it. [engine] */

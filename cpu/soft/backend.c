@@ -4,8 +4,8 @@
  * engine while it does, and given up around every access that may wait for the loop, so that the loop can read a parked vCPU's state
  * while others run: enter() takes it, making the engine leave guest code first.
  *
- * A vCPU that waits for the answer to an access is inside an instruction, with the engine's thread in it: the other vCPUs of the
- * VM wait with it. Exits that are not accesses leave the others running.
+ * An access that waits for the loop is put off (soft_vcpu_defer()), so that the other vCPUs of the VM go on. Where there is
+ * no other, and with the virtual clock (where what the others do meanwhile would depend on timing), the thread waits in it.
  */
 #define _GNU_SOURCE
 #include "native/loop.h"
@@ -35,6 +35,7 @@ struct backend {
      * by that look or sees this. */
     _Atomic bool idle;
     _Atomic int accessing;        /* the vCPU that waits inside an access, or -1 */
+    bool defers;                  /* accesses are put off */
     bool halt_told;               /* Halt was reported at this number of instructions */
     uint64_t halt_instructions;
 };
@@ -95,9 +96,28 @@ static uint64_t on_access(void *ctx, const struct soft_access *a)
                                .space = a->port ? LV_PORT : LV_MMIO, .write = a->write};
     if (a->size < 8)
         access.value &= (1ull << (8 * a->size)) - 1;
+    struct lv_vcpu *vcpu = b->vm->vcpus[a->vcpu];
+    uint64_t value;
+    if (a->retry) {
+        vcpu->unfinished = false;
+        if (atomic_load(&vcpu->kicked))
+            soft_vm_wake(b->soft); /* it could not park for that kick before this access was complete */
+        return vcpu->answer;
+    }
     b->accessing = a->vcpu;
     leave(b);
-    uint64_t value = lv_access(b->vm->vcpus[a->vcpu], &access);
+    if (!b->defers) {
+        value = lv_access(vcpu, &access);
+    } else if (!lv_try_access(vcpu, &access, &value)) {
+        if (soft_vcpu_defer(b->soft, a->vcpu)) {
+            struct lv_exit exit = lv_access_exit(&access);
+            b->accessing = -1; /* from here on resume() unparks it */
+            vcpu->unfinished = true;
+            lv_post_exit(vcpu, &exit);
+        } else {
+            value = lv_access(vcpu, &access);
+        }
+    }
     enter_guest(b);
     b->accessing = -1;
     return value;
@@ -150,8 +170,12 @@ static void run(struct lv_engine *engine)
     struct backend *b = of(vm);
     while (!lv_closing(vm)) {
         uint32_t seq = atomic_load(&engine->seq), index = 0;
+        for (uint32_t i = 0; i < engine->count; i++)
+            if (engine->vcpus[i]->unfinished)
+                engine->vcpus[i]->unfinished = soft_vcpu_deferred(b->soft, engine->vcpus[i]->index);
         uint32_t running = lv_park_kicked(engine);
-        if (!running) {
+        /* With the virtual clock time stands still while any vCPU is parked: how far the others get would be chance. */
+        if (!running || (vm->config.virtual_clock && running < engine->count)) {
             lv_engine_wait(engine, seq);
             continue;
         }
@@ -223,6 +247,7 @@ static int vm_create(struct lv_vm *vm)
     struct soft_host host = {.ctx = b, .access = on_access, .random = on_random, .eoi = on_eoi};
     b->vm = vm;
     b->accessing = -1;
+    b->defers = c->vcpus > 1 && !c->virtual_clock;
     b->entropy = (struct soft_entropy){.seeded = c->seeded, .seed = c->seed};
     b->soft = soft_vm_create(&config, &host);
     if (!b->soft) {

@@ -157,6 +157,18 @@ struct soft_jumps {
     struct soft_jump table[JUMP_TABLES][JUMP_SIZE];
 };
 
+/* Results of the accesses that the instruction under way has made (defer.c). `key` tells one run of an instruction, or
+ * one iteration of a repeated one, from the next: instructions retired, RIP, RCX, RSI, RDI. */
+enum { SOFT_REPLAY = 128 };
+struct soft_replay {
+    uint64_t key[5];
+    uint32_t count, next;
+    bool allowed;   /* accesses now are an instruction's, not those of event delivery */
+    bool deferring; /* soft_vcpu_defer() was called in the callback under way */
+    bool retry;     /* the access after the last of `results` is due again */
+    uint64_t results[SOFT_REPLAY];
+};
+
 struct soft_vcpu {
     /* --- hot: touched by every handler --- */
     uint64_t gpr[16];
@@ -227,6 +239,7 @@ struct soft_vcpu {
     uint32_t cpuid_count;
 
     struct soft_jumps jump;
+    struct soft_replay replay;
 
     struct soft_tlb tlbs[VIEW_COUNT];
 };

@@ -91,18 +91,6 @@ static void write_host(uint8_t *host, unsigned size, uint64_t value)
 static uint64_t mask_of(unsigned size) { return size >= 8 ? ~0ull : (1ull << (size * 8)) - 1; }
 static bool bus_size(unsigned size) { return size == 1 || size == 2 || size == 4 || size == 8; }
 
-uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access)
-{
-    struct soft_vm *vm = c->vm;
-    uint64_t rip = c->rip;
-    vm->stats.accesses++;
-    fpu_collect(&c->fpu);
-    uint64_t value = vm->host.access(vm->host.ctx, access);
-    if (SOFT_UNLIKELY(c->rip != rip))
-        soft_leave(c);
-    return value;
-}
-
 uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size)
 {
     struct soft_vm *vm = c->vm;

@@ -25,6 +25,7 @@ struct soft_access {
     uint8_t size;     /* 1, 2, 4 or 8 bytes */
     bool port;
     bool write;
+    bool retry; /* the access that soft_vcpu_defer() put off: what the callback returns now is its result */
     uint8_t vcpu;
 };
 
@@ -73,6 +74,12 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu);
 void soft_vm_wake(struct soft_vm *vm);
 /* Apply what the functions marked [any] sent, so that a state which is read next includes it. Not from a callback. */
 void soft_vm_settle(struct soft_vm *vm);
+/* From within the access callback: this access is not answered now. What the callback returns is ignored, the vCPU is
+ * parked, other vCPUs go on. When it is unparked, the instruction runs again, up to the callback with `retry`. An instruction that
+ * no longer makes that access (its code or registers were changed meanwhile) drops it. False: not possible here. */
+bool soft_vcpu_defer(struct soft_vm *vm, uint32_t vcpu);
+/* Whether a deferred access of the vCPU has not had its retry yet. Not while another thread is inside soft_vm_run(). */
+bool soft_vcpu_deferred(const struct soft_vm *vm, uint32_t vcpu);
 /* A parked vCPU is not run (others are). [any] */
 void soft_vcpu_park(struct soft_vm *vm, uint32_t vcpu, bool parked);
 

@@ -16,7 +16,7 @@ enum { PHYS_BITS = 48, LINEAR_BITS = 48 };
 enum { PF_P = 1, PF_W = 2, PF_U = 4, PF_RSVD = 8, PF_I = 16 };
 
 /* setjmp values of c->fault. */
-enum { JUMP_FAULT = 1, JUMP_LEAVE, JUMP_TRIPLE, JUMP_DEBUG };
+enum { JUMP_FAULT = 1, JUMP_LEAVE, JUMP_TRIPLE, JUMP_DEBUG, JUMP_RETRY /* abandoned, see defer.c */ };
 
 /* Descriptor attributes, as struct soft_seg keeps them. */
 enum { ATTR_S = 1 << 4, ATTR_P = 1 << 7, ATTR_L = 1 << 13, ATTR_DB = 1 << 14, ATTR_G = 1 << 15 };

@@ -277,10 +277,11 @@ static int deliver_events(struct soft_vcpu *c)
 static int run_turn(struct soft_vcpu *c)
 {
     struct soft_vm *vm = c->vm;
-    vm->turn_over = false;
-    switch (_setjmp(c->fault)) {
+    int jump = _setjmp(c->fault);
+    c->replay.allowed = false;
+    switch (jump) {
     case JUMP_FAULT:
-        c->in_step = false;
+        c->in_step = c->replay.retry = false;
         c->budget--; /* so that a guest which does nothing but fault cannot keep its turn */
         soft_deliver_pending_fault(c);
         break;
@@ -294,23 +295,31 @@ static int run_turn(struct soft_vcpu *c)
     case JUMP_DEBUG:
         c->in_step = false;
         return SOFT_STOP_DEBUG;
+    case JUMP_RETRY:
+        c->in_step = false;
+        return GO_ON;
     default:
+        vm->turn_over = false;
         break;
     }
     while (c->budget > 0 && !vm->turn_over && !c->parked) {
         __atomic_store_n(&c->attention, 0, __ATOMIC_SEQ_CST);
         if (soft_events_pending(vm))
             break;
-        int delivered = deliver_events(c);
+        /* The instruction whose access was put off comes first: an interrupt now would make it another run of it. */
+        int delivered = c->replay.retry ? DELIVER_STEP : deliver_events(c);
         if (delivered == DELIVER_IDLE)
             break;
+        c->replay.allowed = true;
         if (delivered == DELIVER_STEP || soft_stepping(c)) {
             int stop = step(c);
             if (stop != GO_ON)
                 return stop;
+            c->replay.retry = false;
         } else {
             soft_execute(c);
         }
+        c->replay.allowed = false;
     }
     return GO_ON;
 }

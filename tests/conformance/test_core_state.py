@@ -152,7 +152,7 @@ def test_a_run_that_hops_through_fresh_vms_yields_the_same_result(real_core, gue
                 guest.go()
             case _:
                 raise AssertionError(exit_)
-    assert hops == 14
+    assert hops  # how many kicks come before the end is a matter of speed
     assert (outs, final) == expected()
 
 

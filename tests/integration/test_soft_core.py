@@ -14,7 +14,17 @@ import pytest
 
 from cpu import _core
 from cpu.contract import MsiRoute, Space, System, VmConfig
-from cpu.exits import Halt, Interrupted, PortOut, Resume, Shutdown
+from cpu.exits import (
+    CompleteRead,
+    Halt,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Resume,
+    Shutdown,
+)
 from images import guests
 from tests.support.assemble import assemble
 from tests.support.bare import Bare
@@ -446,3 +456,115 @@ def test_interrupted_is_not_lost_while_an_access_waits(soft: System) -> None:
 
 def test_smp_with_the_virtual_clock_is_deterministic(soft: System) -> None:
     assert smp_run(soft, False) == smp_run(soft, False)
+
+
+# ---- accesses of several vCPUs that wait for the loop at once ----
+
+BUSY = """
+    mov esi, 0
+1:  mov eax, esi
+    out 0xe0, eax               /* the round */
+    in eax, 0xe4
+    cmp eax, esi
+    jne 9f
+    add dword ptr [0x3e000000], esi   /* a read and a write in one instruction */
+    mov edi, BUFFER
+    mov ecx, 5
+    mov edx, 0xe8
+    cld
+    rep insb
+    mov ebp, esi
+    mov esi, BUFFER
+    mov ecx, 5
+    mov edx, 0xec
+    rep outsb
+    mov esi, ebp
+    inc esi
+    cmp esi, 40
+    jb 1b
+    mov eax, 0x600d
+    out 0xf0, eax
+    cli
+    hlt
+9:  mov eax, 0xbad
+    out 0xf0, eax
+    hlt
+"""
+
+
+def expected(rounds: int) -> list[tuple[str, int]]:
+    """What one vCPU does in the code above, in order."""
+    steps: list[tuple[str, int]] = []
+    for n in range(rounds):
+        steps += [("oute0", n), ("ine4", 0), ("load", 0), ("store", 1000 + n + n)]
+        steps += [("ine8", 0)] * 5 + [("outec", n + i & 0xFF) for i in range(5)]
+    return [*steps, ("outf0", 0x600D)]
+
+
+@pytest.mark.parametrize("kicks", [False, True])
+def test_every_access_of_several_vcpus_happens_once_and_in_order(soft: System, kicks: bool) -> None:
+    count, runnable = 3, struct.pack("<I", 0)
+    with Bare(soft, VmConfig(vcpus=count)) as bare:
+        for index in range(count):
+            at = CODE + 0x1000 * index
+            bare.code(at, assemble(BUSY.replace("BUFFER", hex(0x8000 + 64 * index)), at), vcpu=index)
+            vcpu = bare.vcpus[index]
+            vcpu.set_state(replace(vcpu.state(), mp_state=runnable))
+        done: list[list[tuple[str, int]]] = [[] for _ in range(count)]
+        bytes_in = [0] * count
+        hops = 0
+        bare.start()
+        deadline = time.monotonic() + 30
+        while any(not steps or steps[-1][0] != "outf0" for steps in done) and time.monotonic() < deadline:
+            select.select([bare.vm.fileno()], [], [], 1)
+            for item in bare.vm.take():
+                assert isinstance(item, tuple)
+                index, exit_ = item
+                steps, value = done[index], 0
+                this_round = sum(name == "oute0" for name, _ in steps) - 1
+                match exit_:
+                    case Interrupted():
+                        hops += 1
+                        vcpu = bare.vcpus[index]
+                        vcpu.set_state(vcpu.state())  # complete between instructions
+                        vcpu.resume(Resume())
+                        continue
+                    case PortOut(port=port, value=written):
+                        steps.append((f"out{port:x}", written))
+                    case PortIn(port=port):
+                        steps.append((f"in{port:x}", 0))
+                        value = this_round if port == 0xE4 else this_round + bytes_in[index] % 5 & 0xFF
+                        bytes_in[index] += port == 0xE8
+                    case MmioRead():
+                        steps.append(("load", 0))
+                        value = 1000 + this_round
+                    case MmioWrite(value=written):
+                        steps.append(("store", written))
+                    case _:
+                        raise AssertionError(exit_)
+                if steps[-1][0] == "outf0":
+                    continue
+                reads = isinstance(exit_, PortIn | MmioRead)
+                bare.vcpus[index].resume(CompleteRead(value) if reads else Resume())
+                if kicks and len(steps) % 3 == 0:
+                    bare.vcpus[index].kick()
+        for steps in done:
+            assert steps == expected(40)
+        assert hops > 0 or not kicks
+
+
+def test_other_vcpus_run_while_one_waits_for_an_answer(soft: System) -> None:
+    with smp(soft, 2) as bare:
+        bare.code(CODE, assemble("mov dword ptr [0xfee000f0], 0x1ff\n mov dword ptr [0xfee00300], 0xc4500\n"
+                                 "mov dword ptr [0xfee00300], 0xc4609\n in al, 0x60\n out 0xf4, al\n hlt", CODE))
+        bare.start()
+        deadline = time.monotonic() + 10
+        items: list[object] = []
+        while not items and time.monotonic() < deadline:
+            items = list(bare.vm.take())
+        assert items == [(0, PortIn(0x60, 1))]
+        first = counter(bare, 1)
+        bare.run(lambda b: counter(b, 1) > first + 100000)
+        bare.vcpus[0].resume(CompleteRead(33))
+        bare.run()
+        assert bare.ended == 33
