@@ -235,6 +235,33 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
     }
 }
 
+/* vCPUs whose TSCs were read one after the other while the clock ran differ by microseconds: they were equal. */
+static uint64_t tsc_offset_near(const struct soft_vcpu *c, uint64_t offset)
+{
+    uint64_t near = c->vm->config.tsc_khz * 10; /* 10 ms */
+    for (uint32_t i = 0; i < c->index; i++)
+        if (c->vm->vcpus[i]->tsc_offset - offset + near <= 2 * near)
+            return c->vm->vcpus[i]->tsc_offset;
+    return offset;
+}
+
+bool soft_msr_restore(struct soft_vcpu *c, uint32_t index, uint64_t value)
+{
+    if (apic_msr(index))
+        return irqchip_restore_msr(c->vm->irqchip, c->index, index, value, soft_now(c->vm));
+    if (index == MSR_TSC) {
+        uint64_t offset = value - (soft_tsc_at(c, soft_now(c->vm)) - c->tsc_offset);
+        c->tsc_offset = c->vm->config.virtual_clock ? offset : tsc_offset_near(c, offset);
+        soft_kvmclock_update(c);
+        return true;
+    }
+    if (index == MSR_TSC_ADJUST) {
+        c->tsc_adjust = value;
+        return true;
+    }
+    return soft_msr_write(c, index, value);
+}
+
 uint64_t soft_rdmsr(struct soft_vcpu *c, uint32_t index)
 {
     uint64_t value = 0;

@@ -64,5 +64,7 @@ struct soft_vcpu;
 /* Without privilege checks; false: no such MSR, or a value it does not take. */
 bool soft_msr_read(struct soft_vcpu *c, uint32_t index, uint64_t *value);
 bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value);
+/* As the VMM sets it when it restores a state: TSC and TSC_ADJUST do not move each other, the APIC base may change mode. */
+bool soft_msr_restore(struct soft_vcpu *c, uint32_t index, uint64_t value);
 
 #endif

@@ -180,10 +180,7 @@ static int each_msr(struct soft_vcpu *c, struct kvm_msrs *out, const struct kvm_
             ok = soft_msr_read(c, out->entries[i].index, &value);
             out->entries[i].data = value;
         } else {
-            uint32_t index = in->entries[i].index;
-            uint64_t data = in->entries[i].data;
-            ok = index == MSR_APIC_BASE ? irqchip_restore_msr(c->vm->irqchip, c->index, index, data, soft_now(c->vm))
-                                        : soft_msr_write(c, index, data);
+            ok = soft_msr_restore(c, in->entries[i].index, in->entries[i].data);
         }
         if (!ok)
             result = -EINVAL;

@@ -7,6 +7,7 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <getopt.h>
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -25,6 +26,12 @@ enum { START_INFO = 0x6000, MODULES = 0x6100, MEMMAP = 0x6200, CMDLINE = 0x7000,
 
 struct machine {
     struct soft_vm *vm;
+    struct soft_config config;
+    const struct soft_host *host;
+    uint8_t *rom;
+    size_t rom_size;
+    uint64_t hop_ns;
+    unsigned hops;
     uint8_t *ram;
     uint64_t ram_size;
     int exit_status; /* -1: runs on */
@@ -425,8 +432,85 @@ static void boot_bios(struct machine *m, const char *path)
     void *rom = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memcpy(rom, data, size);
     munmap(data, size);
-    if (soft_vm_set_slot(m->vm, 1, 0x100000000ull - size, size, rom, true, false))
-        die("ROM slot");
+    m->rom = rom;
+    m->rom_size = size;
+}
+
+static void set_slots(struct machine *m)
+{
+    if (soft_vm_set_slot(m->vm, 0, 0, m->ram_size, m->ram, false, false)
+        || (m->rom && soft_vm_set_slot(m->vm, 1, 0x100000000ull - m->rom_size, m->rom_size, m->rom, true, false)))
+        die("memory slots");
+}
+
+/* ---- moving to a fresh VM, as a snapshot does ---- */
+
+struct vcpu_state {
+    struct kvm_regs regs;
+    struct kvm_sregs sregs;
+    uint8_t xsave[4096];
+    struct kvm_xcrs xcrs;
+    struct kvm_lapic_state lapic;
+    struct kvm_vcpu_events events;
+    struct kvm_debugregs debugregs;
+    struct kvm_mp_state mp;
+    struct {
+        struct kvm_msrs header;
+        struct kvm_msr_entry entries[128];
+    } msrs;
+};
+
+static const struct {
+    enum soft_state kind;
+    size_t offset, size;
+} parts[] = { /* in the order of restoring */
+#define PART(kind, field) { kind, offsetof(struct vcpu_state, field), sizeof ((struct vcpu_state *)0)->field }
+    PART(SOFT_STATE_SREGS, sregs), PART(SOFT_STATE_REGS, regs), PART(SOFT_STATE_XCRS, xcrs), PART(SOFT_STATE_XSAVE, xsave),
+    PART(SOFT_STATE_LAPIC, lapic), PART(SOFT_STATE_MSRS, msrs), PART(SOFT_STATE_EVENTS, events),
+    PART(SOFT_STATE_DEBUGREGS, debugregs), PART(SOFT_STATE_MP, mp),
+#undef PART
+};
+enum { PARTS = sizeof parts / sizeof parts[0] };
+static const struct {
+    enum soft_vm_state kind;
+    size_t size;
+} vm_parts[] = {
+    { SOFT_VM_CORE, SOFT_CORE_STATE_SIZE }, { SOFT_VM_CLOCK, sizeof(struct kvm_clock_data) },
+    { SOFT_VM_PIC_MASTER, sizeof(struct kvm_irqchip) }, { SOFT_VM_PIC_SLAVE, sizeof(struct kvm_irqchip) },
+    { SOFT_VM_IOAPIC, sizeof(struct kvm_irqchip) }, { SOFT_VM_PIT, sizeof(struct kvm_pit_state2) },
+};
+enum { VM_PARTS = sizeof vm_parts / sizeof vm_parts[0] };
+
+static void hop(struct machine *m)
+{
+    static struct vcpu_state states[SOFT_MAX_VCPUS];
+    static uint8_t vm_states[VM_PARTS][1024];
+    uint32_t indices[128];
+    for (unsigned i = 0; i < VM_PARTS; i++)
+        if (soft_vm_get(m->vm, vm_parts[i].kind, vm_states[i], vm_parts[i].size))
+            die("get VM state");
+    for (uint32_t n = 0; n < m->config.vcpus; n++) {
+        struct vcpu_state *s = &states[n];
+        s->msrs.header.nmsrs = soft_msr_list(indices, 128);
+        for (uint32_t i = 0; i < s->msrs.header.nmsrs; i++)
+            s->msrs.entries[i] = (struct kvm_msr_entry){ .index = indices[i] };
+        for (unsigned i = 0; i < PARTS; i++)
+            if (soft_vcpu_get(m->vm, n, parts[i].kind, (uint8_t *)s + parts[i].offset, parts[i].size))
+                die("get vCPU state");
+    }
+    soft_vm_destroy(m->vm);
+    m->vm = soft_vm_create(&m->config, m->host);
+    if (!m->vm)
+        die("create");
+    set_slots(m);
+    for (unsigned i = 0; i < VM_PARTS; i++)
+        if (soft_vm_set(m->vm, vm_parts[i].kind, vm_states[i], vm_parts[i].size))
+            die("set VM state");
+    for (uint32_t n = 0; n < m->config.vcpus; n++)
+        for (unsigned i = 0; i < PARTS; i++)
+            if (soft_vcpu_set(m->vm, n, parts[i].kind, (uint8_t *)&states[n] + parts[i].offset, parts[i].size))
+                die("set vCPU state");
+    m->hops++;
 }
 
 static uint64_t hash_ram(const struct machine *m)
@@ -458,14 +542,15 @@ static void *timeout_thread(void *arg)
     struct timespec t = { .tv_sec = timeout.seconds };
     nanosleep(&t, NULL);
     timeout.m->timed_out = true;
-    soft_vm_wake(timeout.m->vm);
+    if (!timeout.m->hop_ns) /* else the next hop notices */
+        soft_vm_wake(timeout.m->vm);
     return NULL;
 }
 
 static void usage(void)
 {
     fprintf(stderr, "soft_boot [--cpus N] [--memory MIB] [--virtual IPS] [--quantum N] [--seed N] [--timeout SECONDS]\n"
-                    "          [--until TEXT] [--state] (--bios IMAGE | --kernel ELF [--initrd FILE] [--cmdline TEXT])\n");
+                    "          [--until TEXT] [--state] [--hop NS] (--bios IMAGE | --kernel ELF [--initrd FILE] [--cmdline TEXT])\n");
     exit(2);
 }
 
@@ -492,7 +577,7 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         { "cpus", 1, 0, 'c' },   { "memory", 1, 0, 'm' },  { "virtual", 1, 0, 'v' }, { "seed", 1, 0, 's' },
         { "timeout", 1, 0, 't' }, { "until", 1, 0, 'u' },  { "bios", 1, 0, 'b' },    { "kernel", 1, 0, 'k' },
-        { "initrd", 1, 0, 'i' }, { "cmdline", 1, 0, 'l' }, { "quantum", 1, 0, 'q' }, { "state", 0, 0, 'S' }, { 0 },
+        { "hop", 1, 0, 'h' },    { "initrd", 1, 0, 'i' }, { "cmdline", 1, 0, 'l' }, { "quantum", 1, 0, 'q' }, { "state", 0, 0, 'S' }, { 0 },
     };
     struct machine m = { .exit_status = -1, .random_state = 1 };
     struct soft_config config = { .vcpus = 1, .tsc_khz = 1000000, .virtual_ips = 1000000000, .quantum = 100000 };
@@ -513,6 +598,7 @@ int main(int argc, char **argv)
         case 'i': initrd = optarg; break;
         case 'l': cmdline = optarg; break;
         case 'S': state = true; break;
+        case 'h': m.hop_ns = strtoull(optarg, NULL, 0); break;
         default: usage();
         }
     }
@@ -521,14 +607,18 @@ int main(int argc, char **argv)
     config.epoch_ns = config.virtual_clock ? 1700000000ull * 1000000000 : (uint64_t)time(NULL) * 1000000000;
     double start = seconds();
     const struct soft_host host = { .ctx = &m, .access = access_bus, .random = random_bytes };
+    m.config = config;
+    m.host = &host;
     m.vm = soft_vm_create(&config, &host);
     m.ram_size = memory << 20;
     m.ram = mmap(NULL, m.ram_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!m.vm || m.ram == MAP_FAILED || soft_vm_set_slot(m.vm, 0, 0, m.ram_size, m.ram, false, false))
+    if (!m.vm || m.ram == MAP_FAILED)
         die("create");
+    set_slots(&m);
     m.uart.thre = true;
     if (bios) {
         boot_bios(&m, bios);
+        set_slots(&m);
     } else {
         build_acpi(&m, config.vcpus);
         boot_pvh(&m, kernel, initrd, cmdline);
@@ -538,11 +628,18 @@ int main(int argc, char **argv)
     if (timeout.seconds && pthread_create(&thread, NULL, timeout_thread, NULL))
         die("thread");
     uint32_t vcpu = 0;
+    uint64_t hop_at = m.hop_ns;
     while (m.exit_status < 0 && !m.timed_out) {
+        if (m.hop_ns)
+            soft_vm_set_alarm(m.vm, hop_at);
         switch (soft_vm_run(m.vm, &vcpu)) {
         case SOFT_STOP_SHUTDOWN: m.exit_status = EXIT_TRIPLE; break;
         case SOFT_STOP_HALTED: m.exit_status = EXIT_HALTED; break;
         case SOFT_STOP_ERROR: m.exit_status = 4; break;
+        case SOFT_STOP_ALARM:
+            hop(&m);
+            hop_at = soft_vm_now(m.vm) + m.hop_ns;
+            break;
         default: break;
         }
     }
@@ -554,10 +651,10 @@ int main(int argc, char **argv)
     if (state || status == EXIT_TRIPLE || status == EXIT_TIMEOUT || status == EXIT_HALTED)
         print_state(&m, config.vcpus);
     fprintf(stderr,
-            "status %d vcpu %u instructions %llu now_ns %llu ram %016llx\n"
+            "status %d hops %u vcpu %u instructions %llu now_ns %llu ram %016llx\n"
             "wall %.3f s, %.1f MIPS; decoded %llu invalidated %llu tlb-flushes %llu tlb-fills %llu exceptions %llu "
             "interrupts %llu halts %llu accesses %llu icache-misses %llu\n",
-            status, vcpu, (unsigned long long)stats.instructions, (unsigned long long)soft_vm_now(m.vm),
+            status, m.hops, vcpu, (unsigned long long)stats.instructions, (unsigned long long)soft_vm_now(m.vm),
             (unsigned long long)hash_ram(&m), wall, (double)stats.instructions / wall * 1e-6,
             (unsigned long long)stats.blocks_decoded, (unsigned long long)stats.blocks_invalidated,
             (unsigned long long)stats.tlb_flushes, (unsigned long long)stats.tlb_fills, (unsigned long long)stats.exceptions,
