@@ -1,0 +1,90 @@
+"""The rig's guest: kernel, and an initramfs that loads kvm-amd, mounts the host's files and runs one command."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from images import cache, modules, packages
+from images.tree import Tree
+
+MODULES = ["virtio_pci", "9pnet_virtio", "9p", "kvm_amd"]
+
+INIT = """#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t sysfs sys /sys
+$b mount -t devtmpfs dev /dev
+while read module; do
+    $b insmod $module || echo "rig: cannot load $module"
+done < /etc/modules
+$b mkdir -p /host
+$b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /host || echo "rig: no host files"
+$b mount -t proc proc /host/proc
+$b mount -t sysfs sys /host/sys
+$b mount -t devtmpfs dev /host/dev
+$b mkdir -p /host/dev/shm /host/dev/pts
+$b mount -t tmpfs -o mode=1777 shm /host/dev/shm
+$b mount -t devpts -o ptmxmode=666 pts /host/dev/pts
+$b mkdir -p /host/dev/shm/home /host/dev/shm/run
+$b ip link set lo up
+$b ls -l /dev/kvm
+command=$($b cat /sys/firmware/qemu_fw_cfg/by_name/opt/rig/command/raw)
+$b chroot /host /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/dev/shm/home TMPDIR=/dev/shm \\
+    XDG_RUNTIME_DIR=/dev/shm/run LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 LOOPVISOR_PATIENCE=10 /bin/sh -c "$command"
+echo "status $?" > /dev/ttyS1
+$b sleep 1
+$b poweroff -f
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    kernel: Path
+    initrd: Path
+
+
+def build() -> Guest:
+    """The guest of the Debian packages that apt offers now, from the cache if it was built before."""
+    kernel = packages.resolve(packages.dependency("linux-image-amd64", r"linux-image-[\d.]+-\d+-amd64"))
+    busybox = packages.resolve("busybox-static")
+    key = hashlib.sha256("\n".join([kernel.sha256, busybox.sha256, INIT, *MODULES]).encode()).hexdigest()[:16]
+    folder = cache.directory("rig")
+    target = folder / key
+    with cache.lock("rig"):
+        if not target.exists():
+            with cache.workspace() as work:
+                made = work / "guest"
+                made.mkdir()
+                _make(packages.download(kernel), packages.download(busybox), made)
+                cache.publish(made, target)
+    return Guest(target / "vmlinuz", target / "initrd")
+
+
+def _make(kernel: Path, busybox: Path, made: Path) -> None:
+    files: dict[str, bytes] = {}
+    built_in: set[str] = set()
+    for member, data in packages.contents(kernel):
+        path = member.name.removeprefix("./").removeprefix("usr/")
+        if path.startswith("boot/vmlinuz-"):
+            (made / "vmlinuz").write_bytes(data)
+        elif path.startswith("lib/modules/") and ".ko" in path:
+            files[path] = modules.unpack(path, data)
+        elif path.endswith("/modules.builtin"):
+            built_in |= {modules.module_name(line) for line in data.decode().splitlines()}
+    tree = Tree()
+    for name in ("dev", "proc", "sys", "etc"):
+        tree.directory(name)
+    tree.character_device("dev/console", 5, 1)
+    tree.file("init", INIT.encode(), 0o755)
+    listed = []
+    for path in modules.closure([*MODULES, "qemu_fw_cfg"], files, built_in):
+        short = f"lib/{modules.module_name(path)}.ko"
+        tree.file(short, files[path])
+        listed.append(f"/{short}\n")
+    tree.file("etc/modules", "".join(listed).encode())
+    for member, data in packages.contents(busybox):
+        if member.isreg() and member.name.removeprefix("./").removeprefix("usr/") == "bin/busybox":
+            tree.file("bin/busybox", data, 0o755)
+    (made / "initrd").write_bytes(tree.cpio())
