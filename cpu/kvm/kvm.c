@@ -527,7 +527,8 @@ static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
 
 static int nmi(struct lv_vcpu *vcpu)
 {
-    return call(vcpu_fd(vcpu), KVM_NMI, NULL);
+    /* Not KVM_NMI: a vCPU's ioctls wait for KVM_RUN to return. As a message, delivery mode 4 (SDM 3A 11.11). */
+    return signal_msi(vcpu->vm, 0xfee00000u | (uint64_t)vcpu->index << 12, 4u << 8);
 }
 
 const struct lv_ops lv_kvm_ops = {

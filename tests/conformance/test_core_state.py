@@ -110,9 +110,9 @@ def test_garbage_in_a_state_raises_nothing_but_cpu_errors(core, guests):
 
 
 # xor eax, eax; xor ebx, ebx; 1: inc ebx; lea eax, [eax*4+eax+7]; xor eax, ebx; mov [SCRATCH], eax; out 0x10, al when
-# (ebx & 0x3ff) == 0; until ebx == 4096; then DONE
+# (ebx & 0xff) == 0; until ebx == 4096; then DONE
 COUNT = bytes.fromhex(
-    "31c0 31db 43 8d448007 31d8 a300900000 f7c3ff030000 7507 ba10000000 ef 90 81fb00100000 75dd baf00f0000 ef ebfe"
+    "31c0 31db 43 8d448007 31d8 a300900000 f7c3ff000000 7507 ba10000000 ef 90 81fb00100000 75dd baf00f0000 ef ebfe"
 )
 
 
@@ -120,7 +120,7 @@ def expected():
     a, outs = 0, []
     for b in range(1, 4097):
         a = (a * 5 + 7 & 0xFFFF_FFFF) ^ b
-        if not b & 0x3FF:
+        if not b & 0xFF:
             outs.append(a)
     return outs, a
 
@@ -133,7 +133,7 @@ def test_a_run_that_hops_through_fresh_vms_yields_the_same_result(real_core, gue
     guest.go()
     hops = 0
     while final is None:
-        if hops < 14:
+        if hops < 30:  # a kick is owed after each write at the latest, so there are at least as many as half of them
             guest.vcpus[0].kick()
         index, exit_ = guest.next_exit()
         match exit_:
@@ -152,7 +152,7 @@ def test_a_run_that_hops_through_fresh_vms_yields_the_same_result(real_core, gue
                 guest.go()
             case _:
                 raise AssertionError(exit_)
-    assert hops  # how many kicks come before the end is a matter of speed
+    assert hops >= 8
     assert (outs, final) == expected()
 
 

@@ -1,6 +1,6 @@
 """`python -m tests.rig [PYTEST ARGUMENT...]`: run tests in the rig; by default all that are marked `kvm`.
 
-Exits with pytest's status; 3 if the guest did not come that far, 124 if it took longer than --timeout.
+Exits with pytest's status; 125 if the guest did not come that far, 124 if it took longer than --timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.rig.guest import Guest, build
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ["-m", "kvm and not slow and not debian and not qemu and not root and not stock_kvm", "tests"]
-NO_RESULT, TIMED_OUT = 3, 124
+NO_RESULT, TIMED_OUT = 125, 124
 
 
 def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]:
@@ -42,7 +42,8 @@ def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
         try:
-            subprocess.run(qemu(guest, command, status, memory_mib), stdin=subprocess.DEVNULL, timeout=timeout, check=False)
+            started = qemu(guest, command, status, memory_mib)
+            subprocess.run(started, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
         except subprocess.TimeoutExpired:
             print(f"rig: stopped after {timeout:.0f} s", file=sys.stderr)
             return TIMED_OUT
@@ -51,7 +52,7 @@ def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.rig", description="run KVM-marked tests on kvm-amd under QEMU")
+    parser = argparse.ArgumentParser(prog="python -m tests.rig", description="run KVM-marked tests on kvm-amd")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=3072, help="the guest's RAM in MiB (default: %(default)s)")
     parser.add_argument("--shell", metavar="COMMAND", help="run this instead of pytest")

@@ -32,7 +32,8 @@ $b ip link set lo up
 $b ls -l /dev/kvm
 command=$($b cat /sys/firmware/qemu_fw_cfg/by_name/opt/rig/command/raw)
 $b chroot /host /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/dev/shm/home TMPDIR=/dev/shm \\
-    XDG_RUNTIME_DIR=/dev/shm/run LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 LOOPVISOR_PATIENCE=10 /bin/sh -c "$command"
+    XDG_RUNTIME_DIR=/dev/shm/run LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 LOOPVISOR_PATIENCE=10 \\
+    HYPOTHESIS_STORAGE_DIRECTORY=/dev/shm/hypothesis /bin/sh -c "$command"
 echo "status $?" > /dev/ttyS1
 $b sleep 1
 $b poweroff -f
