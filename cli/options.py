@@ -43,6 +43,7 @@ RUN_OPTIONS = (
     RunOption("--clock", "clock", "text", "virtual: guest time follows instructions; runs repeat.", "real|virtual"),
     RunOption("--seed", "seed", "text", "Makes every random byte for the guest a function of it.", "N"),
     RunOption("--epoch", "epoch", "text", "The guest's wall clock at the start, seconds since 1970.", "SECONDS"),
+    RunOption("--platform", "platform", "text", "bare: no ACPI, PCI, virtio; tiny guests start quicker.", "pc|bare"),
     RunOption("--reboot", "reboot", "switch", "Restart in place when the guest reboots."),
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from images import builder, guests
+from images import guests
 from images.errors import ImageError
+
+if TYPE_CHECKING:
+    from images.builder import Built, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class Image:
     """The root disk. Shared by all machines that run this image: attach it as a snapshot."""
     cmdline: str = ""
     memory: str = "64M"
+    platform: Literal["pc", "bare"] = "pc"
+    """bare: the guest uses nothing but memory, the serial port and the reset and debug ports."""
     agent: bool = False
     """The guest runs our agent, over vsock, and wants network and entropy."""
     description: str = ""
@@ -30,6 +35,8 @@ class Image:
 
 def names() -> list[tuple[str, str, bool]]:
     """(name, description, built) of every guest and recipe."""
+    from images import builder
+
     tiny = [(name, "tiny guest", True) for name in guests.names()]
     recipes = [
         (name, str(builder.load_recipe(name).get("description", "")), builder.current(name) is not None)
@@ -38,7 +45,7 @@ def names() -> list[tuple[str, str, bool]]:
     return recipes + tiny
 
 
-def resolve(name: str, *, build: bool = False, progress: builder.Progress | None = None) -> Image:
+def resolve(name: str, *, build: bool = False, progress: Progress | None = None) -> Image:
     """The image of that name, or a kernel file by its path (anything with a slash, or an existing file).
 
     A recipe that was never built is built when `build` is set; otherwise ImageError says how.
@@ -48,7 +55,9 @@ def resolve(name: str, *, build: bool = False, progress: builder.Progress | None
     except KeyError:
         pass
     else:
-        return Image(name, path, kind="real" if name == "real" else "auto", memory="16M", description="tiny guest")
+        return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform="bare")
+    from images import builder  # a tiny guest starts without it
+
     if name in builder.recipe_names():
         built = builder.current(name)
         if built is None:
@@ -70,7 +79,7 @@ def provide(name: str) -> Image:
     return resolve(name, build=True)
 
 
-def _from_build(built: builder.Built) -> Image:
+def _from_build(built: Built) -> Image:
     defaults = built.recipe.get("defaults", {})
     disk = built.directory / "root.img"
     return Image(

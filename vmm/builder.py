@@ -44,6 +44,8 @@ PARTS = (
     "vmm.smbios",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
+BARE_PARTS = ("vmm.devices.uart", "vmm.devices.debug", "vmm.devices.reset", "vmm.devices.i8042")
+"""The same for the bare platform."""
 
 
 def random_source(config: Config) -> RandomSource:
@@ -165,7 +167,7 @@ class Built:
             fail=self._fail,
         )
         self._dispatcher = Dispatcher(vm, self.vcpus, machine, self._finish)
-        for name in PARTS:
+        for name in BARE_PARTS if config.platform == "bare" else PARTS:
             attached = importlib.import_module(name).attach(self)
             if attached is not None:
                 await attached

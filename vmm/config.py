@@ -29,6 +29,7 @@ VIRTUAL_EPOCH = 1_704_067_200
 CoreName = Literal["auto", "kvm", "soft"]
 ClockKind = Literal["real", "virtual"]
 Mode = Literal["real", "protected", "long"]
+Platform = Literal["pc", "bare"]
 ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
 
@@ -407,6 +408,8 @@ class Config(_Checked):
     """Makes every random byte that the guest can get a function of it."""
     epoch: int | None = None
     """The guest's wall clock at the start, seconds since 1970; None: now, or VIRTUAL_EPOCH with the virtual clock."""
+    platform: Platform = "pc"
+    """pc: what stock kernels expect. bare: memory, one serial port, reset and debug ports; no ACPI, PCI or virtio."""
     reboot: bool = False
     """Restart in place when the guest reboots; otherwise a reboot ends the machine."""
     hugepages: bool = False
@@ -434,6 +437,7 @@ class Config(_Checked):
         "clock": _choice(ClockKind),
         "seed": _optional(_integer(0, (1 << 64) - 1)),
         "epoch": _optional(_integer(0, 1 << 40)),
+        "platform": _choice(Platform),
         "reboot": _boolean,
         "hugepages": _boolean,
     }
@@ -448,6 +452,8 @@ class Config(_Checked):
             raise ConfigError("initrd: without a kernel nothing would read it; add --kernel")
         if self.hugepages and self.memory % (2 * MIB):
             raise ConfigError(f"memory: {format_size(self.memory)} is not a multiple of 2M, as hugepages need")
+        if self.platform == "bare" and (self.disks or self.nets or self.hvc or self.ports or self.vsock or self.agent):
+            raise ConfigError("platform: bare has no virtio devices; use --platform pc")
         names = [part.id for part in self.disks if part.id] + [part.id for part in self.nets if part.id]
         for name in names:
             if names.count(name) > 1:

@@ -8,7 +8,6 @@ turns that into a Config.
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +18,8 @@ from vmm.errors import ConfigError, HostError, VmmError
 from vmm.vm import VirtualMachine
 
 GROUP = "loopvisor.images"
+VIRTIO_OPTIONS = ("disks", "nets", "hvc", "ports", "vsock", "agent")
+"""Options that need the whole platform."""
 
 
 class ImageLike(Protocol):
@@ -41,6 +42,8 @@ class ImageLike(Protocol):
     @property
     def memory(self) -> str: ...
     @property
+    def platform(self) -> str: ...
+    @property
     def agent(self) -> bool: ...
 
 
@@ -59,8 +62,12 @@ def config_for(image: ImageLike, **options: Any) -> Config:
         values["append"] = image.cmdline
     if image.agent:
         values["agent"] = True
+        import shutil
+
         if shutil.which("passt"):
             values["nets"] = (Net(kind="user"),)
+    if image.platform == "bare" and not any(options.get(name) for name in VIRTIO_OPTIONS):
+        values["platform"] = "bare"
     values |= options
     if image.disk is not None:
         values["disks"] = (Disk(path=image.disk, snapshot=True), *values.get("disks", ()))

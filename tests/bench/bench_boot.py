@@ -127,7 +127,8 @@ def linux() -> Iterator[Mapping[str, object]]:
 def unpacked(kernel: Path) -> bytes:
     """vmlinux out of a bzImage, as the loader has it in its cache."""
     from vmm.boot import linux as protocol
-    from vmm.boot.unpack import read_file, unpack_cached
+    from vmm.boot.request import read_file
+    from vmm.boot.unpack import unpack_cached
 
     return bytes(unpack_cached(protocol.parse(read_file(kernel), str(kernel)).payload))
 

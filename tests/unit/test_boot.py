@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.ram import Ram
 from vmm import boot, layout
-from vmm.boot import elf, linux, multiboot, pvh, unpack
+from vmm.boot import elf, layouts, linux, multiboot, unpack
 from vmm.errors import ConfigError
 
 MIB = 1 << 20
@@ -155,10 +155,10 @@ def test_pvh_start_info(tmp_path: Path) -> None:
     memory = Ram(32 * MIB)
     state = boot.load(memory, image, initrd=initrd, cmdline="10", rsdp=0xE_0000)
     assert state.protocol == "pvh" and state.registers.rip == 0x10_0010
-    info = pvh.START_INFO.parse(memory.read(state.registers.rbx, pvh.START_INFO.sizeof()))
+    info = layouts.START_INFO.parse(memory.read(state.registers.rbx, layouts.START_INFO.sizeof()))
     assert (info.magic, info.version, info.nr_modules, info.rsdp_paddr) == (0x336E_C578, 1, 1, 0xE_0000)
     assert memory.text(info.cmdline_paddr) == "10"
-    module = pvh.MODULE.parse(memory.read(info.modlist_paddr, pvh.MODULE.sizeof()))
+    module = layouts.MODULE.parse(memory.read(info.modlist_paddr, layouts.MODULE.sizeof()))
     assert memory.read(module.paddr, module.size) == b"x" * 5000
     assert info.memmap_entries == len(layout.Layout(32 * MIB).e820())
     system = state.system_registers

@@ -1,7 +1,8 @@
 """Loaders: put a kernel into guest memory and say how the first vCPU enters it.
 
 `load()` finds out what a file is: bzImage (its payload unpacked on the host), ELF by PVH, multiboot or the 64-bit
-Linux protocol. `load_flat()` takes raw bytes. Both return a BootState. Nothing here knows devices or cores.
+Linux protocol. `load_flat()` takes raw bytes. Both return a BootState. Nothing here knows devices or cores. Loaders are
+imported when a file needs them, for a tiny guest should not wait for those of others.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from vmm.boot import elf, linux, multiboot
+from vmm.boot import elf
 from vmm.boot.cmdline import default_cmdline
 from vmm.boot.flat import load_flat, place_flat
-from vmm.boot.linux import Request
 from vmm.boot.pvh import load_pvh
+from vmm.boot.request import Request, is_bzimage, read_file
 from vmm.boot.state import BootState, LoadMemory
-from vmm.boot.unpack import UnpackError, compression, read_file, unpack_cached
 from vmm.errors import ConfigError
 from vmm.layout import Layout
 
@@ -31,15 +31,16 @@ def identify(path: Path) -> str:
 
 
 def _identify(data: memoryview, name: str) -> str:
-    if linux.is_bzimage(data):
+    if is_bzimage(data):
         return "bzimage"
+    image = elf.parse(data, name) if elf.is_elf(data) else None
+    if image is not None and image.pvh_entry is not None:
+        return "pvh"
+    from vmm.boot import multiboot
+
     found = multiboot.find(data)
-    if elf.is_elf(data):
-        image = elf.parse(data, name)
-        if image.pvh_entry is not None:
-            return "pvh"
-        if found is None and image.bits == 64:
-            return "vmlinux"
+    if image is not None and found is None and image.bits == 64:
+        return "vmlinux"
     return "multiboot" if found is not None else "unknown"
 
 
@@ -60,20 +61,24 @@ def load(
     )
     kind = _identify(data, name)
     match protocol, kind:
-        case "multiboot", _:
+        case ("multiboot", _) | ("auto", "multiboot"):
+            from vmm.boot import multiboot
+
             return multiboot.load_multiboot(memory, data, request, name)
         case "pvh", "bzimage":
             return load_pvh(memory, _unpacked(data, name, cache), request)
         case "pvh", _:
             return load_pvh(memory, elf.parse(data, name), request)
         case ("auto" | "linux64" | "bzimage"), "bzimage":
+            from vmm.boot import linux
+
             image = linux.parse(data, name)
             return linux.load_bzimage(memory, image, request, unpacked=protocol != "bzimage", cache=cache)
         case "auto", "pvh":
             return load_pvh(memory, elf.parse(data, name), request)
-        case "auto", "multiboot":
-            return multiboot.load_multiboot(memory, data, request, name)
         case ("auto", "vmlinux") | ("linux64", "vmlinux" | "pvh"):
+            from vmm.boot import linux
+
             image64 = elf.parse(data, name)
             return linux.load_vmlinux(memory, image64, linux.synthesized_header(), request)
         case _:
@@ -84,6 +89,9 @@ def load(
 
 
 def _unpacked(data: memoryview, name: str, cache: Path | None) -> elf.Elf:
+    from vmm.boot import linux
+    from vmm.boot.unpack import UnpackError, compression, unpack_cached
+
     image = linux.parse(data, name)
     payload = image.payload
     if compression(payload) is None:

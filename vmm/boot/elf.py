@@ -6,11 +6,9 @@ All offsets come from a file that may be malformed: everything is checked agains
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from construct import Bytes, Const, ConstructError, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from vmm.boot.state import LoadMemory
 from vmm.errors import ConfigError, GuestError
@@ -22,28 +20,11 @@ XEN_ELFNOTE_PHYS32_ENTRY = 18
 MAX_SEGMENTS = 256
 MAX_NOTES = 1024
 
-_IDENT = Struct("magic" / Const(MAGIC), "klass" / Int8ul, "data" / Int8ul, "version" / Int8ul, "rest" / Bytes(9))
-
-
-def _header(word: Any) -> Any:
-    return Struct(
-        "ident" / _IDENT, "type" / Int16ul, "machine" / Int16ul, "version" / Int32ul, "entry" / word, "phoff" / word,
-        "shoff" / word, "flags" / Int32ul, "ehsize" / Int16ul, "phentsize" / Int16ul, "phnum" / Int16ul,
-        "shentsize" / Int16ul, "shnum" / Int16ul, "shstrndx" / Int16ul,
-    )
-
-
-HEADER32, HEADER64 = _header(Int32ul), _header(Int64ul)
-PROGRAM32 = Struct(
-    "type" / Int32ul, "offset" / Int32ul, "vaddr" / Int32ul, "paddr" / Int32ul, "filesz" / Int32ul, "memsz" / Int32ul,
-    "flags" / Int32ul, "align" / Int32ul,
-)
-PROGRAM64 = Struct(
-    "type" / Int32ul, "flags" / Int32ul, "offset" / Int64ul, "vaddr" / Int64ul, "paddr" / Int64ul, "filesz" / Int64ul,
-    "memsz" / Int64ul, "align" / Int64ul,
-)
-NOTE = Struct("namesz" / Int32ul, "descsz" / Int32ul, "type" / Int32ul)
-
+# The fields of vmm/boot/layouts.py.
+IDENT = struct.Struct("<4sBBB9s")
+HEADERS = {32: struct.Struct("<16sHHIIIIIHHHHHH"), 64: struct.Struct("<16sHHIQQQIHHHHHH")}
+PROGRAMS = {32: struct.Struct("<IIIIIIII"), 64: struct.Struct("<IIQQQQQQ")}
+NOTE = struct.Struct("<III")
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -101,16 +82,16 @@ class Elf:
             at = 0
             while at + 12 <= len(data) and budget:
                 budget -= 1
-                note = NOTE.parse(data[at : at + 12])
+                name_size, size, kind = NOTE.unpack_from(data, at)
                 name_at = at + 12
-                desc_at = name_at + (note.namesz + 3 & ~3)
-                end = desc_at + (note.descsz + 3 & ~3)
-                if desc_at + note.descsz > len(data):
+                desc_at = name_at + (name_size + 3 & ~3)
+                end = desc_at + (size + 3 & ~3)
+                if desc_at + size > len(data):
                     break
                 yield (
-                    bytes(data[name_at : name_at + note.namesz]).rstrip(b"\0"),
-                    int(note.type),
-                    bytes(data[desc_at : desc_at + note.descsz]),
+                    bytes(data[name_at : name_at + name_size]).rstrip(b"\0"),
+                    kind,
+                    bytes(data[desc_at : desc_at + size]),
                 )
                 at = end
 
@@ -145,30 +126,32 @@ def parse(data: bytes | memoryview, name: str) -> Elf:
     """Parse headers. Raises ConfigError naming what is wrong with the file."""
     view = memoryview(data)
     try:
-        ident = _IDENT.parse(view[:16])
-        if ident.klass not in (1, 2) or ident.data != 1:
+        _, klass, order, _, _ = IDENT.unpack_from(view)
+        if klass not in (1, 2) or order != 1:
             raise ConfigError(f"{name}: an ELF file, but not a little-endian one of 32 or 64 bits")
-        bits = 64 if ident.klass == 2 else 32
-        header_type, program_type = (HEADER64, PROGRAM64) if bits == 64 else (HEADER32, PROGRAM32)
-        header = header_type.parse(view[: header_type.sizeof()])
-        if header.machine not in (EM_386, EM_X86_64):
-            raise ConfigError(f"{name}: an ELF file for machine {header.machine}, not for x86")
-        size = program_type.sizeof()
-        if header.phentsize != size or not 0 < header.phnum <= MAX_SEGMENTS:
+        bits = 64 if klass == 2 else 32
+        _, _, machine, _, entry, table, _, _, _, entry_size, count, *_ = HEADERS[bits].unpack_from(view)
+        if machine not in (EM_386, EM_X86_64):
+            raise ConfigError(f"{name}: an ELF file for machine {machine}, not for x86")
+        if entry_size != PROGRAMS[bits].size or not 0 < count <= MAX_SEGMENTS:
             raise ConfigError(f"{name}: an ELF file without usable program headers; it is not an executable")
-        segments = []
-        for index in range(header.phnum):
-            at = header.phoff + index * size
-            raw = program_type.parse(view[at : at + size])
-            segment = Segment(raw.type, raw.offset, raw.vaddr, raw.paddr, raw.filesz, raw.memsz)
-            if raw.type in (PT_LOAD, PT_NOTE) and raw.offset + raw.filesz > len(view):
-                raise ConfigError(f"{name}: the ELF file is cut short: segment {index} ends beyond it")
-            if raw.type == PT_LOAD and raw.filesz > raw.memsz:
-                raise ConfigError(f"{name}: ELF segment {index} has more bytes in the file than in memory")
-            segments.append(segment)
-    except ConstructError as error:
+        segments = tuple(_segment(view, bits, table + index * entry_size, index, name) for index in range(count))
+    except struct.error as error:
         raise ConfigError(f"{name}: the ELF file is cut short") from error
-    elf = Elf(view, name, bits, int(header.machine), int(header.entry), tuple(segments))
+    elf = Elf(view, name, bits, machine, entry, segments)
     if not elf.loads:
         raise ConfigError(f"{name}: the ELF file has nothing to load")
     return elf
+
+
+def _segment(view: memoryview, bits: int, at: int, index: int, name: str) -> Segment:
+    """The program header at `at`, checked. Raises ConfigError, struct.error."""
+    if bits == 64:
+        kind, _, offset, vaddr, paddr, filesz, memsz, _ = PROGRAMS[64].unpack_from(view, at)
+    else:
+        kind, offset, vaddr, paddr, filesz, memsz, _, _ = PROGRAMS[32].unpack_from(view, at)
+    if kind in (PT_LOAD, PT_NOTE) and offset + filesz > len(view):
+        raise ConfigError(f"{name}: the ELF file is cut short: segment {index} ends beyond it")
+    if kind == PT_LOAD and filesz > memsz:
+        raise ConfigError(f"{name}: ELF segment {index} has more bytes in the file than in memory")
+    return Segment(kind, offset, vaddr, paddr, filesz, memsz)

@@ -7,8 +7,7 @@ spends nothing on decompression; an image whose payload is not known (memtest86+
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from construct import Array, Bytes, ConstructError, Int8ul, Int16ul, Int32ul, In
 from cpu.contract import Registers
 from vmm import layout
 from vmm.boot import elf
+from vmm.boot.request import HEADER_MAGIC, Request, place_cmdline, place_initrd
 from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode
 from vmm.boot.unpack import UnpackError, compression, unpack_cached
 from vmm.errors import ConfigError, GuestError
-from vmm.layout import E820Entry, Layout
+from vmm.layout import Layout
 
-HEADER_MAGIC = b"HdrS"
 BOOT_FLAG = 0xAA55
 LOADED_HIGH = 1
 CAN_USE_HEAP = 0x80
@@ -87,21 +86,6 @@ class BzImage:
         return self.header.version >= 0x20C and bool(self.header.xloadflags & XLF_KERNEL_64)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the caller wants loaded with a kernel."""
-
-    cmdline: str = ""
-    initrd: memoryview | None = None
-    initrd_name: str = "initrd"
-    rsdp: int | None = None
-    e820: Sequence[E820Entry] = field(default=())
-
-
-def is_bzimage(data: bytes | memoryview) -> bool:
-    return len(data) > 0x268 and bytes(data[0x202:0x206]) == HEADER_MAGIC and bytes(data[0x1FE:0x200]) == b"\x55\xaa"
-
-
 def parse(data: memoryview, name: str) -> BzImage:
     """Raises ConfigError."""
     try:
@@ -127,34 +111,6 @@ def synthesized_header() -> Any:
         cmdline_size=2047, kernel_alignment=0x20_0000, xloadflags=XLF_KERNEL_64,
     )
     return values
-
-
-def place_cmdline(memory: LoadMemory, cmdline: str, limit: int, name: str) -> int:
-    """Write the zero-terminated command line; returns its address. Raises ConfigError if it is too long."""
-    raw = cmdline.encode()
-    limit = min(limit, layout.CMDLINE.size - 1)
-    if len(raw) > limit:
-        raise ConfigError(f"cmdline: {len(raw)} bytes; {name} takes {limit} at most")
-    if 0 in raw:
-        raise ConfigError("cmdline: a zero byte is not allowed")
-    memory.write(layout.CMDLINE.start, raw + b"\0")
-    return layout.CMDLINE.start
-
-
-def place_initrd(memory: LoadMemory, request: Request, kernel_end: int, address_max: int, kernel: str) -> int:
-    """Copy the initrd as high as it goes below 4 GiB, on a page boundary, above the kernel. Returns its address."""
-    assert request.initrd is not None
-    low_end = Layout(memory.size).low_end
-    size = len(request.initrd)
-    address = (min(address_max + 1, low_end) - size) & ~0xFFF
-    if address < kernel_end:
-        needed = -(-(kernel_end + size) >> 20) + 1
-        raise ConfigError(
-            f"{request.initrd_name}: {size >> 20}M do not fit into {low_end >> 20}M of memory beside {kernel} "
-            f"(which needs {kernel_end >> 20}M); give the machine {needed}M or more"
-        )
-    memory.write(address, request.initrd)
-    return address
 
 
 def _zero_page(memory: LoadMemory, header: Any, request: Request, kernel_end: int, name: str) -> None:

@@ -12,7 +12,7 @@ from construct import Bytes, Int32ul, Int64ul, Struct
 from cpu.contract import Registers
 from vmm import layout
 from vmm.boot import elf
-from vmm.boot.linux import Request, place_cmdline, place_initrd
+from vmm.boot.request import Request, place_cmdline, place_initrd
 from vmm.boot.state import BootState, LoadMemory, protected_mode
 from vmm.errors import ConfigError, GuestError
 from vmm.layout import Layout

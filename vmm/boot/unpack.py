@@ -22,8 +22,6 @@ from typing import Any
 import lz4.block
 import zstandard
 
-from vmm.errors import ConfigError, os_reason
-
 MAX_UNPACKED = 1 << 30
 """Bytes; a larger result is refused."""
 _LZ4_BLOCK = 8 << 20
@@ -188,15 +186,3 @@ def store(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
             raise
-
-
-def read_file(path: Path) -> memoryview:
-    """A file's bytes, mapped. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ConfigError(f"{path}: the file is empty")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{path}: {reason}") from error
