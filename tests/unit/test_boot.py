@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.ram import Ram
 from vmm import boot, layout
-from vmm.boot import elf, layouts, linux, multiboot, unpack
+from vmm.boot import elf, layouts, linux, multiboot, pvh, unpack
 from vmm.errors import ConfigError
 
 MIB = 1 << 20

@@ -147,9 +147,9 @@ def parse(data: bytes | memoryview, name: str) -> Elf:
 def _segment(view: memoryview, bits: int, at: int, index: int, name: str) -> Segment:
     """The program header at `at`, checked. Raises ConfigError, struct.error."""
     if bits == 64:
-        kind, _, offset, vaddr, paddr, filesz, memsz, _ = PROGRAMS[64].unpack_from(view, at)
+        kind, _, offset, vaddr, paddr, filesz, memsz, _ = PROGRAMS[64].unpack(view[at : at + PROGRAMS[64].size])
     else:
-        kind, offset, vaddr, paddr, filesz, memsz, _, _ = PROGRAMS[32].unpack_from(view, at)
+        kind, offset, vaddr, paddr, filesz, memsz, _, _ = PROGRAMS[32].unpack(view[at : at + PROGRAMS[32].size])
     if kind in (PT_LOAD, PT_NOTE) and offset + filesz > len(view):
         raise ConfigError(f"{name}: the ELF file is cut short: segment {index} ends beyond it")
     if kind == PT_LOAD and filesz > memsz:
