@@ -315,13 +315,9 @@ class Uart:
         lsr = self._line_status()
         modem = self._modem_inputs()
         self._show("ier", self._shadow_ier, self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier)
-        if iir & 0x0F == IIR_THRE:
-            # Reading it takes the interrupt away; what is next in priority then shows.
-            self._thre_pending = False
-            self._show("iir", self._shadow_iir, iir, self._identification())
-            self._thre_pending = True
-        else:
-            self._show("iir", self._shadow_iir, iir)
+        # Reading THRE takes that interrupt away (8.5), but only once the loop hears of it: until then more reads say
+        # the same. So a driver that writes the next batch at once, as Linux does, goes on without waiting for us.
+        self._show("iir", self._shadow_iir, iir, iir if iir & 0x0F == IIR_THRE else None)
         self._show("lcr", self._shadow_lcr, self._lcr)
         self._show("mcr", self._shadow_mcr, self._mcr)
         self._show("lsr", self._shadow_lsr, lsr, lsr & ~LSR_ERRORS if lsr & LSR_ERRORS else None)
