@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("cpu/soft", "cpu/soft/fpu", "cpu/soft/irqchip")
-PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_fuzz": "tests/fuzz/soft_fuzz.c",
+PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_api": "tests/support/soft_api.c",
+            "soft_fuzz": "tests/fuzz/soft_fuzz.c",
             "oracle": "tests/support/oracle/*.c"}
 PYTHON_ONLY = {"backend.c"}
 """Files that belong to the extension module, not to the library."""

@@ -1,0 +1,19 @@
+"""The software core's C interface: DMA into code, wake, interrupts from other threads, dirty log, slots, debugging.
+
+The checks are tests/support/soft_api.c, which says what each is about.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from tests.support import soft_programs
+
+
+def test_c_interface() -> None:
+    """Every check of the program passes."""
+    program = soft_programs.build("soft_api", sanitize=bool(os.environ.get("SOFT_SANITIZE")))
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("\nok ") == 11

@@ -1,0 +1,409 @@
+/* Checks of the software core's C interface (cpu/soft/soft.h) with small real-mode guests: DMA into code, wake from
+ * other threads, interrupts, dirty log, slots, parking, the caller's breakpoints, alarms. Prints "ok NAME" for each; exits 1 at the
+ * first that fails. Times are printed, never judged.
+ */
+#include <errno.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "soft/soft.h"
+
+enum { RAM_SIZE = 1 << 20 };
+
+struct guest {
+    struct soft_vm *vm;
+    uint8_t *ram;
+    pthread_t thread;
+    enum soft_stop stop;
+    uint32_t stop_vcpu;
+    _Atomic unsigned accesses;
+    struct soft_access last;
+    _Atomic int started;
+};
+
+static const char *current = "";
+
+static void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    printf("FAILED %s: ", current);
+    vprintf(format, arguments);
+    printf("\n");
+    fflush(stdout);
+    _exit(1);
+}
+#define CHECK(condition) ((condition) ? (void)0 : fail("%s (line %d)", #condition, __LINE__))
+
+static double microseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
+}
+
+/* Wait until *word has the value; fails after 20 s. */
+static void wait_word(const uint8_t *at, uint16_t value)
+{
+    double end = microseconds() + 20e6;
+    while (__atomic_load_n((const uint16_t *)(const void *)at, __ATOMIC_ACQUIRE) != value)
+        if (microseconds() > end)
+            fail("waited for %u, have %u", value, *(const uint16_t *)(const void *)at);
+}
+
+static uint64_t on_access(void *ctx, const struct soft_access *access)
+{
+    struct guest *g = ctx;
+    g->last = *access;
+    g->accesses++;
+    return 0x5A;
+}
+
+static void on_random(void *ctx, void *buffer, size_t size)
+{
+    (void)ctx;
+    memset(buffer, 7, size);
+}
+
+static struct guest *create(uint32_t vcpus, bool virtual_clock, bool log_dirty)
+{
+    struct guest *g = calloc(1, sizeof *g);
+    const struct soft_config config = { .vcpus = vcpus, .virtual_clock = virtual_clock, .virtual_ips = 1000000000,
+                                        .tsc_khz = 1000000, .quantum = 20000 };
+    const struct soft_host host = { .ctx = g, .access = on_access, .random = on_random };
+    g->ram = aligned_alloc(4096, RAM_SIZE);
+    memset(g->ram, 0, RAM_SIZE);
+    g->vm = soft_vm_create(&config, &host);
+    CHECK(g->vm);
+    CHECK(soft_vm_set_slot(g->vm, 0, 0, RAM_SIZE, g->ram, false, log_dirty) == 0);
+    return g;
+}
+
+/* Real mode, everything at segment 0, CS:IP 0:ip; DS reaches 4 GiB. */
+static void start_at(struct guest *g, uint32_t vcpu, uint16_t ip, bool interrupts)
+{
+    struct kvm_sregs s;
+    struct kvm_regs r = { .rip = ip, .rsp = 0x8000, .rflags = interrupts ? 0x202 : 2 };
+    CHECK(soft_vcpu_get(g->vm, vcpu, SOFT_STATE_SREGS, &s, sizeof s) == 0);
+    s.cs.base = 0;
+    s.cs.selector = 0;
+    s.ds.limit = 0xFFFFFFFF;
+    CHECK(soft_vcpu_set(g->vm, vcpu, SOFT_STATE_SREGS, &s, sizeof s) == 0);
+    CHECK(soft_vcpu_set(g->vm, vcpu, SOFT_STATE_REGS, &r, sizeof r) == 0);
+    struct kvm_mp_state mp = { KVM_MP_STATE_RUNNABLE };
+    CHECK(soft_vcpu_set(g->vm, vcpu, SOFT_STATE_MP, &mp, sizeof mp) == 0);
+}
+
+static void code(struct guest *g, uint32_t at, const char *bytes, size_t size) { memcpy(g->ram + at, bytes, size); }
+#define CODE(g, at, bytes) code(g, at, bytes, sizeof(bytes) - 1)
+
+static void *runner(void *arg)
+{
+    struct guest *g = arg;
+    g->started = 1;
+    g->stop = soft_vm_run(g->vm, &g->stop_vcpu);
+    return NULL;
+}
+
+static void run(struct guest *g)
+{
+    g->started = 0;
+    CHECK(pthread_create(&g->thread, NULL, runner, g) == 0);
+    while (!g->started)
+        ;
+}
+
+/* Wake it; how long it took in us. */
+static double stop(struct guest *g)
+{
+    double begin = microseconds();
+    soft_vm_wake(g->vm);
+    pthread_join(g->thread, NULL);
+    CHECK(g->stop == SOFT_STOP_WAKE);
+    return microseconds() - begin;
+}
+
+static void destroy(struct guest *g)
+{
+    soft_vm_destroy(g->vm);
+    free(g->ram);
+    free(g);
+}
+
+static uint64_t rip_of(struct guest *g)
+{
+    struct kvm_regs r;
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_REGS, &r, sizeof r) == 0);
+    return r.rip;
+}
+
+/* ---- the checks ---- */
+
+static void dma_into_code(void)
+{
+    struct guest *g = create(1, false, false);
+    CODE(g, 0x1000, "\xE8\xFD\x0F\xA3\x00\x30\xEB\xF8"); /* call 2000; mov [3000],ax; jmp 1000 */
+    CODE(g, 0x2000, "\xB8\x00\x00\xC3");                 /* mov ax,0; ret */
+    start_at(g, 0, 0x1000, false);
+    run(g);
+    double begin = microseconds();
+    for (uint16_t value = 1; value <= 2000; value++) {
+        memcpy(g->ram + 0x2001, &value, 2);
+        soft_vm_memory_written(g->vm, 0x2001, 2);
+        wait_word(g->ram + 0x3000, value);
+    }
+    printf("   %.1f us each\n", (microseconds() - begin) / 2000);
+    stop(g);
+    destroy(g);
+}
+
+static void wake_spinning(void)
+{
+    static const struct {
+        const char *name, *bytes;
+        size_t size;
+    } guests[] = {
+        { "jmp $", "\xEB\xFE", 2 },
+        { "pause", "\xF3\x90\xEB\xFC", 4 },
+        { "hlt", "\xFB\xF4\xEB\xFC", 4 },
+        { "rep lodsb", "\x66\xB9\xFF\xFF\xFF\xFF\x67\xF3\xAC\xEB\xF5", 11 },
+        { "faults", "\x0F\x0B", 2 },
+    };
+    for (unsigned i = 0; i < sizeof guests / sizeof guests[0]; i++) {
+        struct guest *g = create(2, false, false);
+        code(g, 0x1000, guests[i].bytes, guests[i].size);
+        CODE(g, 6 * 4, "\x00\x10\x00\x00"); /* #UD goes to 0:1000 again */
+        start_at(g, 0, 0x1000, true);
+        double worst = 0, sum = 0;
+        for (unsigned n = 0; n < 200; n++) {
+            run(g);
+            double t = stop(g);
+            sum += t;
+            worst = t > worst ? t : worst;
+        }
+        printf("   %s: %.0f us on average, %.0f at worst\n", guests[i].name, sum / 200, worst);
+        destroy(g);
+    }
+}
+
+static void wake_is_sticky(void)
+{
+    struct guest *g = create(1, false, false);
+    CODE(g, 0x1000, "\xEB\xFE");
+    start_at(g, 0, 0x1000, false);
+    soft_vm_wake(g->vm);
+    uint32_t vcpu;
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_WAKE);
+    CHECK(soft_vm_instructions(g->vm) == 0);
+    destroy(g);
+}
+
+static void interrupts_from_threads(void)
+{
+    struct guest *g = create(1, false, false);
+    CODE(g, 0x1000, "\xB0\x11\xE6\x20\xB0\x20\xE6\x21\xB0\x04\xE6\x21\xB0\x01\xE6\x21\xB0\xEF\xE6\x21" /* PIC at 20, IRQ 4 */
+                    "\xFB\xF4\xEB\xFD");                                                              /* sti; hlt; jmp hlt */
+    CODE(g, 0x24 * 4, "\x00\x20\x00\x00");
+    CODE(g, 0x2000, "\x50\xB0\x20\xE6\x20\x58\xFF\x06\x00\x30\xCF"); /* EOI; inc word [3000]; iret */
+    start_at(g, 0, 0x1000, false);
+    run(g);
+    soft_vm_set_irq(g->vm, 4, true); /* may come before the PIC is set up: IRR keeps no edge then */
+    usleep(1000);
+    soft_vm_set_irq(g->vm, 4, false);
+    double end = microseconds() + 20e6;
+    uint16_t before = 0;
+    for (unsigned n = 0; n < 1000; n++) {
+        before = __atomic_load_n((uint16_t *)(void *)(g->ram + 0x3000), __ATOMIC_ACQUIRE);
+        soft_vm_set_irq(g->vm, 4, true);
+        soft_vm_set_irq(g->vm, 4, false);
+        while (__atomic_load_n((uint16_t *)(void *)(g->ram + 0x3000), __ATOMIC_ACQUIRE) == before) {
+            if (microseconds() > end)
+                fail("interrupt %u was lost", n);
+            if (n == 0) {
+                soft_vm_set_irq(g->vm, 4, true);
+                soft_vm_set_irq(g->vm, 4, false);
+            }
+        }
+    }
+    stop(g);
+    destroy(g);
+}
+
+static void dirty_log(void)
+{
+    struct guest *g = create(1, false, true);
+    uint8_t bitmap[RAM_SIZE / 4096 / 8];
+    uint32_t vcpu;
+    CODE(g, 0x1000, "\xA2\x00\x50\xA2\x01\x50\xA2\xFF\x6F\xA3\xFF\x8F\xF4\xEB\xF1"); /* [5000],[5001],[6fff],[8fff..9000] */
+    start_at(g, 0, 0x1000, false);
+    memset(bitmap, 0, sizeof bitmap);
+    CHECK(soft_vm_dirty_log(g->vm, 0, bitmap, sizeof bitmap - 1) == -EINVAL);
+    CHECK(soft_vm_dirty_log(g->vm, 1, bitmap, sizeof bitmap) == -EINVAL);
+    for (unsigned round = 0; round < 3; round++) {
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED);
+        CHECK(soft_vm_dirty_log(g->vm, 0, bitmap, sizeof bitmap) == 0);
+        CHECK(bitmap[0] == (1 << 5 | 1 << 6) && bitmap[1] == (1 << 0 | 1 << 1) && !bitmap[2]);
+        CHECK(soft_vm_dirty_log(g->vm, 0, bitmap, sizeof bitmap) == 0);
+        CHECK(!bitmap[0] && !bitmap[1]);
+        start_at(g, 0, 0x1000, false);
+    }
+    destroy(g);
+}
+
+static void slots(void)
+{
+    struct guest *g = create(1, false, false);
+    uint8_t *page = aligned_alloc(4096, 8192);
+    uint32_t vcpu;
+    memset(page, 0x33, 8192);
+    CHECK(soft_vm_set_slot(g->vm, 1, RAM_SIZE - 4096, 8192, page, false, false) == -EEXIST);
+    CHECK(soft_vm_set_slot(g->vm, 1, RAM_SIZE + 1, 4096, page, false, false) == -EINVAL);
+    CHECK(soft_vm_set_slot(g->vm, 1, RAM_SIZE, 4095, page, false, false) == -EINVAL);
+    CHECK(soft_vm_set_slot(g->vm, 64, RAM_SIZE, 4096, page, false, false) == -EINVAL);
+    CHECK(soft_vm_set_slot(g->vm, 1, RAM_SIZE, 4096, NULL, false, false) == -EINVAL);
+    CHECK(soft_vm_set_slot(g->vm, 1, ~0ull << 12, 8192, page, false, false) == -EINVAL);
+    /* RAM in two slots with a read-only hole at 0x20000: read through, writes are accesses */
+    CHECK(soft_vm_set_slot(g->vm, 0, 0, 0, NULL, false, false) == 0);
+    CHECK(soft_vm_set_slot(g->vm, 0, 0, 0x20000, g->ram, false, false) == 0);
+    CHECK(soft_vm_set_slot(g->vm, 1, 0x20000, 4096, page, true, false) == 0);
+    CODE(g, 0x1000, "\xB8\x00\x20\x8E\xD8\xA0\x00\x00\xA2\x01\x00\xA0\x00\x10\xF4"); /* ds=2000: load [0], store [1], load [1000] */
+    start_at(g, 0, 0x1000, false);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED);
+    struct kvm_regs r;
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_REGS, &r, sizeof r) == 0);
+    CHECK(g->accesses == 2 && !g->last.write && g->last.address == 0x21000 && (r.rax & 0xFF) == 0x5A);
+    CHECK(page[1] == 0x33);
+    /* the slot goes: the same load is an access now */
+    CHECK(soft_vm_set_slot(g->vm, 1, 0, 0, NULL, false, false) == 0);
+    start_at(g, 0, 0x1000, false);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED);
+    CHECK(g->accesses == 5);
+    free(page);
+    destroy(g);
+}
+
+static void parking(void)
+{
+    struct guest *g = create(2, false, false);
+    CODE(g, 0x1000, "\xFF\x06\x00\x30\xEB\xFA"); /* inc word [3000]; jmp */
+    CODE(g, 0x1100, "\xFF\x06\x02\x30\xEB\xFA");
+    start_at(g, 0, 0x1000, false);
+    start_at(g, 1, 0x1100, false);
+    soft_vcpu_park(g->vm, 1, true);
+    run(g);
+    wait_word(g->ram + 0x3000, 1000);
+    CHECK(*(uint16_t *)(void *)(g->ram + 0x3002) == 0);
+    soft_vcpu_park(g->vm, 0, true);
+    soft_vcpu_park(g->vm, 1, false);
+    wait_word(g->ram + 0x3002, 1000);
+    stop(g);
+    destroy(g);
+}
+
+static void caller_debug(void)
+{
+    struct guest *g = create(1, false, false);
+    uint32_t vcpu;
+    CODE(g, 0x1000, "\x90\x90\x90\xA2\x00\x50\x90\xCC\x90\xF4");
+    start_at(g, 0, 0x1000, false);
+    struct kvm_guest_debug d = { .control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1001);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1002);
+    d.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_USE_SW_BP;
+    d.arch.debugreg[0] = 0x1003;
+    d.arch.debugreg[1] = 0x5000;
+    d.arch.debugreg[7] = 1 << 0 | 1 << 2 | 1 << 20; /* DR0: execute; DR1: write, 1 byte */
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1003);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1006);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1007); /* at INT3 */
+    d = (struct kvm_guest_debug){ 0 };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    destroy(g);
+}
+
+static void halted_and_nmi(void)
+{
+    struct guest *g = create(1, false, false);
+    uint32_t vcpu = 9;
+    CODE(g, 0x1000, "\xFA\xF4\xFF\x06\x02\x30\xEB\xF9"); /* cli; hlt; inc word [3002]; jmp hlt */
+    CODE(g, 2 * 4, "\x00\x20\x00\x00");
+    CODE(g, 0x2000, "\xFF\x06\x00\x30\xCF");
+    start_at(g, 0, 0x1000, false);
+    for (uint16_t n = 0; n < 10; n++) {
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED && vcpu == 0);
+        CHECK(*(uint16_t *)(void *)(g->ram + 0x3000) == n && *(uint16_t *)(void *)(g->ram + 0x3002) == n);
+        soft_vm_nmi(g->vm, 0);
+    }
+    destroy(g);
+}
+
+static void alarms(void)
+{
+    struct guest *g = create(1, true, false);
+    uint32_t vcpu;
+    CODE(g, 0x1000, "\x90\xEB\xFD");
+    start_at(g, 0, 0x1000, false);
+    for (uint64_t at = 1000; at < 1000000; at = at * 3 / 2) {
+        soft_vm_set_alarm(g->vm, at);
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_ALARM);
+        CHECK(soft_vm_now(g->vm) >= at && soft_vm_now(g->vm) < at + 100);
+    }
+    CODE(g, 0x1000, "\xFB\xF4\xEB\xFC"); /* sti; hlt: time is skipped */
+    soft_vm_memory_written(g->vm, 0x1000, 4);
+    start_at(g, 0, 0x1000, true);
+    soft_vm_set_alarm(g->vm, 5000000000ull);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_ALARM && soft_vm_now(g->vm) == 5000000000ull);
+    destroy(g);
+}
+
+static void state_is_checked(void)
+{
+    struct guest *g = create(1, false, false);
+    struct kvm_sregs s, again;
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_SREGS, &s, sizeof s) == 0);
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_SREGS, &s, sizeof s - 1) == -EINVAL);
+    CHECK(soft_vcpu_get(g->vm, 1, SOFT_STATE_SREGS, &s, sizeof s) == -EINVAL);
+    CHECK(soft_vcpu_set(g->vm, 0, SOFT_STATE_SREGS, &s, sizeof s) == 0);
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_SREGS, &again, sizeof again) == 0 && !memcmp(&s, &again, sizeof s));
+    s.efer = 0x500; /* LMA without paging */
+    CHECK(soft_vcpu_set(g->vm, 0, SOFT_STATE_SREGS, &s, sizeof s) == -EINVAL);
+    struct {
+        struct kvm_msrs header;
+        struct kvm_msr_entry entry;
+    } msr = { .header = { .nmsrs = 2 } };
+    CHECK(soft_vcpu_get(g->vm, 0, SOFT_STATE_MSRS, &msr, sizeof msr) == -EINVAL);
+    uint8_t core[SOFT_CORE_STATE_SIZE];
+    CHECK(soft_vm_get(g->vm, SOFT_VM_CORE, core, sizeof core) == 0);
+    CHECK(soft_vm_set(g->vm, SOFT_VM_CORE, core, sizeof core) == 0);
+    core[0] = 99;
+    CHECK(soft_vm_set(g->vm, SOFT_VM_CORE, core, sizeof core) == -EINVAL);
+    destroy(g);
+}
+
+int main(void)
+{
+    static const struct {
+        const char *name;
+        void (*check)(void);
+    } checks[] = {
+        { "dma_into_code", dma_into_code }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
+        { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
+        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "alarms", alarms },
+        { "state_is_checked", state_is_checked },
+    };
+    for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {
+        current = checks[i].name;
+        checks[i].check();
+        printf("ok %s\n", current);
+        fflush(stdout);
+    }
+    return 0;
+}
