@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
@@ -79,11 +79,14 @@ class Built:
         console: CharacterPort,
         debug_output: Callable[[bytes], None],
         finish: Callable[[Outcome], None],
+        devices: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
         self.config = config
         self.system = system
         self.console = console
         self.debug_output = debug_output
+        self.devices = devices or {}
+        """The embedder's own virtio devices: name -> a function that makes it."""
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
         self._finish = finish

@@ -5,7 +5,7 @@ All of it is confined to the loop thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -112,6 +112,10 @@ class Assembly(Protocol):
     @property
     def console(self) -> CharacterPort:
         """The machine's console hub."""
+
+    @property
+    def devices(self) -> Mapping[str, Callable[[], Any]]:
+        """The embedder's own virtio devices: name -> a function that makes it."""
 
     rsdp: int | None
     """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""

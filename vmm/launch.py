@@ -8,7 +8,7 @@ turns that into a Config.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,11 +97,14 @@ def find_image(name: str) -> ImageLike:
 
 
 @asynccontextmanager
-async def run(image: str | ImageLike | None = None, **options: Any) -> AsyncIterator[VirtualMachine]:
-    """A running machine: an image by name or by value, or none and Config's fields. Ends with the block."""
+async def run(
+    image: str | ImageLike | None = None, *, devices: Mapping[str, Callable[[], Any]] | None = None, **options: Any
+) -> AsyncIterator[VirtualMachine]:
+    """A running machine: an image by name or by value, or none and Config's fields. Ends with the block. `devices` are
+    VirtualMachine's."""
     if isinstance(image, str):
         image = await asyncio.to_thread(find_image, image)
     config = Config.from_dict(options) if image is None else config_for(image, **options)
-    async with VirtualMachine(config) as vm:
+    async with VirtualMachine(config, devices=devices) as vm:
         vm.resume()
         yield vm

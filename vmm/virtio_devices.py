@@ -182,7 +182,19 @@ def wanted(assembly: Assembly) -> dict[str, tuple[TransportKind, Make]]:
         want("rng", "pci", _Entropy(assembly).make)
     if config.vsock is not None or config.agent:
         want("vsock", "pci", _Vsock(assembly).make)
+    for name, make in assembly.devices.items():
+        want(name, "pci", _Own(make).make)
     return found
+
+
+class _Own:
+    """A device of the embedder's."""
+
+    def __init__(self, make: Callable[[], Device]) -> None:
+        self._make = make
+
+    async def make(self) -> Device:
+        return self._make()
 
 
 class _Disk:

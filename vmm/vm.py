@@ -10,7 +10,7 @@ Leaving the block, or cancelling anything, ends the machine and gives back all i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +25,7 @@ from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateC
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 
 if TYPE_CHECKING:
+    from virtio.device import Device
     from vmm.agent import Agent, ExecResult, GuestProcess
 
 STOP_SECONDS = 30.0
@@ -36,13 +37,22 @@ MAX_WARNINGS = 100
 class VirtualMachine:
     """One machine: built paused on entering the block, run by `run` or `resume`, ended at the latest on leaving."""
 
-    def __init__(self, config: Config | None = None, *, system: System | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        system: System | None = None,
+        devices: Mapping[str, Callable[[], Device]] | None = None,
+        **options: Any,
+    ) -> None:
         """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
-        `config.core`; it stays the caller's. Raises ConfigError."""
+        `config.core`; it stays the caller's. `devices`: virtio devices of the caller's own by name, as functions that
+        make them (called again when the machine restarts). Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a Config or options, not both")
         self.config = config if config is not None else Config(**options)
         self._given_system = system
+        self._devices = dict(devices or {})
         self._system: System | None = None
         self._lifecycle = Lifecycle()
         self._hub = ConsoleHub()
@@ -246,7 +256,7 @@ class VirtualMachine:
 
     async def _build(self) -> None:
         assert self._system is not None
-        built = Built(self.config, self._system, self._hub, self._write_debug, self._finish)
+        built = Built(self.config, self._system, self._hub, self._write_debug, self._finish, self._devices)
         await built.build()
         self._built = built
         self._hub.on_pressure = self._console_pressure
