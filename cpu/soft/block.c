@@ -10,8 +10,12 @@
 
 #include "soft/access.h"
 #include "soft/exec.h"
+#include "soft/translate.h"
 
 enum { HASH_BITS = 15, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20 };
+#ifndef SOFT_HOT
+#define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
+#endif
 
 /* A host page that code was translated from. */
 struct code_page {
@@ -32,6 +36,7 @@ struct block_cache {
     uint8_t *arena;
     size_t used;
     uint32_t flushes;
+    struct host_code *host_code;
     bool reset;       /* everything is dead: the arena can be used from its start */
     bool changed;     /* see block_code_changed() */
     struct decoded scratch;
@@ -59,6 +64,7 @@ struct block_cache *soft_blocks_create(void)
         free(b);
         return NULL;
     }
+    b->host_code = host_code_create();
     return b;
 }
 
@@ -66,6 +72,7 @@ void soft_blocks_destroy(struct block_cache *b)
 {
     if (b) {
         munmap(b->arena, ARENA_SIZE);
+        host_code_destroy(b->host_code);
         free(b);
     }
 }
@@ -280,6 +287,7 @@ static void *allocate(struct soft_vm *vm, size_t size)
     if (b->reset) {
         b->reset = false;
         b->used = 0;
+        host_code_reset(b->host_code);
     }
     void *p = b->arena + b->used;
     b->used += size;
@@ -300,6 +308,19 @@ static struct code_page *make_page(struct soft_vm *vm, const uint8_t *page)
     return p;
 }
 
+/* The first handler of a block that is not hot yet. */
+static HANDLER(count_entry)
+{
+    struct block *k = (struct block *)((char *)u - offsetof(struct block, code));
+    if (++k->entered >= SOFT_HOT) {
+        u->fn = k->first;
+        if (!host_code_translate(c->vm->blocks->host_code, k))
+            soft_blocks_flush(c->vm);
+        return u->fn(c, u, rip);
+    }
+    return k->first(c, u, rip);
+}
+
 static void mark_granules(struct code_page *p, unsigned low, unsigned high)
 {
     p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
@@ -317,8 +338,11 @@ static struct block *make_block(struct soft_vm *vm, const struct decoded *d, con
     struct block *k = allocate(vm, size);
     struct code_page *p = make_page(vm, page_of(host));
     *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint8_t)mode,
-                        .insns = (uint8_t)d->insns};
+                        .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
     memcpy(k->code, d->uops, d->count * sizeof(struct uop));
+    k->first = k->code[0].fn;
+    if (!(mode & MODE_SINGLE))
+        k->code[0].fn = count_entry;
     if (d->links >= 0) {
         k->links = (struct uop_links *)&k->code[d->links];
         k->links->block = k;
@@ -512,7 +536,7 @@ void soft_execute(struct soft_vcpu *c)
 {
     release_budget(c);
     while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED))
-        block_enter(c, &empty_jump, c->rip);
+        host_enter(c, &empty_jump, c->rip);
 }
 
 void soft_step(struct soft_vcpu *c)
@@ -522,6 +546,6 @@ void soft_step(struct soft_vcpu *c)
     c->budget_held = c->budget - 1;
     c->budget = 1;
     struct uop *u = find_code(c, current_mode(c) | MODE_SINGLE, false);
-    u->fn(c, u, c->rip);
+    host_enter(c, u, c->rip);
     release_budget(c);
 }

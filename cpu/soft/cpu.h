@@ -1,10 +1,11 @@
 /* State of a vCPU of the software core, and the functions its files offer each other.
  *
- * Files: decode.c (bytes to micro-ops), block.c (block cache, chaining, invalidation by physical page), exec.c
- * (micro-op handlers), string.c (rep string operations in bulk), flags.h (lazy flags), mmu.c (slots, page walk, TLBs,
- * slow loads and stores, dirty log), segment.c (segment loads, far transfers, gates), interrupt.c (exceptions,
- * interrupt delivery, IRET), system.c (control, debug and model-specific registers, CPUID, SYSCALL...),
- * state.c (get/set in KVM layouts), vm.c (scheduler, clock, events from other threads, public interface).
+ * Files: decode*.c (bytes to micro-ops), block.c (block cache, linking, invalidation by physical page), exec_*.c and
+ * string.c (micro-op handlers and instruction helpers), translate.c (host code for hot blocks), flags.h (lazy flags),
+ * mmu.c, memory.c (slots, page walk, TLBs, slow loads and stores, dirty log), segment.c (segment loads, far transfers,
+ * gates), interrupt.c (exceptions, interrupt delivery, IRET), system.c, control.c, msr.c, cpuid.c, debug.c (control, debug
+ * and model-specific registers, CPUID, SYSCALL...), state.c (get/set in KVM layouts), vm.c, events.c, clock.c (scheduler,
+ * clock, events from other threads, public interface).
  *
  * Faults: soft_raise() and what calls it do not return: they longjmp to the run loop. A handler must therefore
  * not have changed architectural state before its last access that can fault, and must have stored c->rip

@@ -380,8 +380,11 @@ static void drop_dead_flags(struct dec *d)
         const struct uop_meta *m = &d->meta[i];
         if (m->without && !(m->effects & live))
             d->out->uops[i].fn = m->without;
+        if (m->mark && !(m->effects & live))
+            d->out->uops[i].aux = 1;
         live = (live & ~m->kills) | m->reads;
     }
+    d->out->flags_in = live != 0;
 }
 
 void decode_block(struct decoded *out, const uint8_t *bytes, unsigned available, unsigned mode, unsigned max_insns)

@@ -13,6 +13,7 @@ struct uop_meta {
     uint8_t effects; /* flags it may change */
     uint8_t kills;   /* flags it always overwrites */
     uint8_t reads;
+    bool mark;       /* aux is free: set it when no flags are wanted */
     uint8_t fuse;    /* 1 + FUSE_*: the CMP or TEST of registers (fuse_imm: register and immediate) */
     bool fuse_imm;
 };

@@ -464,7 +464,10 @@ void decode_two_byte(struct dec *d)
         return;
     }
     case 0xAE: dec_modrm(d); group15(d); return;
-    case 0xAF: dec_modrm(d); two_operands(d, imul_rr[LOG2(d->opsize)], FLAGS_ALL, FLAG_C); return;
+    case 0xAF: dec_modrm(d); 
+        two_operands(d, imul_rr[LOG2(d->opsize)], FLAGS_ALL, FLAG_C);
+        d->meta[d->out->count - 1].mark = true;
+        return;
     case 0xB0: case 0xB1: {
         unsigned size = b & 1 ? d->opsize : 1;
         dec_modrm(d);

@@ -15,7 +15,9 @@ static struct uop *emit_alu(struct dec *d, unsigned op, const uop_fn with, const
 {
     unsigned effects, kills, reads;
     alu_meta(d, op, &effects, &kills, &reads);
-    return emit_flags(d, with, without, effects, kills, reads);
+    struct uop *u = emit_flags(d, with, without, effects, kills, reads);
+    d->meta[d->out->count - 1].mark = true;
+    return u;
 }
 
 static void note_fusable(struct dec *d, unsigned op, bool imm)
@@ -287,6 +289,7 @@ static void group3(struct dec *d)
             operand(d, u);
         } else {
             u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], effects, effects, 0);
+            d->meta[d->out->count - 1].mark = effects != 0;
             u->r0 = (uint8_t)reg_off(d, d->rm, size);
         }
         return;
@@ -312,6 +315,7 @@ static void inc_dec(struct dec *d, unsigned op, unsigned size)
         operand(d, u);
     } else {
         u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], FLAGS_REST, FLAGS_REST, 0);
+        d->meta[d->out->count - 1].mark = true;
         u->r0 = (uint8_t)reg_off(d, d->rm, size);
     }
 }
@@ -460,6 +464,7 @@ static void imul3(struct dec *d, bool byte)
         unsigned r = source_rm(d, d->opsize);
         imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
         struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
+        d->meta[d->out->count - 1].mark = true;
         u->r0 = (uint8_t)(d->reg * 8);
         u->r1 = (uint8_t)r;
         u->imm = (uint64_t)imm;
@@ -467,6 +472,7 @@ static void imul3(struct dec *d, bool byte)
     }
     imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
     struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
+    d->meta[d->out->count - 1].mark = true;
     u->r0 = (uint8_t)(d->reg * 8);
     u->r1 = (uint8_t)(d->rm * 8);
     u->imm = (uint64_t)imm;

@@ -66,9 +66,13 @@ struct block {
     const uint8_t *host;    /* of the first byte: with mode, the key */
     const uint8_t *host2;   /* page-crossing instruction: start of the second page */
     struct uop_links *links;/* of the last micro-op, or NULL */
+    uop_fn first;           /* the first micro-op's own handler */
     uint16_t bytes;
+    uint16_t count;         /* micro-ops */
+    uint16_t entered;       /* times, until it is translated */
     uint8_t mode;
     uint8_t insns;
+    bool flags_in;          /* it may read arithmetic flags that it has not set */
     struct uop code[];
 };
 
@@ -76,6 +80,7 @@ struct block {
 struct decoded {
     struct uop uops[BLOCK_MAX_UOPS];
     unsigned count, insns, bytes;
+    bool flags_in;
     int links;      /* index of the struct uop_links, or -1 */
     bool need_more; /* not even the first instruction is complete in the bytes given */
 };

@@ -1,0 +1,18 @@
+/* Host code for hot blocks: what block.c uses of translate.c. */
+#ifndef SOFT_TRANSLATE_H
+#define SOFT_TRANSLATE_H
+
+#include <stdlib.h>
+
+#include "soft/uop.h"
+
+struct host_code;
+struct host_code *host_code_create(void);
+void host_code_destroy(struct host_code *code);
+void host_code_reset(struct host_code *code); /* all translations are dead */
+/* False: no room is left. */
+bool host_code_translate(struct host_code *code, struct block *k);
+/* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */
+void host_enter(struct soft_vcpu *c, struct uop *u, uint64_t rip);
+
+#endif
