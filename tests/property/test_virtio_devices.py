@@ -151,6 +151,8 @@ async def campaign(name: str, kind: str, seed: int, folder: Path) -> None:
     try:
         for _ in range(4):
             if source.random() < 0.8:
+                driver.write_status(0)
+                await driver.wait(lambda: driver.read_status() == 0)
                 driver.initialize(source.choice((-1, source.getrandbits(40))))
                 scribble(driver, source)
             for _ in range(source.randrange(40)):

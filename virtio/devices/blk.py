@@ -47,7 +47,9 @@ ZEROES_SECTORS = 0x200000
 ZEROES_SEGMENTS = 32
 SEGMENTS_MAX = 1024
 _MORE, _SIGNAL = 1, 2
-_CANCEL_MS = 50
+_CANCEL_MS = 500
+"""How long a reset waits for system calls that run: nearly always they end at once. If not, the reset is not complete,
+and device status says so, until they have ended."""
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
 _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
