@@ -61,10 +61,6 @@ class NetBackend(Protocol):
         """The driver negotiated these of `offloads`."""
         return None
 
-    def set_pairs(self, pairs: int) -> None:
-        """The driver uses the first `pairs` channels."""
-        return None
-
     async def aclose(self) -> None:
         """Give up descriptors."""
         return None

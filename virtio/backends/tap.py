@@ -19,8 +19,6 @@ from virtio.errors import ConfigError, HostError
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
-TUNSETQUEUE = 0x400454D9
-IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE = 0x0200, 0x0400
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 1, 2, 4
 _OFFLOAD = {Feature.GUEST_CSUM: TUN_F_CSUM, Feature.GUEST_TSO4: TUN_F_TSO4, Feature.GUEST_TSO6: TUN_F_TSO6}
@@ -56,7 +54,6 @@ class TapNet(FdNet):
                 f"tap {name}: {error.strerror}; it needs CAP_NET_ADMIN, or an interface made for this user"
             ) from error
         super().__init__(fds, Framing.TAP)
-        self._attached = set(range(queues))
         self.name = request[:16].rstrip(b"\0").decode()
 
     def set_offloads(self, features: int) -> None:
@@ -69,18 +66,6 @@ class TapNet(FdNet):
                 fcntl.ioctl(channel.fd, TUNSETOFFLOAD, flags)
             except OSError as error:
                 raise HostError(f"tap {self.name}: {error.strerror}") from error
-
-    def set_pairs(self, pairs: int) -> None:
-        """The kernel spreads frames over the attached queues: those that nobody reads are detached."""
-        for index, channel in enumerate(self.channels):
-            attached = index < pairs
-            if attached != (index in self._attached):
-                flag = IFF_ATTACH_QUEUE if attached else IFF_DETACH_QUEUE
-                try:
-                    fcntl.ioctl(channel.fd, TUNSETQUEUE, struct.pack("16sH22x", b"", flag))
-                except OSError as error:
-                    raise HostError(f"tap {self.name}: {error.strerror}") from error
-                self._attached ^= {index}
 
     async def configure(self, *, address: str | None = None, netns: int | None = None) -> None:
         """Bring the interface up, with `address` ("10.0.0.1/24") if given, in the network namespace of descriptor

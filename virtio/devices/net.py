@@ -111,9 +111,7 @@ class NetDevice(Device):
         self.link = up
         self.config_changed()
         if self.is_active and self._native:
-            for pair in range(len(self._engines)):
-                self.guarded(self._receive, pair)
-                self.guarded(self._transmit, pair)
+            self._kick()
 
     # Life
 
@@ -167,11 +165,14 @@ class NetDevice(Device):
 
     def _set_pairs(self, pairs: int) -> None:
         self.pairs = pairs
-        self.backend.set_pairs(pairs)
         if self._native:
-            for pair in range(pairs):
-                self.guarded(self._receive, pair)
-                self.guarded(self._transmit, pair)
+            self._kick()
+
+    def _kick(self) -> None:
+        for channel in range(len(self._engines)):
+            self.guarded(self._receive, channel)
+        for pair in range(self.pairs):
+            self.guarded(self._transmit, pair)
 
     # The path in C: queue 2N is receiveqN, 2N + 1 transmitqN (5.1.2)
 
@@ -183,8 +184,9 @@ class NetDevice(Device):
             self.active.queues[index].wake()
         elif transmit:
             self._transmit(pair)
-        else:
-            self._receive(pair)
+        elif pair < self.pairs:
+            for channel in range(pair, len(self._engines), self.pairs):
+                self._receive(channel)
 
     def _is_control(self, index: int) -> bool:
         return index == (2 * self.pairs_max if self.active.features & Feature.MQ else 2)
@@ -211,15 +213,16 @@ class NetDevice(Device):
         self._after(queue, flags, self._transmit, pair)
         self._watch(pair, self._writing, bool(flags & _BLOCKED) and not flags & _CLOSED, self._transmit)
 
-    def _receive(self, pair: int) -> None:
-        queue = self.active.queues[2 * pair]
-        if self.paused or not queue.enabled or not self.link or pair >= self.pairs:
-            self._watch(pair, self._reading, False, self._receive)
+    def _receive(self, channel: int) -> None:
+        # 5.1.6.5.5: only queues that the driver uses get packets, so a channel may share its queue with others
+        queue = self.active.queues[2 * (channel % self.pairs)]
+        if self.paused or not queue.enabled or not self.link:
+            self._watch(channel, self._reading, False, self._receive)
             return
-        flags = self._engines[pair].receive(queue.ring)  # type: ignore[arg-type]
-        self._after(queue, flags & ~_MORE, self._receive, pair)
+        flags = self._engines[channel].receive(queue.ring)  # type: ignore[arg-type]
+        self._after(queue, flags & ~_MORE, self._receive, channel)
         # while the guest has no buffers the frames stay in the socket; with MORE the descriptor is readable again
-        self._watch(pair, self._reading, not flags & (_STARVED | _CLOSED), self._receive)
+        self._watch(channel, self._reading, not flags & (_STARVED | _CLOSED), self._receive)
 
     def _after(self, queue: Queue, flags: int, call: Callable[[int], None], pair: int) -> None:
         if flags & _SIGNAL:

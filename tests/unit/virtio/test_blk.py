@@ -63,6 +63,7 @@ async def test_read_write_flush(connect: Connect, backend: BlockBackend) -> None
     assert await transfer(driver, blk.IN, SECTORS - 1, space=512) == (blk.OK, b"\xff" * 512)
 
 
+@pytest.mark.clause("2.7.4-a")
 async def test_any_layout_of_a_request(connect: Connect, backend: BlockBackend) -> None:
     """2.7.4.2: "The device MUST NOT make assumptions about the particular arrangement of descriptors"."""
     driver = connect(BlockDevice(backend))
@@ -103,6 +104,7 @@ async def test_get_id(connect: Connect, backend: BlockBackend) -> None:
     assert (await transfer(driver, blk.GET_ID, 0, space=19))[0] == blk.IOERR
 
 
+@pytest.mark.clause("5.2.6.2-b", "5.2.6.2-c")
 async def test_discard_and_write_zeroes(connect: Connect, backend: BlockBackend) -> None:
     """5.2.6.2: flags and bounds."""
     driver = connect(BlockDevice(backend))
@@ -134,6 +136,7 @@ async def test_discard_needs_its_feature(connect: Connect, backend: BlockBackend
 
 
 @pytest.mark.parametrize("native", [True, False])
+@pytest.mark.clause("5.2.6.2-a")
 async def test_read_only(connect: Connect, native: bool, tmp_path: Path) -> None:
     """5.2.6.2: "MUST set the status byte to VIRTIO_BLK_S_IOERR for a write request if ...
     VIRTIO_BLK_F_RO"."""
@@ -182,6 +185,7 @@ async def test_many_requests_in_flight_on_several_queues(connect: Connect, tmp_p
     assert (tmp_path / "disk").read_bytes()[: 192 * 512] == b"".join(expected)
 
 
+@pytest.mark.clause("5.2.5.2-a")
 async def test_configuration_space(connect: Connect, backend: BlockBackend) -> None:
     """5.2.4"""
     driver = connect(BlockDevice(backend))

@@ -95,6 +95,7 @@ async def test_frames_from_the_guest(connect: Connect, peer: Peer) -> None:
         await driver.used(1)
 
 
+@pytest.mark.clause("5.1.6.4.1-a")
 async def test_frames_to_the_guest(connect: Connect, peer: Peer) -> None:
     """5.1.6.4.1: a header of zeroes with num_buffers 1."""
     driver = connect(NetDevice(peer.backend, MAC))
@@ -108,6 +109,7 @@ async def test_frames_to_the_guest(connect: Connect, peer: Peer) -> None:
         assert driver.bytes_at(room)[: buffer.length] == HEADER[:10] + b"\1\0" + sent
 
 
+@pytest.mark.clause("5.1.6.4.1-b")
 async def test_mergeable_buffers(connect: Connect, peer: Peer) -> None:
     """5.1.6.4.1: num_buffers tells over how many buffers a packet is spread."""
     driver = connect(NetDevice(peer.backend, MAC))
@@ -206,6 +208,7 @@ async def control(driver: Any, data: bytes) -> bytes:
     return answer
 
 
+@pytest.mark.clause("5.1.6.5-a")
 async def test_control_queue(connect: Connect, peer: Peer) -> None:
     """5.1.6.5"""
     driver = connect(NetDevice(peer.backend, MAC))
@@ -376,6 +379,7 @@ async def test_tap_both_ways(connect: Connect) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.clause("5.1.4.1-a")
 async def test_a_tap_with_two_queues(connect: Connect) -> None:
     """5.1.6.5.5: multi-queue, switched on and off by the control queue."""
     tap_module = pytest.importorskip("virtio.backends.tap")
@@ -392,6 +396,7 @@ async def test_a_tap_with_two_queues(connect: Connect) -> None:
     assert answer == [b"\0", b"\0", b"\1", b"\1", b"\0"]
 
 
+@pytest.mark.clause("5.1.4.1-b")
 async def test_user_networking_answers_dhcp(connect: Connect) -> None:
     """passt gives the guest an address."""
     from virtio.backends.sockets import UserNet
@@ -425,3 +430,27 @@ def test_mac_addresses() -> None:
     for wrong in ("", "52:54:00:12:34", "53:54:00:12:34:56", "52:54:00:12:34:zz", "525400123456"):
         with pytest.raises(ConfigError):
             parse_mac(wrong)
+
+
+@pytest.mark.root
+@pytest.mark.clause("5.1.6.5.5-a")
+async def test_packets_come_only_on_the_queues_in_use(connect: Connect) -> None:
+    tap_module = pytest.importorskip("virtio.backends.tap")
+    try:
+        backend = tap_module.TapNet("lvmq%d", queues=2)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    await backend.configure()
+    driver = connect(NetDevice(backend, MAC))
+    driver.initialize()
+    rooms = [driver.buffer(2000) for _ in range(8)]
+    for room in rooms:
+        driver.submit(2, [], [room])
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as far:
+        far.bind((backend.name, 0x88B5))
+        (first,) = offer(driver, 1, 2000)
+        for number in range(20):
+            far.send(b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + bytes([number]) * 46)
+        await driver.used(0)
+        assert driver.bytes_at(first)[12:18] in (b"\xff" * 6, b"\x33\x33\0\0\0\x16", b"\x33\x33\0\0\0\2")
+    assert driver.queues[2].used() == []

@@ -21,6 +21,7 @@ async def driver() -> AsyncIterator[PciDriver]:
     await made.transport.device.aclose()
 
 
+@pytest.mark.clause("4.1.2.1-a", "4.1.4.3.1-a", "4.1.4.4.1-a", "4.1.4.5.1-a", "4.1.4.6.1-a", "4.1.4.9.1-a")
 async def test_identity_and_capabilities(driver: PciDriver) -> None:
     """4.1.2.1 and 4.1.4."""
     pci = driver.pci
@@ -59,6 +60,7 @@ async def test_notifiers_follow_the_bar(driver: PciDriver) -> None:
     assert list(driver.host.notifiers) == [(0x8000000000 + driver.notify_address(0), 2)]
 
 
+@pytest.mark.clause("4.1.4.5.1-b", "4.1.4.5.1-c", "4.1.4.5.1-e")
 async def test_isr_without_msix(driver: PciDriver) -> None:
     """4.1.5.3.1, 4.1.4.5.1: the ISR status is set first, and reading it resets it and the line."""
     driver.host.msix_enabled = False
@@ -72,6 +74,7 @@ async def test_isr_without_msix(driver: PciDriver) -> None:
     assert driver.pci.bar_read(isr.bar, isr.offset, 1) == 0
 
 
+@pytest.mark.clause("4.1.5.1.2.1-a", "4.1.5.1.2.1-b", "4.1.5.1.2.1-c", "4.1.5.1.2.1-d")
 async def test_vectors(driver: PciDriver) -> None:
     """4.1.5.1.2.1: NO_VECTOR until mapped, if a mapping fails, and after a reset."""
     driver.initialize()
@@ -88,6 +91,7 @@ async def test_vectors(driver: PciDriver) -> None:
     assert driver.get("queue_msix_vector") == NO_VECTOR
 
 
+@pytest.mark.clause("4.1.4.3.1-b", "4.1.4.3.1-g")
 async def test_common_configuration(driver: PciDriver) -> None:
     """4.1.4.3.1"""
     assert driver.get("num_queues") == 1
@@ -124,6 +128,7 @@ def window(driver: PciDriver, at: int) -> Callable[..., Any]:
     return access
 
 
+@pytest.mark.clause("4.1.4.9.1-b")
 async def test_the_access_window(driver: PciDriver) -> None:
     """4.1.4.9.1: accesses to pci_cfg_data are accesses to the BAR."""
     assert driver.pci.config_read(0x60, 4) is None

@@ -39,6 +39,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., tuple[Any, DriverQueue
 Make = Callable[..., tuple[Any, DriverQueue]]
 
 
+@pytest.mark.clause("2.7.5-a", "2.7.8.2-b")
 def test_a_chain_is_popped_read_written_and_returned(make: Make) -> None:
     ring, queue = make()
     a, b = queue.allocator.put(b"hello "), queue.allocator.put(b"world")
@@ -71,6 +72,7 @@ def test_the_written_length_is_bounded_by_the_buffer(make: Make) -> None:
         ring.push(ring.pop(), 5)
 
 
+@pytest.mark.clause("2.7.5.3.2-a", "2.7.5.3.2-b")
 def test_indirect_after_direct_descriptors(make: Make) -> None:
     """2.7.5.3.2: zero or more normal descriptors, then one that refers to a table; its WRITE flag is
     ignored."""
@@ -95,6 +97,7 @@ def test_completions_may_come_in_any_order(make: Make) -> None:
     assert [used.id for used in queue.used()] == heads[::-1]
 
 
+@pytest.mark.clause("2.7.9-a")
 def test_in_order_holds_completions_back(make: Make) -> None:
     """2.7.9: with VIRTIO_F_IN_ORDER buffers are used in the order in which they were made available."""
     ring, queue = make(Feature.IN_ORDER)
@@ -120,6 +123,7 @@ def test_push_batch_and_undo(make: Make) -> None:
     assert ring.pop().id == heads[2]
 
 
+@pytest.mark.clause("2.7.7.2-a", "2.7.10-a")
 def test_suppression_by_flags(make: Make) -> None:
     """2.7.7, 2.7.10: without EVENT_IDX, flags decide on both sides."""
     ring, queue = make()
@@ -139,6 +143,7 @@ def test_suppression_by_flags(make: Make) -> None:
     assert not ring.enable_notification()
 
 
+@pytest.mark.clause("2.7.7.2-b")
 def test_suppression_by_event_index(make: Make) -> None:
     """2.7.7.2, 2.7.10: used_event and avail_event."""
     ring, queue = make(Feature.EVENT_IDX)

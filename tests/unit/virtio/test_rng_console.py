@@ -20,6 +20,7 @@ def counting(length: int) -> bytes:
     return bytes(i & 0xFF for i in range(length))
 
 
+@pytest.mark.clause("5.4.6.2-a")
 async def test_entropy_comes_from_the_injected_source(connect: Connect) -> None:
     driver = connect(EntropyDevice(counting))
     driver.initialize()
@@ -95,6 +96,7 @@ def send(driver: Any, port: int, event: int, value: int) -> None:
     driver.submit(3, [driver.buffer(struct.pack("<IHH", port, event, value))])
 
 
+@pytest.mark.clause("5.3.6.2-a")
 async def test_multiport(connect: Connect) -> None:
     """5.3.6.2: the driver is told of ports, names and sizes, and opens them."""
     console, agent = MemoryChar(), MemoryChar()

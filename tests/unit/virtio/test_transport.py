@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.virtio import MmioDriver
+from tests.support.virtio import MmioDriver, PciDriver
 from virtio.constants import Feature, Status
 from virtio.device import Device
 from virtio.driver import F_NEXT
@@ -60,6 +60,7 @@ async def test_the_reference_ring_serves_a_device(connect: Connect) -> None:
     assert await driver.request(0, [b"abc"], [4]) == b"cba"
 
 
+@pytest.mark.clause("2.2.2-b")
 async def test_initialization_is_the_specified_sequence(connect: Connect) -> None:
     """3.1.1: status bits only in order; 2.2: features are fixed by FEATURES_OK."""
     driver = connect(Echo())
@@ -86,6 +87,7 @@ async def test_initialization_is_the_specified_sequence(connect: Connect) -> Non
     assert driver.read_status() == 15, "a bit cannot be cleared but by reset"
 
 
+@pytest.mark.clause("2.1.2-a", "4.2.2.1-e")
 async def test_nothing_before_driver_ok(connect: Connect) -> None:
     """2.1.2: the device MUST NOT consume buffers before DRIVER_OK."""
     driver = connect(Echo())
@@ -108,6 +110,7 @@ async def test_notifications_that_make_no_sense_are_ignored(connect: Connect) ->
     assert await driver.request(0, [b"ok"], [4]) == b"ko"
 
 
+@pytest.mark.clause("2.4.1-a", "2.4.1-b", "4.1.4.3.1-e")
 async def test_reset_abandons_and_starts_over(connect: Connect) -> None:
     """2.4.1: after reset no notifications and no access to the queues."""
     driver = connect(Echo())
@@ -122,6 +125,7 @@ async def test_reset_abandons_and_starts_over(connect: Connect) -> None:
     assert await driver.request(0, [b"abc"], [4]) == b"cba"
 
 
+@pytest.mark.clause("2.1.2-b")
 async def test_a_broken_ring_is_latched(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     """2.1.2: DEVICE_NEEDS_RESET, with a configuration change notification; then a reset mends it."""
     caplog.set_level(logging.ERROR)
@@ -165,6 +169,7 @@ async def test_driver_faults_do_not_flood_the_log(connect: Connect, caplog: pyte
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 8
 
 
+@pytest.mark.clause("2.5.3-a")
 async def test_configuration_space(connect: Connect) -> None:
     """2.5: any width; beyond the structure reads give zero and writes are ignored."""
     device = Echo()
@@ -179,6 +184,7 @@ async def test_configuration_space(connect: Connect) -> None:
     assert device.space.hex() == "11ab334455667788"
 
 
+@pytest.mark.clause("4.1.4.3.1-d", "4.2.2.1-d")
 async def test_a_configuration_change_is_seen_and_notified(connect: Connect) -> None:
     """2.5: a new generation, and a configuration change notification once the driver is there."""
     device = Echo()
@@ -242,6 +248,7 @@ async def test_state_of_another_device_is_refused(connect: Connect) -> None:
             connect(Echo()).transport.restore(state | wrong)
 
 
+@pytest.mark.clause("4.2.2.1-a", "4.2.2.1-b", "4.2.2.1-c")
 async def test_mmio_registers() -> None:
     """4.2.2.1 and 4.2.3.4: magic, version, and the interrupt line follows InterruptStatus."""
     driver = MmioDriver(Echo())
@@ -264,4 +271,42 @@ async def test_mmio_registers() -> None:
     assert driver.level
     driver.write_status(0)
     assert not driver.level and driver.get(0x060) == 0
+    await driver.transport.device.aclose()
+
+
+@pytest.mark.clause("2.2.2-a")
+async def test_features_that_need_others_come_with_them(connect: Connect) -> None:
+    """5.1.3.1, 5.2.3.1: no device offers a feature without the one it requires."""
+    from virtio.backends.block import MemoryBlock
+    from virtio.backends.net import MemoryNet
+    from virtio.devices.blk import BlockDevice
+    from virtio.devices.net import Feature as Net
+    from virtio.devices.net import NetDevice
+
+    backend = MemoryNet()
+    backend.offloads = int(Net.CSUM | Net.HOST_TSO4 | Net.GUEST_CSUM | Net.GUEST_TSO4)
+    requires = {
+        Net.HOST_TSO4: Net.CSUM,
+        Net.HOST_TSO6: Net.CSUM,
+        Net.GUEST_TSO4: Net.GUEST_CSUM,
+        Net.GUEST_TSO6: Net.GUEST_CSUM,
+        Net.MQ: Net.CTRL_VQ,
+        Net.CTRL_MAC_ADDR: Net.CTRL_VQ,
+    }
+    offered = connect(NetDevice(backend, b"\x52\x54\0\0\0\1")).read_features()
+    for feature, needed in requires.items():
+        assert not offered & feature or offered & needed
+    assert connect(BlockDevice(MemoryBlock(512))).read_features()
+
+
+@pytest.mark.clause("4.1.4.3.1-c", "4.1.4.3.1-f", "2.7.8.2-a")
+async def test_what_the_driver_wrote_reads_back_and_ends_with_reset() -> None:
+    driver = PciDriver(Echo())
+    driver.initialize()
+    driver.set("driver_feature_select", 0)
+    assert driver.get("driver_feature") == driver.features & 0xFFFFFFFF
+    assert await driver.request(0, [b"abc"], [8]) == b"cba", "the length was there when the index moved"
+    driver.write_status(0)
+    driver.set("queue_select", 0)
+    assert driver.get("queue_enable") == 0 and driver.get("driver_feature") == 0
     await driver.transport.device.aclose()

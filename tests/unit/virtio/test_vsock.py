@@ -136,6 +136,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+@pytest.mark.clause("5.10.6.3.1-b")
 async def test_the_guest_connects_and_echoes(world: Any) -> None:
     guest, _, listen = world
     await listen(1025, echo)
@@ -182,6 +183,7 @@ async def test_refusals(world: Any) -> None:
         await asyncio.wait_for(opening, 10)
 
 
+@pytest.mark.clause("5.10.6.4.1-a")
 async def test_packets_that_belong_nowhere(world: Any) -> None:
     """5.10.6.4.1: answered with RST, except RST itself."""
     guest, _, _ = world
@@ -201,6 +203,7 @@ async def test_packets_that_belong_nowhere(world: Any) -> None:
     assert not guest.driver.needs_reset
 
 
+@pytest.mark.clause("5.10.6.3.1-a")
 async def test_credit_of_the_guest_is_respected(world: Any) -> None:
     """5.10.6.3.1: RW only when the peer has sufficient free buffer space."""
     guest, _, listen = world
@@ -302,6 +305,7 @@ async def test_reset_closes_connections(world: Any) -> None:
         await opener(1024)
 
 
+@pytest.mark.clause("5.10.6.7-a")
 async def test_a_restored_guest_is_told(connect: Connect) -> None:
     """5.10.6.7: transport reset."""
     driver = connect(VsockDevice(MemoryVsock(), CID))
