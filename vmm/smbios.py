@@ -112,5 +112,6 @@ class Smbios:
 
 
 def attach(assembly: Assembly) -> None:
-    name = assembly.config.name
+    # With a seed a run is a function of its inputs, and a name made up by the command line has a process id in it.
+    name = assembly.config.name if assembly.config.seed is None else ""
     assembly.add("smbios", Smbios(assembly.memory.write, name, assembly.machine.random))
