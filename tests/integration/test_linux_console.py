@@ -1,0 +1,124 @@
+"""A real Linux guest as its user meets it: shell on a terminal, power button, panic, reboot, commands, bulk output."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from images import catalog
+from images.errors import ImageError
+from tests.support.command import Background, Session, vmm, wait_for
+from vmm import VirtualMachine
+from vmm.launch import config_for
+
+pytestmark = pytest.mark.debian
+PROMPT = b"linux:~# "
+BOOT = 240.0
+
+
+@pytest.fixture(scope="module")
+def image() -> catalog.Image:
+    try:
+        return catalog.resolve("linux", build=True)
+    except ImageError as error:
+        pytest.skip(f"no linux image: {error}")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, image: catalog.Image) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def test_shell_on_a_terminal_poweroff_is_status_0(runtime: Path) -> None:
+    with Session(runtime, "run", "linux") as session:
+        session.expect(PROMPT, BOOT)
+        session.type(b"echo $((6*7)).\n")
+        session.expect(b"42.")
+        session.type(b"echo sl''eeping; sleep 1000\n")
+        session.expect(b"sleeping")
+        session.type(b"\x03")
+        session.type(b"echo $?.\n")
+        session.expect(b"130.")
+        session.type(b"poweroff -f\n")
+        assert session.wait(BOOT) == 0
+        assert session.restored
+
+
+def test_panic_is_status_3(runtime: Path) -> None:
+    with Session(runtime, "run", "linux", "--name", "p") as session:
+        session.expect(PROMPT, BOOT)
+        session.type(b"echo c >/proc/sysrq-trigger\n")
+        assert session.wait(BOOT) == 3
+        assert b"Kernel panic" in session.seen
+        assert b"vmm: p: crash: " in session.seen
+
+
+def test_reboot_in_place(runtime: Path) -> None:
+    with Session(runtime, "run", "linux", "--reboot") as session:
+        session.expect(PROMPT, BOOT)
+        session.type(b"reboot -f\n")
+        session.expect(PROMPT, BOOT)
+        session.type(b"poweroff -f\n")
+        assert session.wait(BOOT) == 0
+
+
+def test_stop_presses_the_power_button(runtime: Path) -> None:
+    with Background(runtime, "linux", "--name", "box", "--console", "none") as machine:
+        wait_for(lambda: (runtime / "loopvisor/box/info.json").exists())
+        with Session(runtime, "console", "box") as session:
+            session.expect(PROMPT, BOOT)
+            done = vmm(runtime, "stop", "box", "--json")
+            assert json.loads(done.stdout)["reason"] == "shutdown"
+            assert machine.process.wait(60) == 0
+            assert session.wait() == 0
+            assert session.restored
+
+
+def test_command_with_status_streams_and_input(runtime: Path) -> None:
+    script = "cat; echo out; echo err >&2; exit 7"
+    done = vmm(runtime, "run", "linux", "--", "sh", "-c", script, stdin=None, input="in\n", timeout=BOOT)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "in\nout\n", "err\n")
+
+
+def test_command_on_a_terminal(runtime: Path) -> None:
+    with Session(runtime, "run", "linux", "--", "sh", "-c", "tty; stty size; read line; echo got $line") as session:
+        session.expect(b"/dev/pts/0", BOOT)
+        session.type(b"a line\r")
+        session.expect(b"got a line")
+        assert session.wait() == 0
+        assert session.restored
+
+
+def test_program_that_is_not_there(runtime: Path) -> None:
+    done = vmm(runtime, "run", "linux", "--", "/no/such/program", timeout=BOOT)
+    assert done.returncode in (126, 127, 3)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+async def test_ten_megabytes_and_a_paste(image: catalog.Image) -> None:
+    """Output at full speed without losing a character; a paste into a slow reader arrives whole."""
+    lines = 1_500_000
+    async with VirtualMachine(config_for(image, timeout=280)) as vm:
+        reader = vm.console.reader(lossless=True)
+        vm.resume()
+        await reader.expect("~# ", BOOT)
+        await vm.console.write(f"stty -onlcr; seq 1 {lines} >/tmp/f; wc -l /tmp/f; cat /tmp/f; echo do''ne\n")
+        await reader.expect(rb"/tmp/f\n")
+        output = bytearray()
+        while not output.endswith(b"~# ") or b"done\n" not in output[-100:]:
+            output += await reader.read()
+            assert reader.skipped == 0
+        numbers = re.match(rb"[0-9\n]*", output)
+        assert numbers is not None
+        assert numbers[0] == b"".join(b"%d\n" % number for number in range(1, lines + 1))
+        paste = bytes(33 + index % 90 for index in range(100_000))
+        await vm.console.write("stty raw -echo; echo re''ady; head -c 100000 >/tmp/p; stty sane; cat /tmp/p; echo\n")
+        await reader.expect("ready\r?\n")
+        await vm.console.write(paste)
+        await reader.expect(re.compile(re.escape(paste)), 120)
