@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -22,7 +23,7 @@ CORES = [
 ]
 
 
-def machine(core: str, guest: str, **options: object) -> VirtualMachine:
+def machine(core: str, guest: str, **options: Any) -> VirtualMachine:
     return VirtualMachine(core=core, kernel=GUESTS / f"{guest}.bin", memory="16M", **options)
 
 
