@@ -43,6 +43,8 @@ class Feature(enum.IntFlag):
 
 LINK_UP = 1
 HEADER = 12
+ETHERNET_HEADER = 18
+"""With a VLAN tag."""
 _header = fast(NetHeader)
 _control = fast(NetControl)
 _CTRL_MAC, _CTRL_MAC_ADDR_SET = 1, 1
@@ -130,11 +132,18 @@ class NetDevice(Device):
             return
         if self._native:
             for engine in self._engines:
-                engine.configure(bool(active.features & Feature.MRG_RXBUF))
+                engine.configure(bool(active.features & Feature.MRG_RXBUF), self._longest(active.features))
             self._set_pairs(self.pairs)
         else:
             self.spawn(self._send_frames(active.queues[1]), "transmit")
             self.spawn(self._deliver_frames(active.queues[0], active.features), "receive")
+
+    def _longest(self, features: int) -> int:
+        # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
+        # size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated."
+        if features & Feature.MTU and self.backend.mtu is not None:
+            return self.backend.mtu + ETHERNET_HEADER
+        return FRAME_MAX
 
     def stopped(self) -> bool:
         self._unregister()
@@ -264,7 +273,7 @@ class NetDevice(Device):
                 log.warning("%s", error)
                 self.set_link(False)
                 return
-            if not self.link or len(frame) > FRAME_MAX:
+            if not self.link or len(frame) > self._longest(features):
                 continue
             mergeable = bool(features & Feature.MRG_RXBUF)
             while not self._deliver(queue, frame, mergeable):

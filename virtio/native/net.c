@@ -27,6 +27,7 @@ typedef struct {
     PyObject_HEAD
     int fd, framing;
     bool mergeable;
+    size_t longest;        /* bytes of a frame that the driver agreed to take, unless it is a segmentation offload's */
     uint8_t *in;           /* received, not yet delivered: [in_start, in_end) */
     size_t in_start, in_end;
     uint8_t *out;          /* stream: the rest of a frame that the socket did not take */
@@ -342,6 +343,16 @@ static int receive(NetObject *self, RingObject *ring, int limit)
             length = __builtin_bswap32(size);
             skip = 4;
         }
+        /* 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
+         * size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated." */
+        bool plain = !(header[1] & 0x7f);
+        if (plain && length > self->longest) {
+            self->dropped++;
+            self->in_start += skip + length;
+            if (self->in_start == self->in_end)
+                self->in_start = self->in_end = 0;
+            continue;
+        }
         int delivered = length ? deliver(self, ring, header, frame + skip, length) : 1;
         if (delivered < 0)
             return -1;
@@ -413,9 +424,14 @@ static PyObject *net_receive(NetObject *self, PyObject *args)
     return answer(ring, receive(self, ring, limit));
 }
 
-static PyObject *net_configure(NetObject *self, PyObject *mergeable)
+static PyObject *net_configure(NetObject *self, PyObject *args)
 {
-    self->mergeable = PyObject_IsTrue(mergeable) == 1;
+    int mergeable;
+    Py_ssize_t longest;
+    if (!PyArg_ParseTuple(args, "pn", &mergeable, &longest))
+        return NULL;
+    self->mergeable = mergeable;
+    self->longest = (size_t)longest;
     Py_RETURN_NONE;
 }
 
@@ -434,6 +450,7 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     self->fd = fd;
     self->framing = framing;
+    self->longest = FRAME_MAX;
     self->in = PyMem_Malloc(BUFFER);
     self->out = PyMem_Malloc(2 * BUFFER);
     if (!self->in || !self->out) {
@@ -461,7 +478,8 @@ static PyMethodDef net_methods[] = {
      "transmit(ring, limit=256) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone."},
     {"receive", (PyCFunction)net_receive, METH_VARARGS,
      "receive(ring, limit=256) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone."},
-    {"configure", (PyCFunction)net_configure, METH_O, "configure(mergeable): VIRTIO_NET_F_MRG_RXBUF was negotiated."},
+    {"configure", (PyCFunction)net_configure, METH_VARARGS,
+     "configure(mergeable, longest): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest` bytes are lost."},
     {0},
 };
 

@@ -454,3 +454,15 @@ async def test_packets_come_only_on_the_queues_in_use(connect: Connect) -> None:
         await driver.used(0)
         assert driver.bytes_at(first)[12:18] in (b"\xff" * 6, b"\x33\x33\0\0\0\x16", b"\x33\x33\0\0\0\2")
     assert driver.queues[2].used() == []
+
+
+@pytest.mark.clause("5.1.4.1-c")
+async def test_frames_beyond_the_mtu_are_lost(connect: Connect, peer: Peer) -> None:
+    peer.backend.mtu = 1500
+    driver = connect(NetDevice(peer.backend, MAC))
+    driver.initialize()
+    (room,) = offer(driver, 1, 4000)
+    await peer.send(frame(1, 1519))
+    await peer.send(frame(2, 1518))
+    (used,) = await driver.used(0)
+    assert driver.bytes_at(room)[12 : used.length] == frame(2, 1518)
