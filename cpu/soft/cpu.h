@@ -192,6 +192,7 @@ struct soft_vcpu {
     bool code64;             /* LMA and CS.L */
     uint8_t view;            /* enum soft_view */
     bool irq_waiting;        /* an interrupt waits for IF: see soft_system_flags_changed() */
+    bool align_check;        /* CPL 3, CR0.AM and EFLAGS.AC: every load and store takes the slow path, which checks */
     uint8_t access_ss;       /* the slow access under way goes through SS: non-canonical raises #SS, not #GP */
 
     struct soft_vm *vm;
@@ -253,6 +254,7 @@ struct soft_vm {
     uint32_t slot_count;
     uint32_t last_slot; /* where the last look-up hit */
     struct soft_vcpu *vcpus[SOFT_MAX_VCPUS];
+    struct soft_tlb no_tlb; /* always empty */
     uint32_t turn;      /* whose turn it is */
     int64_t turn_left;  /* instructions of its quantum that are left; what interrupts a turn does not end it */
     struct soft_stats stats;

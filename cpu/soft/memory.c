@@ -167,6 +167,13 @@ struct parts {
     unsigned size[2];
 };
 
+/* #AC, for operands of 2, 4 and 8 bytes; wider ones have rules of their own. */
+static inline void check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size)
+{
+    if (SOFT_UNLIKELY(c->align_check) && bus_size(size) && (linear & (size - 1)))
+        soft_raise_error(c, VEC_AC, 0);
+}
+
 static void translate(struct soft_vcpu *c, uint64_t linear, unsigned size, enum soft_kind kind, enum soft_view view,
                       struct parts *p)
 {
@@ -211,11 +218,13 @@ void soft_store_as(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t
 
 uint64_t soft_load_slow(struct soft_vcpu *c, uint64_t linear, unsigned size)
 {
+    check_alignment(c, linear, size);
     return soft_load_as(c, linear, size, (enum soft_view)c->view);
 }
 
 void soft_store_slow(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value)
 {
+    check_alignment(c, linear, size);
     soft_store_as(c, linear, size, value, (enum soft_view)c->view);
 }
 
@@ -291,6 +300,7 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
 void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size)
 {
     struct parts p;
+    check_alignment(c, linear, size);
     if (size && size <= PAGE_BYTES)
         translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
 }
@@ -298,6 +308,7 @@ void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size)
 uint8_t *soft_rmw_pointer(struct soft_vcpu *c, uint64_t linear, unsigned size)
 {
     struct parts p;
+    check_alignment(c, linear, size);
     translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
     return p.size[1] ? NULL : p.host[0];
 }
