@@ -45,7 +45,7 @@ start:
     dec ecx
     jnz 3b
     mov eax, cr4
-    or eax, 0x20
+    or eax, 0x620 /* PAE, OSFXSR, OSXMMEXCPT */
     mov cr4, eax
     mov eax, offset pml4
     mov cr3, eax
@@ -62,6 +62,7 @@ start:
     .word 8
     .code64
 long_mode:
+    fninit
     mov eax, 16
     mov ds, eax
     mov es, eax
