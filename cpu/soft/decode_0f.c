@@ -20,6 +20,39 @@ static unsigned flags_of_condition(unsigned cc)
     }
 }
 
+/* One of the frequent instructions that have handlers of their own (exec_vec.c). */
+static bool decode_vector_fast(struct dec *d, const struct vec_op *op, uint8_t imm, unsigned size, bool store)
+{
+    bool wide = d->rex & 8;
+    if (!vec_fast(op, d->mem, wide, 0))
+        return false;
+    int form = d->mem ? address_form(d, size, store) : 0;
+    struct uop *u = emit(d, vec_fast(op, d->mem, wide, form));
+    if (d->mem)
+        operand(d, u);
+    u->r0 = d->reg;
+    u->r1 = d->rm;
+    switch (op->form) {
+    case VEC_STORE:
+        u->r0 = d->rm;
+        u->r1 = d->reg;
+        break;
+    case VEC_XMM_GPR: u->r1 = (uint8_t)(d->rm * 8); break;
+    case VEC_GPR_XMMM: u->r0 = (uint8_t)(d->reg * 8); break;
+    case VEC_GPR_STORE:
+        u->r0 = (uint8_t)(d->rm * 8);
+        u->r1 = d->reg;
+        break;
+    case VEC_XMM_IMM: u->r0 = d->rm; break;
+    case VEC_FLAGS: d->meta[d->out->count - 1].effects = d->meta[d->out->count - 1].kills = FLAGS_ALL; break;
+    default: break;
+    }
+    u->aux = op->has_imm ? imm : wide;
+    u->size = (uint8_t)size;
+    u->ptr = op;
+    return true;
+}
+
 bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
 {
     enum vec_prefix prefix = d->rep == 0xF3 ? VEC_F3 : d->rep == 0xF2 ? VEC_F2 : d->p66 ? VEC_66 : VEC_NP;
@@ -62,20 +95,8 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     uint8_t imm = op->has_imm || op->form == VEC_XMM_IMM || op->form == VEC_MM_IMM ? dec_u8(d) : 0;
     unsigned size = op->mem_size ? op->mem_size : d->rex & 8 ? 8 : 4;
     emit_fpu_check(d, mmx);
-    if (op->form == VEC_XMM_XMMM && op->copy && size == 16 && !op->aligned && d->mem) {
-        int form = address_form(d, 16, false);
-        u = emit(d, vec_load[form]);
-        operand(d, u);
-        u->r0 = d->reg;
+    if (!mmx && decode_vector_fast(d, op, imm, size, store))
         return true;
-    }
-    if (op->form == VEC_STORE && op->copy && size == 16 && !op->aligned && d->mem) {
-        int form = address_form(d, 16, true);
-        u = emit(d, vec_store[form]);
-        operand(d, u);
-        u->r0 = d->reg;
-        return true;
-    }
     if (d->mem)
         emit_address(d, size, store);
     if (op->form == VEC_XMM_XMMM && !d->mem) {

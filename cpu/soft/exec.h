@@ -54,8 +54,10 @@ HANDLER(bt_ri); HANDLER(bt_rr);            /* size; aux: 0 BT, 1 BTS, 2 BTR, 3 B
 HANDLER(bsf_rr); HANDLER(bsr_rr); HANDLER(popcnt_rr); HANDLER(xadd); /* size */
 
 /* exec_fpu.c: r0, r1 are numbers of XMM registers */
-extern const uop_fn vec_load[2], vec_store[2];
 HANDLER(vec_copy); HANDLER(vec_rr);        /* ptr: struct vec_op */
+
+/* exec_vec.c: the handler of a frequent operation, or NULL. memory: with a memory operand of address form `form`. */
+uop_fn vec_fast(const struct vec_op *op, bool memory, bool wide, int form);
 
 /* Calls of plain functions (helpers.h). In a helper state is in SYNC; the micro-op has its operands. */
 typedef void (*helper_fn)(struct soft_vcpu *c, struct uop *u);

@@ -237,44 +237,6 @@ HANDLER(vec_rr)
     NEXT;
 }
 
-#define VEC_MOVES(form, EA)                                                                                            \
-    static SLOW HANDLER(vec_load_##form##_slow)                                                                        \
-    {                                                                                                                  \
-        SYNC();                                                                                                        \
-        soft_load_bytes(c, EA, &c->fpu.xmm[u->r0], 16);                                                                \
-        UNSYNC();                                                                                                      \
-        NEXT;                                                                                                          \
-    }                                                                                                                  \
-    static HANDLER(vec_load_##form)                                                                                    \
-    {                                                                                                                  \
-        uint64_t ea = EA;                                                                                              \
-        uint8_t *p;                                                                                                    \
-        if (!tlb_hit(c, ea, 16, ACCESS_READ, &p))                                                                      \
-            return vec_load_##form##_slow(c, u, rip);                                                                  \
-        memcpy(&c->fpu.xmm[u->r0], p, 16);                                                                             \
-        NEXT;                                                                                                          \
-    }                                                                                                                  \
-    static SLOW HANDLER(vec_store_##form##_slow)                                                                       \
-    {                                                                                                                  \
-        SYNC();                                                                                                        \
-        soft_store_bytes(c, EA, &c->fpu.xmm[u->r0], 16);                                                               \
-        UNSYNC();                                                                                                      \
-        AFTER_SLOW_STORE();                                                                                            \
-        NEXT;                                                                                                          \
-    }                                                                                                                  \
-    static HANDLER(vec_store_##form)                                                                                   \
-    {                                                                                                                  \
-        uint64_t ea = EA;                                                                                              \
-        uint8_t *p;                                                                                                    \
-        if (!tlb_hit(c, ea, 16, ACCESS_WRITE, &p))                                                                     \
-            return vec_store_##form##_slow(c, u, rip);                                                                 \
-        memcpy(p, &c->fpu.xmm[u->r0], 16);                                                                             \
-        NEXT;                                                                                                          \
-    }
-VEC_MOVES(bd, EA_BD)
-VEC_MOVES(bi, EA_BI)
-const uop_fn vec_load[2] = {vec_load_bd, vec_load_bi}, vec_store[2] = {vec_store_bd, vec_store_bi};
-
 /* ---- x87 ---- r0: opcode, r1: ModRM, size: of the memory operand, aux: 16-bit operand size, base: memory operand */
 
 HELPER(h_x87)
@@ -282,8 +244,13 @@ HELPER(h_x87)
     const struct x87_op *op = u[1].ptr;
     struct fpu *f = &c->fpu;
     uint8_t mem[112];
-    struct x87_context ctx = {.fpu = f, .flags = flags_arith(c), .modrm = u->r1, .operand16 = u->aux,
-                              .protected_mode = soft_protected(c), .mem = mem};
+    struct x87_context ctx; /* not initialised as a whole: scratch is large */
+    ctx.fpu = f;
+    ctx.modrm = u->r1;
+    ctx.operand16 = u->aux;
+    ctx.protected_mode = soft_protected(c);
+    ctx.mem = mem;
+    ctx.flags = op->form == X87_CMOV ? flags_arith(c) : 0;
     uint64_t at = c->tmp[0];
     if (!op->control)
         check_pending(c);

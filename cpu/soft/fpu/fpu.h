@@ -111,8 +111,12 @@ struct vec_op {
     bool mem_only;      /* register form is #UD */
     bool copy;          /* fn only copies 16 bytes of src to dst: the executor may do it inline */
     uint8_t feature;    /* enum vec_feature */
+    uint16_t id;        /* for tables of an executor; given when the program starts */
     const char *name;
 };
+/* By id; NULL after the last. Valid from constructors of a priority above FPU_VECTOR_PRIORITY on. */
+enum { FPU_VECTOR_PRIORITY = 200, FPU_VECTOR_OPS = 512 };
+const struct vec_op *fpu_vector_operation(unsigned id);
 
 enum vec_map { VEC_MAP_0F, VEC_MAP_0F38, VEC_MAP_0F3A };
 enum vec_prefix { VEC_NP, VEC_66, VEC_F3, VEC_F2 };

@@ -16,7 +16,7 @@ struct vec_row {
     int8_t group;    /* ModRM.reg of groups 12-14, else -1 */
     struct vec_op op;
 };
-extern const struct vec_row vec_move_rows[], vec_int_rows[], vec_float_rows[], vec_text_rows[];
+extern struct vec_row vec_move_rows[], vec_int_rows[], vec_float_rows[], vec_text_rows[];
 extern const size_t vec_move_count, vec_int_count, vec_float_count, vec_text_count;
 
 #define OP(n, f, size, ...) {.fn = vec_##n, .form = f, .mem_size = size, .name = #n, __VA_ARGS__}

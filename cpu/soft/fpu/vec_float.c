@@ -237,7 +237,7 @@ WITH_IMM(dpps, 255, CASES256, tiny_ps) WITH_IMM(dppd, 255, CASES256, tiny_pd)
 #define AT3A(opcode, n, size, align) \
     {VEC_MAP_0F3A, VEC_66, opcode, WHEN_ANY, -1, OP(n, VEC_XMM_XMMM, size, .aligned = align, .has_imm = true, .feature = VEC_SSE41)}
 
-const struct vec_row vec_float_rows[] = {
+struct vec_row vec_float_rows[] = {
     AT(VEC_NP, 0x2A, OP(cvtpi2ps, VEC_XMM_MMM, 8)), AT(VEC_66, 0x2A, OP(cvtpi2pd, VEC_XMM_MMM, 8)),
     AT(VEC_F3, 0x2A, OP(cvtsi2ss, VEC_XMM_GPR, 0)), AT(VEC_F2, 0x2A, OP(cvtsi2sd, VEC_XMM_GPR, 0)),
     AT(VEC_NP, 0x2C, OP(cvttps2pi, VEC_MM_XMMM, 8)), AT(VEC_66, 0x2C, OP(cvttpd2pi, VEC_MM_XMMM, 16, .aligned = true)),

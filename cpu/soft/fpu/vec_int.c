@@ -274,7 +274,7 @@ static int vec_mm_pmovmskb(VEC_ARGS)
     {VEC_MAP_0F, prefix, 0x70, WHEN_ANY, -1, \
      OP(n, VEC_XMM_XMMM, 16, .aligned = true, .has_imm = true, .dst_write_only = true)}
 
-const struct vec_row vec_int_rows[] = {
+struct vec_row vec_int_rows[] = {
     /* interleaving the low halves reads a doubleword in MMX form */
     SSE(VEC_MAP_0F, 0x60, punpcklbw), {VEC_MAP_0F, VEC_NP, 0x60, WHEN_ANY, -1, OP(punpcklbw, VEC_MM_MMM, 4)},
     SSE(VEC_MAP_0F, 0x61, punpcklwd), {VEC_MAP_0F, VEC_NP, 0x61, WHEN_ANY, -1, OP(punpcklwd, VEC_MM_MMM, 4)},

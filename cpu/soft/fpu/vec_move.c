@@ -184,7 +184,7 @@ static int vec_emms(VEC_ARGS)
     AT(prefix, opcode, WHEN_MEM, OP(copy, VEC_XMM_XMMM, size, .dst_write_only = true, .copy = true))
 #define AT3A(opcode, when, ...) {VEC_MAP_0F3A, VEC_66, opcode, when, -1, __VA_ARGS__}
 
-const struct vec_row vec_move_rows[] = {
+struct vec_row vec_move_rows[] = {
     /* MOVUPS, MOVUPD, MOVSS, MOVSD */
     LOAD16(VEC_NP, 0x10), LOAD16(VEC_66, 0x10), LOAD_ZX(VEC_F3, 0x10, 4), LOAD_ZX(VEC_F2, 0x10, 8),
     AT(VEC_F3, 0x10, WHEN_REG, OP(merge4, VEC_XMM_XMMM, 255)), AT(VEC_F2, 0x10, WHEN_REG, OP(merge8, VEC_XMM_XMMM, 255)),

@@ -65,7 +65,7 @@ INDEX_RESULT(pcmpistri) INDEX_RESULT(pcmpestri) MASK_RESULT(pcmpistrm) MASK_RESU
 
 #define ROW(opcode, n, form) \
     {VEC_MAP_0F3A, VEC_66, opcode, WHEN_ANY, -1, OP(n, form, 16, .has_imm = true, .feature = VEC_SSE42)}
-const struct vec_row vec_text_rows[] = {
+struct vec_row vec_text_rows[] = {
     ROW(0x60, pcmpestrm, VEC_FLAGS), ROW(0x61, pcmpestri, VEC_FLAGS_GPR),
     ROW(0x62, pcmpistrm, VEC_FLAGS), ROW(0x63, pcmpistri, VEC_FLAGS_GPR),
 };
