@@ -140,7 +140,8 @@ def rows(workloads: list[str] | None = None) -> Iterator[dict[str, object]]:
             else:
                 yield {
                     "name": f"{r.name}: speed against TCG", "value": round(r.ratio, 3), "unit": "x",
-                    **({} if r.goal is None else {"goal": r.goal}), "better": "more", "note": f"{note}; TCG {r.tcg_seconds:.3f} s",
+                    **({} if r.goal is None else {"goal": r.goal}), "better": "more",
+                    "note": f"{note}; TCG {r.tcg_seconds:.3f} s",
                 }
     latencies = sorted(kicks())
     yield {
