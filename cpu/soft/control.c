@@ -48,7 +48,7 @@ static void write_cr0(struct soft_vcpu *c, uint64_t value)
                 if (!(c->cr4 & CR4_PAE) || SEG_L(&c->seg[SEG_CS]))
                     refuse(c);
                 efer |= EFER_LMA;
-            } else if ((c->cr4 & CR4_PAE) && !soft_load_pdptes(c, c->cr3)) {
+            } else if ((c->cr4 & CR4_PAE) && !soft_load_pdptes(c, c->cr3, false)) {
                 refuse(c);
             }
         } else {
@@ -57,7 +57,7 @@ static void write_cr0(struct soft_vcpu *c, uint64_t value)
             efer &= ~EFER_LMA;
         }
     } else if ((value & CR0_PG) && !c->long_mode && (c->cr4 & CR4_PAE) && (changed & (CR0_CD | CR0_NW))) {
-        if (!soft_load_pdptes(c, c->cr3))
+        if (!soft_load_pdptes(c, c->cr3, false))
             refuse(c);
     }
     c->cr0 = value;
@@ -80,7 +80,7 @@ static void write_cr3(struct soft_vcpu *c, uint64_t value)
         refuse(c);
     if (!c->long_mode) {
         value = (uint32_t)value;
-        if ((c->cr0 & CR0_PG) && (c->cr4 & CR4_PAE) && !soft_load_pdptes(c, value))
+        if ((c->cr0 & CR0_PG) && (c->cr4 & CR4_PAE) && !soft_load_pdptes(c, value, false))
             refuse(c);
     }
     /* The TLBs carry no PCID: another address space always starts empty. */
@@ -100,7 +100,7 @@ static void write_cr4(struct soft_vcpu *c, uint64_t value)
     if ((changed & value & CR4_PCIDE) && (!c->long_mode || (c->cr3 & 0xFFF)))
         refuse(c);
     if ((value & CR4_PAE) && (c->cr0 & CR0_PG) && !c->long_mode && (changed & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP))
-        && !soft_load_pdptes(c, c->cr3))
+        && !soft_load_pdptes(c, c->cr3, false))
         refuse(c);
     c->cr4 = value;
     if (changed & (CR4_PGE | CR4_PAE | CR4_PSE | CR4_PCIDE | CR4_SMEP | CR4_SMAP))

@@ -359,15 +359,18 @@ uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind ki
     return soft_mmu_lookup_as(c, linear, kind, (enum soft_view)c->view, gpa);
 }
 
-bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3)
+bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring)
 {
     uint64_t entries[4];
     for (unsigned i = 0; i < 4; i++) {
         struct step step;
         entries[i] = load_entry(c, (cr3 & 0xFFFFFFE0u) + i * 8, 8, &step);
         /* SDM 4.4.1: bits 1, 2, 5 to 8 and those above the physical width are reserved in a present entry. */
-        if ((entries[i] & PTE_P) && (entries[i] & (0x1E6ull | ~PHYS_MASK)))
-            return false;
+        if ((entries[i] & PTE_P) && (entries[i] & (0x1E6ull | ~PHYS_MASK))) {
+            if (!restoring)
+                return false;
+            entries[i] = 0; /* memory changed since the processor read it; what it had is not part of the state */
+        }
     }
     memcpy(c->mmu.pdpte, entries, sizeof entries);
     return true;

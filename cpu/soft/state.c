@@ -111,7 +111,7 @@ static int set_sregs(struct soft_vcpu *c, const struct kvm_sregs *s)
     irqchip_restore_msr(c->vm->irqchip, c->index, MSR_APIC_BASE, s->apic_base, soft_now(c->vm));
     irqchip_set_tpr(c->vm->irqchip, c->index, (uint8_t)(s->cr8 << 4));
     if (paging && !lma && (s->cr4 & CR4_PAE))
-        soft_load_pdptes(c, s->cr3);
+        soft_load_pdptes(c, s->cr3, true);
     c->pending_valid = false;
     for (unsigned i = 0; i < 256; i++) {
         if (s->interrupt_bitmap[i / 64] >> (i % 64) & 1) {

@@ -40,7 +40,7 @@ struct soft_slot *soft_find_slot(struct soft_vm *vm, uint64_t gpa);
 /* As soft_mmu_lookup(), with another view. */
 uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, uint64_t *gpa);
 /* Load the four PDPTEs of PAE paging; false: a reserved bit is set (#GP). */
-bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3);
+bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring);
 /* Recompute what the data breakpoints watch (after DR7, DR0-3 or the caller's breakpoints changed). */
 void soft_watch_changed(struct soft_vcpu *c);
 
