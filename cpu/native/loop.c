@@ -541,7 +541,7 @@ static int engine_start(struct lv_engine *engine)
 
 int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer)
 {
-    if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm))
+    if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
         return -EBUSY;
     vcpu->answer = answer;
     if (vcpu->has_exit && vcpu->exit.size < 8)
@@ -566,7 +566,7 @@ void lv_vcpu_kick(struct lv_vcpu *vcpu)
         atomic_store(&vcpu->kicked, 0);
         return;
     }
-    if (lv_closing(vcpu->vm))
+    if (lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
         return;
     vcpu->vm->ops->kick(vcpu);
     lv_engine_wake(vcpu->engine);
@@ -584,6 +584,7 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     vm->ops = ops;
     vm->config = *config;
     vm->start_ns = lv_clock();
+    vm->pid = getpid();
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
     pthread_mutexattr_t attr;
     pthread_mutexattr_init(&attr);
@@ -651,6 +652,8 @@ int lv_vcpu_create(struct lv_vm *vm, uint32_t index)
 void lv_vm_stop(struct lv_vm *vm)
 {
     atomic_store(&vm->closing, true);
+    if (vm->pid != getpid())
+        return;
     for (uint32_t i = 0; i < vm->engine_count; i++) {
         struct lv_engine *engine = vm->engines[i];
         if (!engine->started)

@@ -194,6 +194,7 @@ struct lv_vm {
     struct lv_engine *engines[LV_MAX_VCPUS];
     struct lv_vcpu *vcpus[LV_MAX_VCPUS];
     uint32_t engine_count;
+    int pid;                         /* the process that has the threads; a forked child has none */
     _Atomic bool closing;
     uint64_t start_ns;               /* CLOCK_MONOTONIC at creation */
 
@@ -250,7 +251,7 @@ static inline bool lv_running(const struct lv_vcpu *vcpu) { return atomic_load_e
 /* ---- for module.c, on the loop's thread ---- */
 
 struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *config, int *error);
-/* Stop and join every engine thread. Blocks for well under a millisecond once guests leave guest mode. */
+/* Stop and join every engine thread (none in a forked child). Returns soon after the guests left guest mode. */
 void lv_vm_stop(struct lv_vm *vm);
 void lv_vm_destroy(struct lv_vm *vm); /* after lv_vm_stop() */
 int lv_vcpu_create(struct lv_vm *vm, uint32_t index);

@@ -125,6 +125,22 @@ def test_a_vm_that_was_forgotten_warns_and_closes(core):
     assert census() == before
 
 
+def test_a_forked_child_can_close_its_copy(core, guests):
+    """The threads are the parent's; the child gets rid of what it inherited and disturbs nothing."""
+    guest = guests(core)
+    leave_running(guest)
+    child = os.fork()
+    if not child:
+        try:
+            guest.vcpus[0].kick()
+            guest.vm.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    guest.park()
+
+
 def test_a_closed_system_makes_no_vm(core):
     core.close()
     core.close()

@@ -29,7 +29,7 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
     return [
         program, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory_mib), "-M", "pc",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog",
         "-serial", "stdio", "-serial", f"file:{status}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",

@@ -10,14 +10,16 @@ from images import cache, modules, packages
 from images.tree import Tree
 
 MODULES = ["virtio_pci", "9pnet_virtio", "9p", "kvm_amd"]
+ARGUMENTS = {"kvm_amd": "vgif=0 vls=0"}
+"""With QEMU 7.2's virtual GIF an interrupt gets lost now and then, and the guest with it."""
 
 INIT = """#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
-while read module; do
-    $b insmod $module || echo "rig: cannot load $module"
+while read module arguments; do
+    $b insmod $module $arguments || echo "rig: cannot load $module"
 done < /etc/modules
 $b mkdir -p /host
 $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /host || echo "rig: no host files"
@@ -50,7 +52,7 @@ def build() -> Guest:
     """The guest of the Debian packages that apt offers now, from the cache if it was built before."""
     kernel = packages.resolve(packages.dependency("linux-image-amd64", r"linux-image-[\d.]+-\d+-amd64"))
     busybox = packages.resolve("busybox-static")
-    key = hashlib.sha256("\n".join([kernel.sha256, busybox.sha256, INIT, *MODULES]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([kernel.sha256, busybox.sha256, INIT, *MODULES, *ARGUMENTS.values()]).encode()).hexdigest()[:16]
     folder = cache.directory("rig")
     target = folder / key
     with cache.lock("rig"):
@@ -83,7 +85,7 @@ def _make(kernel: Path, busybox: Path, made: Path) -> None:
     for path in modules.closure([*MODULES, "qemu_fw_cfg"], files, built_in):
         short = f"lib/{modules.module_name(path)}.ko"
         tree.file(short, files[path])
-        listed.append(f"/{short}\n")
+        listed.append(f"/{short} {ARGUMENTS.get(modules.module_name(path), '')}\n")
     tree.file("etc/modules", "".join(listed).encode())
     for member, data in packages.contents(busybox):
         if member.isreg() and member.name.removeprefix("./").removeprefix("usr/") == "bin/busybox":
