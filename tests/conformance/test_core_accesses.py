@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from cpu.contract import Space
+from cpu.contract import Capability, Space
 from cpu.errors import ConfigError, StateError
-from cpu.exits import CompleteRead, MmioRead, MmioWrite, PortIn, PortOut, Posted, Resume, Shutdown
-from tests.support.cores import DONE, MMIO, RESUME
+from cpu.exits import CompleteRead, InternalError, MmioRead, MmioWrite, PortIn, PortOut, Posted, Resume, Shutdown
+from tests.support.cores import CODE, DONE, MMIO, RESUME, set_long
 
 SIZES = [1, 2, 4]
 VALUE = 0x8899_AABB
@@ -70,6 +70,33 @@ def test_string_input_fills_memory(real_core, guests):
     seen = guest.run(lambda _: next(values))
     assert seen == [(0, PortIn(0x10, 1))] * 4
     assert guest.memory[0x9000:0x9004] == b"wxyz"
+
+
+def test_mmio_of_eight_bytes(real_core, guests):
+    guest = guests(real_core)
+    # mov rax, 0x1122334455667788; mov rbx, MMIO; mov [rbx], rax; mov rcx, [rbx + 8]; mov [0x9000], rcx; DONE
+    set_long(
+        guest,
+        bytes.fromhex("48b88877665544332211 48bb000000e000000000 488903 488b4b08 48890c2500900000 baf00f0000 ee ebfe"),
+    )
+    guest.go()
+    value = 0xFEDC_BA98_7654_3210
+    assert guest.run(lambda _: value) == [(0, MmioWrite(MMIO, 8, 0x1122_3344_5566_7788)), (0, MmioRead(MMIO + 8, 8))]
+    assert int.from_bytes(guest.memory[0x9000:0x9008], "little") == value
+
+
+def test_an_instruction_that_the_core_cannot_execute_is_told_with_its_bytes(real_core, guests):
+    if Capability.STOCK_KERNELS in real_core.capabilities():
+        pytest.skip(f"{real_core.name} executes everything that stock kernels use")
+    guest = guests(real_core)
+    code = bytes.fromhex("d9e8 d8c0")  # fld1; fadd st, st0
+    guest.load_code(code)
+    guest.go()
+    index, exit_ = guest.next_exit()
+    assert isinstance(exit_, InternalError)
+    assert exit_.suberror == 1
+    assert CODE <= exit_.rip < CODE + len(code)
+    assert exit_.instruction.startswith(code[exit_.rip - CODE :])
 
 
 def test_an_answer_must_fit_the_exit(core, guests):

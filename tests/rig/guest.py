@@ -52,7 +52,8 @@ def build() -> Guest:
     """The guest of the Debian packages that apt offers now, from the cache if it was built before."""
     kernel = packages.resolve(packages.dependency("linux-image-amd64", r"linux-image-[\d.]+-\d+-amd64"))
     busybox = packages.resolve("busybox-static")
-    key = hashlib.sha256("\n".join([kernel.sha256, busybox.sha256, INIT, *MODULES, *ARGUMENTS.values()]).encode()).hexdigest()[:16]
+    inputs = [kernel.sha256, busybox.sha256, INIT, *MODULES, *ARGUMENTS.values()]
+    key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
     folder = cache.directory("rig")
     target = folder / key
     with cache.lock("rig"):

@@ -197,6 +197,31 @@ def set_flat(vcpu: CoreVcpu, rip: int) -> None:
         vcpu.set_state(replace(state, mp_state=bytes(4)))  # KVM_MP_STATE_RUNNABLE: no INIT and SIPI needed
 
 
+def set_long(guest: Guest, code: bytes, *, at: int = CODE) -> None:
+    """64-bit supervisor code on vCPU 0; the first 2 MiB and 2 MiB at MMIO are mapped to themselves."""
+    vcpu = guest.vcpus[0]
+    tables = 0x1_0000
+    present = 3
+    for offset, entry in (
+        (0x0000, tables + 0x1000 | present),  # PML4
+        (0x1000, tables + 0x2000 | present),  # PDPT: first GiB
+        (0x1000 + 8 * (MMIO >> 30), tables + 0x3000 | present),
+        (0x2000, 0x80 | present),
+        (0x3000 + 8 * (MMIO >> 21 & 511), MMIO | 0x80 | present),
+    ):
+        struct.pack_into("<Q", guest.memory, tables + offset, entry)
+    guest.memory[at : at + len(code)] = code
+    data = Segment(limit=0xFFFF_FFFF, selector=16, type=3, db=1, g=1)
+    vcpu.set_system_registers(
+        replace(
+            vcpu.system_registers(),
+            cs=replace(data, selector=8, type=11, db=0, l=1), ds=data, es=data, fs=data, gs=data, ss=data,
+            gdt=(0, 0), idt=(0, 0), cr0=0x8000_0011, cr3=tables, cr4=0x20, efer=0x500,
+        )
+    )  # fmt: skip
+    vcpu.set_registers(Registers(rip=at, rsp=STACK))
+
+
 def make(system: System, *, config: VmConfig | None = None, log_dirty: bool = False) -> Guest:
     """A VM with 1 MiB of RAM at 0 and all its vCPUs."""
     config = config or VmConfig()
