@@ -62,15 +62,18 @@ VIRTIO_MMIO_GSIS = tuple(range(16, 24))
 VIRTIO_MMIO_MAX = VIRTIO_MMIO.size // VIRTIO_MMIO_STRIDE
 
 # RAM below 1 MiB that the loaders and tables use.
+BDA = 0x400
 WARM_BOOT_FLAG = 0x472
 """BIOS data area: 0x1234 before a reset asks for a warm boot."""
-BOOT_GDT, BOOT_IDT = 0x500, 0x5A0
+BOOT_GDT, BOOT_IDT = 0x600, 0x6A0
 BOOT_INFO = 0x7000
 """Linux zero page, hvm_start_info or multiboot information; 8 KiB."""
 BOOT_PAGE_TABLES = 0x9000
 """PML4, one PDPT, four page directories: 24 KiB."""
 BOOT_STACK = 0x8FF0
 CMDLINE = Range(0x2_0000, 64 * KIB)
+MODULE_CMDLINE = 0x2_8000
+"""The second half of it, where a boot module has a command line of its own."""
 EBDA = Range(0x9_FC00, 1 * KIB)
 LOW_RAM_END = 0xA_0000
 ROM = Range(0xE_0000, 128 * KIB)

@@ -185,6 +185,13 @@ def test_multiboot_elf_and_addresses(tmp_path: Path) -> None:
     assert (first.size, first.address, first.type) == (20, 0, 1)
 
 
+def test_kernel_file_compressed_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.gz"
+    path.write_bytes(gzip.compress(elf64(0x10_0000, 0x10_0000, b"\xf4" * 64, note=0x10_0010)))
+    assert boot.identify(path) == "pvh"
+    assert boot.load(Ram(32 * MIB), path).registers.rip == 0x10_0010
+
+
 def test_image_with_unknown_payload_is_entered_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "memtest"
     path.write_bytes(bzimage(b"not packed at all"))

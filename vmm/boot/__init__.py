@@ -15,7 +15,7 @@ from vmm.boot.cmdline import default_cmdline
 from vmm.boot.flat import load_flat, place_flat
 from vmm.boot.pvh import load_pvh
 from vmm.boot.request import Request, is_bzimage, read_file
-from vmm.boot.state import BootState, LoadMemory
+from vmm.boot.state import BootState, LoadMemory, write_bda
 from vmm.errors import ConfigError
 from vmm.layout import Layout
 
@@ -27,7 +27,21 @@ Protocol = Literal["auto", "linux64", "pvh", "multiboot", "bzimage"]
 
 def identify(path: Path) -> str:
     """'bzimage', 'pvh', 'vmlinux', 'multiboot', or 'unknown'. Raises ConfigError if it cannot be read."""
-    return _identify(read_file(path), str(path))
+    return _identify(_gunzipped(read_file(path), str(path)), str(path))
+
+
+def _gunzipped(data: memoryview, name: str) -> memoryview:
+    """A kernel file that is compressed as a whole (Xen, GNU Mach, vmlinux.gz), as boot loaders take it."""
+    if elf.is_elf(data) or is_bzimage(data):
+        return data
+    from vmm.boot.unpack import UnpackError, compression, unpack
+
+    if compression(data) is None:
+        return data
+    try:
+        return memoryview(unpack(data))
+    except UnpackError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _identify(data: memoryview, name: str) -> str:
@@ -53,12 +67,13 @@ def load(
     `rsdp`: guest-physical address of the ACPI root pointer, None without ACPI. `cache`: folder of unpacked kernels,
     None for the user's. Raises ConfigError, one line with the cure.
     """
-    data = read_file(kernel)
     name = str(kernel)
+    data = _gunzipped(read_file(kernel), name)
     request = Request(
         cmdline=cmdline, initrd=None if initrd is None else read_file(initrd), initrd_name=str(initrd), rsdp=rsdp,
         e820=Layout(memory.size).e820(),
     )
+    write_bda(memory)
     kind = _identify(data, name)
     match protocol, kind:
         case ("multiboot", _) | ("auto", "multiboot"):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from cpu.contract import Registers
 from vmm import layout
-from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode, real_mode
+from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode, real_mode, write_bda
 from vmm.errors import ConfigError, GuestError, os_reason
 
 Mode = Literal["real", "protected", "long"]
@@ -36,6 +36,7 @@ def place_flat(
     if not image:
         raise ConfigError(f"{name}: the file is empty")
     try:
+        write_bda(memory)
         memory.write(load, image)
     except GuestError as error:
         raise ConfigError(

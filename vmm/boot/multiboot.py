@@ -37,6 +37,9 @@ INFO = Struct(
 MODULE = Struct("start" / Int32ul, "end" / Int32ul, "string" / Int32ul, "reserved" / Int32ul)
 MEMORY_MAP = Struct("size" / Int32ul, "address" / Int64ul, "length" / Int64ul, "type" / Int32ul)
 
+MODULE_CMDLINE = " -- "
+"""What follows it on the command line is the module's (the initrd's): Xen's dom0 kernel has one of its own."""
+
 _MODULES = layout.BOOT_INFO + 0x100
 _MEMORY_MAP = layout.BOOT_INFO + 0x200
 _NAME = layout.BOOT_INFO + 0xE00
@@ -92,18 +95,21 @@ def load_multiboot(memory: LoadMemory, data: memoryview, request: Request, name:
     if found.flags & ADDRESSES:
         entry, end = _by_addresses(memory, data, found, name)
     else:
-        image = elf.parse(data, name)
-        if image.bits != 32:
-            raise ConfigError(f"{name}: a 64-bit ELF file without addresses in its multiboot header")
+        image = elf.parse(data, name)  # of 64 bits too, as GRUB takes it: the entry is 32-bit code all the same
         if image.start < layout.KERNEL_BASE:
             raise ConfigError(f"{name}: a segment wants to stand at {image.start:#x}, below 1 MiB")
         image.place(memory)
         entry, end = image.physical_entry, image.end
-    cmdline = place_cmdline(memory, request.cmdline, layout.CMDLINE.size - 1, name)
+    own, _, module_text = request.cmdline.partition(MODULE_CMDLINE)
+    cmdline = place_cmdline(memory, own, layout.MODULE_CMDLINE - layout.CMDLINE.start - 1, name)
+    if len(module_text.encode()) >= layout.CMDLINE.end - layout.MODULE_CMDLINE:
+        raise ConfigError("cmdline: the part for the module is too long")
+    memory.write(layout.MODULE_CMDLINE, module_text.encode() + b"\0")
     modules = 0
     if request.initrd is not None:
         address = place_initrd(memory, request, end, 0xFFFF_FFFF, name)
-        module = {"start": address, "end": address + len(request.initrd), "string": 0, "reserved": 0}
+        end_address = address + len(request.initrd)
+        module = {"start": address, "end": end_address, "string": layout.MODULE_CMDLINE, "reserved": 0}
         memory.write(_MODULES, MODULE.build(module))
         modules = 1
     table = b"".join(

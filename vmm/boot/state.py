@@ -89,6 +89,19 @@ def write_page_tables(memory: LoadMemory) -> int:
     return base
 
 
+BDA = struct.Struct("<4H6xHHxH")
+"""BIOS data area from 0x400: COM1 to COM4, (LPT), EBDA segment, equipment, conventional memory in KiB."""
+
+
+def write_bda(memory: LoadMemory) -> None:
+    """What a BIOS leaves at 0x400 and Xen, boot sectors and others read: two serial ports, where the EBDA is, and how
+    much memory is below it."""
+    equipment = 2 << 9
+    kib = layout.EBDA.start >> 10
+    memory.write(layout.BDA, BDA.pack(layout.COM1, layout.COM2, 0, 0, layout.EBDA.start >> 4, equipment, kib))
+    memory.write(layout.EBDA.start, bytes([layout.EBDA.size >> 10]))
+
+
 def real_mode(registers: Registers, *, cs: int = 0) -> tuple[Registers, SystemRegisters]:
     """Real-address mode, all data segments 0, code segment value `cs`."""
     segment = Segment(base=0, limit=0xFFFF, selector=0, type=3)
