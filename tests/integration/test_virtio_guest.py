@@ -95,6 +95,55 @@ async def test_network_by_passt(tmp_path: Path, transport: str) -> None:
     assert (tmp_path / "frames.pcap").stat().st_size > len(body)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_network_by_tap(tmp_path: Path, transport: str) -> None:
+    """Ping and downloads both ways through a tap with checksum and segmentation offload."""
+    image()
+    name, host, guest = f"lv{os.getpid() % 100000}{transport[0]}", "10.213.7.1", "10.213.7.2"
+    body = os.urandom(5 << 20)
+    want = hashlib.md5(body).hexdigest()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(body)
+        await writer.drain()
+        writer.close()
+
+    net = Net(kind="tap", target=name, transport=transport)  # type: ignore[arg-type]
+    try:
+        machine = vmm.run("linux", core="soft", nets=(net,), timeout=SECONDS)
+        vm = await machine.__aenter__()
+    except vmm.ConfigError as error:
+        pytest.skip(str(error))
+    try:
+        for command in (f"addr add {host}/24 dev {name}", f"link set {name} up"):
+            process = await asyncio.create_subprocess_exec("ip", *command.split())
+            assert await process.wait() == 0
+        server = await asyncio.start_server(serve, host, 0)
+        port = server.sockets[0].getsockname()[1]
+        await sh(vm, "while pidof udhcpc; do killall -9 udhcpc; sleep 0.1; done")
+        await sh(vm, f"ip addr add {guest}/24 dev eth0; ip link set eth0 up")
+        assert "3 packets received" in await sh(vm, f"ping -c 3 -i 0.1 {host}")
+        assert (await sh(vm, f"nc {host} {port} | tee /tmp/body | md5sum")).split()[0] == want
+        server.close()
+        sending = asyncio.ensure_future(sh(vm, "nc -l -p 4000 < /tmp/body"))
+        async with asyncio.timeout(SECONDS):
+            while True:
+                try:
+                    reader, writer = await asyncio.open_connection(guest, 4000)
+                    break
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.05)
+            digest = hashlib.md5()
+            while data := await reader.read(1 << 20):
+                digest.update(data)
+            writer.close()
+        assert digest.hexdigest() == want
+        await sending
+    finally:
+        await machine.__aexit__(None, None, None)
+
+
 async def test_consoles_and_vsock(tmp_path: Path) -> None:
     """hvc0 joins the console, a named port is a socket, and Firecracker's CONNECT reaches the guest."""
     image()
