@@ -169,7 +169,7 @@ static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, un
     UNSYNC();
 /* BODY uses m, the value loaded. */
 #define LOAD_HANDLER(name, bits, EA, BODY)                                                                             \
-    static SLOW HANDLER(name##_slow)                                                                                   \
+    static SLOW_HANDLER(name##_slow)                                                                                   \
     {                                                                                                                  \
         SLOW_LOAD(bits, EA)                                                                                            \
         BODY;                                                                                                          \
@@ -183,7 +183,7 @@ static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, un
     }
 /* Stores VALUE; AFTER is done once the store has succeeded. */
 #define STORE_HANDLER(name, bits, EA, VALUE, AFTER)                                                                    \
-    static SLOW HANDLER(name##_slow)                                                                                   \
+    static SLOW_HANDLER(name##_slow)                                                                                   \
     {                                                                                                                  \
         SYNC();                                                                                                        \
         soft_store_slow(c, EA, (bits) / 8, (UINT(bits))(VALUE));                                                       \

@@ -31,7 +31,7 @@
 
 /* memory op= B */
 #define ALU_RMW(name, bits, DO, FLAGS, EA, B)                                                                          \
-    static SLOW HANDLER(name##_slow)                                                                                   \
+    static SLOW_HANDLER(name##_slow)                                                                                   \
     {                                                                                                                  \
         uint64_t ea = EA;                                                                                              \
         SYNC();                                                                                                        \

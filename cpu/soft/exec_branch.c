@@ -7,7 +7,7 @@ HANDLER(jmp_rel) { GO_TAKEN(); }
 HANDLER(jmp_fall) { GO_NEXT(); }
 /* Indirect branches whose target is not in the jump cache. A target that is not canonical faults here, before anything
  * has changed, as on AMD's processors. */
-static SLOW HANDLER(jmp_r_slow)
+static SLOW_HANDLER(jmp_r_slow)
 {
     uint64_t target = REG64(u->r1);
     if (!soft_canonical(target)) {
@@ -40,7 +40,7 @@ JCC(0) JCC(1) JCC(2) JCC(3) JCC(4) JCC(5) JCC(6) JCC(7) JCC(8) JCC(9) JCC(10) JC
 const uop_fn jcc_rel[16] = {jcc0, jcc1, jcc2, jcc3, jcc4, jcc5, jcc6, jcc7, jcc8, jcc9, jcc10, jcc11, jcc12, jcc13, jcc14, jcc15};
 
 /* The target is computed before the push, so CALL [RSP] and CALL RSP see the old RSP. */
-static SLOW HANDLER(call_rel_slow)
+static SLOW_HANDLER(call_rel_slow)
 {
     SYNC();
     c->access_ss = 1;
@@ -61,7 +61,7 @@ HANDLER(call_rel)
     REG64(RSP * 8) = sp;
     GO_TAKEN();
 }
-static SLOW HANDLER(call_r_slow)
+static SLOW_HANDLER(call_r_slow)
 {
     uint64_t target = REG64(u->r1);
     SYNC();
@@ -90,7 +90,7 @@ HANDLER(call_r)
     u = j->code;
     return u->fn(c, u, target);
 }
-static SLOW HANDLER(ret64_slow)
+static SLOW_HANDLER(ret64_slow)
 {
     SYNC();
     c->access_ss = 1;

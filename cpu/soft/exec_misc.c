@@ -102,9 +102,11 @@ HANDLER(bsr_rr)
 }
 HANDLER(popcnt_rr)
 {
-    uint64_t v = get_reg(c, u->r1, u->size);
-    set_reg(c, u->r0, u->size, (uint64_t)__builtin_popcountll(v));
+    uint64_t v = get_reg(c, u->r1, u->size), n = v - (v >> 1 & 0x5555555555555555);
+    n = (n & 0x3333333333333333) + (n >> 2 & 0x3333333333333333);
+    n = ((n + (n >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56;
     flags_set_arith(c, v ? 0 : F_ZF);
+    set_reg(c, u->r0, u->size, n);
     NEXT;
 }
 HELPER(h_crc32)

@@ -241,7 +241,7 @@ MUL_SIZE(64, unsigned __int128, __int128)
 const uop_fn mul_r[4] = {mul_r8, mul_r16, mul_r32, mul_r64};
 const uop_fn imul_r[4] = {imul_r8, imul_r16, imul_r32, imul_r64};
 
-static SLOW HANDLER(divide_error)
+static SLOW_HANDLER(divide_error)
 {
     SYNC();
     soft_raise(c, VEC_DE);

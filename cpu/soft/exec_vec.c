@@ -45,14 +45,14 @@ static __attribute__((noinline)) void general(struct soft_vcpu *c, const struct 
     if (op->form == VEC_FLAGS)
         flags_set_arith(c, ctx.flags);
 }
-static SLOW HANDLER(slow_r)
+static SLOW_HANDLER(slow_r)
 {
     SYNC();
     general(c, u, false);
     UNSYNC();
     NEXT;
 }
-static SLOW HANDLER(slow_m)
+static SLOW_HANDLER(slow_m)
 {
     SYNC();
     general(c, u, true);
@@ -70,7 +70,7 @@ static __attribute__((noinline)) void general_store(struct soft_vcpu *c, const s
     op->fn(&ctx, &value, &XMM(u->r1));
     soft_store_bytes(c, at, &value, u->size);
 }
-static SLOW HANDLER(slow_store)
+static SLOW_HANDLER(slow_store)
 {
     SYNC();
     general_store(c, u);

@@ -99,7 +99,9 @@ bool block_code_changed(struct soft_vcpu *c);
 
 static inline unsigned jump_hash(uint64_t rip) { return (unsigned)((rip ^ (rip >> 12)) & (JUMP_SIZE - 1)); }
 
-#define HANDLER(name) void name(struct soft_vcpu *c, struct uop *u, uint64_t rip)
-#define SLOW __attribute__((noinline, cold))
+/* Handlers have a section of their own so that tests/unit/test_soft_handlers.py finds them in the object code. */
+#define HANDLER_ARGUMENTS struct soft_vcpu *c, struct uop *u, uint64_t rip
+#define HANDLER(name) __attribute__((section("soft_handlers"))) void name(HANDLER_ARGUMENTS)
+#define SLOW_HANDLER(name) __attribute__((noinline, cold, section("soft_slow"))) void name(HANDLER_ARGUMENTS)
 
 #endif
