@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol, runtime_checkable
 
 from cpu.exits import AlarmDue, Entry, Exit, Posted
+from cpu.values import dataclass
 
 
 class Capability(enum.StrEnum):

@@ -6,7 +6,7 @@ Only `vmm/dispatch.py` interprets these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from cpu.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +123,9 @@ class CompleteRead:
     """Go on, and the read yields `value` (little-endian, truncated to the access size)."""
 
     value: int
+
+    def __init__(self, value: int) -> None:  # one for each synchronous read
+        object.__setattr__(self, "value", value)
 
 
 Exit = (

@@ -7,7 +7,6 @@ exits park the vCPU, `kick` interrupts between steps. At the end of its script a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cpu import _core
 from cpu.contract import Capability, CpuidEntry, VmConfig
@@ -26,6 +25,7 @@ from cpu.exits import (
     Shutdown,
     SystemEvent,
 )
+from cpu.values import dataclass
 from cpu.views import EXIT
 from cpu.vm import CoreVcpu, CoreVm
 

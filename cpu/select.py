@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
 
 from cpu.contract import Capability, Probe, System
 from cpu.errors import ConfigError, CpuError, HostError
+from cpu.values import dataclass
 
 NAMES = ("kvm", "soft")
 """In order of preference. The scripted core is for tests only and never chosen."""
