@@ -76,14 +76,14 @@ class Built:
         self,
         config: Config,
         system: System,
-        console: CharacterPort,
+        console_port: Callable[[], CharacterPort],
         debug_output: Callable[[bytes], None],
         finish: Callable[[Outcome], None],
         devices: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
         self.config = config
         self.system = system
-        self.console = console
+        self._console_port = console_port
         self.debug_output = debug_output
         self.devices = devices or {}
         """The embedder's own virtio devices: name -> a function that makes it."""
@@ -102,6 +102,10 @@ class Built:
         """Guest-physical address of the ACPI root pointer, set by the part that builds the tables."""
 
     # vmm.interfaces.Assembly
+
+    @property
+    def console(self) -> CharacterPort:
+        return self._console_port()
 
     @property
     def machine(self) -> CoreMachine:

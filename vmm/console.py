@@ -44,8 +44,34 @@ class Watcher(Protocol):
         """There is output after `position`, or the hub was closed."""
 
 
+class ConsolePort:
+    """One device's end of the hub (vmm.interfaces.CharacterPort)."""
+
+    def __init__(self, hub: ConsoleHub) -> None:
+        self._hub = hub
+        self.ready: Callable[[], None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._hub.wrote(self, data)
+
+    def read(self, limit: int) -> bytes:
+        return self._hub.read(limit) if self._hub.active is self else b""
+
+    def set_receiver(self, ready: Callable[[], None]) -> None:
+        self.ready = ready
+        self._hub.announce()
+
+    def event(self, kind: str) -> None:
+        if self._hub.on_event is not None:
+            self._hub.on_event(kind)
+
+
 class ConsoleHub:
-    """vmm.interfaces.CharacterPort on one side, watchers and input sources on the other."""
+    """Devices' ports on one side, watchers and input sources on the other.
+
+    Output of all ports joins. Input goes to the active port: of those that take any, the one that wrote last; before
+    that, the first.
+    """
 
     def __init__(self) -> None:
         self._ring = bytearray()
@@ -54,7 +80,7 @@ class ConsoleHub:
         self.closed = False
         self._watchers: list[Watcher] = []
         self._input = bytearray()
-        self._ready: Callable[[], None] | None = None
+        self.active: ConsolePort | None = None
         self._blocked: list[Callable[[], None]] = []
         self.on_pressure: Callable[[bool], None] | None = None
         """Called with True when the machine should be held, with False when it may go on."""
@@ -62,6 +88,28 @@ class ConsoleHub:
         self._pressed = False
 
     # The guest's side.
+
+    def port(self) -> ConsolePort:
+        """A new port, for one device of the present incarnation of the machine."""
+        port = ConsolePort(self)
+        if self.active is None:
+            self.active = port
+        return port
+
+    def disconnect(self) -> None:
+        """The devices are gone; the next port is the first again."""
+        self.active = None
+
+    def wrote(self, port: ConsolePort, data: bytes) -> None:
+        if self.active is not port and port.ready is not None:
+            self.active = port
+            self.announce()
+        self.write(data)
+
+    def announce(self) -> None:
+        """Tell the active port of waiting input."""
+        if self._input and self.active is not None and self.active.ready is not None:
+            self.active.ready()
 
     def write(self, data: bytes) -> None:
         """Output of the guest."""
@@ -82,15 +130,6 @@ class ConsoleHub:
             for resume in blocked:
                 resume()
         return data
-
-    def set_receiver(self, ready: Callable[[], None]) -> None:
-        self._ready = ready
-        if self._input:
-            ready()
-
-    def event(self, kind: str) -> None:
-        if self.on_event is not None:
-            self.on_event(kind)
 
     # The watchers' side.
 
@@ -125,8 +164,7 @@ class ConsoleHub:
     def feed(self, data: bytes, resume: Callable[[], None] | None = None) -> bool:
         """Input from a source. False: the queue is full; wait until `resume` is called (the data is taken)."""
         self._input += data
-        if self._ready is not None:
-            self._ready()
+        self.announce()
         if len(self._input) < INPUT_HIGH:
             return True
         if resume is not None and resume not in self._blocked:

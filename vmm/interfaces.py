@@ -111,7 +111,7 @@ class Assembly(Protocol):
     def capabilities(self) -> frozenset[Capability]: ...
     @property
     def console(self) -> CharacterPort:
-        """The machine's console hub."""
+        """A new port of the machine's console, for one device."""
 
     @property
     def devices(self) -> Mapping[str, Callable[[], Any]]:

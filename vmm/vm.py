@@ -256,7 +256,8 @@ class VirtualMachine:
 
     async def _build(self) -> None:
         assert self._system is not None
-        built = Built(self.config, self._system, self._hub, self._write_debug, self._finish, self._devices)
+        self._hub.disconnect()
+        built = Built(self.config, self._system, self._hub.port, self._write_debug, self._finish, self._devices)
         await built.build()
         self._built = built
         self._hub.on_pressure = self._console_pressure

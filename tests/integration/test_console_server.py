@@ -146,6 +146,25 @@ async def test_log_that_cannot_be_written_stops_with_a_warning(tmp_path: Path) -
     assert warnings == ["console log: /dev/full: no space left on device; logging stops"]
 
 
+async def test_input_goes_to_the_port_that_wrote_last() -> None:
+    """A kernel's shell sits on the serial port or on hvc0: where its prompt came from, there its input goes."""
+    hub = ConsoleHub()
+    serial, hvc, log = hub.port(), hub.port(), hub.port()
+    called: list[str] = []
+    serial.set_receiver(lambda: called.append("serial"))
+    hvc.set_receiver(lambda: called.append("hvc"))
+    hub.feed(b"a")
+    assert called == ["serial"] and hvc.read(9) == b"" and serial.read(9) == b"a"
+    hvc.write(b"prompt")
+    log.write(b"takes no input")
+    hub.feed(b"b")
+    assert called == ["serial", "hvc"] and serial.read(9) == b"" and hvc.read(9) == b"b"
+    hub.feed(b"c")
+    serial.write(b"login:")
+    assert called[-1] == "serial" and serial.read(9) == b"c"
+    assert hub.output(0, 99) == b"prompttakes no inputlogin:"
+
+
 async def test_readers_are_independent() -> None:
     hub = ConsoleHub()
     first, second = ConsoleReader(hub), ConsoleReader(hub)
