@@ -270,7 +270,7 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
         case 0x78: case 0x79:
             return true; /* SSE4a */
         case 0xAE:
-            return !((prefix == PREFIX_NONE && memory && reg < 4) || (prefix == PREFIX_NONE && !memory && reg >= 5));
+            return !((prefix == PREFIX_NONE && memory && reg < 7) || (prefix == PREFIX_NONE && !memory && reg >= 5));
         case 0xB8:
             return prefix == PREFIX_NONE || prefix == PREFIX_66; /* JMPE: #UD, but with ModRM or not? */
         case 0xBC: case 0xBD:
@@ -293,6 +293,28 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
     default:
         return opcode == 0x44 || opcode == 0xDF || opcode == 0xCC || opcode == 0xCE || opcode == 0xCF || opcode == 0xF0;
     }
+}
+
+/* XSAVE, XRSTOR, XSAVEOPT (the ModRM byte is the last but the address): an area by RSI, for x87 and SSE, which is all that
+ * the core has. */
+static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s, struct memory *memory)
+{
+    while (insn->bytes[--insn->length] != insn->modrm || insn->bytes[insn->length - 1] != 0xAE)
+        ;
+    insn->modrm = (insn->modrm & 0x38) | 6;
+    insn->bytes[insn->length++] = insn->modrm;
+    insn->ea = DATA_BASE + 0x400 + 64 * rng_below(r, 32);
+    uint8_t *area = memory->data + (insn->ea - DATA_BASE);
+    fill_fx(r, area);
+    memset(area + 512, 0, 64);
+    area[512] = (uint8_t)rng_below(r, 4);
+    if (rng_one_in(r, 10))
+        area[512 + rng_below(r, 24)] ^= (uint8_t)(1 << rng_below(r, 8));
+    if (rng_one_in(r, 16))
+        insn->ea += rng_below(r, 64);
+    s->gpr[6 | (insn->rex & 1) << 3] = insn->ea;
+    s->gpr[0] = rng_below(r, 4);
+    s->gpr[2] = 0;
 }
 
 static bool is_string(unsigned map, unsigned opcode)
@@ -443,7 +465,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
     if (map == MAP_0F3A)
         put(insn, 0x3A, 1);
     put(insn, opcode, 1);
-    if (map == MAP_0F && opcode == 0xAE && form < 0xC0 && form >> 3 < 2 && form >> 3 == 1) {
+    if (map == MAP_0F && opcode == 0xAE && form < 0xC0 && (form >> 3 & 7) == 1) {
         /* FXRSTOR: mostly an image that it accepts */
         insn->ea = DATA_BASE + 64 + 16 * rng_below(r, 64);
         fill_fx(r, memory->data + (insn->ea - DATA_BASE));
@@ -461,6 +483,8 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
             if (insn->ea >= DATA_BASE + 64 && insn->ea < DATA_BASE + DATA_WRITABLE - 64 && !(map == MAP_0F && opcode == 0xAE))
                 any_operand(r, memory->data + (insn->ea - DATA_BASE));
             memory_operand(r, insn, s, form >> 3 & 7, address32, imm);
+            if (map == MAP_0F && opcode == 0xAE && (form >> 3 & 7) >= 4)
+                xsave_operand(r, insn, s, memory);
         }
     }
     if (map == MAP_ONE && opcode >= 0xA0 && opcode <= 0xA3) {

@@ -57,12 +57,36 @@ static unsigned encode(struct program *p, unsigned opcode, int reg, unsigned how
     return p66 && !w ? 2 : 4;
 }
 
+static void sse_memory(struct program *p)
+{
+    static const uint8_t opcodes[] = {0x10, 0x11, 0x12, 0x13, 0x16, 0x17, 0x28, 0x29, 0x51, 0x54, 0x57, 0x58, 0x59, 0x5A, 0x5B, 0x5C,
+                                      0x5D, 0x5E, 0x5F, 0x6F, 0x7E, 0x7F, 0xD6, 0xE6, 0xEF, 0xFE, 0xC6, 0x70, 0x14};
+    unsigned opcode = opcodes[rng_below(p->r, sizeof opcodes)], prefix = (unsigned[]){0, 0x66, 0xF2, 0xF3}[rng_below(p->r, 4)];
+    bool scalar = opcode == 0x10 || opcode == 0x11 || opcode == 0x51 || (opcode >= 0x58 && opcode <= 0x5F && opcode != 0x5B);
+    if (prefix == 0xF2 && !scalar && opcode != 0x12 && opcode != 0xE6)
+        prefix = 0x66;
+    if (prefix == 0xF3 && !scalar && opcode != 0x12 && opcode != 0x16 && opcode != 0x6F && opcode != 0x7F && opcode != 0x7E)
+        prefix = 0x66;
+    if (!prefix && (opcode >= 0x6F || opcode == 0x51) && opcode != 0xC6)
+        prefix = 0x66; /* not MMX */
+    if (prefix)
+        put(p, prefix);
+    if (!p->mode32)
+        put(p, 0x41 | (rng_below(p->r, 2) ? 4 : 0)); /* REX.B for R14 */
+    put(p, 0x0F);
+    put(p, opcode);
+    put(p, 0x40 | rng_below(p->r, 8) << 3 | 6);
+    put(p, rng_below(p->r, 7) * 16);
+    if (opcode == 0xC6 || opcode == 0x70)
+        put(p, (unsigned)rng_next(p->r) & 0xFF);
+}
+
 static void one_instruction(struct program *p)
 {
     static const uint8_t sse[] = {0x14, 0x15, 0x54, 0x57, 0x60, 0x63, 0x6C, 0x6D, 0x74, 0x76, 0xD4, 0xDB, 0xEB, 0xEF, 0xFA, 0xFC, 0xFE, 0x6F, 0x58, 0x59, 0x5C, 0xF4};
     struct rng *r = p->r;
     unsigned n;
-    switch (rng_below(r, 30)) {
+    switch (rng_below(r, 36)) {
     case 0: case 1: case 2: case 3: case 4: /* ALU, both directions and sizes */
         encode(p, rng_below(r, 8) << 3 | rng_below(r, 4), -1, 0, 0);
         break;
@@ -95,7 +119,28 @@ static void one_instruction(struct program *p)
         put(p, sse[n]);
         put(p, 0xC0 | rng_below(r, 64));
         break;
-    case 28: encode(p, 0xB8, -1, LONG_MAP, 0xF3); break; /* POPCNT */
+    case 28: case 29: case 30: /* SSE arithmetic and moves; mostly memory, aligned */
+        sse_memory(p);
+        break;
+    case 31: /* shifts, and the shuffles of the three prefixes */
+        if (rng_below(r, 2)) {
+            put(p, 0x66), put(p, 0x0F), put(p, 0x71 + rng_below(r, 3)), put(p, 0xD0 | rng_below(r, 2) << 5 | rng_below(r, 8));
+        } else {
+            put(p, (unsigned[]){0x66, 0xF2, 0xF3}[rng_below(r, 3)]), put(p, 0x0F), put(p, 0x70), put(p, 0xC0 | rng_below(r, 64));
+        }
+        put(p, (unsigned)rng_next(r) & 0xFF);
+        break;
+    case 32: /* COMISS, UCOMISD... and a use of their flags */
+        if (rng_below(r, 2))
+            put(p, 0x66);
+        put(p, 0x0F), put(p, 0x2E + rng_below(r, 2)), put(p, 0xC0 | rng_below(r, 64));
+        encode(p, 0x90 + rng_below(r, 16), 0, LONG_MAP, 0);
+        break;
+    case 33: /* MOVD, CVTSI2SD, CVTTSD2SI, PMOVMSKB */
+        encode(p, (unsigned[]){0x2A, 0x2C, 0x2D}[rng_below(r, 3)], -1, LONG_MAP | NO_MEMORY, rng_below(r, 2) ? 0xF2 : 0xF3);
+        break;
+    case 34: encode(p, (unsigned[]){0x6E, 0x7E, 0xD7}[rng_below(r, 3)], -1, LONG_MAP | NO_MEMORY, 0x66); break;
+    case 35: encode(p, 0xB8, -1, LONG_MAP, 0xF3); break; /* POPCNT */
     default: /* IMUL with an immediate */
         encode(p, 0x6B, -1, 0, 0);
         put_immediate(p, 1);
@@ -112,7 +157,7 @@ void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_
     insn->offset = rng_one_in(r, 4) ? 0x1000 - 1 - rng_below(r, 60) : 0x800 + rng_below(r, 64);
     any_registers(r, state, mode32);
     state->gpr[4] = STACK_BASE + STACK_SIZE / 2 + 8 * rng_below(r, 32);
-    state->gpr[mode32 ? 6 : 14] = DATA_BASE + 0x100 + 8 * rng_below(r, 64);
+    state->gpr[mode32 ? 6 : 14] = DATA_BASE + 0x100 + 16 * rng_below(r, 32);
     state->gpr[mode32 ? 5 : 15] = 1 + rng_below(r, 4);
     uint32_t mxcsr = 0x1F80; /* no #XM */
     memcpy(state->fx + 24, &mxcsr, 4);
