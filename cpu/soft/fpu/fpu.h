@@ -34,6 +34,7 @@ struct fpu {
     uint64_t fip, fdp;
     uint32_t mxcsr;       /* without the flags that the host's MXCSR still holds: read it with fpu_mxcsr() */
     bool mxcsr_lazy;      /* the host's MXCSR collects this vCPU's exception flags */
+    bool x87_ready;       /* cw is 37F, nothing is pending, and the host's x87 has no flag that sw has not */
     union xmm xmm[16];
 };
 
@@ -53,6 +54,7 @@ static inline void fpu_collect(struct fpu *f)
 {
     f->mxcsr = fpu_mxcsr(f);
     f->mxcsr_lazy = false;
+    f->x87_ready = false;
 }
 
 enum fpu_fault {
@@ -201,6 +203,7 @@ void fpu_reset(struct fpu *f); /* power-up: FNINIT and MXCSR 0x1F80, registers z
 /* Unmasked exception flags set ES and B of the status word: after any change of the control or status word. */
 static inline void fpu_summarise(struct fpu *f)
 {
+    f->x87_ready = false;
     if (f->sw & ~f->cw & 0x3F)
         f->sw |= 0x8080;
     else

@@ -32,6 +32,7 @@ void fpu_init(struct fpu *f)
     f->tag = 0;
     f->fop = f->fcs = f->fds = 0;
     f->fip = f->fdp = 0;
+    f->x87_ready = false;
 }
 
 void fpu_reset(struct fpu *f)

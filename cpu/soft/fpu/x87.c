@@ -155,6 +155,7 @@ static int fninit(struct x87_context *ctx)
 static int fnclex(struct x87_context *ctx)
 {
     ctx->fpu->sw &= 0x7F00;
+    ctx->fpu->x87_ready = false;
     return FPU_OK;
 }
 

@@ -2,7 +2,7 @@
  *
  * They are taken when the control word is the usual 37F (64-bit precision, to nearest, everything masked), no exception
  * is pending, every register read is valid and every register pushed to is empty. Operands then go to the host's
- * x87 one by one. As with MXCSR, the host's sticky flags are cleared only when they could hide what the operation raised.
+ * x87 one by one. The host's sticky flags are cleared only when they could be taken for what an operation raised.
  */
 #include <string.h>
 
@@ -36,7 +36,7 @@ static inline uint16_t status(void)
     return v;
 }
 
-static inline bool enter(const struct fpu *f)
+static __attribute__((noinline)) bool make_ready(struct fpu *f)
 {
     uint16_t cw;
     asm volatile("fnstcw %0" : "=m"(cw));
@@ -44,8 +44,10 @@ static inline bool enter(const struct fpu *f)
         return false;
     if (status() & FLAGS & ~f->sw)
         asm volatile("fnclex");
+    f->x87_ready = true;
     return true;
 }
+static inline bool enter(struct fpu *f) { return __builtin_expect(f->x87_ready, 1) || make_ready(f); }
 
 /* codes: the condition codes that the instruction defines. */
 static inline void leave(struct fpu *f, uint16_t host, uint16_t codes)

@@ -9,7 +9,7 @@
 struct program {
     struct rng *r;
     struct insn *insn;
-    bool mode32;
+    bool mode32, x87;
 };
 
 /* General registers that programs change. RSP, the data pointer (R14 or ESI) and the loop counter (R15 or EBP) they do not. */
@@ -81,12 +81,38 @@ static void sse_memory(struct program *p)
         put(p, (unsigned)rng_next(p->r) & 0xFF);
 }
 
+/* Any x87 instruction that is not #UD. */
+static void x87(struct program *p)
+{
+    static const uint64_t registers[8] = {
+        0xFFFFFFFFFFFFFFFF, 0xFFFF7F330001FFFF, 0x00000200FFFFFFFF, 0x00FFFF0CFFFFFFFF,
+        0xFFFFFFFFFFFFFFFF, 0x0000FFFFFFFFFFFF, 0xFFFFFFFF02FFFFFF, 0x00FFFF0100000000};
+    static const uint8_t memory[8] = {0xFF, 0xFD, 0xFF, 0xAF, 0xFF, 0xDF, 0xFF, 0xFF};
+    unsigned opcode, n;
+    if (rng_below(p->r, 2)) {
+        do
+            opcode = rng_below(p->r, 8), n = rng_below(p->r, 64);
+        while (!(registers[opcode] >> n & 1));
+        put(p, 0xD8 + opcode);
+        put(p, 0xC0 + n);
+        return;
+    }
+    do
+        opcode = rng_below(p->r, 8), n = rng_below(p->r, 8);
+    while (!(memory[opcode] >> n & 1) || (n >= 4 && (opcode == 1 || opcode == 5) && rng_below(p->r, 8)));
+    if (!p->mode32)
+        put(p, 0x41);
+    put(p, 0xD8 + opcode);
+    put(p, 0x40 | n << 3 | 6);
+    put(p, rng_below(p->r, 8) * 16);
+}
+
 static void one_instruction(struct program *p)
 {
     static const uint8_t sse[] = {0x14, 0x15, 0x54, 0x57, 0x60, 0x63, 0x6C, 0x6D, 0x74, 0x76, 0xD4, 0xDB, 0xEB, 0xEF, 0xFA, 0xFC, 0xFE, 0x6F, 0x58, 0x59, 0x5C, 0xF4};
     struct rng *r = p->r;
     unsigned n;
-    switch (rng_below(r, 36)) {
+    switch (rng_below(r, p->x87 ? 72 : 36)) {
     case 0: case 1: case 2: case 3: case 4: /* ALU, both directions and sizes */
         encode(p, rng_below(r, 8) << 3 | rng_below(r, 4), -1, 0, 0);
         break;
@@ -141,6 +167,7 @@ static void one_instruction(struct program *p)
         break;
     case 34: encode(p, (unsigned[]){0x6E, 0x7E, 0xD7}[rng_below(r, 3)], -1, LONG_MAP | NO_MEMORY, 0x66); break;
     case 35: encode(p, 0xB8, -1, LONG_MAP, 0xF3); break; /* POPCNT */
+    case 36 ... 71: x87(p); break;
     default: /* IMUL with an immediate */
         encode(p, 0x6B, -1, 0, 0);
         put_immediate(p, 1);
@@ -149,7 +176,7 @@ static void one_instruction(struct program *p)
 
 void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_state *state)
 {
-    struct program p = {r, insn, mode32};
+    struct program p = {r, insn, mode32, rng_one_in(r, 4)};
     memset(insn, 0, sizeof *insn);
     memset(state, 0, sizeof *state);
     insn->mode32 = mode32;
