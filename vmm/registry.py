@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from vmm.errors import ConfigError, HostError, os_reason
 from vmm.sockets import check_path
 
+ATTEMPTS = 25
 LOCK, INFO, CONTROL, CONSOLE = "lock", "info.json", "control.sock", "console.sock"
 
 
@@ -72,15 +74,21 @@ class Slot:
         check_path(self.path / CONTROL, "name")
         self._lock = -1
         try:
-            while self._lock < 0:
-                self.path.mkdir(mode=0o700, exist_ok=True)
+            for attempt in range(ATTEMPTS):
+                try:
+                    os.mkdir(self.path, 0o700)
+                except FileExistsError:
+                    pass
                 self._lock = _lock(self.path)
-                if self._lock < 0 and self.path.exists():
-                    info = _info(self.path)
+                if self._lock >= 0:
+                    break
+                info = _info(self.path)
+                if "pid" in info or attempt == ATTEMPTS - 1:
                     owner = f" by process {info['pid']}" if "pid" in info else ""
                     raise ConfigError(
                         f"name: {name!r} is in use{owner}; choose another --name, or end it with: vmm stop {name}"
                     )
+                time.sleep(0.002)  # somebody only looks (entries()), or is about to write its information
             _clean(self.path, keep_lock=True)
         except OSError as error:
             self.release()
