@@ -19,7 +19,12 @@
 enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
 enum { GUESTS = 20, CODE_SIZE = 32 << 20, RUN_MAX = 24 << 10, STUBS = 256 };
 #define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
+/* Handlers that call instead of jumping, as sanitizers make them, rely on callee-saved registers. */
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__ || !defined __OPTIMIZE__
+static const uint8_t pool[] = {8, 9, 10, 11};
+#else
 static const uint8_t pool[] = {H_RBX, H_RBP, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
 
 /* ---- what a handler does ---- */
 
