@@ -25,6 +25,7 @@ from vmm.interfaces import CharacterPort, RandomSource
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine import Action, CoreMachine
 from vmm.memory import GuestMemory
+from vmm.pci import level_trigger
 from vmm.topology import vcpu_cpuid
 
 PARTS = (
@@ -178,6 +179,8 @@ class Built:
             attached = importlib.import_module(name).attach(self)
             if attached is not None:
                 await attached
+        if config.platform != "bare":
+            level_trigger(vm)
         await self._load()
         for component in tuple(self.components.values()):
             begin = getattr(component, "start", None)

@@ -179,3 +179,15 @@ async def test_boot_makes_few_synchronous_exits(tmp_path: Path) -> None:
         machine.kill()
     synchronous = sum(count for name, count in stats.items() if name.startswith("exit."))
     assert 0 < synchronous < 5000, stats
+
+
+@pytest.mark.parametrize(("append", "controller"), [("", "PCI-MSI"), ("acpi=off", "XT-PIC"), ("pci=nomsi", "IO-APIC")])
+async def test_virtio_on_pci_interrupts_by_msix_and_by_shared_lines(append: str, controller: str) -> None:
+    """Root disk and agent socket work with MSI-X, and with INTx through the IOAPIC and through the PIC."""
+    async with vmm.run("linux", core="soft", append=f"root=/dev/vda rw quiet {append}") as machine:
+        interrupts = (await machine.exec("cat", "/proc/interrupts")).text
+        written = (await machine.exec("sh", "-c", "dd if=/dev/zero of=/big bs=1M count=16 2>&1 && sync && echo ok")).text
+        machine.kill()
+    lines = [line for line in interrupts.splitlines() if "virtio" in line]
+    assert lines and all(controller in line for line in lines)
+    assert written.endswith("ok\n")
