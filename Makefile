@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml setup.py $(C_FILES) | packages
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=77' wheel
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,net]'
+	@$(BIN)/python -m compileall -q cpu vmm virtio cli images
 	@touch $@
 
 .PHONY: packages

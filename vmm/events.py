@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 
+from cpu.values import dataclass
 from vmm.lifecycle import Outcome, State
 
 

@@ -6,10 +6,10 @@ All of it is confined to the loop thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cpu.contract import Capability, Shadow, Space
+from cpu.values import dataclass
 from vmm.config import Config
 from vmm.memory import GuestMemory
 

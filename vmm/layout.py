@@ -9,8 +9,8 @@ RAM starts at 0 and is cut by the PCI hole: what does not fit below 3 GiB contin
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
+from cpu.values import dataclass
 from vmm.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
+from cpu.values import dataclass
 from vmm.errors import StateError
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from cpu.values import dataclass
 from vmm.boot.state import LoadMemory
 from vmm.errors import ConfigError, GuestError
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
+from cpu.values import dataclass
 from vmm import layout
 from vmm.boot.state import LoadMemory
 from vmm.errors import ConfigError, os_reason

@@ -6,10 +6,11 @@ Specification: Intel SDM 3.4.5 (segment descriptors), 4.5 (4-level paging), 9.1.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from cpu.contract import Registers, Segment, SystemRegisters
+from cpu.values import dataclass
 from vmm import layout
 
 CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31
