@@ -194,6 +194,7 @@ class Transport:
 
     def _finish_reset(self) -> None:
         self._resetting = False
+        self._native = None  # keeps no part of guest memory exported while no driver is there
         self._clear()
 
     # Features (2.2), in words of 32 bits
