@@ -3,7 +3,8 @@
  * nor touches memory outside the guest's RAM. Build with ASan and UBSan.
  *
  *   soft_fuzz SECONDS [SEED]        campaigns until the time is over; a failing case prints its seed
- *   soft_fuzz --case SEED           one case
+ *   soft_fuzz --case SEED           one case, with the state at every stop
+ *   soft_fuzz --list SEED COUNT     cases, each with a hash of what it left: equal for every build of the core
  * Exit status 0: nothing found. The sanitizers abort with their own report; a hang is reported by SIGALRM.
  */
 #include <linux/kvm.h>
@@ -11,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -48,7 +50,10 @@ static uint64_t edge_value(void)
     case 0: return edges[below(sizeof edges / sizeof edges[0])];
     case 1: return DATA + below(0x10000);
     case 2: return CODE + below(CODE_SIZE);
-    default: return rnd() >> below(64);
+    default: {
+        uint64_t value = rnd(); /* one call a statement everywhere: the order of evaluation is the compiler's otherwise */
+        return value >> below(64);
+    }
     }
 }
 
@@ -131,6 +136,15 @@ static void fill_code(uint8_t *at, unsigned size)
 static void put64(uint32_t at, uint64_t v) { memcpy(ram + at, &v, 8); }
 static void put32(uint32_t at, uint32_t v) { memcpy(ram + at, &v, 4); }
 
+/* A page table entry: anything, or a page of RAM with odd rights. */
+static uint64_t odd_entry(void)
+{
+    uint64_t entry = rnd();
+    if (below(2))
+        return entry;
+    return (entry & (1ull << 63 | 0x1FF000 | 7)) | 1;
+}
+
 static void build_tables(enum mode mode)
 {
     static const uint64_t gdt[] = { 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF, 0x00AF9B000000FFFF, 0x00CFF3000000FFFF,
@@ -193,7 +207,7 @@ static void build_tables(enum mode mode)
         for (unsigned i = 0; i < 512; i++)
             put32(TABLES + 0x1000 + i * 4, i << 12 | 7);
         for (unsigned i = 0; i < 24; i++)
-            put32(TABLES + 0x1000 + (0x40 + below(16)) * 4, below(2) ? (uint32_t)rnd() : (uint32_t)(below(512) << 12 | below(8) | 1));
+            put32(TABLES + 0x1000 + (0x40 + i % 16) * 4, (uint32_t)odd_entry());
     } else if (mode == PAE || long_mode) {
         put64(TABLES, TABLES + (mode == PAE ? 0x1001 : 0x1007));
         put64(TABLES + 8, below(4) ? 0 : rnd() & ~0x1E6ull);
@@ -210,7 +224,7 @@ static void build_tables(enum mode mode)
         for (unsigned i = 0; i < 512; i++)
             put64(TABLES + 0x3000 + i * 8, (uint64_t)i << 12 | 7);
         for (unsigned i = 0; i < 24; i++)
-            put64(TABLES + 0x3000 + (0x40 + below(16)) * 8, below(2) ? rnd() : ((uint64_t)below(512) << 12 | below(8) | 1 | (rnd() & 1ull << 63)));
+            put64(TABLES + 0x3000 + (0x40 + i % 16) * 8, odd_entry());
     }
 }
 
@@ -230,7 +244,8 @@ static void build_state(struct soft_vm *vm, enum mode mode)
         gpr[i] = edge_value();
     r.rsp = STACK;
     r.rip = CODE;
-    s.cr0 = 0x10 | (below(2) ? 0x20 : 0) | (below(8) ? 0 : 0xC);
+    s.cr0 = 0x10 | (below(2) ? 0x20 : 0);
+    s.cr0 |= below(8) ? 0 : 0xC;
     s.cr2 = s.cr3 = s.efer = 0;
     s.cr4 = 0x600 | (below(4) ? 0 : rnd() & 0x304F0);
     s.cr8 = 0;
@@ -318,15 +333,15 @@ static void disturb(struct soft_vm *vm)
     uint8_t bitmap[RAM_SIZE / 4096 / 8];
     uint64_t at = below(RAM_SIZE - 64);
     switch (below(8)) {
-    case 0: soft_vm_set_irq(vm, below(24), below(2)); break;
-    case 1: soft_vm_signal_msi(vm, 0xFEE00000 | (rnd() & 0xFFFFF), (uint32_t)rnd()); break;
+    case 0: soft_vm_set_irq(vm, below(24), at & 1); break;
+    case 1: soft_vm_signal_msi(vm, 0xFEE00000 | at, (uint32_t)rnd()); break;
     case 2: soft_vm_nmi(vm, 0); break;
     case 3:
         for (unsigned i = 0; i < 64; i++)
             ram[at + i] = (uint8_t)rnd();
         soft_vm_memory_written(vm, at, 64);
         break;
-    case 4: soft_vm_memory_written(vm, rnd(), rnd()); break;
+    case 4: soft_vm_memory_written(vm, rnd(), at); break;
     default: soft_vm_dirty_log(vm, 0, bitmap, sizeof bitmap); break;
     }
 }
@@ -357,7 +372,10 @@ static void random_state_blob(struct soft_vm *vm)
         return;
     soft_vcpu_get(vm, 0, (enum soft_state)kind, blob, sizes[kind]);
     for (unsigned i = 0; i < 4; i++)
-        blob[below((uint32_t)sizes[kind])] = (uint8_t)rnd();
+        {
+        uint32_t at = below((uint32_t)sizes[kind]);
+        blob[at] = (uint8_t)rnd();
+    }
     soft_vcpu_set(vm, 0, (enum soft_state)kind, blob, sizes[kind]);
 }
 
@@ -383,7 +401,54 @@ static struct soft_vm *create(void)
 
 static uint64_t stops[8];
 
-static void run_case(uint64_t seed)
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t size)
+{
+    uint64_t word;
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+        memcpy(&word, (const uint8_t *)data + i, 8);
+        h = (h ^ word) * 0x9E3779B97F4A7C15ull;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+static uint64_t hash_case(struct soft_vm *vm)
+{
+    uint64_t h = hash_bytes(soft_vm_instructions(vm), ram, RAM_SIZE);
+    for (uint32_t vcpu = 0; vcpu < 2; vcpu++) {
+        struct kvm_regs r;
+        struct kvm_sregs s;
+        uint8_t xsave[4096];
+        soft_vcpu_get(vm, vcpu, SOFT_STATE_REGS, &r, sizeof r);
+        soft_vcpu_get(vm, vcpu, SOFT_STATE_SREGS, &s, sizeof s);
+        soft_vcpu_get(vm, vcpu, SOFT_STATE_XSAVE, xsave, sizeof xsave);
+        h = hash_bytes(hash_bytes(hash_bytes(h, &r, sizeof r), &s, sizeof s), xsave, sizeof xsave);
+    }
+    return h;
+}
+
+static bool verbose;
+
+static void print_case(struct soft_vm *vm, const char *when)
+{
+    printf("%s: instructions %llu\n", when, (unsigned long long)soft_vm_instructions(vm));
+    for (uint32_t vcpu = 0; vcpu < 2; vcpu++) {
+        struct kvm_regs r;
+        struct kvm_sregs s;
+        uint64_t words[18];
+        soft_vcpu_get(vm, vcpu, SOFT_STATE_REGS, &r, sizeof r);
+        soft_vcpu_get(vm, vcpu, SOFT_STATE_SREGS, &s, sizeof s);
+        memcpy(words, &r, sizeof words);
+        printf(" vcpu %u cs %04x base %llx rip %llx flags %llx cr0 %llx cr2 %llx cr3 %llx cr4 %llx efer %llx\n", vcpu,
+               s.cs.selector, s.cs.base, r.rip, r.rflags, s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
+        for (unsigned i = 0; i < 16; i++)
+            printf(" %016llx%s", (unsigned long long)words[i], i % 8 == 7 ? "\n" : "");
+    }
+    for (uint32_t page = 0; page < RAM_SIZE; page += 4096)
+        printf(" page %x %016llx\n", page, (unsigned long long)hash_bytes(1, ram + page, 4096));
+}
+
+static uint64_t run_case(uint64_t seed)
 {
     current_seed = seed;
     random_state = seed;
@@ -400,11 +465,15 @@ static void run_case(uint64_t seed)
     if (below(32) == 0)
         random_state_blob(vm);
     uint64_t end = soft_vm_now(vm) + CASE_NS;
+    if (verbose)
+        print_case(vm, "start");
     for (unsigned turns = 0; turns < 64; turns++) {
         uint32_t vcpu;
         soft_vm_set_alarm(vm, end);
         enum soft_stop stop = soft_vm_run(vm, &vcpu);
         stops[stop & 7]++;
+        if (verbose)
+            print_case(vm, "stop");
         if (stop == SOFT_STOP_SHUTDOWN || stop == SOFT_STOP_HALTED || stop == SOFT_STOP_ERROR)
             break;
         if (soft_vm_now(vm) >= end) {
@@ -414,23 +483,46 @@ static void run_case(uint64_t seed)
             end = soft_vm_now(vm) + CASE_NS / 4;
         }
     }
+    uint64_t hash = hash_case(vm);
     soft_vm_destroy(vm);
     alarm(0);
+    return hash;
+}
+
+/* Memory between pages that may not be touched (host code is not instrumented). */
+static uint8_t *guarded(size_t size)
+{
+#ifdef __SANITIZE_ADDRESS__
+    return aligned_alloc(4096, size);
+#else
+    const size_t guard = 16 << 20;
+    uint8_t *at = mmap(NULL, size + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED || mprotect(at + guard, size, PROT_READ | PROT_WRITE))
+        abort();
+    return at + guard;
+#endif
 }
 
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "soft_fuzz SECONDS [SEED] | --case SEED\n");
+        fprintf(stderr, "soft_fuzz SECONDS [SEED] | --case SEED | --list SEED COUNT\n");
         return 2;
     }
     signal(SIGALRM, on_hang);
-    ram = aligned_alloc(4096, RAM_SIZE);
-    rom = aligned_alloc(4096, ROM_SIZE);
+    ram = guarded(RAM_SIZE);
+    rom = guarded(ROM_SIZE);
     memset(ram, 0, RAM_SIZE);
     memset(rom, 0xF4, ROM_SIZE);
     if (!strcmp(argv[1], "--case") && argc > 2) {
+        verbose = true;
         run_case(strtoull(argv[2], NULL, 0));
+        return 0;
+    }
+    if (!strcmp(argv[1], "--list") && argc > 3) {
+        uint64_t seed = strtoull(argv[2], NULL, 0), count = strtoull(argv[3], NULL, 0);
+        for (uint64_t i = 0; i < count; i++)
+            printf("%llu %016llx\n", (unsigned long long)(seed + i), (unsigned long long)run_case(seed + i));
         return 0;
     }
     long seconds = atol(argv[1]);

@@ -26,11 +26,14 @@ SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-
             "-fno-sanitize=object-size"]
 
 
-def build(name: str, *, sanitize: bool = False) -> Path:
-    """The path of the program `name`, built if need be; raises CalledProcessError if gcc fails."""
-    out = ROOT / "build" / ("soft-sanitize" if sanitize else "soft")
+def build(name: str, *, sanitize: bool = False, hot: bool = False) -> Path:
+    """The path of the program `name`, built if need be; raises CalledProcessError if gcc fails.
+
+    sanitize: with ASan and UBSan, interpreting alone. hot: every block becomes host code when it is first entered.
+    """
+    out = ROOT / "build" / ("soft-sanitize" if sanitize else "soft-hot" if hot else "soft")
     out.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS + (SANITIZE if sanitize else ["-O2"])
+    flags = FLAGS + (SANITIZE if sanitize else ["-O2"]) + (["-DSOFT_HOT=1"] if hot else [])
     sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.c"))
                if path.name not in PYTHON_ONLY]
     own = sorted(ROOT.glob(PROGRAMS[name]))
@@ -56,9 +59,10 @@ def main() -> int:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--hot", action="store_true")
     parser.add_argument("name", choices=sorted(PROGRAMS))
     arguments = parser.parse_args()
-    sys.stdout.write(f"{build(arguments.name, sanitize=arguments.sanitize)}\n")
+    sys.stdout.write(f"{build(arguments.name, sanitize=arguments.sanitize, hot=arguments.hot)}\n")
     return 0
 
 
