@@ -97,12 +97,20 @@ static void vm_finalize(PyObject *object)
     VmObject *self = (VmObject *)object;
     if (!self->vm || self->stopping)
         return;
+#if PY_VERSION_HEX >= 0x030c0000
+    PyObject *pending = PyErr_GetRaisedException();
+#else
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
+#endif
     if (PyErr_ResourceWarning(object, 1, "unclosed VM %R", object))
         PyErr_WriteUnraisable(object);
     close_vm(self);
+#if PY_VERSION_HEX >= 0x030c0000
+    PyErr_SetRaisedException(pending);
+#else
     PyErr_Restore(type, value, traceback);
+#endif
 }
 
 static void vm_dealloc(VmObject *self)

@@ -27,7 +27,7 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
     if program is None:
         raise ImageError("qemu-system-x86_64 is missing; as root: apt-get install qemu-system-x86")
     return [
-        program, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory_mib), "-M", "pc",
+        program, "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", str(memory_mib), "-M", "pc",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog",
         "-serial", "stdio", "-serial", f"file:{status}",
