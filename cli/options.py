@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RunOption:
+class RunOption(NamedTuple):
     """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command")."""
 
     flag: str

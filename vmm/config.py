@@ -220,8 +220,22 @@ class _Checked:
     def _check(self) -> None:
         """Rules between fields."""
 
+    # Not generated for each class, which `vmm run` would wait for (tests.bench start).
 
-@dataclass(frozen=True, kw_only=True)
+    def __eq__(self, other: object) -> bool:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self._converters)
+
+    def __hash__(self) -> int:
+        return hash(tuple([getattr(self, name) for name in self._converters]))
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._converters)
+        return f"{type(self).__name__}({inside})"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FlatImage(_Checked):
     """Raw bytes loaded at `load` and entered at `entry` in the given processor mode, with interrupts off."""
 
@@ -245,7 +259,7 @@ class FlatImage(_Checked):
         return _from_mapping(cls, "flat", {"path": path, **values})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Disk(_Checked):
     """One virtio block device."""
 
@@ -282,7 +296,7 @@ class Disk(_Checked):
         return _from_mapping(cls, "disk", {"path": path, **values})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Net(_Checked):
     """One virtio network device. `target` is the tap's name or the peer's socket; empty for user networking."""
 
@@ -322,7 +336,7 @@ class Net(_Checked):
         return _from_mapping(cls, "net", {"kind": kind, "target": target, **values})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Console(_Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
@@ -352,7 +366,7 @@ class Console(_Checked):
         return _from_mapping(cls, "console", {"kind": kind, "path": path or None, **values})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Port(_Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
@@ -371,7 +385,7 @@ class Port(_Checked):
         return cls(name=name, path=Path(path))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Config(_Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cpu.contract import Capability, Probe, System
 from cpu.errors import CpuError
 from cpu.select import NAMES, Choice, choose, probe
 from cpu.select import open_system as open_choice
+from cpu.values import dataclass
 from vmm.config import MIB, Config
 from vmm.errors import core_errors
 

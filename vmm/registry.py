@@ -16,10 +16,10 @@ import json
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpu.values import dataclass
 from vmm.errors import ConfigError, HostError, os_reason
 from vmm.sockets import check_path
 

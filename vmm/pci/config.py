@@ -7,10 +7,10 @@ that an access of any size and alignment behaves as its bytes do. It must not kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from construct import Bytes, Int8ul, Int16ul, Int24ul, Int32ul, Padding, Struct
 
+from cpu.values import dataclass
 from vmm.errors import ConfigError
 from vmm.interfaces import BarSpec
 
