@@ -7,7 +7,7 @@ void emit_fpu_check(struct dec *d, unsigned kind)
     if (d->fpu_checked >> kind & 1)
         return;
     d->fpu_checked |= (uint8_t)(1u << kind);
-    emit_helper(d, h_fpu_check)->aux = (uint8_t)kind;
+    emit(d, fpu_available)->aux = (uint8_t)kind;
 }
 
 static unsigned flags_of_condition(unsigned cc)

@@ -56,6 +56,7 @@ HANDLER(bsf_rr); HANDLER(bsr_rr); HANDLER(popcnt_rr); HANDLER(xadd); /* size */
 /* exec_fpu.c: r0, r1 are numbers of XMM registers */
 HANDLER(vec_copy); HANDLER(vec_rr);        /* ptr: struct vec_op */
 
+HANDLER(fpu_available);                    /* aux: 0 SSE, 1 MMX, 2 x87: #UD, #NM */
 /* exec_vec.c: the handler of a frequent operation, or NULL. memory: with a memory operand of address form `form`. */
 uop_fn vec_fast(const struct vec_op *op, bool memory, bool wide, int form);
 

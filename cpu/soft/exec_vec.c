@@ -12,11 +12,27 @@
 
 #include "soft/access.h"
 #include "soft/exec.h"
+#include "soft/helpers.h"
 
 #define VEC_UNUSED __attribute__((unused))
 #define XMM(n) (c->fpu.xmm[n])
 #define GET(n) _mm_load_si128((const __m128i *)&XMM(n))
 #define PUT(n, v) _mm_store_si128((__m128i *)&XMM(n), v)
+
+/* Once in a block, before its first instruction of the kind. */
+static SLOW_HANDLER(fpu_unavailable)
+{
+    SYNC();
+    h_fpu_check(c, u);
+    UNSYNC();
+    NEXT;
+}
+HANDLER(fpu_available)
+{
+    if (SOFT_UNLIKELY((c->cr0 & (CR0_EM | CR0_TS)) || (u->aux == 0 && !(c->cr4 & CR4_OSFXSR))))
+        return fpu_unavailable(c, u, rip);
+    NEXT;
+}
 
 /* ---- slow paths: any operation of the fast forms, with all its faults ---- */
 
