@@ -20,7 +20,8 @@ STREAM = 1
 BUFFER = 256 << 10
 """Bytes that a guest may send ahead on one connection (buf_alloc)."""
 CHUNK = 64 << 10
-CONNECTIONS_MAX = 1024
+CONNECTIONS_MAX = 256
+"""Each holds up to three descriptors of this process and BUFFER bytes."""
 PACKETS_WAITING = 256
 """Packets that wait for the guest's buffers before the device takes no more from it."""
 FIRST_PORT = 1 << 30
@@ -58,14 +59,25 @@ class Connection:
         self.told = 0
         self.guest_done = False
         self.host_done = False
-        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
-        """Bounded by credit: the guest may have BUFFER bytes in it."""
+        self.inbox = bytearray()
+        """From the guest, not yet written to the host's end. Bounded by credit: BUFFER bytes at most."""
+        self.ended = False
+        """Nothing more comes into `inbox`."""
+        self.arrived = asyncio.Event()
         self.credit = asyncio.Event()
 
     @property
     def room(self) -> int:
         """Bytes that the guest still takes."""
         return self.peer_alloc - ((self.sent - self.peer_forwarded) & 0xFFFFFFFF)
+
+    def put(self, data: bytes) -> None:
+        self.inbox += data
+        self.arrived.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self.arrived.set()
 
     def close(self) -> None:
         if self.streams is not None:
@@ -212,7 +224,13 @@ class VsockDevice(Device):
 
     async def _pump_in(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Guest to host, as fast as the host takes it."""
-        while (data := await connection.inbox.get()) is not None:
+        while True:
+            while not connection.inbox and not connection.ended:
+                connection.arrived.clear()
+                await connection.arrived.wait()
+            data, connection.inbox = connection.inbox, bytearray()
+            if not data:
+                break
             try:
                 writer.write(data)
                 await writer.drain()
@@ -297,20 +315,20 @@ class VsockDevice(Device):
                 await self._reset(connection)
             case Op.RST:
                 self._forget(connection)
-                connection.inbox.put_nowait(None)
+                connection.end()
                 connection.credit.set()
             case Op.SHUTDOWN:
                 if flags & SHUTDOWN_RECEIVE:
                     connection.host_done = True
-                if flags & SHUTDOWN_SEND and not connection.guest_done:
-                    connection.inbox.put_nowait(None)
+                if flags & SHUTDOWN_SEND:
+                    connection.end()
             case Op.RW:
                 connection.received += len(data)
                 # 5.10.6.3.1: the sender keeps to the credit; one that does not loses its connection
-                if connection.received - connection.forwarded > BUFFER or connection.guest_done:
+                if connection.received - connection.forwarded > BUFFER or connection.ended:
                     await self._reset(connection)
                 elif data:
-                    connection.inbox.put_nowait(data)
+                    connection.put(data)
             case Op.CREDIT_REQUEST:
                 await self._send(connection, Op.CREDIT_UPDATE)
             case Op.CREDIT_UPDATE:
