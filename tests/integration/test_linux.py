@@ -191,3 +191,20 @@ async def test_virtio_on_pci_interrupts_by_msix_and_by_shared_lines(append: str,
     lines = [line for line in interrupts.splitlines() if "virtio" in line]
     assert lines and all(controller in line for line in lines)
     assert copied.text.strip() == "ok"
+
+
+def test_virtual_clock_and_seed_make_runs_identical(tmp_path: Path) -> None:
+    options = ("--clock", "virtual", "--seed", "7", "--name", "same")
+    runs = [boot(tmp_path, *options, do="dmesg") for _ in range(2)]
+    assert all(done.returncode == 0 for done in runs), runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout
+
+
+async def test_reboot_restarts_in_place(tmp_path: Path) -> None:
+    initrd = debian.initramfs(tmp_path)
+    config = vmm.Config(core="soft", kernel=debian.kernel(), initrd=initrd, append="quiet do=reboot", reboot=True)
+    async with vmm.VirtualMachine(config) as machine:
+        machine.resume()
+        for _ in range(2):
+            await machine.console.expect(rb"INIT reboot", timeout=90)
+        machine.kill()
