@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from cli.errors import EXIT_HOST
-from vmm.config import MIB
+from vmm.convert import MIB
 from vmm.cores import diagnose
 from vmm.errors import VmmError
 

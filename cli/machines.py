@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import say
-from vmm.config import MIB
 from vmm.control import request
+from vmm.convert import MIB
 from vmm.errors import VmmError
 from vmm.registry import entries, find
 

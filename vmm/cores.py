@@ -7,7 +7,8 @@ from cpu.errors import CpuError
 from cpu.select import NAMES, Choice, choose, probe
 from cpu.select import open_system as open_choice
 from cpu.values import dataclass
-from vmm.config import MIB, Config
+from vmm.config import Config
+from vmm.convert import MIB
 from vmm.errors import core_errors
 
 SMALL_KERNEL = 1 * MIB

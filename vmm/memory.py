@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 
 from virtio.errors import GuestError as VirtioGuestError
-from vmm.config import format_size
+from vmm.convert import format_size
 from vmm.errors import GuestError, HostError, os_reason
 from vmm.layout import HIGH_MEMORY, PCI_HOLE
 

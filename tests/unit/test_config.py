@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.config import Config, Console, Disk, FlatImage, Net, format_size, parse_size
+from vmm.config import Config, Console, Disk, FlatImage, Net
+from vmm.convert import format_size, parse_size
 from vmm.errors import ConfigError
 
 

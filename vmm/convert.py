@@ -1,0 +1,266 @@
+"""From what users write to checked values and back: converters of configuration fields, the base of the frozen parts,
+and TOML output. Every converter is `convert(where, value)`: it returns the value or raises ConfigError that begins with
+`where`. Knows no particular option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from vmm.errors import ConfigError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
+
+T = TypeVar("T")
+Converter = Callable[[str, Any], Any]
+
+
+def parse_size(where: str, value: object) -> int:
+    """Bytes from an integer (bytes) or text such as 256M, 1G, 512KiB (powers of 1024)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{where}: {value!r} is not a size; write for instance 256M or 2G")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def format_size(size: int) -> str:
+    """The shortest text that parse_size reads back as `size`."""
+    for suffix, unit in (("T", TIB), ("G", GIB), ("M", MIB), ("K", KIB)):
+        if size and size % unit == 0:
+            return f"{size // unit}{suffix}"
+    return str(size)
+
+
+def to_text(where: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {value!r} is not text")
+    if "\0" in value:
+        raise ConfigError(f"{where}: a zero byte is not allowed")
+    return value
+
+
+def to_name(where: str, value: object) -> str:
+    text = to_text(where, value)
+    if text and not _NAME.fullmatch(text):
+        raise ConfigError(f"{where}: {text!r} is no name; use up to 63 letters, digits, '-', '_' or '.'")
+    return text
+
+
+def to_mac(where: str, value: object) -> str:
+    text = to_text(where, value)
+    if not _MAC.fullmatch(text) or int(text[:2], 16) & 1:
+        raise ConfigError(f"{where}: {text!r} is no unicast MAC address; write for instance 52:54:00:12:34:56")
+    return text.lower()
+
+
+def to_boolean(where: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("on", "yes", "true", "off", "no", "false"):
+        return value.lower() in ("on", "yes", "true")
+    raise ConfigError(f"{where}: {value!r} is neither true nor false")
+
+
+def to_integer(low: int, high: int) -> Converter:
+    def convert(where: str, value: object) -> int:
+        try:
+            number = int(value, 0) if isinstance(value, str) else value
+        except ValueError:
+            number = None
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ConfigError(f"{where}: {value!r} is not a whole number")
+        if not low <= number <= high:
+            raise ConfigError(f"{where}: {number} is outside {low} to {high}")
+        return number
+
+    return convert
+
+
+def to_size(low: int, high: int, multiple: int = 1) -> Converter:
+    def convert(where: str, value: object) -> int:
+        size = parse_size(where, value)
+        if size < low:
+            hint = f"; write {value}M for MiB" if size and str(value).isdigit() else ""
+            raise ConfigError(f"{where}: {value} is less than {format_size(low)}{hint}")
+        if size > high:
+            raise ConfigError(f"{where}: {value} is more than {format_size(high)}")
+        if size % multiple:
+            raise ConfigError(f"{where}: {value} is not a multiple of {format_size(multiple)}")
+        return size
+
+    return convert
+
+
+def to_seconds(where: str, value: object) -> float:
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: {value!r} is not a number of seconds") from None
+    if not 0 < seconds < 1e9:
+        raise ConfigError(f"{where}: {value} seconds is not a time limit; give more than 0")
+    return seconds
+
+
+def to_path(where: str, value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ConfigError(f"{where}: {value!r} is not a path")
+    return Path(to_text(where, str(value))).expanduser()
+
+
+def to_choice(kind: Any) -> Converter:
+    choices: tuple[str, ...] = get_args(kind)
+
+    def convert(where: str, value: object) -> str:
+        if value not in choices:
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(choices)}")
+        return str(value)
+
+    return convert
+
+
+def optional(convert: Converter) -> Converter:
+    return lambda where, value: None if value is None else convert(where, value)
+
+
+def to_part(kind: type[T]) -> Converter:
+    """A part (Disk, Net…) from itself, a mapping, or its command line text."""
+
+    def convert(where: str, value: object) -> T:
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, str):
+            return kind.parse(value)  # type: ignore[attr-defined,no-any-return]
+        if isinstance(value, Mapping):
+            return from_mapping(kind, where, value)
+        raise ConfigError(f"{where}: {value!r} is neither a table nor text")
+
+    return convert
+
+
+def to_parts(kind: type[T]) -> Converter:
+    one = to_part(kind)
+
+    def convert(where: str, value: object) -> tuple[T, ...]:
+        if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where}: {value!r} is not a list")
+        return tuple(one(f"{where}[{index}]", item) for index, item in enumerate(value))
+
+    return convert
+
+
+def from_mapping(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
+    """A part from a table; unknown keys are refused."""
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(f"{prefix}unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def split(where: str, text: str, flags: Mapping[str, tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """'first,flag,key=value' -> ('first', {...}); `flags` maps a bare word to (key, value)."""
+    first, *rest = text.split(",")
+    values: dict[str, Any] = {}
+    for item in rest:
+        key, equals, value = item.partition("=")
+        if not equals and item in flags:
+            key, content = flags[item]
+            values[key] = content
+        elif equals:
+            values[key] = value
+        else:
+            raise ConfigError(f"{where}: {item!r} in {text!r} is not understood; write key=value")
+    return first, values
+
+
+class Checked:
+    """Base of the frozen parts: runs every field through its converter, then `_check`."""
+
+    _converters: Mapping[str, Converter]
+    _where = ""
+
+    def __post_init__(self) -> None:
+        for name, convert in self._converters.items():
+            where = f"{self._where}.{name}" if self._where else name
+            object.__setattr__(self, name, convert(where, getattr(self, name)))
+        self._check()
+
+    def _check(self) -> None:
+        """Rules between fields."""
+
+    # Not generated for each class, which `vmm run` would wait for (tests.bench start).
+
+    def __eq__(self, other: object) -> bool:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self._converters)
+
+    def __hash__(self) -> int:
+        return hash(tuple([getattr(self, name) for name in self._converters]))
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._converters)
+        return f"{type(self).__name__}({inside})"
+
+
+def plain(value: Any) -> Any:
+    """JSON-like values, without what is None."""
+    if is_dataclass(value):
+        pairs = ((item.name, getattr(value, item.name)) for item in fields(value))
+        return {name: plain(content) for name, content in pairs if content is not None}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+_PATH_KEYS = frozenset({"kernel", "initrd", "path", "log", "pcap", "vsock"})
+
+
+def relative_to(values: Any, folder: Path) -> Any:
+    """Paths among plain values, relative to a folder as a configuration file means them."""
+    if isinstance(values, list):
+        return [relative_to(item, folder) for item in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: str(folder / item) if key in _PATH_KEYS and isinstance(item, str) else relative_to(item, folder)
+        for key, item in values.items()
+    }
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    escaped = "".join(
+        f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else "\\" + char if char in '"\\' else char
+        for char in str(value)
+    )
+    return f'"{escaped}"'
+
+
+def toml(values: dict[str, Any]) -> str:
+    """Plain values as TOML: scalars first, then one table for each dictionary or item of a list."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in values.items() if not isinstance(value, dict | list)]
+    for key, value in values.items():
+        tables = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+        header = f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+        for table in tables:
+            lines += ["", header, *(f"{name} = {_toml_value(item)}" for name, item in table.items())]
+    return "\n".join(lines) + "\n"
