@@ -32,7 +32,11 @@ enum {
     MODERATION_NS = 100000,  /* how long posted writes may gather before the loop looks */
     MODERATION_BURST = 8,    /* a take with this many was worth waking for */
     MODERATION_AFTER = 2,    /* takes with fewer in a row, then the stream is moderated */
+#ifdef __SANITIZE_ADDRESS__
+    STACK_SIZE = 64 << 20,   /* the compiler makes fewer sibling calls then: the software core's handlers nest for a turn */
+#else
     STACK_SIZE = 1 << 20,
+#endif
     POLL_BATCH = 16,
 };
 
