@@ -106,6 +106,8 @@ async def _run(config: Config, command: list[str]) -> tuple[Outcome | None, int]
             loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))
         async with vm:
             if not command:
+                if config.console.kind == "stdio" and os.isatty(0) and os.isatty(2):
+                    sys.stderr.write(f"vmm: {config.name}: Ctrl-] ends the machine\r\n")
                 outcome = await vm.run()
                 return outcome, outcome.status
             from cli.guestcommand import run_command
