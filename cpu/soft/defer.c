@@ -14,6 +14,14 @@ static void key_of(const struct soft_vcpu *c, uint64_t key[5])
     key[4] = c->gpr[RDI];
 }
 
+void soft_drop_deferred(struct soft_vcpu *c)
+{
+    if (!c->replay.retry)
+        return;
+    c->replay.retry = false;
+    soft_vm_wake(c->vm); /* the caller may have put off parking the vCPU until that access was complete */
+}
+
 /* The record of the instruction (or iteration) under way, emptied if it is another one than before. */
 static struct soft_replay *record_of(struct soft_vcpu *c)
 {
@@ -23,7 +31,7 @@ static struct soft_replay *record_of(struct soft_vcpu *c)
     if (memcmp(key, r->key, sizeof key)) {
         memcpy(r->key, key, sizeof key);
         r->count = r->next = 0;
-        r->retry = false;
+        soft_drop_deferred(c);
     }
     return r;
 }

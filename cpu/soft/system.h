@@ -17,6 +17,7 @@ enum { PF_P = 1, PF_W = 2, PF_U = 4, PF_RSVD = 8, PF_I = 16 };
 
 /* setjmp values of c->fault. */
 enum { JUMP_FAULT = 1, JUMP_LEAVE, JUMP_TRIPLE, JUMP_DEBUG, JUMP_RETRY /* abandoned, see defer.c */ };
+void soft_drop_deferred(struct soft_vcpu *c); /* defer.c: the instruction ended without the access that was put off */
 
 /* Descriptor attributes, as struct soft_seg keeps them. */
 enum { ATTR_S = 1 << 4, ATTR_P = 1 << 7, ATTR_L = 1 << 13, ATTR_DB = 1 << 14, ATTR_G = 1 << 15 };

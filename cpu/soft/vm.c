@@ -283,7 +283,8 @@ static int run_turn(struct soft_vcpu *c)
     c->replay.allowed = false;
     switch (jump) {
     case JUMP_FAULT:
-        c->in_step = c->replay.retry = false;
+        c->in_step = false;
+        soft_drop_deferred(c);
         c->budget--; /* so that a guest which does nothing but fault cannot keep its turn */
         soft_deliver_pending_fault(c);
         break;
@@ -317,7 +318,7 @@ static int run_turn(struct soft_vcpu *c)
             int stop = step(c);
             if (stop != GO_ON)
                 return stop;
-            c->replay.retry = false;
+            soft_drop_deferred(c);
         } else {
             soft_execute(c);
         }

@@ -568,3 +568,16 @@ def test_other_vcpus_run_while_one_waits_for_an_answer(soft: System) -> None:
         bare.vcpus[0].resume(CompleteRead(33))
         bare.run()
         assert bare.ended == 33
+
+
+def test_a_kick_outlives_an_access_that_is_dropped(soft: System) -> None:
+    """The kick came while the read waited; the caller then moves the vCPU elsewhere instead of completing it."""
+    with Bare(soft, VmConfig(vcpus=2)) as bare:
+        bare.code(CODE, assemble("in al, 0x60\n hlt\n .skip 61\n 1: jmp 1b", CODE))
+        bare.start()
+        assert select.select([bare.vm.fileno()], [], [], 10)[0]
+        bare.vcpus[0].kick()
+        assert list(bare.vm.take()) == [(0, PortIn(0x60, 1))]
+        bare.vcpus[0].set_registers(replace(bare.vcpus[0].registers(), rip=CODE + 64))
+        bare.vcpus[0].resume(CompleteRead(0))
+        bare.run(lambda b: b.exits == [(0, Interrupted())])
