@@ -208,3 +208,19 @@ async def test_reboot_restarts_in_place(tmp_path: Path) -> None:
         for _ in range(2):
             await machine.console.expect(rb"INIT reboot", timeout=90)
         machine.kill()
+
+
+async def test_acpi_describes_virtio_mmio_rtc_and_the_rest(tmp_path: Path) -> None:
+    """A disk on virtio-mmio is found by ACPI alone, the RTC's alarm interrupts, every described device is there."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4 << 20))
+    disks = (vmm.Disk(path=disk, transport="mmio"),)
+    alarm = "echo +1 > /sys/class/rtc/rtc0/wakealarm; sleep 3; grep -E 'rtc0|virtio' /proc/interrupts"
+    async with vmm.run("linux", core="soft", disks=disks) as machine:
+        text = (await machine.exec("sh", "-c", f"cat /proc/partitions; ls /sys/bus/acpi/devices; {alarm}")).text
+        machine.kill()
+    assert re.search(r"\b4096 vdb", text), text
+    assert re.search(r"16: +[1-9]\d* .*virtio", text), text
+    assert re.search(r"8: +[1-9]\d* .*rtc0", text), text
+    for name in ("PNP0A08", "PNP0501", "PNP0B00", "QEMU0001", "LNRO0005", "LOOP0001", "LNXPWRBN"):
+        assert name in text, name
