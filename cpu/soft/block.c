@@ -89,7 +89,7 @@ static struct uop empty_jump = {.fn = jump_miss};
 
 static void jump_clear(struct soft_jump *e)
 {
-    e->linear = 1ull << 63; /* not canonical; whoever jumps there anyway comes to jump_miss */
+    e->linear = 0x80A5A5A5A5A5A5A5; /* not canonical; whoever jumps there anyway comes to jump_miss */
     e->code = &empty_jump;
 }
 

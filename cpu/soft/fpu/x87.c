@@ -390,7 +390,7 @@ static const struct x87_op register_ops[8] = {
 #define OF_FORM(n, kind, text) {.fn = register_##n, .form = kind, .pointers = true, .name = text}
 static const struct x87_op fcmov_a = OF_FORM(2, X87_CMOV, "fcmov"), fcmov_b = OF_FORM(3, X87_CMOV, "fcmovn"),
                            fcomi_b = OF_FORM(3, X87_FLAGS, "fcomi"), fcomi_f = OF_FORM(7, X87_FLAGS, "fcomip");
-static const struct x87_op op_fnop = {.fn = fnop, .form = X87_REG, .name = "fnop"},
+static const struct x87_op op_fnop = {.fn = fnop, .form = X87_REG, .pointers = true, .name = "fnop"},
                            op_fneni = CONTROL(fnop, X87_REG, 0, "fneni"), op_fninit = CONTROL(fninit, X87_REG, 0, "fninit"),
                            op_fnclex = CONTROL(fnclex, X87_REG, 0, "fnclex"),
                            op_fnstsw_ax = CONTROL(fnstsw, X87_AX, 2, "fnstsw ax");

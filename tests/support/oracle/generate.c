@@ -500,6 +500,9 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
         for (unsigned i = 0; i < imm; i += 8)
             put(insn, value, imm);
     }
+    /* Too long is #GP, undefined is #UD; the core need not know how long an undefined instruction is. */
+    if (insn->length > 15 && map != MAP_ONE)
+        return false;
     /* Counts that end, and mostly before the end of the data. */
     if (is_string(map, opcode)) {
         s->gpr[1] = rng_one_in(r, 12) ? 0x10000 : rng_below(r, 40);
