@@ -18,7 +18,7 @@ from images.errors import ImageError
 from tests.rig.guest import Guest, build
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT = ["-m", "kvm and not slow and not debian and not qemu and not root and not stock_kvm", "tests"]
+DEFAULT = ["-m", "kvm and not qemu and not root", "tests"]
 NO_RESULT, TIMED_OUT = 125, 124
 
 
@@ -61,7 +61,8 @@ def main() -> int:
     try:
         guest = build()
         pytest = [sys.executable, "-u", "-m", "pytest", "-v", "-o", "faulthandler_timeout=300", *(rest or DEFAULT)]
-        command = f"cd {shlex.quote(str(ROOT))} && {arguments.shell or shlex.join(pytest)}"
+        command = f"cd {shlex.quote(str(ROOT))} && export LOOPVISOR_KERNEL={shlex.quote(str(guest.kernel))} && "
+        command += arguments.shell or shlex.join(pytest)
         status = run(guest, command, arguments.timeout - (time.monotonic() - begin), arguments.memory)
     except ImageError as error:
         print(f"rig: {error}", file=sys.stderr)
