@@ -32,12 +32,12 @@ from tests.support.interrupts import EOI_LAPIC, LAPIC, LAPIC_ON, MASK_PIC, VECTO
 
 RESUME = Resume()
 PORT, MARK = 0x3D0, 0x3D1
-LAP = 1000
+LAP = 100
 # mov dx, PORT; 1: out dx, al; jmp 1b
 WRITES = "bad003 ee ebfd"
 # 1: mov dx, PORT; mov cx, LAP; 2: out dx, al; loop 2b; mov dx, MARK; out dx, al; jmp 1b
-WRITE_LAPS = "bad003 b9e803 ee e2fd bad103 ee ebf1"
-READ_LAPS = "bad003 b9e803 ec e2fd bad103 ee ebf1"
+WRITE_LAPS = "bad003 b96400 ee e2fd bad103 ee ebf1"
+READ_LAPS = "bad003 b96400 ec e2fd bad103 ee ebf1"
 # mov dx, PORT; 1: out dx, al; 2: cmp byte [0x500], 0; je 2b; mov byte [0x500], 0; jmp 1b
 PING = "bad003 ee 803e000500 74f9 c606000500 ebf1"
 FLAG = 0x500
@@ -122,7 +122,7 @@ def synchronous(system: System, factory: LoopFactory, count: int) -> list[float]
 
 
 def lap(system: System, *, shadow: bool, laps: int) -> list[float]:
-    """ns for one posted write or shadow read: laps of 1000 between two synchronous exits, whose own cost is left in."""
+    """ns for one posted write or shadow read: laps of 100 between two synchronous exits, whose own cost is left in."""
     real = Real(system, READ_LAPS if shadow else WRITE_LAPS)
     try:
         if shadow:
@@ -271,16 +271,16 @@ def rows(rounds: int = 5) -> Iterator[dict[str, object]]:
         for _ in range(rounds):
             if program:
                 bare.append(median(floor(program, 3000, 1, WRITES)))
-                in_laps.append(median(floor(program, 15, LAP + 1, WRITE_LAPS)))
-            posted.append(median(lap(system, shadow=False, laps=15)))
-            shadow.append(median(lap(system, shadow=True, laps=15)))
+                in_laps.append(median(floor(program, 150, LAP + 1, WRITE_LAPS)))
+            posted.append(median(lap(system, shadow=False, laps=150)))
+            shadow.append(median(lap(system, shadow=True, laps=150)))
             uv.append(median(synchronous(system, uvloop.new_event_loop, 3000)))
             plain.append(median(synchronous(system, asyncio.new_event_loop, 3000)))
     middle = min  # the quietest round: other load on the host only ever adds
     if program:
         yield row("bare C round trip", middle(bare))
         yield row("synchronous exit, above bare C (uvloop)", round(middle(uv) - middle(bare), 2), goal=15)
-        yield row("bare C round trip, laps of 1000", middle(in_laps))
+        yield row("bare C round trip, laps of 100", middle(in_laps))
         yield row("posted write, above bare C", round(middle(posted) - middle(in_laps), 2), goal=1)
         yield row("shadow read, above bare C", round(middle(shadow) - middle(in_laps), 2), goal=1)
     else:
