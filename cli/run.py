@@ -14,8 +14,10 @@ from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, VmmError
+from vmm.events import EventStream, Warned
 from vmm.launch import config_for
 from vmm.lifecycle import Outcome, Reason
+from vmm.terminal import Output
 from vmm.vm import VirtualMachine
 
 if TYPE_CHECKING:
@@ -99,7 +101,8 @@ async def _run(config: Config, command: list[str]) -> tuple[Outcome | None, int]
     """(how the machine ended, None if it was ended after a command; exit status)"""
     vm = VirtualMachine(config)
     loop = asyncio.get_running_loop()
-    vm.on_debug = _debug
+    debug = vm.on_debug = _DebugOutput()
+    telling = asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         for number in signals:
@@ -123,16 +126,34 @@ async def _run(config: Config, command: list[str]) -> tuple[Outcome | None, int]
                 sys.stderr.write(tail)
                 return outcome, outcome.status or EXIT_GUEST
     finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        debug.close()
         for number in signals:
             loop.remove_signal_handler(number)
 
 
-def _debug(data: bytes) -> None:
-    try:
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
-    except OSError:
-        pass  # nobody reads it
+class _DebugOutput:
+    """The guest's debug port on stderr. What a stuck reader does not take is dropped: it must not stop the loop."""
+
+    def __init__(self) -> None:
+        self._output = Output(2)
+
+    def __call__(self, data: bytes) -> None:
+        try:
+            while data and (count := self._output.write(data)) > 0:
+                data = data[count:]
+        except OSError:
+            pass  # nobody reads it
+
+    def close(self) -> None:
+        self._output.close()
+
+
+async def _tell_warnings(events: EventStream, name: str) -> None:
+    async for event in events:
+        if isinstance(event, Warned):
+            say(f"{name}: {event.text}\r")
 
 
 def _report(config: Config, outcome: Outcome, arguments: RunArguments) -> None:

@@ -134,6 +134,11 @@ class ConsoleHub:
     # The watchers' side.
 
     @property
+    def pressed(self) -> bool:
+        """A lossless watcher is behind: the machine should be held."""
+        return self._pressed
+
+    @property
     def start(self) -> int:
         """Position of the oldest byte that is still there."""
         return self.total - len(self._ring)
@@ -162,7 +167,10 @@ class ConsoleHub:
             self._check_pressure()
 
     def feed(self, data: bytes, resume: Callable[[], None] | None = None) -> bool:
-        """Input from a source. False: the queue is full; wait until `resume` is called (the data is taken)."""
+        """Input from a source. False: the queue is full; wait until `resume` is called (the data is taken). Once the
+        machine ended it goes nowhere."""
+        if self.closed:
+            return True
         self._input += data
         self.announce()
         if len(self._input) < INPUT_HIGH:

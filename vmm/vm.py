@@ -261,6 +261,8 @@ class VirtualMachine:
         await built.build()
         self._built = built
         self._hub.on_pressure = self._console_pressure
+        if self._hub.pressed:
+            built.dispatcher.hold("console")
 
     async def _open_console(self) -> None:
         console = self.config.console

@@ -274,6 +274,13 @@ def test_print_cmdline(runtime: Path) -> None:
     assert vmm(runtime, "run", "exit", "--cmdline", "a", "--append", "b", "--print-cmdline").stdout == "a b\n"
 
 
+def test_a_warning_is_told_and_the_machine_goes_on(runtime: Path) -> None:
+    """A console log on a full disk stops; the guest does not notice."""
+    done = vmm(runtime, "run", "hello", "--name", "h", "--console", "stdio,log=/dev/full")
+    assert (done.returncode, done.stdout) == (0, HELLO)
+    assert done.stderr.strip() == "vmm: h: console log: /dev/full: no space left on device; logging stops"
+
+
 def test_input_from_a_pipe(runtime: Path) -> None:
     done = vmm(runtime, "run", "echo", stdin=None, input="typed\x04")
     assert done.returncode == 0
