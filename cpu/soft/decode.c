@@ -58,12 +58,21 @@ struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effect
     m->effects = (uint8_t)effects;
     m->kills = (uint8_t)kills;
     m->reads = (uint8_t)reads;
+    m->pure = true;
+    return u;
+}
+
+struct uop *emit_pure(struct dec *d, uop_fn fn) { return emit_flags(d, fn, NULL, 0, 0, 0); }
+
+struct uop *impure(struct dec *d, struct uop *u)
+{
+    d->meta[d->out->count - 1].pure = false;
     return u;
 }
 
 static struct uop *emit_call(struct dec *d, uop_fn how, helper_fn helper)
 {
-    struct uop *u = emit_flags(d, how, NULL, FLAGS_ALL, 0, FLAGS_ALL);
+    struct uop *u = impure(d, emit_flags(d, how, NULL, FLAGS_ALL, 0, FLAGS_ALL));
     u->ptr = (const void *)helper;
     u->seg = d->mem ? d->ea_seg : SEG_DS;
     return u;
@@ -187,17 +196,17 @@ void emit_address(struct dec *d, unsigned size, bool write)
         u->size = (uint8_t)size;
         u->aux = write;
     } else if (d->ea_rip) {
-        u = emit(d, d->adsize == 4 ? ea_a32_rip : based ? ea_a64_rip : ea_rip);
+        u = emit_pure(d, d->adsize == 4 ? ea_a32_rip : based ? ea_a64_rip : ea_rip);
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         u->seg = d->ea_seg;
         u->aux = based;
         d->rip_fix = (int)d->out->count - 1;
     } else if (d->adsize == 4) {
-        u = emit(d, ea_a32);
+        u = emit_pure(d, ea_a32);
         set_address(d, u);
         u->aux = based;
     } else {
-        u = emit(d, based ? ea_seg : d->ea_index != OFF_ZERO ? ea_bi : ea_bd);
+        u = emit_pure(d, based ? ea_seg : d->ea_index != OFF_ZERO ? ea_bi : ea_bd);
         set_address(d, u);
     }
 }
@@ -382,7 +391,8 @@ static void drop_dead_flags(struct dec *d)
             d->out->uops[i].fn = m->without;
         if (m->mark && !(m->effects & live))
             d->out->uops[i].aux = 1;
-        live = (live & ~m->kills) | m->reads;
+        /* A fault shows the flags as they are before its instruction. */
+        live = m->pure ? (live & ~m->kills) | m->reads : FLAGS_ALL;
     }
     d->out->flags_in = live != 0;
 }

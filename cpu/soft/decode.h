@@ -13,6 +13,7 @@ struct uop_meta {
     uint8_t effects; /* flags it may change */
     uint8_t kills;   /* flags it always overwrites */
     uint8_t reads;
+    bool pure;       /* cannot fault, whatever the registers hold */
     bool mark;       /* aux is free: set it when no flags are wanted */
     uint8_t fuse;    /* 1 + FUSE_*: the CMP or TEST of registers (fuse_imm: register and immediate) */
     bool fuse_imm;
@@ -56,6 +57,8 @@ void dec_modrm(struct dec *d);
 
 struct uop *emit(struct dec *d, uop_fn fn);
 struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effects, unsigned kills, unsigned reads);
+struct uop *emit_pure(struct dec *d, uop_fn fn);
+struct uop *impure(struct dec *d, struct uop *u); /* the one just emitted with emit_flags() can fault */
 struct uop *emit_helper(struct dec *d, helper_fn helper);
 struct uop *emit_helper_store(struct dec *d, helper_fn helper);
 struct uop *emit_helper_end(struct dec *d, helper_fn helper);

@@ -300,7 +300,7 @@ static void extend(struct dec *d, bool sign, unsigned from)
     struct uop *u;
     if (s == f) { /* 16 to 16 */
         unsigned r = source_rm(d, from);
-        u = emit(d, mov_rr[f]);
+        u = emit_pure(d, mov_rr[f]);
         u->r1 = (uint8_t)r;
         u->r0 = (uint8_t)(d->reg * 8);
         return;
@@ -310,7 +310,7 @@ static void extend(struct dec *d, bool sign, unsigned from)
         u = emit(d, sign ? movsx_rm[f][s][form] : s == 1 ? movzx8_16[1 + form] : movzx_rm[f][form]);
         operand(d, u);
     } else {
-        u = emit(d, sign ? movsx_rr[f][s] : s == 1 ? movzx8_16[0] : movzx_rr[f]);
+        u = emit_pure(d, sign ? movsx_rr[f][s] : s == 1 ? movzx8_16[0] : movzx_rr[f]);
         u->r1 = (uint8_t)reg_off(d, d->rm, from);
     }
     u->r0 = (uint8_t)(d->reg * 8);
@@ -329,13 +329,13 @@ static void movbe(struct dec *d, bool is_store)
     static const uop_fn swap[4] = {0, movbe16, movbe32, movbe64};
     struct uop *u;
     if (is_store) {
-        u = emit(d, swap[LOG2(d->opsize)]);
+        u = emit_pure(d, swap[LOG2(d->opsize)]);
         u->r0 = OFF_T1;
         u->r1 = (uint8_t)(d->reg * 8);
         emit_store(d, d->opsize, OFF_T1);
     } else {
         unsigned r = source_rm(d, d->opsize);
-        u = emit(d, swap[LOG2(d->opsize)]);
+        u = emit_pure(d, swap[LOG2(d->opsize)]);
         u->r0 = (uint8_t)(d->reg * 8);
         u->r1 = (uint8_t)r;
     }
@@ -412,7 +412,7 @@ void decode_two_byte(struct dec *d)
             break;
         emit(d, nop);
         return;
-    case 0x18 ... 0x1F: dec_modrm(d); emit(d, nop); return; /* hints: PREFETCHh, ENDBR, NOP */
+    case 0x18 ... 0x1F: dec_modrm(d); emit_pure(d, nop); return; /* hints: PREFETCHh, ENDBR, NOP */
     case 0x20: case 0x21: case 0x22: case 0x23: {
         static const helper_fn table[4] = {h_mov_from_cr, h_mov_from_dr, h_mov_to_cr, h_mov_to_dr};
         dec_modrm(d);
@@ -548,7 +548,7 @@ void decode_two_byte(struct dec *d)
         return;
     case 0xC7: dec_modrm(d); group9(d); return;
     case 0xC8 ... 0xCF:
-        u = emit(d, d->opsize == 8 ? bswap64 : d->opsize == 4 ? bswap32 : bswap16);
+        u = emit_pure(d, d->opsize == 8 ? bswap64 : d->opsize == 4 ? bswap32 : bswap16);
         u->r0 = (uint8_t)(((b & 7) | (d->rex & 1) << 3) * 8);
         return;
     default: break; /* UD0, UD1, UD2, RSM, FEMMS, INVD's like and everything unknown */

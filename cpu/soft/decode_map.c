@@ -17,6 +17,7 @@ static struct uop *emit_alu(struct dec *d, unsigned op, const uop_fn with, const
     alu_meta(d, op, &effects, &kills, &reads);
     struct uop *u = emit_flags(d, with, without, effects, kills, reads);
     d->meta[d->out->count - 1].mark = true;
+    d->meta[d->out->count - 1].pure = !d->mem;
     return u;
 }
 
@@ -94,7 +95,7 @@ static void alu_rm_imm(struct dec *d, unsigned op, unsigned size, int64_t imm)
 
 static void mov_reg_imm(struct dec *d, unsigned size, unsigned reg, uint64_t imm)
 {
-    struct uop *u = emit(d, mov_ri[LOG2(size)]);
+    struct uop *u = emit_pure(d, mov_ri[LOG2(size)]);
     u->r0 = (uint8_t)reg;
     u->imm = imm;
 }
@@ -249,7 +250,7 @@ static void shift_group(struct dec *d, unsigned size, int count) /* count -1: CL
         if (count == 0) {
             /* Memory is written all the same; 32-bit registers are zero-extended. */
             unsigned r = rmw_begin(d, size);
-            struct uop *u = emit(d, mov_rr[s]);
+            struct uop *u = emit_pure(d, mov_rr[s]);
             u->r0 = u->r1 = (uint8_t)r;
             rmw_end(d, size);
             d->lock_ok = false;
@@ -285,7 +286,7 @@ static void group3(struct dec *d)
         if (d->mem) {
             d->lock_ok = true;
             int form = address_form(d, size, true);
-            u = emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], effects, effects, 0);
+            u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], effects, effects, 0));
             operand(d, u);
         } else {
             u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], effects, effects, 0);
@@ -298,6 +299,8 @@ static void group3(struct dec *d)
         unsigned op = d->reg & 7, r = source_rm(d, size);
         static const uop_fn *const table[4] = {mul_r, imul_r, div_r, idiv_r};
         u = emit_flags(d, table[op - 4][s], NULL, op < 6 ? FLAGS_ALL : FLAGS_REST, op < 6 ? FLAG_C : FLAGS_REST, 0);
+        if (op >= 6)
+            impure(d, u);
         u->r1 = (uint8_t)r;
         return;
     }
@@ -311,7 +314,7 @@ static void inc_dec(struct dec *d, unsigned op, unsigned size)
     if (d->mem) {
         d->lock_ok = true;
         int form = address_form(d, size, true);
-        u = emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], FLAGS_REST, FLAGS_REST, 0);
+        u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], FLAGS_REST, FLAGS_REST, 0));
         operand(d, u);
     } else {
         u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], FLAGS_REST, FLAGS_REST, 0);
@@ -401,7 +404,7 @@ static void xchg(struct dec *d, unsigned size)
         u->size = (uint8_t)size;
         return;
     }
-    struct uop *u = emit(d, xchg_rr[LOG2(size)]);
+    struct uop *u = emit_pure(d, xchg_rr[LOG2(size)]);
     u->r0 = (uint8_t)reg_off(d, d->rm, size);
     u->r1 = (uint8_t)reg_off(d, d->reg, size);
 }
@@ -415,19 +418,19 @@ static void lea(struct dec *d)
     struct uop *u;
     unsigned to = reg_off(d, d->reg, d->opsize);
     if (d->ea_rip && d->adsize == 8) {
-        u = emit(d, lea_rip);
+        u = emit_pure(d, lea_rip);
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         d->rip_fix = (int)d->out->count - 1;
     } else if (d->ea_rip) {
         emit_address(d, 1, false);
         d->out->uops[d->out->count - 1].aux = 0;
-        u = emit(d, mov_rr[LOG2(d->opsize)]);
+        u = emit_pure(d, mov_rr[LOG2(d->opsize)]);
         u->r1 = OFF_T0;
     } else {
         if (d->adsize == 8) {
-            u = emit(d, lea_r[LOG2(d->opsize)][d->ea_index != OFF_ZERO]);
+            u = emit_pure(d, lea_r[LOG2(d->opsize)][d->ea_index != OFF_ZERO]);
         } else {
-            u = emit(d, lea_mask);
+            u = emit_pure(d, lea_mask);
             u->imm = d->adsize == 4 ? UINT32_MAX : 0xFFFF;
         }
         u->base = d->ea_base;
@@ -585,14 +588,14 @@ void decode_opcode(struct dec *d)
                 u = emit(d, movsx_rm[2][3][form]);
                 operand(d, u);
             } else {
-                u = emit(d, movsx_rr[2][3]);
+                u = emit_pure(d, movsx_rr[2][3]);
                 u->r1 = (uint8_t)(d->rm * 8);
             }
             u->r0 = (uint8_t)(d->reg * 8);
         } else if (d->mem) {
             emit_load(d, d->opsize, d->reg * 8u);
         } else {
-            u = emit(d, mov_rr[LOG2(d->opsize)]);
+            u = emit_pure(d, mov_rr[LOG2(d->opsize)]);
             u->r0 = (uint8_t)(d->reg * 8);
             u->r1 = (uint8_t)(d->rm * 8);
         }
@@ -625,7 +628,7 @@ void decode_opcode(struct dec *d)
         if (d->mem) {
             emit_store(d, size, reg_off(d, d->reg, size));
         } else {
-            u = emit(d, mov_rr[LOG2(size)]);
+            u = emit_pure(d, mov_rr[LOG2(size)]);
             u->r0 = (uint8_t)reg_off(d, d->rm, size);
             u->r1 = (uint8_t)reg_off(d, d->reg, size);
         }
@@ -637,7 +640,7 @@ void decode_opcode(struct dec *d)
         if (d->mem) {
             emit_load(d, size, reg_off(d, d->reg, size));
         } else {
-            u = emit(d, mov_rr[LOG2(size)]);
+            u = emit_pure(d, mov_rr[LOG2(size)]);
             u->r0 = (uint8_t)reg_off(d, d->reg, size);
             u->r1 = (uint8_t)reg_off(d, d->rm, size);
         }
@@ -666,17 +669,17 @@ void decode_opcode(struct dec *d)
             if (d->rep == 0xF3)
                 emit_helper_end(d, h_pause);
             else
-                emit(d, nop);
+                emit_pure(d, nop);
             return;
         }
         /* fall through */
     case 0x91 ... 0x97:
-        u = emit(d, xchg_rr[LOG2(d->opsize)]);
+        u = emit_pure(d, xchg_rr[LOG2(d->opsize)]);
         u->r0 = RAX * 8;
         u->r1 = (uint8_t)(((b & 7u) | (d->rex & 1u) << 3) * 8);
         return;
-    case 0x98: emit(d, d->opsize == 8 ? cdqe : d->opsize == 4 ? cwde : cbw); return;
-    case 0x99: emit(d, d->opsize == 8 ? cqo : d->opsize == 4 ? cdq : cwd); return;
+    case 0x98: emit_pure(d, d->opsize == 8 ? cdqe : d->opsize == 4 ? cwde : cbw); return;
+    case 0x99: emit_pure(d, d->opsize == 8 ? cqo : d->opsize == 4 ? cdq : cwd); return;
     case 0x9A:
         if (d->c64)
             break;

@@ -7,9 +7,8 @@
  * Accounting: c->budget is charged when a block is left, by the number of instructions that were completed
  * (`idx` + 1). Before a call that can raise, look at the clock or stop, SYNC makes c->rip and c->budget exact.
  *
- * Dead flags: a micro-op whose arithmetic flags are overwritten later in its block is run in a variant that does not
- * set them. So RFLAGS pushed by a fault between the two has older arithmetic flags; no program can use them, because
- * returning repeats the faulting instruction and then overwrites them.
+ * Dead flags: a micro-op whose arithmetic flags are overwritten later in its block, with nothing between that reads them
+ * or can fault, is run in a variant that does not set them.
  */
 #ifndef SOFT_UOP_H
 #define SOFT_UOP_H
