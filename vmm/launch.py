@@ -48,9 +48,9 @@ class ImageLike(Protocol):
 
 
 def config_for(image: ImageLike, **options: Any) -> Config:
-    """The Config that runs an image; `options` are Config's fields and win over the image's wishes. Its root disk is
-    attached as a snapshot before the disks of `options`. With an agent the machine has vsock, and user networking
-    where passt is installed and no networks are asked for."""
+    """The Config that runs an image; `options` are Config's fields and win over the image's wishes (`append` is added
+    to the image's). Its root disk is attached as a snapshot before the disks of `options`. With an agent the machine has
+    vsock, and user networking where passt is installed and no networks are asked for."""
     values: dict[str, Any] = {"memory": image.memory}
     if image.kind == "real":
         values["flat"] = FlatImage(path=image.kernel)
@@ -58,8 +58,6 @@ def config_for(image: ImageLike, **options: Any) -> Config:
         values["kernel"] = image.kernel
     if image.initrd is not None:
         values["initrd"] = image.initrd
-    if image.cmdline:
-        values["append"] = image.cmdline
     if image.agent:
         values["agent"] = True
         import shutil
@@ -69,6 +67,9 @@ def config_for(image: ImageLike, **options: Any) -> Config:
     if image.platform == "bare" and not any(options.get(name) for name in VIRTIO_OPTIONS):
         values["platform"] = "bare"
     values |= options
+    if image.cmdline:
+        # What the user appends stands last, where it wins.
+        values["append"] = f"{image.cmdline} {options.get('append', '')}".rstrip()
     if image.disk is not None:
         values["disks"] = (Disk(path=image.disk, snapshot=True), *values.get("disks", ()))
     return Config.from_dict(values)

@@ -31,10 +31,11 @@ static void mount_at(const char *type, const char *path, const char *options)
     SYS(__NR_mount, type, path, type, 0, options);
 }
 
-/* The value of KEY= on the kernel command line, into `to`; 0 if it is not there. */
+/* The value of KEY= on the kernel command line, into `to` (of several the last, as in the kernel); 0 if it is not there. */
 static int argument(const char *key, char *to, size_t size)
 {
     static char line[4096];
+    int found = 0;
     if (!line[0] && read_file("/proc/cmdline", line, sizeof line) < 0) return 0;
     for (const char *p = line; *p;) {
         const char *value = text_after(p, key);
@@ -42,12 +43,12 @@ static int argument(const char *key, char *to, size_t size)
             size_t n = 0;
             for (value++; *value > ' ' && n < size - 1; ) to[n++] = *value++;
             to[n] = 0;
-            return 1;
+            found = 1;
         }
         while (*p > ' ') p++;
         while (*p && *p <= ' ') p++;
     }
-    return 0;
+    return found;
 }
 
 static void load_modules(void)
