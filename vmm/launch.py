@@ -49,8 +49,8 @@ class ImageLike(Protocol):
 
 def config_for(image: ImageLike, **options: Any) -> Config:
     """The Config that runs an image; `options` are Config's fields and win over the image's wishes (`append` is added
-    to the image's). Its root disk is attached as a snapshot before the disks of `options`. With an agent the machine has
-    vsock, and user networking where passt is installed and no networks are asked for."""
+    to the image's). Its root disk is attached as a snapshot before the disks of `options`. With an agent the machine
+    has vsock, and user networking where passt is installed and no networks are asked for."""
     values: dict[str, Any] = {"memory": image.memory}
     if image.kind == "real":
         values["flat"] = FlatImage(path=image.kernel)
