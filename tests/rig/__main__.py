@@ -19,6 +19,7 @@ from tests.rig.guest import Guest, build
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ["-m", "kvm and not qemu and not root", "tests"]
+OPTIONS = ["-o", "faulthandler_timeout=300", "-o", "cache_dir=/dev/shm/pytest"]  # the checkout is read-only there
 NO_RESULT, TIMED_OUT = 125, 124
 
 
@@ -60,7 +61,7 @@ def main() -> int:
     begin = time.monotonic()
     try:
         guest = build()
-        pytest = [sys.executable, "-u", "-m", "pytest", "-v", "-o", "faulthandler_timeout=300", *(rest or DEFAULT)]
+        pytest = [sys.executable, "-u", "-m", "pytest", "-v", *OPTIONS, *(rest or DEFAULT)]
         command = f"cd {shlex.quote(str(ROOT))} && export LOOPVISOR_KERNEL={shlex.quote(str(guest.kernel))} && "
         command += arguments.shell or shlex.join(pytest)
         status = run(guest, command, arguments.timeout - (time.monotonic() - begin), arguments.memory)
