@@ -30,6 +30,7 @@ enum {
     SPIN_MAX_NS = 40000,     /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
     SPIN_MIN_NS = 2000,
     MODERATION_NS = 100000,  /* how long posted writes may gather before the loop looks */
+    MODERATION_MAX_NS = 800000, /* the same for a stream that does not end */
     MODERATION_BURST = 8,    /* a take with this many was worth waking for */
     MODERATION_AFTER = 2,    /* takes with fewer in a row, then the stream is moderated */
 #ifdef __SANITIZE_ADDRESS__
@@ -227,6 +228,7 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
         if (vm->sparse_takes < MODERATION_AFTER)
             return;
         now = now ? now : lv_clock();
+        vm->moderation_window = MODERATION_NS;
     } else {
         vm->posted_since_timer |= posted != 0;
         if (!timer_fired || now < vm->moderation_ns)
@@ -240,10 +242,12 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
             vm->sparse_takes = 0;
             return;
         }
+        if (vm->moderation_window < MODERATION_MAX_NS)
+            vm->moderation_window *= 2;
     }
     vm->moderated = true;
     vm->posted_since_timer = false;
-    vm->moderation_ns = now + MODERATION_NS;
+    vm->moderation_ns = now + vm->moderation_window;
     vm->moderation_tsc = __builtin_ia32_rdtsc();
 }
 

@@ -203,6 +203,7 @@ struct lv_vm {
     bool signalled;                  /* event_fd is readable */
     bool moderated;                  /* the timer will make the loop look: posted writes need no signal */
     bool posted_since_timer;
+    uint32_t moderation_window;      /* ns from one look to the next; grows while a stream goes on */
     uint32_t sparse_takes;           /* in a row, with few posted writes each */
     uint64_t posted_tsc, moderation_tsc; /* time stamps of the last posted write, and of the timer's start */
     uint64_t moderation_ns;          /* absolute CLOCK_MONOTONIC; UINT64_MAX: off */
