@@ -187,16 +187,17 @@ def test_close_while_it_runs_and_while_an_exit_waits(soft: System) -> None:
 
 
 def traced(soft: System, config: VmConfig, kernel: str, cmdline: str = "", hops: int = 0) -> tuple[bytes, int, str]:
-    """Run a guest to its end: (console, instructions, RAM hash). `hops`: move it to a fresh VM that many times."""
+    """Run a guest to its end: (console, instructions, RAM hash). `hops`: move it to a fresh VM that many times, each
+    time further on in the guest's time than the last; TooLate if it ends before."""
     bare = Bare(soft, config)
     try:
         bare.boot(guests.path(kernel), cmdline)
         bare.start()
-        for hop in range(hops):
-            bare.run(lambda b, n=hop: b.ended is not None or b.vm.now_ns() > (n + 1) * 37_000_000)
-            if bare.ended is not None:
-                break
+        moved_ns = -1
+        for _ in range(hops):
+            bare.run(lambda b, last=moved_ns: b.ended is None and b.vm.now_ns() > last)
             bare.pause()
+            moved_ns = bare.vm.now_ns()
             state = bare.state()
             other = Bare(soft, config, console=bare.console)
             bare.__exit__()
@@ -228,9 +229,10 @@ def test_virtual_clock_skips_what_the_guest_sleeps(soft: System) -> None:
 
 
 def test_state_moves_to_a_fresh_vm_in_mid_run(soft: System) -> None:
-    alone = traced(soft, VIRTUAL, "timer", "100")
-    moved = traced(soft, VIRTUAL, "timer", "100", hops=12)
-    assert moved[0] == alone[0] == b"100 ticks\n"
+    """Far more ticks than a host can run while it is told to pause twelve times."""
+    alone = traced(soft, VIRTUAL, "timer", "200000")
+    moved = traced(soft, VIRTUAL, "timer", "200000", hops=12)
+    assert moved[0] == alone[0] == b"200000 ticks\n"
 
 
 WORK = """
