@@ -42,7 +42,8 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A running machine.", 
 def _annotation(option: RunOption) -> tuple[Any, Any]:
     """(type with typer's option, default)"""
     if option.kind == "switch":
-        return Annotated[bool, typer.Option(option.flag, help=option.help)], False
+        flags = f"{option.flag}/{option.opposite}" if option.opposite else option.flag
+        return Annotated[bool | None, typer.Option(flags, help=option.help)], None
     settings = typer.Option(option.flag, help=option.help, metavar=option.metavar)
     if option.kind == "list":
         return Annotated[list[str] | None, settings], None
@@ -60,7 +61,7 @@ def _run_command() -> Any:
         for option in RUN_OPTIONS:
             value = values.pop(option.field)
             for item in value if isinstance(value, list) else [value]:
-                if item is not None and item is not False:
+                if item is not None:
                     parsed.set(option, item)
         sys.exit(execute(parsed))
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 
 class RunOption(NamedTuple):
-    """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command")."""
+    """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command"). A switch of the
+    configuration has its opposite, `--no-…`, for what a file or an image has set."""
 
     flag: str
     field: str
@@ -20,6 +21,11 @@ class RunOption(NamedTuple):
     help: str
     metavar: str = ""
     of: Literal["config", "command"] = "config"
+
+    @property
+    def opposite(self) -> str:
+        """The flag that switches it off, or ""."""
+        return f"--no-{self.flag[2:]}" if self.kind == "switch" and self.of == "config" else ""
 
 
 RUN_OPTIONS = (
@@ -37,6 +43,8 @@ RUN_OPTIONS = (
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
     RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),
     RunOption("--vsock", "vsock", "text", "Base path of the vsock sockets.", "PATH"),
+    RunOption("--agent", "agent", "switch", "The guest runs the agent, which takes commands over vsock."),
+    RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),
     RunOption("--name", "name", "text", "Name for vmm ps, console, stop …; by default made from the image.", "NAME"),
     RunOption("--timeout", "timeout", "text", "End the machine after this long; exit status 124.", "SECONDS"),
     RunOption("--clock", "clock", "text", "virtual: guest time follows instructions; runs repeat.", "real|virtual"),
@@ -48,9 +56,11 @@ RUN_OPTIONS = (
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
     RunOption("--json", "json", "switch", "Print the outcome as JSON on stderr.", of="command"),
     RunOption("--print-config", "print_config", "switch", "Print the configuration as TOML, do not run.", of="command"),
+    RunOption("--print-schema", "print_schema", "switch", "Print the file's JSON Schema, for editors.", of="command"),
     RunOption("--print-cmdline", "print_cmdline", "switch", "Print the kernel command line.", of="command"),
 )
 _BY_FLAG = {option.flag: option for option in RUN_OPTIONS}
+_BY_OPPOSITE = {option.opposite: option for option in RUN_OPTIONS if option.opposite}
 
 
 @dataclass(slots=True)
@@ -63,6 +73,7 @@ class RunArguments:
     config_file: str | None = None
     json: bool = False
     print_config: bool = False
+    print_schema: bool = False
     print_cmdline: bool = False
 
     def set(self, option: RunOption, value: Any) -> None:
@@ -84,6 +95,9 @@ def parse_run(arguments: Sequence[str]) -> RunArguments | None:
         elif argument.startswith("-"):
             flag, equals, value = argument.partition("=")
             option = _BY_FLAG.get(flag)
+            if option is None and (option := _BY_OPPOSITE.get(argument)) is not None:
+                parsed.set(option, False)
+                continue
             if option is None or (option.kind == "switch" and equals):
                 return None
             if option.kind == "switch":

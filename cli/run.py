@@ -29,6 +29,13 @@ CONSOLE_LINES = 15
 
 def execute(arguments: RunArguments) -> int:
     """Run it; the exit status. Raises VmmError."""
+    if arguments.print_schema:
+        import json
+
+        from vmm.schema import schema
+
+        sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
+        return 0
     config = configure(arguments)
     if arguments.print_config:
         sys.stdout.write(config.to_toml())

@@ -61,9 +61,13 @@ class FlatImage(Checked):
     """Raw bytes loaded at `load` and entered at `entry` in the given processor mode, with interrupts off."""
 
     path: Path
+    """The file."""
     load: int = 0x7C00
+    """Guest-physical address of its first byte."""
     entry: int | None = None
+    """Guest-physical address of the first instruction; by default the first byte."""
     mode: Mode = "real"
+    """The processor's mode at the first instruction."""
 
     _where = "flat"
     _converters = {
@@ -85,10 +89,15 @@ class Disk(Checked):
     """One virtio block device."""
 
     path: Path
+    """An image file, or a block device of the host."""
     readonly: bool = False
+    """The guest can only read."""
     id: str = ""
+    """The serial number that the guest sees; by default disk0, disk1…"""
     format: Literal["auto", "raw", "qcow2"] = "auto"
+    """auto: by the file's first bytes."""
     transport: Literal["pci", "mmio"] = "pci"
+    """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     snapshot: bool = False
     """Writes go to a private copy that vanishes with the machine; the file itself is only read."""
     cache: Literal["writeback", "writethrough", "none"] = "writeback"
@@ -119,13 +128,18 @@ class Disk(Checked):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Net(Checked):
-    """One virtio network device. `target` is the tap's name or the peer's socket; empty for user networking."""
+    """One virtio network device."""
 
     kind: NetKind
+    """user: the host's own connections, by passt; tap: an interface of the host; unix: frames over a UNIX socket."""
     target: str = ""
+    """The tap's name or the socket's path; nothing for user."""
     mac: str | None = None
+    """The card's address; by default a random one."""
     id: str = ""
+    """By default net0, net1…"""
     transport: Literal["pci", "mmio"] = "pci"
+    """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     pcap: Path | None = None
     """Every frame is written there, in pcap format."""
 
@@ -162,8 +176,11 @@ class Console(Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
     kind: ConsoleKind = "none"
+    """stdio: this process's terminal or pipes; socket: a UNIX socket at `path`; none: only who attaches by name."""
     path: Path | None = None
+    """The socket, for kind socket."""
     log: Path | None = None
+    """Everything that the guest says is appended to this file."""
     log_limit: int = 16 * MIB
     """Bytes after which the log is rotated (one older file is kept)."""
 
@@ -192,7 +209,9 @@ class Port(Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
     name: str
+    """The guest finds the port by it, in /sys/class/virtio-ports/*/name."""
     path: Path
+    """The UNIX socket."""
 
     _where = "port"
     _converters = {"name": to_name, "path": to_path}
@@ -211,24 +230,33 @@ class Config(Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 
     name: str = ""
+    """For vmm ps, console, stop …; a machine without one is not listed there."""
     core: CoreName = "auto"
+    """The execution core; auto takes the best that this host has for this kernel."""
     cpus: int = 1
+    """Virtual processors."""
     memory: int = 256 * MIB
-    """Bytes."""
+    """Bytes, or text such as "512M"."""
     kernel: Path | None = None
     """bzImage, vmlinux, PVH or multiboot ELF; the loader finds out which."""
     initrd: Path | None = None
+    """The initial RAM disk."""
     cmdline: str | None = None
     """None: the default for this kernel and core."""
     append: str = ""
     """Added to the command line, whether that is the default or given."""
     flat: FlatImage | None = None
+    """Raw code instead of a kernel."""
     disks: tuple[Disk, ...] = ()
+    """virtio block devices, in the order in which the guest names them."""
     nets: tuple[Net, ...] = ()
+    """virtio network devices."""
     console: Console = Console()
+    """Where the first serial port leads."""
     hvc: bool = False
     """A virtio console (hvc0) beside the serial port; its output joins the machine's console."""
     ports: tuple[Port, ...] = ()
+    """Named ports of the virtio console."""
     vsock: Path | None = None
     """Base of the vsock sockets: the host connects to it and writes "CONNECT port"; the guest's connections to the host
     arrive at PATH_PORT. None: no such sockets (an agent's vsock device is there all the same)."""
@@ -239,6 +267,7 @@ class Config(Checked):
     timeout: float | None = None
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
+    """virtual: guest time follows the instructions executed, so that runs repeat; only on the software core."""
     seed: int | None = None
     """Makes every random byte that the guest can get a function of it."""
     epoch: int | None = None
@@ -326,7 +355,7 @@ class Config(Checked):
             config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-        given: dict[str, Any] = relative_to(plain(config), path.parent)
+        given = relative_to(cls, plain(config), path.parent)
         return {key: value for key, value in given.items() if key in values}
 
     @classmethod

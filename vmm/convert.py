@@ -1,6 +1,7 @@
 """From what users write to checked values and back: converters of configuration fields, the base of the frozen parts,
 and TOML output. Every converter is `convert(where, value)`: it returns the value or raises ConfigError that begins with
-`where`. Knows no particular option.
+`where`. What is made by a function here is a partial, so that vmm/schema.py can see what it takes. Knows no particular
+option.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,8 +18,9 @@ from vmm.errors import ConfigError
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+TRUE, FALSE = ("on", "yes", "true"), ("off", "no", "false")
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
 
 T = TypeVar("T")
@@ -52,14 +55,14 @@ def to_text(where: str, value: object) -> str:
 
 def to_name(where: str, value: object) -> str:
     text = to_text(where, value)
-    if text and not _NAME.fullmatch(text):
+    if text and not NAME.fullmatch(text):
         raise ConfigError(f"{where}: {text!r} is no name; use up to 63 letters, digits, '-', '_' or '.'")
     return text
 
 
 def to_mac(where: str, value: object) -> str:
     text = to_text(where, value)
-    if not _MAC.fullmatch(text) or int(text[:2], 16) & 1:
+    if not MAC.fullmatch(text) or int(text[:2], 16) & 1:
         raise ConfigError(f"{where}: {text!r} is no unicast MAC address; write for instance 52:54:00:12:34:56")
     return text.lower()
 
@@ -67,39 +70,41 @@ def to_mac(where: str, value: object) -> str:
 def to_boolean(where: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.lower() in ("on", "yes", "true", "off", "no", "false"):
-        return value.lower() in ("on", "yes", "true")
+    if isinstance(value, str) and value.lower() in TRUE + FALSE:
+        return value.lower() in TRUE
     raise ConfigError(f"{where}: {value!r} is neither true nor false")
 
 
-def to_integer(low: int, high: int) -> Converter:
-    def convert(where: str, value: object) -> int:
-        try:
-            number = int(value, 0) if isinstance(value, str) else value
-        except ValueError:
-            number = None
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ConfigError(f"{where}: {value!r} is not a whole number")
-        if not low <= number <= high:
-            raise ConfigError(f"{where}: {number} is outside {low} to {high}")
-        return number
+def in_range(low: int, high: int, where: str, value: object) -> int:
+    try:
+        number = int(value, 0) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ConfigError(f"{where}: {value!r} is not a whole number")
+    if not low <= number <= high:
+        raise ConfigError(f"{where}: {number} is outside {low} to {high}")
+    return number
 
-    return convert
+
+def to_integer(low: int, high: int) -> Converter:
+    return partial(in_range, low, high)
+
+
+def sized(low: int, high: int, multiple: int, where: str, value: object) -> int:
+    size = parse_size(where, value)
+    if size < low:
+        hint = f"; write {value}M for MiB" if size and str(value).isdigit() else ""
+        raise ConfigError(f"{where}: {value} is less than {format_size(low)}{hint}")
+    if size > high:
+        raise ConfigError(f"{where}: {value} is more than {format_size(high)}")
+    if size % multiple:
+        raise ConfigError(f"{where}: {value} is not a multiple of {format_size(multiple)}")
+    return size
 
 
 def to_size(low: int, high: int, multiple: int = 1) -> Converter:
-    def convert(where: str, value: object) -> int:
-        size = parse_size(where, value)
-        if size < low:
-            hint = f"; write {value}M for MiB" if size and str(value).isdigit() else ""
-            raise ConfigError(f"{where}: {value} is less than {format_size(low)}{hint}")
-        if size > high:
-            raise ConfigError(f"{where}: {value} is more than {format_size(high)}")
-        if size % multiple:
-            raise ConfigError(f"{where}: {value} is not a multiple of {format_size(multiple)}")
-        return size
-
-    return convert
+    return partial(sized, low, high, multiple)
 
 
 def to_seconds(where: str, value: object) -> float:
@@ -118,45 +123,47 @@ def to_path(where: str, value: object) -> Path:
     return Path(to_text(where, str(value))).expanduser()
 
 
+def one_of(choices: tuple[str, ...], where: str, value: object) -> str:
+    if value not in choices:
+        raise ConfigError(f"{where}: {value!r} is none of {', '.join(choices)}")
+    return str(value)
+
+
 def to_choice(kind: Any) -> Converter:
-    choices: tuple[str, ...] = get_args(kind)
+    return partial(one_of, get_args(kind))
 
-    def convert(where: str, value: object) -> str:
-        if value not in choices:
-            raise ConfigError(f"{where}: {value!r} is none of {', '.join(choices)}")
-        return str(value)
 
-    return convert
+def or_none(convert: Converter, where: str, value: object) -> Any:
+    return None if value is None else convert(where, value)
 
 
 def optional(convert: Converter) -> Converter:
-    return lambda where, value: None if value is None else convert(where, value)
+    return partial(or_none, convert)
+
+
+def part(kind: type[T], where: str, value: object) -> T:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str):
+        return kind.parse(value)  # type: ignore[attr-defined,no-any-return]
+    if isinstance(value, Mapping):
+        return from_mapping(kind, where, value)
+    raise ConfigError(f"{where}: {value!r} is neither a table nor text")
 
 
 def to_part(kind: type[T]) -> Converter:
     """A part (Disk, Net…) from itself, a mapping, or its command line text."""
+    return partial(part, kind)
 
-    def convert(where: str, value: object) -> T:
-        if isinstance(value, kind):
-            return value
-        if isinstance(value, str):
-            return kind.parse(value)  # type: ignore[attr-defined,no-any-return]
-        if isinstance(value, Mapping):
-            return from_mapping(kind, where, value)
-        raise ConfigError(f"{where}: {value!r} is neither a table nor text")
 
-    return convert
+def parts(kind: type[T], where: str, value: object) -> tuple[T, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise ConfigError(f"{where}: {value!r} is not a list")
+    return tuple([part(kind, f"{where}[{index}]", item) for index, item in enumerate(value)])
 
 
 def to_parts(kind: type[T]) -> Converter:
-    one = to_part(kind)
-
-    def convert(where: str, value: object) -> tuple[T, ...]:
-        if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-            raise ConfigError(f"{where}: {value!r} is not a list")
-        return tuple(one(f"{where}[{index}]", item) for index, item in enumerate(value))
-
-    return convert
+    return partial(parts, kind)
 
 
 def from_mapping(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
@@ -228,19 +235,27 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-_PATH_KEYS = frozenset({"kernel", "initrd", "path", "log", "pcap", "vsock"})
+def takes(convert: Converter) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What a converter is: its function and what it was made with. `optional` is looked through."""
+    while isinstance(convert, partial):
+        if convert.func is not or_none:
+            return convert.func, convert.args
+        convert = convert.args[0]
+    return convert, ()
 
 
-def relative_to(values: Any, folder: Path) -> Any:
-    """Paths among plain values, relative to a folder as a configuration file means them."""
-    if isinstance(values, list):
-        return [relative_to(item, folder) for item in values]
-    if not isinstance(values, dict):
-        return values
-    return {
-        key: str(folder / item) if key in _PATH_KEYS and isinstance(item, str) else relative_to(item, folder)
-        for key, item in values.items()
-    }
+def relative_to(kind: type[Checked], values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Plain values of a part, its paths relative to a folder as a configuration file means them."""
+    found = dict(values)
+    for key, value in values.items():
+        what, arguments = takes(kind._converters[key])
+        if what is to_path:
+            found[key] = str(folder / value)
+        elif what is part:
+            found[key] = relative_to(arguments[0], value, folder)
+        elif what is parts:
+            found[key] = [relative_to(arguments[0], item, folder) for item in value]
+    return found
 
 
 def _toml_value(value: Any) -> str:
