@@ -28,6 +28,7 @@ class Vm:
         epoch_ns: int = 0,
         seed: int | None = None,
         system_fd: int = -1,
+        pit: bool = True,
     ) -> Self: ...
     @property
     def closed(self) -> bool: ...

@@ -170,6 +170,7 @@ class CoreVm(_core.Vm):
             epoch_ns=config.epoch_ns,
             seed=config.seed,
             system_fd=system_fd,
+            pit=config.pit,
         )
         self.msr_indices = tuple(msr_indices)
         return self

@@ -27,7 +27,7 @@ class Image:
     cmdline: str = ""
     memory: str = "64M"
     platform: Literal["pc", "bare"] = "pc"
-    """bare: the guest uses nothing but memory, the serial port and the reset and debug ports."""
+    """bare: the guest uses nothing but memory, interrupt controllers, the serial port and the reset and debug ports."""
     agent: bool = False
     """The guest runs our agent, over vsock, and wants network and entropy."""
     description: str = ""
@@ -55,7 +55,8 @@ def resolve(name: str, *, build: bool = False, progress: Progress | None = None)
     except KeyError:
         pass
     else:
-        return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform="bare")
+        platform: Literal["pc", "bare"] = "pc" if name in guests.WITH_PIT else "bare"
+        return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform=platform)
     from images import builder  # a tiny guest starts without it
 
     if name in builder.recipe_names():

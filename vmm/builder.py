@@ -159,7 +159,13 @@ class Built:
         memory = self._memory = GuestMemory(config.memory, hugepages=config.hugepages)
         epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
         vm = self._vm = self.system.create_vm(
-            VmConfig(vcpus=config.cpus, virtual_clock=virtual, epoch_ns=epoch_ns, seed=config.seed)
+            VmConfig(
+                vcpus=config.cpus,
+                virtual_clock=virtual,
+                epoch_ns=epoch_ns,
+                seed=config.seed,
+                pit=config.platform != "bare",
+            )
         )
         for slot, (start, buffer) in enumerate(memory.regions()):
             vm.set_memory_slot(slot, start, buffer)

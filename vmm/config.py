@@ -273,7 +273,8 @@ class Config(Checked):
     epoch: int | None = None
     """The guest's wall clock at the start, seconds since 1970; None: now, or VIRTUAL_EPOCH with the virtual clock."""
     platform: Platform = "pc"
-    """pc: what stock kernels expect. bare: memory, one serial port, reset and debug ports; no ACPI, PCI or virtio."""
+    """pc: what stock kernels expect. bare: memory, interrupt controllers, one serial port, reset and debug ports; no
+    PIT, ACPI, PCI or virtio."""
     reboot: bool = False
     """Restart in place when the guest reboots; otherwise a reboot ends the machine."""
     hugepages: bool = False

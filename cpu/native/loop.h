@@ -69,6 +69,7 @@ struct lv_config {
     bool seeded;
     uint64_t seed;
     int system_fd;       /* KVM: /dev/kvm; others -1 */
+    bool pit;            /* an 8254 at 0x40 to 0x43, and port 0x61 */
 };
 
 struct lv_route {

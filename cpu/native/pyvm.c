@@ -26,14 +26,14 @@ static PyObject *none_or_raise(int r, const char *what)
 
 static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"core", "vcpus", "virtual_clock", "virtual_ips", "epoch_ns", "seed", "system_fd", NULL};
+    static char *names[] = {"core", "vcpus", "virtual_clock", "virtual_ips", "epoch_ns", "seed", "system_fd", "pit", NULL};
     const char *core;
     unsigned int vcpus = 1;
-    int virtual_clock = 0, system_fd = -1, error = 0;
+    int virtual_clock = 0, system_fd = -1, pit = 1, error = 0;
     unsigned long long ips = 1000000000, epoch = 0;
     PyObject *seed = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|IpKKOi:Vm", names, &core, &vcpus, &virtual_clock, &ips, &epoch,
-                                     &seed, &system_fd))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|IpKKOip:Vm", names, &core, &vcpus, &virtual_clock, &ips, &epoch,
+                                     &seed, &system_fd, &pit))
         return NULL;
     const struct lv_ops *ops = lv_core_by_name(core);
     if (!ops) {
@@ -50,7 +50,7 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         epoch = (unsigned long long)t.tv_sec * 1000000000u + (unsigned long long)t.tv_nsec;
     }
     struct lv_config config = {.vcpus = vcpus, .virtual_clock = virtual_clock, .virtual_ips = ips, .epoch_ns = epoch,
-                               .seeded = seed != Py_None, .system_fd = system_fd};
+                               .seeded = seed != Py_None, .system_fd = system_fd, .pit = pit};
     if (config.seeded && !lv_u64(seed, &config.seed))
         return NULL;
     VmObject *self = (VmObject *)type->tp_alloc(type, 0);
@@ -555,6 +555,9 @@ static PyObject *vm_set_alarm(VmObject *self, PyObject *deadline)
     return none_or_raise(lv_vm_set_alarm(vm, ns), "cannot set the alarm");
 }
 
+/* A PIT that a VM has not has no state, whatever the core says. */
+static bool has_state(const struct lv_vm *vm, int kind) { return kind != LV_STATE_PIT || vm->config.pit; }
+
 static PyObject *vm_get_blob(VmObject *self, PyObject *args)
 {
     int kind;
@@ -562,7 +565,7 @@ static PyObject *vm_get_blob(VmObject *self, PyObject *args)
     struct lv_vm *vm = lv_open(self);
     if (!vm || !PyArg_ParseTuple(args, "i:get_blob", &kind))
         return NULL;
-    int r = vm->ops->get_vm(vm, (enum lv_state_kind)kind, data, sizeof data);
+    int r = has_state(vm, kind) ? vm->ops->get_vm(vm, (enum lv_state_kind)kind, data, sizeof data) : 0;
     return r < 0 ? lv_raise(r, "cannot read the VM's state") : PyBytes_FromStringAndSize((char *)data, r);
 }
 
@@ -573,7 +576,11 @@ static PyObject *vm_set_blob(VmObject *self, PyObject *args)
     struct lv_vm *vm = lv_open(self);
     if (!vm || !PyArg_ParseTuple(args, "iy*:set_blob", &kind, &blob))
         return NULL;
-    int r = vm->ops->set_vm(vm, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len);
+    int r;
+    if (has_state(vm, kind))
+        r = vm->ops->set_vm(vm, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len);
+    else
+        r = blob.len ? -EINVAL : 0;
     PyBuffer_Release(&blob);
     return none_or_raise(r, "cannot set the VM's state");
 }

@@ -238,7 +238,8 @@ static int vm_create(struct lv_vm *vm)
 {
     const struct lv_config *c = &vm->config;
     struct soft_config config = {.vcpus = c->vcpus, .virtual_clock = c->virtual_clock, .virtual_ips = c->virtual_ips,
-                                 .epoch_ns = c->epoch_ns, .tsc_khz = TSC_KHZ, .quantum = QUANTUM};
+                                 .epoch_ns = c->epoch_ns, .tsc_khz = TSC_KHZ, .quantum = QUANTUM,
+                                 .no_pit = !c->pit};
     if (c->vcpus > SOFT_MAX_VCPUS)
         return -E2BIG;
     struct backend *b = calloc(1, sizeof *b);

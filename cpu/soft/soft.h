@@ -45,6 +45,7 @@ struct soft_config {
     uint64_t epoch_ns;        /* wall clock (CLOCK_REALTIME, ns) at time 0, for kvmclock's wall clock */
     uint64_t tsc_khz;         /* rate of the guest's TSC */
     uint32_t quantum;         /* instructions a vCPU runs before the next has its turn, e.g. 100000 */
+    bool no_pit;              /* no 8254 and no port 0x61 */
 };
 
 enum soft_stop {

@@ -123,6 +123,8 @@ struct soft_vm *soft_vm_create(const struct soft_config *config, const struct so
         soft_vm_destroy(vm);
         return NULL;
     }
+    if (config->no_pit)
+        irqchip_without_pit(vm->irqchip);
     for (uint32_t i = 0; i < config->vcpus; i++) {
         soft_reset_vcpu(vm->vcpus[i], false);
         soft_default_cpuid(vm->vcpus[i]);

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+WITH_PIT = frozenset({"timer"})
+"""Guests that use a device which the bare platform lacks."""
 
 
 def names() -> list[str]:

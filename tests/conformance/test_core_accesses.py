@@ -45,6 +45,15 @@ def test_mmio_arrives_and_reads_yield_the_answer(core, guests, size):
     assert guest.answers == [cut(VALUE, size)]
 
 
+@pytest.mark.parametrize("port", [0x40, 0x43, 0x61])
+def test_ports_of_a_pit_that_is_not_there_are_exits(core, guests, port):
+    guest = guests(core, pit=False)
+    guest.load([PortOut(port, 1, 0x34), PortIn(port, 1)])
+    guest.go()
+    assert guest.run(lambda _: 0x5A) == [(0, PortOut(port, 1, 0x34)), (0, PortIn(port, 1))]
+    assert guest.answers == [0x5A]
+
+
 def test_a_triple_fault_is_a_shutdown(core, guests):
     guest = guests(core)
     guest.load([PortOut(0x80, 1, 1), Shutdown()])

@@ -82,6 +82,17 @@ def test_blobs_have_the_declared_layouts(real_core, guests):
         assert len(blob) == layouts.IRQCHIP_SIZE
 
 
+def test_a_vm_without_a_pit_has_no_state_of_one(core, guests):
+    with_pit, without = guests(core).vm, guests(core, pit=False).vm
+    state = without.state()
+    assert state.pit == b""
+    without.set_state(state)
+    with pytest.raises(ConfigError):
+        without.set_state(with_pit.state())
+    with pytest.raises(ConfigError):
+        with_pit.set_state(state)
+
+
 @pytest.mark.parametrize("field", ["regs", "sregs", "xsave", "xcrs", "lapic", "events", "debugregs", "mp_state"])
 def test_a_state_of_the_wrong_size_is_refused(core, guests, field):
     vcpu = guests(core).vcpus[0]

@@ -57,6 +57,7 @@ struct irqchip {
     struct kvm_pic_state pics[2];
     bool pic_output;         /* INTR of the master */
     struct pit pit;
+    bool no_pit;             /* its ports are nobody's */
 };
 
 /* A message on the APIC bus. */

@@ -27,6 +27,8 @@ struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host)
 
 void irqchip_destroy(struct irqchip *chip) { free(chip); }
 
+void irqchip_without_pit(struct irqchip *chip) { chip->no_pit = true; }
+
 void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init) { lapic_reset(&chip->lapics[index], init); }
 
 /* ---- routes ---- */
@@ -178,17 +180,20 @@ bool irqchip_mmio_write(struct irqchip *chip, uint32_t index, uint64_t gpa, uint
 }
 
 static bool is_pic(uint16_t port) { return (port & ~0x81) == 0x20 || (port & ~1) == 0x4D0; }
-static bool is_pit(uint16_t port) { return (port & ~3) == 0x40 || port == 0x61; }
+static bool is_pit(const struct irqchip *chip, uint16_t port)
+{
+    return !chip->no_pit && ((port & ~3) == 0x40 || port == 0x61);
+}
 
 /* Wider accesses reach the byte ports one after the other; a byte that nobody answers reads as ones. */
 bool irqchip_port_read(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t *value, uint64_t now)
 {
-    if (!is_pic(port) && !is_pit(port))
+    if (!is_pic(port) && !is_pit(chip, port))
         return false;
     *value = 0;
     for (unsigned i = 0; i < size; i++) {
         uint16_t p = (uint16_t)(port + i);
-        uint64_t byte = is_pic(p) ? pic_read(chip, p) : is_pit(p) ? pit_read(chip, p, now) : 0xFF;
+        uint64_t byte = is_pic(p) ? pic_read(chip, p) : is_pit(chip, p) ? pit_read(chip, p, now) : 0xFF;
         *value |= byte << (8 * i);
     }
     return true;
@@ -196,13 +201,13 @@ bool irqchip_port_read(struct irqchip *chip, uint16_t port, uint8_t size, uint64
 
 bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t value, uint64_t now)
 {
-    if (!is_pic(port) && !is_pit(port))
+    if (!is_pic(port) && !is_pit(chip, port))
         return false;
     for (unsigned i = 0; i < size; i++) {
         uint16_t p = (uint16_t)(port + i);
         if (is_pic(p))
             pic_write(chip, p, (uint8_t)(value >> (8 * i)));
-        else if (is_pit(p))
+        else if (is_pit(chip, p))
             pit_write(chip, p, (uint8_t)(value >> (8 * i)), now);
     }
     return true;

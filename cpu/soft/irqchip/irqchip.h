@@ -26,6 +26,8 @@ struct irqchip_host {
 
 struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host);
 void irqchip_destroy(struct irqchip *chip);
+/* Take the 8254 and port 0x61 away; before the VM runs. */
+void irqchip_without_pit(struct irqchip *chip);
 void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init); /* init: keep the APIC id */
 
 void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t now); /* GSI 0 is the PIT: IOAPIC pin 2 */
