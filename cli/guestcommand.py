@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmm.terminal import CHUNK, Output, RawMode, in_foreground
@@ -21,14 +22,17 @@ async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
     on_terminal = os.isatty(0) and os.isatty(1) and in_foreground(0)
     raw = RawMode(0)
     async with await vm.start_process(*arguments, terminal=_size() if on_terminal else None) as process:
+        vm.timeline.mark("command")
         async with _signals(process, on_terminal):
             feeding = asyncio.create_task(_feed(process), name="stdin")
             try:
                 if on_terminal:
                     raw.enter()
-                await asyncio.gather(_copy(process.stdout, 1), _copy(process.stderr, 2))
+                seen = partial(vm.timeline.mark, "first output")
+                await asyncio.gather(_copy(process.stdout, 1, seen), _copy(process.stderr, 2, seen))
                 return await process.wait()
             finally:
+                vm.timeline.mark("status")
                 raw.restore()
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
@@ -88,12 +92,13 @@ async def _read(descriptor: int) -> bytes:
         return b""
 
 
-async def _copy(stream: GuestStream, descriptor: int) -> None:
+async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) -> None:
     """Everything that the program writes. A reader that went away raises BrokenPipeError, which ends the command."""
     loop = asyncio.get_running_loop()
     output = Output(descriptor)
     try:
         async for data in stream:
+            seen()
             while data:
                 count = output.write(data[:CHUNK])
                 if count >= 0:

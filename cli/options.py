@@ -55,6 +55,8 @@ RUN_OPTIONS = (
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
     RunOption("--json", "json", "switch", "Print the outcome as JSON on stderr.", of="command"),
+    RunOption("--timing", "timing", "switch", "When the machine did what, on stderr.", of="command"),
+    RunOption("--timing-svg", "timing_svg", "text", "The same as a picture.", "FILE", "command"),
     RunOption("--print-config", "print_config", "switch", "Print the configuration as TOML, do not run.", of="command"),
     RunOption("--print-schema", "print_schema", "switch", "Print the file's JSON Schema, for editors.", of="command"),
     RunOption("--print-cmdline", "print_cmdline", "switch", "Print the kernel command line.", of="command"),
@@ -72,6 +74,8 @@ class RunArguments:
     config: dict[str, Any] = field(default_factory=dict)
     config_file: str | None = None
     json: bool = False
+    timing: bool = False
+    timing_svg: str | None = None
     print_config: bool = False
     print_schema: bool = False
     print_cmdline: bool = False

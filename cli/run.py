@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
-from vmm.errors import ConfigError, HostError, VmmError
+from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned
 from vmm.launch import config_for
 from vmm.lifecycle import Outcome, Reason
 from vmm.terminal import Output
+from vmm.timeline import Timeline
 from vmm.vm import VirtualMachine
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ CONSOLE_LINES = 15
 
 def execute(arguments: RunArguments) -> int:
     """Run it; the exit status. Raises VmmError."""
+    begin = time.monotonic_ns()
     if arguments.print_schema:
         import json
 
@@ -47,12 +50,17 @@ def execute(arguments: RunArguments) -> int:
         config.check_host()
         sys.stdout.write(effective_cmdline(config, choice(config).probe.capabilities) + "\n")
         return 0
+    timeline = Timeline()
+    timeline.mark("begin", begin)
+    timeline.mark("configured")
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        outcome, status = runner.run(_run(config, arguments.command))
+        outcome, status = runner.run(_run(config, arguments.command, timeline))
     if outcome is not None:
         _report(config, outcome, arguments)
+    if arguments.timing or arguments.timing_svg is not None:
+        _show_timing(timeline, config.name, arguments)
     return status
 
 
@@ -104,9 +112,10 @@ class _Progress:
         self._line(what, done, total)
 
 
-async def _run(config: Config, command: list[str]) -> tuple[Outcome | None, int]:
+async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[Outcome | None, int]:
     """(how the machine ended, None if it was ended after a command; exit status)"""
     vm = VirtualMachine(config)
+    vm.timeline = timeline
     loop = asyncio.get_running_loop()
     debug = vm.on_debug = _DebugOutput()
     telling = asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")
@@ -161,6 +170,21 @@ async def _tell_warnings(events: EventStream, name: str) -> None:
     async for event in events:
         if isinstance(event, Warned):
             say(f"{name}: {event.text}\r")
+
+
+def _show_timing(timeline: Timeline, name: str, arguments: RunArguments) -> None:
+    """Raises HostError if the picture cannot be written."""
+    from vmm.timeline import process_start_ns
+    from vmm.timelineview import as_svg, as_text
+
+    timeline.mark("exec", process_start_ns())
+    if arguments.timing:
+        sys.stderr.write(as_text(timeline, name))
+    if arguments.timing_svg is not None:
+        try:
+            Path(arguments.timing_svg).write_text(as_svg(timeline, name))
+        except OSError as error:
+            raise HostError(f"timing-svg: {arguments.timing_svg}: {os_reason(error)}") from error
 
 
 def _report(config: Config, outcome: Outcome, arguments: RunArguments) -> None:

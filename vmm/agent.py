@@ -198,6 +198,8 @@ class Agent:
     def __init__(self, connect: Connect, *, waits: bool = False) -> None:
         self._connect = connect
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_ready: Callable[[], None] | None = None
+        """Called when the guest says that its agent listens."""
         if not waits:
             self._ready.set_result(None)
 
@@ -205,6 +207,8 @@ class Agent:
         """The guest said that its agent listens."""
         if not self._ready.done():
             self._ready.set_result(None)
+            if self.on_ready is not None:
+                self.on_ready()
 
     async def wait_ready(self) -> None:
         """Until the agent listens. GuestError if the machine ends before."""

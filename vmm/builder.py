@@ -26,6 +26,7 @@ from vmm.lifecycle import Outcome, Reason
 from vmm.machine import Action, CoreMachine
 from vmm.memory import GuestMemory
 from vmm.pci import level_trigger
+from vmm.timeline import Timeline
 from vmm.topology import vcpu_cpuid
 
 PARTS = (
@@ -81,6 +82,7 @@ class Built:
         debug_output: Callable[[bytes], None],
         finish: Callable[[Outcome], None],
         devices: Mapping[str, Callable[[], Any]] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.config = config
         self.system = system
@@ -88,6 +90,7 @@ class Built:
         self.debug_output = debug_output
         self.devices = devices or {}
         """The embedder's own virtio devices: name -> a function that makes it."""
+        self.mark = (timeline or Timeline()).mark
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
         self._finish = finish
@@ -195,7 +198,12 @@ class Built:
                 if inspect.isawaitable(result):
                     await result
         self._reading = vm.fileno()
-        self._loop.add_reader(self._reading, self._dispatcher.drain)
+        self._loop.add_reader(self._reading, self._first_exit)
+
+    def _first_exit(self) -> None:
+        self.mark("first exit")
+        self._loop.add_reader(self._reading, self.dispatcher.drain)
+        self.dispatcher.drain()
 
     async def _load(self) -> None:
         """The boot loader and vCPU 0's registers. A kernel is unpacked beside the loop."""
@@ -203,10 +211,12 @@ class Built:
         for index, vcpu in enumerate(self.vcpus):
             vcpu.set_cpuid(vcpu_cpuid(cpuid, index, self.config.cpus))
         kernel = self.config.kernel
+        self.mark("load")
         if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:
             state = await asyncio.to_thread(self._load_image)
         else:
             state = self._load_image()
+        self.mark("loaded")
         self.vcpus[0].set_system_registers(state.system_registers)
         self.vcpus[0].set_registers(state.registers)
 

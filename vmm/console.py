@@ -340,6 +340,23 @@ class Console:
                 await room
 
 
+class FirstOutput:
+    """Calls `seen` once, at the next output."""
+
+    lossless = False
+
+    def __init__(self, hub: ConsoleHub, seen: Callable[[], None]) -> None:
+        self._hub = hub
+        self._seen = seen
+        self.position = hub.total
+        hub.watch(self)
+
+    def wake(self) -> None:
+        self._hub.unwatch(self)
+        if self._hub.total > self.position:
+            self._seen()
+
+
 class ConsoleLog:
     """Writes the output to a file, which is rotated once (FILE.1) when it grows beyond `limit` bytes."""
 

@@ -123,6 +123,9 @@ class Assembly(Protocol):
     def debug_output(self, text: bytes) -> None:
         """What a guest writes to a debug port. Never blocks, bounded."""
 
+    def mark(self, name: str) -> None:
+        """The machine's timeline has come to the moment of this name (vmm/timeline.py)."""
+
     def add(self, name: str, component: object) -> None:
         """Own a component under a unique name. Those that are Stateful are saved and restored; `async start()` is
         awaited before the first instruction, `async aclose()` or else `close()` in reverse order at the end."""

@@ -8,6 +8,7 @@ turns that into a Config.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -103,9 +104,13 @@ async def run(
 ) -> AsyncIterator[VirtualMachine]:
     """A running machine: an image by name or by value, or none and Config's fields. Ends with the block. `devices` are
     VirtualMachine's."""
+    asked = time.monotonic_ns()
     if isinstance(image, str):
         image = await asyncio.to_thread(find_image, image)
     config = Config.from_dict(options) if image is None else config_for(image, **options)
-    async with VirtualMachine(config, devices=devices) as vm:
+    machine = VirtualMachine(config, devices=devices)
+    machine.timeline.mark("begin", asked)
+    machine.timeline.mark("configured")
+    async with machine as vm:
         vm.resume()
         yield vm

@@ -284,6 +284,7 @@ class _Vsock:
         from vmm.agentlink import AgentVsock
 
         agent = Agent(lambda: device.open(AGENT_PORT), waits=True)
+        agent.on_ready = partial(self.assembly.mark, "agent")
         self.assembly.add("agent", agent)
         device = VsockDevice(AgentVsock(agent, backend), GUEST_CID)
         return device

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 from cpu.contract import System
 from vmm.builder import Built
 from vmm.config import Config
-from vmm.console import REPLAY, Console, ConsoleHub, ConsoleLog
+from vmm.console import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
 from vmm.cores import open_system
 from vmm.errors import StateError, VmmError
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
+from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
     from virtio.device import Device
@@ -55,6 +57,8 @@ class VirtualMachine:
         self._devices = dict(devices or {})
         self._system: System | None = None
         self._lifecycle = Lifecycle()
+        self.timeline = Timeline()
+        """When the machine did what, up to its first reboot in place: vmm.timeline.Timeline."""
         self._hub = ConsoleHub()
         self._hub.on_event = self._console_event
         self.console = Console(self._hub)
@@ -80,6 +84,7 @@ class VirtualMachine:
         """Build it. Raises ConfigError, HostError."""
         if self.state is not State.CREATED or self._supervisor is not None:
             raise StateError("a VirtualMachine is entered once; make another")
+        self.timeline.mark("enter")
         try:
             self.config.check_host()
             self._system = self._given_system or open_system(self.config)
@@ -137,6 +142,7 @@ class VirtualMachine:
         if self._timer is None and self.config.timeout is not None:
             outcome = Outcome(Reason.TIMEOUT, f"still running after {self.config.timeout:g} s")
             self._timer = asyncio.get_running_loop().call_later(self.config.timeout, self._finish, outcome)
+        self.timeline.mark("resume")
         assert self._built is not None
         self._built.dispatcher.release("pause")
 
@@ -257,8 +263,13 @@ class VirtualMachine:
     async def _build(self) -> None:
         assert self._system is not None
         self._hub.disconnect()
-        built = Built(self.config, self._system, self._hub.port, self._write_debug, self._finish, self._devices)
+        timeline = self.timeline
+        built = Built(
+            self.config, self._system, self._hub.port, self._write_debug, self._finish, self._devices, timeline
+        )
+        FirstOutput(self._hub, partial(timeline.mark, "first console byte"))
         await built.build()
+        timeline.mark("built")
         self._built = built
         self._hub.on_pressure = self._console_pressure
         if self._hub.pressed:
@@ -332,6 +343,7 @@ class VirtualMachine:
 
     async def _release(self) -> None:
         """Give everything back, whatever fails; the outcome is known afterwards."""
+        self.timeline.mark("end")
         try:
             self._close_core()
             if self._timer is not None:
@@ -345,6 +357,7 @@ class VirtualMachine:
             try:
                 await self._close_services()
             finally:
+                self.timeline.mark("closed")
                 self._stopped.set()
 
     async def _close_services(self) -> None:

@@ -51,6 +51,16 @@ static int argument(const char *key, char *to, size_t size)
     return found;
 }
 
+/* A moment for the host's timeline: four letters, written at once to port 0x80. Nothing happens on other hosts. */
+static void mark(const char *letters)
+{
+    uint32_t word;
+    memcpy(&word, letters, 4);
+    if (SYS(__NR_ioperm, 0x80, 4, 1) < 0) return;
+    __asm__ volatile("outl %0, $0x80" : : "a"(word));
+    SYS(__NR_ioperm, 0x80, 4, 0);
+}
+
 static void load_modules(void)
 {
     static char list[16384];
@@ -105,6 +115,7 @@ static void switch_root(void)
     SYS(__NR_mount, ".", "/", 0, MS_MOVE, 0);
     SYS(__NR_chroot, ".");
     SYS(__NR_chdir, "/");
+    mark("root");
     static char *arguments[] = {"/sbin/init", 0};
     SYS(__NR_execve, "/sbin/init", arguments, guest_environment);
     say("init: the root file system has no /sbin/init\n");
@@ -255,6 +266,7 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
     }
     if (SYS(__NR_getpid, 0) != 1) agent();
     if (text_equal(arguments[0], "/init")) {
+        mark("init");
         mount_at("devtmpfs", "/dev", "");
         long fd = open_file("/dev/console", O_RDWR | O_NOCTTY);
         for (int i = 0; fd >= 0 && i < 3; i++) SYS(__NR_dup2, fd, i);

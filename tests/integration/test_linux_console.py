@@ -12,7 +12,7 @@ from images import catalog
 from images.errors import ImageError
 from tests.support.command import Background, Session, vmm, wait_for
 from vmm import VirtualMachine
-from vmm.launch import config_for
+from vmm.launch import config_for, run
 
 pytestmark = pytest.mark.debian
 PROMPT = b"linux:~# "
@@ -92,6 +92,35 @@ def test_command_on_a_terminal(runtime: Path) -> None:
         session.expect(b"got a line")
         assert session.wait() == 0
         assert session.restored
+
+
+def test_timing_of_a_command(runtime: Path) -> None:
+    """Every phase is there, in order; the picture as well; standard output is the command's alone."""
+    picture = runtime / "boot.svg"
+    words = ["run", "linux", "--name", "t", "--timing", "--timing-svg", str(picture), "--", "echo", "hi"]
+    done = vmm(runtime, *words, timeout=BOOT)
+    assert (done.returncode, done.stdout) == (0, "hi\n")
+    rows = [line.split() for line in done.stderr.splitlines()[1:] if "|" in line]
+    shown = [row[0] for row in rows]
+    assert shown == ["python", "image", "loop", "build", "unpack", "kernel", "init", "system", "command", "close"]
+    begins, tooks = [float(row[2]) for row in rows], [float(row[3]) for row in rows]
+    assert begins == sorted(begins)
+    begin, took = dict(zip(shown, begins, strict=True)), dict(zip(shown, tooks, strict=True))
+    for before, after in (("kernel", "init"), ("init", "system")):
+        assert begin[before] + took[before] == pytest.approx(begin[after], abs=0.11)
+    assert begin["unpack"] + took["unpack"] <= begin["build"] + took["build"] + 0.11
+    assert begin["system"] + took["system"] <= begin["command"] + 0.11
+    assert "kernel, guest: " in picture.read_text()
+
+
+async def test_the_timeline_of_an_embedded_machine(image: catalog.Image) -> None:
+    async with run("linux") as vm:
+        await vm.exec("true")
+        phases = {phase.name: phase for phase in vm.timeline.phases()}
+    assert {"image", "build", "unpack", "kernel", "init", "system"} <= set(phases)
+    assert 0 < phases["kernel"].end - phases["kernel"].begin < BOOT
+    moments = dict(vm.timeline.moments)
+    assert moments["resume"] <= moments["first exit"] < moments["init"] < moments["root"] < moments["agent"]
 
 
 def test_program_that_is_not_there(runtime: Path) -> None:

@@ -169,6 +169,10 @@ class FakeAssembly:
         self.console: Any = None
         self.components: dict[str, Any] = {}
         self.rsdp: int | None = None
+        self.marks: list[str] = []
+
+    def mark(self, name: str) -> None:
+        self.marks.append(name)
 
     def debug_output(self, text: bytes) -> None:
         return None

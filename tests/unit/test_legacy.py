@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpu.contract import Space
 from tests.support.pc import SECOND, FakeAssembly, Pc
 from tests.support.ram import Ram
 from vmm import layout
-from vmm.devices import vmgenid
+from vmm.devices import post, vmgenid
 from vmm.devices.i8042 import I8042
 from vmm.devices.pm import PM_TIMER_HZ, Pm
 from vmm.devices.post import DelayPorts
@@ -207,6 +208,16 @@ def test_pvpanic_reports_its_events_and_ends_the_machine() -> None:
     assert pc.requests == []
     pc.out(layout.PVPANIC, 1)
     assert pc.requests[0][0] == "crash"
+
+
+def test_four_bytes_at_the_delay_port_mark_the_boot() -> None:
+    assembly = FakeAssembly(None, None)
+    post.attach(assembly)
+    for word in (b"init", b"root", b"evil", b"\0\0\0\0"):
+        assembly.machine.out(0x80, int.from_bytes(word, "little"), 4)
+    posted, offset = assembly.machine.posts[Space.PORT, 0x80, 4]
+    posted.posted(offset, 4, b"rootinit")
+    assert assembly.marks == ["init", "root", "root", "init"]
 
 
 def test_delay_port_is_posted() -> None:

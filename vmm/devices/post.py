@@ -1,12 +1,18 @@
 """Ports that software writes only to spend time or to show progress: 0x80 (POST code) and 0xED. Writes are posted
-and dropped; 0x80 reads back the last value, as the DMA page register's scratch byte does. No other state."""
+and dropped; 0x80 reads back the last value, as the DMA page register's scratch byte does. No other state.
+
+Four bytes at once at 0x80 are no POST code: our /init writes MARKS that way, for the machine's timeline."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from cpu.contract import Space
 from vmm.interfaces import Assembly, Machine, State
 
 PORTS = (0x80, 0xED)
+MARKS = (b"init", b"root")
+"""/init runs; its root file system is mounted (images/init/init.c)."""
 
 
 class DelayPorts:
@@ -15,6 +21,7 @@ class DelayPorts:
         self._last = 0
 
     def attach(self) -> None:
+        """Claim the ports."""
         for port in PORTS:
             self._machine.map(Space.PORT, port, 1, self, f"delay port {port:#x}")
             self._machine.post(Space.PORT, port, 1, self, 0)
@@ -35,7 +42,22 @@ class DelayPorts:
         self._last = state["last"] & 0xFF
 
 
+class BootMarks:
+    """The four-byte writes. No state."""
+
+    def __init__(self, mark: Callable[[str], None]) -> None:
+        self._mark = mark
+
+    def posted(self, offset: int, size: int, data: bytes) -> None:
+        """`data` may hold several writes."""
+        for at in range(0, len(data), size):
+            if data[at : at + size] in MARKS:
+                self._mark(data[at : at + size].decode())
+
+
 def attach(assembly: Assembly) -> None:
+    """Both ports, and the marks."""
     device = DelayPorts(assembly.machine)
     device.attach()
+    assembly.machine.post(Space.PORT, PORTS[0], 4, BootMarks(assembly.mark), 0)
     assembly.add("delay-ports", device)

@@ -1,0 +1,81 @@
+"""When a machine did what: moments by the host's monotonic clock, and the phases that lie between them.
+
+Host moments are taken where they happen. Guest moments are what the host sees of the guest: its first exit, its first
+console byte, the words that our /init writes to port 0x80 (vmm/devices/post.py), the agent's hello on vsock. Loop
+thread.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, NamedTuple
+
+PHASES: tuple[tuple[str, Literal["host", "guest"], str, str], ...] = (
+    ("python", "host", "exec", "begin"),
+    ("image", "host", "begin", "configured"),
+    ("loop", "host", "configured", "enter"),
+    ("build", "host", "enter", "built"),
+    ("unpack", "host", "load", "loaded"),
+    ("kernel", "guest", "resume", "init"),
+    ("init", "guest", "init", "root"),
+    ("system", "guest", "root", "agent"),
+    ("command", "guest", "command", "status"),
+    ("close", "host", "end", "closed"),
+)
+"""(phase, where it is spent, the moment at which it begins, the moment at which it ends)"""
+ALONE = ("first exit", "first console byte", "first output")
+"""Moments that no phase begins or ends with."""
+
+
+class Phase(NamedTuple):
+    """Seconds since the timeline's first moment."""
+
+    name: str
+    where: Literal["host", "guest"]
+    begin: float
+    end: float
+
+
+class Moment(NamedTuple):
+    """`seconds` since the timeline's first moment."""
+
+    name: str
+    seconds: float
+
+
+class Timeline:
+    """The moments of a machine's start and end. Of each name the first counts, so reboots in place change nothing."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, int] = {}
+
+    def mark(self, name: str, at_ns: int | None = None) -> None:
+        """It happens now, or happened at `at_ns` of time.monotonic_ns()."""
+        self._moments.setdefault(name, time.monotonic_ns() if at_ns is None else at_ns)
+
+    @property
+    def moments(self) -> list[Moment]:
+        """Every moment so far, in order."""
+        ordered = sorted(self._moments.items(), key=lambda item: item[1])
+        return [Moment(name, (at - ordered[0][1]) / 1e9) for name, at in ordered]
+
+    def phases(self) -> list[Phase]:
+        """The phases of which both ends are known, in order of their beginning."""
+        at = dict(self.moments)
+        known = [Phase(name, where, at[a], at[b]) for name, where, a, b in PHASES if a in at and b in at]
+        return sorted(known, key=lambda phase: phase.begin)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"moments": {name: seconds}, "phases": [{"name", "where", "begin", "end"}]}, for JSON."""
+        return {"moments": dict(self.moments), "phases": [phase._asdict() for phase in self.phases()]}
+
+
+def process_start_ns() -> int:
+    """When this process was started, of time.monotonic_ns(); the kernel tells it in clock ticks, so up to 10 ms early.
+    Raises OSError without /proc."""
+    import os
+
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])  # proc(5): starttime, the 22nd field
+    since_boot = ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot)
