@@ -109,6 +109,8 @@ def to_size(low: int, high: int, multiple: int = 1) -> Converter:
 
 def to_seconds(where: str, value: object) -> float:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ConfigError(f"{where}: {value!r} is not a number of seconds") from None
