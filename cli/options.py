@@ -38,7 +38,7 @@ RUN_OPTIONS = (
     RunOption("--append", "append", "text", "Added to the kernel command line.", "TEXT"),
     RunOption("--flat", "flat", "text", "Raw code: FILE[,load=ADDRESS][,entry=ADDRESS][,mode=real|…].", "SPEC"),
     RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,format=…][,cache=…][,transport=…].", "SPEC"),
-    RunOption("--net", "nets", "list", "user, tap=NAME or unix=PATH, then [,mac=…][,id=NAME][,pcap=FILE].", "SPEC"),
+    RunOption("--net", "nets", "list", "user, tap=NAME or unix=PATH[,optional][,mac=…][,id=NAME][,pcap=FILE].", "SPEC"),
     RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
     RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),

@@ -83,6 +83,7 @@ class Built:
         finish: Callable[[Outcome], None],
         devices: Mapping[str, Callable[[], Any]] | None = None,
         timeline: Timeline | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config = config
         self.system = system
@@ -91,6 +92,7 @@ class Built:
         self.devices = devices or {}
         """The embedder's own virtio devices: name -> a function that makes it."""
         self.mark = (timeline or Timeline()).mark
+        self.warn = warn
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
         self._finish = finish

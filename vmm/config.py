@@ -142,6 +142,8 @@ class Net(Checked):
     """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     pcap: Path | None = None
     """Every frame is written there, in pcap format."""
+    required: bool = True
+    """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
 
     _where = "net"
     _converters = {
@@ -151,6 +153,7 @@ class Net(Checked):
         "id": to_name,
         "transport": to_choice(Literal["pci", "mmio"]),
         "pcap": optional(to_path),
+        "required": to_boolean,
     }
 
     def _check(self) -> None:
@@ -163,8 +166,8 @@ class Net(Checked):
 
     @classmethod
     def parse(cls, text: str) -> Net:
-        """user | tap=NAME | unix=PATH, then [,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE]"""
-        first, values = split("net", text, {})
+        """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE]"""
+        first, values = split("net", text, {"optional": ("required", False)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:
             raise ConfigError(f"net: {text!r} is not understood; write user, tap=NAME or unix=PATH first")

@@ -123,6 +123,9 @@ class Assembly(Protocol):
     def debug_output(self, text: bytes) -> None:
         """What a guest writes to a debug port. Never blocks, bounded."""
 
+    def warn(self, text: str) -> None:
+        """Tell whoever runs the machine: an event, which `vmm run` prints. At most a hundred a machine."""
+
     def mark(self, name: str) -> None:
         """The machine's timeline has come to the moment of this name (vmm/timeline.py)."""
 

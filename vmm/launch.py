@@ -64,7 +64,7 @@ def config_for(image: ImageLike, **options: Any) -> Config:
         import shutil
 
         if shutil.which("passt"):
-            values["nets"] = (Net(kind="user"),)
+            values["nets"] = (Net(kind="user", required=False),)
     if image.platform == "bare" and not any(options.get(name) for name in VIRTIO_OPTIONS):
         values["platform"] = "bare"
     values |= options

@@ -28,6 +28,7 @@ from virtio.devices.console import ConsoleDevice, Port
 from virtio.devices.net import NetDevice, parse_mac
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
+from virtio.errors import VirtioError
 from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
 from virtio.transport import Transport
@@ -74,6 +75,7 @@ class VirtioDevices:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         self._wanted = wanted(assembly)
+        self._optional = {net.id or f"net{index}" for index, net in enumerate(assembly.config.nets) if not net.required}
         self._windows: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self.devices: dict[str, Device] = {}
@@ -90,7 +92,14 @@ class VirtioDevices:
     async def start(self) -> None:
         """Open the backends and plug the devices in. Raises ConfigError, HostError."""
         for name, (kind, make) in self._wanted.items():
-            device = self.devices[name] = await make()
+            try:
+                device = await make()
+            except VirtioError as error:
+                if name not in self._optional:
+                    raise
+                self._assembly.warn(f"{error}; the machine runs without {name}")
+                continue
+            self.devices[name] = device
             self._plug(name, device, kind)
             if isinstance(device, VsockDevice):
                 await device.start()
@@ -130,15 +139,19 @@ class VirtioDevices:
 
     def reset(self) -> None:
         """A machine reset, of the devices that no bus resets."""
-        for name in self._windows:
+        for name in self._plugged_windows():
             self.transports[name].reset()
+
+    def _plugged_windows(self) -> list[str]:
+        """The devices behind virtio-mmio windows; an optional one may be missing."""
+        return [name for name in self._windows if name in self.transports]
 
     def save(self) -> State:
         """The virtio-mmio devices; functions are saved by their bus."""
-        return {"version": 1, "mmio": {name: self.transports[name].save() for name in self._windows}}
+        return {"version": 1, "mmio": {name: self.transports[name].save() for name in self._plugged_windows()}}
 
     def restore(self, state: State) -> None:
-        if state["version"] != 1 or set(state["mmio"]) != set(self._windows):
+        if state["version"] != 1 or set(state["mmio"]) != set(self._plugged_windows()):
             raise StateError("virtio: the saved state is of a machine with other devices")
         for name, saved in state["mmio"].items():
             self.transports[name].restore(saved)

@@ -265,7 +265,14 @@ class VirtualMachine:
         self._hub.disconnect()
         timeline = self.timeline
         built = Built(
-            self.config, self._system, self._hub.port, self._write_debug, self._finish, self._devices, timeline
+            self.config,
+            self._system,
+            self._hub.port,
+            self._write_debug,
+            self._finish,
+            self._devices,
+            timeline,
+            self._warn,
         )
         FirstOutput(self._hub, partial(timeline.mark, "first console byte"))
         await built.build()

@@ -28,6 +28,7 @@ from vmm import (
     StateChanged,
     StateError,
     VirtualMachine,
+    Warned,
 )
 from vmm.errors import GuestError
 from vmm.lifecycle import Outcome, Reason
@@ -47,6 +48,32 @@ def machine(folder: Path, *scripts: list[Step], **options: Any) -> VirtualMachin
 async def outcome_of(folder: Path, *scripts: list[Step], **options: Any) -> Outcome:
     async with machine(folder, *scripts, **options) as vm:
         return await vm.run()
+
+
+@pytest.fixture
+def no_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passt that cannot start, as in a chroot."""
+    program = tmp_path / "path" / "passt"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho some news >&2\necho 'no user namespaces' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+
+
+async def test_a_network_that_cannot_be_had_ends_the_machine(tmp_path: Path, no_passt: None) -> None:
+    before = descriptors()
+    with pytest.raises(HostError, match="passt does not start here: no user namespaces"):
+        await outcome_of(tmp_path, [EXIT], nets=("user",))
+    assert descriptors() == before
+
+
+async def test_a_network_that_is_optional_is_warned_of(tmp_path: Path, no_passt: None) -> None:
+    vm = machine(tmp_path, [EXIT], nets=("user,optional",))
+    events = vm.events()
+    async with vm:
+        assert (await vm.run()).status == 15
+    warnings = [event.text async for event in events if isinstance(event, Warned)]
+    assert warnings == ["net user: passt does not start here: no user namespaces; the machine runs without net0"]
 
 
 def descriptors() -> int:

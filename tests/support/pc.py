@@ -171,6 +171,9 @@ class FakeAssembly:
         self.rsdp: int | None = None
         self.marks: list[str] = []
 
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
     def mark(self, name: str) -> None:
         self.marks.append(name)
 

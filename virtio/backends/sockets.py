@@ -26,6 +26,10 @@ def _buffers(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
 
 
+START_SECONDS = 0.05
+"""passt says nothing when it is ready; what is wrong with it shows within this time."""
+
+
 class StreamNet(FdNet):
     """A connected stream socket: each frame after its length, 4 bytes big-endian (as passt and QEMU do)."""
 
@@ -99,39 +103,60 @@ class UserNet(StreamNet):
     """User-mode networking by a passt process of our own: no privileges, the guest gets the host's addresses by
     DHCP."""
 
-    def __init__(self, sock: socket.socket, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, sock: socket.socket, process: asyncio.subprocess.Process, complaints: int) -> None:
+        """`complaints`: the pipe that passt's messages end in; it stays open, for a message into a closed one would
+        end passt."""
         super().__init__(sock, mtu=PASST_MTU)
         self._process = process
+        self._complaints = complaints
 
     @classmethod
     async def start(cls, options: Sequence[str] = ()) -> UserNet:
-        """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError if it
-        fails."""
+        """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError with its
+        last message if it fails."""
         program = shutil.which("passt")
         if program is None:
             raise ConfigError("net user: passt is not installed; apt-get install passt")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            theirs.set_inheritable(True)
-            process = await asyncio.create_subprocess_exec(
-                program,
-                "--foreground",
-                "--quiet",
-                "--fd",
-                str(theirs.fileno()),
-                *options,
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        # Non-blocking: what nobody reads must not stop passt.
+        complaints, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            code = await asyncio.wait_for(process.wait(), 0.05)
+            with theirs, open(stderr, "wb"):
+                process = await asyncio.create_subprocess_exec(
+                    program,
+                    "--foreground",
+                    "--quiet",
+                    "--fd",
+                    str(theirs.fileno()),
+                    *options,
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            os.close(complaints)
+            raise
+        net = cls(ours, process, complaints)
+        try:
+            code = await asyncio.wait_for(process.wait(), START_SECONDS)
         except TimeoutError:
-            return cls(ours, process)
-        ours.close()
-        raise HostError(f"net user: passt ended at once with status {code}")
+            return net
+        except BaseException:
+            await net.aclose()
+            raise
+        reason = net._last_complaint() or f"it ended with status {code}"
+        await net.aclose()
+        raise HostError(f"net user: passt does not start here: {reason}")
+
+    def _last_complaint(self) -> str:
+        try:
+            lines = os.read(self._complaints, 1 << 16).decode(errors="replace").split("\n")
+        except BlockingIOError:
+            return ""
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     async def aclose(self) -> None:
         await super().aclose()
@@ -139,3 +164,6 @@ class UserNet(StreamNet):
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             await self._process.wait()
+        if self._complaints >= 0:
+            os.close(self._complaints)
+            self._complaints = -1
