@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cpu.contract import Capability, Probe, System
 from cpu.errors import CpuError
 from cpu.select import NAMES, Choice, choose, probe
@@ -42,9 +44,12 @@ def choice(config: Config) -> Choice:
         return choose(config.core, wanted)
 
 
-def open_system(config: Config) -> System:
-    """Raises HostError."""
+def open_system(config: Config, warn: Callable[[str], None]) -> System:
+    """Opens the core that runs; warns of one that was asked for and lacks what this guest needs. Raises HostError."""
     chosen = choice(config)
+    if missing := needs(config) - chosen.probe.capabilities:
+        lacking = ", ".join(sorted(capability.value for capability in missing))
+        warn(f"the {chosen.name} core here lacks {lacking}: {chosen.probe.reason}; --core auto takes one that has it")
     with core_errors():
         return open_choice(chosen)
 

@@ -87,7 +87,7 @@ class VirtualMachine:
         self.timeline.mark("enter")
         try:
             self.config.check_host()
-            self._system = self._given_system or open_system(self.config)
+            self._system = self._given_system or open_system(self.config, self._warn)
             await self._open_console()
             await self._build()
         except BaseException:

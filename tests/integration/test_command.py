@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from cpu import select
+from cpu.contract import Capability
+from images import guests
 from tests.support.command import VMM, Background, Session, environment, vmm, wait_for
+from vmm.cores import SMALL_KERNEL
 
 HELLO = "Hello from guest mode!\n"
 
@@ -53,6 +57,19 @@ def test_triple_fault_is_status_3(runtime: Path) -> None:
     done = vmm(runtime, "run", "triple", "--name", "t")
     assert done.returncode == 3
     assert re.fullmatch(r"vmm: t: triple-fault: vCPU 0 at rip 0x[0-9a-f]+\n", done.stderr)
+
+
+@pytest.mark.kvm
+def test_a_kernel_that_the_core_may_not_carry_is_warned_of(runtime: Path, tmp_path: Path) -> None:
+    """A guest as large as a stock kernel, on a KVM that does not run stock kernels."""
+    found = select.probe("kvm")
+    if not found.available or Capability.STOCK_KERNELS in found.capabilities:
+        pytest.skip("needs a /dev/kvm that cannot run stock kernels")
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(guests.path("hello").read_bytes().ljust(SMALL_KERNEL, b"\0"))
+    done = vmm(runtime, "run", "--kernel", str(kernel), "--core", "kvm", "--platform", "bare", "--name", "k")
+    assert (done.returncode, done.stdout) == (0, HELLO)
+    assert re.fullmatch(r"vmm: k: the kvm core here lacks stock-kernels: .*; --core auto takes .*\n", done.stderr)
 
 
 def test_timeout_is_status_124(runtime: Path) -> None:
