@@ -39,6 +39,9 @@ class DeviceId(enum.IntEnum):
     SOCKET = 19
 
 
+DEVICE_FEATURES = (1 << 24) - 1 | (1 << 128) - (1 << 50)
+"""2.2: bits 0 to 23 and 50 to 127 are the device type's."""
+
 QUEUE_SIZE_MAX = 32768
 """2.7, 2.8: the maximum Queue Size value."""
 

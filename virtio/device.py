@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from virtio.errors import GuestError, HostError, StateError
@@ -42,12 +43,15 @@ class Device:
     """Bits of this device type (0 to 23, 50 to 127); ring and transport features are the transport's."""
     queue_sizes: Sequence[int] = (128,)
     """The largest size of each queue, powers of two."""
+    feature_requirements: Mapping[int, int] = {}
+    """A feature of this device type -> the features without which it means nothing (for instance 5.1.3.1)."""
 
     def __init__(self) -> None:
         self._active: Activation | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._config_listener: Callable[[], None] | None = None
         self._paused = False
+        self._halted = False
         self._progress = asyncio.Event()
 
     # What a subclass may override.
@@ -55,6 +59,9 @@ class Device:
     def config(self) -> bytes:
         """The device-specific configuration space (2.5)."""
         return b""
+
+    def negotiated(self, features: int) -> None:
+        """FEATURES_OK was accepted for these (2.2); the driver may read what depends on them before DRIVER_OK."""
 
     def config_written(self, offset: int, data: bytes) -> None:
         """The driver wrote there; what is not writable is ignored."""
@@ -75,6 +82,9 @@ class Device:
 
     def idle(self) -> bool:
         return True
+
+    async def settle(self) -> None:
+        """Wait until `idle`."""
 
     def queue_notified(self, index: int) -> None:
         """Available buffer notification (2.3)."""
@@ -107,13 +117,14 @@ class Device:
 
     @property
     def paused(self) -> bool:
-        return self._paused
+        """Take no chains: the machine is paused, or the device needs a reset."""
+        return self._paused or self._halted
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run a coroutine until it ends or the device is reset. Its errors are this device's fault state."""
         task = asyncio.get_running_loop().create_task(work, name=f"{type(self).__name__}.{name}")
         self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        task.add_done_callback(partial(self._task_done, self._active))
 
     def guarded(self, call: Callable[..., object], *args: object) -> None:
         """Run a loop callback of an active device: a GuestError is its fault state; nothing after a reset."""
@@ -137,9 +148,16 @@ class Device:
 
     def activate(self, active: Activation) -> None:
         self._active = active
+        self._halted = False
         for queue in active.queues:
             queue.paused = self._paused
         self.started(active)
+
+    def halt(self) -> None:
+        """The device needs a reset: it takes no chain of any queue before."""
+        self._halted = True
+        for queue in self._active.queues if self._active else ():
+            queue.paused = True
 
     def deactivate(self) -> bool:
         """Abandon everything (2.4). True: nothing touches guest memory any more."""
@@ -149,8 +167,7 @@ class Device:
         if active is None:
             return self.idle()
         for queue in active.queues:
-            if queue.enabled:
-                queue.ring.close()
+            queue.close()
         return self.stopped()
 
     def pause(self) -> None:
@@ -162,16 +179,16 @@ class Device:
     def resume(self) -> None:
         self._paused = False
         for queue in self._active.queues if self._active else ():
-            queue.paused = False
+            queue.paused = self._halted
             queue.on_push = None
-            if queue.enabled:
+            if queue.enabled and not self._halted:
                 self.queue_notified(queue.index)
 
     async def quiesce(self) -> None:
         """Pause, and wait until every chain taken is returned. A device takes no chain that it cannot answer
         soon."""
         self.pause()
-        while self._active is not None and any(queue.in_flight for queue in self._active.queues if queue.enabled):
+        while self._active is not None and any(queue.in_flight and not queue.broken for queue in self._active.queues):
             for queue in self._active.queues:
                 queue.on_push = self._progress.set
             self._progress.clear()
@@ -181,17 +198,17 @@ class Device:
         """A subclass returned chains without `Queue.push`."""
         self._progress.set()
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
+    def _task_done(self, active: Activation | None, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
             return
         error = task.exception()
         if error is None:
             return
-        if self._active is None:
+        if active is None or self._active is not active:  # also if the driver has set the device up again since
             if not isinstance(error, (GuestError, StateError)):
                 log.error("%s failed after its reset", task.get_name(), exc_info=error)
         elif isinstance(error, Exception):
             if not isinstance(error, (GuestError, HostError)):
                 log.error("%s failed", task.get_name(), exc_info=error)
-            self._active.fault(error)
+            active.fault(error)

@@ -112,7 +112,7 @@ class MmioTransport(Transport):
                 # 4.2.2: "or zero (0x0) if the queue is not available"
                 return self.device.queue_sizes[self.queue_select] if self.queue else 0
             case "QueueReady":
-                return int(self.queue.enabled) if self.queue else 0
+                return int(self.queue_ready())
             case "InterruptStatus":
                 return self._interrupt_status
             case "Status":
@@ -144,8 +144,10 @@ class MmioTransport(Transport):
             case "QueueReady":
                 if value & 1:
                     self.enable_queue()
-                elif self.queue and self._configurable() is None and self.active is None:
-                    self.queue.enabled = False
+                else:
+                    # 4.2.2.2: "To stop using the queue the driver MUST write zero (0x0) to this QueueReady and MUST
+                    # read the value back to ensure synchronization."
+                    self.stop_queue()
             case "QueueNotify":
                 self.notify(value)
             case "InterruptACK":

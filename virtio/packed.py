@@ -35,15 +35,16 @@ class PackedRing(ReferenceRing):
         self.avail_wrap = True
         self.used_wrap = True
 
-    def _available(self, flags: int) -> bool:
+    @staticmethod
+    def _available(flags: int, wrap: bool) -> bool:
         # 2.8.1: available when AVAIL equals and USED differs from the driver ring wrap counter
-        return bool(flags & F_AVAIL) == self.avail_wrap and bool(flags & F_USED) != self.avail_wrap
+        return bool(flags & F_AVAIL) == wrap and bool(flags & F_USED) != wrap
 
     def _flags(self, index: int) -> int:
         return self._words[8 * index + 7]
 
     def _walk(self) -> ReferenceChain | None:
-        if not self._available(self._flags(self.next_avail)):
+        if not self._available(self._flags(self.next_avail), self.avail_wrap):
             return None
         chain = ReferenceChain(self.memory, self.popped, self.longest)
         at, slots, wrap = self.next_avail, 0, self.avail_wrap
@@ -51,6 +52,10 @@ class PackedRing(ReferenceRing):
             if self.in_flight + slots >= self.size:
                 raise GuestError("more descriptors in flight than the queue holds")
             gpa, length, number, flags = _descriptor.unpack_from(self._desc, 16 * at)
+            # 2.8.17: "A driver MUST NOT make the first descriptor in the list available before all subsequent
+            # descriptors comprising the list are made available."
+            if slots and not self._available(flags, wrap):
+                raise GuestError("descriptor list runs into one that is not available")
             slots += 1
             at += 1
             if at == self.size:
@@ -116,7 +121,7 @@ class PackedRing(ReferenceRing):
 
     def has_available(self) -> bool:
         self._open()
-        return not self.error and self._available(self._flags(self.next_avail))
+        return not self.error and self._available(self._flags(self.next_avail), self.avail_wrap)
 
     def enable_notification(self) -> bool:
         self._open()

@@ -19,7 +19,7 @@ from virtio.protocols import GuestMemory, State
 from virtio.transport import Transport
 
 VENDOR = 0x1AF4  # 4.1.2: "Any PCI device with PCI Vendor ID 0x1AF4, and PCI Device ID 0x1000 through 0x107F"
-DEVICE_BASE = 0x1040  # 4.1.2.1: "0x1040 plus the Virtio Device ID"
+DEVICE_BASE = 0x1040  # 4.1.2.1: "calculated by adding 0x1040 to the Virtio Device ID"
 NO_VECTOR = 0xFFFF
 SPACE_MMIO = 1
 
@@ -43,6 +43,7 @@ CLASSES = {
 _FIELDS = fields(PciCommonConfig)
 _AREAS = {"queue_desc": "desc", "queue_driver": "driver", "queue_device": "device"}
 _CAPABILITY = fields(PciCapability)
+_WINDOW_FIXED = range(_CAPABILITY["id"][0], _CAPABILITY["offset"][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class PciTransport(Transport):
     """One virtio-pci function. `slot` names nothing here: the bus places it."""
 
     vendor_id = VENDOR
-    revision = 1  # 4.1.2.1: "MUST have ... Revision ID 1 or higher" of non-transitional devices
+    revision = 1  # 4.1.2.1: "Non-transitional devices SHOULD have a PCI Revision ID of 1 or higher."
     subsystem_vendor_id = VENDOR
 
     def __init__(self, device: Device, memory: GuestMemory, **options: Any) -> None:
@@ -142,27 +143,32 @@ class PciTransport(Transport):
         if host is None:
             return
         if host.msix_enabled:
+            # 4.1.5.3.1: "If MSI-X capability is enabled and queue_msix_vector is NO_VECTOR for a virtqueue, the device
+            # MUST NOT deliver an interrupt for that virtqueue."
             vector = self.queues[index].vector
             if vector != NO_VECTOR:
                 host.signal_msix(vector)
         else:
-            # 4.1.5.3.1: "If MSI-X capability is disabled ... the device MUST set the Queue Interrupt bit in
-            # the ISR status before sending the virtqueue notification"
+            # 4.1.4.5.1: "If MSI-X capability is disabled, the device MUST set the Queue Interrupt bit in ISR status
+            # before sending a virtqueue notification to the driver."
             self._isr |= ISR_QUEUE
             host.set_intx(True)
 
     def signal_config(self) -> None:
-        # 4.1.4.5.1: "The device MUST set the Device Configuration Interrupt bit before sending a device
+        # 4.1.4.5.1: "The device MUST set the Device Configuration Interrupt bit in ISR status before sending a device
         # configuration change notification to the driver."
         self._isr |= ISR_CONFIG
         host = self._host
         if host is None:
             return
-        if host.msix_enabled:
-            if self._config_vector != NO_VECTOR:
-                host.signal_msix(self._config_vector)
-        else:
-            host.set_intx(True)
+        # 4.1.4.5.1: "If MSI-X capability is disabled, the device MUST set the Interrupt Status bit ... to the logical
+        # OR of all bits in ISR status": also of one that was set while MSI-X was enabled. The PCI layer keeps the pin
+        # quiet while it is.
+        host.set_intx(True)
+        # 4.1.5.4.1: "If MSI-X capability is enabled and config_msix_vector is NO_VECTOR, the device MUST NOT deliver
+        # an interrupt for device configuration space changes."
+        if host.msix_enabled and self._config_vector != NO_VECTOR:
+            host.signal_msix(self._config_vector)
 
     def interrupts_reset(self) -> None:
         self._config_vector = NO_VECTOR
@@ -237,7 +243,10 @@ class PciTransport(Transport):
         at = self._in_window(offset, size)
         if at is None:
             return False
-        self._window[at : at + size] = value.to_bytes(size, "little")
+        # 4.1.4.9: cap.bar, cap.length, cap.offset and pci_cfg_data are what the driver writes
+        for index, byte in enumerate(value.to_bytes(size, "little"), at):
+            if index not in _WINDOW_FIXED:
+                self._window[index] = byte
         if at >= WINDOW_DATA:
             bar, where, length = self._window_target()
             if length:
@@ -260,7 +269,7 @@ class PciTransport(Transport):
         where, length = (
             int.from_bytes(self._window[_CAPABILITY[name][0] :][:4], "little") for name in ("offset", "length")
         )
-        # 4.1.4.9.2: "The driver MUST NOT write a cap.length other than 1, 2 or 4", and offset is a multiple of it
+        # 4.1.4.9: 1, 2 or 4; 4.1.4.9.2: "The driver MUST NOT write a cap.offset which is not a multiple of cap.length"
         return bar, where, length if length in (1, 2, 4) and where % length == 0 else 0
 
     def capability_placed(self, capability: int, offset: int) -> None:
@@ -338,7 +347,7 @@ class PciTransport(Transport):
             elif size == 4:
                 self.set_queue_address(_AREAS[name], skip == 4, value)
             return
-        # 4.1.3.1: "For device configuration access, the driver MUST use ... the natural width" of each field
+        # 4.1.3.1: the driver accesses each field in its own width
         if skip or size != _FIELDS[name][1]:
             return
         match name:
@@ -364,7 +373,7 @@ class PciTransport(Transport):
                     self.enable_queue()
 
     def _vector(self, value: int) -> int:
-        # 4.1.5.1.2.1: "If a mapping fails the device MUST ... NO_VECTOR"
+        # 4.1.5.1.2.1: "Devices MUST report mapping failures by returning the NO_VECTOR value"
         return value if value < self.msix.vectors else NO_VECTOR
 
     # State
@@ -382,5 +391,5 @@ class PciTransport(Transport):
         self._config_vector = state["config_vector"]
         self._window[:] = state["window"]
         self.bars_changed()
-        if self._isr and self._host is not None and not self._host.msix_enabled:
+        if self._isr and self._host is not None:
             self._host.set_intx(True)

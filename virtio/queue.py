@@ -26,6 +26,7 @@ class Queue:
         self._interrupts = interrupts
         self._event = asyncio.Event()
         self._taken = 0
+        self._stopping = False
         self.paused = False
         """While set nothing is available."""
         self.on_push: Callable[[], object] | None = None
@@ -33,7 +34,17 @@ class Queue:
 
     @property
     def enabled(self) -> bool:
-        return self._ring is not None
+        """The driver enabled it, and did not stop it since."""
+        return self._ring is not None and not self._stopping
+
+    @property
+    def broken(self) -> bool:
+        """The driver made a malformed ring of it: what is in flight is never returned."""
+        return self._ring is not None and self._ring.error is not None
+
+    @property
+    def _open(self) -> bool:
+        return not (self.paused or self._stopping)
 
     @property
     def ring(self) -> Ring:
@@ -46,16 +57,35 @@ class Queue:
     def in_flight(self) -> int:
         return self._ring.in_flight if self._ring is not None else 0
 
+    def stop(self) -> None:
+        """The driver stops using the queue: no more chains are taken."""
+        self._stopping = True
+
+    def stopped(self) -> bool:
+        """Whether a queue that was stopped has returned its last chain, and does not touch guest memory any more."""
+        if self._stopping and (self.broken or not self.in_flight):
+            self.close()
+        return self._stopping and self._ring is None
+
+    def close(self) -> None:
+        """Abandon what is in flight."""
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
+
+    def uses(self, ring: Ring) -> bool:
+        return self._ring is ring
+
     def wake(self) -> None:
         """The driver notified the queue."""
         self._event.set()
 
     def pop(self) -> Chain | None:
         """The next available chain, if any; GuestError if the ring is malformed."""
-        return self._ring.pop() if self._ring is not None and not self.paused else None
+        return self._ring.pop() if self._ring is not None and self._open else None
 
     def pop_batch(self, limit: int = TURN) -> Sequence[Chain]:
-        return self._ring.pop_batch(limit) if self._ring is not None and not self.paused else []
+        return self._ring.pop_batch(limit) if self._ring is not None and self._open else []
 
     def push(self, chain: Chain, written: int | None = None) -> None:
         """Return a chain without telling the driver: `notify` does, once for a batch."""
@@ -81,7 +111,7 @@ class Queue:
     def want_more(self) -> None:
         """Ask to be woken by the next chain although some are available; then try once more, then `wait`."""
         self._event.clear()
-        if self._ring is not None and not self.paused:
+        if self._ring is not None and self._open:
             self._ring.want_more()
 
     async def wait(self) -> None:
@@ -100,6 +130,6 @@ class Queue:
             if chain is not None:
                 return chain
             self._event.clear()
-            if self._ring is not None and not self.paused and self._ring.enable_notification():
+            if self._ring is not None and self._open and self._ring.enable_notification():
                 continue
             await self._event.wait()

@@ -150,6 +150,8 @@ class SplitRing(ReferenceRing):
         device_area = area(memory, device, 6 + 8 * size, 4)
         self._device = device_area.cast("H")
         self._elements = device_area[4 : 4 + 8 * size].cast("I")
+        # 2.7.10.2: "if the VIRTIO_F_EVENT_IDX feature bit is negotiated: The device MUST set flags to 0."
+        self._device[0] = 0
 
     def _walk(self) -> ReferenceChain | None:
         waiting = (self._driver[1] - self.next_avail) & 0xFFFF
@@ -176,7 +178,7 @@ class SplitRing(ReferenceRing):
             seen += 1
             gpa, length, flags, following = _descriptor.unpack_from(table, 16 * at)
             if flags & F_INDIRECT:
-                # 2.7.5.3.1: "A driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag within an indirect
+                # 2.7.5.3.1: "The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag within an indirect
                 # descriptor"
                 if nested:
                     raise GuestError("indirect descriptor inside an indirect table")
@@ -237,7 +239,7 @@ class SplitRing(ReferenceRing):
 
     def disable_notification(self) -> None:
         self._open()
-        if not self.error and not self.event_idx:  # 2.7.10.1: "the device MUST set flags to 0" with EVENT_IDX
+        if not self.error and not self.event_idx:  # 2.7.10.2: with it, "the device MUST set flags to 0"
             self._device[0] = USED_F_NO_NOTIFY
 
     def save(self) -> dict[str, Any]:
@@ -258,7 +260,7 @@ class SplitRing(ReferenceRing):
 
 def indirect_table(ring: ReferenceRing, gpa: int, length: int) -> memoryview:
     """The table an indirect descriptor refers to, copied once; GuestError."""
-    # 2.7.5.3.1: "A driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC
+    # 2.7.5.3.1: "The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC
     # feature was negotiated."
     if not ring.indirect:
         raise GuestError("indirect descriptor without VIRTIO_F_INDIRECT_DESC")

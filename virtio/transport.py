@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from virtio import _ring
-from virtio.constants import RING_FEATURES, Feature, Status
+from virtio.constants import DEVICE_FEATURES, QUEUE_SIZE_MAX, RING_FEATURES, Feature, Status
 from virtio.device import Activation, Device
-from virtio.errors import GuestError, StateError
+from virtio.errors import ConfigError, GuestError, StateError
 from virtio.protocols import GuestMemory, Ring, State
 from virtio.queue import Queue
 
@@ -71,12 +71,28 @@ class Transport:
         if in_order:
             features |= Feature.IN_ORDER
         self.features = int(features)  # not an IntFlag: their complement knows only named bits
-        self.config_generation = 0
+        self._check_device()
+        self._generation = 0
+        self._config_seen: bytes | None = None
         self._faults = 0
         self._resetting = False
-        self._generation_read = True
         self._clear()
         device.on_config_change(self._config_changed)
+
+    def _check_device(self) -> None:
+        """The device's declaration is one that the specification allows; ConfigError."""
+        name, device = type(self.device).__name__, self.device
+        if device.device_features & ~DEVICE_FEATURES:
+            raise ConfigError(f"{name}: features {device.device_features & ~DEVICE_FEATURES:#x} are no device type's")
+        # 2.2.2: "The device MUST NOT offer a feature which requires another feature which was not offered."
+        for feature, needed in device.feature_requirements.items():
+            if self.features & feature and needed & ~self.features:
+                raise ConfigError(f"{name}: feature {int(feature):#x} requires feature {int(needed):#x}")
+        # 4.1.4.3.1: "If VIRTIO_F_RING_PACKED has not been negotiated, the device MUST present either a value of 0 or
+        # a power of 2 in queue_size."
+        for size in device.queue_sizes:
+            if not 0 < size <= QUEUE_SIZE_MAX or size & (size - 1):
+                raise ConfigError(f"{name}: {size} is no queue size; powers of two up to {QUEUE_SIZE_MAX} are")
 
     def _clear(self) -> None:
         self.status = Status(0)
@@ -118,18 +134,24 @@ class Transport:
             if self.status & needed != needed:
                 continue
             if bit is Status.FEATURES_OK and not self._features_acceptable():
-                # 2.2.2: "The device MUST NOT ... accept" an unsupported set: "the FEATURES_OK bit remains
-                # unset"
+                # 2.2.2: "otherwise it MUST fail to set the FEATURES_OK device status bit when the driver writes it."
                 continue
             self.status |= bit
+            if bit is Status.FEATURES_OK:
+                self.device.negotiated(self.driver_features)
             if bit is Status.DRIVER_OK:
                 self._activate()
 
     def _features_acceptable(self) -> bool:
-        # 2.2.1: "The driver MUST NOT accept a feature which the device did not offer"; 6.2: "A device MAY
-        # fail to operate further if VIRTIO_F_VERSION_1 is not accepted."
-        unknown = self.driver_features & ~self.features
-        return not unknown and bool(self.driver_features & Feature.VERSION_1)
+        # 2.2.1: "The driver MUST NOT accept a feature which the device did not offer, and MUST NOT accept a feature
+        # which requires another feature which was not accepted."; 6.2: "A device MAY fail to operate further if
+        # VIRTIO_F_VERSION_1 is not accepted."
+        if self.driver_features & ~self.features or not self.driver_features & Feature.VERSION_1:
+            return False
+        return not any(
+            self.driver_features & feature and needed & ~self.driver_features
+            for feature, needed in self.device.feature_requirements.items()
+        )
 
     def _activate(self) -> None:
         # 2.1.2: "The device MUST NOT consume buffers or send any used buffer notifications to the driver
@@ -169,6 +191,7 @@ class Transport:
         # 2.1.2: "The device SHOULD set DEVICE_NEEDS_RESET when it enters an error state that a reset is
         # needed."
         self.status |= Status.DEVICE_NEEDS_RESET
+        self.device.halt()
         if self.status & Status.DRIVER_OK:
             # 2.1.2: "If DRIVER_OK is set, after it sets DEVICE_NEEDS_RESET, the device MUST send a device
             # configuration change notification to the driver."
@@ -235,8 +258,9 @@ class Transport:
     def set_queue_size(self, size: int) -> None:
         queue = self._configurable()
         most = self.device.queue_sizes[self.queue_select] if queue else 0
+        packed = self.status & Status.FEATURES_OK and self.driver_features & Feature.RING_PACKED
         # 2.7: "Queue Size value is always a power of 2" for split; 4.1.5.1.3: the driver may only lower it
-        if queue and 0 < size <= most and (self.driver_features & Feature.RING_PACKED or not size & (size - 1)):
+        if queue and 0 < size <= most and (packed or not size & (size - 1)):
             queue.size = size
 
     def set_queue_address(self, which: str, high: bool, value: int) -> None:
@@ -250,6 +274,23 @@ class Transport:
         if queue:
             queue.enabled = True
 
+    def stop_queue(self) -> None:
+        """The driver stops using the selected queue (virtio-mmio). `queue_ready` says when it is over."""
+        if self.queue is None:
+            return
+        if self.active is None:
+            self.queue.enabled = False
+        else:
+            self.active.queues[self.queue_select].stop()
+
+    def queue_ready(self) -> bool:
+        """Whether the selected queue is in use; until its last chain is returned when the driver stopped it."""
+        if self.queue is None:
+            return False
+        if self.active is not None and self.active.queues[self.queue_select].stopped():
+            self.queue.enabled = False
+        return self.queue.enabled
+
     def notify(self, index: int) -> None:
         """The driver made buffers available in queue `index`."""
         active = self.active
@@ -261,9 +302,24 @@ class Transport:
 
     # Device configuration space (2.5)
 
+    def _config(self) -> bytes:
+        # 4.1.4.3.1: "The device MUST present a changed config_generation after the driver has read a device-specific
+        # configuration value which has changed since any part of the device-specific configuration was last read."
+        data = self.device.config()
+        if self._config_seen is not None and data != self._config_seen:
+            self._generation = (self._generation + 1) & 0xFFFFFFFF
+        self._config_seen = data
+        return data
+
+    @property
+    def config_generation(self) -> int:
+        """Changes whenever the driver may have read parts of different configurations. A read of it counts as one of
+        the configuration, so that it does not change between two reads without a change."""
+        self._config()
+        return self._generation
+
     def config_read_device(self, offset: int, size: int) -> int:
-        # 4.1.4.6.1, 4.2.2.1: a field changed since it was last seen gets a new generation
-        data = self.device.config()[offset : offset + size]
+        data = self._config()[offset : offset + size]
         return int.from_bytes(data.ljust(size, b"\0"), "little")
 
     def config_write_device(self, offset: int, size: int, value: int) -> None:
@@ -271,9 +327,6 @@ class Transport:
             self._guard(self.device.config_written, offset, value.to_bytes(size, "little"))
 
     def _config_changed(self) -> None:
-        # 2.5.2: "The device MUST change the configuration space generation before/when a field changes" so
-        # that a driver that reads between two generations sees it
-        self.config_generation = (self.config_generation + 1) & 0xFFFFFFFF
         if self.status & Status.DRIVER_OK and self.active is not None:
             self.signal_config()
 
@@ -281,6 +334,9 @@ class Transport:
 
     async def quiesce(self) -> None:
         """Take no more chains and wait for those in flight; then `save` may be called."""
+        if self._resetting:
+            await self.device.settle()
+            self.read_status()
         await self.device.quiesce()
 
     def resume(self) -> None:
@@ -288,11 +344,14 @@ class Transport:
 
     def save(self) -> State:
         """Versioned state of transport, rings and device; StateError while requests are in flight."""
+        if self._resetting:
+            raise StateError("a reset is not complete")
         rings = []
-        for queue in self.active.queues if self.active else ():
-            if queue.in_flight and not queue.ring.error:
+        for config, queue in zip(self.queues, self.active.queues if self.active else (), strict=False):
+            if queue.in_flight and not queue.broken:
                 raise StateError(f"queue {queue.index} has {queue.in_flight} requests in flight")
-            rings.append(queue.ring.save() if queue.enabled and not queue.ring.error else None)
+            config.enabled &= not queue.stopped()
+            rings.append(queue.ring.save() if queue.enabled and not queue.broken else None)
         return {
             "version": 1,
             "device_id": self.device.device_id,
@@ -302,7 +361,8 @@ class Transport:
             "device_feature_select": self.device_feature_select,
             "driver_feature_select": self.driver_feature_select,
             "queue_select": self.queue_select,
-            "config_generation": self.config_generation,
+            "config_generation": self._generation,
+            "config_seen": self._config_seen,
             "queues": [
                 {
                     "size": queue.size,
@@ -333,7 +393,8 @@ class Transport:
         self.device_feature_select = state["device_feature_select"]
         self.driver_feature_select = state["driver_feature_select"]
         self.queue_select = state["queue_select"]
-        self.config_generation = state["config_generation"]
+        self._generation = state["config_generation"]
+        self._config_seen = state["config_seen"]
         self.queues = [QueueConfig(**queue) for queue in state["queues"]]
         self.device.restore_device(state["device"])
         if not state["rings"]:
@@ -346,3 +407,5 @@ class Transport:
             queues.append(Queue(index, ring, self))
         self.device.pause()
         self._start(queues)
+        if self.status & Status.DEVICE_NEEDS_RESET:
+            self.device.halt()

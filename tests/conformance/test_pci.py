@@ -128,6 +128,7 @@ def test_3_2_2_3_2_only_a_dword_reaches_config_address() -> None:
     assert pc.inp(0xCFC, 4) == 0xFFFF_FFFF, "without the enable bit it is an ordinary port access"
 
 
+@pytest.mark.clause("4.1.1-a")
 def test_6_1_header_identifies_the_function_in_all_access_sizes(ecam: bool) -> None:
     _, _, guest = build(ecam, Fake())
     assert [guest.get(1, offset, 2) for offset in (0, 2)] == [0x1AF4, 0x1042]
@@ -146,6 +147,7 @@ def test_6_2_2_command_has_only_its_implemented_bits(ecam: bool) -> None:
     assert guest.get(1, 4, 2) == 0x0547
 
 
+@pytest.mark.clause("4.1.1-a")
 def test_6_2_5_1_sizing(ecam: bool) -> None:
     _, _, guest = build(ecam, Fake())
     for offset in (0x10, 0x14, 0x20, 0x24):
@@ -191,6 +193,7 @@ def test_two_bars_in_one_place_first_come_first_served_then_the_other() -> None:
     assert (one.host.bar_address(1), two.host.bar_address(1)) == (0xC900_0000, 0xC800_0000)
 
 
+@pytest.mark.clause("4.1.1-a")
 def test_6_7_capability_chain(ecam: bool) -> None:
     function = Fake()
     _, _, guest = build(ecam, function)
@@ -207,6 +210,7 @@ def test_6_7_capability_chain(ecam: bool) -> None:
     assert list(guest.capabilities(0)) == []
 
 
+@pytest.mark.clause("4.1.1-a", "4.1.4.5.1-d")
 def test_6_2_3_intx_level_disable_and_status(ecam: bool) -> None:
     function = Fake(msix=False)
     pc, _, guest = build(ecam, function)
@@ -254,6 +258,7 @@ class MsixGuest:
         self.guest.put(self.device, self.at + 2, 2, value)
 
 
+@pytest.mark.clause("4.1.1-a")
 def test_6_8_2_msix_table_and_messages(ecam: bool) -> None:
     function = Fake()
     pc, _, guest = build(ecam, function)

@@ -216,7 +216,7 @@ done
 
 
 @pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
-@pytest.mark.clause("5.2.6.2-d")
+@pytest.mark.clause("5.2.6.2-h")
 async def test_what_was_flushed_survives_kill_9(tmp_path: Path) -> None:
     """A log-structured writer in the guest says which records it has flushed; the VMM is killed; they are there."""
     found = image()

@@ -162,7 +162,6 @@ class Side:
     optional=st.integers(0, 7),
     start=st.tuples(st.integers(0, QUEUE - 1), st.integers(0, QUEUE - 1), st.booleans(), st.booleans()),
 )
-@pytest.mark.clause("2.8-a", "2.8-b")
 def test_both_rings_do_the_same(packed: bool, steps: list[Any], optional: int, start: tuple[Any, ...]) -> None:
     features = Feature.RING_PACKED if packed else 0
     for bit, feature in enumerate((Feature.INDIRECT_DESC, Feature.EVENT_IDX, Feature.IN_ORDER)):

@@ -73,6 +73,10 @@ class Driver:
         self.write_status(Status.ACKNOWLEDGE)
         self.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
         self.features = self.read_features() & (wanted | Feature.VERSION_1)
+        for feature, needed in self.transport.device.feature_requirements.items():
+            # 2.2.1: "and MUST NOT accept a feature which requires another feature which was not accepted."
+            if needed & ~self.features:
+                self.features &= ~int(feature)
         self.write_features(self.features)
         self.write_status(self.read_status() | Status.FEATURES_OK)
         assert self.read_status() & Status.FEATURES_OK
@@ -220,7 +224,8 @@ class FakePciHost:
     def __init__(self, woken: asyncio.Event) -> None:
         self.msix_enabled = True
         self.messages: list[int] = []
-        self.intx = False
+        self.status = False
+        """The Interrupt Status bit; the pin follows it unless MSI-X is enabled."""
         self.addresses: dict[int, int | None] = {1: 0xC0000000, 4: 0xC0010000}
         self.notifiers: dict[tuple[int, int], Callable[[], None]] = {}
         self._woken = woken
@@ -229,9 +234,13 @@ class FakePciHost:
         self.messages.append(vector)
         self._woken.set()
 
+    @property
+    def intx(self) -> bool:
+        return self.status and not self.msix_enabled
+
     def set_intx(self, level: bool) -> None:
-        self.intx = level
-        if level:
+        self.status = level
+        if self.intx:
             self._woken.set()
 
     def bar_address(self, index: int) -> int | None:

@@ -61,6 +61,14 @@ class NetBackend(Protocol):
         """The driver negotiated these of `offloads`."""
         return None
 
+    async def send_offloaded(self, header: bytes, frame: bytes) -> None:
+        """`send` with the frame's virtio_net_hdr; a backend without `offloads` does not need it."""
+        await self.send(frame)
+
+    async def receive_offloaded(self) -> tuple[bytes, bytes]:
+        """`receive` with the frame's virtio_net_hdr."""
+        return bytes(VNET_HEADER), await self.receive()
+
     async def aclose(self) -> None:
         """Give up descriptors."""
         return None
@@ -131,9 +139,15 @@ class FdNet(NetBackend):
         return self.channels[0].fd
 
     async def send(self, frame: bytes) -> None:
+        await self.send_offloaded(bytes(VNET_HEADER), frame)
+
+    async def receive(self) -> bytes:
+        return (await self.receive_offloaded())[1]
+
+    async def send_offloaded(self, header: bytes, frame: bytes) -> None:
         data = frame
         if self.framing is Framing.TAP:
-            data = bytes(VNET_HEADER) + frame
+            data = header + frame
         elif self.framing is Framing.STREAM:
             data = struct.pack(">I", len(frame)) + frame
         loop = asyncio.get_running_loop()
@@ -149,7 +163,7 @@ class FdNet(NetBackend):
                 return  # lost, as on a wire
             data = data[sent:] if self.framing is Framing.STREAM else b""
 
-    async def receive(self) -> bytes:
+    async def receive_offloaded(self) -> tuple[bytes, bytes]:
         while True:
             if self.framing is Framing.STREAM and len(self._buffer) >= 4:
                 (length,) = struct.unpack_from(">I", self._buffer)
@@ -159,7 +173,7 @@ class FdNet(NetBackend):
                     frame = bytes(self._buffer[4 : 4 + length])
                     del self._buffer[: 4 + length]
                     if frame:
-                        return frame
+                        return bytes(VNET_HEADER), frame
                     continue
             loop = asyncio.get_running_loop()
             try:
@@ -174,9 +188,9 @@ class FdNet(NetBackend):
                     raise HostError("the link is gone: the peer closed it")
                 self._buffer += data
             elif self.framing is Framing.TAP:
-                return data[VNET_HEADER:]
+                return data[:VNET_HEADER], data[VNET_HEADER:]
             elif data:
-                return data
+                return bytes(VNET_HEADER), data
 
     async def aclose(self) -> None:
         channels, self.channels = self.channels, ()

@@ -40,11 +40,13 @@ class TapNet(FdNet):
         """Attach to (or create) `name`; ConfigError if that is not possible."""
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
         fds: list[int] = []
+        actual = name.encode()  # with %d in it, the kernel chooses the number for the first queue
         try:
             for _ in range(queues):
                 fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
                 fds.append(fd)
-                request = fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+                request = fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", actual, flags))
+                actual = request[:16].rstrip(b"\0")
                 fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 12))
                 fcntl.ioctl(fd, TUNSETOFFLOAD, 0)
         except OSError as error:
@@ -54,7 +56,7 @@ class TapNet(FdNet):
                 f"tap {name}: {error.strerror}; it needs CAP_NET_ADMIN, or an interface made for this user"
             ) from error
         super().__init__(fds, Framing.TAP)
-        self.name = request[:16].rstrip(b"\0").decode()
+        self.name = actual.decode()
 
     def set_offloads(self, features: int) -> None:
         flags = 0

@@ -110,6 +110,12 @@ class BlockDevice(Device):
         )
         return result
 
+    def negotiated(self, features: int) -> None:
+        # 5.2.5.2: "If VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST initialize
+        # writeback to 0."
+        unflushed = features & Feature.CONFIG_WCE and not features & Feature.FLUSH
+        self.writeback = self._writeback_default and not unflushed
+
     def config_written(self, offset: int, data: bytes) -> None:
         # 5.2.4: writeback is the one field a driver may write, if CONFIG_WCE was negotiated
         if offset == _WRITEBACK_AT and self.is_active and self.active.features & Feature.CONFIG_WCE:
@@ -160,6 +166,12 @@ class BlockDevice(Device):
     def idle(self) -> bool:
         return self._engine is None or self._engine.cancel(0)
 
+    async def settle(self) -> None:
+        while True:
+            if self.idle():
+                return
+            await asyncio.sleep(0.001)
+
     async def aclose(self) -> None:
         await super().aclose()
         if self._engine is not None:
@@ -182,6 +194,8 @@ class BlockDevice(Device):
         if self.paused:
             return
         queue = self.active.queues[index]
+        if not queue.enabled:
+            return
         ring = queue.ring
         if self._engine is None or not isinstance(ring, _ring.Ring):
             self._drain(queue, ring)
@@ -203,7 +217,7 @@ class BlockDevice(Device):
             return
         rings: list[Any] = self._engine.reap()
         for queue in self.active.queues:
-            if queue.enabled and queue.ring in rings:
+            if any(map(queue.uses, rings)):
                 self.active.interrupts.signal_queue(queue.index)
         self.progressed()
 

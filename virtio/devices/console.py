@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ class Port:
     console: bool = True
     open: bool = False
     """The driver opened it."""
+    input: bytes = b""
+    """Read from the backend, not yet in the driver's buffers."""
 
 
 class ConsoleDevice(Device):
@@ -65,7 +68,9 @@ class ConsoleDevice(Device):
         self.multiport = len(self.ports) > 1 or bool(self.ports[0].name) or not self.ports[0].console
         self.device_features = Feature.SIZE | (Feature.MULTIPORT if self.multiport else 0)
         self.queue_sizes = (128, 128) + ((64, 64) + (128, 128) * (len(self.ports) - 1) if self.multiport else ())
-        self._messages: asyncio.Queue[bytes] = asyncio.Queue(MESSAGES_MAX)
+        self._messages: deque[bytes] = deque()
+        self._message = asyncio.Event()
+        self._announced = False
         self._opened = asyncio.Event()
 
     def config(self) -> bytes:
@@ -84,8 +89,6 @@ class ConsoleDevice(Device):
                     self._send(index, Control.RESIZE, 0, _resize.pack(columns, rows))
 
     def started(self, active: Activation) -> None:
-        self._messages = asyncio.Queue(MESSAGES_MAX)
-        self._opened = asyncio.Event()
         multiport = bool(active.features & Feature.MULTIPORT)
         if multiport:
             self.spawn(self._send_control(active.queues[2]), "control-receive")
@@ -96,6 +99,8 @@ class ConsoleDevice(Device):
             self.spawn(self._transmit(port, active.queues[first + 1]), f"transmit-{index}")
 
     def stopped(self) -> bool:
+        self._messages.clear()
+        self._announced = False
         for port in self.ports:
             port.open = False
         return True
@@ -108,15 +113,20 @@ class ConsoleDevice(Device):
     def save_device(self) -> State:
         return {
             "version": 1,
+            "announced": self._announced,
+            "messages": list(self._messages),
             "open": [port.open for port in self.ports],
+            "input": [port.input for port in self.ports],
             "columns": self.columns,
             "rows": self.rows,
         }
 
     def restore_device(self, state: State) -> None:
         self.columns, self.rows = state["columns"], state["rows"]
-        for port, is_open in zip(self.ports, state["open"], strict=True):
-            port.open = is_open
+        self._announced = state["announced"]
+        self._messages = deque(state["messages"])
+        for port, is_open, data in zip(self.ports, state["open"], state["input"], strict=True):
+            port.open, port.input = is_open, data
 
     # Data (5.3.6)
 
@@ -127,37 +137,37 @@ class ConsoleDevice(Device):
             while length - at > CHUNK:  # a chain may be 4 GiB long: never all of it at once
                 await port.backend.write(chain.read(CHUNK, at))
                 at += CHUNK
-            data = chain.read(CHUNK, at)
+            if length > at:
+                await port.backend.write(chain.read(CHUNK, at))
             queue.complete(chain, 0)
-            if data:
-                await port.backend.write(data)
 
     async def _receive(self, port: Port, queue: Queue, always_open: bool) -> None:
         while True:
             while not (port.open or always_open):
                 self._opened.clear()
                 await self._opened.wait()
-            data = await port.backend.read()
-            while data:
+            if not port.input:
+                port.input = await port.backend.read()
+            while port.input:
                 chain = await anext(queue)
-                data = data[chain.write(data) :]
+                port.input = port.input[chain.write(port.input) :]
                 queue.complete(chain)
 
     # Control (5.3.6.2)
 
     def _send(self, port: int, event: Control, value: int, data: bytes = b"") -> None:
-        try:
-            self._messages.put_nowait(_control.pack(port, event, value) + data)
-        except asyncio.QueueFull:
+        if len(self._messages) >= MESSAGES_MAX:
             return  # the driver asks and asks, and takes no answers
+        self._messages.append(_control.pack(port, event, value) + data)
+        self._message.set()
 
     async def _send_control(self, queue: Queue) -> None:
         while True:
-            message = await self._messages.get()
+            while not self._messages:
+                self._message.clear()
+                await self._message.wait()
             chain = await anext(queue)
-            # 5.3.6.2.1: "the device MUST" give the driver whole messages: one that does not fit is cut by the
-            # buffer
-            chain.write(message)
+            chain.write(self._messages.popleft())  # one that does not fit is cut by the buffer
             queue.complete(chain)
 
     async def _control(self, queue: Queue) -> None:
@@ -168,10 +178,13 @@ class ConsoleDevice(Device):
                 self._control_message(*_control.unpack(message))
 
     def _control_message(self, index: int, event: int, value: int) -> None:
-        if event == Control.DEVICE_READY and value:
-            # 5.3.6.2: "the device ... sends a PORT_ADD"(VIRTIO_CONSOLE_DEVICE_ADD) for each port it has
-            for number in range(len(self.ports)):
-                self._send(number, Control.DEVICE_ADD, 1)
+        if event == Control.DEVICE_READY:
+            # 5.3.6.2.1: "The device MUST NOT specify a port which exists in a VIRTIO_CONSOLE_DEVICE_ADD message, nor a
+            # port which is equal or greater than max_nr_ports."
+            if value and not self._announced:
+                self._announced = True
+                for number in range(len(self.ports)):
+                    self._send(number, Control.DEVICE_ADD, 1)
             return
         if index >= len(self.ports):
             return
@@ -181,7 +194,8 @@ class ConsoleDevice(Device):
                 self._send(index, Control.CONSOLE_PORT, 1)
                 self._send(index, Control.RESIZE, 0, _resize.pack(self.columns, self.rows))
             if port.name:
-                self._send(index, Control.PORT_NAME, 1, port.name.encode() + b"\0")
+                # 5.3.6.2: "the UTF-8 name of the port for identification within the guest (without a NUL terminator)"
+                self._send(index, Control.PORT_NAME, 1, port.name.encode())
             self._send(index, Control.PORT_OPEN, 1)
         elif event == Control.PORT_OPEN:
             port.open = bool(value)

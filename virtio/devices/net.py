@@ -41,6 +41,16 @@ class Feature(enum.IntFlag):
     CTRL_MAC_ADDR = 1 << 23
 
 
+REQUIREMENTS: dict[int, int] = {
+    Feature.GUEST_TSO4: Feature.GUEST_CSUM,
+    Feature.GUEST_TSO6: Feature.GUEST_CSUM,
+    Feature.HOST_TSO4: Feature.CSUM,
+    Feature.HOST_TSO6: Feature.CSUM,
+    Feature.MQ: Feature.CTRL_VQ,
+    Feature.CTRL_MAC_ADDR: Feature.CTRL_VQ,
+}
+"""5.1.3.1"""
+
 LINK_UP = 1
 HEADER = 12
 ETHERNET_HEADER = 18
@@ -53,6 +63,37 @@ _OK, _ERR = b"\0", b"\1"
 _MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED = 1, 2, 4, 8, 16
 MERGE_MAX = 64
 """Buffers that one packet is spread over at most."""
+
+
+NEEDS_CSUM, DATA_VALID = 1, 2
+GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
+_GSO_NEEDS = {GSO_TCPV4: Feature.GUEST_TSO4, GSO_TCPV6: Feature.GUEST_TSO6}
+
+
+def outgoing_header(header: bytes, length: int) -> bytes:
+    """The driver's virtio_net_hdr (5.1.6.2.2) as a backend gets it, before a frame of `length` bytes."""
+    flags, gso_type, hdr_len, gso_size, start, offset, _ = _header.unpack(header)
+    # "The device MUST ignore flag bits that it does not recognize. If VIRTIO_NET_HDR_F_NEEDS_CSUM bit in flags is not
+    # set, the device MUST NOT use the csum_start and csum_offset." "The device MUST NOT rely on hdr_len to be correct."
+    flags &= NEEDS_CSUM
+    if not flags:
+        start = offset = 0
+    return _header.pack(flags, gso_type, min(hdr_len, length), gso_size, start, offset, 0)
+
+
+def incoming_header(header: bytes, features: int) -> bytes | None:
+    """A backend's virtio_net_hdr (5.1.6.4.1) as this driver gets it; None: it does not take such a frame."""
+    flags, gso_type, hdr_len, gso_size, start, offset, _ = _header.unpack(header)
+    checksum = bool(features & Feature.GUEST_CSUM)
+    if flags & NEEDS_CSUM and not checksum:
+        return None
+    if gso_type != GSO_NONE and not (flags & NEEDS_CSUM and features & _GSO_NEEDS.get(gso_type, 0)):
+        return None
+    # "If VIRTIO_NET_F_GUEST_CSUM is not negotiated, the device MUST set flags to zero"
+    flags &= NEEDS_CSUM | DATA_VALID if checksum else 0
+    if not flags & NEEDS_CSUM:
+        start = offset = 0
+    return _header.pack(flags, gso_type, hdr_len, gso_size, start, offset, 0)
 
 
 def parse_mac(text: str) -> bytes:
@@ -70,17 +111,22 @@ class NetDevice(Device):
     """A network card. `mac` 6 bytes."""
 
     device_id = DeviceId.NET
+    feature_requirements = REQUIREMENTS
 
     def __init__(self, backend: NetBackend, mac: bytes, *, queue_size: int = 256) -> None:
         super().__init__()
         self.backend = backend
+        self._mtu = backend.mtu
+        # 5.1.4.1: "The device MUST set mtu to between 68 and 65535 inclusive, if it offers VIRTIO_NET_F_MTU."
+        if self._mtu is not None and not 68 <= self._mtu <= 65535:
+            raise ConfigError(f"net: an MTU of {self._mtu} is not between 68 and 65535")
         self.mac = mac
         self._mac_default = mac
         self.link = True
         self.pairs_max = max(len(backend.channels), 1)
         self.pairs = 1
         features = Feature.MAC | Feature.STATUS | Feature.MRG_RXBUF | Feature.CTRL_VQ | Feature.CTRL_MAC_ADDR
-        if backend.mtu is not None:
+        if self._mtu is not None:
             features |= Feature.MTU
         if self.pairs_max > 1:
             features |= Feature.MQ
@@ -96,7 +142,7 @@ class NetDevice(Device):
                 "mac": self.mac,
                 "status": LINK_UP if self.link else 0,
                 "max_virtqueue_pairs": self.pairs_max,
-                "mtu": self.backend.mtu or 0,
+                "mtu": self._mtu or 0,
                 "speed": 0xFFFFFFFF,
                 "duplex": 0xFF,
                 "rss_max_key_size": 0,
@@ -132,7 +178,9 @@ class NetDevice(Device):
             return
         if self._native:
             for engine in self._engines:
-                engine.configure(bool(active.features & Feature.MRG_RXBUF), self._longest(active.features))
+                engine.configure(
+                    bool(active.features & Feature.MRG_RXBUF), self._longest(active.features), active.features
+                )
             self._set_pairs(self.pairs)
         else:
             self.spawn(self._send_frames(active.queues[1]), "transmit")
@@ -141,8 +189,8 @@ class NetDevice(Device):
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
         # size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated."
-        if features & Feature.MTU and self.backend.mtu is not None:
-            return self.backend.mtu + ETHERNET_HEADER
+        if features & Feature.MTU and self._mtu is not None:
+            return self._mtu + ETHERNET_HEADER
         return FRAME_MAX
 
     def stopped(self) -> bool:
@@ -256,11 +304,12 @@ class NetDevice(Device):
 
     async def _send_frames(self, queue: Queue) -> None:
         async for chain in queue:
+            header = chain.read(HEADER)
             frame = chain.read(FRAME_MAX, HEADER) if chain.readable_length - HEADER <= FRAME_MAX else b""
             queue.complete(chain, 0)
             if frame and self.link:
                 try:
-                    await self.backend.send(frame)
+                    await self.backend.send_offloaded(outgoing_header(header, len(frame)), frame)
                 except HostError as error:
                     log.warning("%s", error)
                     self.set_link(False)
@@ -268,21 +317,24 @@ class NetDevice(Device):
     async def _deliver_frames(self, queue: Queue, features: int) -> None:
         while True:
             try:
-                frame = await self.backend.receive()
+                raw, frame = await self.backend.receive_offloaded()
             except HostError as error:
                 log.warning("%s", error)
                 self.set_link(False)
                 return
-            if not self.link or len(frame) > self._longest(features):
+            header = incoming_header(raw, features)
+            if header is None or not self.link:
+                continue
+            if header[1] in (GSO_NONE, GSO_ECN) and len(frame) > self._longest(features):
                 continue
             mergeable = bool(features & Feature.MRG_RXBUF)
-            while not self._deliver(queue, frame, mergeable):
+            while not self._deliver(queue, header, frame, mergeable):
                 queue.want_more()
-                if self._deliver(queue, frame, mergeable):
+                if self._deliver(queue, header, frame, mergeable):
                     break
                 await queue.wait()
 
-    def _deliver(self, queue: Queue, frame: bytes, mergeable: bool) -> bool:
+    def _deliver(self, queue: Queue, header: bytes, frame: bytes, mergeable: bool) -> bool:
         """False: the driver has no room for it now."""
         chains: list[Chain] = []
         room, need = 0, HEADER + len(frame)
@@ -300,7 +352,7 @@ class NetDevice(Device):
             return True
         # 5.1.6.4.1: "the device MUST set num_buffers to indicate the number of buffers the packet (including the
         # header) is spread over", and to 1 if VIRTIO_NET_F_MRG_RXBUF has not been negotiated
-        data = memoryview(_header.pack(0, 0, 0, 0, 0, 0, len(chains)) + frame)
+        data = memoryview(header[:-2] + len(chains).to_bytes(2, "little") + frame)
         for chain in chains:
             data = data[chain.write(data) :]
         queue.push_batch([(chain, chain.written) for chain in chains])

@@ -29,7 +29,7 @@ class EntropyDevice(Device):
 
     async def serve(self, queues: Sequence[Queue]) -> None:
         async for chain in queues[0]:
-            # 5.4.6.1: "The driver MUST NOT place driver-readable buffers into the queue."
+            # 5.4.6.1: "The driver MUST NOT place device-readable buffers into the queue."
             if chain.readable_length:
                 raise GuestError("the entropy queue got a device-readable buffer")
             # 5.4.6.2: "The device MUST place one or more random bytes into the buffer, but it MAY use less

@@ -105,7 +105,8 @@ class VsockDevice(Device):
         self._connections: dict[tuple[int, int], Connection] = {}
         self._outgoing: asyncio.Queue[Packet] = asyncio.Queue(PACKETS_WAITING)
         self._ports = itertools.count(FIRST_PORT)
-        self._restored = False
+        self._reset_owed = False
+        """The driver has not heard yet that its connections are gone."""
 
     def config(self) -> bytes:
         result: bytes = VsockConfig.build({"guest_cid": self.cid})
@@ -141,11 +142,11 @@ class VsockDevice(Device):
         self._outgoing = asyncio.Queue(PACKETS_WAITING)
         self.spawn(self._deliver(active.queues[0]), "receive")
         self.spawn(self._take(active.queues[1]), "transmit")
-        if self._restored:
-            self._restored = False
+        if self._reset_owed:
             self.spawn(self._transport_reset(active.queues[2]), "event")
 
     def stopped(self) -> bool:
+        self._reset_owed = False
         connections, self._connections = self._connections, {}
         for connection in connections.values():
             connection.close()
@@ -161,13 +162,14 @@ class VsockDevice(Device):
 
     def restore_device(self, state: State) -> None:
         self.cid = state["cid"]
-        self._restored = True
+        self._reset_owed = True
 
     async def _transport_reset(self, queue: Queue) -> None:
         # 5.10.6.7: "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET": the guest closes its connections and reads its cid again
         async for chain in queue:
             chain.write(_event.pack(EVENT_TRANSPORT_RESET))
             queue.complete(chain)
+            self._reset_owed = False
             return
 
     # To the guest
@@ -194,8 +196,9 @@ class VsockDevice(Device):
     def _packet(
         self, connection: Connection | None, host_port: int, guest_port: int, op: Op, flags: int, length: int
     ) -> bytes:
-        # 5.10.6.3: buf_alloc and fwd_cnt stand in every packet
-        alloc, forwarded = (BUFFER, connection.forwarded) if connection is not None else (0, 0)
+        # 5.10.6.3.2: "All packets associated with a stream flow MUST contain valid information in buf_alloc and fwd_cnt
+        # fields."
+        alloc, forwarded = BUFFER, connection.forwarded if connection is not None else 0
         if connection is not None:
             connection.told = forwarded
         return _header.pack(
@@ -205,7 +208,7 @@ class VsockDevice(Device):
     async def _pump_out(self, connection: Connection, reader: asyncio.StreamReader) -> None:
         """Host to guest, as far as the guest's credit goes."""
         while True:
-            # 5.10.6.3.1: "VIRTIO_VSOCK_OP_RW data packets MUST only be transmitted when the peer has sufficient free
+            # 5.10.6.3.2: "VIRTIO_VSOCK_OP_RW data packets MUST only be transmitted when the peer has sufficient free
             # buffer space for the payload."
             while connection.room <= 0:
                 connection.credit.clear()
@@ -285,7 +288,8 @@ class VsockDevice(Device):
     async def _packet_from_guest(self, fields: tuple[int, ...], data: bytes) -> None:
         src_cid, dst_cid, guest_port, host_port, length, kind, op, flags, alloc, forwarded = fields
         connection = self._connections.get((host_port, guest_port))
-        # 5.10.6.4.1: "The guest_cid configuration field MUST be used as the source CID"; 5.10.6: only streams
+        # 5.10.6.4.1: "The guest_cid configuration field MUST be used as the source CID"; 5.10.6.4.2: "A
+        # VIRTIO_VSOCK_OP_RST reply MUST be sent if a packet is received with an unknown type value."
         if src_cid != self.cid or dst_cid != HOST_CID or kind != STREAM or len(data) != length:
             await self._refuse(host_port, guest_port, op)
             return
@@ -299,7 +303,6 @@ class VsockDevice(Device):
                 await self._refuse(host_port, guest_port, op)
             return
         if connection is None:
-            # 5.10.6.4.1: a packet for a connection that does not exist is answered with VIRTIO_VSOCK_OP_RST
             await self._refuse(host_port, guest_port, op)
             return
         connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
@@ -324,7 +327,7 @@ class VsockDevice(Device):
                     connection.end()
             case Op.RW:
                 connection.received += len(data)
-                # 5.10.6.3.1: the sender keeps to the credit; one that does not loses its connection
+                # 5.10.6.3.1: the driver keeps to the credit; one that does not loses its connection
                 if connection.received - connection.forwarded > BUFFER or connection.ended:
                     await self._reset(connection)
                 elif data:

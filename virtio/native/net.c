@@ -16,17 +16,26 @@
 enum {
     FRAMING_TAP, FRAMING_DATAGRAM, FRAMING_STREAM,
     HEADER = 12,           /* struct virtio_net_hdr with num_buffers: always so with VIRTIO_F_VERSION_1 (5.1.6) */
-    NUM_BUFFERS = 10,      /* its offset in the header */
     FRAME_MAX = 65550 + 4, /* an Ethernet frame with VLAN tag around 64 KiB */
     BUFFER = 256 * 1024,
     IOV_LIMIT = 1024, BATCH = 64, MERGE_MAX = 64,
-    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16
+    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16,
+    HDR_F_NEEDS_CSUM = 1, HDR_F_DATA_VALID = 2, GSO_NONE = 0, GSO_TCPV4 = 1, GSO_TCPV6 = 4, GSO_ECN = 0x80, /* 5.1.6 */
+    F_GUEST_CSUM = 1 << 1, F_GUEST_TSO4 = 1 << 7, F_GUEST_TSO6 = 1 << 8 /* 5.1.3 */
 };
+
+struct net_header { /* 5.1.6: struct virtio_net_hdr, little-endian as its host */
+    uint8_t flags, gso_type;
+    uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
+};
+
+_Static_assert(sizeof(struct net_header) == HEADER, "5.1.6");
 
 typedef struct {
     PyObject_HEAD
     int fd, framing;
     bool mergeable;
+    uint32_t features;     /* negotiated ones of 5.1.3 */
     size_t longest;        /* bytes of a frame that the driver agreed to take, unless it is a segmentation offload's */
     uint8_t *in;           /* received, not yet delivered: [in_start, in_end) */
     size_t in_start, in_end;
@@ -49,6 +58,53 @@ static size_t gather_chain(const struct chain *chain, uint64_t skip, struct iove
         skip = 0;
     }
     return count;
+}
+
+/* The chain's header for a tap, `length` bytes of frame behind it. A copy: what was checked is what the kernel gets. */
+static struct net_header outgoing_header(const struct chain *chain, uint64_t length)
+{
+    struct net_header header;
+    char *to = (char *)&header;
+    for (size_t i = 0, left = HEADER; left; i++) {
+        size_t part = chain->segments[i].len < left ? chain->segments[i].len : left;
+        memcpy(to, chain->segments[i].host, part);
+        to += part;
+        left -= part;
+    }
+    /* 5.1.6.2.2: "The device MUST ignore flag bits that it does not recognize. If VIRTIO_NET_HDR_F_NEEDS_CSUM bit in flags
+     * is not set, the device MUST NOT use the csum_start and csum_offset." */
+    header.flags &= HDR_F_NEEDS_CSUM;
+    if (!header.flags)
+        header.csum_start = header.csum_offset = 0;
+    /* 5.1.6.2.2: "The device MUST NOT rely on hdr_len to be correct.": the kernel refuses one beyond the frame. */
+    if (header.hdr_len > length)
+        header.hdr_len = (uint16_t)length;
+    header.num_buffers = 0;
+    return header;
+}
+
+/* Whether the driver takes a tap's frame with this header, which is made what was negotiated. */
+static bool incoming_header(const NetObject *self, struct net_header *header)
+{
+    /* 5.1.6.4.1: "If VIRTIO_NET_F_GUEST_CSUM is not negotiated, the device MUST set flags to zero"; "If
+     * VIRTIO_NET_F_RSC_EXT was not negotiated, the device MUST not set VIRTIO_NET_HDR_F_RSC_INFO bit in flags." A frame
+     * that needs what was not negotiated stood in the tap since an earlier driver. */
+    bool checksum = self->features & F_GUEST_CSUM;
+    if (header->flags & HDR_F_NEEDS_CSUM && !checksum)
+        return false;
+    header->flags &= checksum ? HDR_F_NEEDS_CSUM | HDR_F_DATA_VALID : 0;
+    if (!(header->flags & HDR_F_NEEDS_CSUM))
+        header->csum_start = header->csum_offset = 0;
+    /* 5.1.6.4.1: "If gso_type differs from VIRTIO_NET_HDR_GSO_NONE, then the device MUST also set the
+     * VIRTIO_NET_HDR_F_NEEDS_CSUM bit in flags" */
+    if (header->gso_type != GSO_NONE && !(header->flags & HDR_F_NEEDS_CSUM))
+        return false;
+    switch (header->gso_type) {
+    case GSO_NONE: return true;
+    case GSO_TCPV4: return self->features & F_GUEST_TSO4;
+    case GSO_TCPV6: return self->features & F_GUEST_TSO6;
+    default: return false;
+    }
 }
 
 /* Whether everything held back went out. -1: the other end is gone. */
@@ -161,17 +217,19 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit)
             break;
         struct iovec iov[IOV_LIMIT];
         size_t parts = chain.readable_length > HEADER && chain.readable_length <= FRAME_MAX + HEADER
-                           ? gather_chain(&chain, tap ? 0 : HEADER, iov, IOV_LIMIT)
+                           ? gather_chain(&chain, HEADER, iov + 1, IOV_LIMIT - 1)
                            : SIZE_MAX;
         ssize_t sent = -1;
         if (parts == SIZE_MAX) {
             errno = EINVAL;
         } else if (tap) {
+            struct net_header header = outgoing_header(&chain, chain.readable_length - HEADER);
+            iov[0] = (struct iovec){&header, HEADER};
             do
-                sent = writev(self->fd, iov, (int)parts);
+                sent = writev(self->fd, iov, (int)parts + 1);
             while (sent < 0 && errno == EINTR);
         } else {
-            struct msghdr message = {.msg_iov = iov, .msg_iovlen = parts};
+            struct msghdr message = {.msg_iov = iov + 1, .msg_iovlen = parts};
             do
                 sent = sendmsg(self->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
             while (sent < 0 && errno == EINTR);
@@ -210,7 +268,7 @@ static void scatter(const struct chain *chain, uint64_t offset, const void *from
 }
 
 /* 1: delivered or dropped; 0: the driver has no room for it; -1: the ring is broken or memory ran out. */
-static int deliver(NetObject *self, RingObject *ring, const uint8_t *header, const uint8_t *frame, size_t length)
+static int deliver(NetObject *self, RingObject *ring, struct net_header header, const uint8_t *frame, size_t length)
 {
     struct chain chains[MERGE_MAX];
     struct pending done[MERGE_MAX];
@@ -240,19 +298,16 @@ static int deliver(NetObject *self, RingObject *ring, const uint8_t *header, con
         count++;
     }
     if (room >= need && !result) {
-        uint8_t head[HEADER];
-        memcpy(head, header, HEADER);
         /* 5.1.6.4.1: "If VIRTIO_NET_F_MRG_RXBUF has not been negotiated, the device MUST set num_buffers to 1." and
          * "the device MUST set num_buffers to indicate the number of buffers the packet (including the header) is
          * spread over." */
-        head[NUM_BUFFERS] = (uint8_t)count;
-        head[NUM_BUFFERS + 1] = 0;
+        header.num_buffers = (uint16_t)count;
         uint64_t header_left = HEADER, at = 0;
         for (uint32_t i = 0; i < count; i++) {
             uint64_t size = chains[i].writable_length, put = 0;
             if (header_left) {
                 put = size < header_left ? size : header_left;
-                scatter(&chains[i], 0, head + (HEADER - header_left), put);
+                scatter(&chains[i], 0, (char *)&header + (HEADER - header_left), put);
                 header_left -= put;
             }
             uint64_t part = length - at < size - put ? length - at : size - put;
@@ -262,8 +317,8 @@ static int deliver(NetObject *self, RingObject *ring, const uint8_t *header, con
             if (segments_notify(ring->memory, chains[i].segments + chains[i].readable, chains[i].writable, put + part))
                 result = -1;
         }
-        /* 5.1.6.4.1: "The device MUST use only a single descriptor if mergeable buffers are not negotiated"; together:
-         * the used index moves once for all of a packet's buffers. */
+        /* 5.1.6.4.1: "The device MUST use all buffers used by a single receive packet together, such that at least
+         * num_buffers are observed by driver as used." */
         ring_push_batch(&ring->ring, done, count);
         self->received++;
         result = result ? result : 1;
@@ -326,15 +381,17 @@ static int fill(NetObject *self)
 
 static int receive(NetObject *self, RingObject *ring, int limit)
 {
-    static const uint8_t none[HEADER];
     for (int i = 0; i < limit; i++) {
         int got = fill(self);
         if (got <= 0)
             return got ? CLOSED : 0;
-        const uint8_t *header = none, *frame = self->in + self->in_start;
+        struct net_header header = {0};
+        const uint8_t *frame = self->in + self->in_start;
         size_t length = self->in_end - self->in_start, skip = 0;
+        bool takes = true;
         if (self->framing == FRAMING_TAP) {
-            header = frame;
+            memcpy(&header, frame, HEADER);
+            takes = incoming_header(self, &header);
             skip = HEADER;
             length -= HEADER;
         } else if (self->framing == FRAMING_STREAM) {
@@ -345,8 +402,8 @@ static int receive(NetObject *self, RingObject *ring, int limit)
         }
         /* 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
          * size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated." */
-        bool plain = !(header[1] & 0x7f);
-        if (plain && length > self->longest) {
+        bool plain = !(header.gso_type & ~GSO_ECN);
+        if (!takes || (plain && length > self->longest)) {
             self->dropped++;
             self->in_start += skip + length;
             if (self->in_start == self->in_end)
@@ -428,10 +485,12 @@ static PyObject *net_configure(NetObject *self, PyObject *args)
 {
     int mergeable;
     Py_ssize_t longest;
-    if (!PyArg_ParseTuple(args, "pn", &mergeable, &longest))
+    unsigned long long features = 0;
+    if (!PyArg_ParseTuple(args, "pn|K", &mergeable, &longest, &features))
         return NULL;
     self->mergeable = mergeable;
     self->longest = (size_t)longest;
+    self->features = (uint32_t)features;
     Py_RETURN_NONE;
 }
 
@@ -479,7 +538,8 @@ static PyMethodDef net_methods[] = {
     {"receive", (PyCFunction)net_receive, METH_VARARGS,
      "receive(ring, limit=256) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone."},
     {"configure", (PyCFunction)net_configure, METH_VARARGS,
-     "configure(mergeable, longest): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest` bytes are lost."},
+     "configure(mergeable, longest, features=0): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest`\n"
+     "bytes are lost, and a tap's that need a checksum or segmentation offload which is not in `features`."},
     {0},
 };
 

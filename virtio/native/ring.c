@@ -75,6 +75,11 @@ int ring_init(struct ring *ring, const struct memory *memory, uint32_t size, uin
         *error = "queue area is outside guest memory";
         return -1;
     }
+    /* 2.7.10.2: "if the VIRTIO_F_EVENT_IDX feature bit is negotiated: The device MUST set flags to 0." Without it, 0 asks
+     * for notifications. */
+    if (!ring->packed)
+        store16(ring->device, 0);
+    ring->used_dirty = true;
     ring->scratch_size = size > INDIRECT_MAX ? size : INDIRECT_MAX;
     ring->scratch = calloc(ring->scratch_size, sizeof *ring->scratch);
     ring->order = ring->in_order ? calloc(size, sizeof *ring->order) : NULL;
@@ -123,7 +128,7 @@ static int add_segment(struct ring *ring, struct chain *chain, uint64_t addr, ui
 
 static const uint8_t *indirect_table(struct ring *ring, uint64_t addr, uint32_t len, uint32_t *entries)
 {
-    /* 2.7.5.3.1: "A driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC feature
+    /* 2.7.5.3.1: "The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC feature
      * was negotiated." */
     if (!ring->indirect) {
         broken(ring, "indirect descriptor without VIRTIO_F_INDIRECT_DESC");
@@ -159,7 +164,7 @@ static int walk_split(struct ring *ring, struct chain *chain, const uint8_t *tab
         memcpy(&desc, table + 16 * (size_t)at, sizeof desc);
         __asm__ volatile("" ::: "memory"); /* one copy: checked and used values are the same */
         if (desc.flags & DESC_F_INDIRECT) {
-            /* 2.7.5.3.1: "A driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag within an indirect descriptor" */
+            /* 2.7.5.3.1: "The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag within an indirect descriptor" */
             if (nested)
                 return broken(ring, "indirect descriptor inside an indirect table");
             /* 2.7.5.3.1: "A driver MUST NOT set both VIRTQ_DESC_F_INDIRECT and VIRTQ_DESC_F_NEXT in flags." */
@@ -199,16 +204,16 @@ static int pop_split(struct ring *ring, struct chain *chain)
     return 1;
 }
 
-static bool packed_available(const struct ring *ring, uint16_t flags)
+static bool packed_available(uint16_t flags, bool wrap)
 {
     /* 2.8.1: available when AVAIL equals and USED differs from the driver ring wrap counter */
-    return !!(flags & DESC_F_AVAIL) == ring->avail_wrap && !!(flags & DESC_F_USED) != ring->avail_wrap;
+    return !!(flags & DESC_F_AVAIL) == wrap && !!(flags & DESC_F_USED) != wrap;
 }
 
 static int pop_packed(struct ring *ring, struct chain *chain)
 {
     uint16_t flags = load16(ring->desc + 16 * (size_t)ring->next_avail + 14);
-    if (!packed_available(ring, flags))
+    if (!packed_available(flags, ring->avail_wrap))
         return 0;
     uint32_t at = ring->next_avail, slots = 0;
     bool wrap = ring->avail_wrap;
@@ -220,6 +225,10 @@ static int pop_packed(struct ring *ring, struct chain *chain)
         __asm__ volatile("" ::: "memory");
         if (slots == 0)
             desc.flags = flags; /* the ones that made it available, loaded with acquire */
+        else if (!packed_available(desc.flags, wrap))
+            /* 2.8.17: "A driver MUST NOT make the first descriptor in the list available before all subsequent
+             * descriptors comprising the list are made available." */
+            return broken(ring, "descriptor list runs into one that is not available");
         slots++;
         if (++at == ring->size) {
             at = 0;
@@ -290,7 +299,7 @@ static void use_packed(struct ring *ring, const struct pending *chains, uint32_t
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *at = ring->desc + 16 * (size_t)ring->next_used;
         uint16_t flags = ring->used_wrap ? DESC_F_AVAIL | DESC_F_USED : 0;
-        /* 2.8.5: "In a used descriptor, this bit is used to specify whether any data has been written by the device
+        /* 2.8.3: "In a used descriptor, this bit is used to specify whether any data has been written by the device
          * into any parts of the buffer." */
         if (chains[i].length)
             flags |= DESC_F_WRITE;
@@ -402,7 +411,7 @@ bool ring_has_available(struct ring *ring)
     if (ring->error)
         return false;
     if (ring->packed)
-        return packed_available(ring, load16(ring->desc + 16 * (size_t)ring->next_avail + 14));
+        return packed_available(load16(ring->desc + 16 * (size_t)ring->next_avail + 14), ring->avail_wrap);
     return load16(ring->driver + 2) != ring->next_avail;
 }
 
@@ -414,7 +423,7 @@ bool ring_enable_notification(struct ring *ring)
         uint32_t offset = ring->next_avail | (ring->avail_wrap ? 0x8000u : 0);
         store32(ring->device, ring->event_idx ? offset | EVENT_DESC << 16 : EVENT_ENABLE << 16);
     } else if (ring->event_idx) {
-        /* 2.7.10.2: flags 0, and avail_event says from which entry on the driver has to notify */
+        /* 2.7.10.2: avail_event says from which entry on the driver has to notify */
         store16(ring->device + 4 + 8 * (size_t)ring->size, ring->next_avail);
     } else {
         store16(ring->device, 0);
@@ -444,7 +453,7 @@ void ring_disable_notification(struct ring *ring)
         return;
     if (ring->packed)
         store32(ring->device, (uint32_t)EVENT_DISABLE << 16);
-    else if (!ring->event_idx) /* 2.7.10.1: "the device MUST set flags to 0" with EVENT_IDX */
+    else if (!ring->event_idx) /* 2.7.10.2: with it, "the device MUST set flags to 0" */
         store16(ring->device, USED_F_NO_NOTIFY);
     ring->used_dirty = true;
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import struct
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,9 @@ async def test_read_write_flush(connect: Connect, backend: BlockBackend) -> None
     assert await transfer(driver, blk.IN, SECTORS - 1, space=512) == (blk.OK, b"\xff" * 512)
 
 
-@pytest.mark.clause("2.7.4-a")
+@pytest.mark.clause("2.7.4.1-a")
 async def test_any_layout_of_a_request(connect: Connect, backend: BlockBackend) -> None:
-    """2.7.4.2: "The device MUST NOT make assumptions about the particular arrangement of descriptors"."""
+    """2.7.4.1: "The device MUST NOT make assumptions about the particular arrangement of descriptors"."""
     driver = connect(BlockDevice(backend))
     driver.initialize()
     whole = header(blk.OUT, 9) + b"a" * 512
@@ -104,7 +106,7 @@ async def test_get_id(connect: Connect, backend: BlockBackend) -> None:
     assert (await transfer(driver, blk.GET_ID, 0, space=19))[0] == blk.IOERR
 
 
-@pytest.mark.clause("5.2.6.2-b", "5.2.6.2-c")
+@pytest.mark.clause("5.2.6.2-c", "5.2.6.2-d", "5.2.6.2-e")
 async def test_discard_and_write_zeroes(connect: Connect, backend: BlockBackend) -> None:
     """5.2.6.2: flags and bounds."""
     driver = connect(BlockDevice(backend))
@@ -136,7 +138,7 @@ async def test_discard_needs_its_feature(connect: Connect, backend: BlockBackend
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.clause("5.2.6.2-a")
+@pytest.mark.clause("5.2.6.2-a", "5.2.6.2-b")
 async def test_read_only(connect: Connect, native: bool, tmp_path: Path) -> None:
     """5.2.6.2: "MUST set the status byte to VIRTIO_BLK_S_IOERR for a write request if ...
     VIRTIO_BLK_F_RO"."""
@@ -185,11 +187,13 @@ async def test_many_requests_in_flight_on_several_queues(connect: Connect, tmp_p
     assert (tmp_path / "disk").read_bytes()[: 192 * 512] == b"".join(expected)
 
 
-@pytest.mark.clause("5.2.5.2-a")
+@pytest.mark.clause("5.2.5.2-a", "5.2.5.2-c")
 async def test_configuration_space(connect: Connect, backend: BlockBackend) -> None:
     """5.2.4"""
     driver = connect(BlockDevice(backend))
     driver.initialize()
+    assert driver.features & blk.Feature.CONFIG_WCE and driver.features & blk.Feature.FLUSH
+    assert driver.config_read(33, 1) == 0 and [driver.config_read(at, 1) for at in (57, 58, 59)] == [0, 0, 0]
     assert driver.config_read(0, 8) == SECTORS
     assert driver.config_read(12, 4) == 254, "seg_max leaves room for header and status"
     assert driver.config_read(20, 4) == 512
@@ -201,6 +205,67 @@ async def test_configuration_space(connect: Connect, backend: BlockBackend) -> N
     assert (await transfer(driver, blk.OUT, 0, b"x" * 512))[0] == blk.OK
     if isinstance(backend, MemoryBlock):
         assert backend.flushes == 1, "write-through"
+
+
+@pytest.mark.clause("5.2.5.2-b")
+async def test_writeback_needs_flush(connect: Connect, backend: BlockBackend) -> None:
+    """5.2.5.2: it starts as 0, for as long as the driver does without; it can be read from FEATURES_OK on."""
+    driver = connect(BlockDevice(backend))
+    for wanted, expected in ((~blk.Feature.FLUSH, 0), (-1, 1), (~blk.Feature.FLUSH, 0)):
+        driver.initialize(wanted, go=False)
+        assert driver.config_read(32, 1) == expected
+
+
+@pytest.mark.parametrize("case", ["neither", "writethrough", "flush"])
+@pytest.mark.clause("5.2.6.2-f", "5.2.6.2-g", "5.2.6.2-h")
+async def test_what_is_stable_was_flushed(connect: Connect, case: str) -> None:
+    """5.2.6.2, over the coroutines: a write that is to be stable completes after the backend's flush."""
+    backend = MemoryBlock(SECTORS * 512)
+    driver = connect(BlockDevice(backend))
+    driver.initialize(~(blk.Feature.FLUSH | blk.Feature.CONFIG_WCE) if case == "neither" else -1)
+    if case == "writethrough":
+        driver.config_write(32, 1, 0)
+    assert await transfer(driver, blk.OUT, 1, b"w" * 512) == (blk.OK, b"")
+    assert backend.flushes == (0 if case == "flush" else 1)
+    assert await transfer(driver, blk.FLUSH, 0) == (blk.OK, b"")
+    assert backend.flushes == (1 if case == "flush" else 2)
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of the host's whose requests are counted."""
+    image(tmp_path / "loop.img")
+    made = subprocess.run(["losetup", "-f", "--show", tmp_path / "loop.img"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield Path(made.stdout.strip())
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("losetup") is None, reason="losetup is not installed")
+@pytest.mark.parametrize("case", ["neither", "writethrough", "flush"])
+@pytest.mark.clause("5.2.6.2-f", "5.2.6.2-g", "5.2.6.2-h")
+async def test_what_is_stable_has_left_the_host(connect: Connect, loop_device: Path, case: str) -> None:
+    """5.2.6.2, over a descriptor: the host's disk has the write and a flush when the request completes."""
+
+    def counted() -> tuple[int, int]:
+        """Writes and flushes that the disk completed (Documentation/block/stat.rst of the kernel)."""
+        fields = Path("/sys/block", loop_device.name, "stat").read_text().split()
+        return int(fields[4]), int(fields[15])
+
+    driver = connect(BlockDevice(await FileBlock.open(loop_device)))
+    driver.initialize(~(blk.Feature.FLUSH | blk.Feature.CONFIG_WCE) if case == "neither" else -1)
+    if case == "writethrough":
+        driver.config_write(32, 1, 0)
+    before = counted()
+    assert await transfer(driver, blk.OUT, 1, b"w" * 512) == (blk.OK, b"")
+    written = counted()
+    if case == "flush":
+        assert written == before, "in the page cache"
+        assert await transfer(driver, blk.FLUSH, 0) == (blk.OK, b"")
+        written = counted()
+    assert written[0] > before[0] and written[1] > before[1]
 
 
 async def test_growing_is_notified(connect: Connect) -> None:

@@ -96,7 +96,7 @@ def send(driver: Any, port: int, event: int, value: int) -> None:
     driver.submit(3, [driver.buffer(struct.pack("<IHH", port, event, value))])
 
 
-@pytest.mark.clause("5.3.6.2-a")
+@pytest.mark.clause("5.3.6.2-a", "5.3.6.2-b")
 async def test_multiport(connect: Connect) -> None:
     """5.3.6.2: the driver is told of ports, names and sizes, and opens them."""
     console, agent = MemoryChar(), MemoryChar()
@@ -117,7 +117,7 @@ async def test_multiport(connect: Connect) -> None:
     ]
     send(driver, 1, Control.PORT_READY, 1)
     assert await control(driver, 2) == [
-        (1, Control.PORT_NAME, 1, b"org.test.agent\0"),
+        (1, Control.PORT_NAME, 1, b"org.test.agent"),
         (1, Control.PORT_OPEN, 1, b""),
     ]
     agent.feed(b"to the guest")
@@ -136,6 +136,35 @@ async def test_multiport(connect: Connect) -> None:
     assert state["open"] == [False, True]
 
 
+async def messages(driver: Any, rooms: list[Any]) -> list[tuple[int, int, int, bytes]]:
+    """What came into the control receive buffers `rooms` once the device has nothing more to say."""
+    send(driver, 0, Control.PORT_READY, 1)
+    found: list[tuple[int, int, int, bytes]] = []
+    while not found or found[-1][:3] != (0, Control.PORT_OPEN, 1):
+        for used in await driver.used(2):
+            data = driver.bytes_at(rooms.pop(0))[: used.length]
+            found.append((*struct.unpack("<IHH", data[:8]), data[8:]))
+    return found
+
+
+@pytest.mark.clause("5.3.6.2.1-a", "5.3.6.2.1-b")
+async def test_each_port_is_added_once(connect: Connect) -> None:
+    """5.3.6.2.1: no port that exists, none from max_nr_ports on; after a reset none exists."""
+    ports = [Port(MemoryChar()), *(Port(MemoryChar(), f"p{number}", console=False) for number in range(3))]
+    driver = connect(ConsoleDevice(ports))
+    for _ in range(2):
+        driver.initialize()
+        assert driver.config_read(4, 4) == 4
+        rooms = [driver.buffer(64) for _ in range(64)]
+        for room in rooms:
+            driver.submit(2, [], [room])
+        for value in (0, 1, 1, 0, 1):
+            send(driver, 0, Control.DEVICE_READY, value)
+        found = await messages(driver, rooms)
+        assert [message[0] for message in found if message[1] == Control.DEVICE_ADD] == [0, 1, 2, 3]
+        assert Control.DEVICE_REMOVE not in [message[1] for message in found]
+
+
 async def test_control_messages_that_make_no_sense(connect: Connect) -> None:
     device = ConsoleDevice([Port(MemoryChar()), Port(MemoryChar(), "b", console=False)])
     driver = connect(device)
@@ -144,9 +173,10 @@ async def test_control_messages_that_make_no_sense(connect: Connect) -> None:
         send(driver, port, event, value)
     driver.submit(3, [driver.buffer(b"short")])
     for _ in range(300):
-        send(driver, 0, Control.DEVICE_READY, 1)
+        send(driver, 1, Control.PORT_READY, 1)
         await driver.used(3)
-    assert (await control(driver, 1))[0][:3] == (0, Control.DEVICE_ADD, 1)
+    assert len(device.save_device()["messages"]) == 256, "a driver that asks and takes no answers"
+    assert (await control(driver, 1))[0][:3] == (1, Control.PORT_NAME, 1)
     assert not driver.needs_reset
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from virtio.backends.vsock import MemoryVsock, UnixVsock, VsockBackend
-from virtio.devices.vsock import BUFFER, Op, VsockDevice
+from virtio.devices.vsock import BUFFER, PACKETS_WAITING, Op, VsockDevice
 from virtio.errors import ConfigError
 
 from .conftest import Connect
@@ -136,7 +136,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-@pytest.mark.clause("5.10.6.3.1-b")
+@pytest.mark.clause("5.10.6.3.2-b", "5.10.6.5-a")
 async def test_the_guest_connects_and_echoes(world: Any) -> None:
     guest, _, listen = world
     await listen(1025, echo)
@@ -148,8 +148,39 @@ async def test_the_guest_connects_and_echoes(world: Any) -> None:
     assert data == b"hello host" and packet.fwd_cnt == 10
     guest.send(77, 1025, Op.SHUTDOWN, flags=2)
     packet, _ = await guest.expect(Op.SHUTDOWN)
-    assert packet.flags == 2
-    await guest.expect(Op.RST)
+    assert (packet.flags, packet.buf_alloc, packet.fwd_cnt) == (2, BUFFER, 10)
+    packet, _ = await guest.expect(Op.RST)
+    assert (packet.buf_alloc, packet.fwd_cnt) == (BUFFER, 10)
+
+
+@pytest.mark.clause("5.10.6.1.2-a")
+async def test_the_tx_queue_is_served_without_rx_buffers(connect: Connect) -> None:
+    """5.10.6.1.2: as long as there are resources to hold the answers; then it stops, and goes on with the rx queue."""
+    driver = connect(VsockDevice(MemoryVsock(), CID))
+    driver.initialize()
+    slots = [driver.allocator.take(HEADER.size) for _ in range(64)]
+
+    def refused(port: int) -> None:
+        """A packet that will be answered with RST."""
+        slot = slots[port % len(slots)]
+        driver.memory.view(slot, HEADER.size)[:] = HEADER.pack(CID, 2, port, 9, 0, 1, Op.RW, 0, 4096, 0)
+        driver.submit(1, [(slot, HEADER.size)])
+
+    for port in range(PACKETS_WAITING):
+        refused(port)
+        await driver.used(1)
+    for port in range(PACKETS_WAITING, PACKETS_WAITING + 40):
+        refused(port)
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert len(driver.queues[1].used()) < 40, "nothing grows without bound"
+    answered = []
+    room = driver.buffer(100)
+    while len(answered) < PACKETS_WAITING + 40:
+        driver.submit(0, [], [room])
+        await driver.used(0)
+        answered.append(HEADER.unpack_from(driver.bytes_at(room))[3])
+    assert answered == list(range(PACKETS_WAITING + 40))
 
 
 async def test_the_host_connects_and_echoes(world: Any) -> None:
@@ -171,6 +202,7 @@ async def test_the_host_connects_and_echoes(world: Any) -> None:
         pass
 
 
+@pytest.mark.clause("5.10.6.5-a")
 async def test_refusals(world: Any) -> None:
     guest, opener, _ = world
     guest.send(77, 9999, Op.REQUEST)
@@ -183,9 +215,9 @@ async def test_refusals(world: Any) -> None:
         await asyncio.wait_for(opening, 10)
 
 
-@pytest.mark.clause("5.10.6.4.1-a")
+@pytest.mark.clause("5.10.6.4.2-b")
 async def test_packets_that_belong_nowhere(world: Any) -> None:
-    """5.10.6.4.1: answered with RST, except RST itself."""
+    """5.10.6.4.2, 5.10.6.5: answered with RST, except RST itself."""
     guest, _, _ = world
     for op, wrong in (
         (1, {"src_cid": 9}),
@@ -203,9 +235,9 @@ async def test_packets_that_belong_nowhere(world: Any) -> None:
     assert not guest.driver.needs_reset
 
 
-@pytest.mark.clause("5.10.6.3.1-a")
+@pytest.mark.clause("5.10.6.3.2-a")
 async def test_credit_of_the_guest_is_respected(world: Any) -> None:
-    """5.10.6.3.1: RW only when the peer has sufficient free buffer space."""
+    """5.10.6.3.2: RW only when the peer has sufficient free buffer space."""
     guest, _, listen = world
     guest.alloc = 1000
 
@@ -336,7 +368,11 @@ async def test_clients_that_do_not_say_connect(tmp_path: Path) -> None:
     await device.aclose()
 
 
+@pytest.mark.clause("5.10.6.4.2-a")
 def test_context_ids() -> None:
-    for wrong in (0, 1, 2, 2**32):
+    """5.10.4: 0, 1, 2, 0xffffffff and 0xffffffffffffffff are reserved, the upper 32 bits are zero."""
+    for wrong in (0, 1, 2, 2**32 - 1, 2**32, 2**64 - 1):
         with pytest.raises(ConfigError):
             VsockDevice(MemoryVsock(), wrong)
+    for right in (3, 2**32 - 2):
+        assert int.from_bytes(VsockDevice(MemoryVsock(), right).config(), "little") == right
