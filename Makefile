@@ -56,5 +56,5 @@ fuzz: venv       ## fuzz campaigns; SECONDS_EACH=3600 make fuzz
 	.ci/fuzz $${SECONDS_EACH:-600}
 
 clean:           ## remove what was built here
-	rm -rf $(VENV) build dist *.egg-info bench.json .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info bench.json rig.json .pytest_cache
 	find . -name '*.so' -not -path './.venv/*' -delete

@@ -65,6 +65,7 @@ VIRTIO_MMIO_MAX = VIRTIO_MMIO.size // VIRTIO_MMIO_STRIDE
 BDA = 0x400
 WARM_BOOT_FLAG = 0x472
 """BIOS data area: 0x1234 before a reset asks for a warm boot."""
+COREBOOT_TABLE = Range(0x500, 256)
 BOOT_GDT, BOOT_IDT = 0x600, 0x6A0
 BOOT_INFO = 0x7000
 """Linux zero page, hvm_start_info or multiboot information; 8 KiB."""

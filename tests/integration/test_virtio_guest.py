@@ -1,4 +1,7 @@
-"""Debian's kernel with our devices: disks over both transports, network by passt, consoles, vsock, durability."""
+"""Debian's kernel with our devices: disks over both transports, network by passt, consoles, vsock, durability.
+
+On each core that runs stock kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vmm
 from images import catalog
 from images.errors import ImageError
+from tests.support.debian import PATIENCE
 from vmm.config import Disk, Net, Port
 
 pytestmark = [pytest.mark.debian]
-SECONDS = 90
+SECONDS = 90 * PATIENCE
 
 
 def image() -> catalog.Image:
@@ -36,7 +41,7 @@ async def sh(vm: vmm.VirtualMachine, script: str) -> str:
     return result.stdout.decode()
 
 
-async def test_disks_over_pci_and_mmio(tmp_path: Path) -> None:
+async def test_disks_over_pci_and_mmio(tmp_path: Path, stock_core: Any) -> None:
     """What the guest reads is what the image holds, and the other way round; also read-only and O_DIRECT."""
     image()
     content = os.urandom(4 << 20)
@@ -49,7 +54,7 @@ async def test_disks_over_pci_and_mmio(tmp_path: Path) -> None:
     for disk in disks:
         disk.path.write_bytes(content)
     want = hashlib.md5(content).hexdigest()
-    async with vmm.run("linux", core="soft", disks=tuple(disks), timeout=SECONDS) as vm:
+    async with vmm.run("linux", core=stock_core, disks=tuple(disks), timeout=SECONDS) as vm:
         names = {}
         for line in (await sh(vm, "cd /sys/block; for d in vd?; do echo $d $(cat $d/serial); done")).splitlines():
             device, serial = line.split()
@@ -72,7 +77,7 @@ async def test_disks_over_pci_and_mmio(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
-async def test_network_by_passt(tmp_path: Path, transport: str) -> None:
+async def test_network_by_passt(tmp_path: Path, stock_core: Any, transport: str) -> None:
     """DHCP, and an HTTP download from a server on the host; every frame is in the pcap file."""
     image()
     body = os.urandom(3 << 20)
@@ -86,7 +91,7 @@ async def test_network_by_passt(tmp_path: Path, transport: str) -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     net = Net(kind="user", transport=transport, pcap=tmp_path / "frames.pcap")  # type: ignore[arg-type]
-    async with vmm.run("linux", core="soft", nets=(net,), timeout=SECONDS) as vm:
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
         await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
         gateway = (await sh(vm, "ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'")).split()[0]
         digest = await sh(vm, f"wget -q -O - http://{gateway}:{port}/ | md5sum")
@@ -97,7 +102,7 @@ async def test_network_by_passt(tmp_path: Path, transport: str) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
-async def test_network_by_tap(tmp_path: Path, transport: str) -> None:
+async def test_network_by_tap(tmp_path: Path, stock_core: Any, transport: str) -> None:
     """Ping and downloads both ways through a tap with checksum and segmentation offload."""
     image()
     name, host, guest = f"lv{os.getpid() % 100000}{transport[0]}", "10.213.7.1", "10.213.7.2"
@@ -111,7 +116,7 @@ async def test_network_by_tap(tmp_path: Path, transport: str) -> None:
 
     net = Net(kind="tap", target=name, transport=transport)  # type: ignore[arg-type]
     try:
-        machine = vmm.run("linux", core="soft", nets=(net,), timeout=SECONDS)
+        machine = vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS)
         vm = await machine.__aenter__()
     except vmm.ConfigError as error:
         pytest.skip(str(error))
@@ -146,12 +151,12 @@ async def test_network_by_tap(tmp_path: Path, transport: str) -> None:
         await machine.__aexit__(None, None, None)
 
 
-async def test_consoles_and_vsock(tmp_path: Path) -> None:
+async def test_consoles_and_vsock(tmp_path: Path, stock_core: Any) -> None:
     """hvc0 joins the console, a named port is a socket, and Firecracker's CONNECT reaches the guest."""
     image()
     async with vmm.run(
         "linux",
-        core="soft",
+        core=stock_core,
         hvc=True,
         ports=(Port(name="org.test.port", path=tmp_path / "port"),),
         vsock=tmp_path / "vsock",
@@ -183,7 +188,7 @@ def fsck(path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
-async def test_a_root_file_system_survives_poweroff(tmp_path: Path) -> None:
+async def test_a_root_file_system_survives_poweroff(tmp_path: Path, stock_core: Any) -> None:
     found = image()
     assert found.disk is not None
     root = tmp_path / "root.img"
@@ -194,7 +199,7 @@ async def test_a_root_file_system_survives_poweroff(tmp_path: Path) -> None:
         append="root=/dev/vda rw",
         disks=(Disk(path=root),),
         agent=True,
-        core="soft",
+        core=stock_core,
         timeout=SECONDS,
     ) as vm:
         vm.resume()
@@ -217,7 +222,7 @@ done
 
 @pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
 @pytest.mark.clause("5.2.6.2-h")
-async def test_what_was_flushed_survives_kill_9(tmp_path: Path) -> None:
+async def test_what_was_flushed_survives_kill_9(tmp_path: Path, stock_core: Any) -> None:
     """A log-structured writer in the guest says which records it has flushed; the VMM is killed; they are there."""
     found = image()
     assert found.disk is not None
@@ -228,7 +233,7 @@ async def test_what_was_flushed_survives_kill_9(tmp_path: Path) -> None:
         "import asyncio, sys, vmm\n"
         "async def main():\n"
         f"    async with vmm.VirtualMachine(kernel={str(found.kernel)!r}, initrd={str(found.initrd)!r},\n"
-        f"            append='root=/dev/vda rw', agent=True, core='soft', timeout={SECONDS},\n"
+        f"            append='root=/dev/vda rw', agent=True, core={stock_core!r}, timeout={SECONDS},\n"
         f"            disks=({str(root)!r}, {str(log)!r})) as vm:\n"
         "        vm.resume()\n"
         f"        process = await vm.start_process('sh', '-c', {RECORDS!r})\n"

@@ -1,4 +1,5 @@
-"""`python -m tests.rig [PYTEST ARGUMENT...]`: run tests in the rig; by default all that are marked `kvm`.
+"""`python -m tests.rig [PYTEST ARGUMENT...]`: run tests in the rig; by default all that are marked `kvm` or
+`stock_kvm`, and then the bench `machine`, whose figures for both cores go to rig.json.
 
 Exits with pytest's status; 125 if the guest did not come that far, 124 if it took longer than --timeout.
 """
@@ -14,12 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from images import cache, catalog
 from images.errors import ImageError
 from tests.rig.guest import Guest, build
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT = ["-m", "kvm and not qemu and not root", "tests"]
-OPTIONS = ["-o", "faulthandler_timeout=300", "-o", "cache_dir=/dev/shm/pytest"]  # the checkout is read-only there
+DEFAULT = ["-m", "(kvm and not qemu and not root) or stock_kvm", "tests"]
+OPTIONS = ["--durations=20", "-o", "faulthandler_timeout=600", "-o", "cache_dir=/dev/shm/pytest"]
+"""The checkout is read-only there."""
+PROCESSOR = "max,family=25,model=17,stepping=1"
+"""The family of the software core's processor. QEMU's own choice, a K8, makes guests look for AGP bridges on all buses:
+16,400 port reads."""
 NO_RESULT, TIMED_OUT = 125, 124
 
 
@@ -28,7 +34,7 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
     if program is None:
         raise ImageError("qemu-system-x86_64 is missing; as root: apt-get install qemu-system-x86")
     return [
-        program, "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", str(memory_mib), "-M", "pc",
+        program, "-accel", "tcg", "-cpu", PROCESSOR, "-smp", "1", "-m", str(memory_mib), "-M", "pc",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog",
         "-serial", "stdio", "-serial", f"file:{status}",
@@ -38,8 +44,8 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
     ]  # fmt: skip
 
 
-def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> int:
-    """Run a shell command in the guest, its output on stdout; its status."""
+def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> tuple[int, str]:
+    """Run a shell command in the guest, its output on stdout; its status, and what it wrote to $RIG_REPORT."""
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
         try:
@@ -47,9 +53,21 @@ def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> int:
             subprocess.run(started, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
         except subprocess.TimeoutExpired:
             print(f"rig: stopped after {timeout:.0f} s", file=sys.stderr)
-            return TIMED_OUT
-        words = status.read_text().split() if status.exists() else []
-        return int(words[1]) if len(words) == 2 and words[0] == "status" else NO_RESULT
+            return TIMED_OUT, ""
+        first, _, report = status.read_text().partition("\n") if status.exists() else ("", "", "")
+        words = first.split()
+        return (int(words[1]) if len(words) == 2 and words[0] == "status" else NO_RESULT), report
+
+
+def prepare() -> str:
+    """Have what tests look for in the cache, which the guest sees read-only; a shell command that offers it there."""
+    from tests.support import debian
+
+    catalog.resolve("linux", build=True)
+    kernels = {meta: debian.kernel(meta) for meta in ("linux-image-cloud-amd64", "linux-image-amd64")}
+    images = shlex.quote(str(cache.directory("images")))
+    given = shlex.quote(" ".join(f"{meta}={path}" for meta, path in kernels.items()))
+    return f"mkdir -p ~/.cache/loopvisor && ln -s {images} ~/.cache/loopvisor/ && export LOOPVISOR_KERNELS={given}"
 
 
 def main() -> int:
@@ -61,10 +79,15 @@ def main() -> int:
     begin = time.monotonic()
     try:
         guest = build()
-        pytest = [sys.executable, "-u", "-m", "pytest", "-v", *OPTIONS, *(rest or DEFAULT)]
-        command = f"cd {shlex.quote(str(ROOT))} && export LOOPVISOR_KERNEL={shlex.quote(str(guest.kernel))} && "
-        command += arguments.shell or shlex.join(pytest)
-        status = run(guest, command, arguments.timeout - (time.monotonic() - begin), arguments.memory)
+        command = shlex.join([sys.executable, "-u", "-m", "pytest", "-v", *OPTIONS, *(rest or DEFAULT)])
+        if not rest:
+            python = shlex.quote(sys.executable)
+            command += f"; s=$?; {python} -m tests.bench machine --output $RIG_REPORT || s=1; exit $s"
+        command = f"{prepare()} && cd {shlex.quote(str(ROOT))} && {{ {arguments.shell or command}; }}"
+        left = arguments.timeout - (time.monotonic() - begin)
+        status, report = run(guest, command, left, arguments.memory)
+        if report:
+            Path("rig.json").write_text(report)
     except ImageError as error:
         print(f"rig: {error}", file=sys.stderr)
         return NO_RESULT

@@ -16,6 +16,12 @@ from images import cache, packages
 from images.errors import ImageError
 from images.tree import Tree
 
+PATIENCE = float(os.environ.get("LOOPVISOR_PATIENCE", "1"))
+"""What deadlines are multiplied with; a host that emulates (tests.rig) asks for more."""
+
+APPEND = os.environ.get("LOOPVISOR_GUEST_APPEND", "")
+"""What this host's processor needs on the command line of a guest whose messages are compared (tests.rig)."""
+
 INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
@@ -31,6 +37,7 @@ case $what in
   panic) echo c > /proc/sysrq-trigger;;
   halt) /bin/busybox halt -f;;
   idle) echo IDLE; while :; do /bin/busybox sleep 1; done;;
+  shell) PS1='shell# ' /bin/busybox setsid -c /bin/busybox sh -i < /dev/ttyS0 > /dev/ttyS0 2>&1;;
   button) exec 3</dev/input/event0; echo WAITING; /bin/busybox dd of=/dev/null bs=24 count=1 <&3; echo BUTTON;;
 esac
 /bin/busybox poweroff -f
@@ -58,7 +65,12 @@ def files(name: str, *wanted: str) -> dict[str, bytes]:
 
 @functools.cache
 def kernel(meta: str = "linux-image-cloud-amd64") -> Path:
-    """The newest kernel image of a meta package, as a file."""
+    """The newest kernel image of a meta package, as a file. $LOOPVISOR_KERNELS may name it ("META=FILE META=FILE"),
+    for a host without apt."""
+    for item in os.environ.get("LOOPVISOR_KERNELS", "").split():
+        name, _, path = item.partition("=")
+        if name == meta:
+            return Path(path)
     try:
         name = packages.dependency(meta, r"linux-image-\d.*")
     except ImageError as error:

@@ -1,8 +1,8 @@
 """Loaders: put a kernel into guest memory and say how the first vCPU enters it.
 
-`load()` finds out what a file is: bzImage (its payload unpacked on the host), ELF by PVH, multiboot or the 64-bit
-Linux protocol. `load_flat()` takes raw bytes. Both return a BootState. Nothing here knows devices or cores. Loaders are
-imported when a file needs them, for a tiny guest should not wait for those of others.
+`load()` finds out what a file is: bzImage (its payload unpacked on the host), ELF by PVH, multiboot, the 64-bit Linux
+protocol or as a coreboot payload. `load_flat()` takes raw bytes. Both return a BootState. Nothing here knows devices or
+cores. Loaders are imported when a file needs them, for a tiny guest should not wait for those of others.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from vmm import layout
 from vmm.boot import elf
 from vmm.boot.cmdline import default_cmdline
 from vmm.boot.flat import load_flat, place_flat
@@ -21,12 +22,12 @@ from vmm.layout import Layout
 
 __all__ = ["BootState", "LoadMemory", "Protocol", "default_cmdline", "identify", "load", "load_flat", "place_flat"]
 
-Protocol = Literal["auto", "linux64", "pvh", "multiboot", "bzimage"]
+Protocol = Literal["auto", "linux64", "pvh", "multiboot", "coreboot", "bzimage"]
 """How to enter: found out, or forced. 'bzimage' runs the image's own decompressor."""
 
 
 def identify(path: Path) -> str:
-    """'bzimage', 'pvh', 'vmlinux', 'multiboot', or 'unknown'. Raises ConfigError if it cannot be read."""
+    """'bzimage', 'pvh', 'vmlinux', 'multiboot', 'coreboot', or 'unknown'. Raises ConfigError if it cannot be read."""
     return _identify(_gunzipped(read_file(path), str(path)), str(path))
 
 
@@ -53,8 +54,10 @@ def _identify(data: memoryview, name: str) -> str:
     from vmm.boot import multiboot
 
     found = multiboot.find(data)
-    if image is not None and found is None and image.bits == 64:
+    if image is not None and image.bits == 64 and found is None:
         return "vmlinux"
+    if image is not None and image.bits == 32 and (found is None or image.start < layout.KERNEL_BASE):
+        return "coreboot"  # GRUB's have a multiboot header too, but no multiboot kernel loads below 1 MiB
     return "multiboot" if found is not None else "unknown"
 
 
@@ -80,6 +83,10 @@ def load(
             from vmm.boot import multiboot
 
             return multiboot.load_multiboot(memory, data, request, name)
+        case ("auto" | "coreboot"), "coreboot":
+            from vmm.boot import coreboot
+
+            return coreboot.load_payload(memory, elf.parse(data, name), request)
         case "pvh", "bzimage":
             return load_pvh(memory, _unpacked(data, name, cache), request)
         case "pvh", _:

@@ -37,7 +37,7 @@ class BootState:
     registers: Registers
     system_registers: SystemRegisters
     protocol: str
-    """'linux64', 'linux32', 'pvh', 'multiboot' or 'flat'."""
+    """'linux64', 'linux32', 'pvh', 'multiboot', 'coreboot' or 'flat'."""
     cmdline: str = ""
     notes: tuple[str, ...] = field(default=())
 

@@ -1,0 +1,24 @@
+"""Fixtures of the integration tests: `stock_core` is each core that runs stock kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpu import select
+from cpu.contract import Capability
+
+
+def require_stock_core(name: str) -> str:
+    """`name`, if that core runs stock kernels here; else the test is skipped with the reason."""
+    found = select.probe(name)
+    if not found.available or Capability.STOCK_KERNELS not in found.capabilities:
+        pytest.skip(f"{name}: {found.reason}")
+    return name
+
+
+@pytest.fixture(
+    params=["soft", pytest.param("kvm", marks=[pytest.mark.kvm, pytest.mark.stock_kvm])]
+)
+def stock_core(request: pytest.FixtureRequest) -> str:
+    """A core on which Debian's kernels run: "soft", and in tests.rig or on a host with VT-x or SVM "kvm"."""
+    return require_stock_core(request.param)
