@@ -39,7 +39,7 @@ LOWEST = 0x1000
 
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071) of little-endian 16-bit words, which header and table carry."""
-    total = sum(struct.unpack(f"<{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"<{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
