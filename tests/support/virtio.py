@@ -333,5 +333,6 @@ DRIVERS: dict[str, Callable[..., Driver]] = {
     "pci": PciDriver,
     "mmio": MmioDriver,
     "pci-packed": partial(PciDriver, packed=True),
+    "mmio-packed": partial(MmioDriver, packed=True),
 }
 """Each device test runs over every transport, and over both kinds of rings."""
