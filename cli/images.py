@@ -4,40 +4,58 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from cli.errors import EXIT_CONFIG, EXIT_HOST
+from cli.table import print_table
 
 app = typer.Typer(help="Build and manage guest images.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MIB = 1 << 20
 
 
 class Progress:
     """One line on a terminal that is drawn again and again; nothing in a pipe."""
 
+    WIDTH = 20
+
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._width = 0
+        self._drawn = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """`total` beyond a few steps is bytes."""
         if not self._terminal:
             return
-        filled = 20 * done // max(total, 1)
-        line = f"[{'=' * filled}{' ' * (20 - filled)}] {what}"
-        sys.stderr.write("\r" + line.ljust(self._width))
-        self._width = len(line)
-        if done >= total:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-        sys.stderr.flush()
+        if done >= total and total < MIB:
+            self.clear()
+            return
+        filled = self.WIDTH * min(done, total) // max(total, 1)
+        amount = f"{done / MIB:6.1f} of {total / MIB:.1f} MiB  " if total >= MIB else ""
+        line = f"[{'=' * filled:<{self.WIDTH}}] {amount}{what}"
+        try:
+            import os
+
+            line = line[: os.get_terminal_size(2).columns - 1]  # a longer one would not be drawn over
+        except OSError:
+            pass
+        if line != self._drawn:
+            sys.stderr.write("\r" + line.ljust(len(self._drawn)))
+            sys.stderr.flush()
+            self._drawn = line
 
     def clear(self) -> None:
         """Remove the line, before a message."""
-        if self._terminal and self._width:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-            self._width = 0
+        if self._drawn:
+            sys.stderr.write("\r" + " " * len(self._drawn) + "\r")
+            sys.stderr.flush()
+            self._drawn = ""
 
 
 @contextmanager
@@ -46,21 +64,19 @@ def _one_line_errors(progress: Progress | None = None) -> Iterator[None]:
 
     try:
         yield
-    except ImageError as error:
+    except (ImageError, OSError) as error:
         if progress:
             progress.clear()
-        typer.echo(f"vmm: {error}", err=True)
-        raise typer.Exit(2 if error.kind == "config" else 4) from error
-    except OSError as error:
-        if progress:
-            progress.clear()
-        typer.echo(f"vmm: {error.filename or 'cache'}: {(error.strerror or str(error)).lower()}", err=True)
-        raise typer.Exit(4) from error
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'cache'}: {(error.strerror or text).lower()}"
+        typer.echo(f"vmm: {text}", err=True)
+        raise typer.Exit(EXIT_CONFIG if getattr(error, "kind", "host") == "config" else EXIT_HOST) from error
 
 
 @app.command()
 def build(names: Annotated[list[str], typer.Argument(help="Recipes, by name or by the path of a .toml file.")]) -> None:
-    """Build images; what is up to date stays."""
+    """Build images; what is up to date stays. A download that was interrupted goes on where it stopped."""
     from images import builder
 
     progress = Progress()
@@ -72,16 +88,28 @@ def build(names: Annotated[list[str], typer.Argument(help="Recipes, by name or b
 @app.command()
 def ls(as_json: Json = False) -> None:
     """List what `vmm run` knows by name."""
-    from images import catalog
+    from images import builder, cache, catalog
 
     with _one_line_errors():
-        rows = catalog.names()
+        cache.sweep()
+        found: list[dict[str, Any]] = []
+        for name, description, built in catalog.names():
+            row: dict[str, Any] = {"name": name, "description": description, "built": built}
+            if (place := builder.current(name)) is not None:
+                row["size"] = builder.size_on_disk(place.directory)
+                row["made"] = (place.directory / "manifest.json").stat().st_mtime
+                row["directory"] = str(place.directory)
+            found.append(row)
     if as_json:
-        keys = ("name", "description", "built")
-        typer.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        typer.echo(json.dumps(found))
         return
-    for name, description, built in rows:
-        typer.echo(f"{name:<12} {'' if built else '(not built) '}{description}")
+    rows = [("NAME", "BUILT", "SIZE", "DESCRIPTION")]
+    for row in found:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["made"])) if "made" in row else "-"
+        size = f"{row['size'] / MIB:.0f}M" if "size" in row else "-"
+        comes = "with vmm" if row["built"] and "made" not in row else made
+        rows.append((str(row["name"]), comes, size, str(row["description"])))
+    print_table(rows)
 
 
 @app.command()
@@ -103,12 +131,12 @@ def rm(names: list[str]) -> None:
         for name in names:
             if not builder.remove(name):
                 typer.echo(f"vmm: image {name} is not built; nothing to remove", err=True)
-                raise typer.Exit(2)
+                raise typer.Exit(EXIT_CONFIG)
 
 
 @app.command()
 def prune() -> None:
-    """Remove builds and packages that nothing uses any more."""
+    """Remove builds and packages that nothing uses any more, and what interrupted downloads left."""
     from images import builder
 
     with _one_line_errors():

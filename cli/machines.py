@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import say
+from cli.table import lines, print_table
 from vmm.control import request
 from vmm.convert import MIB
 from vmm.errors import VmmError
@@ -60,13 +61,14 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
                 str(status.get("pid", "-")),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for index, row in enumerate(rows):
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
-        if index and stats:
-            for key, value in sorted(found[index - 1].get("stats", {}).items()):
-                if value:
-                    sys.stdout.write(f"    {key:<28} {value:>12}\n")
+    if not stats:
+        print_table(rows)
+        return
+    for index, line in enumerate(lines(rows)):
+        sys.stdout.write(line + "\n")
+        for key, value in sorted(found[index - 1].get("stats", {}).items()) if index else ():
+            if value:
+                sys.stdout.write(f"    {key:<28} {value:>12}\n")
 
 
 def stop_machine(name: str, timeout: float, *, json: bool) -> None:

@@ -17,6 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from images.errors import ImageError
+from images.programs import run
+
+OUTSIDE = ".outside"
+"""In a workspace: the path of the directory that belongs to it elsewhere."""
 
 
 def cache_directory() -> Path:
@@ -45,10 +49,11 @@ def directory(*parts: str) -> Path:
 
 
 @contextlib.contextmanager
-def lock(name: str) -> Iterator[None]:
-    """Hold the cache's lock of that name; waits for another process that holds it."""
+def lock(name: str, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold the cache's lock of that name, alone or with others that share it. Waits for another process that holds it
+    otherwise, or raises BlockingIOError."""
     with (directory("locks") / name).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -61,8 +66,31 @@ def workspace() -> Iterator[Path]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         os.close(descriptor)
+
+
+def outside(work: Path) -> Path:
+    """A directory in the system's temporary one that goes with a workspace, for programs that run as other users and
+    could not enter the cache."""
+    path = Path(tempfile.gettempdir()) / f"loopvisor-build-{work.name}"
+    (work / OUTSIDE).write_text(str(path))
+    path.mkdir(mode=0o755)
+    path.chmod(0o755)
+    return path
+
+
+def _remove(work: Path) -> None:
+    """A workspace and what belongs to it."""
+    with contextlib.suppress(OSError):
+        path = Path((work / OUTSIDE).read_text())
+        if path.is_dir() and path.lstat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                # What is left belongs to the users of a namespace that mmdebstrap made.
+                run(["mmdebstrap", "--unshare-helper", "rm", "-rf", *map(str, path.iterdir())])
+                shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def sweep() -> None:
@@ -71,7 +99,7 @@ def sweep() -> None:
         try:
             with (path / ".lock").open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         except BlockingIOError:
             continue
         except OSError:

@@ -37,7 +37,7 @@ def names() -> list[tuple[str, str, bool]]:
     """(name, description, built) of every guest and recipe."""
     from images import builder
 
-    tiny = [(name, "tiny guest", True) for name in guests.names()]
+    tiny = [(name, guests.description(name), True) for name in guests.names()]
     recipes = [
         (name, str(builder.load_recipe(name).get("description", "")), builder.current(name) is not None)
         for name in builder.recipe_names()

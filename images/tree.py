@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import tarfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from images import packages
 from images.errors import ImageError
+from images.programs import run, tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +107,24 @@ class Tree:
             fixes += [f'set_inode_field "/{path}" {name} 0' for name in ("mtime", "atime", "ctime")]
         fixes += [f"set_inode_field / {name} 0" for name in ("uid", "gid", "mtime", "atime", "ctime")]
         identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"loopvisor:{label}"))
-        environment = {**os.environ, "E2FSPROGS_FAKE_TIME": "1", "SOURCE_DATE_EPOCH": "1"}
+        environment = {"E2FSPROGS_FAKE_TIME": "1", "SOURCE_DATE_EPOCH": "1"}
         with image.open("wb") as file:
             file.truncate(size_mib << 20)
         options = f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0"
         _tool(
-            [packages.tool("mke2fs", "e2fsprogs"), "-q", "-F", "-t", "ext4", "-L", label, "-U", identity, "-E", options]
+            [tool("mke2fs", "e2fsprogs"), "-q", "-F", "-t", "ext4", "-L", label, "-U", identity, "-E", options]
             + ["-m", "0", "-d", str(source), str(image)],
             environment,
         )
         script = work / "fixes"
         script.write_text("\n".join(fixes) + "\n")
-        _tool([packages.tool("debugfs", "e2fsprogs"), "-w", "-f", str(script), str(image)], environment)
+        _tool([tool("debugfs", "e2fsprogs"), "-w", "-f", str(script), str(image)], environment)
 
 
 def _tool(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ImageError(f"{command[0]} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+    status, out, errors = run(command, environment=environment)
+    if status:
+        raise ImageError(f"{command[0]} failed: {([*out.splitlines(), *errors] or ['no message'])[-1]}")
 
 
 def _newc(number: int, mode: int, links: int, data: bytes, path: str, device: tuple[int, int]) -> bytes:

@@ -14,6 +14,15 @@ def names() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.bin"))
 
 
+def description(name: str) -> str:
+    """What a tiny guest does: the first sentence of its source."""
+    try:
+        text = (HERE / f"{name}.S").read_text().partition("/*")[2].partition("*/")[0]
+    except OSError:
+        return "tiny guest"
+    return " ".join(word for word in text.split() if word != "*").partition(". ")[0].rstrip(".")
+
+
 def path(name: str) -> Path:
     """The binary of a tiny guest; KeyError if there is none of that name."""
     found = HERE / f"{name}.bin"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, cache, catalog, guests, modules, packages
+from images import builder, cache, catalog, guests, modules, packages, programs
 from images.errors import ImageError
 from images.tree import Tree
 
@@ -59,11 +59,11 @@ def test_ext4_is_clean_and_reproducible(tmp_path: Path) -> None:
         sample_tree().ext4(work / "image", 16, "test", work)
         images.append(work / "image")
     assert cache.file_hash(images[0]) == cache.file_hash(images[1])
-    check = subprocess.run([packages.tool("e2fsck", "e2fsprogs"), "-fn", images[0]], capture_output=True, check=False)
+    check = subprocess.run([programs.tool("e2fsck", "e2fsprogs"), "-fn", images[0]], capture_output=True, check=False)
     assert check.returncode == 0, check.stdout
 
     def debugfs(request: str) -> str:
-        command = [packages.tool("debugfs", "e2fsprogs"), "-R", request, images[0]]
+        command = [programs.tool("debugfs", "e2fsprogs"), "-R", request, images[0]]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     described = debugfs("stat etc/deep/file")
@@ -186,7 +186,7 @@ def test_a_file_is_an_image(tmp_path: Path) -> None:
 def test_recipes_are_whole() -> None:
     for name in builder.recipe_names():
         recipe = builder.load_recipe(name)
-        assert recipe["description"] and recipe["kind"] in builder._BUILDERS
+        assert recipe["description"] and recipe["kind"] in builder.KINDS
     with pytest.raises(ImageError, match="no recipe x"):
         builder.load_recipe("x")
 
