@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from images import builder, guests
+from tests.support import passt
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +71,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_block(block: Block, tmp_path: Path, environment: dict[str, str]) -> None:
     if block.why:
         pytest.skip(block.why)
+    if "--net user" in block.body:
+        passt.need()
     {"python": run_python, "console": run_console, "toml": run_toml}[block.kind](block.body, tmp_path, environment)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from images import catalog
 from images.errors import ImageError
+from tests.support import passt
 from tests.support.command import Background, Session, vmm, wait_for
 from vmm import VirtualMachine
 from vmm.launch import config_for, run
@@ -82,7 +83,9 @@ def test_stop_presses_the_power_button(runtime: Path) -> None:
 def test_command_with_status_streams_and_input(runtime: Path) -> None:
     script = "cat; echo out; echo err >&2; exit 7"
     done = vmm(runtime, "run", "linux", "--", "sh", "-c", script, stdin=None, input="in\n", timeout=BOOT)
-    assert (done.returncode, done.stdout, done.stderr) == (7, "in\nout\n", "err\n")
+    assert (done.returncode, done.stdout) == (7, "in\nout\n")
+    # The machine's network is optional; where it cannot be had, a warning of ours stands before.
+    assert done.stderr.splitlines()[-1:] == ["err"] and (done.stderr == "err\n" or passt.why_not())
 
 
 def test_command_on_a_terminal(runtime: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import vmm
 from images import catalog
 from images.errors import ImageError
+from tests.support import passt
 from tests.support.debian import PATIENCE
 from vmm.config import Disk, Net, Port
 
@@ -85,10 +86,10 @@ async def test_disks_over_pci_and_mmio(tmp_path: Path, stock_core: Any) -> None:
         assert (tmp_path / "ro").read_bytes() == content
 
 
-@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
 async def test_network_by_passt(tmp_path: Path, stock_core: Any, transport: str) -> None:
     """DHCP, and an HTTP download from a server on the host; every frame is in the pcap file."""
+    passt.need()
     image()
     body = os.urandom(3 << 20)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import passt
 from virtio.backends.net import FRAME_MAX, MemoryNet, NetBackend, PcapNet
 from virtio.backends.sockets import DatagramNet, StreamNet
 from virtio.backends.sockets import connect as connect_socket
@@ -355,10 +356,8 @@ async def test_user_networking_answers_dhcp(connect: Connect) -> None:
     """passt gives the guest an address."""
     from virtio.backends.sockets import UserNet
 
-    try:
-        backend = await UserNet.start()
-    except (ConfigError, HostError) as error:
-        pytest.skip(str(error))
+    passt.need()
+    backend = await UserNet.start()
     driver = connect(NetDevice(backend, MAC))
     driver.initialize()
     assert driver.config_read(10, 2) == 65520
