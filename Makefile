@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] images/guests/*.[Sh])
 
-.PHONY: help venv run test check bench test-kvm-rig sanitize fuzz clean
+.PHONY: help venv run test check bench soak test-kvm-rig sanitize fuzz clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -44,6 +44,10 @@ check: venv      ## ruff, mypy --strict, layering
 bench: venv      ## print the bench table, write bench.json
 	@.ci/packages test
 	$(BIN)/python -m tests.bench
+
+soak: venv       ## Debian's kernels under load, compared with the host; SECONDS_EACH=600 for each kernel and 1, 2, 4 vCPUs
+	@.ci/packages test
+	$(BIN)/python -m tests.soak $${SECONDS_EACH:-600}
 
 test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test

@@ -93,16 +93,21 @@ def modules(meta: str = "linux-image-cloud-amd64", *names: str) -> dict[str, byt
     return files(packages.dependency(meta, r"linux-image-\d.*"), *(f"/{name}" for name in names))
 
 
+def busybox() -> Path:
+    """A static busybox."""
+    path = shutil.which("busybox")
+    if path is None or "statically linked" not in _kind(path):
+        pytest.skip("needs a static busybox (Debian: busybox-static)")
+    return Path(path)
+
+
 def initramfs(folder: Path, *, loaded: dict[str, bytes] | None = None) -> Path:
     """busybox and INIT, with modules that are loaded in order. What it does then, `do=…` on the command line says."""
-    busybox = shutil.which("busybox")
-    if busybox is None or "statically linked" not in _kind(busybox):
-        pytest.skip("needs a static busybox (Debian: busybox-static)")
     tree = Tree()
     for name in ("bin", "dev", "proc", "sys", "modules"):
         tree.directory(name)
     tree.character_device("dev/console", 5, 1)
-    tree.file("bin/busybox", Path(busybox).read_bytes(), 0o755)
+    tree.file("bin/busybox", busybox().read_bytes(), 0o755)
     tree.file("init", INIT.encode(), 0o755)
     for name, data in (loaded or {}).items():
         tree.file(f"modules/{name}", data)

@@ -1,0 +1,140 @@
+/* Floating point: x87 in every rounding and precision, SSE with its control bits, the library, text and back. */
+#define _GNU_SOURCE
+#include <fenv.h>
+#include <math.h>
+#include <string.h>
+
+#include "work.h"
+
+static long double extended(struct random *r) /* any class of number, mostly of middle size */
+{
+    union {
+        long double value;
+        struct {
+            uint64_t fraction;
+            uint16_t exponent;
+        };
+    } u = { 0 };
+    uint64_t n = next(r);
+    u.fraction = next(r) | 1ull << 63;
+    u.exponent = (uint16_t)(16383 - 40 + n % 80 + (n >> 32 & 0x8000));
+    switch (n >> 56 & 31) {
+    case 0: u.fraction = 0, u.exponent &= 0x8000; break;
+    case 1: u.fraction = 1ull << 63, u.exponent |= 0x7FFF; break;
+    case 2: u.fraction |= 3ull << 62, u.exponent |= 0x7FFF; break;
+    case 3: u.fraction >>= 1 + n % 63, u.exponent &= 0x8000; break;
+    default: break;
+    }
+    return u.value;
+}
+
+#define BINARY(code) "fldt %2; fldt %1; " code "; fnstsw %0; fstpt %1"
+#define UNARY(code) "fldt %1; " code "; fnstsw %0; fstpt %1"
+#define EACH_X87(X)                                                                                                   \
+    X(BINARY("faddp")) X(BINARY("fsubp")) X(BINARY("fsubrp")) X(BINARY("fmulp")) X(BINARY("fdivp"))                   \
+    X(BINARY("fdivrp"))                                                                                               \
+    X(BINARY("fprem; fstp %%st(1)")) X(BINARY("fprem1; fstp %%st(1)")) X(BINARY("fscale; fstp %%st(1)"))              \
+    X(BINARY("fpatan")) X(BINARY("fyl2x")) X(BINARY("fcom; fstp %%st(1)"))                                            \
+    X(BINARY("fucomi; fcmovb %%st(1), %%st; fstp %%st(1)"))                                                           \
+    X(UNARY("fsqrt")) X(UNARY("frndint")) X(UNARY("fabs")) X(UNARY("fchs")) X(UNARY("fxam"))                          \
+    X(UNARY("fxtract; faddp")) X(UNARY("f2xm1")) X(UNARY("fsin")) X(UNARY("fcos")) X(UNARY("fsincos; faddp"))         \
+    X(UNARY("fptan; faddp")) X("fldt %1; fnstsw %0; fbstp %1")                                                        \
+    X("fldt %1; fistpll %1; fnstsw %0; fildll %1; fstpt %1")                                                          \
+    X("fldt %1; fistpl %1; fnstsw %0; fildl %1; fstpt %1") X("fldt %1; fisttps %1; fnstsw %0; filds %1; fstpt %1")    \
+    X("fldt %1; fstpl %1; fnstsw %0; fldl %1; fstpt %1") X("fldt %1; fstps %1; fnstsw %0; flds %1; fstpt %1")
+
+static uint64_t x87(uint64_t seed)
+{
+    struct random r = { seed };
+    uint64_t digest = seed;
+    for (unsigned i = 0; i < 40; i++) {
+        uint16_t control = (uint16_t)(0x7F | (i % 4) << 10 | (i / 4 % 4 == 1 ? 3 : i / 4 % 4) << 8), status;
+#define ONE(code)                                                                                                     \
+        {                                                                                                             \
+            long double a = extended(&r), b = extended(&r);                                                           \
+            __asm__ volatile("fninit; fldcw %3; " code "; fninit"                                                     \
+                             : "=m"(status), "+m"(a) : "m"(b), "m"(control) : "memory");                              \
+            digest = mix(mix_bytes(digest, &a, 10), status);                                                          \
+        }
+        EACH_X87(ONE)
+#undef ONE
+    }
+    return digest;
+}
+
+#define EACH_SSE(X)                                                                                                   \
+    X("addpd") X("subpd") X("mulpd") X("divpd") X("sqrtpd") X("minpd") X("maxpd") X("cmplepd") X("addsubpd")          \
+    X("haddpd")                                                                                                       \
+    X("addps") X("subps") X("mulps") X("divps") X("sqrtps") X("minps") X("maxps") X("cmpneqps") X("hsubps")           \
+    X("cvtpd2ps") X("cvtps2pd") X("cvtpd2dq") X("cvttpd2dq") X("cvtps2dq") X("cvttps2dq") X("cvtdq2ps")               \
+    X("cvtdq2pd")                                                                                                     \
+    X("roundpd $4,") X("roundps $1,") X("dppd $0x31,") X("dpps $0xF3,")                                               \
+    X("ucomisd") X("comiss") X("cvtsd2ss") X("cvtss2sd")
+
+static uint64_t sse(uint64_t seed)
+{
+    struct random r = { seed };
+    uint64_t digest = seed;
+    for (unsigned i = 0; i < 64; i++) {
+        uint32_t mxcsr = 0x1F80 | (i % 4) << 13 | (i & 4 ? 0x40 : 0) | (i & 8 ? 0x8000 : 0), after;
+#define ONE(code)                                                                                                     \
+        {                                                                                                             \
+            double a[2] __attribute__((aligned(16))), b[2] __attribute__((aligned(16)));                              \
+            for (unsigned k = 0; k < 2; k++) {                                                                        \
+                a[k] = (double)extended(&r);                                                                          \
+                b[k] = (double)extended(&r);                                                                          \
+                if (i & 16) /* bits of any kind */                                                                    \
+                    memcpy(&a[k], &(uint64_t){ next(&r) }, 8);                                                        \
+            }                                                                                                         \
+            __asm__ volatile("ldmxcsr %3; movapd %1, %%xmm3; " code " %2, %%xmm3; movapd %%xmm3, %1; stmxcsr %0"      \
+                             : "=m"(after), "+m"(a) : "m"(b), "m"(mxcsr) : "xmm3", "memory", "cc");                   \
+            digest = mix(mix_bytes(digest, a, sizeof a), after);                                                      \
+        }
+        EACH_SSE(ONE)
+#undef ONE
+    }
+    uint32_t usual = 0x1F80;
+    __asm__ volatile("ldmxcsr %0" : : "m"(usual));
+    return digest;
+}
+
+/* The C library's functions: the caller sets GLIBC_TUNABLES so that both sides take those without FMA. */
+static uint64_t library(uint64_t seed)
+{
+    struct random r = { seed };
+    uint64_t digest = seed;
+    for (unsigned i = 0; i < 400; i++) {
+        double x = (double)(int64_t)next(&r) * 0x1p-58, y = (double)(next(&r) >> 1) * 0x1p-60;
+        double values[] = { sin(x), cos(x), tan(x), exp(x), log(y), pow(y, x), atan2(x, y), sinh(x), cbrt(x), erf(x),
+                            tgamma(y), hypot(x, y), fmod(x, y), asin(x / 33), log1p(y), floor(x), nearbyint(x) };
+        long double wide[] = { sinl(x), expl(x), logl(y), powl(y, x), sqrtl(y) };
+        digest = mix_bytes(digest, values, sizeof values);
+        for (unsigned k = 0; k < LENGTH(wide); k++)
+            digest = mix_bytes(digest, &wide[k], 10);
+    }
+    return digest;
+}
+
+static uint64_t text(uint64_t seed)
+{
+    struct random r = { seed };
+    uint64_t digest = seed;
+    for (unsigned i = 0; i < 200; i++) {
+        char line[400];
+        long double wide = extended(&r);
+        double narrow = (double)wide;
+        int n = snprintf(line, sizeof line, "%.17g %La %.25Lg %.3e", narrow, wide, wide, (double)(float)narrow);
+        digest = mix_bytes(digest, line, (size_t)n);
+        double again = strtod(line, NULL);
+        digest = mix_bytes(digest, &again, 8);
+    }
+    return digest;
+}
+
+void work_floating(uint64_t seed)
+{
+    report("floating", "x87", x87(seed));
+    report("floating", "sse", sse(seed));
+    report("floating", "library", library(seed));
+    report("floating", "text", text(seed));
+}
