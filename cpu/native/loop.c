@@ -1,5 +1,5 @@
-/* The thread loop: states of vCPUs, the queue to the Python loop, waiting, engine threads, alarm, served irqfds.
- * access.c has the table of posted, shadow and ioeventfd addresses.
+/* The thread loop: the queue to the Python loop, waiting for its answers, the alarm. access.c has the table of posted,
+ * shadow and ioeventfd addresses, irqfd.c the interrupts that the loop serves, life.c what is made and given back.
  *
  * Waking the loop: an eventfd inside an epoll descriptor (the one that the Python loop watches). Posted writes are moderated as
  * network interrupts are: the first wakes the loop at once; when takes bring few of them each, the loop arms a timer
@@ -10,15 +10,10 @@
 #include "native/loop_internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <time.h>
@@ -27,29 +22,15 @@
 enum {
     QUEUE_FIRST = 64,        /* events that a new queue holds */
     QUEUE_LIMIT = 16384,     /* posted events in flight; then the writer waits */
-    SPIN_MAX_NS = 40000,     /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
     SPIN_MIN_NS = 2000,
     MODERATION_NS = 100000,  /* how long posted writes may gather before the loop looks */
     MODERATION_MAX_NS = 800000, /* the same for a stream that does not end */
     MODERATION_BURST = 8,    /* a take with this many was worth waking for */
     MODERATION_AFTER = 2,    /* takes with fewer in a row, then the stream is moderated */
-#ifdef __SANITIZE_ADDRESS__
-    STACK_SIZE = 64 << 20,   /* the compiler makes fewer sibling calls then: the software core's handlers nest for a turn */
-#else
-    STACK_SIZE = 1 << 20,
-#endif
-    POLL_BATCH = 16,
-};
-
-struct lv_irqfd {
-    struct lv_irqfd *next;
-    int user_fd, fd, resample_fd; /* fd and resample_fd are our duplicates; resample_fd -1: edge */
-    uint32_t gsi;
-    bool asserted;
 };
 
 static _Atomic int spinners;   /* threads spinning now, over all VMs */
-static int spinners_max = -1;  /* processors but one: the loop needs one to answer on */
+int lv_spinners_max = -1;      /* processors but one: the loop needs one to answer on */
 
 uint64_t lv_clock(void)
 {
@@ -189,30 +170,6 @@ static void arm(struct lv_vm *vm, uint64_t when)
     vm->timer_ns = when;
 }
 
-static void serve_irqfd(struct lv_vm *vm, struct lv_irqfd *irqfd)
-{
-    uint64_t count;
-    if (read(irqfd->fd, &count, sizeof count) != sizeof count)
-        return;
-    for (uint32_t i = 0; i < vm->route_count; i++) {
-        if (vm->routes[i].gsi == irqfd->gsi) {
-            vm->ops->signal_msi(vm, vm->routes[i].address, vm->routes[i].data);
-            return;
-        }
-    }
-    if (irqfd->gsi >= 24)
-        return; /* an MSI GSI without a route: the message has nowhere to go */
-    if (irqfd->resample_fd >= 0) {
-        pthread_mutex_lock(&vm->lock);
-        irqfd->asserted = true;
-        pthread_mutex_unlock(&vm->lock);
-        vm->ops->set_irq(vm, irqfd->gsi, true);
-    } else {
-        vm->ops->set_irq(vm, irqfd->gsi, true);
-        vm->ops->set_irq(vm, irqfd->gsi, false);
-    }
-}
-
 /* Whether posted writes are to signal from now on; under the lock, `taken` is what this take found. */
 static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_fired, uint64_t now)
 {
@@ -262,13 +219,8 @@ const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)
         vm->timer_ns = UINT64_MAX;
         timer_fired = true;
     }
-    if (vm->irqfds) {
-        struct epoll_event ready[POLL_BATCH];
-        int n = epoll_wait(vm->poll_fd, ready, POLL_BATCH, 0);
-        for (int i = 0; i < n; i++)
-            if (ready[i].data.ptr)
-                serve_irqfd(vm, ready[i].data.ptr);
-    }
+    if (vm->irqfds)
+        lv_irqfds_serve(vm);
 
     pthread_mutex_lock(&vm->lock);
     vm->drain.count = 0;
@@ -348,7 +300,7 @@ static void spin(struct lv_engine *engine, uint32_t seq)
 {
     if (engine->spin_ns < SPIN_MIN_NS)
         return;
-    if (atomic_fetch_add(&spinners, 1) < spinners_max) {
+    if (atomic_fetch_add(&spinners, 1) < lv_spinners_max) {
         uint64_t end = lv_clock() + engine->spin_ns;
         do {
             for (int i = 0; i < 16; i++) {
@@ -377,8 +329,8 @@ static void wait_for_answer(struct lv_vcpu *vcpu, uint32_t seq, bool may_spin)
     if (!may_spin)
         return;
     /* Adaptive: as long as answers come within the limit it pays to spin for them. */
-    if (lv_clock() - begin < SPIN_MAX_NS + SPIN_MAX_NS / 2)
-        engine->spin_ns = SPIN_MAX_NS;
+    if (lv_clock() - begin < LV_SPIN_MAX_NS + LV_SPIN_MAX_NS / 2)
+        engine->spin_ns = LV_SPIN_MAX_NS;
     else if (engine->spin_ns)
         engine->spin_ns /= 2;
 }
@@ -407,92 +359,7 @@ void lv_alarm_due(struct lv_engine *engine)
     lv_push_locked(engine, &event);
 }
 
-void lv_eoi(struct lv_vm *vm, uint32_t gsi)
-{
-    bool lower = false;
-    pthread_mutex_lock(&vm->lock);
-    for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
-        if (i->gsi == gsi && i->asserted) {
-            i->asserted = false;
-            lower = true;
-        }
-    pthread_mutex_unlock(&vm->lock);
-    if (!lower)
-        return;
-    /* Lower first: the owner may raise it again as soon as it hears of the acknowledgement. */
-    vm->ops->set_irq(vm, gsi, false);
-    pthread_mutex_lock(&vm->lock);
-    for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
-        if (i->gsi == gsi && i->resample_fd >= 0) {
-            uint64_t one = 1;
-            (void)!write(i->resample_fd, &one, sizeof one);
-        }
-    pthread_mutex_unlock(&vm->lock);
-}
-
-/* ---- interrupts and time ---- */
-
-int lv_irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add)
-{
-    if (vm->ops->irqfd)
-        return vm->ops->irqfd(vm, fd, gsi, resample_fd, add);
-    struct lv_irqfd **link = &vm->irqfds;
-    while (*link && !((*link)->user_fd == fd && (*link)->gsi == gsi))
-        link = &(*link)->next;
-    if (!add) {
-        struct lv_irqfd *gone = *link;
-        if (!gone)
-            return -ENOENT;
-        epoll_ctl(vm->poll_fd, EPOLL_CTL_DEL, gone->fd, NULL);
-        pthread_mutex_lock(&vm->lock);
-        *link = gone->next;
-        pthread_mutex_unlock(&vm->lock);
-        close(gone->fd);
-        if (gone->resample_fd >= 0)
-            close(gone->resample_fd);
-        free(gone);
-        return 0;
-    }
-    if (*link)
-        return -EEXIST;
-    struct lv_irqfd *made = calloc(1, sizeof *made);
-    if (!made)
-        return -ENOMEM;
-    made->user_fd = fd;
-    made->gsi = gsi;
-    made->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    made->resample_fd = resample_fd < 0 ? -1 : fcntl(resample_fd, F_DUPFD_CLOEXEC, 3);
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = made};
-    if (made->fd < 0 || (resample_fd >= 0 && made->resample_fd < 0) ||
-        epoll_ctl(vm->poll_fd, EPOLL_CTL_ADD, made->fd, &event) < 0) {
-        int error = -errno;
-        if (made->fd >= 0)
-            close(made->fd);
-        if (made->resample_fd >= 0)
-            close(made->resample_fd);
-        free(made);
-        return error;
-    }
-    pthread_mutex_lock(&vm->lock);
-    made->next = vm->irqfds;
-    vm->irqfds = made;
-    pthread_mutex_unlock(&vm->lock);
-    return 0;
-}
-
-int lv_set_routes(struct lv_vm *vm, const struct lv_route *routes, uint32_t count)
-{
-    if (vm->ops->set_routes)
-        return vm->ops->set_routes(vm, routes, count);
-    struct lv_route *copy = malloc(count ? count * sizeof *copy : 1);
-    if (!copy)
-        return -ENOMEM;
-    memcpy(copy, routes, count * sizeof *copy);
-    free(vm->routes);
-    vm->routes = copy;
-    vm->route_count = count;
-    return 0;
-}
+/* ---- time ---- */
 
 uint64_t lv_vm_now(struct lv_vm *vm)
 {
@@ -513,199 +380,4 @@ int lv_vm_set_alarm(struct lv_vm *vm, uint64_t deadline_ns)
     pthread_mutex_unlock(&vm->lock);
     arm(vm, next);
     return 0;
-}
-
-/* ---- life ---- */
-
-static void *engine_main(void *argument)
-{
-    struct lv_engine *engine = argument;
-    atomic_store(&engine->tid, (int)syscall(SYS_gettid));
-    engine->vm->ops->run(engine);
-    return NULL;
-}
-
-static int engine_start(struct lv_engine *engine)
-{
-    if (engine->started)
-        return 0;
-    sigset_t all, before;
-    pthread_attr_t attr;
-    char name[16] = "vcpu";
-    sigfillset(&all);
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK_SIZE);
-    /* The embedding program's signals belong to its own threads. */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&engine->thread, &attr, engine_main, engine);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
-    if (error)
-        return -error;
-    pthread_setname_np(engine->thread, name);
-    engine->started = true;
-    return 0;
-}
-
-int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer)
-{
-    if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
-        return -EBUSY;
-    vcpu->answer = answer;
-    if (vcpu->has_exit && vcpu->exit.size < 8)
-        vcpu->answer &= (1ull << (8 * vcpu->exit.size)) - 1;
-    vcpu->has_exit = true; /* from now on there has been one before each park */
-    vcpu->wants_value = false;
-    atomic_store_explicit(&vcpu->state, LV_RUNNING, memory_order_release);
-    if (vcpu->vm->ops->hold)
-        vcpu->vm->ops->hold(vcpu, false);
-    lv_engine_wake(vcpu->engine);
-    int error = engine_start(vcpu->engine); /* last: the thread runs at once */
-    if (error)
-        atomic_store(&vcpu->state, LV_PARKED);
-    return error;
-}
-
-void lv_vcpu_kick(struct lv_vcpu *vcpu)
-{
-    /* Mark first, then look: whichever way this races with resume(), the thread sees the mark or gets the kick. */
-    atomic_store(&vcpu->kicked, 1);
-    if (atomic_load(&vcpu->state) == LV_PARKED) {
-        atomic_store(&vcpu->kicked, 0);
-        return;
-    }
-    if (lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
-        return;
-    vcpu->vm->ops->kick(vcpu);
-    lv_engine_wake(vcpu->engine);
-}
-
-struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *config, int *error)
-{
-    struct lv_vm *vm = calloc(1, sizeof *vm);
-    if (!vm) {
-        *error = -ENOMEM;
-        return NULL;
-    }
-    if (spinners_max < 0)
-        spinners_max = (int)sysconf(_SC_NPROCESSORS_ONLN) - 1;
-    vm->ops = ops;
-    vm->config = *config;
-    vm->start_ns = lv_clock();
-    vm->pid = getpid();
-    vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
-    pthread_mutexattr_t attr;
-    pthread_mutexattr_init(&attr);
-    pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);
-    pthread_mutex_init(&vm->lock, &attr);
-    pthread_mutexattr_destroy(&attr);
-    vm->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    vm->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    vm->poll_fd = epoll_create1(EPOLL_CLOEXEC);
-    struct epoll_event event = {.events = EPOLLIN};
-    if (vm->event_fd < 0 || vm->timer_fd < 0 || vm->poll_fd < 0 ||
-        epoll_ctl(vm->poll_fd, EPOLL_CTL_ADD, vm->event_fd, &event) < 0 ||
-        epoll_ctl(vm->poll_fd, EPOLL_CTL_ADD, vm->timer_fd, &event) < 0)
-        *error = -errno;
-    else
-        *error = ops->vm_create(vm);
-    if (*error) {
-        vm->ops = NULL;
-        lv_vm_destroy(vm);
-        return NULL;
-    }
-    return vm;
-}
-
-int lv_vcpu_create(struct lv_vm *vm, uint32_t index)
-{
-    if (index >= vm->config.vcpus || index >= LV_MAX_VCPUS)
-        return -EINVAL;
-    if (vm->vcpus[index])
-        return -EEXIST;
-    struct lv_vcpu *vcpu = calloc(1, sizeof *vcpu);
-    struct lv_engine *engine = NULL;
-    if (vm->ops->shared_engine && vm->engine_count)
-        engine = vm->engines[0];
-    else if ((engine = calloc(1, sizeof *engine)))
-        engine->spin_ns = SPIN_MAX_NS;
-    if (!vcpu || !engine) {
-        free(vcpu);
-        if (engine && !engine->vm)
-            free(engine);
-        return -ENOMEM;
-    }
-    /* A shared engine's thread walks its vCPUs: they must all be there before it starts. */
-    int error = engine->started ? -EBUSY : 0;
-    vcpu->vm = vm;
-    vcpu->index = index;
-    vcpu->engine = engine;
-    if (!error && vm->ops->vcpu_create)
-        error = vm->ops->vcpu_create(vcpu);
-    if (error) {
-        if (!engine->vm)
-            free(engine);
-        free(vcpu);
-        return error;
-    }
-    if (!engine->vm) {
-        engine->vm = vm;
-        vm->engines[vm->engine_count++] = engine;
-    }
-    engine->vcpus[engine->count++] = vcpu;
-    vm->vcpus[index] = vcpu;
-    return 0;
-}
-
-void lv_vm_stop(struct lv_vm *vm)
-{
-    atomic_store(&vm->closing, true);
-    if (vm->pid != getpid())
-        return;
-    for (uint32_t i = 0; i < vm->engine_count; i++) {
-        struct lv_engine *engine = vm->engines[i];
-        if (!engine->started)
-            continue;
-        for (uint32_t j = 0; j < engine->count; j++)
-            vm->ops->kick(engine->vcpus[j]);
-        lv_engine_wake(engine);
-    }
-    for (uint32_t i = 0; i < vm->engine_count; i++) {
-        if (vm->engines[i]->started)
-            pthread_join(vm->engines[i]->thread, NULL);
-        vm->engines[i]->started = false;
-    }
-}
-
-void lv_vm_destroy(struct lv_vm *vm)
-{
-    for (uint32_t i = 0; i < LV_MAX_VCPUS; i++) {
-        if (vm->vcpus[i] && vm->ops && vm->ops->vcpu_destroy)
-            vm->ops->vcpu_destroy(vm->vcpus[i]);
-        free(vm->vcpus[i]);
-    }
-    while (vm->irqfds) {
-        struct lv_irqfd *next = vm->irqfds->next;
-        close(vm->irqfds->fd);
-        if (vm->irqfds->resample_fd >= 0)
-            close(vm->irqfds->resample_fd);
-        free(vm->irqfds);
-        vm->irqfds = next;
-    }
-    if (vm->ops)
-        vm->ops->vm_destroy(vm);
-    for (uint32_t i = 0; i < vm->engine_count; i++)
-        free(vm->engines[i]);
-    lv_table_free(vm);
-    free(vm->fill.events);
-    free(vm->drain.events);
-    free(vm->routes);
-    if (vm->event_fd >= 0)
-        close(vm->event_fd);
-    if (vm->timer_fd >= 0)
-        close(vm->timer_fd);
-    if (vm->poll_fd >= 0)
-        close(vm->poll_fd);
-    pthread_mutex_destroy(&vm->lock);
-    free(vm);
 }

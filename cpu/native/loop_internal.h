@@ -1,10 +1,16 @@
-/* What loop.c and access.c share; no core includes it. */
+/* What the files of the thread loop share; no core includes it. */
 #ifndef LV_LOOP_INTERNAL_H
 #define LV_LOOP_INTERNAL_H
 
 #include "native/loop.h"
 
-enum { LV_TABLE_SIZE = 256, LV_TABLE_ENTRIES_MAX = 8192 };
+enum {
+    LV_TABLE_SIZE = 256,
+    LV_TABLE_ENTRIES_MAX = 8192,
+    LV_SPIN_MAX_NS = 40000, /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
+};
+
+extern int lv_spinners_max; /* threads that may spin at once, over all VMs; -1: not known yet */
 
 static inline void lv_count(struct lv_vm *vm, uint32_t stat)
 {
@@ -20,5 +26,9 @@ void lv_wait_handled(struct lv_engine *engine, uint64_t taken);
 /* Queue `exit`, wait for resume(), return its value (all ones when closing). */
 uint64_t lv_ask(struct lv_vcpu *vcpu, const struct lv_exit *exit, bool may_spin);
 void lv_table_free(struct lv_vm *vm);
+
+/* irqfd.c: deliver what the irqfds that the loop serves have been told; at the end, drop them and the routes. */
+void lv_irqfds_serve(struct lv_vm *vm);
+void lv_irqfds_free(struct lv_vm *vm);
 
 #endif

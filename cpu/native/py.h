@@ -44,6 +44,22 @@ struct lv_vcpu *lv_open_vcpu(VcpuObject *self);
 /* An unsigned integer; false with an exception. */
 bool lv_u64(PyObject *object, uint64_t *value);
 
+/* None, or lv_raise() for r < 0. */
+PyObject *lv_none_or_raise(int r, const char *what);
+
+/* Methods of Vm in pyaccess.c and pyirq.c; their Python signatures are in _core.pyi. */
+PyObject *lv_vm_add_posted(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_remove_posted(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_add_shadow(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_add_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_remove_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_set_irq(VmObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *lv_vm_signal_msi(VmObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *lv_vm_set_msi_routes(VmObject *self, PyObject *sequence);
+PyObject *lv_vm_add_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
+PyObject *lv_vm_remove_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
+
 /* exits.c: the classes of cpu.exits, made without running Python code. */
 int lv_exits_init(void);
 PyObject *lv_exit_object(const struct lv_exit *exit);

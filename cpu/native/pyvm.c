@@ -1,4 +1,4 @@
-/* cpu._core.Vm and Shadow: memory slots, the channel of exits, interrupts, time. */
+/* cpu._core.Vm: life, memory slots, the channel of exits, time, state. pyaccess.c and pyirq.c have its other methods. */
 #include "native/py.h"
 
 #include <errno.h>
@@ -6,7 +6,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, IRQ_LINES = 24, GSI_MAX = 4096, ROUTES_MAX = 4072 };
+enum { PAGE = 4096 };
 #define ADDRESS_LIMIT (1ull << 52) /* the widest physical address (SDM 3A 4.1.4) */
 
 struct lv_vm *lv_open(VmObject *self)
@@ -17,7 +17,7 @@ struct lv_vm *lv_open(VmObject *self)
     return NULL;
 }
 
-static PyObject *none_or_raise(int r, const char *what)
+PyObject *lv_none_or_raise(int r, const char *what)
 {
     if (r < 0)
         return lv_raise(r, what);
@@ -70,11 +70,11 @@ static void close_vm(VmObject *self)
     if (!vm || self->stopping)
         return;
     self->stopping = true;
+    self->vm = NULL;
     Py_BEGIN_ALLOW_THREADS
     lv_vm_stop(vm);
+    lv_vm_destroy(vm); /* KVM takes up to 20 ms */
     Py_END_ALLOW_THREADS
-    self->vm = NULL;
-    lv_vm_destroy(vm);
     for (int i = 0; i < LV_MAX_SLOTS; i++)
         if (self->slots[i].used) {
             self->slots[i].used = false;
@@ -138,7 +138,7 @@ static PyObject *remove_slot(VmObject *self, struct lv_vm *vm, unsigned int slot
 {
     struct lv_slot *s = &self->slots[slot];
     if (!s->used)
-        return none_or_raise(-ENOENT, "no such memory slot");
+        return lv_none_or_raise(-ENOENT, "no such memory slot");
     int r;
     self->busy++;
     Py_BEGIN_ALLOW_THREADS
@@ -149,7 +149,7 @@ static PyObject *remove_slot(VmObject *self, struct lv_vm *vm, unsigned int slot
         s->used = false;
         PyBuffer_Release(&s->buffer);
     }
-    return none_or_raise(r, "cannot remove the memory slot");
+    return lv_none_or_raise(r, "cannot remove the memory slot");
 }
 
 static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kwargs)
@@ -196,7 +196,7 @@ static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kw
         PyBuffer_Release(&buffer);
     else
         *s = (struct lv_slot){.used = true, .gpa = gpa, .readonly = readonly, .buffer = buffer};
-    return none_or_raise(r, "cannot map the memory slot");
+    return lv_none_or_raise(r, "cannot map the memory slot");
 }
 
 static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
@@ -324,220 +324,6 @@ static PyObject *vm_take(VmObject *self, PyObject *Py_UNUSED(ignored))
     return list;
 }
 
-/* ---- posted, shadow, ioeventfd ---- */
-
-static bool parse_range(PyObject *args, PyObject *kwargs, bool tagged, struct lv_access *access, int *tag)
-{
-    static char *with_tag[] = {"space", "address", "size", "tag", NULL};
-    static char *without[] = {"space", "address", "size", NULL};
-    int space, size;
-    PyObject *address;
-    if (!(tagged ? PyArg_ParseTupleAndKeywords(args, kwargs, "iOi|i", with_tag, &space, &address, &size, tag)
-                 : PyArg_ParseTupleAndKeywords(args, kwargs, "iOi", without, &space, &address, &size)) ||
-        !lv_u64(address, &access->address))
-        return false;
-    if (space != LV_PORT && space != LV_MMIO) {
-        PyErr_SetString(lv_config_error, "space is PORT or MMIO");
-        return false;
-    }
-    if (space == LV_PORT && access->address > 0xffff) {
-        PyErr_SetString(lv_config_error, "ports end at 0xffff");
-        return false;
-    }
-    access->space = (uint8_t)space;
-    access->size = size < 0 || size > 8 ? 255 : (uint8_t)size;
-    return true;
-}
-
-static PyObject *vm_add_posted(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    struct lv_access a;
-    int tag = 0;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
-        return NULL;
-    return none_or_raise(lv_add_posted(vm, a.space, a.address, a.size, tag), "cannot make the address posted");
-}
-
-static PyObject *vm_remove_posted(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    struct lv_access a;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
-        return NULL;
-    return none_or_raise(lv_remove_posted(vm, a.space, a.address, a.size), "no such posted address");
-}
-
-typedef struct {
-    PyObject_HEAD
-    VmObject *owner;
-    uint64_t address;
-    uint8_t space, size;
-} ShadowObject;
-
-static PyObject *vm_add_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    struct lv_access a;
-    int tag = 0;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
-        return NULL;
-    int r = lv_add_shadow(vm, a.space, a.address, a.size, tag);
-    if (r < 0)
-        return lv_raise(r, "cannot make the address a shadow");
-    ShadowObject *shadow = (ShadowObject *)lv_shadow_type->tp_alloc(lv_shadow_type, 0);
-    if (!shadow) {
-        lv_remove_shadow(vm, a.space, a.address, a.size);
-        return NULL;
-    }
-    shadow->owner = (VmObject *)Py_NewRef((PyObject *)self);
-    shadow->space = a.space;
-    shadow->address = a.address;
-    shadow->size = a.size;
-    return (PyObject *)shadow;
-}
-
-static PyObject *vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    struct lv_access a;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
-        return NULL;
-    return none_or_raise(lv_remove_shadow(vm, a.space, a.address, a.size), "no such shadow");
-}
-
-static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, bool add)
-{
-    static char *names[] = {"fd", "space", "address", "size", "match", NULL};
-    int fd, space, size;
-    PyObject *address, *match = Py_None;
-    uint64_t at, value = 0;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !PyArg_ParseTupleAndKeywords(args, kwargs, "iiOi|O", names, &fd, &space, &address, &size, &match) ||
-        !lv_u64(address, &at) || (match != Py_None && !lv_u64(match, &value)))
-        return NULL;
-    if ((space != LV_PORT && space != LV_MMIO) || size < 0 || size > 8)
-        return lv_raise(-EINVAL, "no such ioeventfd");
-    return none_or_raise(lv_ioeventfd(vm, fd, (uint8_t)space, at, (uint32_t)size, match != Py_None, value, add),
-                         add ? "cannot add the ioeventfd" : "no such ioeventfd");
-}
-
-static PyObject *vm_add_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    return ioeventfd(self, args, kwargs, true);
-}
-
-static PyObject *vm_remove_ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    return ioeventfd(self, args, kwargs, false);
-}
-
-/* ---- interrupts ---- */
-
-static PyObject *vm_set_irq(VmObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    struct lv_vm *vm = lv_open(self);
-    uint64_t gsi;
-    if (!vm)
-        return NULL;
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "set_irq(gsi, level)");
-    if (!lv_u64(args[0], &gsi))
-        return NULL;
-    int level = PyObject_IsTrue(args[1]);
-    if (level < 0)
-        return NULL;
-    if (gsi >= IRQ_LINES)
-        return PyErr_Format(lv_config_error, "interrupt lines are numbered 0 to %d", IRQ_LINES - 1);
-    return none_or_raise(vm->ops->set_irq(vm, (uint32_t)gsi, level), "cannot drive the interrupt line");
-}
-
-static PyObject *vm_signal_msi(VmObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    struct lv_vm *vm = lv_open(self);
-    uint64_t address, data;
-    if (!vm)
-        return NULL;
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "signal_msi(address, data)");
-    if (!lv_u64(args[0], &address) || !lv_u64(args[1], &data))
-        return NULL;
-    return none_or_raise(vm->ops->signal_msi(vm, address, (uint32_t)data), "cannot signal the MSI");
-}
-
-static bool attribute(PyObject *object, const char *name, uint64_t *value)
-{
-    PyObject *number = PyObject_GetAttrString(object, name);
-    bool good = number && lv_u64(number, value);
-    Py_XDECREF(number);
-    return good;
-}
-
-static PyObject *vm_set_msi_routes(VmObject *self, PyObject *sequence)
-{
-    PyObject *result = NULL, *items = PySequence_Fast(sequence, "set_msi_routes() takes a sequence of MsiRoute");
-    struct lv_route *routes = NULL;
-    if (!items)
-        return NULL;
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
-    if (count > ROUTES_MAX) {
-        PyErr_Format(lv_config_error, "at most %d MSI routes", ROUTES_MAX);
-        goto out;
-    }
-    routes = PyMem_Calloc((size_t)count + 1, sizeof *routes);
-    if (!routes) {
-        PyErr_NoMemory();
-        goto out;
-    }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PySequence_Fast_GET_ITEM(items, i);
-        uint64_t gsi, address, data;
-        if (!attribute(item, "gsi", &gsi) || !attribute(item, "address", &address) || !attribute(item, "data", &data))
-            goto out;
-        if (gsi < IRQ_LINES || gsi >= GSI_MAX) {
-            PyErr_Format(lv_config_error, "MSI routes have GSIs %d to %d", IRQ_LINES, GSI_MAX - 1);
-            goto out;
-        }
-        routes[i] = (struct lv_route){.gsi = (uint32_t)gsi, .address = address, .data = (uint32_t)data};
-    }
-    struct lv_vm *vm = lv_open(self);
-    if (vm)
-        result = none_or_raise(lv_set_routes(vm, routes, (uint32_t)count), "cannot set the MSI routes");
-out:
-    PyMem_Free(routes);
-    Py_DECREF(items);
-    return result;
-}
-
-static PyObject *vm_add_irqfd(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"fd", "gsi", "resample_fd", NULL};
-    int fd, resample_fd = -1;
-    unsigned int gsi;
-    PyObject *resample = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iI|O:add_irqfd", names, &fd, &gsi, &resample))
-        return NULL;
-    if (resample != Py_None && (resample_fd = (int)PyLong_AsLong(resample)) == -1 && PyErr_Occurred())
-        return NULL;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm)
-        return NULL;
-    if (gsi >= GSI_MAX || (resample_fd >= 0 && gsi >= IRQ_LINES))
-        return lv_raise(-EINVAL, "no such GSI for an irqfd");
-    return none_or_raise(lv_irqfd(vm, fd, gsi, resample_fd, true), "cannot add the irqfd");
-}
-
-static PyObject *vm_remove_irqfd(VmObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"fd", "gsi", NULL};
-    int fd;
-    unsigned int gsi;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iI:remove_irqfd", names, &fd, &gsi))
-        return NULL;
-    struct lv_vm *vm = lv_open(self);
-    return vm ? none_or_raise(lv_irqfd(vm, fd, gsi, -1, false), "no such irqfd") : NULL;
-}
-
 /* ---- time, state, counters ---- */
 
 static PyObject *vm_now_ns(VmObject *self, PyObject *Py_UNUSED(ignored))
@@ -552,7 +338,7 @@ static PyObject *vm_set_alarm(VmObject *self, PyObject *deadline)
     struct lv_vm *vm = lv_open(self);
     if (!vm || (deadline != Py_None && !lv_u64(deadline, &ns)))
         return NULL;
-    return none_or_raise(lv_vm_set_alarm(vm, ns), "cannot set the alarm");
+    return lv_none_or_raise(lv_vm_set_alarm(vm, ns), "cannot set the alarm");
 }
 
 /* A PIT that a VM has not has no state, whatever the core says. */
@@ -582,7 +368,7 @@ static PyObject *vm_set_blob(VmObject *self, PyObject *args)
     else
         r = blob.len ? -EINVAL : 0;
     PyBuffer_Release(&blob);
-    return none_or_raise(r, "cannot set the VM's state");
+    return lv_none_or_raise(r, "cannot set the VM's state");
 }
 
 static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
@@ -620,17 +406,17 @@ static PyMethodDef vm_methods[] = {
     {"memory_written", (PyCFunction)vm_memory_written, METH_VARARGS, NULL},
     {"fileno", (PyCFunction)vm_fileno, METH_NOARGS, NULL},
     {"take", (PyCFunction)vm_take, METH_NOARGS, NULL},
-    {"add_posted", (PyCFunction)(void (*)(void))vm_add_posted, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"remove_posted", (PyCFunction)(void (*)(void))vm_remove_posted, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"add_shadow", (PyCFunction)(void (*)(void))vm_add_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"remove_shadow", (PyCFunction)(void (*)(void))vm_remove_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"add_ioeventfd", (PyCFunction)(void (*)(void))vm_add_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"remove_ioeventfd", (PyCFunction)(void (*)(void))vm_remove_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"set_irq", (PyCFunction)(void (*)(void))vm_set_irq, METH_FASTCALL, NULL},
-    {"signal_msi", (PyCFunction)(void (*)(void))vm_signal_msi, METH_FASTCALL, NULL},
-    {"set_msi_routes", (PyCFunction)vm_set_msi_routes, METH_O, NULL},
-    {"add_irqfd", (PyCFunction)(void (*)(void))vm_add_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"remove_irqfd", (PyCFunction)(void (*)(void))vm_remove_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"add_posted", (PyCFunction)(void (*)(void))lv_vm_add_posted, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_posted", (PyCFunction)(void (*)(void))lv_vm_remove_posted, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"add_shadow", (PyCFunction)(void (*)(void))lv_vm_add_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_shadow", (PyCFunction)(void (*)(void))lv_vm_remove_shadow, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"add_ioeventfd", (PyCFunction)(void (*)(void))lv_vm_add_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_ioeventfd", (PyCFunction)(void (*)(void))lv_vm_remove_ioeventfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"set_irq", (PyCFunction)(void (*)(void))lv_vm_set_irq, METH_FASTCALL, NULL},
+    {"signal_msi", (PyCFunction)(void (*)(void))lv_vm_signal_msi, METH_FASTCALL, NULL},
+    {"set_msi_routes", (PyCFunction)lv_vm_set_msi_routes, METH_O, NULL},
+    {"add_irqfd", (PyCFunction)(void (*)(void))lv_vm_add_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"remove_irqfd", (PyCFunction)(void (*)(void))lv_vm_remove_irqfd, METH_VARARGS | METH_KEYWORDS, NULL},
     {"now_ns", (PyCFunction)vm_now_ns, METH_NOARGS, NULL},
     {"set_alarm", (PyCFunction)vm_set_alarm, METH_O, NULL},
     {"get_blob", (PyCFunction)vm_get_blob, METH_VARARGS, "get_blob(kind) -> bytes"},
@@ -663,65 +449,4 @@ static PyType_Slot vm_slots[] = {
 PyType_Spec lv_vm_spec = {
     .name = "cpu._core.Vm", .basicsize = sizeof(VmObject),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, .slots = vm_slots,
-};
-
-/* ---- Shadow ---- */
-
-static PyObject *shadow_set(ShadowObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
-{
-    /* set(value, after=None) */
-    struct lv_vm *vm = lv_open(self->owner);
-    Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
-    uint64_t value, after = 0;
-    if (!vm)
-        return NULL;
-    if (count < 1 || count + named > 2 ||
-        (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "after")))
-        return PyErr_Format(PyExc_TypeError, "set(value, after=None)");
-    bool has_after = count + named == 2 && args[1] != Py_None;
-    if (!lv_u64(args[0], &value) || (has_after && !lv_u64(args[1], &after)))
-        return NULL;
-    return none_or_raise(lv_shadow_set(vm, self->space, self->address, self->size, value, has_after, after),
-                         "the shadow was removed");
-}
-
-static PyObject *shadow_invalidate(ShadowObject *self, PyObject *Py_UNUSED(ignored))
-{
-    struct lv_vm *vm = lv_open(self->owner);
-    return vm ? none_or_raise(lv_shadow_invalidate(vm, self->space, self->address, self->size), "the shadow was removed")
-              : NULL;
-}
-
-static void shadow_dealloc(ShadowObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    Py_XDECREF(self->owner);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static int shadow_traverse(ShadowObject *self, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->owner);
-    return 0;
-}
-
-static PyMethodDef shadow_methods[] = {
-    {"set", (PyCFunction)(void (*)(void))shadow_set, METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"invalidate", (PyCFunction)shadow_invalidate, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot shadow_slots[] = {
-    {Py_tp_dealloc, shadow_dealloc},
-    {Py_tp_traverse, shadow_traverse},
-    {Py_tp_methods, shadow_methods},
-    {0, NULL},
-};
-
-PyType_Spec lv_shadow_spec = {
-    .name = "cpu._core.Shadow", .basicsize = sizeof(ShadowObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, .slots = shadow_slots,
 };
