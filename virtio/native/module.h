@@ -38,6 +38,10 @@ int memory_notify(MemoryObject *memory, uint64_t gpa, uint64_t length);
 /* The same for the first `length` bytes of a chain's writable segments, and for the device area of a ring. */
 int segments_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length);
 int ring_notify_area(RingObject *self);
+/* A memoryview of [host, host + size), which lies in one region. NULL with an exception. */
+PyObject *region_slice(MemoryObject *memory, const uint8_t *host, uint64_t size);
+/* Whether the chain may still be touched; false with StateError. */
+bool chain_usable(ChainObject *chain);
 /* Raise GuestError from ring.error. */
 PyObject *ring_raise(RingObject *self);
 

@@ -1,0 +1,149 @@
+/* virtio._ring.Memory: guest memory as regions of buffers, and who is told that a device wrote there. */
+#include "module.h"
+
+static int memory_clear(MemoryObject *self)
+{
+    for (size_t i = 0; i < self->memory.count; i++) {
+        Py_CLEAR(self->objects[i]);
+        PyBuffer_Release(&self->buffers[i]);
+    }
+    self->memory.count = 0;
+    PyMem_Free(self->memory.regions);
+    PyMem_Free(self->buffers);
+    PyMem_Free(self->objects);
+    self->memory.regions = NULL;
+    self->buffers = NULL;
+    self->objects = NULL;
+    Py_CLEAR(self->written);
+    return 0;
+}
+
+static void memory_dealloc(MemoryObject *self)
+{
+    memory_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"regions", "written", NULL};
+    PyObject *regions, *written = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &regions, &written))
+        return -1;
+    PyObject *list = PySequence_Fast(regions, "regions must be a sequence of (gpa, buffer)");
+    if (!list)
+        return -1;
+    memory_clear(self);
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    self->memory.regions = PyMem_Calloc((size_t)count + 1, sizeof *self->memory.regions);
+    self->buffers = PyMem_Calloc((size_t)count + 1, sizeof *self->buffers);
+    self->objects = PyMem_Calloc((size_t)count + 1, sizeof *self->objects);
+    if (!self->memory.regions || !self->buffers || !self->objects) {
+        Py_DECREF(list);
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        unsigned long long gpa;
+        PyObject *buffer;
+        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(list, i), "KO", &gpa, &buffer))
+            goto failed;
+        if (PyObject_GetBuffer(buffer, &self->buffers[i], PyBUF_WRITABLE))
+            goto failed;
+        PyObject *view = PyMemoryView_FromObject(buffer);
+        self->objects[i] = view ? PyObject_CallMethod(view, "cast", "s", "B") : NULL;
+        Py_XDECREF(view);
+        if (!self->objects[i]) {
+            PyBuffer_Release(&self->buffers[i]);
+            goto failed;
+        }
+        self->memory.regions[i] = (struct region){gpa, (uint64_t)self->buffers[i].len, self->buffers[i].buf};
+        self->memory.count++;
+    }
+    Py_DECREF(list);
+    if (written != Py_None)
+        self->written = Py_NewRef(written);
+    return 0;
+failed:
+    Py_DECREF(list);
+    return -1;
+}
+
+int memory_notify(MemoryObject *memory, uint64_t gpa, uint64_t length)
+{
+    if (!memory->written || !length)
+        return 0;
+    PyObject *result = PyObject_CallFunction(memory->written, "KK", (unsigned long long)gpa, (unsigned long long)length);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+int segments_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length)
+{
+    if (!memory->written)
+        return 0;
+    for (uint32_t i = 0; i < count && length; i++) {
+        uint64_t part = length < segments[i].len ? length : segments[i].len;
+        if (memory_notify(memory, segments[i].gpa, part))
+            return -1;
+        length -= part;
+    }
+    return 0;
+}
+
+PyObject *region_slice(MemoryObject *self, const uint8_t *host, uint64_t size)
+{
+    for (size_t i = 0; i < self->memory.count; i++) {
+        const struct region *region = &self->memory.regions[i];
+        if (host < region->host || host >= region->host + region->size)
+            continue;
+        Py_ssize_t start = host - region->host;
+        PyObject *from = PyLong_FromSsize_t(start), *to = PyLong_FromSsize_t(start + (Py_ssize_t)size);
+        PyObject *slice = from && to ? PySlice_New(from, to, NULL) : NULL;
+        PyObject *result = slice ? PyObject_GetItem(self->objects[i], slice) : NULL;
+        Py_XDECREF(slice);
+        Py_XDECREF(from);
+        Py_XDECREF(to);
+        return result;
+    }
+    PyErr_SetString(guest_error, "address is outside guest memory");
+    return NULL;
+}
+
+static PyObject *memory_view(MemoryObject *self, PyObject *args)
+{
+    unsigned long long gpa, length;
+    if (!PyArg_ParseTuple(args, "KK", &gpa, &length))
+        return NULL;
+    uint8_t *host = memory_at(&self->memory, gpa, length);
+    if (!host)
+        return PyErr_Format(guest_error, "[0x%llx, +0x%llx) is outside guest memory", gpa, length);
+    return region_slice(self, host, length);
+}
+
+static PyObject *memory_written(MemoryObject *self, PyObject *args)
+{
+    unsigned long long gpa, length;
+    if (!PyArg_ParseTuple(args, "KK", &gpa, &length))
+        return NULL;
+    if (memory_notify(self, gpa, length))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef memory_methods[] = {
+    {"view", (PyCFunction)memory_view, METH_VARARGS, "view(gpa, length) -> memoryview; GuestError outside memory."},
+    {"written", (PyCFunction)memory_written, METH_VARARGS, "written(gpa, length): the device wrote there."},
+    {0},
+};
+
+PyTypeObject memory_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Memory",
+    .tp_doc = "Memory(regions, written=None): guest memory as [(gpa, writable buffer), ...], exported while this lives.",
+    .tp_basicsize = sizeof(MemoryObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)memory_init,
+    .tp_dealloc = (destructor)memory_dealloc,
+    .tp_methods = memory_methods,
+};
