@@ -1,7 +1,7 @@
 """virtqueues in C (virtio/native)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 class Memory:
     def __init__(
@@ -61,12 +61,18 @@ class BlockEngine:
         fd: int,
         sectors: int,
         read_only: bool = False,
-        direct: bool = False,
+        align: int = 0,
         threads: int = 2,
         serial: bytes = b"",
         overlay: int = -1,
         dirty: bytearray | None = None,
+        engine: Literal["auto", "io_uring", "threads"] = "auto",
+        inline: bool = True,
     ) -> None: ...
+    @staticmethod
+    def io_uring_error() -> int: ...
+    @property
+    def engine(self) -> Literal["io_uring", "threads"]: ...
     @property
     def in_flight(self) -> int: ...
     def drain(self, ring: Ring, limit: int = 128, /) -> int: ...
@@ -74,7 +80,7 @@ class BlockEngine:
     def cancel(self, timeout_ms: int, /) -> bool: ...
     def configure(self, sectors: int, writeback: bool, discard: bool, write_zeroes: bool) -> None: ...
     def close(self) -> None: ...
-    def fileno(self) -> int: ...
+    def descriptors(self) -> tuple[int, ...]: ...
 
 class NetEngine:
     def __init__(self, fd: int, framing: int) -> None: ...

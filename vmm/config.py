@@ -102,6 +102,10 @@ class Disk(Checked):
     """Writes go to a private copy that vanishes with the machine; the file itself is only read."""
     cache: Literal["writeback", "writethrough", "none"] = "writeback"
     """writethrough: every write is durable before it completes; none: past the host's page cache (O_DIRECT)."""
+    io: Literal["auto", "io_uring", "threads"] = "auto"
+    """How requests that would block are done; auto: io_uring where the host has it."""
+    queues: int = 1
+    """Request queues; Linux takes one for each vCPU at most."""
 
     _where = "disk"
     _converters = {
@@ -112,6 +116,8 @@ class Disk(Checked):
         "transport": to_choice(Literal["pci", "mmio"]),
         "snapshot": to_boolean,
         "cache": to_choice(Literal["writeback", "writethrough", "none"]),
+        "io": to_choice(Literal["auto", "io_uring", "threads"]),
+        "queues": to_integer(1, 16),
     }
 
     def _check(self) -> None:
@@ -120,7 +126,8 @@ class Disk(Checked):
 
     @classmethod
     def parse(cls, text: str) -> Disk:
-        """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,transport=pci|mmio]"""
+        """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,transport=pci|mmio]
+        [,io=auto|io_uring|threads][,queues=N]"""
         flags = {"ro": ("readonly", True), "rw": ("readonly", False), "snapshot": ("snapshot", True)}
         path, values = split("disk", text, flags)
         return from_mapping(cls, "disk", {"path": path, **values})

@@ -216,7 +216,7 @@ class _Disk:
 
     async def make(self) -> Device:
         backend = await open_disk(self.disk)
-        return BlockDevice(backend, serial=self.serial)
+        return BlockDevice(backend, serial=self.serial, queues=self.disk.queues)
 
 
 async def open_disk(disk: Disk) -> BlockBackend:
@@ -226,8 +226,8 @@ async def open_disk(disk: Disk) -> BlockBackend:
         if disk.format == "qcow2" or magic == QCOW2_MAGIC:
             raise ConfigError(f"disk: {disk.path}: qcow2 is not supported; convert it with qemu-img convert -O raw")
     if disk.snapshot:
-        return await SnapshotBlock.open(disk.path)
-    return await FileBlock.open(disk.path, read_only=disk.readonly, cache=disk.cache)
+        return await SnapshotBlock.open(disk.path, io=disk.io)
+    return await FileBlock.open(disk.path, read_only=disk.readonly, cache=disk.cache, io=disk.io)
 
 
 def _first_bytes(disk: Disk) -> bytes:

@@ -25,6 +25,9 @@ Cache = Literal["writeback", "writethrough", "none"]
 """writeback: durable when flushed. writethrough: when written. none: writeback past the page cache
 (O_DIRECT)."""
 
+Io = Literal["auto", "io_uring", "threads"]
+"""How what may block is done: by an io_uring, by native threads, or by the first of them that the host has."""
+
 SECTOR = 512
 _PUNCH_HOLE, _KEEP_SIZE, _ZERO_RANGE = 2, 1, 16
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,11 +48,27 @@ class FileBlock(BlockBackend):
         self.read_only = read_only
         self.cache = cache
         self.block_size = block_size
+        self.io: Io = "auto"
 
     @classmethod
-    async def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, cache: Cache = "writeback") -> Self:
-        """ConfigError if there is no such image or it is in use."""
-        return await asyncio.to_thread(cls._open, os.fspath(path), read_only, cache)
+    async def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        cache: Cache = "writeback",
+        io: Io = "auto",
+    ) -> Self:
+        """ConfigError if there is no such image, it is in use, or the host lacks what is asked for."""
+        cls._check_io(io)
+        backend = await asyncio.to_thread(cls._open, os.fspath(path), read_only, cache)
+        backend.io = io
+        return backend
+
+    @staticmethod
+    def _check_io(io: Io) -> None:
+        if io == "io_uring" and (code := _ring.BlockEngine.io_uring_error()):
+            raise ConfigError(f"io=io_uring: this host has none ({os.strerror(code)}); use io=threads or io=auto")
 
     @classmethod
     def _open(cls, path: str, read_only: bool, cache: Cache) -> Self:
@@ -92,7 +111,14 @@ class FileBlock(BlockBackend):
 
     def engine(self, serial: bytes) -> _ring.BlockEngine:
         """The C path over this descriptor; it is to be closed before the backend."""
-        return _ring.BlockEngine(self.fd, self.capacity // 512, self.read_only, self.cache == "none", 2, serial[:20])
+        return _ring.BlockEngine(
+            self.fd,
+            self.capacity // SECTOR,
+            self.read_only,
+            align=self.block_size if self.cache == "none" else 0,
+            serial=serial[:20],
+            engine=self.io,
+        )
 
     async def read(self, offset: int, length: int) -> bytes:
         return await asyncio.to_thread(self._read, offset, length)
@@ -139,6 +165,7 @@ class FileBlock(BlockBackend):
     async def aclose(self) -> None:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
+            fcntl.flock(fd, fcntl.LOCK_UN)  # at once, although the kernel may have requests to clean up
             await asyncio.to_thread(os.close, fd)
 
 
@@ -154,13 +181,25 @@ class SnapshotBlock(FileBlock):
         os.truncate(self.overlay, capacity)
 
     @classmethod
-    async def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, cache: Cache = "writeback") -> Self:
+    async def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        cache: Cache = "writeback",
+        io: Io = "auto",
+    ) -> Self:
         """As FileBlock; the image needs to be readable only."""
-        return await asyncio.to_thread(cls._open, os.fspath(path), True, "writeback")
+        return await super().open(path, read_only=True, cache="writeback", io=io)
 
     def engine(self, serial: bytes) -> _ring.BlockEngine:
         return _ring.BlockEngine(
-            self.fd, self.capacity // SECTOR, False, False, 2, serial[:20], self.overlay, self.dirty
+            self.fd,
+            self.capacity // SECTOR,
+            serial=serial[:20],
+            overlay=self.overlay,
+            dirty=self.dirty,
+            engine=self.io,
         )
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:

@@ -1,7 +1,7 @@
 """Block device (virtio 1.2, 5.2).
 
 Two request paths with one behaviour: `virtio._ring.BlockEngine` for backends that have a descriptor, and
-coroutines over any BlockBackend. tests/property/test_blk.py holds them equal. Loop thread only.
+coroutines over any BlockBackend. tests/conformance/virtio/test_block_engines.py holds them equal. Loop thread only.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ ZEROES_SEGMENTS = 32
 SEGMENTS_MAX = 1024
 _MORE, _SIGNAL = 1, 2
 _CANCEL_MS = 500
-"""How long a reset waits for system calls that run: nearly always they end at once. If not, the reset is not complete,
-and device status says so, until they have ended."""
+"""How long a reset waits for I/O that the kernel has begun: nearly always it ends at once. If not, the reset is not
+complete, and device status says so, until it has ended."""
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
 _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
@@ -80,6 +80,11 @@ class BlockDevice(Device):
         self._engine = make(self.serial) if make else None
         self._reader: asyncio.AbstractEventLoop | None = None
         self._errors = 0
+
+    @property
+    def engine(self) -> str:
+        """What carries out requests: "io_uring", "threads" or "coroutines"."""
+        return "coroutines" if self._engine is None else self._engine.engine
 
     def config(self) -> bytes:
         segments = max(min(self.queue_sizes[0], SEGMENTS_MAX) - 2, 1)
@@ -149,7 +154,8 @@ class BlockDevice(Device):
         self._configure()
         if self._engine is not None:
             self._reader = asyncio.get_running_loop()
-            self._reader.add_reader(self._engine.fileno(), self.guarded, self._reap)
+            for descriptor in self._engine.descriptors():
+                self._reader.add_reader(descriptor, self.guarded, self._reap)
         for queue in active.queues:
             if queue.enabled:
                 self.guarded(self.queue_notified, queue.index)
@@ -159,7 +165,8 @@ class BlockDevice(Device):
         if self._engine is None:
             return True
         if self._reader is not None:
-            self._reader.remove_reader(self._engine.fileno())
+            for descriptor in self._engine.descriptors():
+                self._reader.remove_reader(descriptor)
             self._reader = None
         return self._engine.cancel(_CANCEL_MS)
 
@@ -174,10 +181,11 @@ class BlockDevice(Device):
 
     async def aclose(self) -> None:
         await super().aclose()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.cancel, 10_000)
-            self._engine.close()
-            self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            if not engine.cancel(0):
+                await asyncio.to_thread(engine.close)  # waits for the system calls that run
+            engine.close()
         await self.backend.aclose()
 
     def save_device(self) -> State:

@@ -1,0 +1,109 @@
+"""A disk that hangs: the loop goes on, a reset is complete only when nothing can touch guest memory any more."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.engines import ENGINES
+from tests.support.slowdisk import SlowDisk, slow_disk
+from tests.support.virtio import Driver, PciDriver
+from virtio.backends.file import Cache, FileBlock, Io
+from virtio.devices import blk
+from virtio.devices.blk import BlockDevice
+from virtio.driver import Buffer
+from virtio.errors import ConfigError
+
+pytestmark = [pytest.mark.root]
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[SlowDisk]:
+    try:
+        with slow_disk(tmp_path / "slow", SIZE) as disk:
+            yield disk
+    except OSError as error:
+        pytest.skip(f"needs root and FUSE: {error}")
+
+
+@pytest.fixture(params=[(io, cache) for io in ENGINES for cache in ("writeback", "none")], ids="-".join)
+async def device(request: pytest.FixtureRequest, slow: SlowDisk) -> BlockDevice:
+    io: Io
+    cache: Cache
+    io, cache = request.param
+    try:
+        made = BlockDevice(await FileBlock.open(slow.path, cache=cache, io=io))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert made.engine == io
+    return made
+
+
+def reads(driver: Driver, count: int) -> list[Buffer]:
+    """Make reads of 8 sectors each available, far apart, and notify; where their data goes."""
+    rooms = []
+    for number in range(count):
+        rooms.append((driver.allocator.take(4096, 4096), 4096))
+        head = driver.buffer(struct.pack("<IIQ", blk.IN, 0, 24 * number))
+        driver.queues[0].add([head], [rooms[-1], driver.buffer(b"\xee")])
+    driver.notify(0)
+    return rooms
+
+
+async def test_a_reset_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDisk) -> None:
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold()
+    rooms = reads(driver, 40)
+    await driver.wait(lambda: slow.waiting)
+    driver.write_status(0)
+    assert driver.read_status() != 0, "not complete: the kernel may still write into the buffers"
+    assert slow.waiting
+    slow.release()
+    await driver.wait(lambda: driver.read_status() == 0)
+    for room in rooms:
+        driver.memory.view(*room)[:] = b"\xa5" * room[1]
+    assert not slow.waiting
+    driver.initialize()
+    head = struct.pack("<IIQ", blk.IN, 0, 0)
+    assert await driver.request(0, [head], [512, 1]) == slow.data[:512] + b"\0"
+    assert all(driver.bytes_at(room) == b"\xa5" * room[1] for room in rooms[1:])
+    driver.transport.reset()
+    await device.aclose()
+
+
+async def test_saving_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDisk) -> None:
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold()
+    rooms = reads(driver, 40)
+    await driver.wait(lambda: slow.waiting)
+    quiesced = asyncio.ensure_future(driver.transport.quiesce())
+    await asyncio.sleep(0)
+    assert not quiesced.done()
+    slow.release()
+    await asyncio.wait_for(quiesced, 10)
+    driver.transport.save()
+    for number, room in enumerate(rooms):
+        assert driver.bytes_at(room) == slow.data[24 * 512 * number :][:4096]
+    driver.transport.reset()
+    await device.aclose()
+
+
+async def test_closing_waits_for_a_hanging_disk_beside_the_loop(device: BlockDevice, slow: SlowDisk) -> None:
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold()
+    reads(driver, 4)
+    await driver.wait(lambda: slow.waiting)
+    driver.transport.reset()
+    closing = asyncio.ensure_future(device.aclose())
+    await asyncio.wait([closing], timeout=0.05)
+    assert not closing.done(), "the loop runs, and the device is not closed"
+    slow.release()
+    await asyncio.wait_for(closing, 10)

@@ -1,0 +1,185 @@
+/* The parts of virtio._ring.BlockEngine (virtio 1.2, 5.2.6).
+ *
+ * blk.c          the Python object: a batch from ring to jobs, and from jobs back to rings
+ * blk_request.c  one request: checked, its bytes found, returned to the driver
+ * blk_io.c       what one job does to the files, by system calls that may block; what the page cache does at once
+ * blk_threads.c  jobs on native threads
+ * blk_uring.c    jobs on an io_uring
+ *
+ * A job is one request or several that are adjacent on disk. Rings, status bytes and everything of Python is touched by
+ * the loop's thread alone; other threads own nothing but the system calls of the jobs that they were given.
+ */
+#ifndef VIRTIO_BLK_H
+#define VIRTIO_BLK_H
+
+#include "module.h" /* first: it includes Python.h */
+
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include "uring.h"
+
+enum {
+    T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_GET_ID = 8, T_DISCARD = 11, T_WRITE_ZEROES = 13,
+    S_OK = 0, S_IOERR = 1, S_UNSUPP = 2,
+    SECTOR = 512, HEADER = 16, ID_BYTES = 20, ZEROES_ENTRY = 16,
+    ZEROES_ENTRIES = 32,       /* max_discard_seg, max_write_zeroes_seg */
+    ZEROES_SECTORS = 0x200000, /* max_discard_sectors, max_write_zeroes_sectors */
+    THREADS_MAX = 8,
+    IOV_LIMIT = 1024,
+    URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */
+};
+
+struct zeroes {
+    uint64_t sector;
+    uint32_t sectors, flags;
+};
+
+struct request {
+    struct request *next;   /* in a list of jobs */
+    struct request *merged; /* the rest of this job: adjacent on disk, same type */
+    struct request *last;   /* tail of `merged`, valid in the first */
+    RingObject *ring;
+    struct chain chain; /* segments: own copy */
+    uint8_t *status_at;
+    uint32_t type;
+    uint8_t status;
+    bool dsync;
+    uint64_t offset, length; /* bytes */
+    uint64_t job_length;     /* with everything merged, valid in the first */
+    uint32_t job_iovs;
+    uint32_t zeroes_count;
+    struct zeroes *zeroes;
+    struct iovec *all;  /* on an io_uring: of the whole job, if it is not `iov` */
+    uint32_t all_at;    /* the first of them that is not done */
+    uint32_t step;      /* of a job on an io_uring that takes several */
+    uint64_t moved;     /* bytes done, on an io_uring */
+    uint32_t iovs;
+    struct iovec iov[];
+};
+
+/* A list of jobs, linked by `next`. */
+struct jobs {
+    struct request *first, *last;
+    unsigned count;
+};
+
+static inline void jobs_add(struct jobs *jobs, struct request *job)
+{
+    job->next = NULL;
+    if (jobs->last)
+        jobs->last->next = job;
+    else
+        jobs->first = job;
+    jobs->last = job;
+    jobs->count++;
+}
+
+static inline struct request *jobs_take(struct jobs *jobs)
+{
+    struct request *job = jobs->first;
+    if (job) {
+        jobs->first = job->next;
+        if (!jobs->first)
+            jobs->last = NULL;
+        jobs->count--;
+        job->next = NULL;
+    }
+    return job;
+}
+
+/* Append `more`, which is empty then. */
+static inline void jobs_join(struct jobs *jobs, struct jobs *more)
+{
+    if (!more->first)
+        return;
+    if (jobs->last)
+        jobs->last->next = more->first;
+    else
+        jobs->first = more->first;
+    jobs->last = more->last;
+    jobs->count += more->count;
+    *more = (struct jobs){0};
+}
+
+struct disk {
+    int fd;
+    int overlay;    /* descriptor that takes the writes, or -1; `dirty` has one bit per sector that is there */
+    uint8_t *dirty;
+    uint32_t align; /* O_DIRECT: of memory and lengths, bytes; 0 without */
+    uint64_t sectors;
+    bool read_only, writeback, discard, write_zeroes;
+    bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
+    char serial[ID_BYTES];
+};
+
+/* blk_request.c; loop thread */
+
+/* Check a request: S_OK means that there is something to do; else it is answered (status set). -1: a malformed chain. */
+int blk_prepare(const struct disk *disk, struct request *request);
+void blk_request_free(struct request *request);
+/* Return a request to the driver unless its queue was reset; frees it. 0, or -1 with an exception. */
+int blk_return(struct request *request);
+
+/* blk_io.c; any thread */
+
+int64_t blk_now(void); /* CLOCK_MONOTONIC, ns */
+
+void blk_run(struct disk *disk, struct request *job);
+/* The outcome of a whole job. */
+void blk_done(struct request *job, uint8_t status);
+/* What the page cache answers at once; false: it would have blocked. Loop thread. */
+bool blk_try_now(struct disk *disk, struct request *job);
+unsigned blk_gather(const struct request *job, struct iovec *iov);
+bool blk_aligned(const struct disk *disk, const struct iovec *iov, unsigned count);
+bool blk_is_dirty(const struct disk *disk, uint64_t sector);
+/* How many of `sectors` from `sector` on stand where the first one does. */
+uint64_t blk_dirty_run(const struct disk *disk, uint64_t sector, uint64_t sectors);
+void blk_set_dirty(struct disk *disk, uint64_t offset, uint64_t length);
+
+/* blk_threads.c; all calls from the loop's thread */
+
+struct pool {
+    struct disk *disk;
+    int event; /* eventfd, readable when pool_done() has something */
+    unsigned threads, started;
+    pthread_t thread[THREADS_MAX];
+    pthread_mutex_t lock;
+    pthread_cond_t work, idle;
+    struct jobs queue, done;
+    unsigned running;
+    bool stopping;
+};
+
+/* 0 or an errno. Threads start with the first job. */
+int pool_open(struct pool *pool, struct disk *disk, unsigned threads);
+/* Takes the jobs; false, and takes none, if no thread can be started. */
+bool pool_submit(struct pool *pool, struct jobs *jobs);
+struct jobs pool_done(struct pool *pool);
+/* Drop what waits and wait until nothing runs, or until `deadline` (CLOCK_MONOTONIC, ns). Whether nothing runs. */
+bool pool_cancel(struct pool *pool, int64_t deadline, struct jobs *dropped);
+/* Wait for what runs and end the threads; call without the GIL. */
+void pool_close(struct pool *pool);
+
+/* blk_uring.c; one thread at a time */
+
+struct blk_uring {
+    struct uring ring;
+    struct disk *disk;
+    struct jobs waiting;
+    unsigned in_flight; /* jobs that the kernel has */
+    uint8_t flags;      /* of every entry */
+    bool cancelling;
+};
+
+/* 0 or an errno; the ring has fd -1 then. */
+int blk_uring_open(struct blk_uring *uring, struct disk *disk);
+/* Takes the jobs; those that are not for an io_uring come back in `elsewhere`. */
+void blk_uring_submit(struct blk_uring *uring, struct jobs *jobs, struct jobs *elsewhere);
+/* What the kernel has completed; jobs that it cannot do come back in `elsewhere`. */
+void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *elsewhere);
+/* As pool_cancel(). */
+bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dropped);
+void blk_uring_close(struct blk_uring *uring);
+
+#endif

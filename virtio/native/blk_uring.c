@@ -1,0 +1,277 @@
+/* Jobs of BlockEngine on an io_uring: as many at a time as the kernel takes, no thread of ours.
+ *
+ * A job takes one operation, or one after the other: what a short transfer left, the entries of a discard. What an
+ * io_uring cannot do as one operation (memory that O_DIRECT does not take, a read from both files of a snapshot, zeroes
+ * that the file system cannot make) goes to the threads.
+ */
+#include "blk.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/vfs.h>
+
+#ifndef FUSE_SUPER_MAGIC
+#define FUSE_SUPER_MAGIC 0x65735546 /* linux/magic.h of newer kernels */
+#endif
+
+int blk_uring_open(struct blk_uring *uring, struct disk *disk)
+{
+    memset(uring, 0, sizeof *uring);
+    uring->disk = disk;
+    int error = uring_open(&uring->ring, URING_DEPTH);
+#ifdef LV_URING
+    /* Before it tries a file that has no RWF_NOWAIT, the kernel polls it, and for FUSE's that asks the server: a worker
+     * of the kernel's may wait for the answer, the loop may not. */
+    struct statfs system;
+    if (fstatfs(disk->fd, &system) || system.f_type == FUSE_SUPER_MAGIC)
+        uring->flags = IOSQE_ASYNC;
+#endif
+    return error;
+}
+
+void blk_uring_close(struct blk_uring *uring)
+{
+    uring_close(&uring->ring);
+}
+
+#ifdef LV_URING
+
+enum progress { DONE_OK, DONE_FAILED, GO_ON, ELSEWHERE };
+
+static bool is_transfer(const struct request *job)
+{
+    return job->type == T_IN || job->type == T_OUT;
+}
+
+/* Whether one operation at a time can do it. */
+static bool suits(const struct disk *disk, const struct request *job)
+{
+    if (!is_transfer(job))
+        return disk->overlay < 0;
+    for (const struct request *part = job; part; part = part->merged)
+        if (!blk_aligned(disk, part->iov, part->iovs))
+            return false;
+    if (disk->overlay < 0 || job->type == T_OUT)
+        return true;
+    uint64_t sectors = job->job_length / SECTOR;
+    return blk_dirty_run(disk, job->offset / SECTOR, sectors) == sectors;
+}
+
+/* Past entries of a discard or write-zeroes that ask for nothing. */
+static void skip_empty(struct request *job)
+{
+    while (job->step < job->zeroes_count && !job->zeroes[job->step].sectors)
+        job->step++;
+}
+
+/* The whole job's iovec as a copy, for what is merged or is to be shortened: that of a request stays as it is. */
+static bool gather(struct request *job)
+{
+    if (!job->all) {
+        job->all = malloc(job->job_iovs * sizeof *job->all);
+        if (job->all)
+            blk_gather(job, job->all);
+    }
+    return job->all;
+}
+
+static bool prepare(struct request *job)
+{
+    job->step = job->all_at = 0;
+    job->moved = 0;
+    skip_empty(job);
+    return !is_transfer(job) || !job->merged || gather(job);
+}
+
+/* Fill in the next operation. */
+static void fill(const struct disk *disk, struct request *job, struct io_uring_sqe *entry)
+{
+    /* Not a registered file: the kernel keeps those for a while after the ring is closed, and with it the image's lock. */
+    entry->fd = disk->fd;
+    entry->user_data = (uint64_t)(uintptr_t)job;
+    if (is_transfer(job)) {
+        bool write = job->type == T_OUT;
+        unsigned count = job->job_iovs - job->all_at;
+        const struct iovec *iov = (job->all ? job->all : job->iov) + job->all_at;
+        if (disk->overlay >= 0 && (write || blk_is_dirty(disk, job->offset / SECTOR)))
+            entry->fd = disk->overlay;
+        entry->off = job->offset + job->moved;
+        if (count == 1 && iov->iov_len <= UINT32_MAX) {
+            entry->opcode = write ? IORING_OP_WRITE : IORING_OP_READ;
+            entry->addr = (uint64_t)(uintptr_t)iov->iov_base;
+            entry->len = (uint32_t)iov->iov_len;
+        } else {
+            entry->opcode = write ? IORING_OP_WRITEV : IORING_OP_READV;
+            entry->addr = (uint64_t)(uintptr_t)iov;
+            entry->len = count;
+        }
+        entry->rw_flags = write && job->dsync && disk->overlay < 0 ? RWF_DSYNC : 0;
+    } else if (job->type == T_FLUSH || job->step == job->zeroes_count) {
+        entry->opcode = IORING_OP_FSYNC;
+        entry->fsync_flags = IORING_FSYNC_DATASYNC;
+    } else {
+        const struct zeroes *zeroes = &job->zeroes[job->step];
+        bool unmap = job->type == T_DISCARD || zeroes->flags & 1;
+        entry->opcode = IORING_OP_FALLOCATE;
+        entry->off = zeroes->sector * SECTOR;
+        entry->addr = (uint64_t)zeroes->sectors * SECTOR;
+        entry->len = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+    }
+}
+
+/* What `result` of an operation means for its job. */
+static enum progress advance(struct disk *disk, struct request *job, int32_t result)
+{
+    if (result == -EINTR)
+        return GO_ON;
+    if (result == -EAGAIN || result == -EOPNOTSUPP)
+        return ELSEWHERE;
+    if (is_transfer(job)) {
+        if (result <= 0)
+            return DONE_FAILED;
+        job->moved += (uint64_t)result;
+        if (job->moved < job->job_length) {
+            if (!gather(job))
+                return ELSEWHERE;
+            size_t left = (size_t)result;
+            while (left >= job->all[job->all_at].iov_len)
+                left -= job->all[job->all_at++].iov_len;
+            job->all[job->all_at].iov_base = (char *)job->all[job->all_at].iov_base + left;
+            job->all[job->all_at].iov_len -= left;
+            return GO_ON;
+        }
+        if (job->type == T_OUT && disk->overlay >= 0)
+            blk_set_dirty(disk, job->offset, job->job_length);
+        return DONE_OK;
+    }
+    if (job->type == T_FLUSH || job->step == job->zeroes_count)
+        return result < 0 ? DONE_FAILED : DONE_OK;
+    if (result < 0 && job->type == T_WRITE_ZEROES)
+        return ELSEWHERE; /* a discard that the file system cannot do is a hint not taken */
+    job->step++;
+    skip_empty(job);
+    if (job->step < job->zeroes_count || (job->type == T_WRITE_ZEROES && job->dsync))
+        return GO_ON;
+    return DONE_OK;
+}
+
+/* Hand over what waits, as far as it may be in flight. */
+static void feed(struct blk_uring *uring, struct jobs *elsewhere)
+{
+    while (uring->waiting.count && uring->in_flight < URING_DEPTH) {
+        struct io_uring_sqe *entry = uring_entry(&uring->ring);
+        if (!entry)
+            break;
+        entry->flags = uring->flags;
+        fill(uring->disk, jobs_take(&uring->waiting), entry);
+        uring->in_flight++;
+    }
+    uint64_t job;
+    if (!uring_submit(&uring->ring, false, 0))
+        return;
+    /* The kernel has no memory for more: nothing would wake us to try again. */
+    while (uring_retract(&uring->ring, &job)) {
+        if (job) {
+            uring->in_flight--;
+            jobs_add(elsewhere, (struct request *)(uintptr_t)job);
+        }
+    }
+}
+
+void blk_uring_submit(struct blk_uring *uring, struct jobs *jobs, struct jobs *elsewhere)
+{
+    for (struct request *job; (job = jobs_take(jobs));) {
+        if (suits(uring->disk, job) && prepare(job))
+            jobs_add(&uring->waiting, job);
+        else
+            jobs_add(elsewhere, job);
+    }
+    feed(uring, elsewhere);
+}
+
+void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *elsewhere)
+{
+    uint64_t user_data;
+    int32_t result;
+    while (uring_completion(&uring->ring, &user_data, &result)) {
+        struct request *job = (struct request *)(uintptr_t)user_data;
+        if (!job)
+            continue; /* a cancellation */
+        uring->in_flight--;
+        enum progress progress = advance(uring->disk, job, result);
+        if (progress == GO_ON) {
+            jobs_add(&uring->waiting, job);
+        } else if (progress == ELSEWHERE) {
+            jobs_add(elsewhere, job);
+        } else {
+            blk_done(job, progress == DONE_OK ? S_OK : S_IOERR);
+            jobs_add(done, job);
+        }
+    }
+    if (uring->waiting.count)
+        feed(uring, elsewhere);
+}
+
+bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dropped)
+{
+    if (uring->ring.fd < 0)
+        return true;
+#ifdef IORING_ASYNC_CANCEL_ANY
+    /* Linux 5.19; an older kernel refuses it, and what is in flight ends by itself */
+    struct io_uring_sqe *entry = uring->in_flight && !uring->cancelling ? uring_entry(&uring->ring) : NULL;
+    if (entry) {
+        entry->opcode = IORING_OP_ASYNC_CANCEL;
+        entry->cancel_flags = IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL;
+        uring->cancelling = true;
+    }
+#endif
+    for (bool waited = false;; waited = true) {
+        uint64_t user_data;
+        int32_t result;
+        while (uring_completion(&uring->ring, &user_data, &result)) {
+            if (user_data) {
+                uring->in_flight--;
+                jobs_add(dropped, (struct request *)(uintptr_t)user_data);
+            }
+        }
+        jobs_join(dropped, &uring->waiting);
+        if (!uring->in_flight)
+            break;
+        int64_t left = deadline - blk_now();
+        if (waited && left <= 0)
+            return false;
+        uring_submit(&uring->ring, true, left > 0 ? left : 0);
+    }
+    uring->cancelling = false;
+    return true;
+}
+
+#else
+
+void blk_uring_submit(struct blk_uring *uring, struct jobs *jobs, struct jobs *elsewhere)
+{
+    (void)uring;
+    jobs_join(elsewhere, jobs);
+}
+
+void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *elsewhere)
+{
+    (void)uring;
+    (void)done;
+    (void)elsewhere;
+}
+
+bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dropped)
+{
+    (void)uring;
+    (void)deadline;
+    (void)dropped;
+    return true;
+}
+
+#endif
