@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +107,7 @@ def test_generic_kernel_boots_like_on_qemu(tmp_path: Path) -> None:
         ("poweroff", "", 0, "shutdown"),
         ("reboot", "", 0, "reset"),
         ("reboot", "reboot=k", 0, "reset"),
+        ("reboot", "reboot=b", 0, "reset"),
         ("reboot", "reboot=t", 3, "triple-fault"),
         ("panic", "", 3, "crash"),
         ("halt", "", 0, "halted"),
@@ -132,6 +135,48 @@ def test_one_kernel_by_every_protocol(
         image = debian.kernel()
     done = boot(tmp_path, do="poweroff", kernel=image)
     assert done.returncode == 0 and "INIT poweroff" in done.stdout, done.stdout[-1000:] + done.stderr
+
+
+PACKERS = {
+    "gzip": ["gzip", "-n1c"],
+    "bzip2": ["bzip2", "-1c"],
+    "lzma": ["xz", "--format=lzma", "-0c"],
+    "xz": ["xz", "--check=crc32", "--x86", "--lzma2=preset=0,dict=32MiB", "-c"],
+    "lz4": ["lz4", "-l1c"],
+    "zstd": ["zstd", "-1c"],
+    "lzo": ["lzop", "-1c"],
+}
+"""As Linux's build packs its payload, but quickly."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PACKERS)
+def test_a_kernel_of_every_compression_boots(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, unpacked: Callable[[], Path]
+) -> None:
+    """Debian's kernel, its payload packed again by the host's tool."""
+    if kind == "lzo":
+        pytest.importorskip("lzallright", reason="needs the Python package lzallright for lzo")
+    program = PACKERS[kind]
+    if shutil.which(program[0]) is None:
+        pytest.skip(f"needs the program {program[0]}")
+    from vmm.boot.unpack import compression
+
+    plain = unpacked()
+    packed = subprocess.run([*program, plain], capture_output=True, check=True, timeout=60).stdout
+    assert compression(packed) == kind
+    payload = packed + struct.pack("<I", plain.stat().st_size)
+    data = bytearray(debian.kernel().read_bytes())
+    setup = (data[0x1F1] + 1) * 512
+    offset, _ = struct.unpack_from("<II", data, 0x248)  # payload_offset, payload_length
+    struct.pack_into("<I", data, 0x24C, len(payload))
+    image = tmp_path / "kernel"
+    image.write_bytes(data[: setup + offset] + payload)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = boot(tmp_path, do="poweroff", append="quiet", kernel=image)
+    assert done.returncode == 0 and "INIT poweroff" in done.stdout, done.stdout[-1000:] + done.stderr
+    (kept,) = (tmp_path / "cache/loopvisor/kernels").iterdir()
+    assert kept.read_bytes() == plain.read_bytes()
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ case $what in
   panic) echo c > /proc/sysrq-trigger;;
   halt) /bin/busybox halt -f;;
   idle) echo IDLE; while :; do /bin/busybox sleep 1; done;;
-  shell) PS1='shell# ' /bin/busybox setsid -c /bin/busybox sh -i < /dev/ttyS0 > /dev/ttyS0 2>&1;;
+  shell) for tty in $(/bin/busybox cat /sys/class/tty/console/active); do :; done
+    PS1='shell# ' /bin/busybox setsid -c /bin/busybox sh -i < /dev/$tty > /dev/$tty 2>&1;;
   button) exec 3</dev/input/event0; echo WAITING; /bin/busybox dd of=/dev/null bs=24 count=1 <&3; echo BUTTON;;
 esac
 /bin/busybox poweroff -f

@@ -44,12 +44,14 @@ def test_5_2_5_3_root_pointer() -> None:
     assert address % 16 == 0 and sum(raw[:20]) % 256 == 0 and sum(raw) % 256 == 0
     pointer = tables.RSDP.parse(raw)
     assert (pointer.revision, pointer.length, pointer.xsdt_address) == (2, 36, built["XSDT"][0])
+    assert pointer.rsdt_address == built["RSDT"][0]
 
 
-def test_5_2_8_xsdt_lists_fadt_madt_mcfg() -> None:
+@pytest.mark.parametrize(("name", "size"), [("RSDT", 4), ("XSDT", 8)])
+def test_5_2_7_and_5_2_8_rsdt_and_xsdt_list_fadt_madt_mcfg(name: str, size: int) -> None:
     built = build()
-    entries = built["XSDT"][1][36:]
-    listed = [int.from_bytes(entries[at : at + 8], "little") for at in range(0, len(entries), 8)]
+    entries = built[name][1][36:]
+    listed = [int.from_bytes(entries[at : at + size], "little") for at in range(0, len(entries), size)]
     assert listed == [built[name][0] for name in ("FACP", "APIC", "MCFG")]
 
 

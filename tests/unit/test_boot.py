@@ -6,6 +6,7 @@ import bz2
 import gzip
 import lzma
 import struct
+import sys
 from pathlib import Path
 
 import lz4.block
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.support.ram import Ram
 from vmm import boot, layout
-from vmm.boot import elf, layouts, linux, multiboot, pvh, unpack
+from vmm.boot import coreboot, elf, layouts, linux, multiboot, pvh, unpack
 from vmm.errors import ConfigError
 
 MIB = 1 << 20
@@ -84,17 +85,33 @@ def test_payload_of_each_compression_unpacks(kind: str) -> None:
     assert unpack.unpack(packed) == data
 
 
-def test_lzo_unpacks_or_says_what_is_missing() -> None:
-    block = b"\x7fELF" + bytes(40)
-    header = b"\x89LZO\0\r\n\x1a\n" + struct.pack(">HHHBBIIIIB", 0x1030, 0x2080, 0x0940, 1, 5, 0, 0, 0, 0, 0) + bytes(4)
-    stored = header + struct.pack(">II", len(block), len(block)) + block + bytes(4)
-    try:
-        import lzo  # noqa: F401
-    except ImportError:
-        with pytest.raises(unpack.UnpackError, match="python-lzo"):
-            unpack.unpack(stored)
-    else:
-        assert unpack.unpack(stored) == block
+LZO_HEADER = (
+    b"\x89LZO\0\r\n\x1a\n" + struct.pack(">HHHBBIIIIB", 0x1030, 0x2080, 0x0940, 1, 5, 0, 0, 0, 0, 0) + bytes(4)
+)
+
+
+def lzop(*blocks: tuple[int, bytes]) -> bytes:
+    """The lzop file format without checksums: (unpacked size, data) of each block."""
+    return LZO_HEADER + b"".join(struct.pack(">II", size, len(data)) + data for size, data in blocks) + bytes(4)
+
+
+def test_lzo_unpacks() -> None:
+    lzallright = pytest.importorskip("lzallright", reason="needs lzallright for lzo")
+    data = elf64(0x100_0000, 0x100_0000, bytes(range(256)) * 64)
+    packed = lzallright.LZOCompressor().compress(data)
+    assert unpack.unpack(lzop((len(data), packed), (40, bytes(40)))) == data + bytes(40)
+    for wrong in (
+        lzop((len(data) + 1, packed)), lzop((len(data), packed[:-9])), lzop((1 << 30, packed)), lzop((5, bytes(6))),
+        lzop((len(data), packed))[:-5], LZO_HEADER[:20],
+    ):  # fmt: skip
+        with pytest.raises(unpack.UnpackError, match="lzo payload: "):
+            unpack.unpack(wrong)
+
+
+def test_lzo_without_its_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lzallright", None)
+    with pytest.raises(unpack.UnpackError, match="lzo needs the Python package lzallright: pip install lzallright"):
+        unpack.unpack(lzop((40, bytes(40))))
 
 
 def test_unpacked_kernel_is_cached_by_content(tmp_path: Path) -> None:
@@ -183,6 +200,78 @@ def test_multiboot_elf_and_addresses(tmp_path: Path) -> None:
     assert memory.text(info.cmdline) == "hello"
     first = multiboot.MEMORY_MAP.parse(memory.read(info.mmap_addr, 24))
     assert (first.size, first.address, first.type) == (20, 0, 1)
+
+
+def elf32(entry: int, *segments: tuple[int, bytes]) -> bytes:
+    """An i386 ELF executable with a segment at each physical address."""
+    at = 52 + 32 * len(segments)
+    header = b"\x7fELF" + bytes([1, 1, 1]) + bytes(9) + struct.pack(
+        "<HHIIIIIHHHHHH", 2, 3, 1, entry, 52, 0, 0, 52, 32, len(segments), 0, 0, 0
+    )
+    programs, bodies = b"", b""
+    for paddr, body in segments:
+        programs += struct.pack("<8I", 1, at + len(bodies), paddr, paddr, len(body), len(body), 7, 4)
+        bodies += body
+    return header + programs + bodies
+
+
+def internet_checksum(data: bytes) -> int:
+    """RFC 1071, of little-endian words; 0 over what holds its own checksum."""
+    total = sum(struct.unpack(f"<{len(data) // 2}H", data))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def test_coreboot_payload_and_its_table(tmp_path: Path) -> None:
+    """Also one with a multiboot header that stands below 1 MiB, as GRUB's."""
+    flags = 2
+    header = struct.pack("<III", multiboot.MAGIC, flags, -(multiboot.MAGIC + flags) & 0xFFFF_FFFF)
+    path = tmp_path / "payload"
+    path.write_bytes(elf32(0x9000, (0x9000, b"\xeb\x0e\x90\x90" + header + b"\xf4" * 16), (0x10_0000, b"modules")))
+    assert boot.identify(path) == "coreboot"
+    memory = Ram(64 * MIB)
+    state = boot.load(memory, path, cmdline="is not for it", rsdp=0xE_0000)
+    assert state.protocol == "coreboot" and state.registers.rip == 0x9000
+    assert state.system_registers.cr0 & 0x8000_0001 == 1 and state.system_registers.cs.db == 1
+    assert memory.read(0x10_0000, 7) == b"modules" and memory.read(0x9000, 2) == b"\xeb\x0e"
+    at = layout.COREBOOT_TABLE.start
+    head = memory.read(at, coreboot.HEADER.sizeof())
+    table = coreboot.HEADER.parse(head)
+    body = memory.read(at + table.header_bytes, table.table_bytes)
+    assert at < 0x1000 and at % 16 == 0 and internet_checksum(head) == 0
+    assert internet_checksum(body) == table.table_checksum
+    records, offset = {}, 0
+    while offset < len(body):
+        tag, size = struct.unpack_from("<II", body, offset)
+        records[tag] = body[offset + 8 : offset + size]
+        offset += size
+    assert len(records) == table.table_entries and offset == len(body)
+    ranges = list(struct.iter_unpack("<QQI", records[1]))
+    assert ranges == [(item.start, item.size, item.type) for item in layout.Layout(64 * MIB).e820()]
+    assert struct.unpack_from("<III", records[0xF]) == (1, 0x3F8, 115200)
+    assert records[0x43] == struct.pack("<Q", 0xE_0000)
+
+
+def test_coreboot_table_fits_before_what_follows_it() -> None:
+    e820 = layout.Layout(1 << 40).e820()
+    size = len(coreboot.table(coreboot.Request(e820=e820, rsdp=0xE_0000)))
+    assert size <= layout.COREBOOT_TABLE.size and layout.COREBOOT_TABLE.end <= layout.BOOT_GDT
+
+
+def test_mistakes_with_coreboot_payloads(tmp_path: Path) -> None:
+    path, initrd = tmp_path / "payload", tmp_path / "initrd"
+    initrd.write_bytes(b"x")
+    path.write_bytes(elf32(0x9000, (0x9000, b"\xf4")))
+    with pytest.raises(ConfigError, match="initrd: .*payload is a coreboot payload, which takes none"):
+        boot.load(Ram(8 * MIB), path, initrd=initrd)
+    for segment in ((0x500, b"\xf4"), (0x9_F000, bytes(0x1000)), (0xF_0000, b"\xf4")):
+        path.write_bytes(elf32(segment[0], segment))
+        with pytest.raises(ConfigError, match="a segment wants to stand at"):
+            boot.load(Ram(8 * MIB), path)
+    path.write_bytes(elf32(0x80_0000, (0x80_0000, bytes(MIB))))
+    with pytest.raises(ConfigError, match="give it 9M or more"):
+        boot.load(Ram(8 * MIB), path)
 
 
 def test_kernel_file_compressed_as_a_whole(tmp_path: Path) -> None:

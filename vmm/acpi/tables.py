@@ -1,8 +1,8 @@
 """The static ACPI tables, declared; checksums; and where they stand in memory.
 
-Specification: ACPI 6.4: 5.2.5 RSDP, 5.2.6 header, 5.2.8 XSDT, 5.2.9 FADT, 5.2.10 FACS, 5.2.12 MADT; PCI Firmware
-Specification 3.2, 4.1.2 MCFG. The machine has the legacy (not hardware-reduced) interrupt and timer hardware and the
-PM1, PM timer and GPE0 registers of vmm/devices/pm.py, and is always in ACPI mode.
+Specification: ACPI 6.4: 5.2.5 RSDP, 5.2.6 header, 5.2.7 RSDT, 5.2.8 XSDT, 5.2.9 FADT, 5.2.10 FACS, 5.2.12 MADT; PCI
+Firmware Specification 3.2, 4.1.2 MCFG. The machine has the legacy (not hardware-reduced) interrupt and timer hardware
+and the PM1, PM timer and GPE0 registers of vmm/devices/pm.py, and is always in ACPI mode.
 """
 
 from __future__ import annotations
@@ -146,10 +146,15 @@ def xsdt(addresses: list[int]) -> bytes:
     return table(b"XSDT", 1, b"".join(address.to_bytes(8, "little") for address in addresses))
 
 
-def rsdp(xsdt_address: int) -> bytes:
+def rsdt(addresses: list[int]) -> bytes:
+    """5.2.7: for systems of ACPI 1.0 (GRUB powers off by it)."""
+    return table(b"RSDT", 1, b"".join(address.to_bytes(4, "little") for address in addresses))
+
+
+def rsdp(rsdt_address: int, xsdt_address: int) -> bytes:
     values = dict(
-        checksum=0, oem_id=OEM_ID, revision=2, rsdt_address=0, length=RSDP.sizeof(), xsdt_address=xsdt_address,
-        extended_checksum=0, reserved=bytes(3),
+        checksum=0, oem_id=OEM_ID, revision=2, rsdt_address=rsdt_address, length=RSDP.sizeof(),
+        xsdt_address=xsdt_address, extended_checksum=0, reserved=bytes(3),
     )
     raw = bytearray(RSDP.build(values))
     raw[8] = checksum(raw[:RSDP_V1_LENGTH])
@@ -173,7 +178,8 @@ def place(cpus: int, dsdt_body: bytes) -> list[tuple[str, int, bytes]]:
     facs_address = add("FACS", facs())
     dsdt_address = add("DSDT", table(b"DSDT", 2, dsdt_body))
     listed = [add("FACP", fadt(facs_address, dsdt_address)), add("APIC", madt(cpus)), add("MCFG", mcfg())]
-    placed.insert(0, ("RSDP", layout.ACPI.start, rsdp(add("XSDT", xsdt(listed)))))
+    pointer = rsdp(add("RSDT", rsdt(listed)), add("XSDT", xsdt(listed)))
+    placed.insert(0, ("RSDP", layout.ACPI.start, pointer))
     if at > layout.ACPI.end:
         raise ConfigError(f"ACPI: the tables need {at - layout.ACPI.start} bytes, more than there is room for")
     return placed

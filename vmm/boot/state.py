@@ -94,13 +94,26 @@ BDA = struct.Struct("<4H6xHHxH")
 """BIOS data area from 0x400: COM1 to COM4, (LPT), EBDA segment, equipment, conventional memory in KiB."""
 
 
+# Real-mode code. F000:FF53, where a PC's BIOS has its IRET for interrupts that nobody uses; after it what every BIOS
+# service leads to: stc; retf 2, which says "not supported". F000:FFF0: mov dx, 0xCF9; mov al, 6; out dx, al; hlt.
+NO_SERVICE = bytes.fromhex("cf f9 ca0200")
+RESET_CODE = struct.pack("<BHBB4s", 0xBA, layout.RESET_PORT, 0xB0, layout.RESET_VALUE, b"\xee\xf4\xeb\xfd")
+SERVICES = range(0x10, 0x1B)
+_IRET, _SERVICE = (0xF000 << 16 | layout.DUMMY_HANDLER - 0xF_0000 + offset for offset in (0, 1))
+VECTORS = struct.pack("<256I", *(_SERVICE if vector in SERVICES else _IRET for vector in range(256)))
+
+
 def write_bda(memory: LoadMemory) -> None:
-    """What a BIOS leaves at 0x400 and Xen, boot sectors and others read: two serial ports, where the EBDA is, and how
-    much memory is below it."""
+    """What a BIOS leaves and Xen, boot sectors and others use: at 0x400 two serial ports, where the EBDA is, and how
+    much memory is below it; interrupt vectors behind which is no service; a reset vector by which GRUB, Linux with
+    `reboot=bios` and real-mode programs reset."""
     equipment = 2 << 9
     kib = layout.EBDA.start >> 10
+    memory.write(0, VECTORS)
     memory.write(layout.BDA, BDA.pack(layout.COM1, layout.COM2, 0, 0, layout.EBDA.start >> 4, equipment, kib))
     memory.write(layout.EBDA.start, bytes([layout.EBDA.size >> 10]))
+    memory.write(layout.DUMMY_HANDLER, NO_SERVICE)
+    memory.write(layout.RESET_VECTOR, RESET_CODE)
 
 
 def real_mode(registers: Registers, *, cs: int = 0) -> tuple[Registers, SystemRegisters]:
