@@ -1,4 +1,5 @@
-"""User-mode instructions against the host's processor: registers, flags, memory and faults of a seeded sample.
+"""User-mode instructions against the host's processor, natively and in a guest of its KVM: registers, flags, memory and
+faults of a seeded sample.
 
 The long campaign over many seeds is ``python -m tests.support.oracle --seconds 3600``.
 """
@@ -10,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from cpu.kvm.probe import has_hardware
+from cpu.select import probe
 from tests.support import oracle
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 host")
+
+
+def kvm_is_an_oracle() -> bool:
+    """Whether guests at CPL 3 run on a real processor (tests.rig's is QEMU's)."""
+    return probe("kvm").available and "QEMU" not in Path("/proc/cpuinfo").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,20 @@ def test_software_core(program: Path, mode: str) -> None:
     result = oracle.run(program, "core", "--mode", mode, "--per-slot", "25")
     assert result.compared > 100_000
     assert result.differences == 0, result.report
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(not kvm_is_an_oracle(), reason="no KVM on a processor that is not emulated itself")
+def test_software_core_beside_kvm(program: Path) -> None:
+    """At CPL 3 of a guest. A KVM without VT-x or SVM emulates a few instructions in software, and some of them wrongly:
+    those on which the host's processor agrees with the core are counted, and must be few."""
+    for mode in ("64", "32") if has_hardware() else ("64",):
+        result = oracle.run(program, "kvm", "--mode", mode, "--per-slot", "3")
+        assert result.compared > 10_000
+        assert result.differences == 0, result.report
+        assert result.alone < result.compared / 50
+        result = oracle.run(program, "kvm", "--mode", mode, "--programs", "3000")
+        assert (result.differences, result.alone) == (0, 0), result.report
 
 
 @pytest.mark.parametrize("mode", ["64", "32"])

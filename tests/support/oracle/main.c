@@ -1,7 +1,10 @@
 /* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu] [--programs N]
  *
- * BACKEND: core or direct. Goes through every slot of the opcode maps --per-slot times (x87 and groups more often) and
- * prints each difference, then "compared N differences M". Exit status 1 if there was one.
+ * BACKEND: core (the software core beside native execution), kvm (the software core beside the host's KVM at CPL 3; exit
+ * status 4 if there is none) or direct (the FPU's operations beside native execution). Goes through every slot of the
+ * opcode maps --per-slot times (x87 and groups more often) and prints each difference, then "compared N differences M".
+ * Exit status 1 if there was one. kvm: a difference is one that native execution does not contradict; the others are
+ * counted as "KVM alone N".
  *
  * --programs: run that many short programs instead of single instructions.
  *
@@ -29,12 +32,17 @@ static void print_bytes(const char *what, const uint8_t *p, unsigned n)
     printf("\n");
 }
 
-/* x87 pointers are stored only while an exception is pending; other bytes are all compared. */
-static bool compare(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *want, const struct cpu_state *got,
-                    const struct memory *before, const struct memory *mem_want, const struct memory *mem_got)
+/* Flags that are overwritten before anybody reads them need not be exact in between. */
+static uint64_t compared_flags(const struct insn *insn, const struct cpu_state *want)
 {
-    /* Flags that are overwritten before anybody reads them need not be exact in between. */
-    uint64_t flags = insn->program && want->vector != 3 ? 0 : F_COMPARED;
+    return insn->program && want->vector != 3 ? 0 : F_COMPARED;
+}
+
+/* x87 pointers are stored only while an exception is pending; other bytes are all compared. */
+static bool equal(const struct insn *insn, const struct cpu_state *want, const struct cpu_state *got, const struct memory *mem_want,
+                  const struct memory *mem_got)
+{
+    uint64_t flags = compared_flags(insn, want);
     bool same = want->vector == got->vector && want->rip == got->rip && (want->rflags & flags) == (got->rflags & flags) &&
                 memcmp(want->gpr, got->gpr, (insn->mode32 ? 8 : 16) * 8) == 0 && memcmp(want->fx, got->fx, 416) == 0 &&
                 memcmp(mem_want, mem_got, sizeof *mem_want) == 0;
@@ -45,13 +53,16 @@ static bool compare(const struct insn *insn, const struct cpu_state *in, const s
                   (insn->map == MAP_0F && (insn->opcode == 0xAE || insn->opcode == 0xF7));
     if (want->vector == 14 && (pieces ? (want->cr2 ^ got->cr2) >> 12 != 0 : want->cr2 != got->cr2))
         same = false;
-    if (!hidden && want->error != got->error)
-        same = false;
-    if (same)
-        return true;
+    return same && (hidden || want->error == got->error);
+}
+
+static void show(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *want, const struct cpu_state *got,
+                 const struct memory *before, const struct memory *mem_want, const struct memory *mem_got)
+{
+    uint64_t flags = compared_flags(insn, want);
     uint32_t *count = &shown[(insn->map * 256u + insn->opcode) * 4u + insn->prefix];
     if ((++*count > 2 && !insn->program) || ++differences > limit)
-        return false;
+        return;
     printf("map %u opcode %02x prefix %u modrm %02x%s\n", insn->map, insn->opcode, insn->prefix, insn->modrm, insn->mode32 ? " (32-bit)" : "");
     print_bytes("code", insn->bytes, insn->length);
     printf("    ended   host: vector %u error %x cr2 %llx rip %llx   core: vector %u error %x cr2 %llx rip %llx   (start %llx, ea %llx)\n",
@@ -86,15 +97,69 @@ static bool compare(const struct insn *insn, const struct cpu_state *in, const s
     for (unsigned i = 0; i < 16; i++)
         printf("%s%s=%llx", i % 8 ? " " : "\n    ", names[i], (unsigned long long)in->gpr[i]);
     printf("\n");
-    return false;
+}
+
+/* What the sides may not be compared in is made equal: MXCSR_MASK (the host has misaligned SSE), PE and UE (UNDERFLOW). */
+static void excuse(const struct insn *insn, const struct cpu_state *in, struct cpu_state *host, struct memory *host_memory,
+                   const struct cpu_state *got, const struct memory *memory)
+{
+    memcpy(host->fx + 28, got->fx + 28, 4);
+    if (insn->program)
+        return;
+    if (insn->map == MAP_0F && insn->opcode == 0xAE && insn->ea >= DATA_BASE && insn->ea < DATA_BASE + DATA_WRITABLE - 32)
+        memcpy(host_memory->data + insn->ea - DATA_BASE + 28, memory->data + insn->ea - DATA_BASE + 28, 4); /* FXSAVE's */
+    if (host->vector == 19 && (in->fx[25] & 12) != 12)
+        host->fx[24] = (uint8_t)((host->fx[24] & ~0x30) | (got->fx[24] & 0x30));
+    if (host->vector == 19 && insn->map == MAP_0F3A && (insn->opcode & 0xFE) == 0x40) /* DPPS, DPPD: in stages */
+        host->fx[24] = got->fx[24];
+}
+
+static bool kvm;
+static unsigned long compared, different, alone;
+
+/* The core did `got`: is it what the host does? */
+static void judge(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *got, const struct memory *before,
+                  const struct memory *memory)
+{
+    static struct cpu_state host;
+    static struct memory host_memory;
+    compared++;
+    if (kvm) {
+        host = *in;
+        host_memory = *before;
+        kvm_run(insn, &host, &host_memory);
+        excuse(insn, in, &host, &host_memory, got, memory);
+        if (equal(insn, &host, got, &host_memory, memory))
+            return;
+        /* A KVM without hardware virtualization emulates some instructions itself, and not all as the processor does. */
+        struct cpu_state native = *in;
+        static struct memory native_memory;
+        native_memory = *before;
+        native_run(insn, &native, &native_memory);
+        excuse(insn, in, &native, &native_memory, got, memory);
+        if (equal(insn, &native, got, &native_memory, memory)) {
+            alone++;
+            return;
+        }
+    } else {
+        host = *in;
+        host_memory = *before;
+        native_run(insn, &host, &host_memory);
+        excuse(insn, in, &host, &host_memory, got, memory);
+        if (equal(insn, &host, got, &host_memory, memory))
+            return;
+    }
+    different++;
+    show(insn, in, &host, got, before, &host_memory, memory);
 }
 
 int main(int argc, char **argv)
 {
-    bool core = argc > 1 && strcmp(argv[1], "core") == 0, mode32 = false, fpu = false;
+    kvm = argc > 1 && strcmp(argv[1], "kvm") == 0;
+    bool core = kvm || (argc > 1 && strcmp(argv[1], "core") == 0), mode32 = false, fpu = false;
     unsigned long seed = 1, per_slot = 2, only_map = 99, only_opcode = 256, programs = 0;
-        if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
-        fprintf(stderr, "usage: oracle core|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]\n");
+    if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
+        fprintf(stderr, "usage: oracle core|kvm|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]\n");
         return 2;
     }
     for (int i = 2; i < argc; i++) {
@@ -123,24 +188,23 @@ int main(int argc, char **argv)
     native_init();
     if (core)
         core_init();
+    if (kvm && !kvm_init()) {
+        printf("no KVM\n");
+        return 4;
+    }
 
-    static struct memory before, mem_native, mem_core;
-    unsigned long compared = 0, different = 0;
+    static struct memory before, memory;
     struct rng r = {seed};
     fill_memory(&r, &before);
     for (unsigned long n = 0; n < programs && core; n++) {
         struct insn insn;
-        static struct cpu_state in, native, got;
+        static struct cpu_state in, got;
         struct rng one = {seed * 0x100000001B3 + n};
         generate_program(&one, mode32, &insn, &in);
-        got = native = in;
-        mem_core = mem_native = before;
-        core_run(&insn, &got, &mem_core);
-        native_run(&insn, &native, &mem_native);
-        memcpy(native.fx + 28, got.fx + 28, 4);
-        compared++;
-        if (!compare(&insn, &in, &native, &got, &before, &mem_native, &mem_core))
-            different++;
+        got = in;
+        memory = before;
+        core_run(&insn, &got, &memory);
+        judge(&insn, &in, &got, &before, &memory);
     }
     for (unsigned slot = programs ? UINT32_MAX : 0; slot < MAP_COUNT * 256 * 8; slot++) {
         unsigned map = slot >> 11, opcode = slot >> 3 & 255, prefix = slot & 3;
@@ -150,7 +214,7 @@ int main(int argc, char **argv)
         unsigned long count = x87 && (rex_w || prefix > 1) ? per_slot : x87 ? per_slot * 24 : per_slot;
         for (unsigned long n = 0; n < count; n++) {
             struct insn insn;
-            static struct cpu_state in, native, got;
+            static struct cpu_state in, got;
             struct rng one = {seed * 0x100000001B3 + ((uint64_t)slot << 32) + n};
             if ((compared & 1023) == 0) {
                 struct rng fill = {seed + compared};
@@ -159,27 +223,16 @@ int main(int argc, char **argv)
             if (!generate(&one, map, opcode, prefix, rex_w, mode32, -1, &insn, &in, &before))
                 continue;
             got = in;
-            mem_core = before;
+            memory = before;
             if (core)
-                core_run(&insn, &got, &mem_core);
-            else
-                if (!direct_run(&insn, &got, &mem_core))
-                    continue;
-            native = in;
-            mem_native = before;
-            native_run(&insn, &native, &mem_native);
-            if (map == MAP_0F && opcode == 0xAE && insn.ea >= DATA_BASE && insn.ea < DATA_BASE + DATA_WRITABLE - 32)
-                memcpy(mem_native.data + insn.ea - DATA_BASE + 28, mem_core.data + insn.ea - DATA_BASE + 28, 4); /* FXSAVE's */
-            memcpy(native.fx + 28, got.fx + 28, 4); /* MXCSR_MASK: the host has misaligned SSE */
-            if (native.vector == 19 && (in.fx[25] & 12) != 12) /* see UNDERFLOW above */
-                native.fx[24] = (uint8_t)((native.fx[24] & ~0x30) | (got.fx[24] & 0x30));
-            if (native.vector == 19 && map == MAP_0F3A && (opcode & 0xFE) == 0x40) /* DPPS, DPPD: in stages */
-                native.fx[24] = got.fx[24];
-            compared++;
-            if (!compare(&insn, &in, &native, &got, &before, &mem_native, &mem_core))
-                different++;
+                core_run(&insn, &got, &memory);
+            else if (!direct_run(&insn, &got, &memory))
+                continue;
+            judge(&insn, &in, &got, &before, &memory);
         }
     }
+    if (kvm)
+        printf("KVM alone %lu\n", alone);
     printf("compared %lu differences %lu\n", compared, different);
     return different != 0;
 }

@@ -1,8 +1,8 @@
 /* A native oracle for user-mode instructions: generated instructions run on the host's processor and on the software
  * core from the same state, and every register, flag, byte of memory and fault is compared.
  *
- * native.c runs one instruction in this process under signal handlers; core.c runs it in a vCPU of the software core
- * at CPL 3; direct.c calls the FPU's operations without decoder; generate.c makes the instructions, sequence.c programs
+ * native.c runs one instruction in this process under signal handlers; guest.c runs it in a vCPU at CPL 3, of the
+ * software core (core.c) or of the host's KVM (kvm.c); direct.c calls the FPU's operations without decoder; generate.c makes the instructions, sequence.c programs
  * of several; main.c compares.
  */
 #ifndef ORACLE_H
@@ -72,9 +72,13 @@ void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_
 void native_init(void);
 void native_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
 
-/* core.c: the vCPU. steps: the number of instructions the core retired, or 0. */
+/* core.c: a vCPU of the software core */
 void core_init(void);
 void core_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
+
+/* kvm.c: a vCPU of the host's KVM; false: there is none */
+bool kvm_init(void);
+void kvm_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
 
 /* direct.c: false if the instruction is not an FPU operation, or faults in a way the decoder is responsible for. */
 bool direct_run(const struct insn *insn, struct cpu_state *state, struct memory *memory);
