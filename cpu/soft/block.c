@@ -179,7 +179,7 @@ static void mark_page(struct soft_vm *vm, const uint8_t *page, bool on)
                 abort();
         }
         bool was = s->code_pages[offset >> 12];
-        s->code_pages[offset >> 12] = on;
+        __atomic_store_n(&s->code_pages[offset >> 12], on, __ATOMIC_RELEASE);
         if (on && !was)
             soft_tlb_protect_page(vm, s->gpa + offset);
     }
@@ -294,6 +294,8 @@ static void *allocate(struct soft_vm *vm, size_t size)
     return p;
 }
 
+/* The record of a page that code is about to be decoded from. Before its bytes are read it is marked: a device that writes
+ * to it from another thread finds the mark, or the decoder finds what it wrote (see soft_vm_memory_written()). */
 static struct code_page *make_page(struct soft_vm *vm, const uint8_t *page)
 {
     struct code_page *p = find_page(vm->blocks, page);
@@ -305,6 +307,7 @@ static struct code_page *make_page(struct soft_vm *vm, const uint8_t *page)
         vm->blocks->pages[page_hash(page)] = p;
     }
     mark_page(vm, page, true);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return p;
 }
 
@@ -326,17 +329,19 @@ static void mark_granules(struct code_page *p, unsigned low, unsigned high)
     p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
 }
 
-/* Keep what was decoded. host2: NULL unless the block is one instruction that crosses a page. */
-static struct block *make_block(struct soft_vm *vm, const struct decoded *d, const uint8_t *host, const uint8_t *host2,
-                                unsigned mode)
+/* Room for any block and what belongs to it, so that a flush cannot come between. */
+static void reserve(struct soft_vm *vm)
+{
+    if (ARENA_SIZE - vm->blocks->used < sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096)
+        soft_blocks_flush(vm);
+}
+
+/* Keep what was decoded from page p. host2, q: NULL unless the block is one instruction that crosses a page. */
+static struct block *make_block(struct soft_vm *vm, const struct decoded *d, const uint8_t *host, struct code_page *p,
+                                const uint8_t *host2, struct code_page *q, unsigned mode)
 {
     struct block_cache *b = vm->blocks;
-    /* Ask for room for everything first, so that a flush cannot come between. */
-    size_t size = sizeof(struct block) + d->count * sizeof(struct uop);
-    if (ARENA_SIZE - b->used < size + 4096)
-        soft_blocks_flush(vm);
-    struct block *k = allocate(vm, size);
-    struct code_page *p = make_page(vm, page_of(host));
+    struct block *k = allocate(vm, sizeof(struct block) + d->count * sizeof(struct uop));
     *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint8_t)mode,
                         .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
     memcpy(k->code, d->uops, d->count * sizeof(struct uop));
@@ -352,7 +357,6 @@ static struct block *make_block(struct soft_vm *vm, const struct decoded *d, con
     unsigned offset = (unsigned)((uintptr_t)host & 0xFFF), end = offset + d->bytes - 1;
     mark_granules(p, offset, end < 0xFFF ? end : 0xFFF);
     if (host2) {
-        struct code_page *q = make_page(vm, host2);
         struct crossing *x = allocate(vm, sizeof *x);
         *x = (struct crossing){q->crossings, p};
         q->crossings = x;
@@ -434,6 +438,8 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
     if (!k) {
         unsigned rest = 4096 - (unsigned)(linear & 0xFFF);
         const uint8_t *host2 = NULL;
+        reserve(vm);
+        struct code_page *p = make_page(vm, page_of(host)), *q = NULL;
         decode_block(&b->scratch, host, rest, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
         if (b->scratch.need_more) {
             uint8_t bytes[32];
@@ -443,13 +449,15 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
             host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
             if (!host2)
                 return decode_unkept(c, linear, mode, limit);
+            p = make_page(vm, page_of(host)); /* again: the walk may have written to it */
+            q = make_page(vm, host2);
             memcpy(bytes, host, rest);
             memcpy(bytes + rest, host2, 15);
             decode_block(&b->scratch, bytes, rest + 15, mode, 1);
         }
         if (b->scratch.bytes > limit)
             return decode_unkept(c, linear, mode, limit);
-        k = make_block(vm, &b->scratch, host, host2, mode);
+        k = make_block(vm, &b->scratch, host, p, host2, q, mode);
     }
     if (SOFT_UNLIKELY(k->bytes > limit))
         return decode_unkept(c, linear, mode, limit);

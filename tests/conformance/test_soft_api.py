@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 
+import pytest
+
 from tests.support import soft_programs
 
 
-def test_c_interface() -> None:
-    """Every check of the program passes."""
-    program = soft_programs.build("soft_api", sanitize=bool(os.environ.get("SOFT_SANITIZE")))
+@pytest.mark.parametrize("hot", [False, True], ids=["", "translated"])
+def test_c_interface(hot: bool) -> None:
+    """Every check of the program passes, also when every block is translated at once."""
+    sanitize = bool(os.environ.get("SOFT_SANITIZE"))
+    program = soft_programs.build("soft_api", sanitize=sanitize, hot=hot and not sanitize)
     run = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("\nok ") == 11
+    assert run.stdout.count("\nok ") == 12

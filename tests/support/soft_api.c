@@ -1,6 +1,6 @@
 /* Checks of the software core's C interface (cpu/soft/soft.h) with small real-mode guests: DMA into code, wake from
- * other threads, interrupts, dirty log, slots, parking, the caller's breakpoints, alarms. Prints "ok NAME" for each; exits 1 at the
- * first that fails. Times are printed, never judged.
+ * other threads, interrupts, dirty log, slots, parking, the caller's breakpoints, alarms. Prints "ok NAME" for each (an
+ * argument names the only one to do, a second one for how many seconds it waits at most); exits 1 at the first that fails. Times are printed, never judged.
  */
 #include <errno.h>
 #include <linux/kvm.h>
@@ -48,10 +48,12 @@ static double microseconds(void)
     return (double)t.tv_sec * 1e6 + (double)t.tv_nsec * 1e-3;
 }
 
-/* Wait until *word has the value; fails after 20 s. */
+static double patience = 20e6; /* us */
+
+/* Wait until *word has the value; fails if that takes longer. */
 static void wait_word(const uint8_t *at, uint16_t value)
 {
-    double end = microseconds() + 20e6;
+    double end = microseconds() + patience;
     while (__atomic_load_n((const uint16_t *)(const void *)at, __ATOMIC_ACQUIRE) != value)
         if (microseconds() > end)
             fail("waited for %u, have %u", value, *(const uint16_t *)(const void *)at);
@@ -145,20 +147,63 @@ static uint64_t rip_of(struct guest *g)
 
 /* ---- the checks ---- */
 
-static void dma_into_code(void)
+/* A device writes the immediate of an instruction while the guest runs it. */
+static void dma(const char *name, uint32_t function, uint32_t immediate, bool high_byte_alone)
 {
     struct guest *g = create(1, false, false);
-    CODE(g, 0x1000, "\xE8\xFD\x0F\xA3\x00\x30\xEB\xF8"); /* call 2000; mov [3000],ax; jmp 1000 */
-    CODE(g, 0x2000, "\xB8\x00\x00\xC3");                 /* mov ax,0; ret */
+    uint16_t call = (uint16_t)(function - 0x1003);
+    CODE(g, 0x1000, "\xE8\x00\x00\xA3\x00\x50\xEB\xF8"); /* call function; mov [5000],ax; jmp 1000 */
+    memcpy(g->ram + 0x1001, &call, 2);
+    if (function != 0x1000)
+        code(g, function, "\xB8\x00\x00\xC3", 4); /* mov ax,0; ret */
+    else
+        CODE(g, 0x1000, "\xB8\x00\x00\xA3\x00\x50\xEB\xF8"); /* mov ax,0; mov [5000],ax; jmp 1000 */
     start_at(g, 0, 0x1000, false);
     run(g);
     double begin = microseconds();
-    for (uint16_t value = 1; value <= 2000; value++) {
-        memcpy(g->ram + 0x2001, &value, 2);
-        soft_vm_memory_written(g->vm, 0x2001, 2);
-        wait_word(g->ram + 0x3000, value);
+    for (uint16_t n = 1; n <= 1000; n++) {
+        uint16_t value = high_byte_alone ? (uint16_t)((n & 0xFF) << 8) : n;
+        memcpy(g->ram + immediate, (uint8_t *)&value + high_byte_alone, 2u - high_byte_alone);
+        soft_vm_memory_written(g->vm, immediate, 2u - high_byte_alone);
+        wait_word(g->ram + 0x5000, value);
     }
-    printf("   %.1f us each\n", (microseconds() - begin) / 2000);
+    printf("   %s: %.1f us each\n", name, (microseconds() - begin) / 1000);
+    stop(g);
+    destroy(g);
+}
+
+static void dma_into_code(void)
+{
+    dma("another page", 0x2000, 0x2001, false);
+    dma("the loop itself", 0x1000, 0x1001, false);
+    dma("across a page, the first", 0x2FFE, 0x2FFF, false);
+    dma("across a page, the second", 0x2FFE, 0x3000, true);
+    dma("the end of a page", 0x2FC0, 0x2FC1, false);
+}
+
+/* A device writes code at the very moment in which the guest first runs it: then too the guest sees it at last. */
+static void dma_while_decoding(void)
+{
+    struct guest *g = create(1, false, false);
+    volatile uint16_t *round = (uint16_t *)(void *)(g->ram + 0x4000);
+    uint32_t random = 1;
+    CODE(g, 0x1000, "\xA1\x00\x40\x3B\x06\x02\x40\x74\xF7"             /* wait for a new round at [4000] */
+                    "\xA3\x02\x40\xC6\x06\x00\x20\xB8\xA3\x04\x40"       /* note it; mov byte [2000],b8; [4004] = round */
+                    "\xE8\xE9\x0F\xA3\x00\x50"                         /* call 2000; mov [5000],ax */
+                    "\xA1\x00\x40\x3B\x06\x02\x40\x74\xF1\xEB\xDB");     /* again while the round is the same */
+    CODE(g, 0x2000, "\xB8\x00\x00\xC3");
+    start_at(g, 0, 0x1000, false);
+    run(g);
+    for (uint16_t n = 1; n <= 20000; n++) {
+        *round = n;
+        wait_word(g->ram + 0x4004, n);
+        random = random * 1103515245 + 12345;
+        for (volatile unsigned spin = random >> 20 & 255; spin; spin--)
+            ;
+        __atomic_store_n((uint16_t *)(void *)(g->ram + 0x2001), n, __ATOMIC_RELAXED);
+        soft_vm_memory_written(g->vm, 0x2001, 2);
+        wait_word(g->ram + 0x5000, n);
+    }
     stop(g);
     destroy(g);
 }
@@ -388,18 +433,22 @@ static void state_is_checked(void)
     destroy(g);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const struct {
         const char *name;
         void (*check)(void);
     } checks[] = {
-        { "dma_into_code", dma_into_code }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
+        { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
         { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "alarms", alarms },
         { "state_is_checked", state_is_checked },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {
+        if (argc > 1 && strcmp(argv[1], checks[i].name))
+            continue;
+        if (argc > 2)
+            patience = atof(argv[2]) * 1e6;
         current = checks[i].name;
         checks[i].check();
         printf("ok %s\n", current);

@@ -55,6 +55,27 @@ def build(name: str, *, sanitize: bool = False, hot: bool = False) -> Path:
     return program
 
 
+def build_mutant(name: str, source: str, old: str, new: str, folder: Path, *, hot: bool = False) -> Path:
+    """The program `name` with one file of the core changed: the one place that says `old` says `new` instead.
+
+    Raises AssertionError if there is no such place, or several.
+    """
+    build(name, hot=hot)
+    out = ROOT / "build" / ("soft-hot" if hot else "soft")
+    text = (ROOT / source).read_text()
+    assert text.count(old) == 1, f"{source}: {text.count(old)} places say {old!r}"
+    mutated, target = folder / Path(source).name, folder / "mutant.o"
+    mutated.write_text(text.replace(old, new))
+    flags = [*FLAGS, "-O2", "-Wno-error", "-w", *(["-DSOFT_HOT=1"] if hot else [])]
+    subprocess.run(["gcc", *flags, "-c", mutated, "-o", target], check=True, cwd=ROOT)
+    sources = [path for part in FOLDERS for path in sorted((ROOT / part).glob("*.c")) if path.name not in PYTHON_ONLY]
+    objects = [out / (str(path.relative_to(ROOT)).replace("/", "_") + ".o") for path in
+               [*sources, *sorted(ROOT.glob(PROGRAMS[name]))] if path != ROOT / source]
+    program = folder / name
+    subprocess.run(["gcc", *flags, "-o", program, *objects, target, "-lm"], check=True, cwd=ROOT)
+    return program
+
+
 def main() -> int:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)

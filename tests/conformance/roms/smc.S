@@ -104,7 +104,50 @@ test_long:
     mov cr3, rax
     call r13
     SHOW
+    SAY "the second page moves\n"
+    COPY ret1, ret1_end, 0x102FFD
+    mov r12d, 0x112FFD                      /* linear 0x112000 and 0x113000 */
+    mov qword ptr [PT + 0x112 * 8], 0x102007
+    mov qword ptr [PT + 0x113 * 8], 0x120007
+    mov dword ptr [0x120000], 0xC30000
+    mov dword ptr [0x121000], 0xC34400
+    mov byte ptr [0x102FFF], 0x33
+    invlpg [0x112000]
+    invlpg [0x113000]
+    mov byte ptr [0x120000], 0x55
+    call r12
+    SHOW
+    mov qword ptr [PT + 0x113 * 8], 0x121007
+    invlpg [0x113000]
+    call r12
+    SHOW
+    mov qword ptr [PT + 0x113 * 8], 0x120007
+    invlpg [0x113000]
+    call r12
+    SHOW
+    SAY "a translation that was replaced\n"  /* of a page that is 4 MiB away: both use one entry of a TLB */
+    COPY ret1, ret1_end, 0x122000
+    mov byte ptr [0x522000], 0
+    mov r11d, 0x122000
+    call r11
+    SHOW
+    mov dword ptr [0x122001], 0x77
+    call r11
+    SHOW
+    mov byte ptr [0x522000], 0
+    mov dword ptr [0x122001], 0x88
+    call r11
+    SHOW
+    SAY "the end of a block\n"              /* its first and last bytes lie in different 64-byte parts of the page */
+    COPY long1, long1_end, 0x122010
+    mov r11d, 0x122010
+    call r11
+    SHOW
+    mov byte ptr [0x122010 + (long1_last - long1) + 2], 0x20
+    call r11
+    SHOW
     SAY "loop over two versions\n"
+    COPY ret1, ret1_end, 0x120000
     xor ebx, ebx
     mov ebp, 1000
 1:  mov [0x120001], ebp
@@ -144,6 +187,15 @@ ret2:
     mov eax, 0x22
     ret
 ret2_end:
+long1:                      /* 83 C0 01 each */
+    xor eax, eax
+    .rept 24
+    add eax, 1
+    .endr
+long1_last:
+    add eax, 1
+    ret
+long1_end:
     .byte 0x90
 stos:                       /* overwrites what follows with INC EAX (FF C0) by a repeated string instruction */
     xor edx, edx

@@ -1,0 +1,90 @@
+"""The tests of self-modifying code can fail: without any one part of the invalidation, one of them does.
+
+Every mutant is the software core with one line changed. What must notice it is a firmware image of test_soft_roms.py
+(smc: one processor; smc_smp: two) or the check of DMA in tests/support/soft_api.c.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.test_soft_roms import CPUS, ROMS, assemble
+from tests.support import soft_programs
+
+pytestmark = pytest.mark.slow
+
+BLOCK, MEMORY, MMU = "cpu/soft/block.c", "cpu/soft/memory.c", "cpu/soft/mmu.c"
+MUTANTS = {
+    "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
+    "the block that is written to goes on": (
+        "smc", BLOCK, "bool changed = c->vm->blocks->changed;", "bool changed = false;",
+    ),
+    "the end of a block counts for nothing": (
+        "smc", BLOCK, "p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));",
+        "p->granules |= 1ull << (low >> 6);",
+    ),
+    "the other page of an instruction": ("smc", BLOCK, "struct crossing *x = p->crossings;", "struct crossing *x = 0;"),
+    "the other page of an instruction moves": ("smc", BLOCK, "if (host2 != k->host2) {", "if (0) {"),
+    "a page can still be written": (
+        "smc", BLOCK, "if (on && !was)\n            soft_tlb_protect_page(vm, s->gpa + offset);", "",
+    ),
+    "a replaced translation can still write": (
+        "smc", MMU, "struct soft_vcpu *c = vm->vcpus[n];\n        clear_victims(c);",
+        "struct soft_vcpu *c = vm->vcpus[n];",
+    ),
+    "addresses still lead to the old block": (
+        "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(vm);", "b->changed = true;",
+    ),
+    "INVLPG leaves addresses of code": ("smc", MMU, "soft_jump_cache_flush_page(c, linear);", ""),
+    "another processor can still write": (
+        "smc_smp", MMU, "for (unsigned n = 0; n < vm->config.vcpus; n++) {", "for (unsigned n = 0; n < 1; n++) {",
+    ),
+    "another processor's addresses": (
+        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (vm->vcpus[i])",
+        "for (unsigned i = 0; i < 1; i++)\n        if (vm->vcpus[i])",
+    ),
+    "DMA is not looked at": (
+        "soft_api", "cpu/soft/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);", ";",
+    ),
+    "DMA at the end of what it wrote": (
+        "soft_api", "cpu/soft/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);",
+        "soft_blocks_invalidate(vm, ranges[i].gpa & ~0xFFFull, 1);",
+    ),
+}  # fmt: skip
+SECONDS = 20
+"""Long enough for what is right: a mutant that hangs has been noticed as well."""
+
+
+def noticed(program: Path, check: str, folder: Path) -> bool:
+    """Whether the check fails on this program."""
+    if check == "soft_api":
+        command = [program, "dma_into_code", "4"]
+        wanted, status = None, 0
+    else:
+        command = [program, "--memory", "64", "--timeout", str(SECONDS), "--cpus", str(CPUS.get(check, 1)), "--bios",
+                   assemble(check, folder)]  # fmt: skip
+        wanted, status = (ROMS / f"{check}.expected").read_text(), 1
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    return run.returncode != status or (wanted is not None and run.stdout != wanted)
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["interpreted", "translated"])
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_missing_invalidation_is_noticed(tmp_path: Path, mutant: str, hot: bool) -> None:
+    check, source, old, new = MUTANTS[mutant]
+    name = check if check == "soft_api" else "soft_boot"
+    program = soft_programs.build_mutant(name, source, old, new, tmp_path, hot=hot)
+    assert noticed(program, check, tmp_path)
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["interpreted", "translated"])
+@pytest.mark.parametrize("check", ["smc", "smc_smp", "soft_api"])
+def test_the_core_itself_passes(tmp_path: Path, check: str, hot: bool) -> None:
+    name = check if check == "soft_api" else "soft_boot"
+    assert not noticed(soft_programs.build(name, hot=hot), check, tmp_path)
