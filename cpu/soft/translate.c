@@ -5,20 +5,20 @@
  * the ordinary (a TLB miss, an unknown successor) writes them back and goes on in the interpreter with the micro-op
  * concerned, so this file knows nothing of faults, devices or modes; a block that is invalid is so for both.
  *
- * Callee-saved host registers are saved once, by host_enter(). If the host allows no memory that is both writable and
- * executable there are no translations. translate_gen.c makes the code, translate_ops.c says what a handler does.
+ * Callee-saved host registers are saved once, by host_enter(). Without memory for code (translate_memory.c)
+ * there are no translations. translate_gen.c makes the code, translate_ops.c says what a handler does.
  * (Longer than most files for the one switch over all kinds of micro-ops.)
  */
 #include <string.h>
-#include <sys/mman.h>
 
 #include "soft/access.h"
 #include "soft/exec.h"
 #include "soft/translate.h"
 #include "soft/translate_gen.h"
+#include "soft/translate_memory.h"
 #include "soft/translate_ops.h"
 
-enum { CODE_SIZE = 32 << 20, RUN_MAX = 24 << 10 };
+enum { RUN_MAX = 24 << 10 };
 
 /* ---- micro-ops ---- */
 
@@ -538,38 +538,6 @@ static void emit_stubs(struct gen *g, const uop_fn *fns)
     }
 }
 
-struct host_code {
-    uint8_t *base;
-    size_t used;
-};
-
-struct host_code *host_code_create(void)
-{
-    static struct host_code none;
-#ifdef __SANITIZE_ADDRESS__
-    return &none; /* handlers call each other there, and so need the callee-saved registers */
-#endif
-    meanings_learn();
-    struct host_code *code = malloc(sizeof *code);
-    if (!code)
-        return &none;
-    code->used = 0;
-    code->base = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (code->base == MAP_FAILED) {
-        free(code);
-        return &none;
-    }
-    return code;
-}
-void host_code_destroy(struct host_code *code)
-{
-    if (code->base) {
-        munmap(code->base, CODE_SIZE);
-        free(code);
-    }
-}
-void host_code_reset(struct host_code *code) { code->used = 0; }
-
 /* Replace the runs of known micro-ops of a block by host code. True: it did, or there is nothing to do; false: no room. */
 bool host_code_translate(struct host_code *code, struct block *k)
 {
@@ -586,7 +554,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
             i++;
             continue;
         }
-        if (CODE_SIZE - code->used < RUN_MAX)
+        if (HOST_CODE_SIZE - code->used < RUN_MAX)
             return false;
         g->start = g->p = code->base + code->used;
         g->end = g->start + RUN_MAX;
@@ -613,7 +581,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
         }
         emit_stubs(g, fns);
         if (!g->failed && i > from) {
-            k->code[from].fn = (uop_fn)(uintptr_t)g->start;
+            k->code[from].fn = (uop_fn)(uintptr_t)(code->runs + (g->start - code->base));
             code->used += ((size_t)(g->p - g->start) + 15) & ~(size_t)15;
         }
         if (i == from)

@@ -6,9 +6,12 @@ import hashlib
 import os
 import select
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +34,7 @@ from tests.support.bare import Bare
 
 pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core")
 
+ROOT = Path(__file__).parents[2]
 CODE = 0x10000
 COUNTERS = 0x8000
 VIRTUAL = VmConfig(virtual_clock=True, seed=1)
@@ -274,6 +278,38 @@ def test_state_of_a_computation_moves_at_arbitrary_points(soft: System) -> None:
         results.append((bytes(bare.console), bare.read(0x8000, 8)))
         bare.__exit__()
     assert results[0] == results[1]
+
+
+RUN_AND_TELL = """
+import resource, signal, sys
+from cpu.system import soft_system
+from tests.support.assemble import assemble
+from tests.support.bare import Bare
+from tests.integration.test_soft_core import CODE, WORK
+if sys.argv[1] == "limited":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+with Bare(soft_system()) as bare:
+    bare.code(CODE, assemble(WORK.replace("300000000", "3000000"), CODE))
+    bare.start()
+    bare.run()
+    maps = list(open("/proc/self/maps"))
+    found = sorted(line.split()[1] for line in maps if "loopvisor-code" in line or "wx" in line.split()[1])
+    print(bytes(bare.console).hex(), *found)
+"""
+
+
+def test_host_code_is_never_writable_where_it_runs() -> None:
+    """Two mappings of one memory; where the host does not allow them, the interpreter does the same work."""
+    told = {}
+    for how in ("usual", "limited"):
+        command = [sys.executable, "-c", RUN_AND_TELL, how]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr
+        told[how] = done.stdout.split()
+    assert told["usual"][1:] == ["r-xs", "rw-s"]
+    assert told["limited"][1:] == []
+    assert told["usual"][0] == told["limited"][0]
 
 
 def smp_run(soft: System, posted: bool) -> tuple[list[int], int, str]:

@@ -1,0 +1,15 @@
+/* Memory for host code: what translate.c fills. */
+#ifndef SOFT_TRANSLATE_MEMORY_H
+#define SOFT_TRANSLATE_MEMORY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { HOST_CODE_SIZE = 32 << 20 };
+struct host_code {
+    uint8_t *base;       /* where code is written; NULL: there is no memory */
+    const uint8_t *runs; /* where it runs: the same memory */
+    size_t used;
+};
+
+#endif
