@@ -53,6 +53,10 @@ test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test
 	$(BIN)/python -m tests.rig
 
+test-matrix: venv ## kernels x ACPI x vCPUs x memory beside QEMU, all 36; `make test` has 9
+	@.ci/packages test
+	LOOPVISOR_MATRIX=1 $(BIN)/python -m pytest -q tests/integration/test_linux.py -k kernel_log
+
 sanitize: venv   ## C code under ASan and UBSan
 	.ci/sanitize
 

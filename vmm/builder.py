@@ -44,6 +44,7 @@ PARTS = (
     "vmm.virtio_devices",
     "vmm.devices.vmgenid",
     "vmm.smbios",
+    "vmm.mptable",
 )
 """Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
 BARE_PARTS = ("vmm.devices.uart", "vmm.devices.debug", "vmm.devices.reset", "vmm.devices.i8042")

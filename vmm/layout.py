@@ -83,6 +83,7 @@ ACPI = Range(0xE_0000, 64 * KIB)
 """RSDP (on a 16-byte boundary, at the start) and all tables."""
 SMBIOS = Range(0xF_0000, 4 * KIB)
 """Entry point (found by its anchor from 0xF0000 on) and structures."""
+MP_TABLE = Range(0xF_1000, 4 * KIB)
 VM_GENERATION_ID = 0xF_F000
 DUMMY_HANDLER, RESET_VECTOR = 0xF_FF53, 0xF_FFF0
 """F000:FF53 and F000:FFF0: where a PC's BIOS has its IRET for unused interrupts, and where a processor begins."""
