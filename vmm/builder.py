@@ -191,6 +191,10 @@ class Built:
             attached = importlib.import_module(name).attach(self)
             if attached is not None:
                 await attached
+        if Capability.DETECTS_HALT not in self.capabilities:
+            from vmm.haltwatch import HaltWatch
+
+            self.add("halt-watch", HaltWatch(self._dispatcher, self.vcpus, self.stats))
         if config.platform != "bare":
             level_trigger(vm)
         await self._load()

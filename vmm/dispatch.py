@@ -62,6 +62,11 @@ class Dispatcher:
         """Every vCPU is parked, so state may be read, set and saved."""
         return len(self._held) + len(self._halted) == len(self._vcpus)
 
+    @property
+    def held(self) -> bool:
+        """Somebody keeps the vCPUs from running on."""
+        return bool(self._holds)
+
     def hold(self, why: str) -> None:
         """Park all vCPUs soon, until `release(why)`."""
         first = not self._holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,30 @@ async def test_an_interrupt_without_a_service_returns(tmp_path: Path, core: Any)
 async def test_a_jump_to_the_reset_vector_resets(tmp_path: Path, core: Any) -> None:
     outcome = await run(tmp_path, core, bytes.fromhex("ea f0ff 00f0"))  # jmp f000:fff0
     assert outcome.reason is vmm.Reason.RESET
+
+
+async def test_port_92_resets(tmp_path: Path, core: Any) -> None:
+    outcome = await run(tmp_path, core, bytes.fromhex("e492 0c01 e692 f4"))  # in al, 0x92; or al, 1; out 0x92, al; hlt
+    assert outcome.reason is vmm.Reason.RESET
+
+
+async def test_halted_with_interrupts_off_is_an_end(tmp_path: Path, core: Any) -> None:
+    outcome = await run(tmp_path, core, bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp to the hlt
+    assert (outcome.reason, outcome.status) == (vmm.Reason.HALTED, 0)
+
+
+@pytest.mark.kvm
+async def test_halted_with_interrupts_on_is_none(tmp_path: Path) -> None:
+    """KVM is asked now and then whether all vCPUs are halted for good; one that an interrupt can wake is not."""
+    found = select.probe("kvm")
+    if not found.available:
+        pytest.skip(found.reason)
+    image = tmp_path / "code"
+    image.write_bytes(bytes.fromhex("fb f4 ebfd"))  # sti; hlt; jmp to the hlt
+    async with vmm.VirtualMachine(core="kvm", flat=str(image), memory="2M") as machine:
+        machine.resume()
+        async with asyncio.timeout(60):
+            while machine.stats()["exit.interrupted"] < 2:
+                await asyncio.sleep(0.01)
+        assert machine.state is vmm.State.RUNNING
+        machine.kill()
