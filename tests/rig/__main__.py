@@ -72,7 +72,7 @@ def prepare() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.rig", description="run KVM-marked tests on kvm-amd")
-    parser.add_argument("--timeout", type=float, default=1200, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=3072, help="the guest's RAM in MiB (default: %(default)s)")
     parser.add_argument("--shell", metavar="COMMAND", help="run this instead of pytest")
     arguments, rest = parser.parse_known_args()
