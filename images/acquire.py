@@ -79,8 +79,9 @@ class Transports:
         status, out, errors = run(["apt-config", "dump", *form])
         if status:
             raise ImageError(f"apt-config failed: {(errors or ['no message'])[0]}")
-        # apt's own user could not write into the cache.
-        self._configuration = f"601 Configuration\n{out}Config-Item: APT::Sandbox::User=root\n\n"
+        # apt's own user could not write into the cache; addresses are sent as the index has them, escaped.
+        own = "Config-Item: APT::Sandbox::User=root\nConfig-Item: Acquire::Send-URI-Encoded=1\n"
+        self._configuration = f"601 Configuration\n{out}{own}\n"
         found = run(["apt-config", "shell", "found", "Dir::Bin::methods/d"])[1]
         self._folder = Path(found.partition("'")[2].partition("'")[0] or "/usr/lib/apt/methods")
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 CHANGED = "Tue, 01 Jan 2019 00:00:00 GMT"
 PIECE = 64 << 10
 
 
 class Archive:
-    """Serves what stands at the end of a path, so that it can be a proxy as well. `seen` lists (path, first byte)."""
+    """Serves what stands at the end of a path, so that it can be a proxy as well. `seen` lists (name, first byte)."""
 
     def __init__(self, files: dict[str, bytes | Path], *, ranges: bool = True, pause: float = 0.0) -> None:
         self.files = files
@@ -23,12 +24,12 @@ class Archive:
         self.pause = pause
         """Seconds after each PIECE."""
         self.moved: dict[str, str] = {}
-        """Path -> where it is now."""
+        """Name -> where it is now."""
         self.seen: list[tuple[str, int]] = []
         self.url = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        name = request.path.rpartition("/")[2]
+        name = unquote(request.path.rpartition("/")[2])
         if name in self.moved:
             request.send_response(302)
             request.send_header("Location", self.moved[name])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,17 @@ def test_moved_and_missing_files() -> None:
         with pytest.raises(ImageError, match=r"/gone_1_all.deb: 404") as caught:
             packages.download(gone)
         assert "\n" not in str(caught.value)
+
+
+@needs_apt
+@pytest.mark.parametrize("by_proxy", [False, True])
+def test_names_that_an_address_must_escape(tmp_path: Path, by_proxy: bool) -> None:
+    with serve({"thing_1.0+b1_all.deb": BODY}) as archive:
+        if by_proxy:
+            (tmp_path / "apt.conf").write_text(f'Acquire::http::Proxy "{archive.url}";\n')
+        host = "http://archive.invalid" if by_proxy else archive.url
+        wanted = replace(package(archive), uri=f"{host}/pool/thing_1.0%2bb1_all.deb")
+        assert packages.download(wanted).read_bytes() == BODY
 
 
 def test_files_of_a_local_mirror(tmp_path: Path) -> None:
