@@ -47,6 +47,7 @@ bench: venv      ## print the bench table, write bench.json
 
 soak: venv       ## Debian's kernels under load, compared with the host; SECONDS_EACH=600 for each kernel and 1, 2, 4 vCPUs
 	@.ci/packages test
+	LOOPVISOR_SOAK=1 $(BIN)/python -m pytest -q tests/integration/test_killed.py
 	$(BIN)/python -m tests.soak $${SECONDS_EACH:-600}
 
 test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host

@@ -6,6 +6,7 @@ key, and mmdebstrap then needs no network. Another release it downloads by itsel
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tarfile
@@ -66,6 +67,8 @@ def _install(root: dict[str, Any], debs: dict[Package, Path], work: Path, tell: 
         command += ["--setup-hook", f"sync-in {work / 'lists'} /var/lib/apt/lists", "--skip=update,download/empty"]
         sources = [str(source) for source in packages.sources(root["suite"])]
     archive = work / "root.tar"
+    if os.geteuid() == 0 and run(["unshare", "--mount", "true"])[0] == 0:
+        command = ["unshare", "--mount", *command]  # what is mounted for the new system goes with the namespace
     # Other users than ours must get there: apt's, and those of a user namespace.
     environment = {"SOURCE_DATE_EPOCH": "1", "TMPDIR": str(cache.outside(work))}
     command += [root["suite"], str(archive), *sources]

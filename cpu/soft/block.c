@@ -2,7 +2,10 @@
  * linking; invalidation by physical page; and the entry points that run them.
  *
  * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
- * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction.
+ * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
+ * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back
+ * (python -m tests.bench many). One with a virtual clock has all for itself: when blocks are made anew decides where
+ * turns end, and that must not depend on who else is there.
  * Links only join blocks of the same page, and a page's blocks die together.
  */
 #include <stdlib.h>
@@ -12,7 +15,7 @@
 #include "soft/exec.h"
 #include "soft/translate.h"
 
-enum { HASH_BITS = 15, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20 };
+enum { HASH_BITS = 15, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, SHARERS_MAX = 20 };
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
@@ -34,8 +37,9 @@ struct block_cache {
     struct block *hash[1 << HASH_BITS];
     struct code_page *pages[1 << PAGE_HASH_BITS];
     uint8_t *arena;
-    size_t used;
+    size_t used, touched; /* touched: the most that was used since memory was last given back */
     uint32_t flushes;
+    bool shares;
     struct host_code *host_code;
     bool reset;       /* everything is dead: the arena can be used from its start */
     bool changed;     /* see block_code_changed() */
@@ -54,7 +58,25 @@ static unsigned page_hash(const uint8_t *page)
 }
 static const uint8_t *page_of(const uint8_t *host) { return (const uint8_t *)((uintptr_t)host & ~(uintptr_t)0xFFF); }
 
-struct block_cache *soft_blocks_create(void)
+static uint32_t sharers; /* VMs of this process */
+
+size_t soft_share(size_t whole, bool shares)
+{
+    uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
+    return (n < 1 ? whole : whole / (n < SHARERS_MAX ? n : SHARERS_MAX)) & ~(size_t)0xFFF;
+}
+
+void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice)
+{
+    if (used > *touched)
+        *touched = used;
+    if (*touched > share) {
+        madvise(base + share, *touched - share, advice);
+        *touched = share;
+    }
+}
+
+struct block_cache *soft_blocks_create(bool shares)
 {
     struct block_cache *b = calloc(1, sizeof *b);
     if (!b)
@@ -64,13 +86,16 @@ struct block_cache *soft_blocks_create(void)
         free(b);
         return NULL;
     }
-    b->host_code = host_code_create();
+    b->shares = shares;
+    b->host_code = host_code_create(shares);
+    __atomic_add_fetch(&sharers, 1, __ATOMIC_RELAXED);
     return b;
 }
 
 void soft_blocks_destroy(struct block_cache *b)
 {
     if (b) {
+        __atomic_sub_fetch(&sharers, 1, __ATOMIC_RELAXED);
         munmap(b->arena, ARENA_SIZE);
         host_code_destroy(b->host_code);
         free(b);
@@ -276,19 +301,39 @@ bool block_code_changed(struct soft_vcpu *c)
     return changed;
 }
 
+/* Begin the arena anew: everything in it is dead, and nothing of it runs. */
+static void recycle(struct block_cache *b)
+{
+    soft_give_back(b->arena, &b->touched, b->used, soft_share(ARENA_SIZE, b->shares), MADV_DONTNEED);
+    b->reset = false;
+    b->used = 0;
+    host_code_reset(b->host_code);
+}
+
+void soft_blocks_rest(struct soft_vm *vm)
+{
+    if (vm->blocks->used > soft_share(ARENA_SIZE, vm->blocks->shares)) {
+        soft_blocks_flush(vm);
+        recycle(vm->blocks);
+    }
+}
+
 /* ---- making blocks ---- */
+
+static bool full(const struct block_cache *b, size_t size)
+{
+    size_t share = soft_share(ARENA_SIZE, b->shares);
+    return b->used > share || share - b->used < size;
+}
 
 static void *allocate(struct soft_vm *vm, size_t size)
 {
     struct block_cache *b = vm->blocks;
     size = (size + 63) & ~(size_t)63;
-    if (ARENA_SIZE - b->used < size)
+    if (full(b, size))
         soft_blocks_flush(vm);
-    if (b->reset) {
-        b->reset = false;
-        b->used = 0;
-        host_code_reset(b->host_code);
-    }
+    if (b->reset)
+        recycle(b);
     void *p = b->arena + b->used;
     b->used += size;
     return p;
@@ -332,7 +377,7 @@ static void mark_granules(struct code_page *p, unsigned low, unsigned high)
 /* Room for any block and what belongs to it, so that a flush cannot come between. */
 static void reserve(struct soft_vm *vm)
 {
-    if (ARENA_SIZE - vm->blocks->used < sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096)
+    if (full(vm->blocks, sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096))
         soft_blocks_flush(vm);
 }
 

@@ -401,10 +401,11 @@ void soft_execute(struct soft_vcpu *c);
 /* Run exactly one instruction (one iteration of a repeated string instruction is enough), whatever c->attention and
  * c->budget are; counts it. */
 void soft_step(struct soft_vcpu *c);
-struct block_cache *soft_blocks_create(void);
+struct block_cache *soft_blocks_create(bool shares); /* memory, with the other VMs of this process */
 void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
 void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
+void soft_blocks_rest(struct soft_vm *vm); /* the VM sleeps, no block runs: give back what exceeds its share of memory */
 void soft_jump_cache_flush(struct soft_vcpu *c);                        /* mmu.c: with every TLB flush */
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */
 

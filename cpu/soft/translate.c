@@ -554,7 +554,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
             i++;
             continue;
         }
-        if (HOST_CODE_SIZE - code->used < RUN_MAX)
+        if (code->used + RUN_MAX > soft_share(HOST_CODE_SIZE, code->shares))
             return false;
         g->start = g->p = code->base + code->used;
         g->end = g->start + RUN_MAX;

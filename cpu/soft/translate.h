@@ -6,8 +6,14 @@
 
 #include "soft/uop.h"
 
+/* A VM's part of memory, in bytes: of what those that share have together, or the whole (block.c). */
+size_t soft_share(size_t whole, bool shares);
+/* Memory from `base` on was used up to `used`, and before up to `touched`: the host gets back what exceeds `share`,
+ * by madvise() with `advice`. */
+void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice);
+
 struct host_code;
-struct host_code *host_code_create(void);
+struct host_code *host_code_create(bool shares);
 void host_code_destroy(struct host_code *code);
 void host_code_reset(struct host_code *code); /* all translations are dead */
 /* False: no room is left. */

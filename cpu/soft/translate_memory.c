@@ -43,7 +43,7 @@ static bool map_twice(struct host_code *code)
     return true;
 }
 
-struct host_code *host_code_create(void)
+struct host_code *host_code_create(bool shares)
 {
     static struct host_code none;
 #ifdef __SANITIZE_ADDRESS__
@@ -53,7 +53,8 @@ struct host_code *host_code_create(void)
     struct host_code *code = malloc(sizeof *code);
     if (!code)
         return &none;
-    code->used = 0;
+    code->used = code->touched = 0;
+    code->shares = shares;
     if (!map_twice(code)) {
         free(code);
         return &none;
@@ -68,4 +69,11 @@ void host_code_destroy(struct host_code *code)
         free(code);
     }
 }
-void host_code_reset(struct host_code *code) { code->used = 0; }
+void host_code_reset(struct host_code *code)
+{
+    if (!code->base)
+        return;
+    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
+    soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
+    code->used = 0;
+}

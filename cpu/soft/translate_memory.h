@@ -2,6 +2,7 @@
 #ifndef SOFT_TRANSLATE_MEMORY_H
 #define SOFT_TRANSLATE_MEMORY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -9,7 +10,8 @@ enum { HOST_CODE_SIZE = 32 << 20 };
 struct host_code {
     uint8_t *base;       /* where code is written; NULL: there is no memory */
     const uint8_t *runs; /* where it runs: the same memory */
-    size_t used;
+    size_t used, touched;
+    bool shares; /* memory, with other VMs (soft_share()) */
 };
 
 #endif

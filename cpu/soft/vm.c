@@ -115,7 +115,7 @@ struct soft_vm *soft_vm_create(const struct soft_config *config, const struct so
     vm->start_ns = soft_host_now();
     const struct irqchip_host chip_host = { .ctx = vm, .wake = on_wake, .nmi = on_nmi, .init = on_init, .sipi = on_sipi,
                                             .eoi = on_eoi, .tsc = on_tsc, .tsc_to_ns = on_tsc_to_ns };
-    bool ok = (vm->blocks = soft_blocks_create()) && (vm->events = soft_events_create());
+    bool ok = (vm->blocks = soft_blocks_create(!config->virtual_clock)) && (vm->events = soft_events_create());
     for (uint32_t i = 0; ok && i < config->vcpus; i++)
         ok = (vm->vcpus[i] = create_vcpu(vm, i)) != NULL;
     ok = ok && (vm->irqchip = irqchip_create(config->vcpus, &chip_host));
@@ -364,6 +364,7 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
             vm->virtual_ns_skipped += deadline - now;
         return GO_ON;
     }
+    soft_blocks_rest(vm);
     soft_events_wait(vm, all_parked ? UINT64_MAX : deadline);
     return GO_ON;
 }

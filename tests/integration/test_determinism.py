@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cpu import _core
+from images import guests
 from tests.support import debian
 from vmm import VirtualMachine
 from vmm.lifecycle import Outcome, Reason
@@ -52,6 +54,17 @@ async def test_two_boots_with_one_seed_are_equal_and_another_seed_differs(tmp_pa
     assert await boot(tmp_path, 1, 1) == first
     other = await boot(tmp_path, 2, 1)
     assert other[2] != first[2]
+
+
+async def test_neighbours_change_nothing(tmp_path: Path) -> None:
+    """Beside two dozen machines, which share memory for translated code."""
+    alone = await boot(tmp_path, 1, 1)
+    async with AsyncExitStack() as stack:
+        for _ in range(24):
+            await stack.enter_async_context(
+                VirtualMachine(core="soft", kernel=guests.path("echo"), memory="16M", platform="bare")
+            )
+        assert await boot(tmp_path, 1, 1) == alone
 
 
 async def test_two_vcpus_take_the_same_turns(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -13,7 +14,10 @@ import pytest
 import uvloop
 
 from cpu.select import probe
-from vmm import VirtualMachine
+from images import builder
+from images.errors import ImageError
+from tests.bench import bench_many
+from vmm import VirtualMachine, run
 from vmm.lifecycle import Reason
 
 GUESTS = Path(__file__).resolve().parents[2] / "images/guests"
@@ -138,3 +142,36 @@ async def test_reboot_in_place_on_a_real_core(core: str) -> None:
             await vm.console.expect("Hello from guest mode!\n")
         vm.kill()
         assert (await vm.wait()).reason is Reason.KILLED
+
+
+@pytest.fixture
+def linux() -> None:
+    try:
+        builder.build("linux")
+    except ImageError as error:
+        pytest.skip(f"no linux image: {error}")
+
+
+@pytest.mark.debian
+@pytest.mark.slow
+def test_a_further_linux_guest_takes_little_beyond_its_own_memory(linux: None) -> None:
+    """Of twenty machines in one process four are Linux guests or one is: each answers a command, and the three more
+    take at most 8 MiB each beyond guest memory."""
+    one, four = bench_many.in_fresh_process(1, "soft", 19), bench_many.in_fresh_process(4, "soft", 16)
+    assert (bench_many.beyond(four) - bench_many.beyond(one)) / 3 <= 8 << 20, (one, four)
+
+
+@pytest.mark.debian
+async def test_a_machine_that_sleeps_gives_back_what_is_others_share(linux: None) -> None:
+    """What a Linux guest's boot was translated to is most of what it takes; beside many machines it may keep less."""
+    async with contextlib.AsyncExitStack() as stack:
+        vm = await stack.enter_async_context(run("linux", core="soft", nets=()))
+        await vm.exec("true", timeout=120)
+        alone = bench_many.resident([vm])["translations"]
+        assert alone > 4 << 20
+        for _ in range(24):
+            await stack.enter_async_context(machine("soft", "echo"))
+        async with asyncio.timeout(60):
+            while bench_many.resident([vm])["translations"] > alone / 2:
+                await asyncio.sleep(0.1)
+        assert (await vm.exec("echo", "awake", timeout=120)).text == "awake"
