@@ -33,17 +33,19 @@ def attach_console(name: str) -> None:
 def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
     """One machine a line; one that does not answer is listed all the same."""
     found: list[dict[str, Any]] = []
+    samples: dict[str, None] = {}
     for entry in entries():
         try:
             status = request(entry, "status", 5.0)
             if stats:
                 status |= request(entry, "stats", 5.0)
             if metrics:
-                sys.stdout.write(request(entry, "metrics", 5.0)["metrics"])
+                samples |= dict.fromkeys(request(entry, "metrics", 5.0)["metrics"].splitlines(keepends=True))
         except VmmError as error:
             status = {"name": entry.name, "state": "unknown", "pid": entry.info.get("pid"), "error": str(error)}
         found.append(status)
     if metrics:
+        sys.stdout.writelines(samples)  # HELP and TYPE stand once, however many machines there are
         return
     if json:
         _print_json(found)

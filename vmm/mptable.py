@@ -7,6 +7,7 @@ say.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Struct
@@ -38,6 +39,8 @@ INTERRUPT = Struct(
     "type" / Int8ul, "kind" / Int8ul, "flags" / Int16ul, "bus" / Int8ul, "source" / Int8ul, "apic" / Int8ul,
     "pin" / Int8ul,
 )
+INTERRUPT_VIEW = struct.Struct("<2BH4B")
+"""The same for the 140 of them, which construct takes 4 ms for."""
 IO_INTERRUPT, LOCAL_INTERRUPT = 3, 4
 INT, NMI, EXTERNAL = 0, 1, 3
 CONFORMS, LEVEL_HIGH = 0, 0b1101
@@ -53,11 +56,7 @@ def _checked(raw: bytes, at: int) -> bytes:
 
 
 def _interrupt(what: int, kind: int, flags: int, bus: int, source: int, apic: int, pin: int) -> bytes:
-    return bytes(
-        INTERRUPT.build(
-            {"type": what, "kind": kind, "flags": flags, "bus": bus, "source": source, "apic": apic, "pin": pin}
-        )
-    )
+    return INTERRUPT_VIEW.pack(what, kind, flags, bus, source, apic, pin)
 
 
 def _entries(cpus: int) -> list[bytes]:

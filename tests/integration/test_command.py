@@ -250,6 +250,17 @@ def test_ps_pause_resume_stats_kill(runtime: Path, echo: Background) -> None:
     assert empty(runtime)
 
 
+def test_metrics_of_several_machines_are_one_group(runtime: Path, echo: Background) -> None:
+    with Background(runtime, "echo", "--name", "other", "--console", "none"):
+        wait_for(lambda: (runtime / "loopvisor/other/info.json").exists())
+        lines = vmm(runtime, "ps", "--metrics").stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("#")] == ["HELP", "TYPE"]
+    for name in ("echo", "other"):
+        values = dict(re.findall(rf'loopvisor_events_total{{machine="{name}",kind="([^"]+)"}} (\d+)', "\n".join(lines)))
+        assert {"exit.port-in", "exit.port-out", "posted", "shadow"} <= values.keys()
+        assert sum(map(int, values.values())) > 0
+
+
 def test_stop_waits_then_kills(runtime: Path, echo: Background) -> None:
     done = vmm(runtime, "stop", "echo", "--timeout", "0.2", "--json")
     assert json.loads(done.stdout)["reason"] == "killed"

@@ -105,7 +105,11 @@ async def shell_log(
         await machine.console.write("echo DMESG''-BEGIN; /bin/busybox dmesg -r; echo DMESG''-END\n")
         text = (await machine.console.expect(rb"(?s)DMESG-BEGIN.*DMESG-END", timeout=60))[0].decode(errors="replace")
         machine.kill()
-    return kernel_log(text)
+    log = kernel_log(text)
+    usable = re.findall(r"BIOS-e820: \[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\] usable", "\n".join(line for _, line in log))
+    found_memory = sum(int(last, 16) + 1 - int(first, 16) for first, last in usable)
+    assert found_memory == (memory_mib << 20) - (layout.KERNEL_BASE - layout.EBDA.start)
+    return log
 
 
 @pytest.mark.qemu
@@ -153,6 +157,12 @@ def test_the_short_matrix_holds_every_pair() -> None:
 def test_every_way_to_end(tmp_path: Path, stock_core: str, do: str, append: str, status: int, reason: str) -> None:
     done = boot(tmp_path, do=do, append=f"quiet {append}", core=stock_core)
     assert (done.returncode, json.loads(done.stderr.splitlines()[-1])["reason"]) == (status, reason), done.stderr
+
+
+def test_default_command_line_of_each_core(tmp_path: Path, stock_core: str) -> None:
+    done = command(tmp_path, "run", "--core", stock_core, "--kernel", str(debian.kernel()), "--print-cmdline")
+    software = " cryptomgr.notests no_timer_check" if stock_core == "soft" else ""
+    assert done.stdout == f"console=ttyS0 panic=-1 reboot=panic_warm{software}\n"
 
 
 @pytest.mark.parametrize("protocol", ["linux64", "vmlinux", "pvh", "bzimage"])
@@ -257,9 +267,12 @@ async def test_pvpanic_driver_reports_a_panic(tmp_path: Path) -> None:
     initrd = debian.initramfs(tmp_path, loaded={name: loaded[name] for name in order})
     config = vmm.Config(core="soft", kernel=debian.kernel(), initrd=initrd, append="do=panic")
     async with vmm.VirtualMachine(config) as machine:
+        events = machine.events()
         machine.resume()
         outcome = await machine.wait()
-    assert outcome.reason is Reason.CRASH and "pvpanic" in str(outcome)
+        last = [event async for event in events][-1]
+    assert outcome.reason is Reason.CRASH and "pvpanic" in str(outcome) and outcome.status == 3
+    assert last == vmm.Ended(outcome)
 
 
 @pytest.mark.parametrize("guest", ["plain", "image"])

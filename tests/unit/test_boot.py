@@ -215,6 +215,23 @@ def elf32(entry: int, *segments: tuple[int, bytes]) -> bytes:
     return header + programs + bodies
 
 
+def test_multiboot_elf_of_32_bits_and_its_module(tmp_path: Path) -> None:
+    flags = 0x3
+    header = struct.pack("<III", multiboot.MAGIC, flags, -(multiboot.MAGIC + flags) & 0xFFFF_FFFF)
+    path, initrd = tmp_path / "kernel", tmp_path / "module"
+    path.write_bytes(elf32(0x10_000C, (0x10_0000, header + b"\xf4" * 20), (0x20_0000, b"data")))
+    initrd.write_bytes(b"module" * 1000)
+    memory = Ram(32 * MIB)
+    state = boot.load(memory, path, initrd=initrd, cmdline="kernel a=b -- module c=d")
+    assert (state.protocol, state.registers.rip, state.registers.rax) == ("multiboot", 0x10_000C, 0x2BAD_B002)
+    assert memory.read(0x20_0000, 4) == b"data"
+    info = multiboot.INFO.parse(memory.read(state.registers.rbx, multiboot.INFO.sizeof()))
+    assert info.mods_count == 1 and memory.text(info.cmdline) == "kernel a=b"
+    module = multiboot.MODULE.parse(memory.read(info.mods_addr, multiboot.MODULE.sizeof()))
+    assert memory.read(module.start, module.end - module.start) == b"module" * 1000 and module.start % 4096 == 0
+    assert memory.text(module.string) == "module c=d"
+
+
 def internet_checksum(data: bytes) -> int:
     """RFC 1071, of little-endian words; 0 over what holds its own checksum."""
     total = sum(struct.unpack(f"<{len(data) // 2}H", data))

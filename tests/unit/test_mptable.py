@@ -50,3 +50,11 @@ def test_4_3_4_interrupts_are_routed_as_in_madt_and_prt() -> None:
     assert isa == {irq: irq or 2 for irq in (0, 1, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15)}
     pins = [item.pin for item in routes if item.kind == 0 and item.bus == 1]
     assert len(pins) == len(set(pins))
+
+
+def test_the_view_is_the_declaration() -> None:
+    names = [field.name for field in mptable.INTERRUPT.subcons]
+    raw = bytes(range(1, 9))
+    parsed = mptable.INTERRUPT.parse(raw)
+    assert mptable.INTERRUPT_VIEW.unpack(raw) == tuple(parsed[name] for name in names)
+    assert mptable.INTERRUPT_VIEW.size == mptable.INTERRUPT.sizeof() == 8
