@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support import programs
+
 HOST, GUEST = "10.213.9.1", "10.213.9.2"
 SECONDS = int(os.environ.get("BENCH_GUEST_SECONDS", "5"))
 TIMEOUT = 240
@@ -61,26 +63,13 @@ poweroff -f
 def build_root(folder: Path) -> Path:
     """An ext4 image with busybox, fio, iperf3, their libraries, and INIT as /sbin/init."""
     tree = folder / "tree"
-    for name in ("bin", "sbin", "usr/bin"):
+    for name in ("bin", "sbin"):
         (tree / name).mkdir(parents=True)
     shutil.copy(shutil.which("busybox") or "/bin/busybox", tree / "bin/busybox")
-    for name in ("fio", "iperf3"):
-        program = shutil.which(name)
-        assert program is not None
-        shutil.copy(program, tree / "usr/bin" / name)
-        libraries = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-        for word in libraries.split():
-            if word.startswith("/"):
-                target = tree / word.lstrip("/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(word, target)
+    programs.add(tree, ("fio", "iperf3"))
     (tree / "sbin/init").write_text(INIT)
     (tree / "sbin/init").chmod(0o755)
-    root = folder / "root.img"
-    subprocess.run(
-        ["mke2fs", "-q", "-t", "ext4", "-d", tree, root, "256M"], check=True, capture_output=True, timeout=TIMEOUT
-    )
-    return root
+    return programs.image(tree, folder / "root.img", "256M")
 
 
 @contextlib.contextmanager
@@ -167,7 +156,7 @@ def qemu(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None) ->
 
 def rows() -> Iterator[dict[str, object]]:
     """Each measurement on our core, under TCG, and the ratio."""
-    missing = [name for name in ("fio", "iperf3", "mke2fs", "qemu-system-x86_64") if shutil.which(name) is None]
+    missing = programs.missing(("fio", "iperf3", "mke2fs", "qemu-system-x86_64"))
     if missing:
         yield {"name": "guest fio and iperf3", "value": None, "unit": "", "note": f"not here: {', '.join(missing)}"}
         return

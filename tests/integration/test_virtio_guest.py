@@ -8,10 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,83 +186,3 @@ async def test_consoles_and_vsock(tmp_path: Path, stock_core: Any) -> None:
         writer.write(b"CONNECT 4242\n")
         assert await asyncio.wait_for(reader.read(), SECONDS) == b"", "nobody listens there"
         writer.close()
-
-
-def fsck(path: Path) -> None:
-    """Clean, without repairs."""
-    done = subprocess.run(["e2fsck", "-fn", path], capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
-async def test_a_root_file_system_survives_poweroff(tmp_path: Path, stock_core: Any) -> None:
-    found = image()
-    assert found.disk is not None
-    root = tmp_path / "root.img"
-    shutil.copyfile(found.disk, root)
-    async with vmm.VirtualMachine(
-        kernel=found.kernel,
-        initrd=found.initrd,
-        append="root=/dev/vda rw",
-        disks=(Disk(path=root),),
-        agent=True,
-        core=stock_core,
-        timeout=SECONDS,
-    ) as vm:
-        vm.resume()
-        await sh(vm, "for i in 1 2 3 4 5; do mkdir -p /d$i; cp /bin/busybox /d$i/; done; echo kept > /note")
-        await vm.stop(timeout=SECONDS)
-    fsck(root)
-    note = subprocess.run(["debugfs", "-R", "cat /note", root], capture_output=True, timeout=SECONDS)
-    assert note.stdout == b"kept\n"
-
-
-RECORDS = """
-i=0
-while true; do
-    i=$((i+1))
-    printf '%08d' $i | dd of=/dev/vdb bs=512 seek=$i conv=notrunc,sync,fsync 2>/dev/null
-    echo record $i is durable
-done
-"""
-
-
-@pytest.mark.skipif(shutil.which("e2fsck") is None, reason="e2fsprogs is not installed")
-@pytest.mark.clause("5.2.6.2-h")
-async def test_what_was_flushed_survives_kill_9(tmp_path: Path, stock_core: Any) -> None:
-    """A log-structured writer in the guest says which records it has flushed; the VMM is killed; they are there."""
-    found = image()
-    assert found.disk is not None
-    root, log = tmp_path / "root.img", tmp_path / "log.img"
-    shutil.copyfile(found.disk, root)
-    log.write_bytes(bytes(4 << 20))
-    script = (
-        "import asyncio, sys, vmm\n"
-        "async def main():\n"
-        f"    async with vmm.VirtualMachine(kernel={str(found.kernel)!r}, initrd={str(found.initrd)!r},\n"
-        f"            append='root=/dev/vda rw', agent=True, core={stock_core!r}, timeout={SECONDS},\n"
-        f"            disks=({str(root)!r}, {str(log)!r})) as vm:\n"
-        "        vm.resume()\n"
-        f"        process = await vm.start_process('sh', '-c', {RECORDS!r})\n"
-        "        async for part in process.stdout:\n"
-        "            sys.stdout.write(part.decode()); sys.stdout.flush()\n"
-        "asyncio.run(main())\n"
-    )
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    last = 0
-    async with asyncio.timeout(SECONDS):
-        while last < 40:
-            line = await process.stdout.readline()
-            assert line, "the machine ended"
-            last = int(line.split()[1])
-    os.kill(process.pid, signal.SIGKILL)
-    rest = await process.stdout.read()
-    await process.wait()
-    whole = [line for line in rest.decode().splitlines() if line.endswith("durable")]
-    last = int(whole[-1].split()[1]) if whole else last
-    data = log.read_bytes()
-    for number in range(1, last + 1):
-        assert data[512 * number : 512 * number + 8] == b"%08d" % number
-    subprocess.run(["e2fsck", "-fy", root], capture_output=True, timeout=SECONDS)  # replays the journal
-    fsck(root)

@@ -1,8 +1,8 @@
 """A file whose reads, writes and flushes wait until told: a FUSE file system of one file. Root only.
 
 It is served by a process of its own (`python -m tests.support.slowdisk FOLDER SIZE`), so that a test that hangs can be
-killed: with its server the file system fails. Commands come on standard input: "hold", "release", "waiting"; each is
-answered with a line. The protocol is that of fuse(4) and linux/fuse.h, version 7.31.
+killed: with its server the file system fails. Commands come on standard input: "hold:READ,WRITE,FSYNC", "release",
+"waiting"; each is answered with a line. The protocol is that of fuse(4) and linux/fuse.h, version 7.31.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _HEADER = struct.Struct("<IIQQIIII")
-_DIRECT_IO = 1
 _NODE = 2
 _DETACH = 2
 _MOST = 1 << 20
@@ -56,7 +55,7 @@ class Server:
     def __init__(self, folder: str, size: int) -> None:
         self.data = bytearray(content(size))
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        self._held = False
+        self._held: set[str] = set()
         self._waiting: list[tuple[int, int, bytes]] = []
         libc = ctypes.CDLL(None, use_errno=True)
         options = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0"
@@ -81,10 +80,10 @@ class Server:
                     self._command(word)
 
     def _command(self, word: bytes) -> None:
-        if word == b"hold":
-            self._held = True
+        if word.startswith(b"hold:"):
+            self._held = set(word.decode()[5:].split(","))
         elif word == b"release":
-            self._held = False
+            self._held = set()
             waiting, self._waiting = self._waiting, []
             for request in waiting:
                 self._answer(*request)
@@ -98,7 +97,7 @@ class Server:
                 return  # the request was withdrawn
             raise
         _, code, unique, node, *_ = _HEADER.unpack_from(message)
-        if self._held and code in (Op.READ, Op.WRITE, Op.FSYNC):
+        if any(code == Op[name] for name in self._held):
             self._waiting.append((unique, code, message))
         else:
             self._answer(unique, code, message, node)
@@ -120,7 +119,7 @@ class Server:
             case Op.GETATTR:
                 result = struct.pack("<QII", 60, 0, 0) + self._attributes(node)
             case Op.OPEN:
-                result = struct.pack("<QII", 1, _DIRECT_IO, 0)
+                result = struct.pack("<QII", 1, 0, 0)
             case Op.READ:
                 _, offset, size = struct.unpack_from("<QQI", body)
                 result = bytes(self.data[offset : offset + size])
@@ -170,8 +169,9 @@ class SlowDisk:
         """Requests of the kernel that are held."""
         return self._ask("waiting")
 
-    def hold(self) -> None:
-        self._ask("hold")
+    def hold(self, *operations: str) -> None:
+        """Answer none of these any more; default: READ, WRITE and FSYNC."""
+        self._ask(f"hold:{','.join(operations or ('READ', 'WRITE', 'FSYNC'))}")
 
     def release(self) -> None:
         """Answer what waits, and everything from now on at once."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import struct
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,3 +228,58 @@ async def test_reset_at_any_moment(driver: Driver, backend: BlockBackend) -> Non
     probe = send(driver, source, blk.IN, 0, 8)
     await finish(driver, [probe])
     assert driver.bytes_at(probe.status) == b"\0"
+
+
+WRITER = """
+import asyncio, struct, sys
+from pathlib import Path
+from tests.support.engines import open_path
+from tests.support.virtio import PciDriver
+from virtio.devices.blk import BlockDevice, FLUSH, OUT
+
+async def main():
+    driver = PciDriver(BlockDevice(await open_path(sys.argv[1], Path(sys.argv[2]))))
+    driver.initialize()
+    base, number = driver.allocator._next, 0
+    while True:
+        driver.allocator._next = base
+        statuses = []
+        for _ in range(8):
+            number += 1
+            data = (driver.allocator.take(4096, 4096), 4096)
+            driver.memory.view(*data)[:] = b"%08d" % number * 512
+            statuses.append(driver.buffer(1))
+            driver.submit(0, [driver.buffer(struct.pack("<IIQ", OUT, 0, 8 * (number % 200))), data], [statuses[-1]])
+        await driver.used(0, 8)
+        await driver.request(0, [struct.pack("<IIQ", FLUSH, 0, 0)], [1])
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.clause("5.2.6.2-h")
+@pytest.mark.parametrize("path", [name for name in PATHS if "snapshot" not in name and name != "coroutines"])
+async def test_what_was_flushed_survives_kill_9(path: str, tmp_path: Path) -> None:
+    """A writer that says up to which record it has flushed is killed at no particular moment."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(SECTORS * 512))
+    await (await open_path(path, image)).aclose()  # skips what is not here
+    source = random.Random(6)
+    for _ in range(3):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, path, image, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[3]
+        )
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            for _ in range(source.randrange(1, 60)):
+                flushed = int(await process.stdout.readline())
+            process.kill()
+            for line in (await process.stdout.read()).splitlines(keepends=True):
+                flushed = int(line) if line.endswith(b"\n") else flushed
+            await process.wait()
+        data = image.read_bytes()
+        for number in range(max(1, flushed - 191), flushed + 1):
+            at = 4096 * (number % 200)
+            found = data[at : at + 4096]
+            assert found == b"%08d" % number * 512 or int(found[:8]) > flushed, number

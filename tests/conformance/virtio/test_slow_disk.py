@@ -44,6 +44,24 @@ async def device(request: pytest.FixtureRequest, slow: SlowDisk) -> BlockDevice:
     return made
 
 
+async def settled(driver: Driver, count: int) -> int:
+    """Used buffers of queue 0, after the disk was asked for something that it holds."""
+    used = driver.queues[0].used()
+    await asyncio.sleep(0)
+    return count + len(used) + len(driver.queues[0].used())
+
+
+def write(driver: Driver, sector: int) -> None:
+    head = driver.buffer(struct.pack("<IIQ", blk.OUT, 0, sector))
+    data = (driver.allocator.take(4096, 4096), 4096)
+    driver.memory.view(*data)[:] = b"w" * 4096
+    driver.submit(0, [head, data], [driver.buffer(1)])
+
+
+def flush(driver: Driver) -> None:
+    driver.submit(0, [driver.buffer(struct.pack("<IIQ", blk.FLUSH, 0, 0))], [driver.buffer(1)])
+
+
 def reads(driver: Driver, count: int) -> list[Buffer]:
     """Make reads of 8 sectors each available, far apart, and notify; where their data goes."""
     rooms = []
@@ -107,3 +125,39 @@ async def test_closing_waits_for_a_hanging_disk_beside_the_loop(device: BlockDev
     assert not closing.done(), "the loop runs, and the device is not closed"
     slow.release()
     await asyncio.wait_for(closing, 10)
+
+
+@pytest.mark.clause("5.2.6.2-h")
+async def test_a_flush_ends_after_the_disk_has_flushed(device: BlockDevice, slow: SlowDisk) -> None:
+    driver = PciDriver(device)
+    driver.initialize()
+    write(driver, 0)
+    await driver.used(0)
+    slow.hold("FSYNC")
+    flush(driver)
+    await driver.wait(lambda: slow.waiting)
+    assert await settled(driver, 0) == 0
+    slow.release()
+    await driver.used(0)
+    driver.transport.reset()
+    await device.aclose()
+
+
+@pytest.mark.parametrize("io", ENGINES)
+async def test_write_through_ends_after_the_disk_has_flushed(io: Io, slow: SlowDisk) -> None:
+    """Each write, without a flush: by configuration, and because the driver did not negotiate FLUSH (5.2.6.2)."""
+    for cache, features in (("writethrough", -1), ("writeback", ~blk.Feature.FLUSH)):
+        try:
+            device = BlockDevice(await FileBlock.open(slow.path, cache=cache, io=io))  # type: ignore[arg-type]
+        except ConfigError as error:
+            pytest.skip(str(error))
+        driver = PciDriver(device)
+        driver.initialize(features)
+        slow.hold("FSYNC")
+        write(driver, 8)
+        await driver.wait(lambda: slow.waiting)
+        assert await settled(driver, 0) == 0
+        slow.release()
+        await driver.used(0)
+        driver.transport.reset()
+        await device.aclose()

@@ -197,6 +197,8 @@ async def test_configuration_space(connect: Connect, backend: BlockBackend) -> N
     assert driver.config_read(0, 8) == SECTORS
     assert driver.config_read(12, 4) == 254, "seg_max leaves room for header and status"
     assert driver.config_read(20, 4) == 512
+    topology = [driver.config_read(offset, size) for offset, size in ((24, 1), (25, 1), (26, 2), (28, 4))]
+    assert topology == [3, 0, 8, 0], "blocks of 2**3 sectors, aligned, and 8 of them at least; no best size"
     assert driver.config_read(32, 1) == 1
     driver.config_write(32, 1, 0)
     assert driver.config_read(32, 1) == 0
