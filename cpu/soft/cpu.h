@@ -297,6 +297,8 @@ void soft_store_slow(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64
 /* Any length up to 4096: reads or writes all or faults before anything is written. */
 void soft_load_bytes(struct soft_vcpu *c, uint64_t linear, void *to, unsigned size);
 void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, unsigned size);
+/* #AC, if that is enabled. Every slow access checks for itself; here for what checks before it accesses. */
+void soft_check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size);
 /* Raise now if [linear, +size) cannot be written (probe before a multi-part store or read-modify-write). */
 void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size);
 /* For a LOCKed or plain read-modify-write: host address if all in one plain-RAM writable page, else NULL. */

@@ -46,7 +46,7 @@ uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max)
     PUT_INDEX(0xB, 0, 0, 1, BIT(8), 0);
     PUT_INDEX(0xB, 1, 0, 1, 2 << 8 | 1, 0);
     PUT_INDEX(0xD, 0, 3, 576, 576, 0);
-    PUT_INDEX(0xD, 1, BIT(0), 0, 0, 0); /* XSAVEOPT */
+    PUT_INDEX(0xD, 1, BIT(0) | BIT(1) | BIT(2) | BIT(3), 576, 0, 0); /* XSAVEOPT XSAVEC XGETBV1 XSAVES */
     PUT(0x40000000, 0x40000010, 0x4B4D564B, 0x564B4D56, 0x4D); /* KVMKVMKVM */
     PUT(0x40000001, BIT(0) | BIT(1) | BIT(3) | BIT(24), 0, 0, 0); /* CLOCKSOURCE NOP_IO_DELAY CLOCKSOURCE2 STABLE */
     PUT(0x40000010, 0, 0, 0, 0);

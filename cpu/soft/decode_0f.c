@@ -243,7 +243,7 @@ static void group15(struct dec *d)
     /* 512 does not fit a micro-op's size; the segment check is of the first and last byte's neighbourhood. */
     emit_address(d, table[n].size > 128 ? 128 : table[n].size, table[n].store);
     u = table[n].store ? emit_helper_store(d, table[n].fn) : emit_helper(d, table[n].fn);
-    u->aux = (uint8_t)((d->rex & 8 ? 1 : 0) | (n == 6 ? 2 : 0));
+    u->aux = (uint8_t)((d->rex & 8 ? 1 : 0) | (n == 6 ? XSAVE_OPTIMISED << 1 : 0));
 }
 
 static void group9(struct dec *d)
@@ -255,6 +255,12 @@ static void group9(struct dec *d)
             d->lock_ok = true;
             emit_address(d, wide ? 16 : 8, true);
             emit_helper_store(d, wide ? h_cmpxchg16b : h_cmpxchg8b);
+            return;
+        }
+        if (n >= 3 && n <= 5 && !d->rep && !d->p66) { /* XRSTORS, XSAVEC, XSAVES */
+            emit_address(d, 1, n != 3);
+            struct uop *u = n == 3 ? emit_helper(d, h_xrstor) : emit_helper_store(d, h_xsave);
+            u->aux = (uint8_t)((d->rex & 8 ? 1 : 0) | XSAVE_COMPACTED << 1 | (n != 4 ? 8 : 0));
             return;
         }
     } else if (n >= 6 && d->rep == 0) {

@@ -592,12 +592,13 @@ void decode_opcode(struct dec *d)
                 u->r1 = (uint8_t)(d->rm * 8);
             }
             u->r0 = (uint8_t)(d->reg * 8);
-        } else if (d->mem) {
-            emit_load(d, d->opsize, d->reg * 8u);
         } else {
+            /* MOVSXD without REX.W. AMD processors read four bytes, whatever the operand size. */
+            if (d->mem)
+                emit_load(d, 4, OFF_T1);
             u = emit_pure(d, mov_rr[LOG2(d->opsize)]);
             u->r0 = (uint8_t)(d->reg * 8);
-            u->r1 = (uint8_t)(d->rm * 8);
+            u->r1 = d->mem ? OFF_T1 : (uint8_t)(d->rm * 8);
         }
         return;
     case 0x68: push_imm(d, dec_imm(d, d->opsize == 2 ? 2 : 4)); return;

@@ -59,7 +59,11 @@ static void mask_move(struct soft_vcpu *c, const struct uop *u, const uint8_t *d
         at = offset + (u->seg >= SEG_FS ? c->seg[u->seg].base : 0);
     else
         at = soft_seg_check(c, u->seg, offset, size, true);
-    soft_probe_write(c, at, size); /* all of it, whatever the mask, as AMD processors do */
+    /* All of it, whatever the mask, in pieces of eight bytes, as AMD processors do. */
+    soft_check_alignment(c, at, 8);
+    soft_probe_write(c, at, 1);
+    if (((at + size - 1) ^ at) >> 12)
+        soft_probe_write(c, (at | 0xFFF) + 1, 1);
     for (unsigned i = 0; i < size; i++)
         if (mask[i] & 0x80)
             store(c, at + i, 1, data[i]);
@@ -309,7 +313,8 @@ HELPER(h_fxsave)
 {
     uint8_t image[512];
     state_check(c, 16);
-    /* What is not architectural in the image stays as it is in memory. */
+    /* What is not architectural in the image stays as it is in memory. AMD processors look at its end first. */
+    soft_probe_write(c, c->tmp[0] + 511, 1);
     soft_probe_write(c, c->tmp[0], 512);
     soft_load_bytes(c, c->tmp[0], image, 512);
     fpu_fxsave(&c->fpu, image, u->aux & 1, c->code64);
@@ -333,21 +338,29 @@ static uint64_t xsave_mask(struct soft_vcpu *c)
         soft_raise_error(c, VEC_GP, 0);
     return c->xcr0 & ((uint64_t)REG32(RDX * 8) << 32 | REG32(RAX * 8));
 }
+/* XSAVES and XRSTORS (aux bit 3): for CPL 0, and the compacted format alone. IA32_XSS names no components here. */
+static uint64_t xsaves_mask(struct soft_vcpu *c, const struct uop *u)
+{
+    uint64_t mask = xsave_mask(c);
+    if ((u->aux & 8) && c->cpl)
+        soft_raise_error(c, VEC_GP, 0);
+    return mask;
+}
 HELPER(h_xsave)
 {
     uint8_t area[576];
-    uint64_t mask = xsave_mask(c);
+    uint64_t mask = xsaves_mask(c, u);
     soft_probe_write(c, c->tmp[0], sizeof area);
     soft_load_bytes(c, c->tmp[0], area, sizeof area);
-    fpu_xsave(&c->fpu, area, mask, u->aux & 2, u->aux & 1, c->code64);
+    fpu_xsave(&c->fpu, area, mask, (enum fpu_xsave_form)(u->aux >> 1 & 3), u->aux & 1, c->code64);
     soft_store_bytes(c, c->tmp[0], area, sizeof area);
 }
 HELPER(h_xrstor)
 {
     uint8_t area[576];
-    uint64_t mask = xsave_mask(c);
+    uint64_t mask = xsaves_mask(c, u);
     soft_load_bytes(c, c->tmp[0], area, sizeof area);
-    if (!fpu_xrstor(&c->fpu, area, mask, u->aux & 1, c->code64))
+    if (((u->aux & 8) && !fpu_xsave_compacted(area)) || !fpu_xrstor(&c->fpu, area, mask, c->xcr0, u->aux & 1, c->code64))
         soft_raise_error(c, VEC_GP, 0);
 }
 HELPER(h_ldmxcsr)

@@ -167,12 +167,20 @@ struct parts {
     unsigned size[2];
 };
 
-/* #AC, for operands of 2, 4 and 8 bytes; wider ones have rules of their own. */
-static inline void check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size)
+/* #AC (SDM vol. 3, table 6-7). An address that is not canonical comes first. */
+static __attribute__((noinline, cold)) void unaligned(struct soft_vcpu *c, uint64_t linear, unsigned size)
 {
-    if (SOFT_UNLIKELY(c->align_check) && bus_size(size) && (linear & (size - 1)))
+    static const uint8_t masks[17] = { [2] = 1, [4] = 3, [8] = 7, [10] = 7, [14] = 1, [16] = 15 };
+    unsigned mask = size <= 16 ? masks[size] : size == 94 ? 1 : size == 28 || size == 108 ? 3 : 0;
+    if ((linear & mask) && (!c->long_mode || soft_canonical(linear)))
         soft_raise_error(c, VEC_AC, 0);
 }
+static inline void check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size)
+{
+    if (SOFT_UNLIKELY(c->align_check))
+        unaligned(c, linear, size);
+}
+void soft_check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size) { check_alignment(c, linear, size); }
 
 static void translate(struct soft_vcpu *c, uint64_t linear, unsigned size, enum soft_kind kind, enum soft_view view,
                       struct parts *p)
@@ -280,6 +288,7 @@ void soft_load_bytes(struct soft_vcpu *c, uint64_t linear, void *to, unsigned si
     struct parts p;
     if (!size || size > PAGE_BYTES)
         return;
+    check_alignment(c, linear, size);
     translate(c, linear, size, ACCESS_READ, (enum soft_view)c->view, &p);
     load_part(c, p.gpa[0], p.host[0], to, p.size[0]);
     if (p.size[1])
@@ -291,6 +300,7 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
     struct parts p;
     if (!size || size > PAGE_BYTES)
         return;
+    check_alignment(c, linear, size);
     translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
     store_part(c, p.gpa[0], p.host[0], from, p.size[0]);
     if (p.size[1])

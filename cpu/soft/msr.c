@@ -111,6 +111,7 @@ bool soft_msr_read(struct soft_vcpu *c, uint32_t index, uint64_t *value)
     case MSR_SMI_COUNT:
     case MSR_OSVW_LENGTH:
     case MSR_OSVW_STATUS:
+    case MSR_XSS:
         *value = 0;
         return true;
     default:
@@ -198,6 +199,7 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
         soft_kvmclock_update(c);
         return true;
     case MSR_MISC_ENABLE: c->misc_enable = value; return true;
+    case MSR_XSS: return !value; /* there are no supervisor components */
     case MSR_PRED_CMD: return !(value & ~0x81ull);
     case MSR_KVM_SYSTEM_TIME_OLD:
     case MSR_KVM_SYSTEM_TIME:

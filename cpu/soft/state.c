@@ -134,7 +134,7 @@ enum { XSTATE_BV = 512, XCOMP_BV = 520 };
 static void get_xsave(struct soft_vcpu *c, uint8_t *area)
 {
     memset(area, 0, 4096);
-    fpu_xsave(&c->fpu, area, 3, false, true, true);
+    fpu_xsave(&c->fpu, area, 3, XSAVE_STANDARD, true, true);
 }
 
 static int set_xsave(struct soft_vcpu *c, const uint8_t *from)
@@ -143,7 +143,7 @@ static int set_xsave(struct soft_vcpu *c, const uint8_t *from)
     memcpy(area, from, sizeof area);
     area[XSTATE_BV] &= 3; /* what else another core saved has no place here */
     memset(area + XSTATE_BV + 1, 0, 63);
-    return fpu_xrstor(&c->fpu, area, 3, true, true) ? 0 : -EINVAL;
+    return fpu_xrstor(&c->fpu, area, 3, 3, true, true) ? 0 : -EINVAL;
 }
 
 static void get_xcrs(struct soft_vcpu *c, struct kvm_xcrs *x)

@@ -46,7 +46,7 @@ static uint64_t span(const struct string_op *s, unsigned seg, uint64_t offset, b
     struct soft_vcpu *c = s->c;
     uint64_t at, gpa;
     offset &= s->mask;
-    if (s->step < 0)
+    if (s->step < 0 || c->align_check)
         return 0;
     if (c->code64) {
         at = offset + (seg >= SEG_FS ? c->seg[seg].base : 0);
@@ -158,6 +158,7 @@ static uint64_t chunk(const struct string_op *s, unsigned op, unsigned until, ui
             k = i;
         } else {
             k = 1;
+            soft_check_alignment(c, linear(s, s->seg, c->gpr[RSI], false), size);
             b = load(c, linear(s, SEG_ES, c->gpr[RDI], false), size);
             a = load(c, linear(s, s->seg, c->gpr[RSI], false), size);
         }

@@ -215,10 +215,13 @@ static inline void fpu_summarise(struct fpu *f)
 void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_mode);
 /* false: MXCSR has reserved bits, #GP(0), nothing is changed. */
 bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode);
-/* XSAVE area, standard format, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes; those that the
- * instruction does not write keep their values, so the caller reads the area first. xrstor false: #GP(0). */
-void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, bool optimise, bool rex_w, bool long_mode);
-bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, bool rex_w, bool long_mode);
+/* XSAVE area, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes; those that the instruction does
+ * not write keep their values, so the caller reads the area first. The compacted format differs in its header alone, for
+ * there are no components behind it. xrstor: any format; XCR0 limits what the header may name; false: #GP(0). */
+enum fpu_xsave_form { XSAVE_STANDARD, XSAVE_OPTIMISED, XSAVE_COMPACTED };
+void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, enum fpu_xsave_form form, bool rex_w, bool long_mode);
+bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, uint64_t xcr0, bool rex_w, bool long_mode);
+bool fpu_xsave_compacted(const uint8_t *area);
 bool fpu_load_mxcsr(struct fpu *f, uint32_t mxcsr); /* false: #GP(0) */
 uint64_t fpu_xinuse(const struct fpu *f);
 

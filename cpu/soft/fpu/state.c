@@ -6,7 +6,8 @@
 /* Bits that LDMXCSR and FXRSTOR accept; stored in the images as MXCSR_MASK. */
 #define MXCSR_MASK 0xFFFFu
 #define MXCSR_RESET 0x1F80u
-enum { XFEATURE_X87 = 1, XFEATURE_SSE = 2, XSAVE_HEADER = 512, XSAVE_SIZE = 576 };
+enum { XFEATURE_X87 = 1, XFEATURE_SSE = 2, XSAVE_HEADER = 512 };
+#define COMPACTED (1ull << 63) /* in XCOMP_BV */
 
 static void put(uint8_t *image, size_t offset, const void *from, size_t size) { memcpy(image + offset, from, size); }
 static void get(const uint8_t *image, size_t offset, void *to, size_t size) { memcpy(to, image + offset, size); }
@@ -149,29 +150,49 @@ uint64_t fpu_xinuse(const struct fpu *f)
     return inuse;
 }
 
-void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, bool optimise, bool rex_w, bool long_mode)
+void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, enum fpu_xsave_form form, bool rex_w, bool long_mode)
 {
     uint64_t inuse = fpu_xinuse(f), bv = get64(area, XSAVE_HEADER);
-    uint64_t write = optimise ? rfbm & inuse : rfbm;
+    if (form == XSAVE_COMPACTED) {
+        if (fpu_mxcsr(f) != MXCSR_RESET)
+            inuse |= XFEATURE_SSE; /* SDM 1, 13.10 */
+        uint64_t compacted = rfbm | COMPACTED;
+        put(area, XSAVE_HEADER + 8, &compacted, 8);
+        bv = 0;
+    }
+    uint64_t write = form == XSAVE_STANDARD ? rfbm : rfbm & inuse;
     if (write & XFEATURE_X87)
         put_x87(f, area, rex_w);
     if (write & XFEATURE_SSE)
         put(area, 160, f->xmm, xmm_bytes(long_mode));
-    if (rfbm & XFEATURE_SSE)
+    if ((form == XSAVE_COMPACTED ? write : rfbm) & XFEATURE_SSE)
         put_mxcsr(f, area);
     bv = (bv & ~rfbm) | (inuse & rfbm);
     put(area, XSAVE_HEADER, &bv, 8);
 }
 
-bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, bool rex_w, bool long_mode)
+bool fpu_xsave_compacted(const uint8_t *area) { return get64(area, XSAVE_HEADER + 8) & COMPACTED; }
+
+bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, uint64_t xcr0, bool rex_w, bool long_mode)
 {
-    uint64_t bv = get64(area, XSAVE_HEADER);
-    /* "XSTATE_BV sets a bit that XCR0 does not" and "bytes 8-23 of the header are not all zero": #GP. Only x87 and SSE
-     * exist here, whatever XCR0 says, and only the standard format. */
-    if ((bv & ~(uint64_t)(XFEATURE_X87 | XFEATURE_SSE)) || get64(area, XSAVE_HEADER + 8) || get64(area, XSAVE_HEADER + 16))
+    uint64_t bv = get64(area, XSAVE_HEADER), compacted = get64(area, XSAVE_HEADER + 8);
+    /* #GP: "XSTATE_BV sets a bit that XCR0 does not", "bytes 8-23 of the header are not all zero"; in the compacted format
+     * (SDM 1, 13.8.2) "XCOMP_BV sets a bit in the range 62:0 that XCR0 does not", "XSTATE_BV sets a bit that XCOMP_BV does
+     * not", "bytes 63:16 of the header are not all zero". */
+    if (compacted & COMPACTED) {
+        if ((compacted & ~(xcr0 | COMPACTED)) || (bv & ~(compacted & ~COMPACTED)))
+            return false;
+        for (unsigned i = 16; i < 64; i += 8)
+            if (get64(area, XSAVE_HEADER + i))
+                return false;
+    } else if ((bv & ~xcr0) || compacted || get64(area, XSAVE_HEADER + 16)) {
         return false;
-    if ((rfbm & XFEATURE_SSE) && !fpu_load_mxcsr(f, get32(area, 24)))
-        return false;
+    }
+    if (rfbm & XFEATURE_SSE) {
+        bool initial = (compacted & COMPACTED) && !(bv & XFEATURE_SSE);
+        if (!fpu_load_mxcsr(f, initial ? MXCSR_RESET : get32(area, 24)))
+            return false;
+    }
     if (rfbm & XFEATURE_X87) {
         if (bv & XFEATURE_X87) {
             get_x87(f, area, rex_w);

@@ -147,7 +147,8 @@ static bool run_x87(const struct insn *insn, const struct x87_op *op, struct cpu
 
 bool direct_run(const struct insn *insn, struct cpu_state *s, struct memory *memory)
 {
-    if (!insn->has_modrm || insn->other_prefixes || insn->mode32)
+    enum { TF_AND_AC = 0x40100 };
+    if (!insn->has_modrm || insn->other_prefixes || insn->mode32 || (s->rflags & TF_AND_AC))
         return false;
     struct fpu f;
     fpu_reset(&f);

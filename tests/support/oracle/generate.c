@@ -5,7 +5,7 @@
 #include "oracle.h"
 
 enum { PREFIX_NONE, PREFIX_66, PREFIX_F3, PREFIX_F2 };
-enum { F_TF = 0x100, F_DF = 0x400, F_STATUS = 0x8D5 };
+enum { F_TF = 0x100, F_DF = 0x400, F_AC = 0x40000, F_STATUS = 0x8D5 };
 
 /* ---- values ---- */
 static const uint64_t integers[] = {
@@ -276,7 +276,7 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
         case 0xBC: case 0xBD:
             return prefix == PREFIX_F3; /* TZCNT and LZCNT */
         case 0xC7:
-            return !(memory && reg == 1); /* RDRAND, RDPID, XSAVEC... */
+            return !memory; /* RDRAND, RDPID */
         case 0x1E:
             return prefix == PREFIX_F3; /* shadow stacks */
         default:
@@ -295,11 +295,11 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
     }
 }
 
-/* XSAVE, XRSTOR, XSAVEOPT (the ModRM byte is the last but the address): an area by RSI, for x87 and SSE, which is all that
- * the core has. */
+/* XSAVE, XRSTOR, XSAVEOPT, XSAVEC (the ModRM byte is the last but the address): an area by RSI, for x87 and SSE, which is
+ * all that the core has. */
 static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s, struct memory *memory)
 {
-    while (insn->bytes[--insn->length] != insn->modrm || insn->bytes[insn->length - 1] != 0xAE)
+    while (insn->bytes[--insn->length] != insn->modrm || insn->bytes[insn->length - 1] != insn->opcode)
         ;
     insn->modrm = (insn->modrm & 0x38) | 6;
     insn->bytes[insn->length++] = insn->modrm;
@@ -308,8 +308,12 @@ static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s,
     fill_fx(r, area);
     memset(area + 512, 0, 64);
     area[512] = (uint8_t)rng_below(r, 4);
-    if (rng_one_in(r, 10))
-        area[512 + rng_below(r, 24)] ^= (uint8_t)(1 << rng_below(r, 8));
+    if (rng_one_in(r, 3)) { /* compacted */
+        area[520] = rng_below(r, 3) ? 3 : (uint8_t)rng_below(r, 4);
+        area[527] = 0x80;
+    }
+    if (rng_one_in(r, 10)) /* not components that the host may have */
+        area[rng_below(r, 8) ? 521 + rng_below(r, 55) : 514 + rng_below(r, 6)] ^= (uint8_t)(1 << rng_below(r, 8));
     if (rng_one_in(r, 16))
         insn->ea += rng_below(r, 64);
     s->gpr[6 | (insn->rex & 1) << 3] = insn->ea;
@@ -409,6 +413,8 @@ void any_registers(struct rng *r, struct cpu_state *s, bool mode32)
             s->gpr[i] = i < 8 ? (uint32_t)s->gpr[i] : 0;
     s->rflags = 0x202 | (rng_next(r) & F_STATUS) | (rng_one_in(r, 6) ? F_DF : 0);
     fill_fx(r, s->fx);
+    if (rng_one_in(r, 8))
+        s->rflags |= F_AC; /* alignment is checked */
 }
 
 bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
@@ -483,7 +489,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
             if (insn->ea >= DATA_BASE + 64 && insn->ea < DATA_BASE + DATA_WRITABLE - 64 && !(map == MAP_0F && opcode == 0xAE))
                 any_operand(r, memory->data + (insn->ea - DATA_BASE));
             memory_operand(r, insn, s, form >> 3 & 7, address32, imm);
-            if (map == MAP_0F && opcode == 0xAE && (form >> 3 & 7) >= 4)
+            if (map == MAP_0F && ((opcode == 0xAE && (form >> 3 & 7) >= 4) || (opcode == 0xC7 && (form >> 3 & 7) >= 3)))
                 xsave_operand(r, insn, s, memory);
         }
     }
@@ -517,6 +523,8 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
     }
     if (map == MAP_ONE && opcode >= 0xE0 && opcode <= 0xE3 && rng_below(r, 2))
         s->gpr[1] = rng_below(r, 3) | (mode32 ? 0 : (uint64_t)rng_below(r, 2) << 32);
+    if (rng_one_in(r, 8))
+        s->rflags |= F_TF; /* a single step */
     if (map == MAP_ONE && opcode == 0xD7)
         s->gpr[3] = (any_address(r) - (uint8_t)s->gpr[0]) & (mode32 ? 0xFFFFFFFF : ~0ull);
     return true;

@@ -122,7 +122,7 @@ void native_run(const struct insn *insn, struct cpu_state *state, struct memory 
     current_state = state;
     state->rip = CODE_BASE + insn->offset;
     phase = ENTERING;
-    alarm(2);
+    alarm(20);
     raise(SIGUSR1);
     alarm(0);
     memcpy(memory->data, data, DATA_WRITABLE);
