@@ -224,7 +224,8 @@ struct soft_vcpu {
     bool fault_has_error;
     uint32_t fault_error;
     uint64_t fault_linear;
-    uint8_t data_hits;       /* data breakpoints (DR0-3) that the current instruction touched */
+    uint8_t data_hits;       /* data and port breakpoints (DR0-3) that the current instruction touched */
+    uint8_t held_hits;       /* those of a MOV SS or POP SS, for the end of the next instruction */
     bool init_pending, sipi_pending;
     uint8_t sipi_vector;
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */

@@ -24,6 +24,18 @@ static unsigned instruction_hits(const struct soft_vcpu *c, const uint64_t *dr)
     return hits;
 }
 
+void soft_watch_port(struct soft_vcpu *c, uint16_t port, unsigned size)
+{
+    if (!(c->cr4 & CR4_DE))
+        return;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned control = (unsigned)(c->dr[7] >> (16 + i * 4)) & 15, length = (control >> 2) + 1;
+        uint64_t start = c->dr[i] & ~(uint64_t)(length - 1);
+        if ((c->dr[7] >> (i * 2) & 3) && (control & 3) == 2 && port < start + length && start < (uint64_t)port + size)
+            c->data_hits |= (uint8_t)(1u << i);
+    }
+}
+
 bool soft_step_begin(struct soft_vcpu *c)
 {
     bool skip = c->skip_breakpoint;
@@ -57,12 +69,15 @@ bool soft_step_end(struct soft_vcpu *c)
         c->dr[6] |= DR6_BS;
         trap = true;
     }
-    if (c->data_hits & 15) {
-        c->dr[6] = (c->dr[6] & ~15ull) | (c->data_hits & 15);
+    bool caller = (c->guest_debug & GUEST_DEBUG_STEP) || c->data_hits >> 4;
+    unsigned hits = (c->data_hits | c->held_hits) & 15;
+    c->data_hits = c->held_hits = 0;
+    if (hits && c->shadow == 2) { /* the stack pointer comes first: SDM vol. 3, 6.8.3 */
+        c->held_hits = (uint8_t)hits;
+    } else if (hits) {
+        c->dr[6] = (c->dr[6] & ~15ull) | hits;
         trap = true;
     }
-    bool caller = (c->guest_debug & GUEST_DEBUG_STEP) || c->data_hits >> 4;
-    c->data_hits = 0;
     if (trap)
         soft_deliver(c, VEC_DB, EVENT_EXCEPTION, false, 0);
     return !caller;

@@ -95,6 +95,16 @@ bool soft_msr_read(struct soft_vcpu *c, uint32_t index, uint64_t *value)
     case MSR_KVM_STEAL_TIME: *value = c->kvm_steal_time; return true;
     case MSR_KVM_PV_EOI: *value = c->kvm_pv_eoi; return true;
     /* Read as zero, as where there is nothing to report. */
+    case MSR_P5_MC_ADDR:
+    case MSR_P5_MC_TYPE:
+    case MSR_PERF_STATUS:
+    case MSR_PERF_CTL:
+    case MSR_LAST_BRANCH_FROM ... MSR_LAST_EXCEPTION_TO:
+    case MSR_TSEG_ADDR:
+    case MSR_TSEG_MASK:
+    case MSR_VM_HSAVE_PA:
+    case MSR_TW_CFG:
+    case MSR_EX_CFG:
     case MSR_PLATFORM_ID:
     case MSR_EBL_CR_POWERON:
     case MSR_MCG_CAP:
@@ -215,6 +225,11 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
     case MSR_KVM_STEAL_TIME: c->kvm_steal_time = value; return true;
     case MSR_KVM_PV_EOI: c->kvm_pv_eoi = value; return true;
     /* Accepted without effect: nothing of this has a counterpart here. */
+    case MSR_P5_MC_ADDR:
+    case MSR_P5_MC_TYPE:
+    case MSR_PERF_CTL:
+    case MSR_TW_CFG:
+    case MSR_EX_CFG:
     case MSR_EBL_CR_POWERON:
     case MSR_DEBUGCTL:
     case MSR_PATCH_LEVEL:

@@ -6,6 +6,8 @@
 #include <stdint.h>
 
 enum {
+    MSR_P5_MC_ADDR = 0,
+    MSR_P5_MC_TYPE = 1,
     MSR_TSC = 0x10,
     MSR_KVM_WALL_CLOCK_OLD = 0x11,
     MSR_KVM_SYSTEM_TIME_OLD = 0x12,
@@ -24,8 +26,12 @@ enum {
     MSR_SYSENTER_EIP = 0x176,
     MSR_MCG_CAP = 0x179,
     MSR_MCG_STATUS = 0x17A,
+    MSR_PERF_STATUS = 0x198,
+    MSR_PERF_CTL = 0x199,
     MSR_MISC_ENABLE = 0x1A0,
     MSR_DEBUGCTL = 0x1D9,
+    MSR_LAST_BRANCH_FROM = 0x1DB,
+    MSR_LAST_EXCEPTION_TO = 0x1DE,
     MSR_MTRR_PHYS0 = 0x200,
     MSR_PAT = 0x277,
     MSR_MTRR_DEF = 0x2FF,
@@ -52,14 +58,19 @@ enum {
 #define MSR_PATCH_LOADER 0xC0010020u
 #define MSR_INT_PENDING 0xC0010055u
 #define MSR_MMIO_CONF_BASE 0xC0010058u
+#define MSR_TSEG_ADDR 0xC0010112u
+#define MSR_TSEG_MASK 0xC0010113u
 #define MSR_VM_CR 0xC0010114u
+#define MSR_VM_HSAVE_PA 0xC0010117u
 #define MSR_OSVW_LENGTH 0xC0010140u
 #define MSR_OSVW_STATUS 0xC0010141u
 #define MSR_LS_CFG 0xC0011020u
 #define MSR_IC_CFG 0xC0011021u
 #define MSR_DC_CFG 0xC0011022u
+#define MSR_TW_CFG 0xC0011023u
 #define MSR_DE_CFG 0xC0011029u
 #define MSR_BU_CFG2 0xC001102Au
+#define MSR_EX_CFG 0xC001102Cu
 
 struct soft_vcpu;
 /* Without privilege checks; false: no such MSR, or a value it does not take. */

@@ -124,6 +124,8 @@ uint32_t soft_port_read(struct soft_vcpu *c, uint16_t port, unsigned size)
 {
     struct soft_vm *vm = c->vm;
     uint64_t value = 0;
+    if (SOFT_UNLIKELY(c->dr[7] & 0xFF))
+        soft_watch_port(c, port, size);
     if (irqchip_port_read(vm->irqchip, port, (uint8_t)size, &value, soft_now(vm))) {
         soft_irqchip_touched(c);
     } else {
@@ -137,6 +139,8 @@ void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t
 {
     struct soft_vm *vm = c->vm;
     value &= value_mask(size);
+    if (SOFT_UNLIKELY(c->dr[7] & 0xFF))
+        soft_watch_port(c, port, size);
     if (irqchip_port_write(vm->irqchip, port, (uint8_t)size, value, soft_now(vm))) {
         soft_irqchip_touched(c);
         return;
@@ -183,7 +187,7 @@ void soft_reset_vcpu(struct soft_vcpu *c, bool init)
     c->dr[6] = DR6_FIXED;
     c->dr[7] = 0x400;
     c->in_exception = c->pending_valid = c->nmi_pending = c->nmi_blocked = false;
-    c->data_hits = 0;
+    c->data_hits = c->held_hits = 0;
     c->irq_waiting = false;
     c->activity = c->index == 0 ? ACT_RUNNING : ACT_WAIT_SIPI;
     c->sipi_pending = false;

@@ -100,6 +100,7 @@ void soft_deliver_pending_fault(struct soft_vcpu *c);
 
 /* debug.c: one instruction with TF, breakpoints or the caller's debugging active. */
 bool soft_stepping(const struct soft_vcpu *c);
+void soft_watch_port(struct soft_vcpu *c, uint16_t port, unsigned size); /* record port breakpoints (CR4.DE) */
 bool soft_step_begin(struct soft_vcpu *c); /* false: stop, the caller has a breakpoint here; may raise #DB */
 bool soft_step_end(struct soft_vcpu *c);   /* false: stop for the caller; may deliver #DB */
 

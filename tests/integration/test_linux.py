@@ -312,6 +312,11 @@ def test_virtual_clock_and_seed_make_runs_identical(tmp_path: Path) -> None:
     assert runs[0].stdout == runs[1].stdout
 
 
+def test_sixteen_processors(tmp_path: Path) -> None:
+    done = boot(tmp_path, "--cpus", "16", "--memory", "512M", do="poweroff", append="quiet")
+    assert done.returncode == 0 and "INIT poweroff cpus=16" in done.stdout, done.stdout[-1000:] + done.stderr
+
+
 async def test_reboot_restarts_in_place(tmp_path: Path, stock_core: Any) -> None:
     initrd = debian.initramfs(tmp_path)
     config = vmm.Config(core=stock_core, kernel=debian.kernel(), initrd=initrd, append="quiet do=reboot", reboot=True)

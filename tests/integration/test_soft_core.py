@@ -232,6 +232,69 @@ def test_virtual_clock_skips_what_the_guest_sleeps(soft: System) -> None:
         assert 1_990_000_000 < bare.vm.now_ns() < 2_020_000_000
 
 
+MWAITS = """
+    xor ecx, ecx
+    xor edx, edx
+    mov esi, 1000
+1:  mov eax, 0x8000
+    monitor
+    xor eax, eax
+    mwait
+    dec esi
+    jnz 1b
+    mov al, 1
+    out 0xf4, al
+    hlt
+"""
+
+
+def test_mwait_sleeps(soft: System) -> None:
+    """With the virtual clock time that nobody executes instructions in is skipped: so it is seen that MWAIT sleeps."""
+    with Bare(soft, VIRTUAL) as bare:
+        bare.code(CODE, assemble(MWAITS, CODE))
+        bare.start()
+        bare.run()
+        assert bare.vm.stats()["instructions"] < 10_000
+        assert bare.vm.now_ns() > 1000 * 10_000
+
+
+HANDSHAKE = """
+    mov dword ptr [0xfee000f0], 0x1ff
+    mov dword ptr [0xfee00300], 0xc4500
+    mov dword ptr [0xfee00300], 0xc4609
+    mov ecx, 200
+1:  mov [0x8000], ecx
+2:  {wait}
+    cmp [0x8004], ecx
+    jne 2b
+    loop 1b
+    mov al, 1
+    out 0xf4, al
+    hlt
+"""
+ANSWER = """
+    mov ax, 0
+    mov ds, ax
+1:  {wait}
+    mov eax, [0x8000]
+    mov [0x8004], eax
+    jmp 1b
+"""
+
+
+def test_pause_gives_the_turn_to_others(soft: System) -> None:
+    """200 times one vCPU waits for another: with PAUSE in the waiting loops that takes few instructions."""
+    spent = {}
+    for wait in ("pause", "nop"):
+        with Bare(soft, replace(VIRTUAL, vcpus=2)) as bare:
+            bare.code(CODE, assemble(HANDSHAKE.format(wait=wait), CODE))
+            bare.write(0x9000, assemble(ANSWER.format(wait=wait), 0x9000, 16))
+            bare.start()
+            bare.run()
+            spent[wait] = bare.vm.stats()["instructions"]
+    assert spent["pause"] * 20 < spent["nop"], spent
+
+
 def test_state_moves_to_a_fresh_vm_in_mid_run(soft: System) -> None:
     """Far more ticks than a host can run while it is told to pause twelve times."""
     alone = traced(soft, VIRTUAL, "timer", "200000")

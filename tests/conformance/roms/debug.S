@@ -85,6 +85,31 @@ gd: mov rax, dr7
     or eax, 8
     mov cr4, rax
     TRY "mov rax, dr4"
+    SAY "ports\n"
+    mov eax, 0x80
+    mov dr3, rax
+    mov eax, 0x400 | (2 << 6) | (2 << 28)   /* DR3: I/O, 1 byte */
+    mov dr7, rax
+    out 0x80, al
+    out 0x81, al
+    out 0x7F, ax
+    in al, 0x80
+    mov edx, 0x80
+    mov ecx, 2
+    mov esi, 0x20100
+    rep outsb
+    xor eax, eax
+    mov dr7, rax
+    out 0x80, al
+    SAY "data of MOV SS\n"
+    mov dword ptr [0x20100], DATA
+    mov eax, (2 << 2) | 0x400 | (0xF << 20) /* DR1: read or write, 4 bytes */
+    mov dr7, rax
+    mov ss, [0x20100]
+    nop
+    nop
+    xor eax, eax
+    mov dr7, rax
     SAY "end\n"
     EXIT 0
 on_int40:
