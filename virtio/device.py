@@ -158,10 +158,12 @@ class Device:
         self._halted = True
         for queue in self._active.queues if self._active else ():
             queue.paused = True
+        self._progress.set()
 
     def deactivate(self) -> bool:
         """Abandon everything (2.4). True: nothing touches guest memory any more."""
         active, self._active = self._active, None
+        self._progress.set()
         for task in tuple(self._tasks):
             task.cancel()
         if active is None:
@@ -185,10 +187,10 @@ class Device:
                 self.queue_notified(queue.index)
 
     async def quiesce(self) -> None:
-        """Pause, and wait until every chain taken is returned. A device takes no chain that it cannot answer
-        soon."""
+        """Pause, and wait until every chain taken is returned; not if the device is reset, or needs to be. A device
+        takes no chain that it cannot answer soon."""
         self.pause()
-        while self._active is not None and any(queue.in_flight and not queue.broken for queue in self._active.queues):
+        while self._active is not None and not self._halted and any(queue.in_flight for queue in self._active.queues):
             for queue in self._active.queues:
                 queue.on_push = self._progress.set
             self._progress.clear()

@@ -38,6 +38,11 @@ class Allocator:
         self._next = gpa + size
         return gpa
 
+    @property
+    def left(self) -> int:
+        """Bytes that are not handed out."""
+        return self.end - self._next
+
     def put(self, data: bytes) -> int:
         """Store bytes; their address."""
         gpa = self.take(max(len(data), 1))

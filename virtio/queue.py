@@ -38,11 +38,6 @@ class Queue:
         return self._ring is not None and not self._stopping
 
     @property
-    def broken(self) -> bool:
-        """The driver made a malformed ring of it: what is in flight is never returned."""
-        return self._ring is not None and self._ring.error is not None
-
-    @property
     def _open(self) -> bool:
         return not (self.paused or self._stopping)
 
@@ -63,7 +58,7 @@ class Queue:
 
     def stopped(self) -> bool:
         """Whether a queue that was stopped has returned its last chain, and does not touch guest memory any more."""
-        if self._stopping and (self.broken or not self.in_flight):
+        if self._stopping and not self.in_flight:
             self.close()
         return self._stopping and self._ring is None
 

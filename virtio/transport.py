@@ -334,10 +334,14 @@ class Transport:
 
     async def quiesce(self) -> None:
         """Take no more chains and wait for those in flight; then `save` may be called."""
-        if self._resetting:
+        await self.device.quiesce()
+        if self.status & Status.DEVICE_NEEDS_RESET:
+            # some chains will never be returned: all are abandoned, as by the reset that is needed
+            self.device.deactivate()
+            self.active = None
+        if self.active is None:
             await self.device.settle()
             self.read_status()
-        await self.device.quiesce()
 
     def resume(self) -> None:
         self._guard(self.device.resume)
@@ -348,10 +352,10 @@ class Transport:
             raise StateError("a reset is not complete")
         rings = []
         for config, queue in zip(self.queues, self.active.queues if self.active else (), strict=False):
-            if queue.in_flight and not queue.broken:
+            if queue.in_flight:
                 raise StateError(f"queue {queue.index} has {queue.in_flight} requests in flight")
             config.enabled &= not queue.stopped()
-            rings.append(queue.ring.save() if queue.enabled and not queue.broken else None)
+            rings.append(queue.ring.save() if queue.enabled else None)
         return {
             "version": 1,
             "device_id": self.device.device_id,
@@ -407,5 +411,3 @@ class Transport:
             queues.append(Queue(index, ring, self))
         self.device.pause()
         self._start(queues)
-        if self.status & Status.DEVICE_NEEDS_RESET:
-            self.device.halt()

@@ -1,19 +1,44 @@
 """Hostile drivers against every virtio device for a given time: `python -m tests.fuzz.virtio_fuzz SECONDS [SEED]`.
 
-The campaigns are those of tests/property/test_virtio_devices.py; a failure prints the device, transport and seed.
+The campaigns are those of tests/support/hostile.py; one that fails is named by its device, transport and seed. What is
+left open after a campaign is a failure as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
-from tests.property.test_virtio_devices import DEVICES, both_disks, campaign
+from tests.property.test_virtio_devices import both_disks
+from tests.support.hostile import WORLDS, campaign
+
+EVERY = 25
+"""Campaigns between two looks for what was left open."""
+
+
+class Leaks:
+    """Descriptors, streams and tasks that were dropped instead of closed."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        warnings.simplefilter("error", ResourceWarning)
+        sys.unraisablehook = self._found
+
+    def _found(self, what: Any) -> None:
+        self.seen.append(f"{what.exc_value!r} ({what.object!r})")
+
+    def check(self) -> None:
+        gc.collect()
+        if self.seen:
+            raise AssertionError("left open: " + "\n".join(self.seen))
 
 
 def main() -> int:
@@ -22,17 +47,21 @@ def main() -> int:
     logging.disable(logging.WARNING)
     end = time.monotonic() + seconds
     done = 0
+    leaks = Leaks()
     with tempfile.TemporaryDirectory() as folder:
         for seed in itertools.count(first):
-            for name in DEVICES:
+            for name in WORLDS:
                 for kind in ("pci", "mmio"):
                     if time.monotonic() >= end:
                         sys.stdout.write(f"virtio: {done} campaigns from seed {first}, nothing but GuestError\n")
                         return 0
                     try:
                         asyncio.run(campaign(name, kind, seed, Path(folder)))
+                        if done % EVERY == 0:
+                            leaks.check()
                     except BaseException:
-                        sys.stdout.write(f"virtio: {name} over {kind}, seed {seed} failed\n")
+                        sys.stdout.write(f"virtio: {name} over {kind}, seed {seed} failed; what was left open may be\n")
+                        sys.stdout.write(f"of one of the {EVERY} campaigns before\n")
                         raise
                     done += 1
             asyncio.run(both_disks(seed, Path(folder)))

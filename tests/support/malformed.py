@@ -57,12 +57,16 @@ def chain(queue: AnyDriverQueue, count: int, length: int, *, end: bool = True) -
     direct(queue, *descriptors)
 
 
-def long_table(queue: AnyDriverQueue) -> None:
-    """More than 2^32 bytes in one indirect table of 1 MiB buffers."""
-    base, size, count = low(queue), high(queue) - low(queue), 1024
-    length = min(size, 2**32 // 1000)
-    entries = [(base, length, F_NEXT if index + 1 < count else 0, index + 1) for index in range(count)]
+def crowd(queue: AnyDriverQueue, length: int) -> None:
+    """An indirect table of 1024 buffers, each of so many bytes; each is sound."""
+    entries = [(low(queue), length, F_NEXT if index < 1023 else 0, index + 1) for index in range(1024)]
     indirect(queue, *entries)
+
+
+def direct_and_indirect(queue: AnyDriverQueue) -> None:
+    """One direct descriptor, then a table as long as it may be: together they are longer."""
+    table = b"".join(_split.pack(low(queue), 1, F_NEXT if index < 1023 else 0, index + 1) for index in range(1024))
+    direct(queue, (low(queue), 1, F_NEXT, 1), (queue.allocator.put(table), len(table), F_INDIRECT, 0))
 
 
 INDIRECT = int(Feature.INDIRECT_DESC)
@@ -99,6 +103,7 @@ SPLIT: dict[str, Case] = {
     "index jump back": (0, lambda q: q.memory.view(q.driver + 2, 2).__setitem__(slice(2), b"\xff\xff"), "jumped"),
     "indirect and next": (INDIRECT, lambda q: direct(q, (low(q), 16, F_INDIRECT | F_NEXT, 1)), "VIRTQ_DESC_F_NEXT"),
     "indirect next outside": (INDIRECT, lambda q: indirect(q, (low(q), 16, F_NEXT, 1)), "outside the table"),
+    "direct and indirect too long": (INDIRECT, direct_and_indirect, "too long"),
     "indirect loop": (
         INDIRECT, lambda q: indirect(q, (low(q), 4, F_NEXT, 1), (low(q), 4, F_NEXT, 0)), "loop"
     ),

@@ -66,8 +66,16 @@ class Driver:
 
     # 3.1.1 Driver Requirements: Device Initialization
 
-    def initialize(self, wanted: int = -1, *, sizes: Sequence[int] | None = None, go: bool = True) -> None:
-        """Reset, negotiate `wanted` of what is offered (default: all), lay out every queue, set DRIVER_OK."""
+    def initialize(
+        self,
+        wanted: int = -1,
+        *,
+        sizes: Sequence[int] | None = None,
+        go: bool = True,
+        spoil: Callable[[AnyDriverQueue], object] | None = None,
+    ) -> None:
+        """Reset, negotiate `wanted` of what is offered (default: all), lay out every queue, set DRIVER_OK. `spoil` may
+        change a queue before the device hears of it."""
         self.write_status(0)
         assert self.read_status() == 0
         self.write_status(Status.ACKNOWLEDGE)
@@ -87,6 +95,8 @@ class Driver:
             if sizes is not None:
                 size = sizes[index]
             queue = driver_queue(self.allocator, size, self.features)
+            if spoil is not None:
+                spoil(queue)
             self.configure_queue(index, queue)
             self.queues.append(queue)
             index += 1

@@ -14,8 +14,8 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from typing import Literal, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Self, TypeVar
 
 from virtio import _ring
 from virtio.backends.block import BlockBackend
@@ -28,6 +28,7 @@ Cache = Literal["writeback", "writethrough", "none"]
 Io = Literal["auto", "io_uring", "threads"]
 """How what may block is done: by an io_uring, by native threads, or by the first of them that the host has."""
 
+T = TypeVar("T")
 SECTOR = 512
 _PUNCH_HOLE, _KEEP_SIZE, _ZERO_RANGE = 2, 1, 16
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,6 +50,7 @@ class FileBlock(BlockBackend):
         self.cache = cache
         self.block_size = block_size
         self.io: Io = "auto"
+        self._calls: set[asyncio.Future[Any]] = set()
 
     @classmethod
     async def open(
@@ -120,8 +122,16 @@ class FileBlock(BlockBackend):
             engine=self.io,
         )
 
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        """A call that may block. One that is abandoned goes on, and `aclose` waits for it: its descriptor must not
+        become another file's meanwhile."""
+        future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return await asyncio.shield(future)
+
     async def read(self, offset: int, length: int) -> bytes:
-        return await asyncio.to_thread(self._read, offset, length)
+        return await self._in_thread(self._read, offset, length)
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = self._aligned(length)
@@ -130,7 +140,7 @@ class FileBlock(BlockBackend):
         return bytes(buffer)
 
     async def write(self, offset: int, data: bytes) -> None:
-        await asyncio.to_thread(self._write, offset, data)
+        await self._in_thread(self._write, offset, data)
 
     def _write(self, offset: int, data: bytes) -> None:
         buffer = self._aligned(len(data))
@@ -144,11 +154,11 @@ class FileBlock(BlockBackend):
         return memoryview(mmap.mmap(-1, length))  # page-aligned, as O_DIRECT wants it
 
     async def flush(self) -> None:
-        await asyncio.to_thread(os.fdatasync, self.fd)
+        await self._in_thread(os.fdatasync, self.fd)
 
     async def discard(self, offset: int, length: int) -> None:
         try:
-            await asyncio.to_thread(_fallocate, self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+            await self._in_thread(_fallocate, self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
         except OSError:
             return  # a hint not taken
 
@@ -156,13 +166,14 @@ class FileBlock(BlockBackend):
         modes = ([_PUNCH_HOLE | _KEEP_SIZE] if unmap else []) + [_ZERO_RANGE | _KEEP_SIZE]
         for mode in modes:
             try:
-                await asyncio.to_thread(_fallocate, self.fd, mode, offset, length)
+                await self._in_thread(_fallocate, self.fd, mode, offset, length)
                 return
             except OSError:
                 continue
         await super().write_zeroes(offset, length, unmap)
 
     async def aclose(self) -> None:
+        await asyncio.gather(*self._calls, return_exceptions=True)
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             fcntl.flock(fd, fcntl.LOCK_UN)  # at once, although the kernel may have requests to clean up
@@ -237,6 +248,7 @@ class SnapshotBlock(FileBlock):
         await BlockBackend.write_zeroes(self, offset, length, unmap)
 
     async def aclose(self) -> None:
+        await asyncio.gather(*self._calls, return_exceptions=True)
         if self.fd >= 0:
             os.close(self.overlay)
         await super().aclose()

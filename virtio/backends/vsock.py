@@ -28,7 +28,17 @@ HANDSHAKE_SECONDS = 10
 async def stream_pair() -> tuple[Streams, Streams]:
     """Two ends of one connection."""
     one, two = socket.socketpair()
-    return await asyncio.open_connection(sock=one), await asyncio.open_connection(sock=two)
+    try:
+        first = await asyncio.open_connection(sock=one)
+        try:
+            return first, await asyncio.open_connection(sock=two)
+        except BaseException:
+            first[1].close()
+            raise
+    except BaseException:  # a reset may cancel this at any moment
+        one.close()
+        two.close()
+        raise
 
 
 class VsockBackend(Protocol):
@@ -69,16 +79,11 @@ class MemoryVsock(VsockBackend):
         if handler is None:
             raise ConnectionRefusedError(f"nobody listens on port {port}")
         ours, theirs = await stream_pair()
-        task = asyncio.ensure_future(self._handle(handler, theirs))
+        task = asyncio.ensure_future(handler(*theirs))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: theirs[1].close())  # also of one that is cancelled before it began
         return ours
-
-    async def _handle(self, handler: Handler, streams: Streams) -> None:
-        try:
-            await handler(*streams)
-        finally:
-            streams[1].close()
 
     async def aclose(self) -> None:
         for task in tuple(self._tasks):

@@ -165,8 +165,8 @@ class NetDevice(Device):
 
     @property
     def _native(self) -> bool:
-        active = self.active
-        return bool(self._engines) and isinstance(active.queues[0].ring, _ring.Ring)
+        queue = self.active.queues[0]
+        return bool(self._engines) and queue.enabled and isinstance(queue.ring, _ring.Ring)
 
     def started(self, active: Activation) -> None:
         multi = bool(active.features & Feature.MQ)

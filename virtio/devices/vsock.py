@@ -63,6 +63,8 @@ class Connection:
         """From the guest, not yet written to the host's end. Bounded by credit: BUFFER bytes at most."""
         self.ended = False
         """Nothing more comes into `inbox`."""
+        self.gone = False
+        """The guest ended it: it hears nothing of it any more."""
         self.arrived = asyncio.Event()
         self.credit = asyncio.Event()
 
@@ -120,9 +122,10 @@ class VsockDevice(Device):
         """A connection to the guest's `port`; ConnectionError if it is refused or the guest has no driver."""
         if not self.is_active or len(self._connections) >= CONNECTIONS_MAX:
             raise ConnectionRefusedError("the guest does not take vsock connections now")
-        connection = Connection(next(self._ports), port)
+        host_port = next(number for number in self._ports if (number, port) not in self._connections)
+        connection = Connection(host_port, port)
         connection.accepted = asyncio.get_running_loop().create_future()
-        key = connection.host_port, port
+        key = host_port, port
         self._connections[key] = connection
         try:
             await self._send(connection, Op.REQUEST)
@@ -174,14 +177,25 @@ class VsockDevice(Device):
 
     # To the guest
 
+    def _known(self, connection: Connection) -> bool:
+        """Not ended; its ports may be another connection's since."""
+        return self._connections.get((connection.host_port, connection.guest_port)) is connection
+
     async def _send(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
+        if self._known(connection):
+            await self._put(connection, op, flags, data)
+
+    async def _put(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
         await self._outgoing.put((connection, connection.host_port, connection.guest_port, op, flags, data))
 
     async def _deliver(self, queue: Queue) -> None:
         while True:
             connection, host_port, guest_port, op, flags, data = await self._outgoing.get()
-            while True:
+            while connection is None or not connection.gone:
                 chain = await anext(queue)
+                if connection is not None and connection.gone:
+                    queue.ring.undo_pop(chain)
+                    break
                 if chain.writable_length < _header.size:
                     raise GuestError("a vsock receive buffer is smaller than a packet header")
                 part = data[: chain.writable_length - _header.size]
@@ -257,16 +271,18 @@ class VsockDevice(Device):
 
     async def _reset(self, connection: Connection) -> None:
         if self._forget(connection):
-            await self._send(connection, Op.RST)
+            await self._put(connection, Op.RST)
 
     def _forget(self, connection: Connection) -> bool:
-        known = self._connections.pop((connection.host_port, connection.guest_port), None)
+        known = self._known(connection)
+        if known:
+            del self._connections[connection.host_port, connection.guest_port]
         connection.close()
-        return known is not None
+        return known
 
     def _run(self, connection: Connection, streams: Streams) -> None:
         connection.streams = streams
-        if (connection.host_port, connection.guest_port) not in self._connections:
+        if not self._known(connection):
             connection.close()
             return
         self.spawn(self._pump_out(connection, streams[0]), "to-guest")
@@ -318,6 +334,7 @@ class VsockDevice(Device):
                 await self._reset(connection)
             case Op.RST:
                 self._forget(connection)
+                connection.gone = True
                 connection.end()
                 connection.credit.set()
             case Op.SHUTDOWN:
@@ -345,7 +362,7 @@ class VsockDevice(Device):
 
     async def _dial(self, connection: Connection) -> None:
         try:
-            streams = await self.backend.dial(connection.host_port)
+            streams = connection.streams = await self.backend.dial(connection.host_port)
         except OSError:
             await self._reset(connection)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -181,6 +182,32 @@ async def test_the_tx_queue_is_served_without_rx_buffers(connect: Connect) -> No
         await driver.used(0)
         answered.append(HEADER.unpack_from(driver.bytes_at(room))[3])
     assert answered == list(range(PACKETS_WAITING + 40))
+
+
+async def test_ports_are_used_again_at_once(world: Any) -> None:
+    """What is left of a connection that the guest ended does not reach the next one with the same ports."""
+    guest, _, listen = world
+
+    async def patient(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await echo(reader, writer)
+        writer.close()
+
+    await listen(1025, patient)
+    for number in range(10):
+        guest.send(77, 1025, Op.REQUEST)
+        await guest.expect(Op.RESPONSE)
+        guest.send(77, 1025, Op.RW, b"%d" % number)
+        _, data = await guest.expect(Op.RW)
+        assert data == b"%d" % number
+        guest.send(77, 1025, Op.RW, b"on its way")
+        for _ in range(number):
+            await asyncio.sleep(0)
+        guest.send(77, 1025, Op.RST)
+        await guest.driver.used(1)
+        while guest.poll():
+            guest._arrived.clear()
+            guest._offer()
 
 
 async def test_the_host_connects_and_echoes(world: Any) -> None:
