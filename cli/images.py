@@ -89,13 +89,14 @@ def build(names: Annotated[list[str], typer.Argument(help="Recipes, by name or b
 def ls(as_json: Json = False) -> None:
     """List what `vmm run` knows by name."""
     from images import builder, cache, catalog
+    from images.built import current
 
     with _one_line_errors():
         cache.sweep()
         found: list[dict[str, Any]] = []
         for name, description, built in catalog.names():
             row: dict[str, Any] = {"name": name, "description": description, "built": built}
-            if (place := builder.current(name)) is not None:
+            if (place := current(name)) is not None:
                 row["size"] = builder.size_on_disk(place.directory)
                 row["made"] = (place.directory / "manifest.json").stat().st_mtime
                 row["directory"] = str(place.directory)
@@ -115,10 +116,11 @@ def ls(as_json: Json = False) -> None:
 @app.command()
 def path(name: str) -> None:
     """Print where a built image is."""
-    from images import builder, catalog
+    from images import catalog
+    from images.built import current
 
     with _one_line_errors():
-        built = builder.current(name)
+        built = current(name)
         typer.echo(str(built.directory if built else catalog.resolve(name).kernel))
 
 

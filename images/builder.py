@@ -11,17 +11,16 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from images import busybox, cache, debian, packages
 from images import kernel as kernels
+from images.built import HERE, Built, current, recipe_names
 from images.errors import ImageError
 from images.kernel import guest_init
 from images.packages import Package
 
-HERE = Path(__file__).resolve().parent
 FORMAT = 2
 """Counts up when the builder itself changes what it makes."""
 BUILDING = "builds"
@@ -30,20 +29,6 @@ BUILDING = "builds"
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total): steps of STEPS, or bytes of a download."""
 STEPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """A finished build: its directory holds vmlinuz, initrd, root.img (not for every recipe) and manifest.json."""
-
-    name: str
-    key: str
-    directory: Path
-    recipe: dict[str, Any]
-
-
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in (HERE / "recipes").glob("*.toml"))
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -55,17 +40,6 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise ImageError(f"no recipe {name}; there are: {', '.join(recipe_names())}", "config") from error
     except tomllib.TOMLDecodeError as error:
         raise ImageError(f"{path}: {error}", "config") from error
-
-
-def current(name: str) -> Built | None:
-    """The last whole build of a recipe, or None; does not ask apt."""
-    try:
-        pointer = json.loads((cache.directory("images") / f"{name}.json").read_text())
-        place = cache.directory("images") / pointer["directory"]
-        manifest = json.loads((place / "manifest.json").read_text())
-    except (OSError, ValueError, KeyError):
-        return None
-    return Built(name, manifest["key"], place, manifest["recipe"])
 
 
 def build(name: str, progress: Progress | None = None) -> Built:

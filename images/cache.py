@@ -16,20 +16,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from images.built import cache_directory
 from images.errors import ImageError
 from images.programs import run
 
 OUTSIDE = ".outside"
 """In a workspace: the path of the directory that belongs to it elsewhere."""
-
-
-def cache_directory() -> Path:
-    """$LOOPVISOR_CACHE, else loopvisor/ under $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("LOOPVISOR_CACHE")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "loopvisor"
 
 
 def file_hash(path: Path) -> str:

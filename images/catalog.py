@@ -10,7 +10,8 @@ from images import guests
 from images.errors import ImageError
 
 if TYPE_CHECKING:
-    from images.builder import Built, Progress
+    from images.builder import Progress
+    from images.built import Built
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ class Image:
 
 def names() -> list[tuple[str, str, bool]]:
     """(name, description, built) of every guest and recipe."""
-    from images import builder
+    from images import builder, built
 
     tiny = [(name, guests.description(name), True) for name in guests.names()]
     recipes = [
-        (name, str(builder.load_recipe(name).get("description", "")), builder.current(name) is not None)
-        for name in builder.recipe_names()
+        (name, str(builder.load_recipe(name).get("description", "")), built.current(name) is not None)
+        for name in built.recipe_names()
     ]
     return recipes + tiny
 
@@ -57,15 +58,17 @@ def resolve(name: str, *, build: bool = False, progress: Progress | None = None)
     else:
         platform: Literal["pc", "bare"] = "pc" if name in guests.WITH_PIT else "bare"
         return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform=platform)
-    from images import builder  # a tiny guest starts without it
+    from images import built  # a tiny guest starts without it
 
-    if name in builder.recipe_names():
-        built = builder.current(name)
-        if built is None:
+    if name in built.recipe_names():
+        found = built.current(name)
+        if found is None:
             if not build:
                 raise ImageError(f"image {name} is not built yet; run: vmm images build {name}", "config")
-            built = builder.build(name, progress)
-        return _from_build(built)
+            from images import builder
+
+            found = builder.build(name, progress)
+        return _from_build(found)
     path = Path(name)
     if path.is_file():
         return Image(path.name, path, memory="256M", description=str(path))
