@@ -148,9 +148,9 @@ def doctor(json: Json = False) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from vmm import __version__
 
-        sys.stdout.write(f"vmm (loopvisor) {version('loopvisor')}\n")
+        sys.stdout.write(f"vmm (loopvisor) {__version__}\n")
         raise typer.Exit
 
 

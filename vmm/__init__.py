@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.vm import VirtualMachine
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "vmm.agent": ("ExecResult", "GuestProcess"),
     "vmm.config": ("Config", "Disk", "FlatImage", "Net"),

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
-from vmm import layout
+from vmm import __version__, layout
 from vmm.interfaces import Assembly
 
 ENTRY_POINT = Struct(
@@ -42,13 +41,6 @@ NAME = "loopvisor"
 RELEASE_DATE = "01/01/2024"
 
 
-def _release() -> str:
-    try:
-        return version(NAME)
-    except PackageNotFoundError:
-        return "0"
-
-
 def _structure(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
     """6.1.3: the formatted area, then the strings that it counts from 1, then a zero byte."""
     head = HEADER.build({"type": kind, "length": HEADER.sizeof() + len(body), "handle": handle})
@@ -58,7 +50,6 @@ def _structure(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
 
 def tables(identity: uuid.UUID, serial: str) -> tuple[bytes, bytes]:
     """(entry point, structures) for layout.SMBIOS."""
-    release = _release()
     bios = BIOS.build(
         dict(
             vendor=1, version=2, segment=0xE000, release_date=3, rom_size=0, extension1=0, bios_major=0, bios_minor=0,
@@ -80,8 +71,8 @@ def tables(identity: uuid.UUID, serial: str) -> tuple[bytes, bytes]:
         )
     )
     structures = (
-        _structure(0, 0, bios, NAME, release, RELEASE_DATE)
-        + _structure(1, 1, system, NAME, "Standard PC", release, *([serial] if serial else []))
+        _structure(0, 0, bios, NAME, __version__, RELEASE_DATE)
+        + _structure(1, 1, system, NAME, "Standard PC", __version__, *([serial] if serial else []))
         + _structure(3, 2, chassis, NAME)
         + _structure(127, 3, b"")
     )

@@ -78,6 +78,7 @@ class VirtioDevices:
         self._optional = {net.id or f"net{index}" for index, net in enumerate(assembly.config.nets) if not net.required}
         self._windows: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
+        self._begun: dict[str, asyncio.Task[Device]] = {}
         self.devices: dict[str, Device] = {}
         self.transports: dict[str, Transport] = {}
         for name, (kind, _) in self._wanted.items():
@@ -89,17 +90,27 @@ class VirtioDevices:
         """The device of that name. Raises KeyError."""
         return self.devices[name]
 
+    def begin(self) -> None:
+        """Start what takes its time (passt) while the kernel is loaded."""
+        for name, (_, make) in self._wanted.items():
+            if isinstance(getattr(make, "__self__", None), _Net):
+                self._begun[name] = asyncio.create_task(self._make(make), name=f"start {name}")
+
+    async def _make(self, make: Make) -> Device:
+        return await make()
+
     async def start(self) -> None:
         """Open the backends and plug the devices in. Raises ConfigError, HostError."""
         for name, (kind, make) in self._wanted.items():
             try:
-                device = await make()
+                device = await (self._begun[name] if name in self._begun else make())
             except VirtioError as error:
                 if name not in self._optional:
                     raise
                 self._assembly.warn(f"{error}; the machine runs without {name}")
                 continue
             self.devices[name] = device
+            self._begun.pop(name, None)
             self._plug(name, device, kind)
             if isinstance(device, VsockDevice):
                 await device.start()
@@ -161,6 +172,12 @@ class VirtioDevices:
         undo, self._undo = self._undo, []
         for call in undo:
             call()
+        begun, self._begun = self._begun, {}
+        for task in begun.values():
+            task.cancel()
+        for made in await asyncio.gather(*begun.values(), return_exceptions=True):
+            if isinstance(made, Device):
+                await made.aclose()
         devices, self.devices = self.devices, {}
         failure: BaseException | None = None
         for transport in self.transports.values():
@@ -240,11 +257,12 @@ def _first_bytes(disk: Disk) -> bytes:
 
 class _Net:
     def __init__(self, net: Net, assembly: Assembly) -> None:
-        self.net, self.random = net, assembly.machine.random
+        self.net = net
+        # Now, so that with a seed it does not depend on when other devices ask for chance.
+        self.mac = parse_mac(net.mac) if net.mac else b"\x52\x54\x00" + assembly.machine.random(3)
 
     async def make(self) -> Device:
         net = self.net
-        mac = parse_mac(net.mac) if net.mac else b"\x52\x54\x00" + self.random(3)
         backend: NetBackend
         if net.kind == "user":
             backend = await UserNet.start()
@@ -258,7 +276,7 @@ class _Net:
             except BaseException:
                 await backend.aclose()
                 raise
-        return NetDevice(backend, mac)
+        return NetDevice(backend, self.mac)
 
 
 class _Console:
@@ -307,3 +325,4 @@ def attach(assembly: Assembly) -> None:
     """Component "virtio", if the configuration asks for any device."""
     devices = VirtioDevices(assembly)
     assembly.add("virtio", devices)
+    devices.begin()
