@@ -21,6 +21,8 @@ class Kernel:
     version: str
     modules: dict[str, bytes]
     """Path below lib/modules/VERSION -> module, in the order in which they load."""
+    needed: dict[str, list[str]]
+    """The same paths -> the hardware that needs the module, as modules.hardware() has it; empty: loaded always."""
 
 
 def guest_init() -> bytes:
@@ -49,7 +51,7 @@ def take(deb: Path, recipe: dict[str, Any], made: Path) -> Kernel:
     if not version:
         raise ImageError(f"package {deb.name} has no kernel")
     order = modules.closure(recipe["kernel"].get("modules", []), files, built_in)
-    return Kernel(version, {path: files[path] for path in order})
+    return Kernel(version, {path: files[path] for path in order}, order)
 
 
 def initramfs(kernel: Kernel) -> bytes:
@@ -63,6 +65,6 @@ def initramfs(kernel: Kernel) -> bytes:
     for path, data in kernel.modules.items():
         short = f"lib/modules/{path.rsplit('/', 1)[-1].removesuffix('.xz').removesuffix('.zst')}"
         tree.file(short, data)
-        listed.append(f"/{short}\n")
+        listed.append("\n ".join([f"/{short}", *kernel.needed[path]]) + "\n")
     tree.file("etc/modules", "".join(listed).encode())
     return tree.cpio()

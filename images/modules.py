@@ -30,25 +30,35 @@ def depends(module: bytes) -> list[str]:
     return [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []
 
 
-def closure(wanted: list[str], files: dict[str, bytes], built_in: set[str]) -> list[str]:
-    """Paths of the modules for `wanted`, dependencies first. A name that is built in needs none."""
-    by_name = {module_name(path): path for path in files}
-    order: list[str] = []
+def hardware(module: bytes) -> list[str]:
+    """What a module's driver is for, as "BUS PREFIX": a device of that bus whose modalias begins with the prefix. Only
+    buses on which nothing appears later; empty for a module that is no driver of theirs."""
+    found = [f"virtio {alias.decode()}" for alias in re.findall(rb"\0alias=(virtio:d[0-9A-Fa-f]{8}v)\*", module)]
+    found += [f"acpi acpi:{name.decode()}:" for name in re.findall(rb"\0alias=acpi\*:(\w+):\*", module)]
+    return found
 
-    def add(name: str, reason: str, above: tuple[str, ...]) -> None:
+
+def closure(wanted: list[str], files: dict[str, bytes], built_in: set[str]) -> dict[str, list[str]]:
+    """Path -> hardware that needs it (empty: always loaded) of the modules for `wanted`, dependencies first. A name
+    that is built in needs none."""
+    by_name = {module_name(path): path for path in files}
+    order: dict[str, list[str]] = {}
+
+    def add(name: str, reason: str, above: tuple[str, ...], needed: list[str]) -> None:
         if name in built_in:
             return
         path = by_name.get(name)
         if path is None:
             raise ImageError(f"the kernel has no module {name}, which {reason} needs", "config")
         if path in order:
+            order[path] = list(dict.fromkeys([*order[path], *needed])) if order[path] and needed else []
             return
         if name in above:
             raise ImageError(f"module {name} depends on itself")
         for other in depends(files[path]):
-            add(other, f"module {name}", (*above, name))
-        order.append(path)
+            add(other, f"module {name}", (*above, name), needed)
+        order[path] = needed
 
-    for name in wanted:
-        add(name.replace("-", "_"), "the recipe", ())
+    for name in (name.replace("-", "_") for name in wanted):
+        add(name, "the recipe", (), hardware(files[by_name[name]]) if name in by_name else [])
     return order

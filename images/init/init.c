@@ -1,6 +1,8 @@
 /* The guest's first process: mounts, loads modules in order, finds the root file system, starts the agent and a shell.
  *
- * As /init (of the initramfs): /etc/modules names module files, one a line, loaded in that order. With root=DEVICE on the
+ * As /init (of the initramfs): /etc/modules names module files, one a line, loaded in that order. A line that begins with
+ * a space, "BUS PREFIX", belongs to the module above: it is loaded only if that bus has a device whose modalias begins
+ * so, for each costs the kernel a check of its signature. With root=DEVICE on the
  * kernel command line that file system becomes the root and its /sbin/init runs (this program again, or another init);
  * without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the background, the agent is started, and a shell
  * on each active console; when the shell of the last one ends, or the power button is pressed, the machine powers off.
@@ -61,29 +63,72 @@ static void mark(const char *letters)
     SYS(__NR_ioperm, 0x80, 4, 0);
 }
 
+static char *append(char *to, const char *text)
+{
+    while (*text) *to++ = *text++;
+    *to = 0;
+    return to;
+}
+
+/* Is there a device whose modalias begins with `prefix`? If the bus cannot be looked at: yes. */
+static int present(const char *bus, const char *prefix)
+{
+    char path[512], alias[256], entries[4096];
+    char *name = append(append(append(path, "/sys/bus/"), bus), "/devices/");
+    long fd = open_file(path, O_RDONLY | O_CLOEXEC), length;
+    if (fd < 0) return 1;
+    int found = 0;
+    while (!found && (length = SYS(__NR_getdents64, fd, entries, sizeof entries)) > 0)
+        for (long at = 0; !found && at < length;) {
+            struct { uint64_t inode; int64_t offset; uint16_t size; uint8_t type; char name[]; } *entry;
+            entry = (void *)(entries + at);
+            at += entry->size;
+            if (text_length(entry->name) > 128) continue;
+            append(append(name, entry->name), "/modalias");
+            if (read_file(path, alias, sizeof alias) > 0) found = text_after(alias, prefix) != NULL;
+        }
+    SYS(__NR_close, fd);
+    return found;
+}
+
+static void load_module(const char *path)
+{
+    long fd = open_file(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    long error = SYS(__NR_finit_module, fd, "", 0);
+    SYS(__NR_close, fd);
+    /* A device that is not there (ENODEV) and a module that is built in (EEXIST) are no faults. */
+    if (error < 0 && error != -EEXIST && error != -19) {
+        say("init: cannot load ");
+        say(path);
+        say("\n");
+    }
+}
+
+/* Cut the line at `p` off; the next one. */
+static char *next_line(char *p)
+{
+    while (*p && *p != '\n') p++;
+    if (*p) *p++ = 0;
+    return p;
+}
+
 static void load_modules(void)
 {
     static char list[16384];
     if (read_file("/etc/modules", list, sizeof list) <= 0) return;
     for (char *p = list; *p;) {
-        char *end = p;
-        while (*end && *end != '\n') end++;
-        int last = !*end;
-        *end = 0;
-        long fd = *p ? open_file(p, O_RDONLY | O_CLOEXEC) : -1;
-        if (fd >= 0) {
-            long error = SYS(__NR_finit_module, fd, "", 0);
-            SYS(__NR_close, fd);
-            /* A device that is not there (ENODEV) and a module that is built in (EEXIST) are no faults. */
-            if (error < 0 && error != -EEXIST && error != -19) {
-                say("init: cannot load ");
-                say(p);
-                say("\n");
-            }
-            SYS(__NR_unlink, p);
+        char *path = p;
+        int wanted = *(p = next_line(p)) != ' ';
+        while (*p == ' ') {
+            char *bus = p + 1, *prefix = bus;
+            p = next_line(p);
+            while (*prefix && *prefix != ' ') prefix++;
+            if (*prefix) *prefix++ = 0;
+            wanted = wanted || present(bus, prefix);
         }
-        if (last) break;
-        p = end + 1;
+        if (wanted) load_module(path);
+        SYS(__NR_unlink, path);
     }
 }
 

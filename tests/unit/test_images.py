@@ -75,11 +75,28 @@ def module(*depends: str) -> bytes:
     return b"\x7fELF\0license=GPL\0depends=" + ",".join(depends).encode() + b"\0name=x\0"
 
 
+def driver(alias: str, *depends: str) -> bytes:
+    return module(*depends) + b"alias=" + alias.encode() + b"\0"
+
+
 def test_modules_come_after_what_they_need() -> None:
     files = {"net/virtio_net.ko": module("virtio", "failover"), "virtio/virtio.ko": module("virtio-ring"),
              "virtio/virtio-ring.ko": module(), "net/failover.ko": module("packet")}
     order = modules.closure(["virtio-net"], files, {"packet"})
-    assert order == ["virtio/virtio-ring.ko", "virtio/virtio.ko", "net/failover.ko", "net/virtio_net.ko"]
+    assert list(order) == ["virtio/virtio-ring.ko", "virtio/virtio.ko", "net/failover.ko", "net/virtio_net.ko"]
+
+
+def test_modules_for_hardware_that_may_not_be_there() -> None:
+    """What only conditional modules need is as conditional as they are; what any other needs is always loaded."""
+    files = {"bus.ko": module(), "net.ko": driver("virtio:d00000001v*", "helper", "shared", "bus"),
+             "mmio.ko": driver("acpi*:LNRO0005:*", "bus"), "blk.ko": driver("virtio:d00000002v*", "bus", "shared"),
+             "helper.ko": module(), "shared.ko": module(), "input.ko": driver("input:b*v*", "shared2"),
+             "shared2.ko": module()}  # fmt: skip
+    assert modules.closure(["bus", "mmio", "net", "blk", "input"], files, set()) == {
+        "bus.ko": [], "mmio.ko": ["acpi acpi:LNRO0005:"], "helper.ko": ["virtio virtio:d00000001v"],
+        "shared.ko": ["virtio virtio:d00000001v", "virtio virtio:d00000002v"], "net.ko": ["virtio virtio:d00000001v"],
+        "blk.ko": ["virtio virtio:d00000002v"], "shared2.ko": [], "input.ko": [],
+    }  # fmt: skip
 
 
 def test_a_missing_module_is_named_with_who_needs_it() -> None:
