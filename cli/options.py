@@ -38,7 +38,7 @@ RUN_OPTIONS = (
     RunOption("--append", "append", "text", "Added to the kernel command line.", "TEXT"),
     RunOption("--flat", "flat", "text", "Raw code: FILE[,load=ADDRESS][,entry=ADDRESS][,mode=real|…].", "SPEC"),
     RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,cache=…][,io=…][,queues=N][,…].", "SPEC"),
-    RunOption("--net", "nets", "list", "user, tap=NAME or unix=PATH[,optional][,mac=…][,id=NAME][,pcap=FILE].", "SPEC"),
+    RunOption("--net", "nets", "list", "none, user, tap=NAME, unix=PATH[,optional][,mac=…][,id=…][,pcap=…].", "SPEC"),
     RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
     RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),
@@ -83,6 +83,8 @@ class RunArguments:
     def set(self, option: RunOption, value: Any) -> None:
         if option.of == "command":
             setattr(self, option.field, value)
+        elif option.kind == "list" and value == "none":
+            self.config[option.field] = []  # also of what an image or a file brings
         elif option.kind == "list":
             self.config.setdefault(option.field, []).append(value)
         else:

@@ -116,6 +116,16 @@ def test_every_field_in_python_in_a_file_and_on_the_command_line(values: dict[st
     VALID.validate(values)
 
 
+@pytest.mark.parametrize(("name", "flag"), [("nets", "--net"), ("disks", "--disk"), ("ports", "--port")])
+def test_none_takes_away_what_the_file_has(name: str, flag: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text('kernel = "/k"\nnets = ["user"]\ndisks = ["/d"]\nports = ["a=/p"]\n')
+    for words, count in (([], 1), ([flag, "none"], 0)):
+        parsed = parse_run(["--config", str(path), *words])
+        assert parsed is not None
+        assert len(getattr(configure(parsed), name)) == count
+
+
 def test_every_field_is_described() -> None:
     for kind in (Config, Disk, Net, Console, Port, FlatImage):
         assert set(descriptions(kind)) >= {field.name for field in fields(kind)}  # type: ignore[arg-type]
