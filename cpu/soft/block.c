@@ -15,7 +15,7 @@
 #include "soft/exec.h"
 #include "soft/translate.h"
 
-enum { HASH_BITS = 15, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, SHARERS_MAX = 20 };
+enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, SHARERS_MAX = 20 };
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
@@ -121,11 +121,14 @@ static void jump_clear(struct soft_jump *e)
 void soft_jump_cache_flush(struct soft_vcpu *c)
 {
     struct soft_jumps *j = &c->jump;
-    if (!c->jumps || j->used > JUMP_SIZE) {
+    if (!c->jumps) {
+        /* All zeroes, which only address 0 could be taken for: its entries are the first ones. */
+        for (unsigned i = 0; i < JUMP_TABLES; i++)
+            jump_clear(&j->table[i][0]);
+        c->jumps = j->table[0];
+    } else if (j->used > JUMP_SIZE) {
         for (unsigned i = 0; i < JUMP_TABLES * JUMP_SIZE; i++)
             jump_clear(&j->table[0][0] + i);
-        if (!c->jumps)
-            c->jumps = j->table[0];
     } else {
         for (unsigned i = 0; i < j->used; i++)
             jump_clear(&j->table[0][0] + j->list[i]);
@@ -148,7 +151,7 @@ static void jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code)
 {
     struct soft_jumps *j = &c->jump;
     struct soft_jump *e = &c->jumps[jump_hash(linear)];
-    if (e->code == &empty_jump) {
+    if (!e->code || e->code == &empty_jump) {
         if (j->used < JUMP_SIZE)
             j->list[j->used] = (uint16_t)(e - &j->table[0][0]);
         if (j->used <= JUMP_SIZE)
@@ -287,7 +290,8 @@ void soft_blocks_flush(struct soft_vm *vm)
             mark_page(vm, p->host, false);
         }
     memset(b->pages, 0, sizeof b->pages);
-    memset(b->hash, 0, sizeof b->hash);
+    if (b->used)
+        memset(b->hash, 0, sizeof b->hash);
     b->changed = true;
     b->reset = true;
     b->flushes++;

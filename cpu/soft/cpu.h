@@ -145,7 +145,7 @@ struct soft_vm;
 
 /* block.c's own: translated code by linear address, a direct-mapped table for each of 64-bit supervisor, 64-bit user and
  * other modes; which entries were filled since the last flush; and a filter of the linear pages among them. */
-enum { JUMP_SIZE = 4096, JUMP_TABLES = 3 };
+enum { JUMP_SIZE = 16384, JUMP_TABLES = 3 };
 struct soft_jump {
     uint64_t linear;
     struct uop *code;
