@@ -1,8 +1,8 @@
 """Fuzz the software core for a while: `python3 -m tests.fuzz.campaign SECONDS [SEED]`.
 
-Every case runs twice: interpreted under ASan and UBSan, and as host code between guard pages. Neither may crash or
-hang, and what both leave behind (registers, FPU, RAM, instruction count) must be equal. A failing case is named by its
-seed: `build/soft-sanitize/soft_fuzz --case SEED`.
+Every case runs twice: interpreted under ASan and UBSan, and as host code between guard pages. Neither may crash, hang
+or grow, and what both leave behind (registers, FPU, RAM, instruction count) must be equal. A failing case is named by
+its seed: `build/soft-sanitize/soft_fuzz --case SEED`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from tests.support import soft_programs
 
 BATCH = 100
+MEMORY_KIB = 1 << 20
+"""No process may take more. A quarter of it is what ASan holds back of freed memory."""
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -47,6 +50,8 @@ def main() -> int:
             for left, right in zip(one, other, strict=True):
                 if left != right:
                     sys.exit(f"case {left.split()[0]}: interpreted and translated differ ({left} / {right})")
+            if (peak := resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) > MEMORY_KIB:
+                sys.exit(f"cases {seed} to {seed + BATCH} took {peak >> 10} MiB")
             seed += BATCH
             done += BATCH
     sys.stdout.write(f"{done} cases from seed {arguments.seed}: nothing found\n")
