@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] images/guests/*.[Sh])
+C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check bench soak test-kvm-rig sanitize fuzz clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig sanitize fuzz clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml setup.py $(C_FILES) | packages
 	@echo "== building the package into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip 'setuptools>=77' wheel
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,net]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,net,docs]'
 	@$(BIN)/python -m compileall -q cpu vmm virtio cli images
 	@touch $@
 
@@ -40,6 +40,9 @@ check: venv      ## ruff, mypy --strict, layering
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+docs: venv       ## the API reference, in build/docs
+	$(BIN)/python docs/api.py
 
 bench: venv      ## print the bench table, write bench.json
 	@.ci/packages test

@@ -175,7 +175,9 @@ class Vcpu(Protocol):
     """One virtual processor."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Its number in the VM, from 0."""
+
     def resume(self, entry: Entry) -> None:
         """Answer the exit that parked it (Resume also for a fresh vCPU) and run on. StateError if it is not parked."""
 
@@ -185,20 +187,35 @@ class Vcpu(Protocol):
         A kick is sticky: if another exit was on its way, `Interrupted` follows right after that one's answer, with the
         access completed. So to save the state of a vCPU that is parked in an access: resume() it, then kick() it."""
 
-    def registers(self) -> Registers: ...
-    def set_registers(self, registers: Registers) -> None: ...
-    def system_registers(self) -> SystemRegisters: ...
-    def set_system_registers(self, registers: SystemRegisters) -> None: ...
-    def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
-    def msr(self, index: int) -> int: ...
-    def set_msr(self, index: int, value: int) -> None: ...
+    def registers(self) -> Registers:
+        """The general registers, of a parked vCPU."""
+
+    def set_registers(self, registers: Registers) -> None:
+        """Set the general registers of a parked vCPU."""
+
+    def system_registers(self) -> SystemRegisters:
+        """The system registers, of a parked vCPU."""
+
+    def set_system_registers(self, registers: SystemRegisters) -> None:
+        """Set the system registers of a parked vCPU."""
+
+    def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
+        """What CPUID tells; before the vCPU first runs."""
+
+    def msr(self, index: int) -> int:
+        """A model-specific register. HostError if the core has none of that index."""
+
+    def set_msr(self, index: int, value: int) -> None:
+        """Set a model-specific register."""
+
     def state(self) -> VcpuState:
         """Complete only between instructions: fresh, or parked by `Interrupted` (or by an exit that is no access)."""
 
     def set_state(self, state: VcpuState) -> None:
         """After set_cpuid()."""
 
-    def nmi(self) -> None: ...
+    def nmi(self) -> None:
+        """Deliver a non-maskable interrupt. *any thread*"""
 
 
 class Shadow(Protocol):
@@ -216,7 +233,9 @@ class Shadow(Protocol):
 class Vm(Protocol):
     """One virtual machine in guest mode: memory slots, interrupt controller, vCPUs, the channel of exits."""
 
-    def create_vcpu(self, index: int) -> Vcpu: ...
+    def create_vcpu(self, index: int) -> Vcpu:
+        """A vCPU, fresh and parked; each index once."""
+
     def set_memory_slot(
         self, slot: int, address: int, memory: memoryview | None, *, readonly: bool = False, log_dirty: bool = False
     ) -> None:
@@ -243,17 +262,22 @@ class Vm(Protocol):
         """Writes of `size` bytes at exactly `address` are posted. (virtual clock: they are still in order, and the
         vCPU waits until they were taken, so that a run stays a function of its inputs.)"""
 
-    def remove_posted(self, space: Space, address: int, size: int) -> None: ...
+    def remove_posted(self, space: Space, address: int, size: int) -> None:
+        """Undo add_posted()."""
+
     def add_shadow(self, space: Space, address: int, size: int, tag: int = 0) -> Shadow:
         """Reads of `size` bytes at `address` are answered from the shadow; invalid until its first set()."""
 
-    def remove_shadow(self, space: Space, address: int, size: int) -> None: ...
+    def remove_shadow(self, space: Space, address: int, size: int) -> None:
+        """Undo add_shadow()."""
+
     def add_ioeventfd(self, fd: int, space: Space, address: int, size: int, match: int | None = None) -> None:
         """A write (of value `match`, if given; size 0: any size) signals the eventfd and is done."""
 
     def remove_ioeventfd(
         self, fd: int, space: Space, address: int, size: int, match: int | None = None
-    ) -> None: ...
+    ) -> None:
+        """Undo add_ioeventfd(), with the same arguments."""
 
     # Interrupts.
     def set_irq(self, gsi: int, level: bool) -> None:
@@ -268,7 +292,8 @@ class Vm(Protocol):
     def add_irqfd(self, fd: int, gsi: int, resample_fd: int | None = None) -> None:
         """A write to the eventfd raises the GSI; with a resample eventfd it is level-triggered."""
 
-    def remove_irqfd(self, fd: int, gsi: int) -> None: ...
+    def remove_irqfd(self, fd: int, gsi: int) -> None:
+        """Undo add_irqfd()."""
 
     # Time.
     def now_ns(self) -> int:
@@ -277,8 +302,12 @@ class Vm(Protocol):
     def set_alarm(self, deadline_ns: int | None) -> None:
         """Have take() report AlarmDue once now_ns() >= deadline_ns. One alarm per VM."""
 
-    def state(self) -> VmState: ...
-    def set_state(self, state: VmState) -> None: ...
+    def state(self) -> VmState:
+        """Everything that is not a vCPU's, while all of them are parked."""
+
+    def set_state(self, state: VmState) -> None:
+        """Take over what state() gave, while all vCPUs are parked."""
+
     def stats(self) -> dict[str, int]:
         """Counters: exits by class ('exit.port-in'...), 'posted', 'shadow', 'ioeventfd', and the core's own."""
 
@@ -291,11 +320,20 @@ class System(Protocol):
     """An execution core on this host."""
 
     @property
-    def name(self) -> str: ...
-    def capabilities(self) -> frozenset[Capability]: ...
-    def supported_cpuid(self) -> list[CpuidEntry]: ...
-    def create_vm(self, config: VmConfig) -> Vm: ...
-    def close(self) -> None: ...
+    def name(self) -> str:
+        """As `--core` names it."""
+
+    def capabilities(self) -> frozenset[Capability]:
+        """What it can do on this host."""
+
+    def supported_cpuid(self) -> list[CpuidEntry]:
+        """The most that Vcpu.set_cpuid() may be given."""
+
+    def create_vm(self, config: VmConfig) -> Vm:
+        """A new virtual machine. HostError if the host refuses."""
+
+    def close(self) -> None:
+        """Give back what it holds; its VMs must be closed. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,9 +137,11 @@ class ScriptedSystem:
 
     @property
     def name(self) -> str:
+        """"scripted" """
         return "scripted"
 
     def capabilities(self) -> frozenset[Capability]:
+        """Those that it was made with."""
         return self._capabilities
 
     def supported_cpuid(self) -> list[CpuidEntry]:
@@ -152,10 +154,12 @@ class ScriptedSystem:
         ]
 
     def create_vm(self, config: VmConfig) -> ScriptedVm:
+        """A VM whose vCPUs replay what their script() says."""
         if self._closed:
             raise StateError("the core is closed")
         # A few architectural MSRs, so that states hold some: TSC, APIC base, STAR, LSTAR.
         return ScriptedVm("scripted", config, msr_indices=(0x10, 0x1B, 0xC000_0081, 0xC000_0082))
 
     def close(self) -> None:
+        """Nothing to give back."""
         self._closed = True

@@ -1,7 +1,5 @@
 """What has been built, and where the cache is: all that running an image needs of the builder, and quick to load."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -29,6 +27,7 @@ def cache_directory() -> Path:
 
 
 def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
     return sorted(name[:-5] for name in os.listdir(HERE / "recipes") if name.endswith(".toml"))
 
 

@@ -27,6 +27,7 @@ class ReferenceChain:
 
     @property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
+        """Chain.segments"""
         return tuple(self._segments)
 
     def add(self, gpa: int, length: int, write: bool) -> None:
@@ -57,16 +58,20 @@ class ReferenceChain:
         return [self.memory.view(gpa, length) for gpa, length, writable in self._segments if writable == write]
 
     def readable(self) -> list[memoryview]:
+        """Chain.readable"""
         return self._views(False)
 
     def writable(self) -> list[memoryview]:
+        """Chain.writable"""
         return self._views(True)
 
     def read(self, length: int = -1, offset: int = 0, /) -> bytes:
+        """Chain.read"""
         data = b"".join(self._views(False))[max(offset, 0) :]
         return data if length < 0 else data[:length]
 
     def write(self, data: bytes | bytearray | memoryview, offset: int | None = None, /) -> int:
+        """Chain.write"""
         skip = start = self.written if offset is None else offset
         left = memoryview(data)
         done = 0

@@ -81,6 +81,7 @@ class Device:
         return True
 
     def idle(self) -> bool:
+        """Nothing that was taken from a queue is still being worked on."""
         return True
 
     async def settle(self) -> None:
@@ -113,6 +114,7 @@ class Device:
 
     @property
     def is_active(self) -> bool:
+        """The driver has set DRIVER_OK and the device was not reset since."""
         return self._active is not None
 
     @property
@@ -144,9 +146,11 @@ class Device:
     # What a transport calls.
 
     def on_config_change(self, listener: Callable[[], None]) -> None:
+        """The transport's: call this when the configuration space has changed."""
         self._config_listener = listener
 
     def activate(self, active: Activation) -> None:
+        """The driver has set DRIVER_OK: `serve` begins."""
         self._active = active
         self._halted = False
         for queue in active.queues:
@@ -179,6 +183,7 @@ class Device:
             queue.paused = True
 
     def resume(self) -> None:
+        """After `pause`: take requests again."""
         self._paused = False
         for queue in self._active.queues if self._active else ():
             queue.paused = self._halted

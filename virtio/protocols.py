@@ -36,29 +36,45 @@ class Interrupts(Protocol):
 
 
 class TimerHandle(Protocol):
-    def cancel(self) -> None: ...
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """It does not come. Idempotent."""
 
 
 class Clock(Protocol):
     """The VM's clock, in ns."""
 
-    def now_ns(self) -> int: ...
-    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle: ...
+    def now_ns(self) -> int:
+        """Since the VM's start."""
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle:
+        """Call once when the clock has come to `deadline_ns`."""
 
 
 class Chain(Protocol):
     """A descriptor chain (2.7.5): device-readable bytes, then device-writable ones."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """What the used element names it by: head index (split ring) or buffer id (packed ring)."""
+
     @property
-    def slots(self) -> int: ...
+    def slots(self) -> int:
+        """Ring entries that it takes."""
+
     @property
-    def readable_length(self) -> int: ...
+    def readable_length(self) -> int:
+        """Bytes for the device to read."""
+
     @property
-    def writable_length(self) -> int: ...
+    def writable_length(self) -> int:
+        """Bytes that the device may write."""
+
     @property
-    def written(self) -> int: ...
+    def written(self) -> int:
+        """Bytes that write() has stored, counted from the start."""
+
     @property
     def segments(self) -> tuple[tuple[int, int, bool], ...]:
         """(gpa, length, device-writable) each."""
@@ -70,8 +86,11 @@ class Chain(Protocol):
         """Store into the device-writable part, by default after what was written; the number of bytes that
         fit."""
 
-    def readable(self) -> list[memoryview]: ...
-    def writable(self) -> list[memoryview]: ...
+    def readable(self) -> list[memoryview]:
+        """Views of the device-readable bytes, one a segment; not to be kept after push()."""
+
+    def writable(self) -> list[memoryview]:
+        """Views of the device-writable bytes, likewise."""
 
 
 @runtime_checkable
@@ -80,19 +99,31 @@ class Ring(Protocol):
     two."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Queue Size: entries of the ring."""
+
     @property
-    def in_flight(self) -> int: ...
+    def in_flight(self) -> int:
+        """Chains popped and not yet pushed."""
+
     @property
-    def next_avail(self) -> int: ...
+    def next_avail(self) -> int:
+        """Where the next chain is looked for."""
+
     @property
-    def next_used(self) -> int: ...
+    def next_used(self) -> int:
+        """Where the next used chain goes."""
+
     @property
-    def error(self) -> str | None: ...
+    def error(self) -> str | None:
+        """Why the ring is broken; None while it is not."""
+
     def pop(self) -> Chain | None:
         """The next available chain; GuestError if the ring is malformed, and from then on."""
 
-    def pop_batch(self, limit: int, /) -> Sequence[Chain]: ...
+    def pop_batch(self, limit: int, /) -> Sequence[Chain]:
+        """Up to `limit` chains. GuestError as for pop(); chains before the fault come first."""
+
     def undo_pop(self, chain: Any, /) -> None:
         """Make the chain popped last available again."""
 
@@ -111,12 +142,17 @@ class Ring(Protocol):
     def want_more(self) -> None:
         """Ask for a notification with the next chain although some are available; then try once more."""
 
-    def disable_notification(self) -> None: ...
-    def has_available(self) -> bool: ...
+    def disable_notification(self) -> None:
+        """Tell the driver not to notify."""
+
+    def has_available(self) -> bool:
+        """A chain is available."""
+
     def close(self) -> None:
         """The queue was reset: its chains can no longer touch guest memory."""
 
     def save(self) -> dict[str, Any]:
         """The positions; StateError while chains are in flight."""
 
-    def restore(self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True) -> None: ...
+    def restore(self, next_avail: int, next_used: int, avail_wrap: bool = True, used_wrap: bool = True) -> None:
+        """Take over what save() gave."""

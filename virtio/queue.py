@@ -50,6 +50,7 @@ class Queue:
 
     @property
     def in_flight(self) -> int:
+        """Chains that were taken and not yet completed."""
         return self._ring.in_flight if self._ring is not None else 0
 
     def stop(self) -> None:
@@ -69,6 +70,7 @@ class Queue:
             ring.close()
 
     def uses(self, ring: Ring) -> bool:
+        """The ring that works this way."""
         return self._ring is ring
 
     def wake(self) -> None:
@@ -80,6 +82,7 @@ class Queue:
         return self._ring.pop() if self._ring is not None and self._open else None
 
     def pop_batch(self, limit: int = TURN) -> Sequence[Chain]:
+        """Ring.pop_batch"""
         return self._ring.pop_batch(limit) if self._ring is not None and self._open else []
 
     def push(self, chain: Chain, written: int | None = None) -> None:
@@ -89,6 +92,7 @@ class Queue:
             self.on_push()
 
     def push_batch(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        """Ring.push_batch"""
         self.ring.push_batch(chains)
         if self.on_push is not None:
             self.on_push()

@@ -52,16 +52,20 @@ class ConsolePort:
         self.ready: Callable[[], None] | None = None
 
     def write(self, data: bytes) -> None:
+        """vmm.interfaces.CharacterPort"""
         self._hub.wrote(self, data)
 
     def read(self, limit: int) -> bytes:
+        """vmm.interfaces.CharacterPort: nothing while another port is the active one."""
         return self._hub.read(limit) if self._hub.active is self else b""
 
     def set_receiver(self, ready: Callable[[], None]) -> None:
+        """vmm.interfaces.CharacterPort"""
         self.ready = ready
         self._hub.announce()
 
     def event(self, kind: str) -> None:
+        """vmm.interfaces.CharacterPort"""
         if self._hub.on_event is not None:
             self._hub.on_event(kind)
 
@@ -101,6 +105,7 @@ class ConsoleHub:
         self.active = None
 
     def wrote(self, port: ConsolePort, data: bytes) -> None:
+        """Output of the guest through this port, which becomes the active one."""
         if self.active is not port and port.ready is not None:
             self.active = port
             self.announce()
@@ -154,9 +159,11 @@ class ConsoleHub:
         return bytes(memoryview(self._ring)[at : at + limit])
 
     def watch(self, watcher: Watcher) -> None:
+        """Wake this watcher from now on."""
         self._watchers.append(watcher)
 
     def unwatch(self, watcher: Watcher) -> None:
+        """Forget it. Idempotent."""
         if watcher in self._watchers:
             self._watchers.remove(watcher)
             self._check_pressure()
@@ -220,6 +227,7 @@ class ConsoleReader:
         hub.watch(self)
 
     def wake(self) -> None:
+        """Watcher"""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -268,6 +276,7 @@ class ConsoleReader:
             raise
 
     def close(self) -> None:
+        """Follow the output no longer: a lossless reader then holds the machine no more."""
         self._hub.unwatch(self)
 
     def _next(self, limit: int) -> bytes:
@@ -352,6 +361,7 @@ class FirstOutput:
         hub.watch(self)
 
     def wake(self) -> None:
+        """Watcher"""
         self._hub.unwatch(self)
         if self._hub.total > self.position:
             self._seen()
@@ -376,6 +386,7 @@ class ConsoleLog:
         hub.watch(self)
 
     def wake(self) -> None:
+        """Watcher"""
         data = self._hub.output(max(self.position, self._hub.start), RING * 2)
         self.position = self._hub.total
         try:
@@ -396,5 +407,6 @@ class ConsoleLog:
         self._size = 0
 
     def close(self) -> None:
+        """Stop writing. Idempotent."""
         self._hub.unwatch(self)
         self._file.close()

@@ -65,6 +65,7 @@ class Registration:
         self._started = time.time()
 
     async def start(self) -> None:
+        """Listen on both sockets, then be listed. Raises ConfigError, HostError."""
         try:
             await self._console.start()
             listener = listen(self._slot.path / CONTROL, "control socket")

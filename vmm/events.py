@@ -52,6 +52,7 @@ class EventStream:
         self._over = False
 
     def put(self, event: Event) -> None:
+        """Add an event; the oldest goes if nobody fetches them."""
         if self._queue.qsize() >= QUEUE_LIMIT:
             self._queue.get_nowait()
         self._queue.put_nowait(event)

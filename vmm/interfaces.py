@@ -23,8 +23,11 @@ RandomSource = Callable[[int], bytes]
 class Stateful(Protocol):
     """Every component with state."""
 
-    def save(self) -> State: ...
-    def restore(self, state: State) -> None: ...
+    def save(self) -> State:
+        """Its state now."""
+
+    def restore(self, state: State) -> None:
+        """Take over what `save` gave. Raises StateError for another version or shape."""
 
 
 class BusDevice(Protocol):
@@ -34,18 +37,25 @@ class BusDevice(Protocol):
     ignored when written. Guest input must raise nothing but GuestError.
     """
 
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
+    def read(self, offset: int, size: int) -> int:
+        """The value at `offset`."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take `value` at `offset`."""
 
 
 class PostedDevice(Protocol):
     """A device with posted ranges gets its writes merged: `data` is len(data) // size values in order."""
 
-    def posted(self, offset: int, size: int, data: bytes) -> None: ...
+    def posted(self, offset: int, size: int, data: bytes) -> None:
+        """Writes of `size` bytes each at `offset`, oldest first."""
 
 
 class TimerHandle(Protocol):
-    def cancel(self) -> None: ...
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """It does not come. Idempotent."""
 
 
 class Clock(Protocol):
@@ -57,37 +67,53 @@ class Clock(Protocol):
     def wall_ns(self) -> int:
         """CLOCK_REALTIME as the guest sees it, ns since the epoch."""
 
-    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle: ...
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle:
+        """Call once when the clock has come to `deadline_ns`, at once if it has passed it."""
 
 
 class IrqLine(Protocol):
     """One level-triggered input of the interrupt controller. Several owners of one GSI are ORed."""
 
-    def set(self, level: bool) -> None: ...
+    def set(self, level: bool) -> None:
+        """Raise or lower this owner's part of the line."""
 
 
 class Machine(Protocol):
     """What a device gets from its machine when it is attached."""
 
     @property
-    def clock(self) -> Clock: ...
+    def clock(self) -> Clock:
+        """The machine's time."""
+
     @property
-    def random(self) -> RandomSource: ...
-    def irq_line(self, gsi: int) -> IrqLine: ...
-    def signal_msi(self, address: int, data: int) -> None: ...
+    def random(self) -> RandomSource:
+        """The machine's source of chance."""
+
+    def irq_line(self, gsi: int) -> IrqLine:
+        """A new owner's part of the line `gsi` of the interrupt controllers."""
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """Send a message-signalled interrupt: `data` to `address` (Intel SDM volume 3, 11.11)."""
+
     def map(self, space: Space, address: int, size: int, device: BusDevice, name: str) -> None:
         """Put a device on a bus; overlapping an existing range raises ConfigError naming both."""
 
-    def unmap(self, space: Space, address: int) -> None: ...
+    def unmap(self, space: Space, address: int) -> None:
+        """Take the device at `address` off its bus."""
+
     def post(self, space: Space, address: int, size: int, device: PostedDevice, offset: int) -> None:
         """Make writes of `size` at `address` posted; they arrive at device.posted(offset, ...)."""
 
-    def unpost(self, space: Space, address: int, size: int) -> None: ...
+    def unpost(self, space: Space, address: int, size: int) -> None:
+        """Undo `post`."""
+
     def shadow(self, space: Space, address: int, size: int, notice: Callable[[], None] | None = None) -> Shadow:
         """Reads of `size` at `address` come from the shadow while it is valid. `notice` is called when a read
         switched the register to its `after` value (in order with the posted writes)."""
 
-    def unshadow(self, space: Space, address: int, size: int) -> None: ...
+    def unshadow(self, space: Space, address: int, size: int) -> None:
+        """Undo `shadow`."""
+
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
     ) -> Callable[[], None]:
@@ -102,13 +128,21 @@ class Assembly(Protocol):
     `attach(assembly)`. Parts are called in the builder's order, before the boot loader."""
 
     @property
-    def config(self) -> Config: ...
+    def config(self) -> Config:
+        """What was asked for."""
+
     @property
-    def machine(self) -> Machine: ...
+    def machine(self) -> Machine:
+        """What devices are attached to."""
+
     @property
-    def memory(self) -> GuestMemory: ...
+    def memory(self) -> GuestMemory:
+        """The guest's memory."""
+
     @property
-    def capabilities(self) -> frozenset[Capability]: ...
+    def capabilities(self) -> frozenset[Capability]:
+        """What the execution core can do."""
+
     @property
     def console(self) -> CharacterPort:
         """A new port of the machine's console, for one device."""
@@ -184,14 +218,19 @@ class PciHost(Protocol):
         """Send, or set pending if the vector or the function is masked; nothing while MSI-X is off."""
 
     @property
-    def msix_enabled(self) -> bool: ...
-    def set_intx(self, level: bool) -> None: ...
+    def msix_enabled(self) -> bool:
+        """The guest has switched MSI-X on."""
+
+    def set_intx(self, level: bool) -> None:
+        """Raise or lower the function's interrupt pin."""
+
     def bar_address(self, index: int) -> int | None:
         """Where the BAR decodes now; None while decoding is off."""
 
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
-    ) -> Callable[[], None]: ...
+    ) -> Callable[[], None]:
+        """Machine.ioeventfd, for an address within a BAR."""
 
 
 class PciFunction(Protocol):
@@ -209,9 +248,15 @@ class PciFunction(Protocol):
     """Bodies: capability id, a byte for the next pointer (filled by the PCI layer), the rest."""
     msix: MsixSpec | None
 
-    def attach(self, host: PciHost) -> None: ...
-    def bar_read(self, index: int, offset: int, size: int) -> int: ...
-    def bar_write(self, index: int, offset: int, size: int, value: int) -> None: ...
+    def attach(self, host: PciHost) -> None:
+        """The function is on this bus from now on."""
+
+    def bar_read(self, index: int, offset: int, size: int) -> int:
+        """BusDevice.read, relative to the BAR."""
+
+    def bar_write(self, index: int, offset: int, size: int, value: int) -> None:
+        """BusDevice.write, relative to the BAR."""
+
     def bars_changed(self) -> None:
         """A BAR moved, or decoding went on or off (drop and redo ioeventfds)."""
 
@@ -224,6 +269,11 @@ class PciFunction(Protocol):
     def capability_placed(self, capability: int, offset: int) -> None:
         """Capability number `capability` stands at this configuration-space offset."""
 
-    def reset(self) -> None: ...
-    def save(self) -> State: ...
-    def restore(self, state: State) -> None: ...
+    def reset(self) -> None:
+        """The bus was reset."""
+
+    def save(self) -> State:
+        """Stateful.save"""
+
+    def restore(self, state: State) -> None:
+        """Stateful.restore"""

@@ -27,25 +27,40 @@ class ImageLike(Protocol):
     """What a provider of images gives back: files, and how they want to be run."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the user called it."""
+
     @property
-    def kernel(self) -> Path: ...
+    def kernel(self) -> Path:
+        """The kernel file, or a flat binary."""
+
     @property
     def kind(self) -> str:
         """ "auto": by the file's content; "real": a flat binary at 0000:7C00 in real mode."""
 
     @property
-    def initrd(self) -> Path | None: ...
+    def initrd(self) -> Path | None:
+        """Its initial RAM disk, if it has one."""
+
     @property
-    def disk(self) -> Path | None: ...
+    def disk(self) -> Path | None:
+        """Its root disk, if it has one; attached as a snapshot."""
+
     @property
-    def cmdline(self) -> str: ...
+    def cmdline(self) -> str:
+        """Added to the kernel's command line."""
+
     @property
-    def memory(self) -> str: ...
+    def memory(self) -> str:
+        """How much it wants, as text such as "256M"."""
+
     @property
-    def platform(self) -> str: ...
+    def platform(self) -> str:
+        """"pc", or "bare" for guests that need no more than that."""
+
     @property
-    def agent(self) -> bool: ...
+    def agent(self) -> bool:
+        """Whether our agent runs in it."""
 
 
 def config_for(image: ImageLike, **options: Any) -> Config:

@@ -52,6 +52,7 @@ class Lifecycle:
         self.state = State.CREATED
 
     def change(self, change: Change) -> State:
+        """Go to the state that the table names, and return it. Raises StateError."""
         after = TABLE.get((self.state, change))
         if after is None:
             allowed = ", ".join(kind.value for (state, kind) in TABLE if state is self.state) or "nothing"
@@ -122,6 +123,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """The exit status is 0."""
         return self.status == 0
 
     def __str__(self) -> str:

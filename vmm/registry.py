@@ -57,10 +57,12 @@ class Entry:
 
     @property
     def control(self) -> Path:
+        """Its control socket (vmm/control.py)."""
         return self.path / CONTROL
 
     @property
     def console(self) -> Path:
+        """Its console socket (vmm/consoleserver.py)."""
         return self.path / CONSOLE
 
 
@@ -95,6 +97,7 @@ class Slot:
             raise HostError(f"{self.path}: {os_reason(error)}") from error
 
     def write_info(self, info: dict[str, Any]) -> None:
+        """Replace the machine's information, whole."""
         part = self.path / (INFO + ".part")
         part.write_text(json.dumps(info))
         part.replace(self.path / INFO)

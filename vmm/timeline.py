@@ -8,9 +8,9 @@ thread.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-PHASES: tuple[tuple[str, Literal["host", "guest"], str, str], ...] = (
+PHASES: tuple[tuple[str, str, str, str], ...] = (
     ("python", "host", "exec", "begin"),
     ("image", "host", "begin", "configured"),
     ("loop", "host", "configured", "enter"),
@@ -28,10 +28,10 @@ ALONE = ("first exit", "first console byte", "first output")
 
 
 class Phase(NamedTuple):
-    """Seconds since the timeline's first moment."""
+    """Seconds since the timeline's first moment; `where` the time is spent: "host" or "guest"."""
 
     name: str
-    where: Literal["host", "guest"]
+    where: str
     begin: float
     end: float
 

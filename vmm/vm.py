@@ -229,6 +229,7 @@ class VirtualMachine:
 
     @property
     def state(self) -> State:
+        """Where it is in its life."""
         return self._lifecycle.state
 
     @property

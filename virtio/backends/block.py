@@ -14,15 +14,19 @@ CHUNK = 1 << 20
 
 
 class BlockBackend(Protocol):
+    """What a block device reads and writes."""
+
     capacity: int
     """Bytes, a multiple of 512; what is beyond the last whole sector is not visible."""
     read_only: bool = False
     block_size: int = 512
     """Logical block size in bytes."""
 
-    async def read(self, offset: int, length: int) -> bytes: ...
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
 
-    async def write(self, offset: int, data: bytes) -> None: ...
+    async def write(self, offset: int, data: bytes) -> None:
+        """Store all of `data` at `offset`."""
 
     async def flush(self) -> None:
         """Make everything written durable."""
@@ -33,6 +37,7 @@ class BlockBackend(Protocol):
         return None
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Make the bytes read as zero; with `unmap` their space may be given up."""
         for at in range(offset, offset + length, CHUNK):
             await self.write(at, bytes(min(CHUNK, offset + length - at)))
 
@@ -51,9 +56,11 @@ class MemoryBlock(BlockBackend):
         self.flushes = 0
 
     async def read(self, offset: int, length: int) -> bytes:
+        """BlockBackend.read"""
         return bytes(self.data[offset : offset + length])
 
     async def write(self, offset: int, data: bytes) -> None:
+        """BlockBackend.write"""
         self.data[offset : offset + len(data)] = data
 
     async def flush(self) -> None:

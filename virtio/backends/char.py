@@ -19,6 +19,8 @@ REPLAY = 65536
 
 
 class CharBackend(Protocol):
+    """The other end of a console port."""
+
     async def read(self) -> bytes:
         """The next input, at least one byte; waits while nobody is there."""
 
@@ -40,6 +42,7 @@ class MemoryChar(CharBackend):
         self._wrote = asyncio.Event()
 
     def feed(self, data: bytes) -> None:
+        """Input for the guest."""
         self._input.append(data)
         self._fed.set()
 

@@ -44,6 +44,8 @@ class Channel:
 
 
 class NetBackend(Protocol):
+    """The other end of a network device's wire."""
+
     mtu: int | None = None
     """Bytes of payload, told to the guest; None: it decides."""
     offloads: int = 0
@@ -85,6 +87,7 @@ class MemoryNet(NetBackend):
 
     @classmethod
     def pair(cls) -> tuple[MemoryNet, MemoryNet]:
+        """Two ends of one wire."""
         one, two = cls(), cls()
         one.peer, two.peer = two, one
         return one, two
@@ -134,6 +137,7 @@ class FdNet(NetBackend):
 
     @property
     def fd(self) -> int:
+        """The first channel's descriptor. HostError once closed."""
         if not self.channels:
             raise HostError("the link is closed")
         return self.channels[0].fd

@@ -42,6 +42,8 @@ async def stream_pair() -> tuple[Streams, Streams]:
 
 
 class VsockBackend(Protocol):
+    """Who answers the guest's connections."""
+
     async def start(self, open: Open) -> None:
         """The device is there: `open` reaches the guest."""
 

@@ -131,6 +131,7 @@ class BlockDevice(Device):
     def effective_writeback(self) -> bool:
         # 5.2.6.2: a driver that did not negotiate FLUSH cannot make writes durable: they are so when they
         # complete
+        """Writes complete before they are durable."""
         return self.writeback and bool(self.active.features & Feature.FLUSH)
 
     def _configure(self) -> None:
@@ -171,6 +172,7 @@ class BlockDevice(Device):
         return self._engine.cancel(_CANCEL_MS)
 
     def idle(self) -> bool:
+        """Device.idle"""
         return self._engine is None or self._engine.cancel(0)
 
     async def settle(self) -> None:

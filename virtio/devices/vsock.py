@@ -74,14 +74,17 @@ class Connection:
         return self.peer_alloc - ((self.sent - self.peer_forwarded) & 0xFFFFFFFF)
 
     def put(self, data: bytes) -> None:
+        """Bytes from the guest."""
         self.inbox += data
         self.arrived.set()
 
     def end(self) -> None:
+        """The guest sends no more."""
         self.ended = True
         self.arrived.set()
 
     def close(self) -> None:
+        """Drop the connection at once."""
         if self.streams is not None:
             self.streams[1].close()
         if self.accepted is not None and not self.accepted.done():
