@@ -324,18 +324,22 @@ void soft_blocks_rest(struct soft_vm *vm)
 
 /* ---- making blocks ---- */
 
-static bool full(const struct block_cache *b, size_t size)
+/* Room for any block and what belongs to it. Flushes if there is none: afterwards nothing does until it is made, although
+ * this VM's share may shrink meanwhile (another thread makes a VM). */
+static void reserve(struct soft_vm *vm)
 {
+    const struct block_cache *b = vm->blocks;
     size_t share = soft_share(ARENA_SIZE, b->shares);
-    return b->used > share || share - b->used < size;
+    size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096;
+    if (b->used > share || share - b->used < size)
+        soft_blocks_flush(vm);
 }
 
+/* After reserve(). */
 static void *allocate(struct soft_vm *vm, size_t size)
 {
     struct block_cache *b = vm->blocks;
     size = (size + 63) & ~(size_t)63;
-    if (full(b, size))
-        soft_blocks_flush(vm);
     if (b->reset)
         recycle(b);
     void *p = b->arena + b->used;
@@ -376,13 +380,6 @@ static HANDLER(count_entry)
 static void mark_granules(struct code_page *p, unsigned low, unsigned high)
 {
     p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
-}
-
-/* Room for any block and what belongs to it, so that a flush cannot come between. */
-static void reserve(struct soft_vm *vm)
-{
-    if (full(vm->blocks, sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096))
-        soft_blocks_flush(vm);
 }
 
 /* Keep what was decoded from page p. host2, q: NULL unless the block is one instruction that crosses a page. */
