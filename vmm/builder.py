@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
+from cpu.cpuid import for_vcpu
 from vmm import boot
 from vmm.boot.state import BootState
 from vmm.config import Config
@@ -27,7 +28,6 @@ from vmm.machine import Action, CoreMachine
 from vmm.memory import GuestMemory
 from vmm.pci import level_trigger
 from vmm.timeline import Timeline
-from vmm.topology import vcpu_cpuid
 
 PARTS = (
     "vmm.devices.uart",
@@ -216,7 +216,7 @@ class Built:
         """The boot loader and vCPU 0's registers. A kernel is unpacked beside the loop."""
         cpuid = self.system.supported_cpuid()
         for index, vcpu in enumerate(self.vcpus):
-            vcpu.set_cpuid(vcpu_cpuid(cpuid, index, self.config.cpus))
+            vcpu.set_cpuid(for_vcpu(cpuid, index, self.config.cpus))
         kernel = self.config.kernel
         self.mark("load")
         if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:

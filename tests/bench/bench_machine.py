@@ -1,4 +1,4 @@
-"""Where a stock kernel's exits go, from start to /init: by class, by reason, and the synchronous ones by device.
+"""Where a stock kernel's exits go, from start to a shell: by class, by reason, and the synchronous ones by device.
 
 Debian's cloud kernel on the software core, once with nothing but the platform's own devices and once as the image
 `linux` (virtio disk, network, vsock, entropy). With an available KVM that runs stock kernels the same on it.
@@ -19,6 +19,7 @@ from tests.support import debian
 from vmm.bus import Bus
 
 GOAL = 5000
+SHELL = rb"BusyBox v.* built-in shell"
 
 
 class Counted:
@@ -50,11 +51,11 @@ class Counted:
 
 async def plain(core: str, folder: Path) -> dict[str, int]:
     config = vmm.Config(
-        core=core, kernel=debian.kernel(), initrd=debian.initramfs(folder), append="do=idle"  # type: ignore[arg-type]
+        core=core, kernel=debian.kernel(), initrd=debian.initramfs(folder), append="do=shell"  # type: ignore[arg-type]
     )
     async with vmm.VirtualMachine(config) as machine:
         machine.resume()
-        await machine.console.expect(rb"IDLE", timeout=120)
+        await machine.console.expect(SHELL, timeout=120)
         counters = machine.stats()
         machine.kill()
     return counters
@@ -62,7 +63,7 @@ async def plain(core: str, folder: Path) -> dict[str, int]:
 
 async def image(core: str) -> dict[str, int]:
     async with vmm.run("linux", core=core) as machine:
-        await machine.console.expect(rb"BusyBox", timeout=120)
+        await machine.console.expect(SHELL, timeout=120)
         counters = machine.stats()
         machine.kill()
     return counters

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu.contract import CpuidEntry
+from cpu.cpuid import for_vcpu
 from tests.support.directmachine import FakeTime
 from virtio.errors import GuestError as VirtioGuestError
 from vmm.clock import MachineClock
@@ -14,7 +15,6 @@ from vmm.errors import ConfigError, GuestError, HostError, StateError
 from vmm.interrupts import InterruptLines
 from vmm.lifecycle import TABLE, Change, Lifecycle, Outcome, Reason, State
 from vmm.memory import GuestMemory
-from vmm.topology import vcpu_cpuid
 
 
 @given(st.lists(st.sampled_from(Change)))
@@ -153,19 +153,29 @@ def test_memory_that_the_host_refuses() -> None:
 
 
 def test_topology() -> None:
+    """One package of single-threaded cores, whatever the host is."""
     entries = [
         CpuidEntry(0, 0, 0, 0xD, 0, 0, 0),
-        CpuidEntry(1, 0, 0, 0, 0x0100_0800, 0, 0),
-        CpuidEntry(4, 0, 1, 0x21, 0, 0, 0),
-        CpuidEntry(0xB, 0, 1, 0, 0, 0, 0),
-        CpuidEntry(0x8000_0008, 0, 0, 0x3030, 0, 0, 0),
+        CpuidEntry(1, 0, 0, 0, 0x0720_0800, 1 << 31, 1 << 28),
+        CpuidEntry(4, 0, 1, 0xFC1F_C121, 0, 0, 0),
+        CpuidEntry(4, 3, 1, 0xFC1F_C163, 0, 0, 0),
+        CpuidEntry(0xB, 0, 1, 1, 2, 0x100, 0),
+        CpuidEntry(0xB, 1, 1, 5, 32, 0x201, 0),
+        CpuidEntry(0x8000_0001, 0, 0, 0, 0, 1 << 22, 0),
+        CpuidEntry(0x8000_0008, 0, 0, 0x3030, 0, 0x501F, 0),
+        CpuidEntry(0x8000_001E, 0, 0, 7, 0x103, 1, 0),
+        CpuidEntry(0x8000_0026, 0, 1, 5, 32, 0x201, 7),
     ]
-    leaves = {(entry.function, entry.index): entry for entry in vcpu_cpuid(entries, 2, 4)}
+    leaves = {(entry.function, entry.index): entry for entry in for_vcpu(entries, 2, 4)}
     assert leaves[1, 0].ebx == 0x0204_0800
     assert leaves[1, 0].edx >> 28 & 1 and leaves[1, 0].ecx >> 31
-    assert leaves[4, 0].eax >> 26 == 3
+    assert leaves[4, 0].eax >> 26 == 3 and leaves[4, 0].eax >> 14 & 0xFFF == 0, "own caches are not shared"
+    assert leaves[4, 3].eax >> 26 == 3 and leaves[4, 3].eax >> 14 & 0xFFF == 3
     assert [leaves[0xB, level].edx for level in (0, 1)] == [2, 2]
     assert leaves[0xB, 1].ebx == 4 and leaves[0xB, 1].eax == 2
-    assert leaves[0x8000_0008, 0].ecx & 0xFF == 3
-    single = {(entry.function, entry.index): entry for entry in vcpu_cpuid(entries, 0, 1)}
-    assert not single[1, 0].edx >> 28 & 1
+    assert leaves[0x8000_0001, 0].ecx == 2, "CmpLegacy, no extended topology"
+    assert leaves[0x8000_0008, 0].ecx == 2 << 12 | 3
+    assert leaves[0x8000_001E, 0].eax == 2 and leaves[0x8000_001E, 0].ecx == 0
+    assert (0x8000_0026, 0) not in leaves
+    single = {(entry.function, entry.index): entry for entry in for_vcpu(entries, 0, 1)}
+    assert not single[1, 0].edx >> 28 & 1 and single[0x8000_0001, 0].ecx == 0
