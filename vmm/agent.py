@@ -24,6 +24,8 @@ EXEC, STDIN, SIGNAL, RESIZE, STDOUT, STDERR, EXIT, ERROR = 1, 2, 3, 4, 0x81, 0x8
 MAX_FRAME = 65536
 CHUNK = 32768
 BUFFER = 1 << 20
+COPY_LIMIT = 4 << 30
+"""Bytes that copy_out takes from a guest unless it is told otherwise."""
 
 Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
@@ -135,6 +137,19 @@ class GuestProcess:
             stderr = group.create_task(self.stderr.read_all(), name="guest-stderr")
             group.create_task(self._feed(data), name="guest-stdin")
         return ExecResult(await self.wait(), stdout.result(), stderr.result())
+
+    @property
+    def ended(self) -> bool:
+        """The program, or the way to it, has ended."""
+        return self._status.done()
+
+    def abandon(self) -> None:
+        """End the connection at once: who waits for the program's output or for room for its input waits no longer."""
+        self._task.cancel()
+        self._writer.transport.abort()
+        self._status.cancel()
+        self.stdout._end()
+        self.stderr._end()
 
     async def aclose(self) -> None:
         """End the connection; the agent kills what still runs. Idempotent."""
@@ -249,20 +264,19 @@ class Agent:
         return result.check() if check else result
 
     async def copy_in(self, source: Path | str, target: str) -> None:
-        """Copy a file of the host to `target`, a path in the guest; its mode goes along."""
-        path = Path(source)
-        try:
-            data = await asyncio.to_thread(path.read_bytes)
-            mode = path.stat().st_mode & 0o777
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        script = 'cat >"$1" && chmod "$2" "$1"'
-        await self.exec("sh", "-c", script, "copy", target, f"{mode:o}", input=data, check=True)
+        """Copy a file of the host to `target`, a path in the guest, or what is in a directory into the directory
+        `target`; modes go along, owner is root. ConfigError if it cannot be read, GuestError if the guest fails."""
+        from vmm.agentfiles import copy_in
 
-    async def copy_out(self, source: str, target: Path | str) -> None:
-        """Copy a file of the guest to a path of the host."""
-        result = await self.exec("cat", "--", source, check=True)
-        await asyncio.to_thread(Path(target).write_bytes, result.stdout)
+        await copy_in(self, Path(source), target)
+
+    async def copy_out(self, source: str, target: Path | str, *, limit: int = COPY_LIMIT) -> None:
+        """Copy a file of the guest to a path of the host, or what is in a directory into the directory `target`; modes
+        go along, links come as they are, other kinds of files not at all. `limit`: bytes that the guest may send.
+        ConfigError if the host cannot write, GuestError if the guest fails or sends what was not asked for."""
+        from vmm.agentfiles import copy_out
+
+        await copy_out(self, source, Path(target), limit)
 
     def close(self) -> None:
         """The machine is gone: whoever waits for the agent learns it."""

@@ -220,7 +220,13 @@ class Built:
         kernel = self.config.kernel
         self.mark("load")
         if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:
-            state = await asyncio.to_thread(self._load_image)
+            loading = asyncio.ensure_future(asyncio.to_thread(self._load_image))
+            try:
+                state = await asyncio.shield(loading)
+            except asyncio.CancelledError:
+                # The thread writes to guest memory: nothing is given back before it has ended.
+                await asyncio.gather(loading, return_exceptions=True)
+                raise
         else:
             state = self._load_image()
         self.mark("loaded")

@@ -6,7 +6,7 @@
 
     async def test_boot(vm):
         machine = await vm(kernel="bzImage", initrd="initrd")
-        await machine.console.expect(rb"# $", timeout=60)
+        await machine.console.expect(rb"# ", timeout=60)
 
 Needs pytest-asyncio. Imports nothing of the machine before the fixture is used.
 """

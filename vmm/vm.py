@@ -215,12 +215,12 @@ class VirtualMachine:
         return await self.agent.start_process(*arguments, **options)
 
     async def copy_in(self, source: Path | str, target: str) -> None:
-        """Copy a file of the host into the guest."""
+        """Copy a file or a directory of the host into the guest: vmm.agent.Agent.copy_in."""
         await self.agent.copy_in(source, target)
 
-    async def copy_out(self, source: str, target: Path | str) -> None:
-        """Copy a file of the guest to the host."""
-        await self.agent.copy_out(source, target)
+    async def copy_out(self, source: str, target: Path | str, **options: Any) -> None:
+        """Copy a file or a directory of the guest to the host: vmm.agent.Agent.copy_out."""
+        await self.agent.copy_out(source, target, **options)
 
     @property
     def ending(self) -> bool:

@@ -8,8 +8,10 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -108,8 +110,75 @@ async def test_files_both_ways(agent: Agent, tmp_path: Path) -> None:
     assert (tmp_path / "guest file").stat().st_mode & 0o777 == 0o751
     await agent.copy_out(str(tmp_path / "guest file"), tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"\0\xff" * 1000
-    with pytest.raises(ConfigError, match="cannot read .*gone: No such file"):
+    with pytest.raises(ConfigError, match="cannot read .*gone: no such file"):
         await agent.copy_in(tmp_path / "gone", "/x")
+
+
+async def test_directories_both_ways(agent: Agent, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep" / ("long" * 40)).mkdir(parents=True)
+    (source / "deep" / ("long" * 40) / "file").write_bytes(os.urandom(700_000))
+    (source / "empty").mkdir(mode=0o750)
+    (source / "script").write_text("#!/bin/sh\n")
+    (source / "script").chmod(0o755)
+    (source / "link").symlink_to("script")
+    (source / "outside").symlink_to("/etc/passwd")
+    os.mkfifo(source / "pipe")
+    os.link(source / "script", source / "twin")
+    await agent.copy_in(source, str(tmp_path / "there" / "new"))
+    await agent.copy_out(str(tmp_path / "there" / "new"), tmp_path / "back")
+    found = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*")}
+    assert found == {str(path.relative_to(source)) for path in source.rglob("*")} - {"pipe"}
+    for path in source.rglob("*"):
+        copy = tmp_path / "back" / path.relative_to(source)
+        if path.is_symlink():
+            assert copy.readlink() == path.readlink()
+        elif path.is_file():
+            assert copy.read_bytes() == path.read_bytes()
+            assert copy.stat().st_mode & 0o777 == path.stat().st_mode & 0o777
+    assert (tmp_path / "back" / "empty").stat().st_mode & 0o777 == 0o750
+    await agent.copy_out(str(tmp_path / "there" / "new"), tmp_path / "back")  # over what is there already
+
+
+async def test_copying_that_fails_says_why(agent: Agent, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3_000_000))
+    with pytest.raises(GuestError, match="copying .*file to /proc/nothing: .*/proc/nothing"):
+        await agent.copy_in(tmp_path / "file", "/proc/nothing")
+    with pytest.raises(GuestError, match="/dev/full: .*[Nn]o space left"):
+        await agent.copy_in(tmp_path / "file", "/dev/full")
+    with pytest.raises(GuestError, match="copying /no/such to .*: .*No such file"):
+        await agent.copy_out("/no/such", tmp_path / "x")
+    with pytest.raises(ConfigError, match="cannot write .*/no/such/x.*: no such file"):
+        await agent.copy_out(str(tmp_path / "file"), "/no/such/x")
+    with pytest.raises(GuestError, match="more than 1000 bytes; allow more with limit="):
+        await agent.copy_out(str(tmp_path / "file"), tmp_path / "x", limit=1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def files_of(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back
+
+
+async def test_a_cancelled_copy_leaves_nothing(agent: Agent, tmp_path: Path) -> None:
+    """No file, and no thread that still copies."""
+    os.mkfifo(tmp_path / "endless")
+    writer = os.open(tmp_path / "endless", os.O_RDWR)
+    try:
+        for copy in (
+            lambda: agent.copy_out(str(tmp_path / "endless"), tmp_path / "target"),
+            lambda: agent.copy_in("/dev/zero", "/dev/null"),
+        ):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await copy()
+            assert not (tmp_path / "target").exists()
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    finally:
+        os.close(writer)
+    for frame in sys._current_frames().values():
+        assert not any(name.endswith(("agentfiles.py", "untar.py")) for name in files_of(frame))
 
 
 async def test_requests_that_cannot_be_sent(agent: Agent) -> None:

@@ -63,7 +63,14 @@ class FileBlock(BlockBackend):
     ) -> Self:
         """ConfigError if there is no such image, it is in use, or the host lacks what is asked for."""
         cls._check_io(io)
-        backend = await asyncio.to_thread(cls._open, os.fspath(path), read_only, cache)
+        opening = asyncio.ensure_future(asyncio.to_thread(cls._open, os.fspath(path), read_only, cache))
+        try:
+            backend = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            for opened in await asyncio.gather(opening, return_exceptions=True):
+                if isinstance(opened, FileBlock):
+                    await opened.aclose()
+            raise
         backend.io = io
         return backend
 
