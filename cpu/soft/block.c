@@ -15,7 +15,7 @@
 #include "soft/exec.h"
 #include "soft/translate.h"
 
-enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, SHARERS_MAX = 20 };
+enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, HUGE = 2 << 20, SHARERS_MAX = 20 };
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
@@ -36,7 +36,7 @@ struct crossing {
 struct block_cache {
     struct block *hash[1 << HASH_BITS];
     struct code_page *pages[1 << PAGE_HASH_BITS];
-    uint8_t *arena;
+    uint8_t *mapping, *arena; /* the arena is aligned in its mapping */
     size_t used, touched; /* touched: the most that was used since memory was last given back */
     uint32_t flushes;
     bool shares;
@@ -81,11 +81,14 @@ struct block_cache *soft_blocks_create(bool shares)
     struct block_cache *b = calloc(1, sizeof *b);
     if (!b)
         return NULL;
-    b->arena = mmap(NULL, ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (b->arena == MAP_FAILED) {
+    b->mapping = mmap(NULL, ARENA_SIZE + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (b->mapping == MAP_FAILED) {
         free(b);
         return NULL;
     }
+    b->arena = b->mapping + (-(uintptr_t)b->mapping & (HUGE - 1));
+    /* Huge pages but for the first, so that a tiny guest has none to clear. */
+    madvise(b->arena + HUGE, ARENA_SIZE - HUGE, MADV_HUGEPAGE);
     b->shares = shares;
     b->host_code = host_code_create(shares);
     __atomic_add_fetch(&sharers, 1, __ATOMIC_RELAXED);
@@ -96,7 +99,7 @@ void soft_blocks_destroy(struct block_cache *b)
 {
     if (b) {
         __atomic_sub_fetch(&sharers, 1, __ATOMIC_RELAXED);
-        munmap(b->arena, ARENA_SIZE);
+        munmap(b->mapping, ARENA_SIZE + HUGE);
         host_code_destroy(b->host_code);
         free(b);
     }
@@ -118,7 +121,23 @@ static void jump_clear(struct soft_jump *e)
     e->code = &empty_jump;
 }
 
-void soft_jump_cache_flush(struct soft_vcpu *c)
+/* Clear what one of the lists names: the entries of 64-bit supervisor code, or all others. */
+static void clear_jumps(struct soft_jumps *j, bool supervisor)
+{
+    struct soft_jump *entries = &j->table[0][0];
+    unsigned from = supervisor ? 0 : JUMP_SIZE, to = supervisor ? JUMP_SIZE : JUMP_TABLES * JUMP_SIZE;
+    if (j->used[supervisor] > JUMP_SIZE) {
+        for (unsigned i = from; i < to; i++)
+            jump_clear(&entries[i]);
+    } else {
+        for (unsigned i = 0; i < j->used[supervisor]; i++)
+            jump_clear(&entries[j->list[supervisor][i]]);
+    }
+    j->used[supervisor] = 0;
+    memset(j->pages[supervisor], 0, sizeof j->pages[supervisor]);
+}
+
+void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too)
 {
     struct soft_jumps *j = &c->jump;
     if (!c->jumps) {
@@ -126,48 +145,54 @@ void soft_jump_cache_flush(struct soft_vcpu *c)
         for (unsigned i = 0; i < JUMP_TABLES; i++)
             jump_clear(&j->table[i][0]);
         c->jumps = j->table[0];
-    } else if (j->used > JUMP_SIZE) {
-        for (unsigned i = 0; i < JUMP_TABLES * JUMP_SIZE; i++)
-            jump_clear(&j->table[0][0] + i);
-    } else {
-        for (unsigned i = 0; i < j->used; i++)
-            jump_clear(&j->table[0][0] + j->list[i]);
+        return;
     }
-    j->used = 0;
-    memset(j->pages, 0, sizeof j->pages);
+    clear_jumps(j, false);
+    if (global_too || j->local) {
+        clear_jumps(j, true);
+        j->local = false;
+    }
 }
 
 static unsigned jump_page_bit(uint64_t linear) { return (unsigned)((linear >> 12) ^ (linear >> 24)) & 4095; }
 
+static bool page_has_jumps(const struct soft_jumps *j, uint64_t linear)
+{
+    unsigned bit = jump_page_bit(linear);
+    return (j->pages[0][bit >> 6] | j->pages[1][bit >> 6]) >> (bit & 63) & 1;
+}
+
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear)
 {
     /* An instruction that crosses into the page is found under the page before. */
-    unsigned a = jump_page_bit(linear), b = jump_page_bit(linear - 4096);
-    if ((c->jump.pages[a >> 6] >> (a & 63) | c->jump.pages[b >> 6] >> (b & 63)) & 1)
-        soft_jump_cache_flush(c);
+    if (page_has_jumps(&c->jump, linear) || page_has_jumps(&c->jump, linear - 4096))
+        soft_jump_cache_flush(c, true);
 }
 
 static void jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code)
 {
     struct soft_jumps *j = &c->jump;
     struct soft_jump *e = &c->jumps[jump_hash(linear)];
+    bool supervisor = c->jumps == j->table[0];
+    if (supervisor && !soft_tlb_executes_global(c, linear))
+        j->local = true;
     if (!e->code || e->code == &empty_jump) {
-        if (j->used < JUMP_SIZE)
-            j->list[j->used] = (uint16_t)(e - &j->table[0][0]);
-        if (j->used <= JUMP_SIZE)
-            j->used++;
+        if (j->used[supervisor] < JUMP_SIZE)
+            j->list[supervisor][j->used[supervisor]] = (uint16_t)(e - &j->table[0][0]);
+        if (j->used[supervisor] <= JUMP_SIZE)
+            j->used[supervisor]++;
     }
     e->linear = linear;
     e->code = code;
     unsigned bit = jump_page_bit(linear);
-    j->pages[bit >> 6] |= 1ull << (bit & 63);
+    j->pages[supervisor][bit >> 6] |= 1ull << (bit & 63);
 }
 
 /* The mode that decides how bytes are decoded; selects the jump table. */
 static unsigned current_mode(struct soft_vcpu *c)
 {
     if (!c->jumps)
-        soft_jump_cache_flush(c);
+        soft_jump_cache_flush(c, true);
     if (c->code64) {
         c->jumps = c->jump.table[c->view == VIEW_USER];
         return MODE_CODE64;
@@ -177,7 +202,7 @@ static unsigned current_mode(struct soft_vcpu *c)
     c->jumps = c->jump.table[2];
     if (c->jump.mode != key) {
         c->jump.mode = key;
-        soft_jump_cache_flush(c);
+        soft_jump_cache_flush(c, true);
     }
     return mode;
 }
@@ -188,7 +213,7 @@ static void flush_all_jumps(struct soft_vm *vm)
 {
     for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)
         if (vm->vcpus[i])
-            soft_jump_cache_flush(vm->vcpus[i]);
+            soft_jump_cache_flush(vm->vcpus[i], true);
 }
 
 /* Set or clear the mark of a host page in every slot that maps it. */

@@ -144,17 +144,19 @@ struct uop; /* uop.h */
 struct soft_vm;
 
 /* block.c's own: translated code by linear address, a direct-mapped table for each of 64-bit supervisor, 64-bit user and
- * other modes; which entries were filled since the last flush; and a filter of the linear pages among them. */
+ * other modes; which entries were filled since the last flush; and a filter of the linear pages among them. [1]: the first
+ * table's, which outlive a change of CR3 as their global pages do; [0]: the others'. */
 enum { JUMP_SIZE = 16384, JUMP_TABLES = 3 };
 struct soft_jump {
     uint64_t linear;
     struct uop *code;
 };
 struct soft_jumps {
-    uint32_t used;   /* > JUMP_SIZE: the list overflowed */
-    uint32_t mode;   /* MODE_* that the entries of the third table are for */
-    uint64_t pages[64];
-    uint16_t list[JUMP_SIZE];
+    uint32_t used[2]; /* > JUMP_SIZE: the list overflowed */
+    uint32_t mode;    /* MODE_* that the entries of the third table are for */
+    bool local;       /* 64-bit supervisor code of a page that is not global is among them */
+    uint64_t pages[2][64];
+    uint16_t list[2][JUMP_SIZE];
     struct soft_jump table[JUMP_TABLES][JUMP_SIZE];
 };
 
@@ -317,6 +319,8 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
 /* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */
 void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size);
 void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
+/* Whether code at `linear` is fetched through an entry that outlives a change of CR3. */
+bool soft_tlb_executes_global(struct soft_vcpu *c, uint64_t linear);
 void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear);
 void soft_tlb_flush_all_vcpus(struct soft_vm *vm);
 /* A page now holds (or no longer holds) translated code: drop write entries for it in every vCPU's TLBs. */
@@ -409,7 +413,7 @@ void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
 void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
 void soft_blocks_rest(struct soft_vm *vm); /* the VM sleeps, no block runs: give back what exceeds its share of memory */
-void soft_jump_cache_flush(struct soft_vcpu *c);                        /* mmu.c: with every TLB flush */
+void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too);       /* mmu.c: with every TLB flush */
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */
 
 #endif

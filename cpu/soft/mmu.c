@@ -185,6 +185,13 @@ static void install(struct soft_vcpu *c, enum soft_view view, enum soft_kind kin
         ++*used;
 }
 
+bool soft_tlb_executes_global(struct soft_vcpu *c, uint64_t linear)
+{
+    unsigned index = tlb_index(linear), flat = (c->view * ACCESS_KINDS + ACCESS_EXEC) * TLB_SIZE + index;
+    return c->tlbs[c->view].e[ACCESS_EXEC][index].tag == (linear & PAGE_MASK) &&
+           bit_test(c->mmu.listed[1], TLB_ENTRIES / 64, flat) && !bit_test(c->mmu.listed[0], TLB_ENTRIES / 64, flat);
+}
+
 /* The page may be among what was last replaced: put it back. */
 static uint8_t *restore_victim(struct soft_vcpu *c, enum soft_view view, enum soft_kind kind, uint64_t linear)
 {
@@ -241,7 +248,7 @@ void soft_tlb_flush(struct soft_vcpu *c, bool global_too)
     clear_victims(c);
     if (!clear_list(c, 0) || (global_too && !clear_list(c, 1)))
         clear_all(c);
-    soft_jump_cache_flush(c);
+    soft_jump_cache_flush(c, global_too);
 }
 
 void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear)
@@ -273,7 +280,7 @@ void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear)
                 e->tag = 1;
         }
     }
-    soft_jump_cache_flush(c);
+    soft_jump_cache_flush(c, true);
 }
 
 void soft_tlb_flush_all_vcpus(struct soft_vm *vm)

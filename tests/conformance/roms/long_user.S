@@ -189,6 +189,40 @@ test_long:
     mov eax, [0x160000]
     call hex32_64
     PUTC64 10
+    SAY "global code\n"
+    CR4SET 0x80
+    mov dword ptr [0x163000], 0x000011B8    /* mov eax, 0x11; ret */
+    mov dword ptr [0x163004], 0x0000C300
+    mov dword ptr [0x164000], 0x000022B8
+    mov dword ptr [0x164004], 0x0000C300
+    mov qword ptr [PT + 0x165 * 8], 0x163107
+    mov qword ptr [PT + 0x166 * 8], 0x163007
+    mov ebx, 0x165000
+    mov ebp, 0x166000
+    call rbx
+    call hex32_64
+    mov rax, cr3
+    mov cr3, rax
+    mov qword ptr [PT + 0x165 * 8], 0x164107
+    call rbx
+    call hex32_64
+    call rbp
+    call hex32_64
+    mov qword ptr [PT + 0x166 * 8], 0x164007
+    mov rax, cr3
+    mov cr3, rax
+    call rbp                                /* it is not global: the other page */
+    call hex32_64
+    call rbx                                /* it is: the page as before, until it is invalidated */
+    call hex32_64
+    invlpg [0x165000]
+    call rbx
+    call hex32_64
+    mov qword ptr [PT + 0x165 * 8], 0x163107
+    CR4CLEAR 0x80
+    call rbx
+    call hex32_64
+    PUTC64 10
     SAY "PCID\n"
     mov rax, cr3
     or rax, 1
