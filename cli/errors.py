@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vmm.errors import ConfigError, GuestError, StateError, VmmError
@@ -12,8 +12,17 @@ from vmm.errors import ConfigError, GuestError, StateError, VmmError
 EXIT_CONFIG, EXIT_GUEST, EXIT_HOST = 2, 3, 4
 
 
+def _nothing() -> None:
+    return None
+
+
+before_message: Callable[[], None] = _nothing
+"""Called before a message is written: whoever draws on the terminal makes room."""
+
+
 def say(message: str) -> None:
     """A message of ours, on stderr; a terminal in raw mode needs the carriage return."""
+    before_message()
     try:
         sys.stderr.write(f"vmm: {message}\n")
         sys.stderr.flush()

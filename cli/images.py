@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,50 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from cli.errors import EXIT_CONFIG, EXIT_HOST
+from cli.progress import Progress
 from cli.table import print_table
 
 app = typer.Typer(help="Build and manage guest images.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MIB = 1 << 20
-
-
-class Progress:
-    """One line on a terminal that is drawn again and again; nothing in a pipe."""
-
-    WIDTH = 20
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._drawn = ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """`total` beyond a few steps is bytes."""
-        if not self._terminal:
-            return
-        if done >= total and total < MIB:
-            self.clear()
-            return
-        filled = self.WIDTH * min(done, total) // max(total, 1)
-        amount = f"{done / MIB:6.1f} of {total / MIB:.1f} MiB  " if total >= MIB else ""
-        line = f"[{'=' * filled:<{self.WIDTH}}] {amount}{what}"
-        try:
-            import os
-
-            line = line[: os.get_terminal_size(2).columns - 1]  # a longer one would not be drawn over
-        except OSError:
-            pass
-        if line != self._drawn:
-            sys.stderr.write("\r" + line.ljust(len(self._drawn)))
-            sys.stderr.flush()
-            self._drawn = line
-
-    def clear(self) -> None:
-        """Remove the line, before a message."""
-        if self._drawn:
-            sys.stderr.write("\r" + " " * len(self._drawn) + "\r")
-            sys.stderr.flush()
-            self._drawn = ""
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli import errors
 from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
+from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned
 from vmm.launch import config_for
@@ -23,6 +24,7 @@ from vmm.timeline import Timeline
 from vmm.vm import VirtualMachine
 
 if TYPE_CHECKING:
+    from cli.progress import Progress
     from images.catalog import Image
 
 CONSOLE_LINES = 15
@@ -92,9 +94,11 @@ def _image(name: str) -> Image:
     from images import catalog
     from images.errors import ImageError
 
+    progress = _Progress()
     try:
-        return catalog.resolve(name, build=True, progress=_Progress())
+        return catalog.resolve(name, build=True, progress=progress)
     except ImageError as error:
+        progress.clear()
         raise (ConfigError if error.kind == "config" else HostError)(str(error)) from error
 
 
@@ -102,14 +106,18 @@ class _Progress:
     """The image builder's progress on a terminal; loaded when something is built, which is seldom."""
 
     def __init__(self) -> None:
-        self._line: Callable[[str, int, int], None] | None = None
+        self._line: Progress | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._line is None:
-            from cli.images import Progress
+            from cli.progress import Progress
 
             self._line = Progress()
         self._line(what, done, total)
+
+    def clear(self) -> None:
+        if self._line is not None:
+            self._line.clear()
 
 
 async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[Outcome | None, int]:
@@ -117,6 +125,10 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
     vm = VirtualMachine(config)
     vm.timeline = timeline
     loop = asyncio.get_running_loop()
+    if os.isatty(2) and config.kernel is not None and is_stock_kernel(config):
+        from cli.progress import boot_progress
+
+        timeline.on_mark, errors.before_message = boot_progress()
     debug = vm.on_debug = _DebugOutput()
     telling = asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -126,7 +138,7 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
         async with vm:
             if not command:
                 if config.console.kind == "stdio" and os.isatty(0) and os.isatty(2):
-                    sys.stderr.write(f"vmm: {config.name}: Ctrl-] ends the machine\r\n")
+                    say(f"{config.name}: Ctrl-] ends the machine\r")
                 outcome = await vm.run()
                 return outcome, outcome.status
             from cli.guestcommand import run_command

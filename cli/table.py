@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from cli.progress import width
+
 
 def lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Each row as a line, its cells below those of the first."""
@@ -14,11 +16,9 @@ def lines(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """On standard output. On a terminal the head is bold and no line is longer than the window is wide."""
-    import os
-
     shown = lines(rows)
     if sys.stdout.isatty():
-        width = os.get_terminal_size(1).columns
-        shown = [line[:width] for line in shown]
+        columns = width(1)
+        shown = [line[:columns] if columns else line for line in shown]
         shown[0] = f"\x1b[1m{shown[0]}\x1b[0m"
     sys.stdout.write("\n".join(shown) + "\n")

@@ -158,9 +158,9 @@ class ConsoleHub:
         at = position - self.start
         return bytes(memoryview(self._ring)[at : at + limit])
 
-    def watch(self, watcher: Watcher) -> None:
-        """Wake this watcher from now on."""
-        self._watchers.append(watcher)
+    def watch(self, watcher: Watcher, *, first: bool = False) -> None:
+        """Wake this watcher from now on; `first`: before those that are there already."""
+        self._watchers.insert(0 if first else len(self._watchers), watcher)
 
     def unwatch(self, watcher: Watcher) -> None:
         """Forget it. Idempotent."""
@@ -350,7 +350,7 @@ class Console:
 
 
 class FirstOutput:
-    """Calls `seen` once, at the next output."""
+    """Calls `seen` once, at the next output, before others get it."""
 
     lossless = False
 
@@ -358,7 +358,7 @@ class FirstOutput:
         self._hub = hub
         self._seen = seen
         self.position = hub.total
-        hub.watch(self)
+        hub.watch(self, first=True)
 
     def wake(self) -> None:
         """Watcher"""

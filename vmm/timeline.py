@@ -8,6 +8,7 @@ thread.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PHASES: tuple[tuple[str, str, str, str], ...] = (
@@ -48,10 +49,15 @@ class Timeline:
 
     def __init__(self) -> None:
         self._moments: dict[str, int] = {}
+        self.on_mark: Callable[[str], None] | None = None
+        """Called with the name of each moment when it comes."""
 
     def mark(self, name: str, at_ns: int | None = None) -> None:
         """It happens now, or happened at `at_ns` of time.monotonic_ns()."""
-        self._moments.setdefault(name, time.monotonic_ns() if at_ns is None else at_ns)
+        if name not in self._moments:
+            self._moments[name] = time.monotonic_ns() if at_ns is None else at_ns
+            if self.on_mark is not None:
+                self.on_mark(name)
 
     @property
     def moments(self) -> list[Moment]:
