@@ -6,8 +6,10 @@ Loop thread. Knows nothing of pytest but what tests/support/debian.py does: it s
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -32,7 +34,7 @@ PROMPT = rb"soak-shell# "
 SHELL = re.compile(r"soak-shell# |\x1b\[[0-9;]*[A-Za-z]|\r")
 """What the shell and its line editor write between the lines."""
 BOOT_SECONDS, ROUND_SECONDS = 240.0, 600.0
-"""Deadlines: from start to the shell; for the rounds under way to end."""
+"""Deadlines: from start to the shell; for the rounds under way to end, here and in the guest."""
 
 
 @dataclass(slots=True)
@@ -96,9 +98,14 @@ class Host:
     async def _run(self, seed: int) -> Counter[str]:
         process = await asyncio.create_subprocess_exec(
             "./busybox", "sh", "round.sh", str(seed), str(self._kib), str(self._folder / f"tmp.{seed}"),
-            cwd=self._folder, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            cwd=self._folder, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        output, _ = await process.communicate()
+        try:
+            async with asyncio.timeout(ROUND_SECONDS):
+                output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
         return Counter(output.decode().splitlines())
 
 

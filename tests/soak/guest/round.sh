@@ -29,7 +29,7 @@ $b sha3sum <text | told sha3sum
 $b head -c 65536 text | $b xxd | told xxd
 $b awk '{ n += length($0) * 1.000001; s[$1] += NR / 7 } END { for (w in s) printf "%s %.15g\n", w, s[w]; print n }' \
     text 2>&1 | $b sort | told awk
-echo "scale=60; a(1)*4; e(l(2)*$seed/1000); sqrt($seed)" | $b bc -l | told bc
+echo "scale=60; a(1)*4; e(l(2)*$((seed % 10000))/1000); sqrt($seed)" | $b bc -l | told bc
 
 # Many small processes: pipelines, subshells, background jobs, statuses.
 i=0
