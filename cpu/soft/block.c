@@ -169,12 +169,13 @@ void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear)
         soft_jump_cache_flush(c, true);
 }
 
-static void jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code)
+/* crosses: the instruction there goes on in the next page. */
+static void jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code, bool crosses)
 {
     struct soft_jumps *j = &c->jump;
     struct soft_jump *e = &c->jumps[jump_hash(linear)];
     bool supervisor = c->jumps == j->table[0];
-    if (supervisor && !soft_tlb_executes_global(c, linear))
+    if (supervisor && !(soft_tlb_executes_global(c, linear) && (!crosses || soft_tlb_executes_global(c, linear + 4096))))
         j->local = true;
     if (!e->code || e->code == &empty_jump) {
         if (j->used[supervisor] < JUMP_SIZE)
@@ -533,7 +534,7 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
     if (SOFT_UNLIKELY(k->bytes > limit))
         return decode_unkept(c, linear, mode, limit);
     if (keep)
-        jump_insert(c, linear, k->code);
+        jump_insert(c, linear, k->code, k->host2 != NULL);
     return k->code;
 }
 

@@ -28,6 +28,7 @@ MUTANTS = {
     ),
     "the other page of an instruction": ("smc", BLOCK, "struct crossing *x = p->crossings;", "struct crossing *x = 0;"),
     "the other page of an instruction moves": ("smc", BLOCK, "if (host2 != k->host2) {", "if (0) {"),
+    "the other page of an instruction is not global": ("smc", BLOCK, "(!crosses || soft_tlb", "(1 || soft_tlb"),
     "a page can still be written": (
         "smc", BLOCK, "if (on && !was)\n            soft_tlb_protect_page(vm, s->gpa + offset);", "",
     ),

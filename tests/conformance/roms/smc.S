@@ -125,6 +125,32 @@ test_long:
     invlpg [0x113000]
     call r12
     SHOW
+    SAY "the second page moves, the first is global\n"
+    mov ecx, 16
+1:  or dword ptr [PT + 0xF0 * 8 + rcx * 8 - 8], 0x100 /* and so is the code here */
+    loop 1b
+    or dword ptr [PT + 0x125 * 8], 0x100
+    or dword ptr [PT + 0x135 * 8], 0x100
+    COPY ret1, ret1_end, 0x125010
+    COPY ret2, ret2_end, 0x135010
+    mov word ptr [0x102FFD], 0x0EE9         /* JMP to 0x125010 or 0x135010, by its last two bytes */
+    mov byte ptr [0x102FFF], 0x20
+    mov dword ptr [0x120000], 1
+    mov dword ptr [0x121000], 2
+    mov qword ptr [PT + 0x112 * 8], 0x102107
+    mov rax, cr4
+    or eax, 0x80
+    mov cr4, rax
+    call r12
+    SHOW
+    mov qword ptr [PT + 0x113 * 8], 0x121007
+    mov rax, cr3
+    mov cr3, rax
+    call r12
+    SHOW
+    mov rax, cr4
+    and eax, ~0x80
+    mov cr4, rax
     SAY "a translation that was replaced\n"  /* of a page that is 4 MiB away: both use one entry of a TLB */
     COPY ret1, ret1_end, 0x122000
     mov byte ptr [0x522000], 0
