@@ -215,6 +215,12 @@ class Transport:
         if done:
             self._finish_reset()
 
+    def close(self) -> None:
+        """The machine has ended: its memory is not touched and no interrupt is driven from now on."""
+        self.device.deactivate()
+        self.active = None
+        self._native = None
+
     def _finish_reset(self) -> None:
         self._resetting = False
         self._native = None  # keeps no part of guest memory exported while no driver is there

@@ -27,6 +27,7 @@ from vmm.convert import (
     split,
     to_boolean,
     to_choice,
+    to_forwards,
     to_integer,
     to_mac,
     to_name,
@@ -149,6 +150,10 @@ class Net(Checked):
     """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     pcap: Path | None = None
     """Every frame is written there, in pcap format."""
+    queues: int = 1
+    """Pairs of queues; a tap has as many, other networks one."""
+    forward: str = ""
+    """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
     required: bool = True
     """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
 
@@ -160,6 +165,8 @@ class Net(Checked):
         "id": to_name,
         "transport": to_choice(Literal["pci", "mmio"]),
         "pcap": optional(to_path),
+        "queues": to_integer(1, 16),
+        "forward": to_forwards,
         "required": to_boolean,
     }
 
@@ -170,10 +177,15 @@ class Net(Checked):
             raise ConfigError(f"net: {self.kind} needs a target; write {self.kind}=…")
         if self.kind == "tap" and len(self.target.encode()) > 15:
             raise ConfigError(f"net: {self.target!r} is longer than the 15 bytes of an interface name")
+        if self.queues > 1 and (self.kind != "tap" or self.pcap is not None):
+            raise ConfigError("net: only a tap has several queues, and not with pcap; leave queues out")
+        if self.forward and self.kind != "user":
+            raise ConfigError("net: forward is user networking's; a tap's guest has an address of its own")
 
     @classmethod
     def parse(cls, text: str) -> Net:
-        """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE]"""
+        """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
+        [,forward=HOSTPORT:GUESTPORT+…]"""
         first, values = split("net", text, {"optional": ("required", False)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:
@@ -274,6 +286,8 @@ class Config(Checked):
     """The guest runs our agent; VirtualMachine.exec reaches it over vsock."""
     rng: bool = True
     """A virtio entropy device."""
+    transport: Literal["pci", "mmio"] = "pci"
+    """How the guest finds the virtio console, entropy, vsock and own devices; disks and nets each say it themselves."""
     timeout: float | None = None
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
@@ -308,6 +322,7 @@ class Config(Checked):
         "vsock": optional(to_path),
         "agent": to_boolean,
         "rng": to_boolean,
+        "transport": to_choice(Literal["pci", "mmio"]),
         "timeout": optional(to_seconds),
         "clock": to_choice(ClockKind),
         "seed": optional(to_integer(0, (1 << 64) - 1)),

@@ -20,6 +20,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+FORWARD = re.compile(r"[0-9]{1,5}:[0-9]{1,5}")
 TRUE, FALSE = ("on", "yes", "true"), ("off", "no", "false")
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
 
@@ -57,6 +58,15 @@ def to_name(where: str, value: object) -> str:
     text = to_text(where, value)
     if text and not NAME.fullmatch(text):
         raise ConfigError(f"{where}: {text!r} is no name; use up to 63 letters, digits, '-', '_' or '.'")
+    return text
+
+
+def to_forwards(where: str, value: object) -> str:
+    """ "" or HOSTPORT:GUESTPORT, several of them with + between."""
+    text = to_text(where, value)
+    for pair in text.split("+") if text else ():
+        if not FORWARD.fullmatch(pair) or not all(0 < int(port) < 1 << 16 for port in pair.split(":")):
+            raise ConfigError(f"{where}: {pair!r} is not HOSTPORT:GUESTPORT; write for instance 8080:80+2222:22")
     return text
 
 

@@ -181,7 +181,7 @@ class VirtioDevices:
         devices, self.devices = self.devices, {}
         failure: BaseException | None = None
         for transport in self.transports.values():
-            transport.reset()
+            transport.close()
         self.transports.clear()
         for device in devices.values():
             try:
@@ -207,13 +207,13 @@ def wanted(assembly: Assembly) -> dict[str, tuple[TransportKind, Make]]:
     for index, net in enumerate(config.nets):
         want(net.id or f"net{index}", net.transport, _Net(net, assembly).make)
     if config.hvc or config.ports:
-        want("console", "pci", _Console(config, assembly.console).make)
+        want("console", config.transport, _Console(config, assembly.console).make)
     if config.rng and is_stock_kernel(config):
-        want("rng", "pci", _Entropy(assembly).make)
+        want("rng", config.transport, _Entropy(assembly).make)
     if config.vsock is not None or config.agent:
-        want("vsock", "pci", _Vsock(assembly).make)
+        want("vsock", config.transport, _Vsock(assembly).make)
     for name, make in assembly.devices.items():
-        want(name, "pci", _Own(make).make)
+        want(name, config.transport, _Own(make).make)
     return found
 
 
@@ -265,9 +265,10 @@ class _Net:
         net = self.net
         backend: NetBackend
         if net.kind == "user":
-            backend = await UserNet.start()
+            ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
+            backend = await UserNet.start(ports)
         elif net.kind == "tap":
-            backend = TapNet(net.target)
+            backend = TapNet(net.target, queues=net.queues)
         else:
             backend = await connect_socket(net.target)
         if net.pcap is not None:

@@ -196,6 +196,15 @@ class VirtualMachine:
         """End it now, with this outcome unless it has ended already."""
         self._finish(outcome)
 
+    def device(self, name: str) -> Device:
+        """A virtio device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng",
+        "vsock", or one of `devices`. StateError if there is none."""
+        virtio: Any = self._built.components.get("virtio") if self._built is not None else None
+        try:
+            return virtio[name]  # type: ignore[no-any-return]
+        except (KeyError, TypeError):
+            raise StateError(f"this machine has no virtio device {name!r} now") from None
+
     # Programs in the guest, for images that run the agent.
 
     @property

@@ -71,7 +71,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_block(block: Block, tmp_path: Path, environment: dict[str, str]) -> None:
     if block.why:
         pytest.skip(block.why)
-    if "--net user" in block.body:
+    if "--net user" in block.body or 'nets=["user"]' in block.body:
         passt.need()
     {"python": run_python, "console": run_console, "toml": run_toml}[block.kind](block.body, tmp_path, environment)
 

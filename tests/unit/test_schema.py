@@ -31,6 +31,7 @@ SAMPLES: dict[Any, Any] = {
     convert.to_path: lambda: ["/some/file"],
     convert.to_name: lambda: ["a-name"],
     convert.to_mac: lambda: ["52:54:00:12:34:56"],
+    convert.to_forwards: lambda: ["8080:80+2222:22"],
     convert.to_boolean: lambda: [True, False],
     convert.to_seconds: lambda: [2.5],
     convert.in_range: lambda low, high: [low, high],
@@ -42,6 +43,7 @@ SAMPLES: dict[Any, Any] = {
 # The values that a sample needs beside itself, by rules between keys.
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (Config, "initrd"): {"kernel": "/k"}, (Net, "target"): {"kind": "unix"},
+    (Net, "queues"): {"kind": "tap", "target": "tap0"},
     (Console, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
 }
 # How a part begins on the command line: what stands before the first comma.

@@ -148,10 +148,13 @@ class ConsoleDevice(Device):
                 await self._opened.wait()
             if not port.input:
                 port.input = await port.backend.read()
-            while port.input:
-                chain = await anext(queue)
-                port.input = port.input[chain.write(port.input) :]
-                queue.complete(chain)
+                continue  # a driver that closed the port meanwhile would throw it away
+            chain = await anext(queue)
+            if not (port.open or always_open):
+                queue.ring.undo_pop(chain)
+                continue
+            port.input = port.input[chain.write(port.input) :]
+            queue.complete(chain)
 
     # Control (5.3.6.2)
 

@@ -161,6 +161,11 @@ class NetDevice(Device):
         if self.is_active and self._native:
             self._kick()
 
+    @property
+    def frames(self) -> list[tuple[int, int]]:
+        """(sent, received) frames of each pair of queues; of backends with descriptors."""
+        return [(engine.sent, engine.received) for engine in self._engines]
+
     # Life
 
     @property

@@ -136,6 +136,28 @@ async def test_multiport(connect: Connect) -> None:
     assert state["open"] == [False, True]
 
 
+async def test_input_waits_for_a_port_that_is_closed(connect: Connect) -> None:
+    """Also if it was open when the device began to wait for input: a driver throws away what comes to a closed one."""
+    char = MemoryChar()
+    driver = connect(ConsoleDevice([Port(MemoryChar()), Port(char, "p", console=False)]))
+    driver.initialize()
+    room = driver.buffer(32)
+    driver.submit(4, [], [room])
+    for _ in range(2):
+        for value in (1, 0):
+            send(driver, 1, Control.PORT_OPEN, value)
+            for _ in range(5):
+                await asyncio.sleep(0)
+        char.feed(b"typed")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert driver.queues[4].used() == []
+        send(driver, 1, Control.PORT_OPEN, 1)
+        (used,) = await driver.used(4)
+        assert driver.bytes_at(room)[: used.length] == b"typed"
+        driver.submit(4, [], [room])
+
+
 async def messages(driver: Any, rooms: list[Any]) -> list[tuple[int, int, int, bytes]]:
     """What came into the control receive buffers `rooms` once the device has nothing more to say."""
     send(driver, 0, Control.PORT_READY, 1)

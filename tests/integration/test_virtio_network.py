@@ -1,0 +1,273 @@
+"""The network card as Debian's kernel sees it, over taps and over passt in network namespaces, through PCI and MMIO.
+
+On each core that runs stock kernels. The host's side is a namespace (of passt's, one more) that ends with the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+
+import vmm
+from images import catalog
+from images.errors import ImageError
+from tests.support import netns, passt, pcap
+from tests.support.debian import PATIENCE
+from tests.support.guestprograms import install
+from tests.support.netns import Namespace
+from virtio.devices.net import Feature, NetDevice
+from vmm.config import Net
+
+pytestmark = [pytest.mark.debian]
+SECONDS = 120 * PATIENCE
+HOST, GUEST = "10.213.7.1", "10.213.7.2"
+TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
+Transport = Literal["pci", "mmio"]
+LISTENS = "until grep -q \":$(printf %04X {port}) [0-9A-F:]* 0A\" /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done"
+"""Wait in the guest until somebody listens on a port."""
+
+
+def image() -> None:
+    try:
+        catalog.resolve("linux", build=True)
+    except ImageError as error:
+        pytest.skip(f"the image linux cannot be built here: {error}")
+
+
+async def sh(vm: vmm.VirtualMachine, script: str) -> str:
+    """Run a script in the guest; its output. GuestError if it fails."""
+    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
+    return result.stdout.decode()
+
+
+def card(vm: vmm.VirtualMachine) -> NetDevice:
+    return cast(NetDevice, vm.device("net0"))
+
+
+class Files:
+    """Something to download, on both sides."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.body = os.urandom(size)
+        self.digest = hashlib.md5(self.body).hexdigest()
+        self.folder = folder / "www"
+        self.folder.mkdir()
+        (self.folder / "body").write_bytes(self.body)
+        self.fetched = folder / "fetched"
+
+    async def both_ways(self, vm: vmm.VirtualMachine, host: Namespace, out: str, back: str, port: int) -> None:
+        """The guest downloads from `out`:8000, where `host` serves; `host` downloads from `back`:`port`."""
+        await host.serve(self.folder, out, 8000)
+        await sh(vm, f"mkdir /tmp/www; wget -q -O /tmp/www/body http://{out}:8000/body")
+        assert (await sh(vm, "md5sum < /tmp/www/body")).split()[0] == self.digest
+        await sh(vm, f"httpd -p 80 -h /tmp/www; {LISTENS.format(port=80)}")
+        assert await host.download(f"http://{back}:{port}/body", self.fetched) == self.body
+
+
+def arrived(report: str, mebibytes: int) -> bool:
+    """Whether iperf3's receiver got what was sent; it stops counting a little before the sender does."""
+    return int(json.loads(report)["end"]["sum_received"]["bytes"]) > mebibytes << 19
+
+
+async def iperf(vm: vmm.VirtualMachine, call: str, mebibytes: int) -> bool:
+    """iperf3 in the guest, for so many MiB."""
+    run = f"{call} -n {mebibytes}M -J > /tmp/iperf.json"
+    return arrived(await sh(vm, f"{run} || {{ cat /tmp/iperf.json; exit 1; }}; cat /tmp/iperf.json"), mebibytes)
+
+
+# Tap
+
+
+@contextlib.asynccontextmanager
+async def tap_guest(
+    core: str, transport: Transport, **options: Any
+) -> AsyncIterator[tuple[vmm.VirtualMachine, Namespace, str]]:
+    """(a running guest with address GUEST, the namespace at the other end of its cable with HOST, the tap's name)"""
+    netns.need("iperf3")
+    image()
+    name = f"lvt{os.getpid() % 1000000}{transport[0]}"
+    queues = options.pop("queues", 1)
+    net = Net(kind="tap", target=name, transport=transport, queues=queues)
+    with netns.namespaces("tap") as (host,):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                running = vmm.run("linux", core=core, nets=(net,), timeout=SECONDS, **options)
+                vm = await stack.enter_async_context(running)
+            except vmm.ConfigError as error:
+                pytest.skip(str(error))
+            subprocess.run(["ip", "link", "set", name, "netns", host.name], check=True)
+            host.ip("addr", "add", f"{HOST}/24", "dev", name)
+            host.ip("link", "set", name, "up")
+            # the image asks for an address by itself, and takes ours away when it begins
+            await sh(vm, "for i in $(seq 200); do pidof udhcpc && break; sleep 0.1; done")
+            await sh(vm, "while pidof udhcpc; do killall -9 udhcpc; sleep 0.1; done")
+            await sh(vm, f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up")
+            yield vm, host, name
+
+
+def counted(host: Namespace, tap: str) -> dict[str, int]:
+    """Bytes and packets through the tap, as the host counts them."""
+    folder = f"/sys/class/net/{tap}/statistics"
+    names = ("rx_bytes", "rx_packets", "tx_bytes", "tx_packets")
+    values = host.run("cat", *(f"{folder}/{name}" for name in names)).split()
+    return dict(zip(names, map(int, values), strict=True))
+
+
+@pytest.mark.root
+@TRANSPORTS
+async def test_tap(tmp_path: Path, stock_core: str, transport: Transport) -> None:
+    """ping, downloads and iperf3 both ways, with checksum and segmentation offload that is really used."""
+    async with tap_guest(stock_core, transport) as (vm, host, tap):
+        path = await sh(vm, "readlink -f /sys/class/net/eth0")
+        assert ("/LNRO0005:" in path) == (transport == "mmio"), path
+        assert "3 packets received" in await sh(vm, f"ping -c 3 -i 0.1 {HOST}")
+        assert "3 received" in await host.arun("ping", "-c", "3", "-i", "0.1", GUEST)
+        await Files(tmp_path, 4 << 20).both_ways(vm, host, HOST, GUEST, 80)
+        wanted = Feature.CSUM | Feature.GUEST_CSUM | Feature.HOST_TSO4 | Feature.GUEST_TSO4 | Feature.MRG_RXBUF
+        assert card(vm).active.features & wanted == wanted
+        await host.listen(5201, "iperf3", "-s", "-B", HOST)
+        call = await install(vm, "iperf3")
+        before = counted(host, tap)
+        assert await iperf(vm, f"{call} -c {HOST}", 16)
+        between = counted(host, tap)
+        assert await iperf(vm, f"{call} -c {HOST} -R", 16)
+        after = counted(host, tap)
+        for start, end, way in ((before, between, "rx"), (between, after, "tx")):
+            packets = end[f"{way}_packets"] - start[f"{way}_packets"]
+            size = (end[f"{way}_bytes"] - start[f"{way}_bytes"]) / packets
+            assert size > 2 * 1514, f"{way}: {size:.0f} bytes a packet, so segments were cut before the tap"
+
+
+@pytest.mark.root
+@TRANSPORTS
+async def test_tap_with_two_queues(stock_core: str, transport: Transport) -> None:
+    """Two vCPUs take two pairs of queues; both carry packets, both ways."""
+    async with tap_guest(stock_core, transport, cpus=2, queues=2) as (vm, host, _):
+        found = await sh(vm, "ls /sys/class/net/eth0/queues")
+        assert found.split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
+        assert card(vm).active.features & Feature.MQ and card(vm).pairs == 2
+        await host.listen(5201, "iperf3", "-s", "-B", HOST)
+        call = await install(vm, "iperf3")
+        for back in ("", "-R"):
+            for cpu in (1, 2):  # a flow is sent on its processor's queue, and answered there
+                assert await iperf(vm, f"taskset {cpu} {call} -c {HOST} -P 2 {back}", 4)
+        frames = card(vm).frames
+        assert len(frames) == 2 and all(sent > 20 and received > 20 for sent, received in frames), frames
+        if transport == "pci":
+            interrupts = await sh(vm, "grep -E 'virtio[0-9]+-(in|out)put' /proc/interrupts")
+            lines = [line.split() for line in interrupts.splitlines()]
+            assert {line[-1].split("-")[1] for line in lines if int(line[1]) + int(line[2])} >= {"input.0", "input.1"}
+
+
+@pytest.mark.root
+@TRANSPORTS
+async def test_the_cable_is_pulled_and_plugged(stock_core: str, transport: Transport) -> None:
+    """The link at run time: the guest sees its carrier go and come, and nothing passes in between."""
+    async with tap_guest(stock_core, transport) as (vm, host, _):
+        assert "1 packets received" in await sh(vm, f"ping -c 1 {HOST}")
+        for _ in range(2):
+            card(vm).set_link(False)
+            await sh(vm, "while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.05; done")
+            assert "0 packets received" in await sh(vm, f"ping -c 1 -W 1 {HOST} || true")
+            card(vm).set_link(True)
+            await sh(vm, "until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.05; done")
+            assert "2 packets received" in await sh(vm, f"ping -c 2 -i 0.1 {HOST}")
+            assert "2 received" in await host.arun("ping", "-c", "2", "-i", "0.1", GUEST)
+
+
+# passt
+
+
+@pytest.fixture
+def passt_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Namespace, Namespace]]:
+    """(the namespace that passt runs in, one beyond a cable). passt is the first in PATH, and goes there."""
+    passt.need()
+    netns.need("iperf3", "passt")
+    program = shutil.which("passt")
+    with netns.namespaces("passt", "far") as (near, far):
+        netns.cable(near, far)
+        near.ip("addr", "add", "10.214.7.1/24", "dev", "eth0")
+        near.ip("route", "add", "default", "via", "10.214.7.2")
+        for address in ("10.214.7.2/24", f"{FAR}/24"):
+            far.ip("addr", "add", address, "dev", "eth0")
+        # passt's echo requests are those of an ordinary user
+        near.run("sh", "-c", "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range")
+        wrapper = tmp_path / "bin" / "passt"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {" ".join(near.command(str(program)))} "$@"\n')
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
+        yield near, far
+
+
+FAR = "10.214.7.3"
+"""A host beyond passt's; the gateway 10.214.7.2 is passt's own host as the guest sees it."""
+
+
+@pytest.mark.root
+@TRANSPORTS
+async def test_passt(
+    tmp_path: Path, stock_core: str, transport: Transport, passt_networks: tuple[Namespace, Namespace]
+) -> None:
+    """DHCP, ping, downloads and iperf3 both ways, without privileges; ports that lead to the guest."""
+    _, far = passt_networks
+    image()
+    net = Net(kind="user", transport=transport, forward="8080:80+5202:5202")
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
+        await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
+        assert "10.214.7.1/" in await sh(vm, "ip addr show eth0")
+        assert "3 packets received" in await sh(vm, f"ping -c 3 -i 0.1 {FAR}")
+        await Files(tmp_path, 2 << 20).both_ways(vm, far, FAR, "10.214.7.1", 8080)
+        await far.listen(5201, "iperf3", "-s", "-B", FAR)
+        call = await install(vm, "iperf3")
+        assert await iperf(vm, f"{call} -c {FAR}", 16)
+        assert await iperf(vm, f"{call} -c {FAR} -R", 16)
+        await sh(vm, f"{call} -s -D -p 5202; {LISTENS.format(port=5202)}")
+        report = await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M")
+        assert arrived(report, 32)
+
+
+@TRANSPORTS
+async def test_a_recording_holds_every_frame(tmp_path: Path, stock_core: str, transport: Transport) -> None:
+    """What the guest downloaded can be put together again from the pcap file; so can how it got its address."""
+    passt.need()
+    image()
+    body = os.urandom(1 << 20)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    path = tmp_path / "frames.pcap"
+    net = Net(kind="user", transport=transport, pcap=path)
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
+        await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
+        gateway = (await sh(vm, "ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'")).split()[0]
+        digest = await sh(vm, f"wget -q -O - http://{gateway}:{port}/ | md5sum")
+        assert digest.split()[0] == hashlib.md5(body).hexdigest()
+        mac = (await sh(vm, "cat /sys/class/net/eth0/address")).strip()
+    server.close()
+    assert pcap.stream(path, port).partition(b"\r\n\r\n")[2] == body
+    found = pcap.frames(path)
+    assert [moment for moment, _ in found] == sorted(moment for moment, _ in found)
+    guest = bytes.fromhex(mac.replace(":", ""))
+    assert all(guest in (frame[:6], frame[6:12]) or frame[0] & 1 for _, frame in found), "no frame of anyone else's"
+    ports = [frame[34:38] for _, frame in found if frame[12:14] == b"\x08\x00" and frame[23] == 17]
+    assert b"\0\x44\0\x43" in ports and b"\0\x43\0\x44" in ports, "DHCP, both ways"
+    if tool := shutil.which("tcpdump"):
+        read = subprocess.run([tool, "-n", "-r", path], capture_output=True, text=True, timeout=60)
+        assert read.returncode == 0 and len(read.stdout.splitlines()) >= len(found)
