@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from images import busybox, cache, debian, packages
 from images import kernel as kernels
-from images.built import HERE, Built, current, recipe_names
+from images import recipe as recipes
+from images.built import Built, current, is_name
 from images.errors import ImageError
 from images.kernel import guest_init
 from images.packages import Package
 
-FORMAT = 2
+FORMAT = 3
 """Counts up when the builder itself changes what it makes."""
 BUILDING = "builds"
 """The lock that builds share, so that nothing is pruned under them."""
@@ -31,23 +31,14 @@ Progress = Callable[[str, int, int], None]
 STEPS = 4
 
 
-def load_recipe(name: str) -> dict[str, Any]:
-    """A recipe by name, or by the path of a .toml file."""
-    path = Path(name) if name.endswith(".toml") else HERE / "recipes" / f"{name}.toml"
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ImageError(f"no recipe {name}; there are: {', '.join(recipe_names())}", "config") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ImageError(f"{path}: {error}", "config") from error
-
-
 def build(name: str, progress: Progress | None = None) -> Built:
     """Build a recipe, or find that its build is up to date. Safe when several run at once or one is killed."""
     cache.sweep()
     tell = progress or (lambda what, done, total: None)
-    recipe = load_recipe(name)
+    recipe = recipes.load(name)
     name = Path(name).stem if name.endswith(".toml") else name
+    if not is_name(name):
+        raise ImageError(f"{name!r} is no name for an image; name the file with letters, digits, - and _", "config")
     with cache.lock(BUILDING, shared=True), cache.lock(f"image-{name}"):
         tell("looking up packages", 0, STEPS)
         wanted, system = _wanted(recipe)
@@ -83,17 +74,11 @@ def build(name: str, progress: Progress | None = None) -> Built:
 
 def _wanted(recipe: dict[str, Any]) -> tuple[list[Package], list[Package]]:
     """(the kernel's package and the recipe's own, the packages of a whole system or none)"""
-    if recipe.get("kind") not in KINDS:
-        raise ImageError(f"kind: {recipe.get('kind')!r} is none of {', '.join(KINDS)}", "config")
     kernel = packages.dependency(recipe["kernel"]["package"], recipe["kernel"]["file"])
     wanted = packages.resolve_all([kernel, *recipe["root"].get("packages", ())])
     if recipe["kind"] != "debian":
         return wanted, []
     return wanted, packages.installation(recipe["root"]["include"], recipe["root"]["suite"])
-
-
-KINDS = ("busybox", "debian")
-"""What a recipe's `kind` may be: which root it gets."""
 
 
 def prune() -> int:

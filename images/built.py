@@ -31,8 +31,24 @@ def recipe_names() -> list[str]:
     return sorted(name[:-5] for name in os.listdir(HERE / "recipes") if name.endswith(".toml"))
 
 
+def is_name(name: str) -> bool:
+    """What an image may be called: it becomes a file's name, and a machine's."""
+    return name[:1].isalnum() and name.replace("-", "").replace("_", "").isalnum() and len(name) <= 40
+
+
+def built_names() -> list[str]:
+    """What was built, from our recipes or the user's."""
+    try:
+        names = os.listdir(cache_directory() / "images")
+    except OSError:
+        return []
+    return sorted(name[:-5] for name in names if name.endswith(".json") and is_name(name[:-5]))
+
+
 def current(name: str) -> Built | None:
     """The last whole build of a recipe, or None; does not ask apt."""
+    if not is_name(name):
+        return None
     images = cache_directory() / "images"
     try:
         pointer = json.loads((images / f"{name}.json").read_text())

@@ -40,6 +40,8 @@ def make(recipe: dict[str, Any], debs: list[Path], image: Path, work: Path) -> N
 
 def _applets(tree: Tree, work: Path) -> list[str]:
     """Where busybox wants its links; asked of the binary itself (it runs on any x86-64 Linux)."""
+    if "bin/busybox" not in tree.nodes:
+        raise ImageError("root.packages: none of them brings bin/busybox; add busybox-static", "config")
     binary = work / "busybox"
     binary.write_bytes(tree.nodes["bin/busybox"].data)
     binary.chmod(0o755)

@@ -35,15 +35,16 @@ class Image:
 
 
 def names() -> list[tuple[str, str, bool]]:
-    """(name, description, built) of every guest and recipe."""
-    from images import builder, built
+    """(name, description, built) of every recipe, the user's own builds and the tiny guests."""
+    from images import built, recipe
 
-    tiny = [(name, guests.description(name), True) for name in guests.names()]
-    recipes = [
-        (name, str(builder.load_recipe(name).get("description", "")), built.current(name) is not None)
-        for name in built.recipe_names()
-    ]
-    return recipes + tiny
+    found = []
+    for name in sorted({*built.recipe_names(), *built.built_names()}):
+        made = built.current(name)
+        described = recipe.load(name) if name in built.recipe_names() else made.recipe if made is not None else None
+        if described is not None:
+            found.append((name, str(described.get("description", "")), made is not None))
+    return found + [(name, guests.description(name), True) for name in guests.names()]
 
 
 def resolve(name: str, *, build: bool = False, progress: Progress | None = None) -> Image:
@@ -60,14 +61,14 @@ def resolve(name: str, *, build: bool = False, progress: Progress | None = None)
         return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform=platform)
     from images import built  # a tiny guest starts without it
 
-    if name in built.recipe_names():
-        found = built.current(name)
-        if found is None:
-            if not build:
-                raise ImageError(f"image {name} is not built yet; run: vmm images build {name}", "config")
-            from images import builder
+    found = built.current(name)
+    if found is None and name in built.recipe_names():
+        if not build:
+            raise ImageError(f"image {name} is not built yet; run: vmm images build {name}", "config")
+        from images import builder
 
-            found = builder.build(name, progress)
+        found = builder.build(name, progress)
+    if found is not None:
         return _from_build(found)
     path = Path(name)
     if path.is_file():

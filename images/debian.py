@@ -22,6 +22,7 @@ from images.packages import Package
 from images.programs import run, tool
 from images.tree import Tree
 
+STAGED = ("var/cache/apt/archives", "var/lib/apt/lists")
 LEFT_OUT = ("doc", "man", "locale", "info")
 """Below /usr/share."""
 STAGES = re.compile(r"I: ((?:running apt-get update|downloading|extracting|installing|creating)\b.*?)\.*$")
@@ -40,6 +41,8 @@ def make(
     tell("making the root file system")
     for path in [path for path in tree.nodes if path.startswith(("dev/", "etc/ssh/ssh_host_"))]:
         del tree.nodes[path]  # every machine has keys of its own, made at its first start
+    for path in STAGED:
+        tree.directory(path)  # mmdebstrap has given them our user and mode
     hostname = root.get("hostname", "debian")
     for path, data in kernel.modules.items():
         tree.file(f"usr/lib/modules/{kernel.version}/{path}", data)
@@ -62,9 +65,9 @@ def _install(root: dict[str, Any], debs: dict[Package, Path], work: Path, tell: 
     sources: list[str] = []
     if debs:
         _stage(debs, root["suite"], work)
-        command += ["--setup-hook", 'mkdir -p "$1/var/cache/apt/archives"']
-        command += ["--setup-hook", f"sync-in {work / 'archives'} /var/cache/apt/archives"]
-        command += ["--setup-hook", f"sync-in {work / 'lists'} /var/lib/apt/lists", "--skip=update,download/empty"]
+        command += ["--setup-hook", 'mkdir -p "$1/' + STAGED[0] + '"']
+        command += ["--setup-hook", f"sync-in {work / 'archives'} /{STAGED[0]}"]
+        command += ["--setup-hook", f"sync-in {work / 'lists'} /{STAGED[1]}", "--skip=update,download/empty"]
         sources = [str(source) for source in packages.sources(root["suite"])]
     archive = work / "root.tar"
     if os.geteuid() == 0 and run(["unshare", "--mount", "true"])[0] == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import lzma
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, cache, catalog, guests, modules, packages, programs
+from images import builder, built, cache, catalog, guests, kernel, modules, packages, programs, recipe
 from images.errors import ImageError
 from images.tree import Tree
 
@@ -201,14 +202,73 @@ def test_a_file_is_an_image(tmp_path: Path) -> None:
 
 
 def test_recipes_are_whole() -> None:
-    for name in builder.recipe_names():
-        recipe = builder.load_recipe(name)
-        assert recipe["description"] and recipe["kind"] in builder.KINDS
+    for name in built.recipe_names():
+        assert recipe.load(name)["description"]
     with pytest.raises(ImageError, match="no recipe x"):
-        builder.load_recipe("x")
+        recipe.load("x")
+
+
+RECIPE = """
+kind = "busybox"
+[kernel]
+package = "linux-image-cloud-amd64"
+file = "linux-image-.*"
+[root]
+packages = ["busybox-static"]
+size_mib = 64
+"""
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"busybox"', '"gentoo"', "kind: 'gentoo' is none of busybox, debian"),
+    ('kind = "busybox"', "", "kind: None is none of"),
+    ('kind = "busybox"', 'kind = "debian"', "unknown key root.packages"),
+    ("size_mib = 64", "", "root.size_mib is missing: a number of MiB"),
+    ("64\n", '"64"\n', "root.size_mib: '64' is not a number"),
+    ("64\n", "true\n", "root.size_mib: True is not"),
+    ('package = "linux-image-cloud-amd64"', "", "kernel.package is missing"),
+    ('"linux-image-.*"', '"("', "kernel.file: '[(]' is not a regular expression"),
+    ("[root]", "[rot]", "unknown key rot"),
+    ('["busybox-static"]', '"busybox-static"', "root.packages: 'busybox-static' is not a list of texts"),
+    ("size_mib = 64", 'size_mib = 64\nhostname = "a b"', "root.hostname: 'a b' is no host name"),
+    ("[kernel]", "kernel = 1\n[other]", "unknown key other"),
+    ("=", "==", "Invalid|Expected"),
+    ('package = "linux', 'package = "\\u0000linux', "kernel.package: .* is not text"),
+])
+def test_mistakes_in_a_recipe_are_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(RECIPE)
+    assert recipe.load(str(path))["root"]["size_mib"] == 64
+    assert old in RECIPE
+    path.write_text(RECIPE.replace(old, new, 1))
+    with pytest.raises(ImageError, match=message) as caught:
+        recipe.load(str(path))
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and caught.value.kind == "config"
+
+
+def test_what_a_user_built_is_found_by_its_name(own_cache: Path) -> None:
+    made = own_cache / "images" / "mine-1"
+    made.mkdir(parents=True)
+    described = {"description": "my own", "defaults": {"memory": "99M"}}
+    (made / "manifest.json").write_text(json.dumps({"key": "1", "recipe": described}))
+    (own_cache / "images" / "mine.json").write_text('{"directory": "mine-1"}')
+    image = catalog.resolve("mine")
+    assert (image.kernel, image.memory, image.disk) == (made / "vmlinuz", "99M", None)
+    assert ("mine", "my own", True) in catalog.names()
+    for name in ("../images/mine", "mine.json", "", "."):
+        assert built.current(name) is None
+
+
+@pytest.mark.parametrize("name", ["a b.toml", "-x.toml", "a.b.toml", "x" * 41 + ".toml"])
+def test_names_that_no_image_can_have(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "sub" / name
+    (tmp_path / "sub").mkdir()
+    path.write_text(RECIPE)
+    with pytest.raises(ImageError, match="is no name for an image"):
+        builder.build(str(path))
 
 
 def test_the_guest_init_is_static_and_small() -> None:
-    data = builder.guest_init()
+    data = kernel.guest_init()
     assert data[:4] == b"\x7fELF" and len(data) < 65536
     assert b"/lib64/ld-linux" not in data
