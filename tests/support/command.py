@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,25 @@ class Session:
     """A command on a pseudo-terminal."""
 
     def __init__(self, runtime: Path, *arguments: str) -> None:
+        """`vmm` with these arguments."""
+        self._start([*VMM, *arguments], environment(runtime), None)
+
+    @classmethod
+    def of(cls, command: list[str], environment: dict[str, str], folder: Path) -> Self:
+        """Any command."""
+        session = cls.__new__(cls)
+        program = shutil.which(command[0], path=environment["PATH"]) or command[0]
+        session._start([program, *command[1:]], environment, folder)
+        return session
+
+    def _start(self, command: list[str], environment: dict[str, str], folder: Path | None) -> None:
         self.master, slave = pty.openpty()
         self.terminal = os.ttyname(slave)
         self.before = termios.tcgetattr(slave)
         self._slave = slave
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _LEADER, *VMM, *arguments],
-            stdin=slave, stdout=slave, stderr=slave, env=environment(runtime), start_new_session=True,
+            [sys.executable, "-c", _LEADER, *command], cwd=folder,
+            stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
         )  # fmt: skip
         self.seen = b""
 
