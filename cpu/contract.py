@@ -249,6 +249,9 @@ class Vm(Protocol):
         """The caller wrote guest memory (DMA). Hardware is coherent; the software core drops translated code.
         *any thread*"""
 
+    def memory_written_ranges(self, ranges: bytes) -> None:
+        """memory_written() for many: pairs of 64-bit numbers of this host, (address, length). *any thread*"""
+
     def fileno(self) -> int:
         """Readable when take() has something. One descriptor per VM."""
 

@@ -5,7 +5,10 @@ from typing import Any, Literal, final
 
 class Memory:
     def __init__(
-        self, regions: Sequence[tuple[int, Any]], written: Callable[[int, int], None] | None = None
+        self,
+        regions: Sequence[tuple[int, Any]],
+        written: Callable[[int, int], None] | None = None,
+        written_ranges: Callable[[bytes], None] | None = None,
     ) -> None: ...
     def view(self, gpa: int, length: int, /) -> memoryview: ...
     def written(self, gpa: int, length: int, /) -> None: ...

@@ -22,7 +22,9 @@ class GuestMemory(Protocol):
         """`length` bytes at `gpa`; GuestError unless all of them are RAM of one region."""
 
     def written(self, gpa: int, length: int) -> None:
-        """A device wrote there (dirty log, translated code)."""
+        """A device wrote there (dirty log, translated code).
+
+        A memory may have `written_ranges(ranges: bytes)` besides: the same for many, pairs of 64 bits (gpa, length)."""
 
 
 class Interrupts(Protocol):

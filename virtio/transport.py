@@ -173,7 +173,9 @@ class Transport:
 
     def _native_ring(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int) -> Ring:
         if self._native is None:
-            self._native = _ring.Memory(list(memory.regions()), getattr(memory, "written", None))
+            self._native = _ring.Memory(
+                list(memory.regions()), getattr(memory, "written", None), getattr(memory, "written_ranges", None)
+            )
         return _ring.Ring(self._native, size, desc, driver, device, features)
 
     def _start(self, queues: list[Queue]) -> None:

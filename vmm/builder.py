@@ -175,7 +175,7 @@ class Built:
         )
         for slot, (start, buffer) in enumerate(memory.regions()):
             vm.set_memory_slot(slot, start, buffer)
-        memory.on_written = vm.memory_written
+        memory.on_written, memory.on_written_ranges = vm.memory_written, vm.memory_written_ranges
         self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
         machine = self._machine = CoreMachine(
             vm,
@@ -276,7 +276,7 @@ class Built:
         if self._machine is not None:
             self._machine.close()
         if self._memory is not None:
-            self._memory.on_written = None
+            self._memory.on_written = self._memory.on_written_ranges = None
         if self._vm is not None:
             self._vm.close()
 

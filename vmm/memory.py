@@ -26,7 +26,7 @@ class OutsideMemory(GuestError, VirtioGuestError):
 class GuestMemory:
     """All RAM of one machine. Loop thread, except that views may be filled by whoever holds them.
 
-    `on_written`, set by the builder, tells the core about writes by the VMM (Vm.memory_written).
+    `on_written` and `on_written_ranges`, set by the builder, tell the core about writes by the VMM (Vm.memory_written).
     """
 
     def __init__(self, size: int, *, hugepages: bool = False) -> None:
@@ -35,6 +35,7 @@ class GuestMemory:
         self._maps: list[mmap.mmap] = []
         self._regions: list[tuple[int, memoryview]] = []
         self.on_written: Callable[[int, int], None] | None = None
+        self.on_written_ranges: Callable[[bytes], None] | None = None
         low = min(size, PCI_HOLE)
         try:
             self._add(0, low, hugepages)
@@ -93,6 +94,11 @@ class GuestMemory:
         if self.on_written is not None:
             self.on_written(gpa, length)
 
+    def written_ranges(self, ranges: bytes) -> None:
+        """`written` for many: pairs of 64-bit numbers of this host, (gpa, length). *any thread*"""
+        if self.on_written_ranges is not None:
+            self.on_written_ranges(ranges)
+
     def close(self) -> None:
         """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
         regions, self._regions = self._regions, []
@@ -107,4 +113,4 @@ class GuestMemory:
                 mapping.close()
             except BufferError:
                 pass
-        self.on_written = None
+        self.on_written = self.on_written_ranges = None

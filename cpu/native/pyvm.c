@@ -242,6 +242,21 @@ static PyObject *vm_memory_written(VmObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *vm_memory_written_ranges(VmObject *self, PyObject *ranges)
+{
+    char *data;
+    Py_ssize_t size;
+    uint64_t pair[2];
+    struct lv_vm *vm = lv_open(self);
+    if (!vm || PyBytes_AsStringAndSize(ranges, &data, &size))
+        return NULL;
+    for (Py_ssize_t at = 0; vm->ops->memory_written && at + (Py_ssize_t)sizeof pair <= size; at += (Py_ssize_t)sizeof pair) {
+        memcpy(pair, data + at, sizeof pair);
+        vm->ops->memory_written(vm, pair[0], pair[1]);
+    }
+    Py_RETURN_NONE;
+}
+
 /* ---- the channel ---- */
 
 static PyObject *vm_fileno(VmObject *self, PyObject *Py_UNUSED(ignored))
@@ -404,6 +419,7 @@ static PyMethodDef vm_methods[] = {
     {"set_memory_slot", (PyCFunction)(void (*)(void))vm_set_memory_slot, METH_VARARGS | METH_KEYWORDS, NULL},
     {"dirty_log", (PyCFunction)vm_dirty_log, METH_VARARGS, NULL},
     {"memory_written", (PyCFunction)vm_memory_written, METH_VARARGS, NULL},
+    {"memory_written_ranges", (PyCFunction)vm_memory_written_ranges, METH_O, NULL},
     {"fileno", (PyCFunction)vm_fileno, METH_NOARGS, NULL},
     {"take", (PyCFunction)vm_take, METH_NOARGS, NULL},
     {"add_posted", (PyCFunction)(void (*)(void))lv_vm_add_posted, METH_VARARGS | METH_KEYWORDS, NULL},

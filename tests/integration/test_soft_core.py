@@ -479,6 +479,40 @@ def listening(soft: System, config: VmConfig | None = None) -> Bare:
     return bare
 
 
+CALLS = """
+_start: call one
+    out 0xe9, al
+    call two
+    out 0xe9, al
+    jmp _start
+one: mov al, 'a'
+    ret
+    .skip 256
+two: mov al, 'b'
+    ret
+"""
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_code_that_a_device_replaces_is_seen(soft: System, at_once: bool) -> None:
+    with Bare(soft) as bare:
+        code = assemble(CALLS, CODE)
+        bare.code(CODE, code)
+        bare.start()
+        bare.run(lambda b: len(b.console) > 200)  # often enough to be translated
+        assert set(bare.console) == set(b"ab")
+        places = [CODE + code.index(bytes((0xB0, letter))) for letter in b"ab"]
+        for place, letter in zip(places, b"cd", strict=True):
+            bare.ram[place + 1] = letter
+        if at_once:
+            bare.vm.memory_written_ranges(struct.pack("=QQQQ", places[0], 2, places[1], 2))
+        else:
+            for place in places:
+                bare.vm.memory_written(place, 2)
+        bare.console.clear()
+        bare.run(lambda b: b.console.endswith(b"cdcdcd"))
+
+
 def test_interrupts_reach_a_halted_vcpu(soft: System) -> None:
     with listening(soft) as bare:
         bare.vm.set_irq(4, True)

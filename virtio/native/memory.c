@@ -15,6 +15,7 @@ static int memory_clear(MemoryObject *self)
     self->buffers = NULL;
     self->objects = NULL;
     Py_CLEAR(self->written);
+    Py_CLEAR(self->written_ranges);
     return 0;
 }
 
@@ -26,9 +27,9 @@ static void memory_dealloc(MemoryObject *self)
 
 static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"regions", "written", NULL};
-    PyObject *regions, *written = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &regions, &written))
+    static char *names[] = {"regions", "written", "written_ranges", NULL};
+    PyObject *regions, *written = Py_None, *written_ranges = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO", names, &regions, &written, &written_ranges))
         return -1;
     PyObject *list = PySequence_Fast(regions, "regions must be a sequence of (gpa, buffer)");
     if (!list)
@@ -63,6 +64,8 @@ static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
     Py_DECREF(list);
     if (written != Py_None)
         self->written = Py_NewRef(written);
+    if (written_ranges != Py_None)
+        self->written_ranges = Py_NewRef(written_ranges);
     return 0;
 failed:
     Py_DECREF(list);
@@ -78,10 +81,34 @@ int memory_notify(MemoryObject *memory, uint64_t gpa, uint64_t length)
     return result ? 0 : -1;
 }
 
+/* All of them in one call: (gpa, length) pairs of 64 bits. */
+static int ranges_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length)
+{
+    uint64_t before = 0;
+    for (uint32_t i = 0; i < count; before += segments[i++].len)
+        if (before >= length)
+            count = i;
+    PyObject *ranges = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count * sizeof(uint64_t[2])));
+    if (!ranges)
+        return -1;
+    uint64_t (*pairs)[2] = (uint64_t (*)[2])PyBytes_AS_STRING(ranges);
+    for (uint32_t i = 0; i < count; i++) {
+        pairs[i][0] = segments[i].gpa;
+        pairs[i][1] = length < segments[i].len ? length : segments[i].len;
+        length -= pairs[i][1];
+    }
+    PyObject *result = PyObject_CallOneArg(memory->written_ranges, ranges);
+    Py_DECREF(ranges);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 int segments_notify(MemoryObject *memory, const struct segment *segments, uint32_t count, uint64_t length)
 {
     if (!memory->written)
         return 0;
+    if (memory->written_ranges && count > 1)
+        return ranges_notify(memory, segments, count, length);
     for (uint32_t i = 0; i < count && length; i++) {
         uint64_t part = length < segments[i].len ? length : segments[i].len;
         if (memory_notify(memory, segments[i].gpa, part))
@@ -139,7 +166,8 @@ static PyMethodDef memory_methods[] = {
 
 PyTypeObject memory_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Memory",
-    .tp_doc = "Memory(regions, written=None): guest memory as [(gpa, writable buffer), ...], exported while this lives.",
+    .tp_doc = "Memory(regions, written=None, written_ranges=None): guest memory as [(gpa, writable buffer), ...], exported "
+              "while this lives.",
     .tp_basicsize = sizeof(MemoryObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = PyType_GenericNew,

@@ -13,6 +13,7 @@ typedef struct {
     Py_buffer *buffers;   /* one export per region */
     PyObject **objects;   /* the regions as memoryviews, to slice */
     PyObject *written;    /* called with (gpa, length) after a device wrote; or NULL */
+    PyObject *written_ranges; /* the same for several ranges, with bytes: pairs of 64 bits; or NULL */
 } MemoryObject;
 
 typedef struct {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -256,17 +257,28 @@ def test_after_close_nothing_touches_memory(make: Make) -> None:
     assert queue.used() == []
 
 
-def test_the_c_path_reports_what_it_wrote() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_c_path_reports_what_it_wrote(at_once: bool) -> None:
+    """Range by range, or all of a chain's in one call where the memory takes that."""
     memory = FakeMemory(1 << 20, BASE)
+    calls: list[list[tuple[int, int]]] = []
+
+    def ranges(packed: bytes) -> None:
+        calls.append(list(struct.iter_unpack("=QQ", packed)))
+        memory.log += calls[-1]
+
+    native_memory = _ring.Memory(memory.regions(), memory.written, ranges if at_once else None)
     queue = DriverQueue(Allocator(memory, BASE, END), 8)
-    ring = native(memory, 8, queue.desc, queue.driver, queue.device)
-    room = queue.allocator.take(8)
-    queue.add([], [(room, 4), (room + 4, 4)])
+    ring = _ring.Ring(native_memory, 8, queue.desc, queue.driver, queue.device)
+    room = queue.allocator.take(12)
+    queue.add([], [(room, 4), (room + 4, 4), (room + 8, 4)])
     chain = ring.pop()
+    assert chain is not None
     chain.write(b"12345")
     ring.push(chain)
     ring.needs_notification()
     assert memory.log == [(room, 4), (room + 4, 1), (queue.device, 6 + 64)]
+    assert calls == ([[(room, 4), (room + 4, 1)]] if at_once else [])
 
 
 @pytest.mark.parametrize(
