@@ -1,68 +1,63 @@
-"""A machine for device tests: real buses and interrupt lines, a clock that the test moves, everything recorded."""
+"""A machine without a core for device tests: real buses, interrupt lines and timers, a clock that the test moves,
+everything recorded. The test is the guest.
+
+With `queued`, posted writes and the notices of shadows wait for `drain()`, as in the posted ring (a synchronous access
+drains it first, as a core does); without, devices hear of them at once.
+"""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from typing import Any, Literal
 
 from cpu.contract import Space
 from vmm.bus import Bus
+from vmm.clock import MachineClock
 from vmm.interfaces import BusDevice, PostedDevice
 from vmm.interrupts import InterruptLines, Line
 
 SECOND = 1_000_000_000
 
 
-class ManualClock:
+class FakeTime:
+    """A core's time (vmm.clock.TimeSource) that stands until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.alarm: int | None = None
+
+    def now_ns(self) -> int:
+        return self.now
+
+    def set_alarm(self, deadline_ns: int | None) -> None:
+        self.alarm = deadline_ns
+
+
+class ManualClock(MachineClock):
     """Stands still until `advance`. Its epoch is 2024-02-29T23:59:00Z unless given."""
 
     def __init__(self, epoch_s: int = 1_709_251_140) -> None:
-        self._now = 0
-        self.epoch_ns = epoch_s * SECOND
-        self._timers: list[tuple[int, int, ManualTimer]] = []
-        self._count = 0
-
-    def now_ns(self) -> int:
-        return self._now
-
-    def wall_ns(self) -> int:
-        return self.epoch_ns + self._now
-
-    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> ManualTimer:
-        timer = ManualTimer(callback)
-        self._count += 1
-        heapq.heappush(self._timers, (deadline_ns, self._count, timer))
-        return timer
+        self.time = FakeTime()
+        super().__init__(self.time, epoch_s * SECOND)
 
     def advance(self, ns: int) -> None:
         """Let time pass, running what is due at its own moment."""
-        end = self._now + ns
-        while self._timers and self._timers[0][0] <= end:
-            deadline, _, timer = heapq.heappop(self._timers)
-            self._now = max(self._now, deadline)
-            if not timer.cancelled:
-                timer.callback()
-        self._now = end
+        end = self.time.now + ns
+        while self.time.alarm is not None and self.time.alarm <= end:
+            self.time.now, self.time.alarm = max(self.time.now, self.time.alarm), None
+            self.expire()
+        self.time.now = end
 
     @property
     def pending(self) -> int:
-        return sum(not timer.cancelled for _, _, timer in self._timers)
+        return sum(not timer.cancelled for _, _, timer in self._queue)
 
 
-class ManualTimer:
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback = callback
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class RecordedShadow:
+class FakeShadow:
     """A shadow register: `value` while valid, None otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: Callable[[], None] | None) -> None:
+        self.notice = notice
         self.value: int | None = None
         self.after: int | None = None
 
@@ -74,23 +69,29 @@ class RecordedShadow:
 
 
 class Pc:
-    """vmm.interfaces.Machine; guest accesses by `inb` and friends."""
+    """vmm.interfaces.Machine; guest accesses by `inp`, `out`, `read` and `write`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, queued: bool = False) -> None:
         self.clock = ManualClock()
-        self.ports, self.mmio = Bus("port", 1 << 16), Bus("MMIO", 1 << 52)
-        self._buses = (self.ports, self.mmio)
+        self._buses = (Bus("port", 1 << 16), Bus("MMIO", 1 << 52))
+        self.ports, self.mmio = self._buses
         self.levels: dict[int, bool] = {}
         self.lines = InterruptLines(self._drive)
         self.messages: list[tuple[int, int]] = []
         self.requests: list[tuple[str, str, int | None]] = []
         self.posts: dict[tuple[Space, int, int], tuple[PostedDevice, int]] = {}
-        self.shadows: dict[tuple[Space, int, int], RecordedShadow] = {}
+        self.shadows: dict[tuple[Space, int, int], FakeShadow] = {}
         self.edges: list[tuple[int, bool]] = []
+        self.synchronous = 0
+        """Accesses that had to wait for the loop."""
+        self._queued = queued
+        self._queue: list[Callable[[], None]] = []
 
     def _drive(self, gsi: int, level: bool) -> None:
         self.levels[gsi] = level
         self.edges.append((gsi, level))
+
+    # vmm.interfaces.Machine
 
     @staticmethod
     def random(count: int) -> bytes:
@@ -116,8 +117,8 @@ class Pc:
 
     def shadow(
         self, space: Space, address: int, size: int, notice: Callable[[], None] | None = None
-    ) -> RecordedShadow:
-        shadow = self.shadows[space, address, size] = RecordedShadow()
+    ) -> FakeShadow:
+        shadow = self.shadows[space, address, size] = FakeShadow(notice)
         return shadow
 
     def unshadow(self, space: Space, address: int, size: int) -> None:
@@ -133,18 +134,39 @@ class Pc:
 
     # The guest's side.
 
+    def drain(self) -> None:
+        """What the loop does with the posted ring."""
+        while self._queue:
+            self._queue.pop(0)()
+
+    def _later(self, call: Callable[[], None]) -> None:
+        self._queue.append(call)
+        if not self._queued:
+            self.drain()
+
     def _read(self, space: Space, address: int, size: int) -> int:
         shadow = self.shadows.get((space, address, size))
-        if shadow is not None and shadow.value is not None:
-            return shadow.value
-        return self._buses[space].read(address, size)
+        if shadow is None or shadow.value is None:
+            self.drain()
+            self.synchronous += 1
+            return self._buses[space].read(address, size)
+        value = shadow.value
+        if shadow.after is not None:
+            shadow.value, shadow.after = shadow.after, None
+            if shadow.notice is not None:
+                self._later(shadow.notice)
+        return value
 
     def _write(self, space: Space, address: int, size: int, value: int) -> None:
-        post = self.posts.get((space, address, size))
-        if post is not None:
-            post[0].posted(post[1], size, value.to_bytes(size, "little"))
-        else:
+        posted = self.posts.get((space, address, size))
+        if posted is None:
+            self.drain()
+            self.synchronous += 1
             self._buses[space].write(address, size, value)
+            return
+        device, offset = posted
+        data = value.to_bytes(size, "little")
+        self._later(lambda: device.posted(offset, size, data))
 
     def inp(self, port: int, size: int = 1) -> int:
         return self._read(Space.PORT, port, size)
@@ -185,3 +207,32 @@ class FakeAssembly:
 
     def get(self, name: str) -> Any:
         return self.components[name]
+
+
+class FakePort:
+    """A CharacterPort that keeps what was written and hands out what the test typed."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+        self.typed = bytearray()
+        self.events: list[str] = []
+        self.ready: Callable[[], None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def read(self, limit: int) -> bytes:
+        data = bytes(self.typed[:limit])
+        del self.typed[:limit]
+        return data
+
+    def set_receiver(self, ready: Callable[[], None]) -> None:
+        self.ready = ready
+
+    def event(self, kind: str) -> None:
+        self.events.append(kind)
+
+    def type(self, data: bytes) -> None:
+        self.typed += data
+        if self.ready is not None:
+            self.ready()

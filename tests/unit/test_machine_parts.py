@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cpu.contract import CpuidEntry
 from cpu.cpuid import for_vcpu
-from tests.support.directmachine import FakeTime
+from tests.support.pc import FakeTime
 from virtio.errors import GuestError as VirtioGuestError
 from vmm.clock import MachineClock
 from vmm.errors import ConfigError, GuestError, HostError, StateError

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu.contract import Space
-from tests.support.directmachine import DirectMachine, Port
+from tests.support.pc import FakePort, Pc
 from vmm.devices.uart import COM1, COM1_GSI, Uart
 
 THR, IER, IIR, LCR, MCR, LSR, MSR, SCR = (COM1 + offset for offset in range(8))
@@ -17,8 +17,8 @@ DLAB = 0x80
 
 class Rig:
     def __init__(self) -> None:
-        self.machine = DirectMachine()
-        self.port = Port()
+        self.machine = Pc(queued=True)
+        self.port = FakePort()
         self.uart = Uart(self.machine, COM1, COM1_GSI, self.port, "com1")
         self.out, self.inp, self.drain = self.machine.out, self.machine.inp, self.machine.drain
 
