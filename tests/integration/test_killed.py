@@ -198,6 +198,27 @@ def kill_the_builder(name: str, tmp_path: Path, archive: dict[str, str], kills: 
     assert not left_over(mark)
 
 
+def test_builders_at_once(tmp_path: Path, linux: builder.Built) -> None:
+    """Three of them, of whom one is killed while it downloads: the image is made once and whole."""
+    own, mark = tmp_path / "cache", f"at-once-{os.getpid()}-{time.time_ns()}"
+    with archive(linux) as environment:
+        victim = Victim(["images", "build", "linux"], {**environment, "LOOPVISOR_CACHE": str(own)}, mark)
+        builders = [victim._started() for _ in range(3)]
+        try:
+            wait_for(lambda: any("methods/http" in line for line in left_over(mark)))
+            builders[0].kill()
+            assert builders[0].wait() == -signal.SIGKILL
+            assert [process.wait(300) for process in builders[1:]] == [0, 0]
+        finally:
+            for process in builders:
+                process.kill()
+                process.wait()
+        wait_for(lambda: not left_over(mark))
+    check_cache(own)
+    assert len(list((own / "images").glob("*/"))) == 1
+    assert not list((own / "tmp").iterdir()) and not list((own / "packages/partial").iterdir())
+
+
 def networks() -> list[list[str]]:
     """What the killed machines have: passt, and as root a tap."""
     kinds = [["--net", "user"]] if shutil.which("passt") else [[]]
