@@ -6,7 +6,7 @@
  *                          strings: working directory (empty: /root), argc arguments, envc NAME=value
  *                  2 STDIN bytes; empty: end of file    3 SIGNAL number (1)    4 RESIZE rows (2), columns (2)
  *   guest to host: 0x81 STDOUT  0x82 STDERR  0x83 EXIT kind (1: 0 exited, 1 killed), code (1)  0x84 ERROR text
- * The end of the connection kills the program's process group. */
+ * The end of the connection kills the program's process group. After EXIT input is discarded until the host closes. */
 #include "sys.h"
 
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, READY_PORT = 1025 };
@@ -234,6 +234,8 @@ void serve(int link)
     }
     uint8_t outcome[2] = {(status & 127) != 0, (uint8_t)((status & 127) ? status & 127 : status >> 8)};
     send_frame(link, EXIT, outcome, 2);
+    /* Closing with input unread would reset the connection and take the frames that the host has not read yet along. */
+    for (long got = 1; got > 0 || got == -EINTR;) got = SYS(__NR_read, link, frame, MAX_FRAME);
     SYS(__NR_exit_group, 0);
 gone:
     SYS(__NR_kill, -child, SIGKILL);

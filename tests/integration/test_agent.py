@@ -16,7 +16,7 @@ from types import FrameType
 import pytest
 
 import images.builder
-from vmm.agent import EXEC, Agent
+from vmm.agent import EXEC, EXIT, STDIN, Agent
 from vmm.errors import ConfigError, GuestError
 
 BINARY = Path(images.builder.__file__).parent / "init" / "guest-init.bin"
@@ -58,6 +58,22 @@ async def test_a_large_input_comes_back_whole(agent: Agent) -> None:
 async def test_a_program_that_does_not_read_its_input(agent: Agent) -> None:
     result = await agent.exec("sh", "-c", "exec <&-; sleep 0.1; exit 3", input=bytes(500_000), timeout=60)
     assert result.status == 3
+
+
+def test_input_on_its_way_does_not_take_the_outcome_along() -> None:
+    """The program ends at once; more input than the connection holds still finds a reader, and then comes the end."""
+    ours, theirs = socket.socketpair()
+    request = struct.pack("<BHHHH", 0, 0, 0, 3, 0) + b"\0sh\0-c\0exit 3\0"
+    with ours:
+        with theirs, subprocess.Popen([BINARY, "serve", str(theirs.fileno())], pass_fds=[theirs.fileno()]) as agent:
+            theirs.close()
+            ours.settimeout(60)
+            ours.sendall(struct.pack("<BI", EXEC, len(request)) + request)
+            for _ in range(100):
+                ours.sendall(struct.pack("<BI", STDIN, 32768) + bytes(32768))
+            assert ours.recv(7, socket.MSG_WAITALL) == struct.pack("<BIBB", EXIT, 2, 0, 3)
+            ours.close()
+            assert agent.wait(60) == 0
 
 
 async def test_environment_and_directory(agent: Agent) -> None:

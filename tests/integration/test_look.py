@@ -82,7 +82,8 @@ def test_build_progress(tmp_path: Path, linux: None) -> None:
 def test_a_message_takes_the_line_of_the_progress(tmp_path: Path) -> None:
     """No such package: the bar is gone when the reason stands there."""
     recipe = tmp_path / "mine.toml"
-    recipe.write_text('kind = "busybox"\n[kernel]\npackage = "no-such-package-anywhere"\nfile = "x"\n[root]\n')
+    kernel = '[kernel]\npackage = "no-such-package-anywhere"\nfile = "x"\n'
+    recipe.write_text(f'kind = "busybox"\n{kernel}[root]\nsize_mib = 8\n')
     with Session(tmp_path, "images", "build", str(recipe)) as session:
         assert session.wait(BOOT) == 4
         assert b"] looking up packages" in session.seen
