@@ -260,6 +260,10 @@ class Vm(Protocol):
         (vcpu index, exit) pairs leave that vCPU parked. Never blocks. Virtual clock: call it once each time that the
         descriptor is readable; the next call says that what this one returned has been handled."""
 
+    def linger(self) -> None:
+        """Say that what take() returned is answered. Waits up to 20 µs for the next exit, if that has paid lately:
+        the loop then finds the descriptor readable instead of going to sleep. May be left out."""
+
     # The three kinds of access. Everything not named here is a synchronous exit.
     def add_posted(self, space: Space, address: int, size: int, tag: int) -> None:
         """Writes of `size` bytes at exactly `address` are posted. (virtual clock: they are still in order, and the

@@ -46,7 +46,7 @@ class Dispatcher:
 
     def __init__(self, vm: Vm, vcpus: Sequence[Vcpu], machine: CoreMachine, finish: Callable[[Outcome], None]) -> None:
         self._vm = vm
-        self._take = vm.take
+        self._take, self._linger = vm.take, vm.linger
         self._vcpus = tuple(vcpus)
         self._machine = machine
         self._posted = machine.posted
@@ -157,6 +157,8 @@ class Dispatcher:
                         handler(item.size, item.data)
                 else:
                     machine.clock.expire()
+            if not (self._held or self.ended):
+                self._linger()
         except Exception as error:
             self.fail(error)
 

@@ -96,6 +96,7 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     vm->start_ns = lv_clock();
     vm->pid = getpid();
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
+    vm->linger_ns = LV_LINGER_MAX_NS;
     pthread_mutexattr_t attr;
     pthread_mutexattr_init(&attr);
     pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);

@@ -255,11 +255,38 @@ const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)
     if (wake)
         for (uint32_t i = 0; i < vm->engine_count; i++)
             lv_engine_wake(vm->engines[i]);
-    for (uint32_t i = 0; i < vm->drain.count; i++)
-        if (vm->drain.events[i].kind == LV_EVENT_EXIT)
+    vm->exits_taken = false;
+    for (uint32_t i = 0; i < vm->drain.count; i++) {
+        if (vm->drain.events[i].kind == LV_EVENT_EXIT) {
             atomic_store(&vm->vcpus[vm->drain.events[i].vcpu]->state, LV_PARKED);
+            vm->exits_taken = true;
+        }
+    }
+    /* Adaptive, as wait_for_answer() is. */
+    if (vm->exits_taken && vm->linger_ns < LV_LINGER_MAX_NS &&
+        lv_clock() - vm->lingered_ns < LV_LINGER_MAX_NS + LV_LINGER_MAX_NS / 2)
+        vm->linger_ns = LV_LINGER_MAX_NS;
     *count = vm->drain.count;
     return vm->drain.events;
+}
+
+/* A vCPU that was answered often exits again at once (a driver that probes a device), and a thread that sleeps in epoll
+ * then costs a wake-up across processors, which is more than the exit itself. */
+void lv_vm_linger(struct lv_vm *vm)
+{
+    if (!vm->exits_taken || vm->config.virtual_clock || lv_spinners_max < 1)
+        return;
+    uint64_t begin = vm->lingered_ns = lv_clock(), end = begin + vm->linger_ns;
+    if (vm->linger_ns < SPIN_MIN_NS || atomic_load_explicit(&spinners, memory_order_relaxed))
+        return; /* a thread that spins waits for an answer, perhaps of this loop */
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (atomic_load_explicit(&vm->signalled, memory_order_acquire) || lv_closing(vm))
+                return;
+            __builtin_ia32_pause();
+        }
+    } while (lv_clock() < end);
+    vm->linger_ns /= 2;
 }
 
 /* ---- exits ---- */

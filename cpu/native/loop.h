@@ -201,7 +201,7 @@ struct lv_vm {
 
     pthread_mutex_t lock;            /* everything below; held for well under a microsecond */
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */
-    bool signalled;                  /* event_fd is readable */
+    _Atomic bool signalled;          /* event_fd is readable; written under the lock */
     bool moderated;                  /* the timer will make the loop look: posted writes need no signal */
     bool posted_since_timer;
     uint32_t moderation_window;      /* ns from one look to the next; grows while a stream goes on */
@@ -216,6 +216,9 @@ struct lv_vm {
 
     int poll_fd, event_fd, timer_fd; /* poll_fd watches the others */
     uint64_t alarm_ns, timer_ns;     /* absolute CLOCK_MONOTONIC; UINT64_MAX: off */
+    uint64_t lingered_ns;            /* CLOCK_MONOTONIC when the loop last began to linger (loop thread only, as the next) */
+    uint32_t linger_ns;              /* adaptive: how long to linger */
+    bool exits_taken;                /* by the last take() */
     struct lv_irqfd *irqfds;
     struct lv_route *routes;
     uint32_t route_count;
@@ -261,6 +264,8 @@ int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer); /* -EBUSY: not parked
 void lv_vcpu_kick(struct lv_vcpu *vcpu);                   /* [any] */
 /* What happened since the last call; valid until the next. */
 const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count);
+/* The exits of the last take() are answered: look out for the next for at most some 20 us. */
+void lv_vm_linger(struct lv_vm *vm);
 uint64_t lv_vm_now(struct lv_vm *vm);                      /* [any] */
 int lv_vm_set_alarm(struct lv_vm *vm, uint64_t deadline_ns);
 int lv_add_posted(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size, int32_t tag);

@@ -8,6 +8,7 @@ enum {
     LV_TABLE_SIZE = 256,
     LV_TABLE_ENTRIES_MAX = 8192,
     LV_SPIN_MAX_NS = 40000, /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
+    LV_LINGER_MAX_NS = 20000, /* the same for the loop's thread, which others wait for as well */
 };
 
 extern int lv_spinners_max; /* threads that may spin at once, over all VMs; -1: not known yet */

@@ -299,6 +299,15 @@ static PyObject *exit_pair(struct lv_vcpu *vcpu)
     return pair;
 }
 
+static PyObject *vm_linger(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    lv_vm_linger(vm); /* with the GIL: giving it up and taking it again costs as much as this waits */
+    Py_RETURN_NONE;
+}
+
 static PyObject *vm_take(VmObject *self, PyObject *Py_UNUSED(ignored))
 {
     struct lv_vm *vm = lv_open(self);
@@ -422,6 +431,7 @@ static PyMethodDef vm_methods[] = {
     {"memory_written_ranges", (PyCFunction)vm_memory_written_ranges, METH_O, NULL},
     {"fileno", (PyCFunction)vm_fileno, METH_NOARGS, NULL},
     {"take", (PyCFunction)vm_take, METH_NOARGS, NULL},
+    {"linger", (PyCFunction)vm_linger, METH_NOARGS, NULL},
     {"add_posted", (PyCFunction)(void (*)(void))lv_vm_add_posted, METH_VARARGS | METH_KEYWORDS, NULL},
     {"remove_posted", (PyCFunction)(void (*)(void))lv_vm_remove_posted, METH_VARARGS | METH_KEYWORDS, NULL},
     {"add_shadow", (PyCFunction)(void (*)(void))lv_vm_add_shadow, METH_VARARGS | METH_KEYWORDS, NULL},

@@ -94,7 +94,7 @@ def served(real: Real | Guest, factory: LoopFactory, count: int) -> list[float]:
     vm, vcpu = real.vm, real.vcpu if isinstance(real, Real) else real.vcpus[0]
     stamps: list[int] = []
     loop = factory()
-    take, resume, clock = vm.take, vcpu.resume, time.perf_counter_ns
+    take, linger, resume, clock = vm.take, vm.linger, vcpu.resume, time.perf_counter_ns
 
     def ready() -> None:
         for item in take():
@@ -104,6 +104,7 @@ def served(real: Real | Guest, factory: LoopFactory, count: int) -> list[float]:
                     loop.stop()
                     return
                 resume(RESUME)
+        linger()
 
     loop.add_reader(vm.fileno(), ready)
     resume(RESUME)

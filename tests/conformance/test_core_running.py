@@ -111,6 +111,30 @@ def test_posted_writes_of_one_vcpu_keep_their_order_beside_others(core, guests):
         assert b"".join(item.data for item in seen if item.tag == index) == bytes(range(200))
 
 
+def test_lingering_loses_nothing_and_ends_by_itself(core, guests):
+    """Before anything ran, after each answer, beside a vCPU that computes, and after what was not answered at all."""
+    guest = guests(core)
+    guest.vm.linger()
+    guest.load([PortOut(0x10, 1, value) for value in range(200)])
+    guest.go()
+    for value in range(200):
+        assert guest.take() == [(0, PortOut(0x10, 1, value))]
+        guest.vm.linger()
+        if value < 199:
+            guest.vcpus[0].resume(RESUME)
+            guest.vm.linger()
+    computing = guests(core)
+    spin(computing)
+    computing.vcpus[0].kick()
+    assert computing.take() == [(0, Interrupted())]
+    computing.vcpus[0].resume(RESUME)
+    for _ in range(100):
+        computing.vm.linger()
+    computing.vm.close()
+    with pytest.raises(StateError):
+        computing.vm.linger()
+
+
 def test_a_vcpu_that_waits_does_not_hold_up_the_others_kick(core, guests):
     """vCPU 0 is parked in a read that nobody answers; vCPU 1 can still be parked."""
     guest = guests(core, vcpus=2)
