@@ -7,7 +7,6 @@ correct command line is read here; for anything else (`--help`, a mistake) typer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 
@@ -66,20 +65,20 @@ _BY_FLAG = {option.flag: option for option in RUN_OPTIONS}
 _BY_OPPOSITE = {option.opposite: option for option in RUN_OPTIONS if option.opposite}
 
 
-@dataclass(slots=True)
 class RunArguments:
     """A parsed `vmm run`: `config` holds what was given, as text; `command` what follows `--`."""
 
-    image: str | None = None
-    command: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    config_file: str | None = None
-    json: bool = False
-    timing: bool = False
-    timing_svg: str | None = None
-    print_config: bool = False
-    print_schema: bool = False
-    print_cmdline: bool = False
+    def __init__(self, image: str | None = None, command: Sequence[str] = ()) -> None:
+        self.image = image
+        self.command = list(command)
+        self.config: dict[str, Any] = {}
+        self.config_file: str | None = None
+        self.json = False
+        self.timing = False
+        self.timing_svg: str | None = None
+        self.print_config = False
+        self.print_schema = False
+        self.print_cmdline = False
 
     def set(self, option: RunOption, value: Any) -> None:
         if option.of == "command":

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +56,23 @@ def execute(arguments: RunArguments) -> int:
     timeline = Timeline()
     timeline.mark("begin", begin)
     timeline.mark("configured")
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
         outcome, status = runner.run(_run(config, arguments.command, timeline))
     if outcome is not None:
         _report(config, outcome, arguments)
     if arguments.timing or arguments.timing_svg is not None:
         _show_timing(timeline, config.name, arguments)
     return status
+
+
+def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop, but not where loading it takes longer than its speed can save (tests.bench start): a bare machine has one
+    serial port to serve. None: asyncio's own."""
+    if config.platform == "bare":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
 
 
 def configure(arguments: RunArguments) -> Config:

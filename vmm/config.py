@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +56,6 @@ ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FlatImage(Checked):
     """Raw bytes loaded at `load` and entered at `entry` in the given processor mode, with interrupts off."""
 
@@ -85,7 +83,6 @@ class FlatImage(Checked):
         return from_mapping(cls, "flat", {"path": path, **values})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Disk(Checked):
     """One virtio block device."""
 
@@ -134,7 +131,6 @@ class Disk(Checked):
         return from_mapping(cls, "disk", {"path": path, **values})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Net(Checked):
     """One virtio network device."""
 
@@ -193,7 +189,6 @@ class Net(Checked):
         return from_mapping(cls, "net", {"kind": kind, "target": target, **values})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Console(Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
@@ -226,7 +221,6 @@ class Console(Checked):
         return from_mapping(cls, "console", {"kind": kind, "path": path or None, **values})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Port(Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
@@ -247,7 +241,6 @@ class Port(Checked):
         return cls(name=name, path=Path(path))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Config(Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 

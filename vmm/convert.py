@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from vmm.errors import ConfigError
 
@@ -207,22 +207,37 @@ def split(where: str, text: str, flags: Mapping[str, tuple[str, Any]]) -> tuple[
     return first, values
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, eq_default=False)
 class Checked:
-    """Base of the frozen parts: runs every field through its converter, then `_check`."""
+    """Base of the frozen parts, whose subclasses are keyword-only dataclasses: runs every field through its converter,
+    then `_check`. What the standard decorator would compile for each class is here once, since `vmm run` would wait for
+    it (tests.bench start)."""
 
     _converters: Mapping[str, Converter]
     _where = ""
 
-    def __post_init__(self) -> None:
+    def __init_subclass__(cls) -> None:
+        dataclass(kw_only=True, init=False, repr=False, eq=False)(cls)
+
+    def __init__(self, **values: Any) -> None:
+        if unknown := values.keys() - self._converters:
+            raise TypeError(f"{type(self).__name__}() takes no {', '.join(sorted(unknown))}")
         for name, convert in self._converters.items():
             where = f"{self._where}.{name}" if self._where else name
-            object.__setattr__(self, name, convert(where, getattr(self, name)))
+            if name not in values and not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__}() needs {name}")
+            value = values[name] if name in values else getattr(type(self), name)
+            object.__setattr__(self, name, convert(where, value))
         self._check()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def _check(self) -> None:
         """Rules between fields."""
-
-    # Not generated for each class, which `vmm run` would wait for (tests.bench start).
 
     def __eq__(self, other: object) -> bool:
         if other.__class__ is not self.__class__:
