@@ -10,8 +10,10 @@ import asyncio
 import importlib
 import inspect
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
@@ -99,7 +101,8 @@ class Built:
         self._finish = finish
         self._loop = asyncio.get_running_loop()
         self._reading = -1
-        self._closed = False
+        self._closer: threading.Thread | None = None
+        self._core_closed = asyncio.Event()
         self._vm: Vm | None = None
         self._machine: CoreMachine | None = None
         self._dispatcher: Dispatcher | None = None
@@ -153,7 +156,6 @@ class Built:
             with core_errors():
                 await self._build()
         except BaseException:
-            self.close()
             await self.aclose()
             raise
 
@@ -262,27 +264,55 @@ class Built:
 
     def stats(self) -> dict[str, int]:
         """The core's counters and the buses'."""
-        counters = dict(self.vm.stats()) if not self._closed else {}
+        counters = dict(self.vm.stats()) if self._closer is None else {}
         counters["unclaimed"] = self.machine.ports.unclaimed + self.machine.mmio.unclaimed
         return counters
 
-    def close(self) -> None:
-        """Stop every vCPU and give back what the core holds, at once. Idempotent; `aclose` does the rest."""
-        if self._closed:
+    def begin_close(self) -> None:
+        """Stop every vCPU and give back what the core holds, beside the loop, since KVM takes up to 20 ms for it.
+        Idempotent; `aclose` waits for it and does the rest."""
+        if self._closer is not None:
             return
-        self._closed = True
         if self._reading >= 0:
             self._loop.remove_reader(self._reading)
         if self._machine is not None:
             self._machine.close()
         if self._memory is not None:
             self._memory.on_written = self._memory.on_written_ranges = None
-        if self._vm is not None:
-            self._vm.close()
+        self._closer = threading.Thread(target=self._close_core, name="close-vm")
+        self._closer.start()
+
+    def _close_core(self) -> None:
+        """The closing thread."""
+        try:
+            if self._vm is not None:
+                self._vm.close()
+        finally:
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits
+                self._loop.call_soon_threadsafe(self._core_closed.set)
+
+    def close(self) -> None:
+        """begin_close() to its end, at once: for a loop that does not go on."""
+        self.begin_close()
+        assert self._closer is not None
+        self._closer.join()
 
     async def aclose(self) -> None:
-        """Close the components in reverse order, then memory. Idempotent."""
-        self.close()
+        """Close the components; when the core is closed, memory. Idempotent."""
+        self.begin_close()
+        try:
+            await self.close_components()
+        finally:
+            try:
+                await self._core_closed.wait()
+            finally:
+                self.close()
+                if self._memory is not None:
+                    self._memory.close()
+                    self._memory = None
+
+    async def close_components(self) -> None:
+        """Close the components in reverse order. Raises HostError for the first that cannot be. Idempotent."""
         components, self.components = self.components, {}
         failure: BaseException | None = None
         for name, component in reversed(components.items()):
@@ -296,8 +326,5 @@ class Built:
             except Exception as error:
                 failure = failure or HostError(f"closing {name}: {type(error).__name__}: {error}")
                 failure.__cause__ = failure.__cause__ or error
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
         if failure is not None:
             raise failure

@@ -361,12 +361,13 @@ class VirtualMachine:
     async def _release(self) -> None:
         """Give everything back, whatever fails; the outcome is known afterwards."""
         self.timeline.mark("end")
+        built = self._built
         try:
-            self._close_core()
             if self._timer is not None:
                 self._timer.cancel()
-            if self._built is not None:
-                await self._built.aclose()
+            if built is not None:
+                built.begin_close()  # the rest goes on meanwhile
+                await built.close_components()
         except VmmError as error:
             self._failure = error
         finally:
@@ -374,6 +375,8 @@ class VirtualMachine:
             try:
                 await self._close_services()
             finally:
+                if built is not None:
+                    await built.aclose()
                 self.timeline.mark("closed")
                 self._stopped.set()
 
