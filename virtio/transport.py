@@ -343,13 +343,16 @@ class Transport:
     async def quiesce(self) -> None:
         """Take no more chains and wait for those in flight; then `save` may be called."""
         await self.device.quiesce()
-        if self.status & Status.DEVICE_NEEDS_RESET:
-            # some chains will never be returned: all are abandoned, as by the reset that is needed
-            self.device.deactivate()
-            self.active = None
+        self._abandon_faulty()
         if self.active is None:
             await self.device.settle()
             self.read_status()
+
+    def _abandon_faulty(self) -> None:
+        """Of a device that needs a reset some chains will never be returned: all are abandoned, as by that reset."""
+        if self.status & Status.DEVICE_NEEDS_RESET:
+            self.device.deactivate()
+            self.active = None
 
     def resume(self) -> None:
         self._guard(self.device.resume)
@@ -358,6 +361,9 @@ class Transport:
         """Versioned state of transport, rings and device; StateError while requests are in flight."""
         if self._resetting:
             raise StateError("a reset is not complete")
+        self._abandon_faulty()  # the fault may have come since `quiesce`
+        if not self.device.idle():
+            raise StateError("system calls are in flight")
         rings = []
         for config, queue in zip(self.queues, self.active.queues if self.active else (), strict=False):
             if queue.in_flight:

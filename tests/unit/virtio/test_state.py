@@ -33,7 +33,7 @@ from virtio.devices.net import NetDevice, parse_mac
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
 from virtio.driver import F_NEXT
-from virtio.errors import StateError
+from virtio.errors import HostError, StateError
 from virtio.queue import Queue
 
 from .conftest import Connect
@@ -55,6 +55,11 @@ def plain(state: Any) -> bool:
 async def move(connect: Connect, driver: Driver, fresh: Callable[[], Awaitable[Device]]) -> Driver:
     """Drain, save, close the device; restore into a fresh one. What the old one does afterwards must not count."""
     await asyncio.wait_for(driver.transport.quiesce(), 10)
+    return await hand_over(connect, driver, fresh)
+
+
+async def hand_over(connect: Connect, driver: Driver, fresh: Callable[[], Awaitable[Device]]) -> Driver:
+    """The part of `move` after it drained."""
     state = driver.transport.save()
     assert plain(state) and state["version"] == 1 and state["device"].get("version", 1) == 1
     memory = bytes(driver.memory.bytes)
@@ -409,6 +414,61 @@ async def test_a_device_that_needs_a_reset(connect: Connect, caplog: pytest.LogC
     await turns(20)
     driver.initialize()
     assert await driver.request(0, [b"abc"], [3]) == b"abc"
+
+
+class Breaking(Held):
+    """Its host fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = asyncio.Event()
+
+    async def serve(self, queues: Sequence[Queue]) -> None:
+        self.spawn(self.fail(), "fail")
+        await super().serve(queues)
+
+    async def fail(self) -> None:
+        await self.broken.wait()
+        raise HostError("the backend is gone")
+
+
+async def test_a_fault_between_quiesce_and_save(connect: Connect) -> None:
+    """A device that needs a reset takes no chain after the move either, so that it can move again."""
+    device = Breaking()
+    driver = connect(device)
+    driver.initialize()
+    await driver.transport.quiesce()
+    driver.submit(0, [driver.buffer(b"x")], [driver.buffer(1)])
+    device.broken.set()
+    await driver.wait(lambda: driver.needs_reset)
+    other = await hand_over(connect, driver, held)
+    await turns(20)
+    assert other.needs_reset and not other.queues[0].used()
+    other = await move(connect, other, held)
+    assert other.needs_reset
+    other.initialize()
+    assert await other.request(0, [b"abc"], [3]) == b"abc"
+
+
+async def test_a_fault_after_quiesce_leaves_no_ports_open(connect: Connect) -> None:
+    """What a driver did before the reset that it is to make does not move: it finds the ports as at first."""
+
+    async def fresh() -> ConsoleDevice:
+        return ConsoleDevice([Port(MemoryChar()), Port(MemoryChar(), "second", console=False)])
+
+    driver = connect(await fresh())
+    driver.initialize()
+    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, Control.DEVICE_READY, 1))])
+    await driver.used(3)
+    await driver.transport.quiesce()
+    driver.transport.active.fault(HostError("the backend is gone"))  # type: ignore[union-attr]
+    driver = await hand_over(connect, driver, fresh)
+    driver.initialize()
+    room = driver.buffer(8)
+    driver.submit(2, [], [room])
+    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, Control.DEVICE_READY, 1))])
+    await driver.used(2)
+    assert driver.bytes_at(room) == struct.pack("<IHH", 0, Control.DEVICE_ADD, 1)
 
 
 async def test_interrupts_that_wait(connect: Connect) -> None:
