@@ -3,6 +3,7 @@
 #include "native/loop_internal.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -89,8 +90,10 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
         *error = -ENOMEM;
         return NULL;
     }
-    if (lv_spinners_max < 0)
-        lv_spinners_max = (int)sysconf(_SC_NPROCESSORS_ONLN) - 1;
+    if (lv_spinners_max < 0) {
+        cpu_set_t allowed;
+        lv_spinners_max = sched_getaffinity(0, sizeof allowed, &allowed) ? 0 : CPU_COUNT(&allowed) - 1;
+    }
     vm->ops = ops;
     vm->config = *config;
     vm->start_ns = lv_clock();

@@ -30,7 +30,7 @@ enum {
 };
 
 static _Atomic int spinners;   /* threads spinning now, over all VMs */
-int lv_spinners_max = -1;      /* processors but one: the loop needs one to answer on */
+int lv_spinners_max = -1;      /* processors of this process but one: the loop needs one to answer on */
 
 uint64_t lv_clock(void)
 {
