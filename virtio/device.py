@@ -122,11 +122,12 @@ class Device:
         """Take no chains: the machine is paused, or the device needs a reset."""
         return self._paused or self._halted
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a coroutine until it ends or the device is reset. Its errors are this device's fault state."""
         task = asyncio.get_running_loop().create_task(work, name=f"{type(self).__name__}.{name}")
         self._tasks.add(task)
         task.add_done_callback(partial(self._task_done, self._active))
+        return task
 
     def guarded(self, call: Callable[..., object], *args: object) -> None:
         """Run a loop callback of an active device: a GuestError is its fault state; nothing after a reset."""

@@ -65,6 +65,9 @@ class Connection:
         """Nothing more comes into `inbox`."""
         self.gone = False
         """The guest ended it: it hears nothing of it any more."""
+        self.closed = False
+        """The host's end is closed: what still works for the connection ends."""
+        self.dialing: asyncio.Task[None] | None = None
         self.arrived = asyncio.Event()
         self.credit = asyncio.Event()
 
@@ -85,10 +88,16 @@ class Connection:
 
     def close(self) -> None:
         """Drop the connection at once."""
+        self.closed = True
+        self.arrived.set()
+        self.credit.set()
+        if self.dialing is not None:
+            self.dialing.cancel()
         if self.streams is not None:
             self.streams[1].close()
         if self.accepted is not None and not self.accepted.done():
-            self.accepted.set_exception(ConnectionResetError("the guest's vsock device was reset"))
+            self.accepted.set_exception(ConnectionResetError("the guest refused, or its vsock device was reset"))
+            self.accepted.exception()  # also if `open` gave up and does not look at it
 
 
 Packet = tuple[Connection | None, int, int, Op, int, bytes]
@@ -133,12 +142,12 @@ class VsockDevice(Device):
         try:
             await self._send(connection, Op.REQUEST)
             await connection.accepted
+            ours, theirs = await stream_pair()
         except BaseException:
-            if self._connections.pop(key, None) is not None and self.is_active:
+            if self._forget(connection) and self.is_active:
                 with contextlib.suppress(asyncio.QueueFull):
                     self._outgoing.put_nowait((None, *key, Op.RST, 0, b""))
             raise
-        ours, theirs = await stream_pair()
         self._run(connection, ours)
         return theirs
 
@@ -227,9 +236,11 @@ class VsockDevice(Device):
         while True:
             # 5.10.6.3.2: "VIRTIO_VSOCK_OP_RW data packets MUST only be transmitted when the peer has sufficient free
             # buffer space for the payload."
-            while connection.room <= 0:
+            while connection.room <= 0 and not connection.closed:
                 connection.credit.clear()
                 await connection.credit.wait()
+            if connection.closed:
+                return
             try:
                 data = await reader.read(min(connection.room, CHUNK))
             except OSError:
@@ -245,9 +256,11 @@ class VsockDevice(Device):
     async def _pump_in(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
         """Guest to host, as fast as the host takes it."""
         while True:
-            while not connection.inbox and not connection.ended:
+            while not (connection.inbox or connection.ended or connection.closed):
                 connection.arrived.clear()
                 await connection.arrived.wait()
+            if connection.closed:
+                return
             data, connection.inbox = connection.inbox, bytearray()
             if not data:
                 break
@@ -317,7 +330,7 @@ class VsockDevice(Device):
                 connection = Connection(host_port, guest_port)
                 connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
                 self._connections[host_port, guest_port] = connection
-                self.spawn(self._dial(connection), "dial")
+                connection.dialing = self.spawn(self._dial(connection), "dial")
             else:
                 await self._refuse(host_port, guest_port, op)
             return
@@ -336,15 +349,14 @@ class VsockDevice(Device):
                     return
                 await self._reset(connection)
             case Op.RST:
-                self._forget(connection)
                 connection.gone = True
-                connection.end()
-                connection.credit.set()
+                self._forget(connection)
             case Op.SHUTDOWN:
                 if flags & SHUTDOWN_RECEIVE:
                     connection.host_done = True
                 if flags & SHUTDOWN_SEND:
                     connection.end()
+                await self._finish(connection)
             case Op.RW:
                 connection.received += len(data)
                 # 5.10.6.3.1: the driver keeps to the credit; one that does not loses its connection
@@ -367,7 +379,9 @@ class VsockDevice(Device):
         try:
             streams = connection.streams = await self.backend.dial(connection.host_port)
         except OSError:
+            connection.dialing = None
             await self._reset(connection)
             return
+        connection.dialing = None
         await self._send(connection, Op.RESPONSE)
         self._run(connection, streams)
