@@ -15,7 +15,7 @@ from typing import Any
 from virtio import _ring
 from virtio.constants import DEVICE_FEATURES, QUEUE_SIZE_MAX, RING_FEATURES, Feature, Status
 from virtio.device import Activation, Device
-from virtio.errors import ConfigError, GuestError, StateError
+from virtio.errors import ConfigError, GuestError, HostError, StateError
 from virtio.protocols import GuestMemory, Ring, State
 from virtio.queue import Queue
 
@@ -202,7 +202,7 @@ class Transport:
     def _guard(self, call: Callable[..., Any], *args: Any) -> None:
         try:
             call(*args)
-        except GuestError as error:
+        except (GuestError, HostError) as error:
             self.fault(error)
 
     def reset(self) -> None:

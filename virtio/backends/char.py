@@ -76,6 +76,7 @@ class SocketChar(CharBackend):
         self._recent: deque[bytes] = deque()
         self._recent_size = 0
         self._input: asyncio.Queue[bytes] = asyncio.Queue(maxsize=16)
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> SocketChar:
         """Listen; ConfigError if the path cannot be bound."""
@@ -92,6 +93,10 @@ class SocketChar(CharBackend):
         for part in self._recent:
             writer.write(part)
         self._clients.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             while data := await reader.read(CHUNK):
                 await self._input.put(data)
@@ -121,6 +126,9 @@ class SocketChar(CharBackend):
             self._server.close()
             for writer in tuple(self._clients):
                 writer.close()
+            for task in tuple(self._serving):
+                task.cancel()  # of one that types it may wait for the guest, which reads no more
+            await asyncio.gather(*self._serving, return_exceptions=True)
             self._server = None
             with contextlib.suppress(FileNotFoundError):
                 Path(self.path).unlink()

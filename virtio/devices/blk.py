@@ -266,6 +266,8 @@ class BlockDevice(Device):
             if not length or length % SECTOR or sector + length // SECTOR > sectors:
                 return IOERR
             for at in range(0, length, CHUNK):
+                if at:
+                    await asyncio.sleep(0)  # a request may be 4 GiB long, and a backend may answer at once
                 part = min(CHUNK, length - at)
                 if kind == IN:
                     chain.write(await self.backend.read(sector * SECTOR + at, part), at)

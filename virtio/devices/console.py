@@ -137,6 +137,7 @@ class ConsoleDevice(Device):
             while length - at > CHUNK:  # a chain may be 4 GiB long: never all of it at once
                 await port.backend.write(chain.read(CHUNK, at))
                 at += CHUNK
+                await asyncio.sleep(0)  # nor without a turn for others
             if length > at:
                 await port.backend.write(chain.read(CHUNK, at))
             queue.complete(chain, 0)

@@ -12,7 +12,6 @@
 #include <string.h>
 
 enum {
-    INLINE_BYTES = 8 << 20, /* answered in one drain() at most, so that the loop's turn is bounded */
     MORE = 1, SIGNAL = 2
 };
 

@@ -27,6 +27,7 @@ enum {
     ZEROES_SECTORS = 0x200000, /* max_discard_sectors, max_write_zeroes_sectors */
     THREADS_MAX = 8,
     IOV_LIMIT = 1024,
+    INLINE_BYTES = 8 << 20, /* what a job that is done in the loop's turn may move at most, so that the turn is bounded */
     URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */
 };
 

@@ -245,7 +245,7 @@ bool blk_try_now(struct disk *disk, struct request *job)
         blk_done(job, S_OK);
         return true;
     }
-    if ((job->type != T_IN && !write) || disk->align || !(write ? disk->nowait_write && !job->dsync : disk->nowait_read))
+    if ((job->type != T_IN && !write) || job->job_length > INLINE_BYTES || disk->align || !(write ? disk->nowait_write && !job->dsync : disk->nowait_read))
         return false;
     int fd = disk->fd;
     if (disk->overlay >= 0) {

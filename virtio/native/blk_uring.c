@@ -167,8 +167,10 @@ static void feed(struct blk_uring *uring, struct jobs *elsewhere)
         struct io_uring_sqe *entry = uring_entry(&uring->ring);
         if (!entry)
             break;
-        entry->flags = uring->flags;
-        fill(uring->disk, jobs_take(&uring->waiting), entry);
+        struct request *job = jobs_take(&uring->waiting);
+        /* The kernel does at once, in our call, what it can do without waiting. */
+        entry->flags = job->job_length > INLINE_BYTES ? IOSQE_ASYNC : uring->flags;
+        fill(uring->disk, job, entry);
         uring->in_flight++;
     }
     uint64_t job;

@@ -352,7 +352,10 @@ void ring_push_batch(struct ring *ring, const struct pending *chains, uint32_t c
 {
     if (ring->error || !count)
         return;
-    if (!ring->in_order || (ring->pushed == chains[0].order && ring->pushed + count == ring->popped)) {
+    uint32_t ready = 0;
+    while (ring->in_order && ready < count && chains[ready].order == ring->pushed + ready)
+        ready++;
+    if (!ring->in_order || (ready == count && ring->pushed + count == ring->popped)) {
         use(ring, chains, count);
         return;
     }

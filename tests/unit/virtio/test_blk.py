@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from virtio import _ring
 from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.file import FileBlock, SnapshotBlock
 from virtio.devices import blk
@@ -391,6 +392,36 @@ async def test_the_engine_drains_for_save(connect: Connect, backend: BlockBacken
     await asyncio.wait_for(driver.transport.quiesce(), 10)
     driver.transport.save()
     assert len(driver.queues[0].used()) == 32
+
+
+@pytest.mark.parametrize("kind", [blk.IN, blk.OUT])
+@pytest.mark.parametrize("engine", ["io_uring", "threads", "coroutines"])
+async def test_the_loop_does_not_wait_for_a_huge_request(
+    connect: Connect, tmp_path: Path, engine: Any, kind: int
+) -> None:
+    """The same MiB many times over in one request, of a disk that the page cache holds."""
+    length = 64 << 20
+    (tmp_path / "disk").write_bytes(bytes(length))
+    backend: BlockBackend
+    if engine == "coroutines":
+        backend = MemoryBlock(length)
+    else:
+        if engine == "io_uring" and _ring.BlockEngine.io_uring_error():
+            pytest.skip("no io_uring here")
+        backend = await FileBlock.open(tmp_path / "disk", io=engine)
+    driver = connect(BlockDevice(backend))
+    driver.initialize()
+    data, status = [driver.buffer(1 << 20)] * 64, driver.buffer(b"\xff")
+    request = driver.buffer(header(kind))
+    if kind == blk.IN:
+        driver.submit(0, [request], [*data, status], indirect=True)
+    else:
+        driver.submit(0, [request, *data], [status], indirect=True)
+    for _ in range(3 if engine == "coroutines" else 1):
+        assert not driver.queues[0].used()
+        await asyncio.sleep(0)
+    await driver.used(0)
+    assert driver.bytes_at(status) == b"\0"
 
 
 async def test_images_that_cannot_be_used(tmp_path: Path) -> None:

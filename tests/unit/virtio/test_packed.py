@@ -191,6 +191,10 @@ def test_in_order_holds_completions_back(kind: str) -> None:
     assert [used.id for used in world.queue.used()] == ids[:2]
     world.ring.push(chains[2])
     assert [used.id for used in world.queue.used()] == ids[2:]
+    ids = [world.queue.add([world.text(b"x")]) for _ in range(3)]
+    chains = world.ring.pop_batch(3)
+    world.ring.push_batch([(chains[index], 0) for index in (0, 2, 1)])
+    assert [used.id for used in world.queue.used()] == ids
 
 
 def test_a_size_that_is_no_power_of_two(kind: str) -> None:

@@ -111,6 +111,10 @@ def test_in_order_holds_completions_back(make: Make) -> None:
     assert queue.used() == [] and ring.in_flight == 3
     ring.push(first)
     assert [used.id for used in queue.used()] == heads
+    heads = [queue.add([(queue.allocator.put(b"x"), 1)]) for _ in range(3)]
+    first, second, third = ring.pop_batch(3)
+    ring.push_batch([(first, 0), (third, 0), (second, 0)])
+    assert [used.id for used in queue.used()] == heads
 
 
 def test_push_batch_and_undo(make: Make) -> None:

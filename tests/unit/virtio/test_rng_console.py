@@ -74,6 +74,18 @@ async def test_a_huge_output_buffer_is_taken_in_pieces(connect: Connect) -> None
     await driver.wait(lambda: len(char.output) == 700_000)
 
 
+async def test_the_loop_has_its_turns_while_much_is_written(connect: Connect) -> None:
+    """The same MiB many times over in one buffer, which is longer than guest memory: others go on meanwhile."""
+    char = MemoryChar()
+    driver = connect(ConsoleDevice(char))
+    driver.initialize()
+    driver.submit(1, [driver.buffer(bytes(1 << 20))] * 64, indirect=True)
+    await driver.wait(lambda: char.output)
+    assert len(char.output) < 32 << 20
+    await driver.used(1)
+    assert len(char.output) == 64 << 20
+
+
 async def test_resize_is_a_configuration_change(connect: Connect) -> None:
     device = ConsoleDevice(MemoryChar())
     driver = connect(device)
@@ -218,6 +230,21 @@ async def test_a_socket_console_replays_to_late_clients(tmp_path: Path) -> None:
         writer.close()
     await char.aclose()
     assert not path.exists()
+
+
+async def test_a_client_that_types_on_does_not_outlive_the_console(tmp_path: Path) -> None:
+    char = await SocketChar(tmp_path / "console").start()
+    before = asyncio.all_tasks()
+    _, writer = await asyncio.open_unix_connection(tmp_path / "console")
+    writer.write(bytes(8 << 20))
+    async with asyncio.timeout(10):
+        while not char._input._putters:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+    await char.aclose()
+    writer.transport.abort()
+    async with asyncio.timeout(10):
+        while asyncio.all_tasks() - before:
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)

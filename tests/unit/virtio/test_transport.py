@@ -12,7 +12,7 @@ import pytest
 from tests.support.virtio import Driver, MmioDriver, PciDriver
 from virtio.backends.net import MemoryNet
 from virtio.constants import Feature, Status
-from virtio.device import Device
+from virtio.device import Activation, Device
 from virtio.devices.net import Feature as Net
 from virtio.devices.net import NetDevice
 from virtio.driver import F_NEXT
@@ -232,6 +232,26 @@ async def test_a_host_fault_in_serve_needs_a_reset_too(connect: Connect) -> None
     driver.initialize()
     driver.submit(0, [driver.buffer(b"fail")], [driver.buffer(4)])
     await driver.wait(lambda: driver.needs_reset)
+
+
+class Unplugged(Echo):
+    """Its host fails before it begins."""
+
+    def started(self, active: Activation) -> None:
+        raise HostError("the interface is gone")
+
+
+async def test_a_host_fault_at_driver_ok_needs_a_reset_too(connect: Connect) -> None:
+    """It is the device's fault state, not the end of the machine; there, and where it is restored."""
+    driver = connect(Unplugged())
+    driver.initialize()
+    assert driver.needs_reset
+    driver = connect(Echo())
+    driver.initialize()
+    await driver.transport.quiesce()
+    other = connect(Unplugged(), memory=driver.memory)
+    other.transport.restore(driver.transport.save())
+    assert other.needs_reset
 
 
 async def test_driver_faults_do_not_flood_the_log(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
