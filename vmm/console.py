@@ -55,6 +55,10 @@ class ConsolePort:
         """vmm.interfaces.CharacterPort"""
         self._hub.wrote(self, data)
 
+    async def relieved(self) -> None:
+        """vmm.interfaces.CharacterPort"""
+        await self._hub.relieved()
+
     def read(self, limit: int) -> bytes:
         """vmm.interfaces.CharacterPort: nothing while another port is the active one."""
         return self._hub.read(limit) if self._hub.active is self else b""
@@ -90,6 +94,7 @@ class ConsoleHub:
         """Called with True when the machine should be held, with False when it may go on."""
         self.on_event: Callable[[str], None] | None = None
         self._pressed = False
+        self._relieved = asyncio.Event()
 
     # The guest's side.
 
@@ -125,6 +130,12 @@ class ConsoleHub:
         for watcher in tuple(self._watchers):
             watcher.wake()
         self._check_pressure()
+
+    async def relieved(self) -> None:
+        """Wait while a lossless watcher is behind; not once the hub is closed."""
+        while self._pressed and not self.closed:
+            self._relieved.clear()
+            await self._relieved.wait()
 
     def read(self, limit: int) -> bytes:
         """Input for the guest."""
@@ -190,6 +201,7 @@ class ConsoleHub:
         """No more output will come."""
         if not self.closed:
             self.closed = True
+            self._relieved.set()
             for watcher in tuple(self._watchers):
                 watcher.wake()
             blocked, self._blocked = self._blocked, []
@@ -208,6 +220,7 @@ class ConsoleHub:
         pressed = behind > (PRESSURE_LOW if self._pressed else PRESSURE_HIGH)
         if pressed != self._pressed:
             self._pressed = pressed
+            self._relieved.set()
             if self.on_pressure is not None:
                 self.on_pressure(pressed)
 

@@ -180,6 +180,10 @@ class CharacterPort(Protocol):
     def write(self, data: bytes) -> None:
         """Output of the guest. Never blocks, takes everything."""
 
+    async def relieved(self) -> None:
+        """Wait until whoever must not miss any output has nearly caught up. For a device that can go on writing while
+        the machine is held."""
+
     def read(self, limit: int) -> bytes:
         """Input for the guest, up to `limit` bytes; empty if there is none now."""
 

@@ -66,6 +66,8 @@ class HubChar(CharBackend):
         return data
 
     async def write(self, data: bytes) -> None:
+        # Holding the machine does not end what is available in the queue already, and that may be any number of bytes.
+        await self._hub.relieved()
         self._hub.write(data)
 
 
@@ -290,9 +292,14 @@ class _Console:
             # what is typed goes to hvc0 if the guest's console is there, else to the serial port
             typed = "hvc0" in f"{self.config.cmdline or ''} {self.config.append}"
             ports.append(Port(HubChar(self.hub, input=typed)))
-        for port in self.config.ports:
-            ports.append(Port(await SocketChar(port.path).start(), port.name, console=False))
-        return ConsoleDevice(ports)
+        try:
+            for port in self.config.ports:
+                ports.append(Port(await SocketChar(port.path).start(), port.name, console=False))
+            return ConsoleDevice(ports)
+        except BaseException:
+            for made in ports:
+                await made.backend.aclose()
+            raise
 
 
 class _Entropy:

@@ -221,6 +221,9 @@ class FakePort:
     def write(self, data: bytes) -> None:
         self.written += data
 
+    async def relieved(self) -> None:
+        return None
+
     def read(self, limit: int) -> bytes:
         data = bytes(self.typed[:limit])
         del self.typed[:limit]

@@ -25,7 +25,7 @@ class CharBackend(Protocol):
         """The next input, at least one byte; waits while nobody is there."""
 
     async def write(self, data: bytes) -> None:
-        """Output; dropped if nobody is there. Returns soon: a slow reader does not hold the guest."""
+        """Output; dropped if nobody is there. What waits here holds the guest's output, and a move of the machine."""
 
     async def aclose(self) -> None:
         """Give up descriptors."""

@@ -1,4 +1,4 @@
-"""How vsock connections end, whoever ends them: nothing of them stays on the host, and the guest hears of it (5.10.6.5)."""
+"""How vsock connections end, whoever ends them: nothing stays on the host, and the guest hears of it (5.10.6.5)."""
 
 from __future__ import annotations
 

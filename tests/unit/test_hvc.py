@@ -1,0 +1,63 @@
+"""The virtio console of a machine: its ports' sockets, and output that is held back for who must not miss any."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.support.virtio import MmioDriver
+from virtio.devices.console import ConsoleDevice
+from virtio.errors import ConfigError
+from vmm.config import Config, Port
+from vmm.console import PRESSURE_HIGH, ConsoleHub, ConsoleReader
+from vmm.virtio_devices import HubChar, _Console
+
+CHUNK = 65536
+
+
+async def test_output_is_taken_as_fast_as_a_lossless_reader_takes_it() -> None:
+    """A buffer may name the same MiB many times, so what is available to the device is far more than the guest's
+    memory, and a machine that is held still has it: the host keeps no more of it than the mark and a piece."""
+    hub = ConsoleHub()
+    reader = ConsoleReader(hub, lossless=True)
+    device = ConsoleDevice(HubChar(hub.port(), input=True))
+    driver = MmioDriver(device)
+    driver.initialize()
+    driver.submit(1, [driver.buffer(b"a" * (1 << 20))] * 16, indirect=True)
+    await driver.wait(lambda: hub.pressed)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert hub.total <= PRESSURE_HIGH + 2 * CHUNK
+    got = 0
+    while got < 16 << 20:
+        got += len(await asyncio.wait_for(reader.read(), 10))
+        assert hub.total - got <= PRESSURE_HIGH + 2 * CHUNK
+    await driver.used(1)
+    await device.aclose()
+
+
+async def test_output_of_a_console_that_was_closed_goes_nowhere() -> None:
+    """The lossless reader does not read on; the device is not held by it."""
+    hub = ConsoleHub()
+    reader = ConsoleReader(hub, lossless=True)
+    device = ConsoleDevice(HubChar(hub.port(), input=True))
+    driver = MmioDriver(device)
+    driver.initialize()
+    driver.submit(1, [driver.buffer(b"a" * (1 << 20))] * 2, indirect=True)
+    await driver.wait(lambda: hub.pressed)
+    hub.close()
+    await driver.used(1)
+    reader.close()
+    await device.aclose()
+
+
+async def test_ports_that_cannot_all_be_bound_leave_none(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "missing" / "second"
+    config = Config(ports=(Port(path=first, name="first"), Port(path=second, name="second")))
+    with pytest.raises(ConfigError):
+        await _Console(config, ConsoleHub().port()).make()
+    assert not first.exists()
+    with pytest.raises(OSError):
+        await asyncio.open_unix_connection(first)
