@@ -294,6 +294,10 @@ __attribute__((noreturn)) void soft_triple_fault(struct soft_vcpu *c);
  * access. Returns the host address of `linear`, or NULL with *gpa set when it is not plain RAM (for ACCESS_EXEC
  * plain RAM includes read-only slots). Probe the TLB first: this is its slow path. */
 uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, uint64_t *gpa);
+/* How many of the `size` bytes from `linear` on (more than 0) are plain RAM in one piece, so far as one large page goes;
+ * *host: where. 0: not even the first, as when soft_mmu_lookup() returns NULL; raises #PF for the first byte only. The
+ * pages of the answer are in the dirty log as written, with ACCESS_WRITE. Walks the tables unless the page is small. */
+uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum soft_kind kind, uint8_t **host);
 /* The slow path of every load and store: any size 1-8, page-crossing, MMIO, code pages, non-canonical (#GP/#SS). */
 uint64_t soft_load_slow(struct soft_vcpu *c, uint64_t linear, unsigned size);
 void soft_store_slow(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value);

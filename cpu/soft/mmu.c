@@ -10,7 +10,7 @@ enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x8
 
 struct page {
     uint64_t gpa; /* of the 4 KiB page that holds the address */
-    unsigned shift; /* 12, 21, 22 or 30 */
+    unsigned shift; /* 12, 21, 22, 30 or UNPAGED */
     bool global, dirty;
 };
 
@@ -167,7 +167,7 @@ static void install(struct soft_vcpu *c, enum soft_view view, enum soft_kind kin
 {
     unsigned index = tlb_index(linear), flat = (view * ACCESS_KINDS + kind) * TLB_SIZE + index;
     struct soft_tlb_entry *e = &c->tlbs[view].e[kind][index];
-    if (e->tag != 1) {
+    if (e->tag != 1 && e->tag != (linear & PAGE_MASK)) {
         struct soft_victim *v = &c->mmu.victims[view][kind][c->mmu.next_victim++ % TLB_VICTIMS];
         v->entry = *e;
         v->global = bit_test(c->mmu.listed[1], TLB_ENTRIES / 64, flat) && !bit_test(c->mmu.listed[0], TLB_ENTRIES / 64, flat);
@@ -309,12 +309,54 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
 
 /* ---- translation ---- */
 
+/* Without paging the whole address space is one page. */
+enum { UNPAGED = 32 };
+
+/* Before the n-th page of a slot is written directly: false if it holds code, so that every write must be seen. */
+static inline bool may_write(struct soft_slot *slot, uint64_t n)
+{
+    if (slot->log_dirty)
+        slot->dirty[n >> 3] |= (uint8_t)(1u << (n & 7));
+    return !slot->code_pages[n];
+}
+
 static bool page_watched(const struct soft_vcpu *c, uint64_t linear)
 {
     for (unsigned i = 0; i < 4; i++)
         if (c->mmu.watched[i] == ((linear & PAGE_MASK) | 1))
             return true;
     return false;
+}
+
+/* Walk and install the entry. As soft_mmu_lookup(); the caller has *page in any case, *slot unless NULL is returned. */
+static inline uint8_t *fill(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, struct page *page,
+                            struct soft_slot **slot)
+{
+    if (c->long_mode ? !soft_canonical(linear) : linear >> 32 != 0)
+        soft_raise_error(c, c->access_ss ? VEC_SS : VEC_GP, 0);
+
+    *page = (struct page){ .gpa = linear & PAGE_MASK, .shift = UNPAGED, .global = false, .dirty = true };
+    if (c->cr0 & CR0_PG) {
+        uint32_t error;
+        if (!walk(c, linear, kind, view, page, &error))
+            soft_raise_pf(c, linear, error);
+    }
+    c->vm->stats.tlb_fills++;
+    uint8_t *host = soft_phys(c->vm, page->gpa, kind == ACCESS_WRITE, slot);
+    if (!host)
+        return NULL;
+    if (kind != ACCESS_EXEC && c->mmu.watching && page_watched(c, linear))
+        return NULL;
+    if (kind == ACCESS_WRITE && !may_write(*slot, (page->gpa - (*slot)->gpa) >> 12))
+        return NULL;
+    if (page->shift > 12 && page->shift != UNPAGED) {
+        if (page->shift == 30)
+            bit_set(c->mmu.large1g, 4, linear >> 30);
+        else
+            bit_set(c->mmu.large4m, 16, linear >> 22);
+    }
+    install(c, view, kind, linear, host, page->global);
+    return host + (linear & ~PAGE_MASK);
 }
 
 uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, uint64_t *gpa)
@@ -327,43 +369,45 @@ uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind
         if (found)
             return found;
     }
-    if (c->long_mode ? !soft_canonical(linear) : linear >> 32 != 0)
-        soft_raise_error(c, c->access_ss ? VEC_SS : VEC_GP, 0);
-
-    struct page page = { .gpa = linear & PAGE_MASK, .shift = 12, .global = false, .dirty = true };
-    if (c->cr0 & CR0_PG) {
-        uint32_t error;
-        if (!walk(c, linear, kind, view, &page, &error))
-            soft_raise_pf(c, linear, error);
-    }
-    c->vm->stats.tlb_fills++;
-    *gpa = page.gpa | (linear & ~PAGE_MASK);
+    struct page page;
     struct soft_slot *slot;
-    uint8_t *host = soft_phys(c->vm, page.gpa, kind == ACCESS_WRITE, &slot);
-    if (!host)
-        return NULL;
-    if (kind != ACCESS_EXEC && c->mmu.watching && page_watched(c, linear))
-        return NULL;
-    if (kind == ACCESS_WRITE) {
-        uint64_t n = (page.gpa - slot->gpa) >> 12;
-        if (slot->log_dirty)
-            slot->dirty[n >> 3] |= (uint8_t)(1u << (n & 7));
-        if (slot->code_pages[n])
-            return NULL;
-    }
-    if (page.shift > 12) {
-        if (page.shift == 30)
-            bit_set(c->mmu.large1g, 4, linear >> 30);
-        else
-            bit_set(c->mmu.large4m, 16, linear >> 22);
-    }
-    install(c, view, kind, linear, host, page.global);
-    return host + (linear & ~PAGE_MASK);
+    uint8_t *host = fill(c, linear, kind, view, &page, &slot);
+    *gpa = page.gpa | (linear & ~PAGE_MASK);
+    return host;
 }
 
 uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, uint64_t *gpa)
 {
     return soft_mmu_lookup_as(c, linear, kind, (enum soft_view)c->view, gpa);
+}
+
+uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum soft_kind kind, uint8_t **host)
+{
+    uint64_t first = PAGE_BYTES - (linear & ~PAGE_MASK);
+    const struct soft_tlb_entry *e = &c->tlbs[c->view].e[kind][tlb_index(linear)];
+    bool large = !(c->cr0 & CR0_PG) || bit_test(c->mmu.large1g, 4, linear >> 30) || bit_test(c->mmu.large4m, 16, linear >> 22);
+    if (e->tag == (linear & PAGE_MASK) && (!large || c->mmu.watching)) {
+        *host = (uint8_t *)(uintptr_t)(linear + e->addend);
+        return size < first ? size : first;
+    }
+    struct page page;
+    struct soft_slot *slot;
+    *host = fill(c, linear, kind, (enum soft_view)c->view, &page, &slot);
+    if (!*host)
+        return 0;
+    if (size <= first || c->mmu.watching)
+        return size < first ? size : first;
+    /* Rights, A and D are the whole page's, and the slot is one piece of the host's memory. */
+    uint64_t in_page = (linear | ((1ull << page.shift) - 1)) - linear + 1;
+    uint64_t in_slot = slot->gpa + slot->size - page.gpa - (linear & ~PAGE_MASK);
+    size = size < in_page ? size : in_page;
+    size = size < in_slot ? size : in_slot;
+    if (kind != ACCESS_WRITE)
+        return size;
+    uint64_t run = first, n = (page.gpa - slot->gpa) >> 12;
+    while (run < size && may_write(slot, ++n))
+        run += PAGE_BYTES;
+    return run < size ? run : size;
 }
 
 bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring)

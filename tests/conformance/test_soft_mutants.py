@@ -19,6 +19,9 @@ pytestmark = pytest.mark.slow
 BLOCK, MEMORY, MMU = "cpu/soft/block.c", "cpu/soft/memory.c", "cpu/soft/mmu.c"
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
+    "strings of several pages look at the first": (
+        "smc", MMU, "while (run < size && may_write(slot, ++n))", "while (run < size)",
+    ),
     "the block that is written to goes on": (
         "smc", BLOCK, "bool changed = c->vm->blocks->changed;", "bool changed = false;",
     ),

@@ -9,6 +9,7 @@ import mmap
 import select
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,10 @@ class Bare:
 
     def __post_init__(self) -> None:
         self.size = self.memory
-        self.ram = mmap.mmap(-1, self.memory)
+        # As vmm/memory.py maps it: shared memory would have no huge pages, and benches would measure page faults.
+        self.ram = mmap.mmap(-1, self.memory, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):
+            self.ram.madvise(mmap.MADV_HUGEPAGE)
         self.vm = self.system.create_vm(self.config)
         self.vm.set_memory_slot(0, 0, memoryview(self.ram))
         self.vcpus: list[Vcpu] = [self.vm.create_vcpu(index) for index in range(self.config.vcpus)]

@@ -188,6 +188,32 @@ test_long:
     mov ecx, 1000
     call r8
     SHOW
+    SAY "strings of several pages, code amid them\n"  /* in a large page; at first nothing else was looked at there */
+    COPY ret1, ret1_end, 0x405000
+    mov r9d, 0x405000
+    call r9
+    SHOW
+    COPY ret2, ret2_end, 0x605000
+    mov esi, 0x604000
+    mov edi, 0x404000
+    mov ecx, 0x4000 / 8
+    rep movsq
+    call r9
+    SHOW
+    mov esi, 0x604800
+    mov edi, 0x404800
+    mov ecx, 0x3000 / 4
+    mov dword ptr [0x605001], 0x44
+    rep movsd
+    call r9
+    SHOW
+    mov edi, 0x403FFE
+    mov ecx, 0x3000 / 2
+    mov eax, 0xC3C3
+    rep stosw
+    mov eax, 0x66
+    call r9
+    SHOW
     SAY "end\n"
     EXIT 0
 
