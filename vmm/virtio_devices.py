@@ -28,7 +28,7 @@ from virtio.devices.console import ConsoleDevice, Port
 from virtio.devices.net import NetDevice, parse_mac
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
-from virtio.errors import VirtioError
+from virtio.errors import HostError, VirtioError
 from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
 from virtio.transport import Transport
@@ -235,7 +235,11 @@ class _Disk:
 
     async def make(self) -> Device:
         backend = await open_disk(self.disk)
-        return BlockDevice(backend, serial=self.serial, queues=self.disk.queues)
+        try:
+            return BlockDevice(backend, serial=self.serial, queues=self.disk.queues)
+        except OSError as error:
+            await backend.aclose()
+            raise HostError(f"{self.disk.path}: {error.strerror}") from error
 
 
 async def open_disk(disk: Disk) -> BlockBackend:

@@ -194,9 +194,13 @@ class SnapshotBlock(FileBlock):
         super().__init__(fd, capacity, read_only=False, cache="writeback", block_size=block_size)
         self.dirty = bytearray(-(-capacity // (8 * SECTOR)))
         """One bit per sector that stands in the overlay."""
-        with tempfile.TemporaryFile(prefix="loopvisor-", dir=os.environ.get("TMPDIR", "/var/tmp")) as overlay:
-            self.overlay = os.dup(overlay.fileno())
-        os.truncate(self.overlay, capacity)
+        folder = os.environ.get("TMPDIR", "/var/tmp")
+        try:
+            with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as overlay:
+                os.truncate(overlay.fileno(), capacity)
+                self.overlay = os.dup(overlay.fileno())
+        except OSError as error:
+            raise ConfigError(f"snapshot in {folder}: {error.strerror}; set TMPDIR to another folder") from error
 
     @classmethod
     async def open(

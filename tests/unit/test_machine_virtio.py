@@ -1,18 +1,21 @@
-"""The virtio console of a machine: its ports' sockets, and output that is held back for who must not miss any."""
+"""The virtio devices of a machine: what of them stays if one cannot be made, and console output that is held back for
+who must not miss any."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.virtio import MmioDriver
+from virtio.backends.file import FileBlock
 from virtio.devices.console import ConsoleDevice
-from virtio.errors import ConfigError
-from vmm.config import Config, Port
+from virtio.errors import ConfigError, HostError
+from vmm.config import Config, Disk, Port
 from vmm.console import PRESSURE_HIGH, ConsoleHub, ConsoleReader
-from vmm.virtio_devices import HubChar, _Console
+from vmm.virtio_devices import HubChar, _Console, _Disk, open_disk
 
 CHUNK = 65536
 
@@ -61,3 +64,23 @@ async def test_ports_that_cannot_all_be_bound_leave_none(tmp_path: Path) -> None
     assert not first.exists()
     with pytest.raises(OSError):
         await asyncio.open_unix_connection(first)
+
+
+async def test_a_disk_that_the_host_cannot_serve_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: FileBlock, serial: bytes) -> Any:
+        raise OSError(24, "Too many open files")
+
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    disk = Disk(path=tmp_path / "disk")
+    monkeypatch.setattr(FileBlock, "engine", none_left)
+    with pytest.raises(HostError, match="disk: Too many open files"):
+        await _Disk(disk, "disk0").make()
+    again = await open_disk(disk)
+    await again.aclose()
+
+
+async def test_a_snapshot_without_a_place_for_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"missing: No such file or directory.*TMPDIR"):
+        await open_disk(Disk(path=tmp_path / "disk", snapshot=True))
