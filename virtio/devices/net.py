@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from virtio.device import Activation, Device
 from virtio.errors import ConfigError, HostError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
 from virtio.protocols import Chain, State
-from virtio.queue import Queue
+from virtio.queue import TURN, Queue
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ class NetDevice(Device):
             self._watch(pair, self._writing, False, self._transmit)
             return
         if not self.link:
-            self._discard(queue)
+            self._discard(queue, pair)
             return
         flags = self._engines[pair].transmit(queue.ring)  # type: ignore[arg-type]
         self._after(queue, flags, self._transmit, pair)
@@ -293,17 +294,19 @@ class NetDevice(Device):
             log.warning("the network peer is gone: the link is down")
             self.set_link(False)
         elif flags & _MORE:
-            active = self.active
-            asyncio.get_running_loop().call_soon(lambda: self.guarded(call, pair) if self._active is active else None)
+            self._soon(call, pair)
 
-    def _discard(self, queue: Queue) -> None:
+    def _soon(self, call: Callable[[int], None], pair: int) -> None:
+        active = self.active
+        asyncio.get_running_loop().call_soon(lambda: self.guarded(call, pair) if self._active is active else None)
+
+    def _discard(self, queue: Queue, pair: int) -> None:
         """What is sent while the link is down is lost."""
-        while True:
-            for chain in queue.pop_batch():
-                queue.push(chain, 0)
-            queue.notify()
-            if queue.paused or not queue.ring.enable_notification():
-                return
+        for chain in queue.pop_batch():
+            queue.push(chain, 0)
+        queue.notify()
+        if queue.ring.enable_notification():
+            self._soon(self._transmit, pair)  # a driver that sends on must not keep the loop
 
     # The path for any backend
 
@@ -320,7 +323,9 @@ class NetDevice(Device):
                     self.set_link(False)
 
     async def _deliver_frames(self, queue: Queue, features: int) -> None:
-        while True:
+        for count in itertools.count(1):
+            if count % TURN == 0:
+                await asyncio.sleep(0)  # a peer that always has a frame must not keep the loop
             try:
                 raw, frame = await self.backend.receive_offloaded()
             except HostError as error:

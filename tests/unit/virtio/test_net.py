@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import passt
+from tests.support.virtio import MmioDriver
 from virtio.backends.net import FRAME_MAX, MemoryNet, NetBackend, PcapNet
 from virtio.backends.sockets import DatagramNet, StreamNet
 from virtio.backends.sockets import connect as connect_socket
@@ -204,6 +205,58 @@ async def test_link_up_and_down(connect: Connect, peer: Peer) -> None:
     await peer.send(frame(3, 60))
     await driver.used(0)
     assert driver.bytes_at(room)[12:72] == frame(3, 60)
+
+
+BUSY = 5000
+"""Far more than one turn of the loop may take."""
+
+
+async def test_a_guest_that_sends_on_while_the_link_is_down() -> None:
+    """Another vCPU may fill the queue as fast as it is emptied: the loop goes on all the same."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    device = NetDevice(DatagramNet(near), MAC)
+    driver = MmioDriver(device)
+    driver.initialize()
+    device.set_link(False)
+    frame = driver.buffer(bytes(72))
+    taken = 0
+
+    def again(level: bool) -> None:
+        nonlocal taken
+        if level and taken < BUSY:
+            driver.acknowledge()
+            taken += len(driver.queues[1].used())
+            driver.queues[1].add([frame])
+
+    driver.acknowledge()
+    driver.mmio._irq = again
+    driver.submit(1, [frame])
+    assert taken < BUSY // 2
+    await driver.wait(lambda: taken >= BUSY)
+    await device.aclose()
+    far.close()
+
+
+class Flood(MemoryNet):
+    """A peer that always has a frame."""
+
+    taken = 0
+
+    async def receive(self) -> bytes:
+        if self.taken == BUSY:
+            await asyncio.Event().wait()
+        self.taken += 1
+        return bytes(60)
+
+
+async def test_frames_that_always_come_leave_the_loop_its_turns(connect: Connect) -> None:
+    flood = Flood()
+    driver = connect(NetDevice(flood, MAC))
+    driver.transport.device.set_link(False)  # type: ignore[attr-defined]
+    driver.initialize()
+    await driver.wait(lambda: flood.taken)
+    assert flood.taken < BUSY // 2
+    await driver.wait(lambda: flood.taken == BUSY)
 
 
 async def control(driver: Any, data: bytes) -> bytes:
