@@ -22,6 +22,9 @@ from virtio.queue import Queue
 
 log = logging.getLogger(__name__)
 
+FAULTS_LOGGED = 8
+"""Faults of one device that reach the log, and mistakes; a driver that resets it can make any number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Activation:
@@ -53,6 +56,7 @@ class Device:
         self._paused = False
         self._halted = False
         self._progress = asyncio.Event()
+        self._mistakes = 0
 
     # What a subclass may override.
 
@@ -215,8 +219,13 @@ class Device:
             return
         if active is None or self._active is not active:  # also if the driver has set the device up again since
             if not isinstance(error, (GuestError, StateError)):
-                log.error("%s failed after its reset", task.get_name(), exc_info=error)
+                self._mistake("%s failed after its reset", task, error)
         elif isinstance(error, Exception):
             if not isinstance(error, (GuestError, HostError)):
-                log.error("%s failed", task.get_name(), exc_info=error)
+                self._mistake("%s failed", task, error)
             active.fault(error)
+
+    def _mistake(self, what: str, task: asyncio.Task[None], error: BaseException) -> None:
+        self._mistakes += 1
+        level = logging.ERROR if self._mistakes <= FAULTS_LOGGED else logging.DEBUG
+        log.log(level, what, task.get_name(), exc_info=error)

@@ -14,7 +14,7 @@ from typing import Any
 
 from virtio import _ring
 from virtio.constants import DEVICE_FEATURES, QUEUE_SIZE_MAX, RING_FEATURES, Feature, Status
-from virtio.device import Activation, Device
+from virtio.device import FAULTS_LOGGED, Activation, Device
 from virtio.errors import ConfigError, GuestError, HostError, StateError
 from virtio.protocols import GuestMemory, Ring, State
 from virtio.queue import Queue
@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 RingFactory = Callable[[GuestMemory, int, int, int, int, int], Ring]
 """(memory, size, descriptor area, driver area, device area, features) -> ring."""
-
-FAULTS_LOGGED = 8
-"""Driver faults of one device that reach the log; a hostile driver can make any number."""
 
 
 @dataclass(slots=True)

@@ -319,8 +319,12 @@ class NetDevice(Device):
                 try:
                     await self.backend.send_offloaded(outgoing_header(header, len(frame)), frame)
                 except HostError as error:
-                    log.warning("%s", error)
-                    self.set_link(False)
+                    self._link_lost(error)
+
+    def _link_lost(self, error: HostError) -> None:
+        if self.link:
+            log.warning("%s", error)
+            self.set_link(False)
 
     async def _deliver_frames(self, queue: Queue, features: int) -> None:
         for count in itertools.count(1):
@@ -329,8 +333,7 @@ class NetDevice(Device):
             try:
                 raw, frame = await self.backend.receive_offloaded()
             except HostError as error:
-                log.warning("%s", error)
-                self.set_link(False)
+                self._link_lost(error)
                 return
             header = incoming_header(raw, features)
             if header is None or not self.link:

@@ -237,6 +237,28 @@ async def test_a_guest_that_sends_on_while_the_link_is_down() -> None:
     far.close()
 
 
+class Broken(MemoryNet):
+    """Its link is gone."""
+
+    async def receive(self) -> bytes:
+        raise HostError("the link is gone")
+
+    async def send(self, frame: bytes) -> None:
+        raise HostError("the link is gone")
+
+
+async def test_a_link_that_is_gone_is_told_once(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """A driver may set the device up any number of times."""
+    device = NetDevice(Broken(), MAC)
+    driver = connect(device)
+    for _ in range(10):
+        driver.initialize()
+        driver.submit(1, [driver.buffer(bytes(72))])
+        await driver.used(1)
+        await driver.wait(lambda: not device.link)
+    assert sum("the link is gone" in record.getMessage() for record in caplog.records) == 1
+
+
 class Flood(MemoryNet):
     """A peer that always has a frame."""
 

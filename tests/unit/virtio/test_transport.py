@@ -263,6 +263,21 @@ async def test_driver_faults_do_not_flood_the_log(connect: Connect, caplog: pyte
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 8
 
 
+class Mistaken(Echo):
+    """A mistake of the device's own."""
+
+    async def serve(self, queues: Sequence[Queue]) -> None:
+        raise ZeroDivisionError("a mistake")
+
+
+async def test_nor_do_a_devices_own_mistakes(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    driver = connect(Mistaken())
+    for _ in range(40):
+        driver.initialize()
+        await driver.wait(lambda: driver.needs_reset)
+    assert 1 <= sum(record.levelname == "ERROR" for record in caplog.records) < 20
+
+
 @pytest.mark.clause("2.5.2-a")
 async def test_every_field_can_be_read_before_features_ok(connect: Connect) -> None:
     driver = connect(Echo())
