@@ -26,10 +26,12 @@ OPTIONS = ["--durations=20", "-o", "faulthandler_timeout=600", "-o", "cache_dir=
 PROCESSOR = "max,family=25,model=17,stepping=1"
 """The family of the software core's processor. QEMU's own choice, a K8, makes guests look for AGP bridges on all buses:
 16,400 port reads."""
+SCRATCH = "8G"
+"""A disk for the tests' files, for a file system in memory has no O_DIRECT; sparse on the host."""
 NO_RESULT, TIMED_OUT = 125, 124
 
 
-def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]:
+def qemu(guest: Guest, command: str, status: Path, scratch: Path, memory_mib: int) -> list[str]:
     program = shutil.which("qemu-system-x86_64")
     if program is None:
         raise ImageError("qemu-system-x86_64 is missing; as root: apt-get install qemu-system-x86")
@@ -40,6 +42,7 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
         "-serial", "stdio", "-serial", f"file:{status}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
+        "-drive", f"file={scratch},format=raw,if=virtio,cache=unsafe",
         "-fw_cfg", f"name=opt/rig/command,string={command.replace(',', ',,')}",
     ]  # fmt: skip
 
@@ -47,9 +50,11 @@ def qemu(guest: Guest, command: str, status: Path, memory_mib: int) -> list[str]
 def run(guest: Guest, command: str, timeout: float, memory_mib: int) -> tuple[int, str]:
     """Run a shell command in the guest, its output on stdout; its status, and what it wrote to $RIG_REPORT."""
     with tempfile.TemporaryDirectory() as folder:
-        status = Path(folder) / "status"
+        status, scratch = Path(folder) / "status", Path(folder) / "scratch"
         try:
-            started = qemu(guest, command, status, memory_mib)
+            mke2fs = ["/sbin/mke2fs", "-q", "-F", "-t", "ext4", str(scratch), SCRATCH]
+            subprocess.run(mke2fs, stdout=subprocess.DEVNULL, check=True, timeout=60)
+            started = qemu(guest, command, status, scratch, memory_mib)
             subprocess.run(started, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
         except subprocess.TimeoutExpired:
             print(f"rig: stopped after {timeout:.0f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from images import cache, modules, packages
 from images.tree import Tree
 
-MODULES = ["virtio_pci", "9pnet_virtio", "9p", "kvm_amd", "tun", "dummy"]
+MODULES = ["virtio_pci", "9pnet_virtio", "9p", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "dummy", "veth"]
 ARGUMENTS = {"kvm_amd": "vgif=0 vls=0"}
 """With QEMU 7.2's virtual GIF an interrupt gets lost now and then, and the guest with it."""
 # LOOPVISOR_GUEST_APPEND: QEMU 7.2's emulated SVM lets a guest's XSETBV through without an exit, so KVM never learns the
@@ -29,13 +29,15 @@ $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host
 command=$($b cat /sys/firmware/qemu_fw_cfg/by_name/opt/rig/command/raw)
 for name in proc sys dev; do $b mount --move /$name /host/$name; done
 exec $b switch_root /host /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin HOME=/dev/shm/home \\
-    TMPDIR=/dev/shm XDG_RUNTIME_DIR=/dev/shm/run LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 LOOPVISOR_PATIENCE=10 \\
+    TMPDIR=/dev/scratch XDG_RUNTIME_DIR=/dev/shm/run LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 LOOPVISOR_PATIENCE=10 \\
     LOOPVISOR_GUEST_APPEND=noxsave RIG_REPORT=/dev/shm/report HYPOTHESIS_STORAGE_DIRECTORY=/dev/shm/hypothesis \\
     /bin/sh -c "$($b cat /etc/second)" rig "$command" </dev/console >/dev/console 2>&1
 """
 SECOND = """
-mkdir -p /dev/shm /dev/pts
+mkdir -p /dev/shm /dev/pts /dev/scratch
 mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t ext4 /dev/vda /dev/scratch || echo "rig: no scratch disk"
+mount -t tmpfs -o mode=755 run /run
 mount -t devpts -o ptmxmode=666 pts /dev/pts
 mkdir -p $HOME $XDG_RUNTIME_DIR
 ip link set lo up
