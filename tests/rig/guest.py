@@ -9,7 +9,9 @@ from pathlib import Path
 from images import cache, modules, packages
 from images.tree import Tree
 
-MODULES = ["virtio_pci", "9pnet_virtio", "9p", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "dummy", "veth"]
+MODULES = [
+    "virtio_pci", "9pnet_virtio", "9p", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "dummy", "veth",
+]  # fmt: skip
 ARGUMENTS = {"kvm_amd": "vgif=0 vls=0"}
 """With QEMU 7.2's virtual GIF an interrupt gets lost now and then, and the guest with it."""
 # LOOPVISOR_GUEST_APPEND: QEMU 7.2's emulated SVM lets a guest's XSETBV through without an exit, so KVM never learns the
