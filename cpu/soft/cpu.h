@@ -1,11 +1,11 @@
 /* State of a vCPU of the software core, and the functions its files offer each other.
  *
- * Files: decode*.c (bytes to micro-ops), block.c (block cache, linking, invalidation by physical page), exec_*.c and
- * string.c (micro-op handlers and instruction helpers), translate.c (host code for hot blocks), flags.h (lazy flags),
- * mmu.c, memory.c (slots, page walk, TLBs, slow loads and stores, dirty log), segment.c (segment loads, far transfers,
- * gates), interrupt.c (exceptions, interrupt delivery, IRET), system.c, control.c, msr.c, cpuid.c, debug.c (control, debug
- * and model-specific registers, CPUID, SYSCALL...), state.c (get/set in KVM layouts), vm.c, events.c, clock.c (scheduler,
- * clock, events from other threads, public interface).
+ * Files: decode*.c (bytes to micro-ops), block.c (block cache, linking, invalidation by physical page), jump.c (code by
+ * linear address), exec_*.c and string.c (micro-op handlers and instruction helpers), translate*.c (host code for hot
+ * blocks), flags.h (lazy flags), mmu.c, memory.c (slots, page walk, TLBs, slow loads and stores, dirty log), segment.c
+ * (segment loads, stacks), far.c (far transfers, gates), interrupt.c (exceptions, interrupt delivery, IRET), system.c,
+ * control.c, msr.c, cpuid.c, debug.c (control, debug and model-specific registers, CPUID, SYSCALL...), state.c (get/set in
+ * KVM layouts), vm.c, events.c, clock.c (scheduler, clock, events from other threads, public interface).
  *
  * Faults: soft_raise() and what calls it do not return: they longjmp to the run loop. A handler must therefore
  * not have changed architectural state before its last access that can fault, and must have stored c->rip
@@ -143,7 +143,7 @@ struct soft_mmu {
 struct uop; /* uop.h */
 struct soft_vm;
 
-/* block.c's own: translated code by linear address, a direct-mapped table for each of 64-bit supervisor, 64-bit user and
+/* jump.c's own: translated code by linear address, a direct-mapped table for each of 64-bit supervisor, 64-bit user and
  * other modes; which entries were filled since the last flush; and a filter of the linear pages among them. [1]: the first
  * table's, which outlive a change of CR3 as their global pages do; [0]: the others'. */
 enum { JUMP_SIZE = 16384, JUMP_TABLES = 3 };
@@ -184,7 +184,7 @@ struct soft_vcpu {
     int64_t budget;          /* instructions left in this turn: see soft_set_budget(), soft_instructions() */
     uint64_t turn_end;       /* instructions retired + budget */
     int64_t budget_held;     /* block.c: kept back from budget while single instructions are run */
-    struct soft_jump *jumps; /* block.c: jump.table of the mode */
+    struct soft_jump *jumps; /* jump.table of the mode */
     struct soft_tlb *tlb;    /* tlbs[view] */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
@@ -340,7 +340,7 @@ static inline bool soft_protected(const struct soft_vcpu *c) { return (c->cr0 & 
 void soft_load_seg(struct soft_vcpu *c, unsigned seg, uint16_t selector);
 void soft_load_ldtr(struct soft_vcpu *c, uint16_t selector);
 void soft_load_tr(struct soft_vcpu *c, uint16_t selector);
-/* Far transfers; op_size is 2, 4 or 8; next_rip is what CALL pushes. They set c->rip, CS, CPL, SS:RSP. */
+/* far.c: op_size is 2, 4 or 8; next_rip is what CALL pushes. They set c->rip, CS, CPL, SS:RSP. */
 void soft_far_jump(struct soft_vcpu *c, uint16_t selector, uint64_t offset, unsigned op_size);
 void soft_far_call(struct soft_vcpu *c, uint16_t selector, uint64_t offset, unsigned op_size, uint64_t next_rip);
 void soft_far_return(struct soft_vcpu *c, unsigned op_size, uint16_t pop_bytes);
@@ -417,6 +417,7 @@ void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
 void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
 void soft_blocks_rest(struct soft_vm *vm); /* the VM sleeps, no block runs: give back what exceeds its share of memory */
+/* ---- jump.c ---- */
 void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too);       /* mmu.c: with every TLB flush */
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */
 

@@ -1,4 +1,4 @@
-/* Inside of the decoder: shared by decode.c and decode_map.c. */
+/* Inside of the decoder: shared by decode.c, decode_map.c, decode_alu.c, decode_branch.c and decode_0f.c. */
 #ifndef SOFT_DECODE_H
 #define SOFT_DECODE_H
 
@@ -33,7 +33,6 @@ struct dec {
     uint8_t rex, rep, opcode;
     int seg;
     bool lock, lock_ok, p66;
-    bool near64;  /* near branches have 64-bit operands */
     unsigned opsize, adsize, stack_size;
     /* ModRM and memory operand */
     bool has_modrm, mem, ea_rip, op_tmp;
@@ -47,6 +46,8 @@ struct dec {
 };
 
 #define LOG2(size) ((unsigned)__builtin_ctz(size))
+/* The operand size of opcodes whose lowest bit is "word". */
+static inline unsigned width(const struct dec *d) { return d->opcode & 1 ? d->opsize : 1; }
 
 uint8_t dec_u8(struct dec *d);
 uint16_t dec_u16(struct dec *d);
@@ -74,8 +75,23 @@ unsigned rmw_begin(struct dec *d, unsigned size);
 void rmw_end(struct dec *d, unsigned size);
 
 void decode_opcode(struct dec *d);      /* decode_map.c */
-void decode_jcc(struct dec *d, unsigned cc, int64_t rel);
+/* decode_alu.c: operations ALU_*; of r/m and register, register and r/m, a register or r/m and an immediate. */
+void decode_alu_rm_reg(struct dec *d, unsigned op, unsigned size);
+void decode_alu_reg_rm(struct dec *d, unsigned op, unsigned size);
+void decode_alu_reg_imm(struct dec *d, unsigned op, unsigned size, unsigned reg, int64_t imm);
+void decode_alu_rm_imm(struct dec *d, unsigned op, unsigned size, int64_t imm);
+void decode_inc_dec(struct dec *d, unsigned op, unsigned size);   /* r/m; UN_* */
+void decode_shift(struct dec *d, unsigned size, int count);       /* group 2; count -1: CL */
+void decode_group3(struct dec *d);
+void decode_imul3(struct dec *d, bool byte);                      /* byte: the immediate is one */
+/* decode_branch.c: near ones, by a displacement that decode_displacement() reads (a byte, or by operand size). */
 int64_t decode_displacement(struct dec *d, bool byte);
+void decode_jcc(struct dec *d, unsigned cc, int64_t rel);
+void decode_jump_rel(struct dec *d, int64_t rel);
+void decode_call_rel(struct dec *d, int64_t rel);
+void decode_branch_rm(struct dec *d, bool call);
+void decode_ret(struct dec *d, unsigned pop); /* pop: bytes besides the address */
+void decode_far_immediate(struct dec *d, helper_fn helper);
 void decode_push_seg(struct dec *d, unsigned seg);
 void decode_pop_seg(struct dec *d, unsigned seg);
 void emit_fpu_check(struct dec *d, unsigned kind); /* decode_0f.c; kind: 0 SSE, 1 MMX, 2 x87 */

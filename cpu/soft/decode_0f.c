@@ -449,7 +449,7 @@ void decode_two_byte(struct dec *d)
         return;
     }
     case 0x80 ... 0x8F: {
-        int64_t rel = d->opsize >= 4 ? (int32_t)dec_u32(d) : (int16_t)dec_u16(d);
+        int64_t rel = decode_displacement(d, false);
         decode_jcc(d, b & 15, rel);
         return;
     }

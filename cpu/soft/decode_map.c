@@ -1,97 +1,5 @@
-/* Decoder: the one-byte opcode map (Intel SDM vol. 2, appendix A). */
+/* Decoder: the one-byte opcode map (Intel SDM vol. 2, appendix A), but for arithmetic and branches. */
 #include "soft/decode.h"
-
-/* The operand size of opcodes whose lowest bit is "word". */
-static unsigned width(const struct dec *d) { return d->opcode & 1 ? d->opsize : 1; }
-
-static void alu_meta(struct dec *d, unsigned op, unsigned *effects, unsigned *kills, unsigned *reads)
-{
-    (void)d;
-    *effects = *kills = FLAGS_ALL;
-    *reads = op == ALU_ADC || op == ALU_SBB ? FLAG_C : 0;
-}
-
-static struct uop *emit_alu(struct dec *d, unsigned op, const uop_fn with, const uop_fn without)
-{
-    unsigned effects, kills, reads;
-    alu_meta(d, op, &effects, &kills, &reads);
-    struct uop *u = emit_flags(d, with, without, effects, kills, reads);
-    d->meta[d->out->count - 1].mark = true;
-    d->meta[d->out->count - 1].pure = !d->mem;
-    return u;
-}
-
-static void note_fusable(struct dec *d, unsigned op, bool imm)
-{
-    if (op < ALU_CMP)
-        return;
-    struct uop_meta *m = &d->meta[d->out->count - 1];
-    m->fuse = (uint8_t)(1 + (op == ALU_TEST ? FUSE_TEST : FUSE_CMP));
-    m->fuse_imm = imm;
-}
-
-/* r/m op= register */
-static void alu_rm_reg(struct dec *d, unsigned op, unsigned size)
-{
-    unsigned s = LOG2(size), reg = reg_off(d, d->reg, size);
-    struct uop *u;
-    if (!d->mem) {
-        u = emit_alu(d, op, alu_rr[op][s][0], alu_rr[op][s][1]);
-        u->r0 = (uint8_t)reg_off(d, d->rm, size);
-        u->size = (uint8_t)size;
-        u->r1 = (uint8_t)reg;
-        note_fusable(d, op, false);
-        return;
-    }
-    d->lock_ok = op < ALU_CMP;
-    int form = address_form(d, size, op < ALU_CMP);
-    u = emit_alu(d, op, alu_mr[op][s][0][form], alu_mr[op][s][1][form]);
-    operand(d, u);
-    u->r1 = (uint8_t)reg;
-}
-
-/* register op= r/m */
-static void alu_reg_rm(struct dec *d, unsigned op, unsigned size)
-{
-    unsigned s = LOG2(size), reg = reg_off(d, d->reg, size);
-    struct uop *u;
-    if (!d->mem) {
-        u = emit_alu(d, op, alu_rr[op][s][0], alu_rr[op][s][1]);
-        u->r0 = (uint8_t)reg;
-        u->size = (uint8_t)size;
-        u->r1 = (uint8_t)reg_off(d, d->rm, size);
-        note_fusable(d, op, false);
-        return;
-    }
-    int form = address_form(d, size, false);
-    u = emit_alu(d, op, alu_rm[op][s][0][form], alu_rm[op][s][1][form]);
-    operand(d, u);
-    u->r0 = (uint8_t)reg;
-}
-
-static void alu_reg_imm(struct dec *d, unsigned op, unsigned size, unsigned reg, int64_t imm)
-{
-    unsigned s = LOG2(size);
-    struct uop *u = emit_alu(d, op, alu_ri[op][s][0], alu_ri[op][s][1]);
-    u->r0 = (uint8_t)reg;
-    u->size = (uint8_t)size;
-    u->imm = (uint64_t)imm;
-    note_fusable(d, op, true);
-}
-
-static void alu_rm_imm(struct dec *d, unsigned op, unsigned size, int64_t imm)
-{
-    if (!d->mem) {
-        alu_reg_imm(d, op, size, reg_off(d, d->rm, size), imm);
-        return;
-    }
-    unsigned s = LOG2(size);
-    d->lock_ok = op < ALU_CMP;
-    int form = address_form(d, size, op < ALU_CMP);
-    struct uop *u = emit_alu(d, op, alu_mi[op][s][0][form], alu_mi[op][s][1][form]);
-    operand(d, u);
-    u->imm = (uint64_t)imm;
-}
 
 static void mov_reg_imm(struct dec *d, unsigned size, unsigned reg, uint64_t imm)
 {
@@ -152,79 +60,6 @@ void decode_pop_seg(struct dec *d, unsigned seg)
     u->size = (uint8_t)d->stack_size;
 }
 
-/* Near branches of 64-bit mode have a 64-bit operand size; with a 66 prefix and without REX.W, 16 bits, as on AMD
- * processors (Intel's ignore the prefix). Those go through the helpers of the other modes. */
-static bool near64(const struct dec *d) { return d->c64 && d->opsize != 2; }
-
-static int64_t displacement(struct dec *d, bool byte)
-{
-    if (byte)
-        return (int8_t)dec_u8(d);
-    return d->opsize == 2 ? (int16_t)dec_u16(d) : (int32_t)dec_u32(d);
-}
-
-static void jump_rel(struct dec *d, int64_t rel)
-{
-    if (near64(d)) {
-        emit(d, jmp_rel);
-        emit_links(d, d->pos + rel);
-    } else {
-        emit_helper_end(d, h_jmp_rel)->disp = (int32_t)rel;
-    }
-}
-
-void decode_jcc(struct dec *d, unsigned cc, int64_t rel)
-{
-    if (d->missing || d->pos - d->start > 15 || d->lock)
-        return;
-    if (!near64(d)) {
-        struct uop *u = emit_helper_end(d, h_jcc_rel);
-        u->disp = (int32_t)rel;
-        u->aux = (uint8_t)cc;
-        return;
-    }
-    if (d->insn > 0) {
-        struct uop *last = &d->out->uops[d->out->count - 1];
-        struct uop_meta *m = &d->meta[d->out->count - 1];
-        if (m->fuse && last->idx == d->insn - 1) {
-            uop_fn fn = (m->fuse_imm ? fused_ri : fused_rr)[m->fuse - 1][cc][LOG2(last->size)];
-            if (fn) {
-                last->fn = fn;
-                last->idx = (uint8_t)d->insn;
-                last->off = (uint16_t)d->start;
-                m->without = NULL;
-                d->fused = true;
-                emit_links(d, d->pos + rel);
-                return;
-            }
-        }
-    }
-    emit_flags(d, jcc_rel[cc], NULL, 0, 0, FLAGS_ALL);
-    emit_links(d, d->pos + rel);
-}
-
-static void call_rel_op(struct dec *d, int64_t rel)
-{
-    if (near64(d)) {
-        emit(d, call_rel)->seg = SEG_SS;
-        emit_links(d, d->pos + rel);
-    } else {
-        emit_helper_end(d, h_call_rel)->disp = (int32_t)rel;
-    }
-}
-
-static void ret_near(struct dec *d, unsigned pop)
-{
-    if (near64(d)) {
-        struct uop *u = emit(d, ret64);
-        u->imm = pop;
-        u->seg = SEG_SS;
-        d->end = true;
-    } else {
-        emit_helper_end(d, h_ret)->disp = (int32_t)pop;
-    }
-}
-
 static void string_op(struct dec *d, unsigned op, unsigned size)
 {
     struct uop *u = op == STR_LODS || op == STR_SCAS || op == STR_CMPS || op == STR_OUTS ? emit_helper(d, h_string)
@@ -242,106 +77,12 @@ static void string_op(struct dec *d, unsigned op, unsigned size)
     }
 }
 
-static void shift_group(struct dec *d, unsigned size, int count) /* count -1: CL */
-{
-    unsigned op = d->reg & 7, s = LOG2(size);
-    if (count >= 0) {
-        count &= size == 8 ? 63 : 31;
-        if (count == 0) {
-            /* Memory is written all the same; 32-bit registers are zero-extended. */
-            unsigned r = rmw_begin(d, size);
-            struct uop *u = emit_pure(d, mov_rr[s]);
-            u->r0 = u->r1 = (uint8_t)r;
-            rmw_end(d, size);
-            d->lock_ok = false;
-            return;
-        }
-    }
-    unsigned r = rmw_begin(d, size);
-    struct uop *u;
-    bool rotate = op < SH_SHL, carry = op == SH_RCL || op == SH_RCR;
-    if (count >= 0) {
-        u = emit_flags(d, shift_ri[op][s][0], shift_ri[op][s][1], FLAGS_ALL, rotate ? FLAG_C : FLAGS_ALL, carry ? FLAG_C : 0);
-        u->imm = (uint64_t)count;
-    } else {
-        u = emit_flags(d, shift_rc[op][s], NULL, FLAGS_ALL, 0, carry ? FLAG_C : 0);
-    }
-    if (rotate)
-        d->meta[d->out->count - 1].reads |= FLAGS_REST & 0;
-    u->r0 = (uint8_t)r;
-    rmw_end(d, size);
-    d->lock_ok = false;
-}
-
-static void group3(struct dec *d)
-{
-    unsigned size = width(d), s = LOG2(size);
-    struct uop *u;
-    switch (d->reg & 7) {
-    case 0: case 1:
-        alu_rm_imm(d, ALU_TEST, size, dec_imm(d, size));
-        return;
-    case 2: case 3: {
-        unsigned op = (d->reg & 7) == 2 ? UN_NOT : UN_NEG, effects = op == UN_NEG ? FLAGS_ALL : 0;
-        if (d->mem) {
-            d->lock_ok = true;
-            int form = address_form(d, size, true);
-            u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], effects, effects, 0));
-            operand(d, u);
-        } else {
-            u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], effects, effects, 0);
-            d->meta[d->out->count - 1].mark = effects != 0;
-            u->r0 = (uint8_t)reg_off(d, d->rm, size);
-        }
-        return;
-    }
-    default: {
-        unsigned op = d->reg & 7, r = source_rm(d, size);
-        static const uop_fn *const table[4] = {mul_r, imul_r, div_r, idiv_r};
-        u = emit_flags(d, table[op - 4][s], NULL, op < 6 ? FLAGS_ALL : FLAGS_REST, op < 6 ? FLAG_C : FLAGS_REST, 0);
-        if (op >= 6)
-            impure(d, u);
-        u->r1 = (uint8_t)r;
-        return;
-    }
-    }
-}
-
-static void inc_dec(struct dec *d, unsigned op, unsigned size)
-{
-    unsigned s = LOG2(size);
-    struct uop *u;
-    if (d->mem) {
-        d->lock_ok = true;
-        int form = address_form(d, size, true);
-        u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], FLAGS_REST, FLAGS_REST, 0));
-        operand(d, u);
-    } else {
-        u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], FLAGS_REST, FLAGS_REST, 0);
-        d->meta[d->out->count - 1].mark = true;
-        u->r0 = (uint8_t)reg_off(d, d->rm, size);
-    }
-}
-
 static void group5(struct dec *d)
 {
-    struct uop *u;
     switch (d->reg & 7) {
-    case 0: inc_dec(d, UN_INC, d->opsize); return;
-    case 1: inc_dec(d, UN_DEC, d->opsize); return;
-    case 2: case 4: {
-        bool call = (d->reg & 7) == 2;
-        unsigned size = near64(d) ? 8 : d->opsize, r = source_rm(d, size);
-        if (near64(d)) {
-            u = emit(d, call ? call_r : jmp_r);
-            d->end = true;
-            u->seg = SEG_SS;
-        } else {
-            u = emit_helper_end(d, call ? h_call_r : h_jmp_r);
-        }
-        u->r1 = (uint8_t)r;
-        return;
-    }
+    case 0: decode_inc_dec(d, UN_INC, d->opsize); return;
+    case 1: decode_inc_dec(d, UN_DEC, d->opsize); return;
+    case 2: case 4: decode_branch_rm(d, (d->reg & 7) == 2); return;
     case 3: case 5:
         if (!d->mem) {
             d->bad = true;
@@ -355,16 +96,6 @@ static void group5(struct dec *d)
         return;
     default: d->bad = true;
     }
-}
-
-static void far_immediate(struct dec *d, helper_fn helper)
-{
-    uint32_t offset = d->opsize == 2 ? dec_u16(d) : dec_u32(d);
-    uint16_t selector = dec_u16(d);
-    struct uop *u = emit_helper_end(d, helper);
-    u->disp = (int32_t)offset;
-    u->r0 = (uint8_t)selector;
-    u->r1 = (uint8_t)(selector >> 8);
 }
 
 /* MOV between the accumulator and an absolute offset. */
@@ -459,28 +190,6 @@ static void mov_seg(struct dec *d, bool to_seg)
     u->aux = (uint8_t)seg;
 }
 
-static void imul3(struct dec *d, bool byte)
-{
-    int64_t imm;
-    if (d->mem) {
-        /* The immediate follows the address, whose micro-ops are emitted first. */
-        unsigned r = source_rm(d, d->opsize);
-        imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
-        struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
-        d->meta[d->out->count - 1].mark = true;
-        u->r0 = (uint8_t)(d->reg * 8);
-        u->r1 = (uint8_t)r;
-        u->imm = (uint64_t)imm;
-        return;
-    }
-    imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
-    struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
-    d->meta[d->out->count - 1].mark = true;
-    u->r0 = (uint8_t)(d->reg * 8);
-    u->r1 = (uint8_t)(d->rm * 8);
-    u->imm = (uint64_t)imm;
-}
-
 static void io(struct dec *d, bool out, unsigned size, int port)
 {
     struct uop *u = emit_helper_end(d, out ? h_out : h_in);
@@ -526,9 +235,9 @@ void decode_opcode(struct dec *d)
     if (b < 0x40 && (b & 7) < 6) {
         unsigned op = b >> 3, size = width(d);
         switch (b & 7) {
-        case 0: case 1: dec_modrm(d); alu_rm_reg(d, op, size); return;
-        case 2: case 3: dec_modrm(d); alu_reg_rm(d, op, size); return;
-        default: alu_reg_imm(d, op, size, RAX * 8, dec_imm(d, size)); return;
+        case 0: case 1: dec_modrm(d); decode_alu_rm_reg(d, op, size); return;
+        case 2: case 3: dec_modrm(d); decode_alu_reg_rm(d, op, size); return;
+        default: decode_alu_reg_imm(d, op, size, RAX * 8, dec_imm(d, size)); return;
         }
     }
     switch (b) {
@@ -603,11 +312,11 @@ void decode_opcode(struct dec *d)
         return;
     case 0x68: push_imm(d, dec_imm(d, d->opsize == 2 ? 2 : 4)); return;
     case 0x6A: push_imm(d, (int8_t)dec_u8(d)); return;
-    case 0x69: case 0x6B: dec_modrm(d); imul3(d, b == 0x6B); return;
+    case 0x69: case 0x6B: dec_modrm(d); decode_imul3(d, b == 0x6B); return;
     case 0x6C: case 0x6D: string_op(d, STR_INS, b & 1 ? d->opsize == 2 ? 2 : 4 : 1); return;
     case 0x6E: case 0x6F: string_op(d, STR_OUTS, b & 1 ? d->opsize == 2 ? 2 : 4 : 1); return;
     case 0x70 ... 0x7F: {
-        int64_t rel = displacement(d, true);
+        int64_t rel = decode_displacement(d, true);
         decode_jcc(d, b & 15, rel);
         return;
     }
@@ -618,10 +327,10 @@ void decode_opcode(struct dec *d)
         unsigned size = width(d);
         /* rip-relative operands are fixed up at the end, so the order of immediate and address does not matter. */
         int64_t imm = b == 0x81 ? dec_imm(d, size) : (int8_t)dec_u8(d);
-        alu_rm_imm(d, d->reg & 7, size, imm);
+        decode_alu_rm_imm(d, d->reg & 7, size, imm);
         return;
     }
-    case 0x84: case 0x85: dec_modrm(d); alu_rm_reg(d, ALU_TEST, width(d)); return;
+    case 0x84: case 0x85: dec_modrm(d); decode_alu_rm_reg(d, ALU_TEST, width(d)); return;
     case 0x86: case 0x87: dec_modrm(d); xchg(d, width(d)); return;
     case 0x88: case 0x89: {
         unsigned size = width(d);
@@ -684,7 +393,7 @@ void decode_opcode(struct dec *d)
     case 0x9A:
         if (d->c64)
             break;
-        far_immediate(d, h_call_far);
+        decode_far_immediate(d, h_call_far);
         return;
     case 0x9B: emit_helper(d, h_fwait); return;
     case 0x9C: emit_helper_store(d, h_pushf)->size = (uint8_t)d->stack_size; return;
@@ -694,7 +403,7 @@ void decode_opcode(struct dec *d)
     case 0xA0 ... 0xA3: mov_offset(d); return;
     case 0xA4: case 0xA5: string_op(d, STR_MOVS, width(d)); return;
     case 0xA6: case 0xA7: string_op(d, STR_CMPS, width(d)); return;
-    case 0xA8: case 0xA9: alu_reg_imm(d, ALU_TEST, width(d), RAX * 8, dec_imm(d, width(d))); return;
+    case 0xA8: case 0xA9: decode_alu_reg_imm(d, ALU_TEST, width(d), RAX * 8, dec_imm(d, width(d))); return;
     case 0xAA: case 0xAB: string_op(d, STR_STOS, width(d)); return;
     case 0xAC: case 0xAD: string_op(d, STR_LODS, width(d)); return;
     case 0xAE: case 0xAF: string_op(d, STR_SCAS, width(d)); return;
@@ -711,13 +420,13 @@ void decode_opcode(struct dec *d)
     case 0xC0: case 0xC1: {
         dec_modrm(d);
         int count = dec_u8(d);
-        shift_group(d, width(d), count);
+        decode_shift(d, width(d), count);
         return;
     }
-    case 0xD0: case 0xD1: dec_modrm(d); shift_group(d, width(d), 1); return;
-    case 0xD2: case 0xD3: dec_modrm(d); shift_group(d, width(d), -1); return;
-    case 0xC2: ret_near(d, dec_u16(d)); return;
-    case 0xC3: ret_near(d, 0); return;
+    case 0xD0: case 0xD1: dec_modrm(d); decode_shift(d, width(d), 1); return;
+    case 0xD2: case 0xD3: dec_modrm(d); decode_shift(d, width(d), -1); return;
+    case 0xC2: decode_ret(d, dec_u16(d)); return;
+    case 0xC3: decode_ret(d, 0); return;
     case 0xC4: case 0xC5:
         if (d->c64)
             break; /* VEX */
@@ -797,7 +506,7 @@ void decode_opcode(struct dec *d)
         return;
     case 0xD8 ... 0xDF: x87(d); return;
     case 0xE0 ... 0xE3: {
-        int64_t rel = displacement(d, true);
+        int64_t rel = decode_displacement(d, true);
         u = emit_helper_end(d, h_loop);
         u->disp = (int32_t)rel;
         /* A repeat prefix decides whether LOOPNE and LOOPE want ZF clear or set: AMD processors do so. */
@@ -809,18 +518,18 @@ void decode_opcode(struct dec *d)
     case 0xE6: case 0xE7: io(d, true, b & 1 ? d->opsize == 2 ? 2 : 4 : 1, dec_u8(d)); return;
     case 0xEC: case 0xED: io(d, false, b & 1 ? d->opsize == 2 ? 2 : 4 : 1, -1); return;
     case 0xEE: case 0xEF: io(d, true, b & 1 ? d->opsize == 2 ? 2 : 4 : 1, -1); return;
-    case 0xE8: call_rel_op(d, displacement(d, false)); return;
-    case 0xE9: jump_rel(d, displacement(d, false)); return;
-    case 0xEB: jump_rel(d, displacement(d, true)); return;
+    case 0xE8: decode_call_rel(d, decode_displacement(d, false)); return;
+    case 0xE9: decode_jump_rel(d, decode_displacement(d, false)); return;
+    case 0xEB: decode_jump_rel(d, decode_displacement(d, true)); return;
     case 0xEA:
         if (d->c64)
             break;
-        far_immediate(d, h_jmp_far);
+        decode_far_immediate(d, h_jmp_far);
         return;
     case 0xF1: emit_helper_end(d, h_icebp); return;
     case 0xF4: emit_helper_end(d, h_hlt); return;
     case 0xF5: emit_helper(d, h_cmc); return;
-    case 0xF6: case 0xF7: dec_modrm(d); group3(d); return;
+    case 0xF6: case 0xF7: dec_modrm(d); decode_group3(d); return;
     case 0xF8: emit_helper(d, h_clc); return;
     case 0xF9: emit_helper(d, h_stc); return;
     case 0xFA: emit_helper(d, h_cli); return;
@@ -831,7 +540,7 @@ void decode_opcode(struct dec *d)
         dec_modrm(d);
         if ((d->reg & 7) > 1)
             break;
-        inc_dec(d, d->reg & 7 ? UN_DEC : UN_INC, 1);
+        decode_inc_dec(d, d->reg & 7 ? UN_DEC : UN_INC, 1);
         return;
     case 0xFF: dec_modrm(d); group5(d); return;
     default: break;

@@ -45,6 +45,9 @@ bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring);
 /* Recompute what the data breakpoints watch (after DR7, DR0-3 or the caller's breakpoints changed). */
 void soft_watch_changed(struct soft_vcpu *c);
 
+/* The error code of a fault that names a selector. */
+static inline uint32_t selector_error(uint16_t selector) { return selector & 0xFFFCu; }
+
 /* segment.c: a descriptor. */
 struct descriptor {
     uint64_t raw, high; /* high: bytes 8-15 of a 16-byte system descriptor */

@@ -96,6 +96,11 @@ void block_link_next(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 /* Code bytes were written since the block was entered (a store's slow path asks; reading clears). */
 bool block_code_changed(struct soft_vcpu *c);
 
+/* ---- jump.c ---- */
+extern struct uop empty_jump; /* what an empty entry of a jump cache leads to; it enters c->rip */
+/* Code at `linear` into the current table. crosses: the instruction there goes on in the next page. */
+void soft_jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code, bool crosses);
+
 static inline unsigned jump_hash(uint64_t rip) { return (unsigned)((rip ^ (rip >> 12)) & (JUMP_SIZE - 1)); }
 
 /* Handlers have a section of their own so that tests/unit/test_soft_handlers.py finds them in the object code. */

@@ -16,7 +16,7 @@ from tests.support import soft_programs
 
 pytestmark = pytest.mark.slow
 
-BLOCK, MEMORY, MMU = "cpu/soft/block.c", "cpu/soft/memory.c", "cpu/soft/mmu.c"
+BLOCK, JUMP, MEMORY, MMU = (f"cpu/soft/{name}.c" for name in ("block", "jump", "memory", "mmu"))
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
     "strings of several pages look at the first": (
@@ -31,7 +31,7 @@ MUTANTS = {
     ),
     "the other page of an instruction": ("smc", BLOCK, "struct crossing *x = p->crossings;", "struct crossing *x = 0;"),
     "the other page of an instruction moves": ("smc", BLOCK, "if (host2 != k->host2) {", "if (0) {"),
-    "the other page of an instruction is not global": ("smc", BLOCK, "(!crosses || soft_tlb", "(1 || soft_tlb"),
+    "the other page of an instruction is not global": ("smc", JUMP, "(!crosses || soft_tlb", "(1 || soft_tlb"),
     "a page can still be written": (
         "smc", BLOCK, "if (on && !was)\n            soft_tlb_protect_page(vm, s->gpa + offset);", "",
     ),
