@@ -39,6 +39,10 @@ class InterruptLines:
             raise ConfigError(f"GSI {gsi} is outside 0 to {GSI_COUNT - 1}")
         return Line(gsi, self._change)
 
+    def disconnect(self) -> None:
+        """The core is going: nothing reaches it any more."""
+        self._drive = lambda _gsi, _level: None
+
     def _change(self, gsi: int, level: bool) -> None:
         before = self._raised[gsi]
         self._raised[gsi] = after = before + (1 if level else -1)

@@ -48,7 +48,7 @@ class CoreMachine:
         self.mmio = Bus("MMIO", 1 << 52)
         self._buses = (self.ports, self.mmio)
         self.lines = InterruptLines(vm.set_irq)
-        self.signal_msi = vm.signal_msi
+        self.signal_msi: Callable[[int, int], None] = vm.signal_msi
         self.request = request
         self.posted: dict[int, PostedHandler] = {}
         """By tag, for the dispatcher."""
@@ -175,13 +175,20 @@ class CoreMachine:
             self._free.insert(0, tag)
 
     def close(self) -> None:
-        """Take back every ioeventfd. The core may be closed already. Idempotent."""
+        """Take back every ioeventfd; a device that interrupts while it closes is not heard. The core may be closed
+        already. Idempotent."""
+        self.lines.disconnect()
+        self.signal_msi = _unheard
         for undo in tuple(self._undo):
             try:
                 undo()
             except Exception:  # the core is gone, or never took it: the descriptor is closed all the same
                 pass
         self.posted.clear()
+
+
+def _unheard(address: int, data: int) -> None:
+    """signal_msi of a machine that closes."""
 
 
 class _Fan:

@@ -292,6 +292,24 @@ async def test_a_device_that_raises_ends_its_machine_alone(tmp_path: Path, error
         assert other.state is State.RUNNING
 
 
+async def test_a_device_may_interrupt_while_it_closes(tmp_path: Path) -> None:
+    """As one does whose last request is done when the machine has already ended."""
+    closed = []
+
+    class Late:
+        async def aclose(self) -> None:
+            built.machine.signal_msi(0xFEE00000, 0x31)
+            line.set(True)
+            closed.append(True)
+
+    async with machine(tmp_path, []) as vm:
+        built = vm._built
+        assert built is not None
+        line = built.machine.irq_line(5)
+        built.components["late"] = Late()
+    assert closed
+
+
 async def test_several_vcpus_halt_one_by_one(tmp_path: Path) -> None:
     async with machine(tmp_path, [Halt()], [Halt()], []) as vm:
         vm.resume()
