@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cli.consolesize import terminal_size
 from vmm.terminal import CHUNK, Output, RawMode, in_foreground
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
     """Run it in a machine that runs; its exit status, or 128 + signal. Raises VmmError if the guest went away."""
     on_terminal = os.isatty(0) and os.isatty(1) and in_foreground(0)
     raw = RawMode(0)
-    async with await vm.start_process(*arguments, terminal=_size() if on_terminal else None) as process:
+    async with await vm.start_process(*arguments, terminal=terminal_size() if on_terminal else None) as process:
         vm.timeline.mark("command")
         async with _signals(process, on_terminal):
             feeding = asyncio.create_task(_feed(process), name="stdin")
@@ -38,12 +39,6 @@ async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
                 await asyncio.gather(feeding, return_exceptions=True)
 
 
-def _size() -> tuple[int, int]:
-    """(rows, columns)"""
-    size = os.get_terminal_size(1)
-    return size.lines, size.columns
-
-
 @asynccontextmanager
 async def _signals(process: GuestProcess, on_terminal: bool) -> AsyncIterator[None]:
     """Ctrl-C goes to the program, the window's size follows ours."""
@@ -57,7 +52,7 @@ async def _signals(process: GuestProcess, on_terminal: bool) -> AsyncIterator[No
 
     loop.add_signal_handler(signal.SIGINT, lambda: send(process.send_signal(signal.SIGINT)))
     if on_terminal:
-        loop.add_signal_handler(signal.SIGWINCH, lambda: send(process.resize(*_size())))
+        loop.add_signal_handler(signal.SIGWINCH, lambda: send(process.resize(*terminal_size())))
     try:
         yield
     finally:

@@ -139,7 +139,7 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
 
         timeline.on_mark, errors.before_message = boot_progress()
     debug = vm.on_debug = _DebugOutput()
-    telling = asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")
+    helpers = [asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")]
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         for number in signals:
@@ -148,6 +148,10 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
             if not command:
                 if config.console.kind == "stdio" and os.isatty(0) and os.isatty(2):
                     say(f"{config.name}: Ctrl-] ends the machine\r")
+                if config.console.kind == "stdio" and os.isatty(1) and (config.agent or config.hvc):
+                    from cli.consolesize import follow_size
+
+                    helpers.append(asyncio.create_task(follow_size(vm), name="size"))
                 outcome = await vm.run()
                 return outcome, outcome.status
             from cli.guestcommand import run_command
@@ -163,8 +167,9 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
                 sys.stderr.write(tail)
                 return outcome, outcome.status or EXIT_GUEST
     finally:
-        telling.cancel()
-        await asyncio.gather(telling, return_exceptions=True)
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
         debug.close()
         for number in signals:
             loop.remove_signal_handler(number)

@@ -21,7 +21,7 @@ from images.errors import ImageError
 from images.kernel import guest_init
 from images.packages import Package
 
-FORMAT = 3
+FORMAT = 4
 """Counts up when the builder itself changes what it makes."""
 BUILDING = "builds"
 """The lock that builds share, so that nothing is pruned under them."""

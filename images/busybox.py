@@ -68,7 +68,6 @@ _ETC = {
     "etc/udhcpc.script": (
         "#!/bin/sh\n"
         "case \"$1\" in\n"
-        "deconfig) ip addr flush dev \"$interface\" ;;\n"
         "bound|renew)\n"
         "    ip addr add \"$ip/${{mask:-24}}\" dev \"$interface\" 2>/dev/null\n"
         "    for router in $router; do ip route replace default via \"$router\" dev \"$interface\"; break; done\n"

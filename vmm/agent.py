@@ -240,12 +240,26 @@ class Agent:
         carry, GuestError if the guest does not answer."""
         request = _exec_request(arguments, env or {}, cwd, terminal)
         await self.wait_ready()
-        try:
-            reader, writer = await self._connect()
-        except OSError as error:
-            raise GuestError("the guest agent does not answer") from error
+        reader, writer = await self._dial()
         writer.write(struct.pack("<BI", EXEC, len(request)) + request)
         return GuestProcess(reader, writer)
+
+    async def resize_console(self, rows: int, columns: int) -> None:
+        """Tell the guest how large the terminal is on which its console is shown; a shell there hears of the change.
+        GuestError if the guest does not answer."""
+        await self.wait_ready()
+        _, writer = await self._dial()
+        with contextlib.suppress(OSError):
+            writer.write(struct.pack("<BIHH", RESIZE, 4, rows, columns))
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+
+    async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await self._connect()
+        except OSError as error:
+            raise GuestError("the guest agent does not answer") from error
 
     async def exec(
         self,

@@ -205,6 +205,15 @@ class VirtualMachine:
         except (KeyError, TypeError):
             raise StateError(f"this machine has no virtio device {name!r} now") from None
 
+    async def resize_console(self, rows: int, columns: int) -> None:
+        """Tell the guest how large the terminal is that shows its console: by a virtio console and, once it listens, by
+        the agent (a serial line has no way to), as far as the machine has them. GuestError if it ends before."""
+        console: Any = self.device("console") if self.config.hvc else None
+        if console is not None:
+            console.resize(columns, rows)
+        if self.config.agent:
+            await self.agent.resize_console(rows, columns)
+
     # Programs in the guest, for images that run the agent.
 
     @property

@@ -6,14 +6,20 @@
  *                          strings: working directory (empty: /root), argc arguments, envc NAME=value
  *                  2 STDIN bytes; empty: end of file    3 SIGNAL number (1)    4 RESIZE rows (2), columns (2)
  *   guest to host: 0x81 STDOUT  0x82 STDERR  0x83 EXIT kind (1: 0 exited, 1 killed), code (1)  0x84 ERROR text
+ * A connection that begins with RESIZE is about the console's terminal, and ends with that.
+ * Programs start when the system is set up (/etc/rc has ended, and with it DHCP), but at most SETTLE_MS after the agent.
  * The end of the connection kills the program's process group. After EXIT input is discarded until the host closes. */
 #include "sys.h"
 
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, READY_PORT = 1025 };
 enum { EXEC = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84 };
-enum { MAX_FRAME = 65536, MAX_STRINGS = 1024 };
+enum { MAX_FRAME = 65536, MAX_STRINGS = 1024, SETTLE_MS = 2000 };
 enum { TIOCSCTTY = 0x540e, TIOCSWINSZ = 0x5414, TIOCSPTLCK = 0x40045431, TIOCGPTN = (int)0x80045430 };
 struct sockaddr_vm { uint16_t family, reserved; uint32_t port, cid; uint8_t flags, zero[3]; };
+
+/* The other end of this pipe is closed when the system is set up; -1: it is. */
+static int settled_pipe = -1;
+static long settle_deadline;
 
 static int read_all(int fd, void *to, size_t n)
 {
@@ -80,6 +86,20 @@ static void set_size(int fd, unsigned rows, unsigned columns)
     SYS(__NR_ioctl, fd, TIOCSWINSZ, size);
 }
 
+static void wait_settled(void)
+{
+    struct pollfd pipe = {settled_pipe, 0, 0};
+    long left;
+    while (!pipe.revents && (left = settle_deadline - now_ms()) > 0) SYS(__NR_poll, &pipe, 1, left);
+}
+
+static void resize_console(unsigned rows, unsigned columns)
+{
+    long console = open_file("/dev/console", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    if (console >= 0) set_size((int)console, rows, columns);
+    SYS(__NR_exit_group, 0);
+}
+
 /* In the child: become the program. Looks a bare name up in PATH. */
 static void become(int link, const char *directory, char **arguments, char **environment)
 {
@@ -123,6 +143,7 @@ void serve(int link)
     uint8_t type = 0;
     long length = receive_frame(link, &type, frame);
     if (length < 0) SYS(__NR_exit_group, 0);
+    if (type == RESIZE && length == 4) resize_console(half(frame), half(frame + 2));
     if (type != EXEC || length < 9) refuse(link, "expected EXEC");
     frame[length] = 0;
     unsigned flags = frame[0], rows = half(frame + 1), columns = half(frame + 3);
@@ -140,6 +161,7 @@ void serve(int link)
     char **rest = environment + envc;
     for (char **e = guest_environment; *e; e++) *rest++ = *e;
 
+    if (settled_pipe >= 0) wait_settled();
     int in[2] = {-1, -1}, out[2] = {-1, -1}, error[2] = {-1, -1}, slave = -1, master = -1;
     if (flags & 1) {
         master = open_terminal(&slave);
@@ -170,7 +192,7 @@ void serve(int link)
         SYS(__NR_close, error[1]);
     }
     int input = master >= 0 ? master : in[1];
-    if (input >= 0) SYS(__NR_fcntl, input, 4 /* F_SETFL */, (master >= 0 ? O_RDWR : O_WRONLY) | O_NONBLOCK);
+    if (input >= 0) SYS(__NR_fcntl, input, F_SETFL, (master >= 0 ? O_RDWR : O_WRONLY) | O_NONBLOCK);
 
     /* One frame of input at a time is held back when the program does not read; the link then waits. */
     static uint8_t held[MAX_FRAME + 1];
@@ -243,8 +265,11 @@ gone:
     __builtin_unreachable();
 }
 
-void agent(void)
+void agent(int settled)
 {
+    settled_pipe = settled;
+    settle_deadline = now_ms() + SETTLE_MS;
+    if (settled >= 0) SYS(__NR_fcntl, settled, F_SETFD, FD_CLOEXEC);
     uint64_t ignore[4] = {1 /* SIG_IGN */, 0, 0, 0};
     SYS(__NR_rt_sigaction, SIGPIPE, ignore, 0, 8);
     SYS(__NR_rt_sigaction, SIGCHLD, ignore, 0, 8);

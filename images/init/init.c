@@ -245,13 +245,19 @@ static void run_system(void)
     signal_mask(mask);
     struct pollfd fds[11] = {{(int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC), POLLIN, 0}};
 
+    /* Only /etc/rc and what it starts hold the pipe's other end: when that is closed, /etc/rc has ended. */
+    int settled[2] = {-1, -1};
+    SYS(__NR_pipe2, settled, 0);
     long helper = SYS(__NR_fork, 0);
     if (!helper) {
         signal_mask(0);
-        agent();
+        SYS(__NR_close, settled[1]);
+        agent(settled[0]);
     }
     static char *rc[] = {"/bin/sh", "/etc/rc", 0};
     start(rc, NULL);
+    SYS(__NR_close, settled[0]);
+    SYS(__NR_close, settled[1]);
 
     char active[256] = "", path[8][48];
     long shells[8];
@@ -309,7 +315,7 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
         for (const char *digit = arguments[2]; *digit; digit++) link = link * 10 + *digit - '0';
         serve(link);
     }
-    if (SYS(__NR_getpid, 0) != 1) agent();
+    if (SYS(__NR_getpid, 0) != 1) agent(-1);
     if (text_equal(arguments[0], "/init")) {
         mark("init");
         mount_at("devtmpfs", "/dev", "");

@@ -30,6 +30,7 @@ static inline long sys6(long n, long a, long b, long c, long d, long e, long f)
 enum { O_RDONLY = 0, O_WRONLY = 1, O_RDWR = 2, O_NOCTTY = 0x100, O_NONBLOCK = 0x800, O_CLOEXEC = 0x80000 };
 enum { SIGINT = 2, SIGKILL = 9, SIGUSR1 = 10, SIGUSR2 = 12, SIGPIPE = 13, SIGTERM = 15, SIGCHLD = 17, SIG_SETMASK = 2 };
 enum { POLLIN = 1, POLLOUT = 4, POLLERR = 8, POLLHUP = 16 };
+enum { F_SETFD = 2, F_SETFL = 4, FD_CLOEXEC = 1 };
 enum { ENOENT = 2, EINTR = 4, EAGAIN = 11, EEXIST = 17 };
 struct pollfd { int fd; short events, revents; };
 
@@ -62,11 +63,18 @@ static inline void pause_ms(long ms)
     long time[2] = {ms / 1000, ms % 1000 * 1000000};
     SYS(__NR_nanosleep, time, 0);
 }
+/* Milliseconds of CLOCK_MONOTONIC. */
+static inline long now_ms(void)
+{
+    long time[2] = {0, 0};
+    SYS(__NR_clock_gettime, 1, time);
+    return time[0] * 1000 + time[1] / 1000000;
+}
 /* Block (or, with 0, unblock) the signals of `mask`: bit n-1 is signal n. */
 static inline void signal_mask(uint64_t mask) { SYS(__NR_rt_sigprocmask, SIG_SETMASK, &mask, 0, 8); }
 
 void *memcpy(void *to, const void *from, size_t n);
-void agent(void) __attribute__((noreturn));
+void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));
 extern char **guest_environment;
 #endif

@@ -10,13 +10,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 import images.builder
-from vmm.agent import EXEC, EXIT, STDIN, Agent
+from vmm.agent import EXEC, EXIT, RESIZE, STDIN, Agent
 from vmm.errors import ConfigError, GuestError
 
 BINARY = Path(images.builder.__file__).parent / "init" / "guest-init.bin"
@@ -104,6 +105,17 @@ async def test_a_terminal_and_its_size(agent: Agent) -> None:
         seen += await process.stdout.read_all()
         assert b"10 40" in seen
         assert await process.wait() == 0
+
+
+async def test_the_console_is_told_its_size() -> None:
+    """The frame that the guest's side reads, and nothing after it: the agent ends with that connection."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        agent = Agent(partial(asyncio.open_connection, sock=theirs))
+        await agent.resize_console(41, 123)
+        ours.settimeout(10)
+        with ours.makefile("rb") as stream:
+            assert stream.read() == struct.pack("<BIHH", RESIZE, 4, 41, 123)
 
 
 async def test_leaving_early_kills_the_program(agent: Agent) -> None:

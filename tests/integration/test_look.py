@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import select
+import shutil
 import struct
 import termios
 from pathlib import Path
@@ -60,6 +61,30 @@ def test_boot_progress_gives_way_to_the_guest(tmp_path: Path, linux: None) -> No
         shown = [line for line in screen(session.seen) if line]
         assert b"booting: kernel" in session.seen
     assert shown == ["whole line"]
+
+
+@pytest.mark.debian
+@pytest.mark.parametrize("options", [[], ["--hvc", "--append", "console=hvc0"]], ids=["serial", "virtio"])
+def test_the_console_has_the_size_of_its_window(tmp_path: Path, linux: None, options: list[str]) -> None:
+    with Session(tmp_path, "run", "linux", "--core", "soft", *options) as session:
+        session.resize(31, 101)
+        session.expect(b"linux:~# ", BOOT)
+        session.type(b"while sleep 0.1; do stty size; done\n")
+        session.expect(b"\r\n31 101\r\n")
+        session.resize(32, 102)
+        session.expect(b"\r\n32 102\r\n")
+        session.type(b"\x1d")
+        assert session.wait() == 137
+
+
+@pytest.mark.debian
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_a_command_finds_the_network_up(tmp_path: Path, linux: None) -> None:
+    found = vmm(tmp_path, "run", "linux", "--core", "soft", "--", "ip", "-4", "addr", "show", "eth0", timeout=BOOT)
+    if "passt does not start" in found.stderr:
+        pytest.skip(found.stderr)
+    assert found.returncode == 0, found.stderr
+    assert "inet " in found.stdout
 
 
 @pytest.mark.debian

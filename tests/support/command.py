@@ -82,6 +82,10 @@ class Session:
             self.seen += os.read(self.master, 4096)
         self.seen = self.seen[self.seen.index(wanted) + len(wanted) :]
 
+    def resize(self, rows: int, columns: int) -> None:
+        """The window's size; the foreground processes get SIGWINCH if it changes."""
+        termios.tcsetwinsize(self.master, (rows, columns))
+
     def wait(self, timeout: float = 30.0) -> int:
         """Read on until the command ends; its exit status."""
         end = time.monotonic() + timeout
