@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -93,13 +94,52 @@ class World:
         return driver.submit(index, parts, rooms, indirect=source.random() < 0.3)
 
 
+class SlowBlock(MemoryBlock):
+    """Takes some turns of the loop for each request, and fails some."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(DISK)
+        self.source = source
+        self.failing = True
+
+    async def _pass(self) -> None:
+        for _ in range(self.source.randrange(6)):
+            await asyncio.sleep(0)
+        if self.failing and self.source.random() < 0.05:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def read(self, offset: int, length: int) -> bytes:
+        await self._pass()
+        return await super().read(offset, length)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        await self._pass()
+        await super().write(offset, data)
+
+    async def flush(self) -> None:
+        await self._pass()
+
+
+class SlowChar(MemoryChar):
+    """Takes some turns of the loop for each piece of output."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    async def write(self, data: bytes) -> None:
+        for _ in range(self.source.randrange(6)):
+            await asyncio.sleep(0)
+        await super().write(data)
+
+
 class Disk(World):
-    """`kind`: file, snapshot, read-only or memory."""
+    """`kind`: file, snapshot, readonly, memory or slow."""
 
     def __init__(self, kind: str, source: Source, folder: Path) -> None:
         super().__init__(source, folder)
         self.kind = kind
-        self.memory = MemoryBlock(DISK)
+        self.memory = SlowBlock(source) if kind == "slow" else MemoryBlock(DISK)
         self.path = folder / "disk"
         if not self.path.exists():
             self.path.write_bytes(bytes(DISK))
@@ -142,6 +182,8 @@ class Disk(World):
         device.resized()
 
     async def works(self, driver: Driver) -> None:
+        if isinstance(self.memory, SlowBlock):
+            self.memory.failing = False
         header = struct.pack("<IIQ", blk.IN, 0, 3)
         assert (await driver.request(0, [header], [512, 1]))[-1] == blk.OK
 
@@ -288,11 +330,11 @@ class Network(World):
 
 
 class Terminal(World):
-    """A console; with `ports` a multiport one."""
+    """A console; with `ports` a multiport one; its other ends at once there or slow."""
 
-    def __init__(self, ports: int, source: Source, folder: Path) -> None:
+    def __init__(self, ports: int, slow: bool, source: Source, folder: Path) -> None:
         super().__init__(source, folder)
-        self.chars = [MemoryChar() for _ in range(max(ports, 1))]
+        self.chars = [SlowChar(source) if slow else MemoryChar() for _ in range(max(ports, 1))]
         self.multi = ports > 1
 
     async def make(self) -> Device:
@@ -452,9 +494,11 @@ def _worlds() -> dict[str, Callable[[Source, Path], World]]:
     def of(kind: Any, *arguments: Any) -> Callable[[Source, Path], World]:
         return lambda source, folder: kind(*arguments, source, folder)
 
-    found = {f"blk-{kind}": of(Disk, kind) for kind in ("file", "snapshot", "readonly", "memory")}
+    found = {f"blk-{kind}": of(Disk, kind) for kind in ("file", "snapshot", "readonly", "memory", "slow")}
     found |= {f"net-{kind}": of(Network, kind) for kind in ("memory", "stream", "datagram", "tap", "pcap")}
-    found |= {"console": of(Terminal, 1), "console-ports": of(Terminal, 3), "rng": of(Entropy), "vsock": of(Sockets)}
+    found |= {"console": of(Terminal, 1, False), "console-ports": of(Terminal, 3, False)}
+    found |= {"console-slow": of(Terminal, 1, True), "console-ports-slow": of(Terminal, 3, True)}
+    found |= {"rng": of(Entropy), "vsock": of(Sockets)}
     return found
 
 
