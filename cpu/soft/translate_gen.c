@@ -344,13 +344,15 @@ void gen_jump_rsi(struct gen *g)
 {
     gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
 }
-/* The link itself is read every time: it is cleared when its block is invalidated. */
-static void load_link(struct gen *g, struct uop *const *link)
+/* The link itself is read every time: it is cleared when its block is invalidated, perhaps by what the block itself did.
+ * Then out: the instruction is complete, and a CALL has pushed. */
+static void load_link(struct gen *g, struct uop *const *link, int64_t delta, bool fused)
 {
     gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)link);
     gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 0);
     gen_op_rr(g, 3, 0x85, H_RSI, H_RSI);
-    jump_to_stub(g, 4);
+    struct stub *s = jump_to_stub(g, 4);
+    s->leave = 1, s->delta = delta, s->fused = fused;
 }
 /* To a fixed successor. Registers are written back and forgotten by the caller's caller (both paths share the state). */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
@@ -360,8 +362,8 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
     struct uop *to = taken ? l->taken : l->next;
     gen_write_back(g);
     if (to) {
-        load_link(g, taken ? &l->taken : &l->next);
         gen_due(g, u, delta, fused);
+        load_link(g, taken ? &l->taken : &l->next, delta, fused);
         gen_add_rip(g, H_RDX, delta);
         gen_jump_rsi(g);
     } else {

@@ -214,6 +214,21 @@ test_long:
     mov eax, 0x66
     call r9
     SHOW
+    SAY "code that dies before its call\n"  /* it stands beside the page table entry that its load marks Accessed */
+    mov qword ptr [PD + 8 * 8], 0x130007    /* linear 0x1000000 */
+    mov qword ptr [0x130808], 0x140007
+    COPY dying, dying_end, 0x130810
+    mov r9d, 0x130810
+    mov ecx, 0x140000
+    mov ebp, 100
+1:  call r9
+    dec ebp
+    jnz 1b
+    xor ebx, ebx
+    mov ecx, 0x1101000
+    call r9
+    mov eax, ebx
+    SHOW
     SAY "end\n"
     EXIT 0
 
@@ -269,3 +284,10 @@ counter:
     ret
 2:  .long 0
 counter_end:
+dying:
+    movups xmm0, [rcx]
+    call 1f
+    inc ebx
+    ret
+1:  ret
+dying_end:
