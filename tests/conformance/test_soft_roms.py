@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import soft_programs
+from tests.support.patience import PATIENCE
 
 ROMS = Path(__file__).parent / "roms"
 SANITIZE = bool(os.environ.get("SOFT_SANITIZE"))
@@ -46,13 +47,13 @@ def soft_boot() -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_rom(soft_boot: Path, tmp_path: Path, name: str, clock: str) -> None:
     """The image prints what the manuals say, with both clocks, and when all state moves to a fresh VM every 5 us."""
-    arguments = ["--memory", "64", "--timeout", "60", "--cpus", str(CPUS.get(name, 1))]
+    arguments = ["--memory", "64", "--timeout", f"{60 * PATIENCE:.0f}", "--cpus", str(CPUS.get(name, 1))]
     if clock != "real":
         arguments += ["--virtual", "100000000"]
     if clock == "hops":
         arguments += ["--hop", "5000"]
     run = subprocess.run([soft_boot, *arguments, "--bios", assemble(name, tmp_path)], capture_output=True, text=True,
-                         timeout=90, check=False)
+                         timeout=90 * PATIENCE, check=False)
     assert run.stdout == (ROMS / f"{name}.expected").read_text()
     assert run.returncode == ENDS.get(name, 1), run.stderr
 
@@ -76,7 +77,7 @@ def test_rom_on_qemu(tmp_path: Path, name: str) -> None:
          "-monitor", "none", "-serial", "none", "-no-reboot", "-smp", str(CPUS.get(name, 1)),
          "-bios", assemble(name, tmp_path), "-debugcon", f"file:{output}",
          "-device", "isa-debug-exit,iobase=0xf4,iosize=1"],
-        timeout=60, check=False, capture_output=True)
+        timeout=60 * PATIENCE, check=False, capture_output=True)
     known = ROMS / f"{name}.qemu"
     assert differing((ROMS / f"{name}.expected").read_text(), output.read_text()) == (
         known.read_text() if known.exists() else "")

@@ -27,6 +27,7 @@ from cpu.exits import (
     Posted,
     Resume,
 )
+from tests.support.patience import PATIENCE
 from vmm.boot import BootState, load
 
 CONSOLES = (0xE9, 0x3F8)
@@ -141,10 +142,11 @@ class Bare:
                     self.vcpus[item[0]].resume(entry)
 
     def run(self, until: Callable[[Bare], bool] | None = None, timeout: float = 20.0) -> None:
-        """Turn until the guest ended, an exit is left unanswered, or `until` holds. TooLate after `timeout` seconds."""
+        """Turn until the guest ended, an exit is left unanswered, or `until` holds. TooLate after `timeout` seconds
+        (times PATIENCE)."""
         poll = select.poll()
         poll.register(self.vm.fileno(), select.POLLIN)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         known = len(self.exits)
         while True:
             if until is not None and until(self):

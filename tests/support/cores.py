@@ -7,7 +7,6 @@ code without paging at CODE, whose reads are stored at ANSWERS.
 from __future__ import annotations
 
 import mmap
-import os
 import select
 import struct
 import time
@@ -35,6 +34,7 @@ from cpu.exits import (
 )
 from cpu.scripted import ScriptedVcpu, Store
 from cpu.vm import CoreVcpu, CoreVm
+from tests.support.patience import PATIENCE
 
 CODE = 0x2000
 ANSWERS = 0x8000
@@ -44,8 +44,7 @@ RAM = 1 << 20
 MMIO = 0xE000_0000
 DONE = 0xFF0
 """The port whose write ends a program."""
-DEADLINE_S = 20.0 * float(os.environ.get("LOOPVISOR_PATIENCE", "1"))
-"""A host that emulates (tests.rig) asks for more patience."""
+DEADLINE_S = 20.0 * PATIENCE
 
 RESUME = Resume()
 Step = PortIn | PortOut | MmioRead | MmioWrite | Store | Shutdown

@@ -15,9 +15,7 @@ import pytest
 from images import cache, packages
 from images.errors import ImageError
 from images.tree import Tree
-
-PATIENCE = float(os.environ.get("LOOPVISOR_PATIENCE", "1"))
-"""What deadlines are multiplied with; a host that emulates (tests.rig) asks for more."""
+from tests.support.patience import PATIENCE as PATIENCE
 
 APPEND = os.environ.get("LOOPVISOR_GUEST_APPEND", "")
 """What this host's processor needs on the command line of a guest whose messages are compared (tests.rig)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from tests.support.patience import PATIENCE
 from virtio import mmio
 from virtio.constants import Feature, Status
 from virtio.device import Device
@@ -122,7 +123,7 @@ class Driver:
     async def wait(self, condition: Callable[[], Any], timeout: float = 10) -> Any:
         """Wait until `condition()` is true; it is looked at after every interrupt and every turn of the
         loop."""
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(timeout * PATIENCE):
             while not (result := condition()):
                 self.interrupted.clear()
                 waiter = asyncio.ensure_future(self.interrupted.wait())
