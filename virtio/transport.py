@@ -359,8 +359,8 @@ class Transport:
         if self._resetting:
             raise StateError("a reset is not complete")
         self._abandon_faulty()  # the fault may have come since `quiesce`
-        if not self.device.idle():
-            raise StateError("system calls are in flight")
+        if self.active is None and not self.device.idle():
+            raise StateError("requests are in flight")
         rings = []
         for config, queue in zip(self.queues, self.active.queues if self.active else (), strict=False):
             if queue.in_flight:

@@ -16,7 +16,7 @@ from virtio.backends.file import Cache, FileBlock, Io
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.driver import Buffer
-from virtio.errors import ConfigError
+from virtio.errors import ConfigError, StateError
 
 pytestmark = [pytest.mark.root]
 SIZE = 1 << 20
@@ -107,6 +107,23 @@ async def test_saving_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDi
     slow.release()
     await asyncio.wait_for(quiesced, 10)
     driver.transport.save()
+    for number, room in enumerate(rooms):
+        assert driver.bytes_at(room) == slow.data[24 * 512 * number :][:4096]
+    driver.transport.reset()
+    await device.aclose()
+
+
+async def test_a_state_that_is_refused_leaves_the_requests(device: BlockDevice, slow: SlowDisk) -> None:
+    """`save` before `quiesce` is a mistake that the guest does not pay for."""
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold()
+    rooms = reads(driver, 40)
+    await driver.wait(lambda: slow.waiting)
+    with pytest.raises(StateError, match="in flight"):
+        driver.transport.save()
+    slow.release()
+    await driver.used(0, 40)
     for number, room in enumerate(rooms):
         assert driver.bytes_at(room) == slow.data[24 * 512 * number :][:4096]
     driver.transport.reset()
