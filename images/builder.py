@@ -31,8 +31,10 @@ Progress = Callable[[str, int, int], None]
 STEPS = 4
 
 
+@cache.host_errors()
 def build(name: str, progress: Progress | None = None) -> Built:
-    """Build a recipe, or find that its build is up to date. Safe when several run at once or one is killed."""
+    """Build a recipe, or find that its build is up to date. Safe when several run at once or one is killed. Raises
+    ImageError."""
     cache.sweep()
     tell = progress or (lambda what, done, total: None)
     recipe = recipes.load(name)
@@ -81,6 +83,7 @@ def _wanted(recipe: dict[str, Any]) -> tuple[list[Package], list[Package]]:
     return wanted, packages.installation(recipe["root"]["include"], recipe["root"]["suite"])
 
 
+@cache.host_errors()
 def prune() -> int:
     """Remove builds that are not current, packages that no current build needs and what is left of interrupted
     downloads; bytes freed. Raises ImageError while something is built."""
@@ -117,8 +120,9 @@ def size_on_disk(directory: Path) -> int:
     return sum(item.stat().st_blocks * 512 for item in directory.rglob("*"))
 
 
+@cache.host_errors()
 def remove(name: str) -> bool:
-    """Forget a build; False if there was none."""
+    """Forget a build; False if there was none. Raises ImageError."""
     with cache.lock(f"image-{name}"):
         built = current(name)
         (cache.directory("images") / f"{name}.json").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ entry wait for each other. Nothing here knows what an entry holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,27 @@ OUTSIDE = ".outside"
 """In a workspace: the path of the directory that belongs to it elsewhere."""
 
 
+_WAY_OUT = {
+    errno.ENOSPC: "vmm images prune makes room, and LOOPVISOR_CACHE names another place",
+    errno.EDQUOT: "vmm images prune makes room, and LOOPVISOR_CACHE names another place",
+    errno.EROFS: "LOOPVISOR_CACHE names another place",
+    errno.EACCES: "LOOPVISOR_CACHE names another place",
+}
+
+
+@contextlib.contextmanager
+def host_errors() -> Iterator[None]:
+    """What the host refuses to who builds or removes images becomes an ImageError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or cache_directory()
+        text = f"{where}: {(error.strerror or str(error)).lower()}"
+        if error.errno in _WAY_OUT:
+            text += f"; {_WAY_OUT[error.errno]}"
+        raise ImageError(text) from error
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
@@ -33,10 +55,8 @@ def file_hash(path: Path) -> str:
 def directory(*parts: str) -> Path:
     """A directory of the cache, made if it is not there."""
     path = cache_directory().joinpath(*parts)
-    try:
+    with host_errors():
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"cannot make the cache directory {path}: {error.strerror}; set LOOPVISOR_CACHE") from error
     return path
 
 
@@ -85,8 +105,9 @@ def _remove(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
+@host_errors()
 def sweep() -> None:
-    """Remove the workspaces of processes that are gone."""
+    """Remove the workspaces of processes that are gone. Raises ImageError."""
     for path in directory("tmp").iterdir():
         try:
             with (path / ".lock").open() as file:

@@ -45,11 +45,11 @@ def load(name: str) -> dict[str, Any]:
 
 def check(recipe: dict[str, Any]) -> None:
     """Raise ImageError for a key that is unknown, missing or of another kind."""
+    _known(recipe, {"description", "kind", "root", *_TABLES}, "")
     kind = recipe.get("kind")
     if kind not in KINDS:
         raise ImageError(f"kind: {kind!r} is none of {', '.join(KINDS)}", "config")
     tables = {**_TABLES, "root": _ROOTS[kind]}
-    _known(recipe, {"description", "kind", *tables}, "")
     if not isinstance(recipe.get("description", ""), str):
         raise ImageError(f"description: {recipe['description']!r} is not text", "config")
     for table, keys in tables.items():

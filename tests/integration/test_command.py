@@ -184,6 +184,23 @@ def test_no_permission(tmp_path: Path) -> None:
         assert "no permission to open /dev/kvm (join its group: sudo adduser $USER kvm" in done.stderr
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("command", [["images", "build", "linux"], ["run", "linux", "--", "true"]])
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, command: list[str]) -> None:
+    script = 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path), *VMM, *command], text=True, timeout=60,
+        stdin=subprocess.DEVNULL, capture_output=True, env=environment(tmp_path) | {"LOOPVISOR_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    if "mount" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 4
+    assert done.stdout == ""
+    message = rf"vmm: {tmp_path}/\w+: read-only file system; LOOPVISOR_CACHE names another place\n"
+    assert re.fullmatch(message, done.stderr)
+
+
 def test_name_in_use(runtime: Path, echo: Background) -> None:
     done = vmm(runtime, "run", "hello", "--name", "echo")
     assert done.returncode == 2

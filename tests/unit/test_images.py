@@ -177,6 +177,20 @@ def test_the_lock_excludes(own_cache: Path) -> None:
     assert inside.is_set()
 
 
+def test_what_the_host_refuses_is_one_line_with_a_way_out(own_cache: Path) -> None:
+    with pytest.raises(ImageError, match=f"^{own_cache}: no space left on device; vmm images prune makes room, and "):
+        with cache.host_errors(), open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+    (own_cache / "locks" / "builds").mkdir(parents=True)
+    for act in (lambda: builder.build("linux"), builder.prune, lambda: catalog.resolve("linux", build=True)):
+        with pytest.raises(ImageError, match=f"^{own_cache}/locks/builds: is a directory$") as caught:
+            act()
+        assert caught.value.kind == "host"
+    own_cache.joinpath("images").write_text("")
+    with pytest.raises(ImageError, match=f"^{own_cache}/images: file exists"):
+        cache.directory("images")
+
+
 def test_every_tiny_guest_resolves() -> None:
     assert {"hello", "real", "echo", "timer", "exit", "triple", "spin", "dirty", "flood"} <= set(guests.names())
     for name in guests.names():
@@ -222,6 +236,7 @@ size_mib = 64
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('"busybox"', '"gentoo"', "kind: 'gentoo' is none of busybox, debian"),
     ('kind = "busybox"', "", "kind: None is none of"),
+    ("kind =", "knid =", "unknown key knid; known are "),
     ('kind = "busybox"', 'kind = "debian"', "unknown key root.packages"),
     ("size_mib = 64", "", "root.size_mib is missing: a number of MiB"),
     ("64\n", '"64"\n', "root.size_mib: '64' is not a number"),
