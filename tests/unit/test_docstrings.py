@@ -6,13 +6,15 @@ import importlib
 import inspect
 import runpy
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import vmm
+import vmm.config
+from vmm.convert import Checked
 
 MODULES = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "api.py"))["MODULES"]
 
@@ -57,3 +59,14 @@ def test_every_name_of_vmm_is_in_the_reference() -> None:
         assert inspect.getdoc(getattr(vmm, name)) or name == "Event", name
         home = getattr(getattr(vmm, name), "__module__", "vmm.events")
         assert home in MODULES or home == "types", f"{name} of {home} is not in docs/api.py"
+
+
+@pytest.mark.parametrize("part", Checked.__subclasses__(), ids=lambda part: part.__name__)
+def test_every_option_is_in_the_reference_with_its_default_and_meaning(part: type[Checked]) -> None:
+    doc = pytest.importorskip("pdoc.doc")
+    page = doc.Module(importlib.import_module(part.__module__)).get(part.__name__)
+    for field in fields(part):  # type: ignore[arg-type]
+        shown = page.get(field.name)
+        assert shown is not None and shown.docstring, field.name
+        assert shown.annotation_str.startswith(": "), field.name
+        assert shown.default_value_str == ("" if field.default is MISSING else repr(field.default)), field.name
