@@ -220,12 +220,14 @@ static bool cancel(BlockObject *self, long timeout_ms)
     struct jobs dropped = {0};
     int64_t deadline = blk_now() + timeout_ms * 1000000;
     bool idle;
+    blk_abandon(&self->disk, true);
     Py_BEGIN_ALLOW_THREADS
     idle = blk_uring_cancel(&self->uring, deadline, &dropped);
     idle &= pool_cancel(&self->pool, deadline, &dropped);
     Py_END_ALLOW_THREADS
     for (struct request *job; (job = jobs_take(&dropped));)
         job_free(self, job);
+    blk_abandon(&self->disk, !idle);
     return idle;
 }
 
@@ -241,6 +243,7 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
 {
     if (!self->closed) {
         self->closed = true;
+        blk_abandon(&self->disk, true);
         struct jobs dropped = {0};
         Py_BEGIN_ALLOW_THREADS
         while (!blk_uring_cancel(&self->uring, blk_now() + 1000000000, &dropped))

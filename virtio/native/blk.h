@@ -111,6 +111,7 @@ struct disk {
     uint64_t sectors;
     bool read_only, writeback, discard, write_zeroes;
     bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
+    bool abandoned; /* what the kernel has not begun is not done any more; set by the loop's thread, atomic */
     char serial[ID_BYTES];
 };
 
@@ -125,6 +126,16 @@ int blk_return(struct request *request);
 /* blk_io.c; any thread */
 
 int64_t blk_now(void); /* CLOCK_MONOTONIC, ns */
+
+static inline bool blk_abandoned(const struct disk *disk)
+{
+    return __atomic_load_n(&disk->abandoned, __ATOMIC_RELAXED);
+}
+
+static inline void blk_abandon(struct disk *disk, bool abandon)
+{
+    __atomic_store_n(&disk->abandoned, abandon, __ATOMIC_RELAXED);
+}
 
 void blk_run(struct disk *disk, struct request *job);
 /* The outcome of a whole job. */

@@ -69,19 +69,19 @@ bool blk_aligned(const struct disk *disk, const struct iovec *iov, unsigned coun
 }
 
 /* O_DIRECT wants aligned memory; a guest need not: then the bytes take one more step. */
-static uint8_t transfer_bounced(int fd, bool write, const struct iovec *iov, unsigned count, uint64_t offset,
-                                uint64_t length, int flags)
+static uint8_t transfer_bounced(const struct disk *disk, bool write, const struct iovec *iov, unsigned count,
+                                uint64_t offset, uint64_t length, int flags)
 {
     void *bounce;
     if (posix_memalign(&bounce, 4096, length < BOUNCE ? length : BOUNCE))
         return S_IOERR;
     uint8_t status = S_OK;
-    for (uint64_t done = 0; done < length && status == S_OK; done += BOUNCE) {
+    for (uint64_t done = 0; done < length && status == S_OK && !blk_abandoned(disk); done += BOUNCE) {
         uint64_t part = length - done < BOUNCE ? length - done : BOUNCE;
         struct iovec one = {bounce, part};
         if (write)
             iov_copy(iov, count, done, bounce, part, true);
-        status = transfer(fd, write, &one, 1, offset + done, part, flags);
+        status = transfer(disk->fd, write, &one, 1, offset + done, part, flags);
         if (!write && status == S_OK)
             iov_copy(iov, count, done, bounce, part, false);
     }
@@ -136,7 +136,7 @@ static uint8_t transfer_overlaid(struct disk *disk, bool write, struct iovec *io
         return status;
     }
     uint8_t status = S_OK;
-    for (uint64_t done = 0; done < length && status == S_OK;) {
+    for (uint64_t done = 0; done < length && status == S_OK && !blk_abandoned(disk);) {
         struct iovec part[IOV_LIMIT];
         uint64_t sector = (offset + done) / SECTOR;
         uint64_t run = blk_dirty_run(disk, sector, (length - done) / SECTOR) * SECTOR;
@@ -148,12 +148,12 @@ static uint8_t transfer_overlaid(struct disk *disk, bool write, struct iovec *io
     return status;
 }
 
-static uint8_t zero_range(int fd, uint64_t offset, uint64_t length)
+static uint8_t zero_range(const struct disk *disk, int fd, uint64_t offset, uint64_t length)
 {
     static const char zeroes[65536] __attribute__((aligned(4096)));
     if (!fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length))
         return S_OK;
-    while (length) {
+    while (length && !blk_abandoned(disk)) {
         ssize_t done = pwrite(fd, zeroes, length < sizeof zeroes ? length : sizeof zeroes, (off_t)offset);
         if (done < 0 && errno == EINTR)
             continue;
@@ -173,12 +173,12 @@ static bool punch(int fd, uint64_t offset, uint64_t length)
 static uint8_t run_zeroes(struct disk *disk, struct request *request)
 {
     uint8_t status = S_OK;
-    for (uint32_t i = 0; i < request->zeroes_count && status == S_OK; i++) {
+    for (uint32_t i = 0; i < request->zeroes_count && status == S_OK && !blk_abandoned(disk); i++) {
         uint64_t offset = request->zeroes[i].sector * SECTOR, length = (uint64_t)request->zeroes[i].sectors * SECTOR;
         bool unmap = request->type == T_DISCARD || request->zeroes[i].flags & 1;
         if (disk->overlay >= 0) {
             if (length && request->type == T_WRITE_ZEROES) {
-                if (punch(disk->overlay, offset, length) || zero_range(disk->overlay, offset, length) == S_OK)
+                if (punch(disk->overlay, offset, length) || zero_range(disk, disk->overlay, offset, length) == S_OK)
                     blk_set_dirty(disk, offset, length);
                 else
                     status = S_IOERR;
@@ -188,7 +188,7 @@ static uint8_t run_zeroes(struct disk *disk, struct request *request)
         if (!length || (unmap && punch(disk->fd, offset, length)))
             continue;
         if (request->type == T_WRITE_ZEROES) /* a discard that the file system cannot do is a hint not taken */
-            status = zero_range(disk->fd, offset, length);
+            status = zero_range(disk, disk->fd, offset, length);
     }
     if (request->dsync && status == S_OK && request->type == T_WRITE_ZEROES && disk->overlay < 0 && fdatasync(disk->fd))
         status = S_IOERR;
@@ -218,6 +218,8 @@ void blk_done(struct request *job, uint8_t status)
 void blk_run(struct disk *disk, struct request *job)
 {
     uint8_t status;
+    if (blk_abandoned(disk))
+        return; /* dropped, as soon as it is back */
     if (job->type == T_IN || job->type == T_OUT) {
         struct iovec iov[IOV_LIMIT];
         unsigned count = blk_gather(job, iov);
@@ -228,7 +230,7 @@ void blk_run(struct disk *disk, struct request *job)
         else if (blk_aligned(disk, iov, count))
             status = transfer(disk->fd, write, iov, count, job->offset, job->job_length, flags);
         else
-            status = transfer_bounced(disk->fd, write, iov, count, job->offset, job->job_length, flags);
+            status = transfer_bounced(disk, write, iov, count, job->offset, job->job_length, flags);
     } else if (job->type == T_FLUSH) {
         /* a snapshot ends with its machine: there is nothing to make durable */
         status = disk->overlay < 0 && fdatasync(disk->fd) ? S_IOERR : S_OK;

@@ -95,6 +95,55 @@ async def test_a_reset_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowD
     await device.aclose()
 
 
+def on_disk(slow: SlowDisk) -> bytes:
+    """What the file holds now."""
+    with slow.path.open("rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+async def test_a_reset_ends_what_threads_have_not_begun(slow: SlowDisk, cache: Cache) -> None:
+    """A thread takes several requests at a time; only those that the kernel has are waited for."""
+    device = BlockDevice(await FileBlock.open(slow.path, cache=cache, io="threads"))
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold("WRITE")
+    for number in range(40):
+        head = driver.buffer(struct.pack("<IIQ", blk.OUT, 0, 24 * number))
+        data = (driver.allocator.take(4096, 4096), 4096)
+        driver.queues[0].add([head, data], [driver.buffer(1)])
+    driver.notify(0)
+    await driver.wait(lambda: slow.waiting)
+    driver.write_status(0)
+    slow.release()
+    await driver.wait(lambda: driver.read_status() == 0)
+    after = on_disk(slow)
+    assert sum(after[12288 * number :][:4096] == bytes(4096) for number in range(40)) <= 2
+    await device.aclose()
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+async def test_zeroes_that_take_long_end_with_the_device(device: BlockDevice, slow: SlowDisk, how: str) -> None:
+    """A request may ask for 32 GiB of them, and this file system takes each 64 KiB from us."""
+    driver = PciDriver(device)
+    driver.initialize()
+    slow.hold("WRITE")
+    head = struct.pack("<IIQ", blk.WRITE_ZEROES, 0, 0)
+    entries = b"".join(struct.pack("<QII", 128 * number, 128, 0) for number in range(8))
+    driver.submit(0, [driver.buffer(head + entries + struct.pack("<QII", 1024, 1024, 0))], [driver.buffer(1)])
+    await driver.wait(lambda: slow.waiting)
+    driver.transport.reset()
+    closing = asyncio.ensure_future(device.aclose()) if how == "close" else None
+    await asyncio.sleep(0)
+    slow.release()
+    if closing is None:
+        await driver.wait(lambda: driver.read_status() == 0)
+    else:
+        await asyncio.wait_for(closing, 10)
+    assert on_disk(slow)[65536:] == slow.data[65536:]
+    await device.aclose()
+
+
 async def test_saving_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDisk) -> None:
     driver = PciDriver(device)
     driver.initialize()
