@@ -21,7 +21,8 @@ BUFFER = 256 << 10
 """Bytes that a guest may send ahead on one connection (buf_alloc)."""
 CHUNK = 64 << 10
 CONNECTIONS_MAX = 256
-"""Each holds up to three descriptors of this process and BUFFER bytes."""
+"""Each holds up to three descriptors of this process and BUFFER bytes. As many may wait, closed, for a host that has
+not read everything."""
 PACKETS_WAITING = 256
 """Packets that wait for the guest's buffers before the device takes no more from it."""
 FIRST_PORT = 1 << 30
@@ -119,6 +120,8 @@ class VsockDevice(Device):
         self._connections: dict[tuple[int, int], Connection] = {}
         self._outgoing: asyncio.Queue[Packet] = asyncio.Queue(PACKETS_WAITING)
         self._ports = itertools.count(FIRST_PORT)
+        self._lingering: list[asyncio.WriteTransport] = []
+        """Closed, with bytes that the host has not read yet. CONNECTIONS_MAX at most."""
         self._reset_owed = False
         """The driver has not heard yet that its connections are gone."""
 
@@ -164,7 +167,7 @@ class VsockDevice(Device):
         self._reset_owed = False
         connections, self._connections = self._connections, {}
         for connection in connections.values():
-            connection.close()
+            self._close(connection)
         return True
 
     async def aclose(self) -> None:
@@ -293,13 +296,23 @@ class VsockDevice(Device):
         known = self._known(connection)
         if known:
             del self._connections[connection.host_port, connection.guest_port]
-        connection.close()
+        self._close(connection)
         return known
+
+    def _close(self, connection: Connection) -> None:
+        connection.close()
+        if connection.streams is None:
+            return
+        waiting = [*self._lingering, connection.streams[1].transport]
+        waiting = [transport for transport in waiting if transport.get_write_buffer_size()]
+        for transport in waiting[:-CONNECTIONS_MAX]:
+            transport.abort()
+        self._lingering = waiting[-CONNECTIONS_MAX:]
 
     def _run(self, connection: Connection, streams: Streams) -> None:
         connection.streams = streams
         if not self._known(connection):
-            connection.close()
+            self._close(connection)
             return
         self.spawn(self._pump_out(connection, streams[0]), "to-guest")
         self.spawn(self._pump_in(connection, streams[1]), "to-host")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from virtio.backends.vsock import MemoryVsock, Streams
+from virtio.backends.vsock import MemoryVsock, Streams, UnixVsock, VsockBackend
 from virtio.devices import vsock
 from virtio.devices.vsock import FIRST_PORT, PACKETS_WAITING, VsockDevice
 
@@ -36,7 +39,7 @@ async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     await asyncio.Event().wait()
 
 
-async def guest_of(connect: Connect, backend: MemoryVsock, alloc: int = 1 << 20) -> Guest:
+async def guest_of(connect: Connect, backend: VsockBackend, alloc: int = 1 << 20) -> Guest:
     device = VsockDevice(backend, CID)
     await device.start()
     driver = connect(device)
@@ -166,3 +169,29 @@ async def test_a_refusal_that_nobody_waits_for(connect: Connect) -> None:
     del opening
     gc.collect()
     assert not unhandled
+
+
+@pytest.mark.parametrize("how", ["connection", "device"])
+async def test_a_host_that_does_not_read(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What it was sent waits for it after the guest has gone, for a bounded number of connections."""
+    monkeypatch.setattr(vsock, "CONNECTIONS_MAX", 4)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / f"v_{PORT}"))
+        listener.listen(100)
+        guest = await guest_of(connect, UnixVsock(tmp_path / "v"))
+        before = len(os.listdir("/proc/self/fd"))
+        for port in range(ROUNDS):
+            guest.send(port, PORT, Op.REQUEST)
+            while (await guest.receive())[0].op != Op.RESPONSE:  # after refusals of what came beyond
+                pass
+            for _ in range(28):  # more than its credit, so that the device ends the connection
+                guest.send(port, PORT, Op.RW, bytes(32768))
+                await guest.driver.used(1)
+            while (await guest.receive())[0].op != Op.RST:
+                pass
+            if how == "device":
+                guest.driver.initialize()
+                guest = Guest(guest.driver)
+        assert len(os.listdir("/proc/self/fd")) - before <= 8
