@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cli.consolesize import terminal_size
+from vmm.errors import HostError, os_reason
 from vmm.terminal import CHUNK, Output, RawMode, in_foreground
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ async def _read(descriptor: int) -> bytes:
 
 
 async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) -> None:
-    """Everything that the program writes. A reader that went away raises BrokenPipeError, which ends the command."""
+    """Everything that the program writes. A reader that went away raises BrokenPipeError, another fault of the
+    descriptor HostError; either ends the command."""
     loop = asyncio.get_running_loop()
     output = Output(descriptor)
     try:
@@ -105,5 +107,10 @@ async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) 
                     await ready
                 finally:
                     loop.remove_writer(output.descriptor)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "standard output" if descriptor == 1 else "standard error"
+        raise HostError(f"{name}: {os_reason(error)}") from error
     finally:
         output.close()

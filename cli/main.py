@@ -13,6 +13,7 @@ def main() -> NoReturn:
     """Entry point; ends the process with the command's exit status (DESIGN: 0, 2, 3, 4, 124, or the guest's)."""
     from cli.errors import reported
 
+    _open_standard_streams()
     arguments = sys.argv[1:]
     with reported():
         if arguments[:1] == ["run"]:
@@ -36,6 +37,18 @@ def main() -> NoReturn:
 
         build()(prog_name="vmm")
     sys.exit(0)
+
+
+def _open_standard_streams() -> None:
+    """Descriptors 0 to 2 that our parent closed lead nowhere: the next file that is opened would take their place."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _import_asyncio() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
 from vmm.cores import is_stock_kernel
-from vmm.errors import ConfigError, HostError, VmmError, os_reason
+from vmm.errors import ConfigError, GuestError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned
 from vmm.launch import config_for
 from vmm.lifecycle import Outcome, Reason
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 CONSOLE_LINES = 15
 """How much of its console is shown of a machine that ended before the command did."""
+TELLING = (Reason.CRASH, Reason.TRIPLE_FAULT, Reason.HALTED, Reason.GUEST_ERROR, Reason.HOST_ERROR, Reason.TIMEOUT)
+"""Ends on which the console may throw light; others only if the command had not started."""
+ENDING_SECONDS = 5.0
 
 
 def execute(arguments: RunArguments) -> int:
@@ -159,12 +163,12 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
             vm.resume()
             try:
                 return None, await run_command(vm, command)
-            except VmmError:
-                if not vm.ending:
+            except VmmError as error:
+                if not (vm.ending or (isinstance(error, GuestError) and await _ends_soon(vm))):
                     raise
                 outcome = await vm.wait()
-                tail = "".join(f"  | {line}\n" for line in vm.console.text.splitlines()[-CONSOLE_LINES:])
-                sys.stderr.write(tail)
+                if outcome.reason in TELLING or "command" not in dict(timeline.moments):
+                    sys.stderr.write(_last_words(vm.console.text))
                 return outcome, outcome.status or EXIT_GUEST
     finally:
         for helper in helpers:
@@ -173,6 +177,22 @@ async def _run(config: Config, command: list[str], timeline: Timeline) -> tuple[
         debug.close()
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+async def _ends_soon(vm: VirtualMachine) -> bool:
+    """A guest that powers off kills its programs and its agent first."""
+    try:
+        async with asyncio.timeout(ENDING_SECONDS):
+            await vm.ended()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _last_words(text: str) -> str:
+    """The end of a console, without what would steer our terminal."""
+    lines = re.sub(r"\x1b\[[0-9;?]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]", "", text.replace("\r\n", "\n")).splitlines()
+    return "".join(f"  | {line}\n" for line in lines[-CONSOLE_LINES:])
 
 
 class _DebugOutput:
@@ -233,5 +253,7 @@ def _report(config: Config, outcome: Outcome, arguments: RunArguments) -> None:
             )
             + "\n"
         )
+    elif arguments.command:
+        say(f"{config.name}: the machine ended before the command: {detail}")
     elif outcome.reason not in (Reason.SHUTDOWN, Reason.RESET, Reason.EXIT):
         say(f"{config.name}: {detail}")

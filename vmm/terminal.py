@@ -221,6 +221,8 @@ class StandardStreams:
             data = b""
         if not data:
             self._stop_reading()
+            if self._is_terminal:  # in raw mode nothing that is typed is an end of file
+                self._finish(Outcome(Reason.SIGNAL, "the terminal is gone", code=signal.SIGHUP))
             return
         if self._is_terminal and ESCAPE in data:
             data = data[: data.index(ESCAPE)]

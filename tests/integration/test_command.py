@@ -388,6 +388,19 @@ def test_terminal_is_restored_on_signals(runtime: Path, number: signal.Signals) 
         assert session.restored
 
 
+def test_a_terminal_that_goes_away_ends_the_machine(runtime: Path) -> None:
+    """Even if nobody passes SIGHUP on, as under a shell that ignores it."""
+    command = ["sh", "-c", 'trap "" HUP; "$@"; exit $?', "sh", *VMM, "run", "echo", "--name", "e"]
+    session = Session.of(command, environment(runtime), runtime)
+    try:
+        session.expect(b"Ctrl-D ends")
+        session.hang_up()
+        assert session.process.wait(30) == 128 + signal.SIGHUP
+    finally:
+        session.process.kill()
+        session.process.wait(10)
+
+
 def test_console_attach_twice_and_detach(runtime: Path, echo: Background) -> None:
     with Session(runtime, "console", "echo") as first, Session(runtime, "console", "echo") as second:
         for session in (first, second):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from images import catalog
 from images.errors import ImageError
 from tests.support import passt
-from tests.support.command import Background, Session, vmm, wait_for
+from tests.support.command import VMM, Background, Session, environment, vmm, wait_for
 from vmm import VirtualMachine
 from vmm.launch import config_for, run
 
@@ -124,6 +126,41 @@ async def test_the_timeline_of_an_embedded_machine(image: catalog.Image) -> None
     assert 0 < phases["kernel"].end - phases["kernel"].begin < BOOT
     moments = dict(vm.timeline.moments)
     assert moments["resume"] <= moments["first exit"] < moments["init"] < moments["root"] < moments["agent"]
+
+
+def test_output_that_cannot_be_written(runtime: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        words = [*VMM, "run", "linux", "--", "echo", "hi"]
+        done = subprocess.run(words, env=environment(runtime), stdin=subprocess.DEVNULL, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=BOOT)  # fmt: skip
+    assert done.returncode == 4
+    assert done.stderr.splitlines()[-1] == "vmm: standard output: no space left on device"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("closing", "shown"), [("<&-", "hi\n"), (">&-", ""), ("<&- >&- 2>&-", "")])
+def test_standard_streams_that_are_closed(runtime: Path, closing: str, shown: str) -> None:
+    command = f"exec {shlex.join([*VMM, 'run', 'linux', '--', 'echo', 'hi'])} {closing}"
+    done = subprocess.run(["sh", "-c", command], env=environment(runtime), capture_output=True, text=True, timeout=BOOT)
+    assert (done.returncode, done.stdout) == (0, shown), done.stderr
+    assert done.stderr == "" or passt.why_not()
+
+
+@pytest.mark.parametrize(("command", "why"), [("poweroff", "shutdown"), ("reboot", "reset")])
+def test_a_command_that_ends_the_machine(runtime: Path, command: str, why: str) -> None:
+    done = vmm(runtime, "run", "linux", "--name", "p", "--", "sh", "-c", f"{command}; sleep 100", timeout=BOOT)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(f"vmm: p: the machine ended before the command: {why}: .*", done.stderr.splitlines()[-1])
+    assert "BusyBox" not in done.stderr, "the console has nothing to say to it"
+
+
+def test_a_crash_under_a_command_shows_the_console(runtime: Path) -> None:
+    done = vmm(runtime, "run", "linux", "--name", "p", "--", "sh", "-c", "echo c >/proc/sysrq-trigger", timeout=BOOT)
+    assert done.returncode == 3
+    *console, last = done.stderr.splitlines()
+    assert re.match("vmm: p: the machine ended before the command: crash: ", last)
+    assert any("Kernel Offset" in line or "Kernel panic" in line for line in console)
+    assert "\x1b" not in done.stderr
 
 
 def test_program_that_is_not_there(runtime: Path) -> None:

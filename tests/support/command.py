@@ -102,6 +102,11 @@ class Session:
         """The terminal is as it was before the command."""
         return termios.tcgetattr(self._slave) == self.before
 
+    def hang_up(self) -> None:
+        """Close the terminal; the session is not to be used any more."""
+        os.close(self._slave)
+        os.close(self.master)
+
     def kill(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
