@@ -379,14 +379,14 @@ async def cancelled_at(step: int, work: Callable[[], Coroutine[Any, Any, Any]]) 
     return not done
 
 
-async def test_cancellation_at_any_point_leaves_nothing(tmp_path: Path) -> None:
+async def test_cancellation_at_any_point_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with machine(tmp_path, text(b"hello") + [EXIT], name=f"cancel-{os.getpid()}") as vm:
             vm.resume()
             await vm.pause()
             await vm.run()
 
-    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     await work()
     gc.collect()
     before, threads = descriptors(), threading.active_count()
