@@ -258,9 +258,13 @@ static void recycle(struct block_cache *b)
 
 void soft_blocks_rest(struct soft_vm *vm)
 {
-    if (vm->blocks->used > soft_share(ARENA_SIZE, vm->blocks->shares)) {
+    struct block_cache *b = vm->blocks;
+    size_t share = soft_share(ARENA_SIZE, b->shares);
+    if (b->used > share || !host_code_rest(b->host_code)) {
         soft_blocks_flush(vm);
-        recycle(vm->blocks);
+        recycle(b);
+    } else {
+        soft_give_back(b->arena, &b->touched, b->used, share, MADV_DONTNEED); /* what was used before the last flush */
     }
 }
 

@@ -16,6 +16,8 @@ struct host_code;
 struct host_code *host_code_create(bool shares);
 void host_code_destroy(struct host_code *code);
 void host_code_reset(struct host_code *code); /* all translations are dead */
+/* The VM sleeps: give back memory beyond its share. False if translations stand there; then all must be dropped first. */
+bool host_code_rest(struct host_code *code);
 /* False: no room is left. */
 bool host_code_translate(struct host_code *code, struct block *k);
 /* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */

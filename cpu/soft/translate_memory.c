@@ -69,6 +69,16 @@ void host_code_destroy(struct host_code *code)
         free(code);
     }
 }
+bool host_code_rest(struct host_code *code)
+{
+    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
+    if (!code->base)
+        return true;
+    if (code->used > share)
+        return false;
+    soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
+    return true;
+}
 void host_code_reset(struct host_code *code)
 {
     if (!code->base)
