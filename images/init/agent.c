@@ -14,7 +14,7 @@
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, READY_PORT = 1025 };
 enum { EXEC = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84 };
 enum { MAX_FRAME = 65536, MAX_STRINGS = 1024, SETTLE_MS = 2000 };
-enum { TIOCSCTTY = 0x540e, TIOCSWINSZ = 0x5414, TIOCSPTLCK = 0x40045431, TIOCGPTN = (int)0x80045430 };
+enum { TIOCSCTTY = 0x540e, TIOCGWINSZ = 0x5413, TIOCSWINSZ = 0x5414, TIOCSPTLCK = 0x40045431, TIOCGPTN = (int)0x80045430 };
 struct sockaddr_vm { uint16_t family, reserved; uint32_t port, cid; uint8_t flags, zero[3]; };
 
 /* The other end of this pipe is closed when the system is set up; -1: it is. */
@@ -93,10 +93,28 @@ static void wait_settled(void)
     while (!pipe.revents && (left = settle_deadline - now_ms()) > 0) SYS(__NR_poll, &pipe, 1, left);
 }
 
-static void resize_console(unsigned rows, unsigned columns)
+/* Each console has a shell. It may not be there yet (the driver of hvc0 learns of its port late), and a terminal that
+ * nobody has open forgets its size: so look again until a shell must have it, and keep it open. A size that is there is
+ * a newer one. */
+static void resize_consoles(int link, unsigned rows, unsigned columns)
 {
-    long console = open_file("/dev/console", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-    if (console >= 0) set_size((int)console, rows, columns);
+    SYS(__NR_close, link);
+    for (int i = 0; i < 50; i++, pause_ms(200)) {
+        char active[256] = "", path[64] = "/dev/";
+        read_file("/sys/class/tty/console/active", active, sizeof active);
+        for (char *p = active; *p > ' ';) {
+            size_t n = 5;
+            uint16_t size[4] = {0};
+            while (*p > ' ' && n < sizeof path - 1) path[n++] = *p++;
+            path[n] = 0;
+            while (*p && *p <= ' ') p++;
+            long console = open_file(path, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+            if (console < 0) continue;
+            SYS(__NR_ioctl, console, TIOCGWINSZ, size);
+            if (!i || !(size[0] | size[1])) set_size((int)console, rows, columns);
+            else SYS(__NR_close, console);
+        }
+    }
     SYS(__NR_exit_group, 0);
 }
 
@@ -143,7 +161,7 @@ void serve(int link)
     uint8_t type = 0;
     long length = receive_frame(link, &type, frame);
     if (length < 0) SYS(__NR_exit_group, 0);
-    if (type == RESIZE && length == 4) resize_console(half(frame), half(frame + 2));
+    if (type == RESIZE && length == 4) resize_consoles(link, half(frame), half(frame + 2));
     if (type != EXEC || length < 9) refuse(link, "expected EXEC");
     frame[length] = 0;
     unsigned flags = frame[0], rows = half(frame + 1), columns = half(frame + 3);
