@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -31,7 +32,8 @@ def main() -> NoReturn:
                 # Everything is closed. Taking the interpreter apart costs about as much as building the machine did
                 # (tests.bench start), and there is nothing in it that anybody would miss.
                 sys.stdout.flush()
-                sys.stderr.flush()
+                with suppress(OSError):  # a terminal that went away; say() has seen it already
+                    sys.stderr.flush()
                 os._exit(status)
         from cli.app import build
 
