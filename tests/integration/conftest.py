@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests: `stock_core` is each core that runs stock kernels."""
+"""Fixtures of the integration tests: `stock_core` is each core that runs stock kernels; `linux`, the image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 
 from cpu import select
 from cpu.contract import Capability
+from images import builder
+from images.errors import ImageError
 
 
 def require_stock_core(name: str) -> str:
@@ -22,3 +24,12 @@ def require_stock_core(name: str) -> str:
 def stock_core(request: pytest.FixtureRequest) -> str:
     """A core on which Debian's kernels run: "soft", and in tests.rig or on a host with VT-x or SVM "kvm"."""
     return require_stock_core(request.param)
+
+
+@pytest.fixture(scope="module")
+def linux() -> builder.Built:
+    """The image, built from what apt offers now; else the test is skipped with the reason."""
+    try:
+        return builder.build("linux")
+    except ImageError as error:
+        pytest.skip(f"no linux image: {error}")

@@ -24,7 +24,6 @@ from urllib.parse import unquote
 import pytest
 
 from images import builder, cache
-from images.errors import ImageError
 from tests.support.archive import serve
 from tests.support.command import ROOT, VMM, wait_for
 
@@ -35,14 +34,6 @@ KILLS = 20 if SOAK else 4
 SEED = int(os.environ.get("LOOPVISOR_SEED") or time.time_ns() % 1_000_000)
 MARK = "LOOPVISOR_KILL_TEST"
 """Set in the environment of everything that a test starts, by which what is left of it is found."""
-
-
-@pytest.fixture(scope="module")
-def linux() -> builder.Built:
-    try:
-        return builder.build("linux")
-    except ImageError as error:
-        pytest.skip(f"no linux image: {error}")
 
 
 def left_over(mark: str) -> list[str]:

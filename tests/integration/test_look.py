@@ -15,18 +15,9 @@ import pytest
 
 from cli.progress import Progress, boot_progress
 from images import builder
-from images.errors import ImageError
 from tests.support.command import Background, Session, vmm, wait_for
 
 BOOT = 120.0
-
-
-@pytest.fixture
-def linux() -> None:
-    try:
-        builder.build("linux")
-    except ImageError as error:
-        pytest.skip(f"no linux image: {error}")
 
 
 def screen(seen: bytes) -> list[str]:
@@ -45,7 +36,7 @@ def screen(seen: bytes) -> list[str]:
 
 
 @pytest.mark.debian
-def test_boot_progress_gives_way_to_the_guest(tmp_path: Path, linux: None) -> None:
+def test_boot_progress_gives_way_to_the_guest(tmp_path: Path, linux: object) -> None:
     with Session(tmp_path, "run", "linux", "--name", "m", "--core", "soft") as session:
         seen = b""
         for wanted in (b"] building the machine", b"] booting: kernel", b"] booting: drivers, root file system"):
@@ -65,7 +56,7 @@ def test_boot_progress_gives_way_to_the_guest(tmp_path: Path, linux: None) -> No
 
 @pytest.mark.debian
 @pytest.mark.parametrize("options", [[], ["--hvc", "--append", "console=hvc0"]], ids=["serial", "virtio"])
-def test_the_console_has_the_size_of_its_window(tmp_path: Path, linux: None, options: list[str]) -> None:
+def test_the_console_has_the_size_of_its_window(tmp_path: Path, linux: object, options: list[str]) -> None:
     with Session(tmp_path, "run", "linux", "--core", "soft", *options) as session:
         session.resize(31, 101)
         session.expect(b"linux:~# ", BOOT)
@@ -79,7 +70,7 @@ def test_the_console_has_the_size_of_its_window(tmp_path: Path, linux: None, opt
 
 @pytest.mark.debian
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
-def test_a_command_finds_the_network_up(tmp_path: Path, linux: None) -> None:
+def test_a_command_finds_the_network_up(tmp_path: Path, linux: object) -> None:
     found = vmm(tmp_path, "run", "linux", "--core", "soft", "--", "ip", "-4", "addr", "show", "eth0", timeout=BOOT)
     if "passt does not start" in found.stderr:
         pytest.skip(found.stderr)
@@ -88,7 +79,7 @@ def test_a_command_finds_the_network_up(tmp_path: Path, linux: None) -> None:
 
 
 @pytest.mark.debian
-def test_pipes_are_quiet(tmp_path: Path, linux: None) -> None:
+def test_pipes_are_quiet(tmp_path: Path, linux: object) -> None:
     done = vmm(tmp_path, "run", "linux", "--core", "soft", "--", "echo", "whole line", timeout=BOOT)
     assert (done.stdout, done.stderr) == ("whole line\n", "")
     done = vmm(tmp_path, "images", "build", "linux")
@@ -96,7 +87,7 @@ def test_pipes_are_quiet(tmp_path: Path, linux: None) -> None:
 
 
 @pytest.mark.debian
-def test_build_progress(tmp_path: Path, linux: None) -> None:
+def test_build_progress(tmp_path: Path, linux: object) -> None:
     with Session(tmp_path, "images", "build", "linux") as session:
         assert session.wait(BOOT) == 0
         assert b"] looking up packages" in session.seen

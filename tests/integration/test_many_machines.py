@@ -14,8 +14,6 @@ import pytest
 import uvloop
 
 from cpu.select import probe
-from images import builder
-from images.errors import ImageError
 from tests.bench import bench_many
 from vmm import VirtualMachine, run
 from vmm.lifecycle import Reason
@@ -144,17 +142,9 @@ async def test_reboot_in_place_on_a_real_core(core: str) -> None:
         assert (await vm.wait()).reason is Reason.KILLED
 
 
-@pytest.fixture
-def linux() -> None:
-    try:
-        builder.build("linux")
-    except ImageError as error:
-        pytest.skip(f"no linux image: {error}")
-
-
 @pytest.mark.debian
 @pytest.mark.slow
-def test_a_further_linux_guest_takes_little_beyond_its_own_memory(linux: None) -> None:
+def test_a_further_linux_guest_takes_little_beyond_its_own_memory(linux: object) -> None:
     """Of twenty machines in one process four are Linux guests or one is: each answers a command, and the three more
     take at most 8 MiB each beyond guest memory."""
     one, four = bench_many.in_fresh_process(1, "soft", 19), bench_many.in_fresh_process(4, "soft", 16)
@@ -162,7 +152,7 @@ def test_a_further_linux_guest_takes_little_beyond_its_own_memory(linux: None) -
 
 
 @pytest.mark.debian
-async def test_a_machine_that_sleeps_gives_back_what_is_others_share(linux: None) -> None:
+async def test_a_machine_that_sleeps_gives_back_what_is_others_share(linux: object) -> None:
     """What a Linux guest's boot was translated to is most of what it takes; beside many machines it may keep less."""
     async with contextlib.AsyncExitStack() as stack:
         vm = await stack.enter_async_context(run("linux", core="soft", nets=()))
