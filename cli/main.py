@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 from contextlib import suppress
@@ -23,11 +22,8 @@ def main() -> NoReturn:
             parsed = parse_run(arguments[1:])
             if parsed is not None:
                 gc.disable()  # what imports make is there to stay, and is looked through again and again
-                _import_asyncio()
                 from cli.run import execute
 
-                gc.freeze()
-                gc.enable()
                 status = execute(parsed)
                 # Everything is closed. Taking the interpreter apart costs about as much as building the machine did
                 # (tests.bench start), and there is nothing in it that anybody would miss.
@@ -51,14 +47,3 @@ def _open_standard_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
-
-
-def _import_asyncio() -> None:
-    """asyncio as it is on a Python without TLS, which no command uses: loading OpenSSL takes as long as starting a
-    small guest (tests.bench start). Whoever imports ssl later, as uvloop does, gets it."""
-    if "ssl" not in sys.modules:
-        sys.modules["ssl"] = None  # type: ignore[assignment]
-        try:
-            importlib.import_module("asyncio")
-        finally:
-            del sys.modules["ssl"]

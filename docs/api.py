@@ -9,6 +9,7 @@ from pathlib import Path
 MODULES = (
     "vmm",
     "vmm.vm",
+    "vmm.image",
     "vmm.launch",
     "vmm.config",
     "vmm.console",

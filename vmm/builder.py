@@ -11,12 +11,12 @@ import importlib
 import inspect
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
+from cpu.contract import Capability, System, Vcpu, Vm
 from cpu.cpuid import for_vcpu
 from vmm import boot
 from vmm.boot.state import BootState
@@ -24,6 +24,7 @@ from vmm.config import Config
 from vmm.cores import SMALL_KERNEL
 from vmm.dispatch import Dispatcher
 from vmm.errors import ConfigError, HostError, core_errors
+from vmm.hardware import Hardware, Making
 from vmm.interfaces import CharacterPort, RandomSource
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine import Action, CoreMachine
@@ -87,7 +88,9 @@ class Built:
         devices: Mapping[str, Callable[[], Any]] | None = None,
         timeline: Timeline | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        making: Making | None = None,
     ) -> None:
+        """`making`: its hardware, if that was begun before; it closes it in any case."""
         self.config = config
         self.system = system
         self._console_port = console_port
@@ -103,11 +106,10 @@ class Built:
         self._reading = -1
         self._closer: threading.Thread | None = None
         self._core_closed = asyncio.Event()
-        self._vm: Vm | None = None
+        self._making = making
+        self._hardware: Hardware | None = None
         self._machine: CoreMachine | None = None
         self._dispatcher: Dispatcher | None = None
-        self._memory: GuestMemory | None = None
-        self.vcpus: list[Vcpu] = []
         self.rsdp: int | None = None
         """Guest-physical address of the ACPI root pointer, set by the part that builds the tables."""
 
@@ -124,13 +126,18 @@ class Built:
 
     @property
     def memory(self) -> GuestMemory:
-        assert self._memory is not None
-        return self._memory
+        assert self._hardware is not None
+        return self._hardware.memory
 
     @property
     def vm(self) -> Vm:
-        assert self._vm is not None
-        return self._vm
+        assert self._hardware is not None
+        return self._hardware.vm
+
+    @property
+    def vcpus(self) -> list[Vcpu]:
+        assert self._hardware is not None
+        return self._hardware.vcpus
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -161,44 +168,37 @@ class Built:
 
     async def _build(self) -> None:
         config = self.config
-        virtual = config.clock == "virtual"
-        if virtual and Capability.VIRTUAL_CLOCK not in self.capabilities:
-            raise ConfigError(f"clock: the core {self.system.name} has no virtual clock; use --core soft")
-        memory = self._memory = GuestMemory(config.memory, hugepages=config.hugepages)
-        epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
-        vm = self._vm = self.system.create_vm(
-            VmConfig(
-                vcpus=config.cpus,
-                virtual_clock=virtual,
-                epoch_ns=epoch_ns,
-                seed=config.seed,
-                pit=config.platform != "bare",
-            )
-        )
-        for slot, (start, buffer) in enumerate(memory.regions()):
-            vm.set_memory_slot(slot, start, buffer)
-        memory.on_written, memory.on_written_ranges = vm.memory_written, vm.memory_written_ranges
-        self.vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
+        if self._making is None:
+            self._making = Making(config, self.system)
+        # While the thread makes it:
+        parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
+        cpuid = self.system.supported_cpuid()
+        made = asyncio.Event()
+        self._making.when_done(partial(self._call_soon, made.set))
+        await made.wait()
+        hardware = self._hardware = self._making.result()
+        for index, vcpu in enumerate(hardware.vcpus):
+            vcpu.set_cpuid(for_vcpu(cpuid, index, config.cpus))
         machine = self._machine = CoreMachine(
-            vm,
+            hardware.vm,
             self._loop,
-            epoch_ns=epoch_ns,
+            epoch_ns=hardware.epoch_ns,
             random=random_source(config),
-            virtual_clock=virtual,
+            virtual_clock=config.clock == "virtual",
             request=self._request,
             fail=self._fail,
         )
-        self._dispatcher = Dispatcher(vm, self.vcpus, machine, self._finish)
-        for name in BARE_PARTS if config.platform == "bare" else PARTS:
-            attached = importlib.import_module(name).attach(self)
+        self._dispatcher = Dispatcher(hardware.vm, hardware.vcpus, machine, self._finish)
+        for part in parts:
+            attached = part.attach(self)
             if attached is not None:
                 await attached
         if Capability.DETECTS_HALT not in self.capabilities:
             from vmm.haltwatch import HaltWatch
 
-            self.add("halt-watch", HaltWatch(self._dispatcher, self.vcpus, self.stats))
+            self.add("halt-watch", HaltWatch(self._dispatcher, hardware.vcpus, self.stats))
         if config.platform != "bare":
-            level_trigger(vm)
+            level_trigger(hardware.vm)
         await self._load()
         for component in tuple(self.components.values()):
             begin = getattr(component, "start", None)
@@ -206,7 +206,7 @@ class Built:
                 result = begin()
                 if inspect.isawaitable(result):
                     await result
-        self._reading = vm.fileno()
+        self._reading = hardware.vm.fileno()
         self._loop.add_reader(self._reading, self._first_exit)
 
     def _first_exit(self) -> None:
@@ -216,9 +216,6 @@ class Built:
 
     async def _load(self) -> None:
         """The boot loader and vCPU 0's registers. A kernel is unpacked beside the loop."""
-        cpuid = self.system.supported_cpuid()
-        for index, vcpu in enumerate(self.vcpus):
-            vcpu.set_cpuid(for_vcpu(cpuid, index, self.config.cpus))
         kernel = self.config.kernel
         self.mark("load")
         if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:
@@ -277,19 +274,23 @@ class Built:
             self._loop.remove_reader(self._reading)
         if self._machine is not None:
             self._machine.close()
-        if self._memory is not None:
-            self._memory.on_written = self._memory.on_written_ranges = None
+        if self._hardware is not None:
+            self._hardware.memory.on_written = self._hardware.memory.on_written_ranges = None
         self._closer = threading.Thread(target=self._close_core, name="close-vm")
         self._closer.start()
 
     def _close_core(self) -> None:
         """The closing thread."""
         try:
-            if self._vm is not None:
-                self._vm.close()
+            if self._making is not None:
+                self._making.close_core()
         finally:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits
-                self._loop.call_soon_threadsafe(self._core_closed.set)
+            self._call_soon(self._core_closed.set)
+
+    def _call_soon(self, what: Callable[[], object]) -> None:
+        """*any thread*"""
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(what)
 
     def close(self) -> None:
         """begin_close() to its end, at once: for a loop that does not go on."""
@@ -307,9 +308,8 @@ class Built:
                 await self._core_closed.wait()
             finally:
                 self.close()
-                if self._memory is not None:
-                    self._memory.close()
-                    self._memory = None
+                if self._making is not None:
+                    self._making.close_memory()
 
     async def close_components(self) -> None:
         """Close the components in reverse order. Raises HostError for the first that cannot be. Idempotent."""

@@ -23,6 +23,7 @@ from vmm.console import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
 from vmm.cores import open_system
 from vmm.errors import StateError, VmmError
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
+from vmm.hardware import HeadStart, Making
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.timeline import Timeline
 
@@ -45,16 +46,22 @@ class VirtualMachine:
         *,
         system: System | None = None,
         devices: Mapping[str, Callable[[], Device]] | None = None,
+        head_start: HeadStart | None = None,
         **options: Any,
     ) -> None:
         """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
         `config.core`; it stays the caller's. `devices`: virtio devices of the caller's own by name, as functions that
-        make them (called again when the machine restarts). Raises ConfigError."""
+        make them (called again when the machine restarts). `head_start`: what was begun of this configuration's
+        machine already; entering takes it over. Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a Config or options, not both")
+        if system is not None and head_start is not None:
+            raise TypeError("give a system or a head start, not both")
         self.config = config if config is not None else Config(**options)
         self._given_system = system
         self._devices = dict(devices or {})
+        self._head_start = head_start
+        self._making: Making | None = None
         self._system: System | None = None
         self._lifecycle = Lifecycle()
         self.timeline = Timeline()
@@ -87,7 +94,12 @@ class VirtualMachine:
         self.timeline.mark("enter")
         try:
             self.config.check_host()
-            self._system = self._given_system or open_system(self.config, self._warn)
+            if self._head_start is not None:
+                self._system, self._making = self._head_start.system, self._head_start.take()
+                for text in self._head_start.warnings:
+                    self._warn(text)
+            else:
+                self._system = self._given_system or open_system(self.config, self._warn)
             await self._open_console()
             await self._build()
         except BaseException:
@@ -292,7 +304,9 @@ class VirtualMachine:
             self._devices,
             timeline,
             self._warn,
+            self._making,
         )
+        self._making = None
         FirstOutput(self._hub, partial(timeline.mark, "first console byte"))
         await built.build()
         timeline.mark("built")
@@ -374,6 +388,9 @@ class VirtualMachine:
         try:
             if self._timer is not None:
                 self._timer.cancel()
+            if self._making is not None:  # and nobody took it
+                self._making.close_core()
+                self._making.close_memory()
             if built is not None:
                 built.begin_close()  # the rest goes on meanwhile
                 await built.close_components()

@@ -1,0 +1,136 @@
+"""What a machine has before its first device: memory, the core's VM with its slots, and the vCPUs.
+
+The host's KVM takes 5 to 20 ms for it, most of which it sleeps until other processors are done with what it replaces
+(tests.bench start). So a thread makes it: the loop serves its other machines meanwhile, and `vmm run` loads the rest of
+itself. Knows no devices and no loop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
+from vmm.config import Config
+from vmm.cores import open_system
+from vmm.errors import ConfigError
+from vmm.memory import GuestMemory
+
+
+class Hardware:
+    """Made in one thread; then it belongs to the loop's. Whoever has it closes `vm`, then `memory`."""
+
+    def __init__(self, memory: GuestMemory, vm: Vm, vcpus: list[Vcpu], epoch_ns: int) -> None:
+        self.memory = memory
+        self.vm = vm
+        self.vcpus = vcpus
+        self.epoch_ns = epoch_ns
+        """The guest's wall clock at its start, ns since 1970."""
+
+
+def make(config: Config, system: System) -> Hardware:
+    """Memory is in its slots before there are vCPUs, which KVM takes better that way. Raises ConfigError, HostError,
+    CpuError, and leaves nothing behind then."""
+    virtual = config.clock == "virtual"
+    if virtual and Capability.VIRTUAL_CLOCK not in system.capabilities():
+        raise ConfigError(f"clock: the core {system.name} has no virtual clock; use --core soft")
+    epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
+    memory = GuestMemory(config.memory, hugepages=config.hugepages)
+    vm: Vm | None = None
+    try:
+        vm = system.create_vm(
+            VmConfig(
+                vcpus=config.cpus,
+                virtual_clock=virtual,
+                epoch_ns=epoch_ns,
+                seed=config.seed,
+                pit=config.platform != "bare",
+            )
+        )
+        for slot, (start, buffer) in enumerate(memory.regions()):
+            vm.set_memory_slot(slot, start, buffer)
+        memory.on_written, memory.on_written_ranges = vm.memory_written, vm.memory_written_ranges
+        return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.cpus)], epoch_ns)
+    except BaseException:
+        if vm is not None:
+            vm.close()
+        memory.close()
+        raise
+
+
+class Making:
+    """Hardware that a thread makes, from the construction of this on."""
+
+    def __init__(self, config: Config, system: System) -> None:
+        self._config, self._system = config, system
+        self._made: Hardware | None = None
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self._done = False
+        self._tell: Callable[[], object] | None = None
+        self._thread = threading.Thread(target=self._make, name="make-vm")
+        self._thread.start()
+
+    def _make(self) -> None:
+        try:
+            self._made = make(self._config, self._system)
+        except BaseException as error:
+            self._failure = error
+        with self._lock:
+            self._done = True
+        if self._tell is not None:
+            self._tell()
+
+    def when_done(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called by the making thread when it is done; here and now if it is."""
+        with self._lock:
+            if not self._done:
+                self._tell = tell
+                return
+        tell()
+
+    def result(self) -> Hardware:
+        """Waits for it. Raises what make() raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        assert self._made is not None
+        return self._made
+
+    def close_core(self) -> None:
+        """Stop every vCPU and give back what the core holds, once the thread is done. *any thread*. Idempotent."""
+        self._thread.join()
+        if self._made is not None:
+            self._made.vm.close()
+
+    def close_memory(self) -> None:
+        """After close_core(). Idempotent."""
+        if self._made is not None:
+            self._made.memory.close()
+
+
+class HeadStart:
+    """A machine's core, chosen and opened, and its hardware in the making, before there is a loop. A VirtualMachine
+    of the same configuration takes it over; without one, close it."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError, HostError."""
+        config.check_host()
+        self.warnings: list[str] = []
+        self.system = open_system(config, self.warnings.append)
+        self.making: Making | None = Making(config, self.system)
+
+    def take(self) -> Making:
+        """The hardware; it and the system are the taker's to close from now on."""
+        making, self.making = self.making, None
+        assert making is not None
+        return making
+
+    def close(self) -> None:
+        """Unless it was taken. Idempotent."""
+        if self.making is not None:
+            making = self.take()
+            making.close_core()
+            making.close_memory()
+            self.system.close()
