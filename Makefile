@@ -28,7 +28,7 @@ run: venv        ## a shell in a real Linux guest
 	@if $(BIN)/vmm images path linux >/dev/null 2>&1 || $(BIN)/vmm images build linux >/dev/null; then \
 		exec $(BIN)/vmm run linux; \
 	else \
-		echo "no Linux kernel can be had through apt here: the tiny guest 'echo' runs instead (Ctrl-D ends it)" >&2; \
+		echo "the linux image cannot be had here, as said above: the tiny guest 'echo' runs instead (Ctrl-D ends it)" >&2; \
 		exec $(BIN)/vmm run echo; \
 	fi
 

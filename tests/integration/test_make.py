@@ -51,5 +51,5 @@ def test_make_run_without_a_kernel(apt: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("echo: type, Ctrl-D ends\ntyped")
     said = done.stderr.splitlines()
     assert any(line.startswith(reason) for line in said), done.stderr
-    wanted = "no Linux kernel can be had through apt here: the tiny guest 'echo' runs instead (Ctrl-D ends it)"
+    wanted = "the linux image cannot be had here, as said above: the tiny guest 'echo' runs instead (Ctrl-D ends it)"
     assert wanted in said
