@@ -134,6 +134,8 @@ class NetDevice(Device):
         self.device_features = int(features) | backend.offloads
         self.queue_sizes = (queue_size, queue_size) * self.pairs_max + (64,)
         self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
+        self._native = False
+        """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
         self._reading: set[int] = set()
         self._writing: set[int] = set()
 
@@ -169,28 +171,27 @@ class NetDevice(Device):
 
     # Life
 
-    @property
-    def _native(self) -> bool:
-        queue = self.active.queues[0]
-        return bool(self._engines) and queue.enabled and isinstance(queue.ring, _ring.Ring)
-
     def started(self, active: Activation) -> None:
         multi = bool(active.features & Feature.MQ)
         self.backend.set_offloads(active.features & self.backend.offloads)
         if active.features & Feature.CTRL_VQ:
             # 5.1.2: "controlq ... 2N": N is 1 unless VIRTIO_NET_F_MQ was negotiated, else max_virtqueue_pairs
             self.spawn(self._control(active.queues[2 * self.pairs_max if multi else 2]), "control")
-        if not (active.queues[0].enabled and active.queues[1].enabled):
-            return
+        self._native = bool(self._engines) and all(
+            isinstance(queue.ring, _ring.Ring) for queue in active.queues if queue.enabled
+        )
         if self._native:
             for engine in self._engines:
                 engine.configure(
                     bool(active.features & Feature.MRG_RXBUF), self._longest(active.features), active.features
                 )
             self._set_pairs(self.pairs)
-        else:
-            self.spawn(self._send_frames(active.queues[1]), "transmit")
-            self.spawn(self._deliver_frames(active.queues[0], active.features), "receive")
+            return
+        receive, transmit = active.queues[:2]
+        if transmit.enabled:
+            self.spawn(self._send_frames(transmit), "transmit")
+        if receive.enabled:
+            self.spawn(self._deliver_frames(receive, active.features), "receive")
 
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)

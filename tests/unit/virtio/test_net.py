@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import passt
-from tests.support.virtio import MmioDriver
+from tests.support.virtio import AnyDriverQueue, Driver, MmioDriver
 from virtio.backends.net import FRAME_MAX, MemoryNet, NetBackend, PcapNet
 from virtio.backends.sockets import DatagramNet, StreamNet
 from virtio.backends.sockets import connect as connect_socket
@@ -451,6 +451,87 @@ async def test_user_networking_answers_dhcp(connect: Connect) -> None:
             for buffer in await driver.used(0):
                 data = driver.bytes_at(rooms.pop(0))[12 : buffer.length]
                 offer_seen |= data[12:14] == b"\x08\x00" and data[34:38] == struct.pack("!HH", 67, 68)
+
+
+def stop_queue(driver: MmioDriver, index: int) -> None:
+    """4.2.2.2: "To stop using the queue the driver MUST write zero (0x0) to this QueueReady"."""
+    driver.set(0x030, index)
+    driver.set(0x044, 0)
+    assert driver.get(0x044) == 0
+
+
+async def transmits(driver: Driver, peer: Peer, number: int) -> None:
+    sent = frame(number, 60)
+    driver.submit(1, [driver.buffer(HEADER + sent)])
+    assert await peer.receive() == sent
+    await driver.used(1)
+
+
+async def test_a_driver_that_stops_to_receive_transmits_on(peer: Peer) -> None:
+    """Only virtio-mmio can stop one queue."""
+    device = NetDevice(peer.backend, MAC)
+    driver = MmioDriver(device)
+    driver.initialize()
+    (room,) = offer(driver, 1, 2000)
+    await transmits(driver, peer, 1)
+    stop_queue(driver, 0)
+    await peer.send(frame(2, 60))
+    for number in range(3, 6):
+        await transmits(driver, peer, number)
+    device.set_link(False)
+    device.set_link(True)
+    await transmits(driver, peer, 6)
+    assert not driver.queues[0].used() and not any(driver.bytes_at(room))
+    await driver.transport.quiesce()
+    driver.transport.save()
+    driver.transport.resume()
+    await transmits(driver, peer, 7)
+    driver.initialize()
+    await transmits(driver, peer, 8)
+    offer(driver, 2, 2000)
+    await peer.send(frame(9, 60))
+    await driver.used(0)
+    driver.transport.reset()
+    await device.aclose()
+
+
+async def test_a_driver_that_stops_to_transmit_receives_on(peer: Peer) -> None:
+    device = NetDevice(peer.backend, MAC)
+    driver = MmioDriver(device)
+    driver.initialize()
+    stop_queue(driver, 1)
+    driver.submit(1, [driver.buffer(HEADER + frame(1, 60))])
+    for number in range(2, 5):
+        (room,) = offer(driver, 1, 2000)
+        await peer.send(frame(number, 60))
+        (used,) = await driver.used(0)
+        assert driver.bytes_at(room)[12 : used.length] == frame(number, 60)
+    assert not driver.queues[1].used()
+    driver.transport.reset()
+    await device.aclose()
+
+
+@pytest.mark.parametrize("enabled", [0, 1])
+async def test_a_driver_that_enables_one_queue_only(
+    connect: Connect, peer: Peer, enabled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = connect(NetDevice(peer.backend, MAC))
+    configure = driver.configure_queue
+
+    def configure_one(index: int, queue: AnyDriverQueue) -> None:
+        if index != 1 - enabled:
+            configure(index, queue)
+
+    monkeypatch.setattr(driver, "configure_queue", configure_one)
+    driver.initialize()
+    driver.notify(1 - enabled)
+    for number in range(3):
+        if enabled == 1:
+            await transmits(driver, peer, number)
+        else:
+            offer(driver, 1, 2000)
+            await peer.send(frame(number, 60))
+            await driver.used(0)
 
 
 def test_mac_addresses() -> None:
