@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from vmm.errors import ConfigError, GuestError, StateError, VmmError
+from vmm.errors import ConfigError, GuestError, StateError, VmmError, os_reason
 
 EXIT_CONFIG, EXIT_GUEST, EXIT_HOST = 2, 3, 4
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN)
 
 
 def _nothing() -> None:
@@ -38,14 +40,30 @@ def status_of(error: VmmError) -> int:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Print a VmmError as one line and exit; end quietly on Ctrl-C and when our reader went away."""
+    """Print a VmmError, and what the host refuses, as one line and exit; end quietly on Ctrl-C and when our reader went
+    away."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except VmmError as error:
         say(" ".join(str(error).split()))
         sys.exit(status_of(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere, without a traceback
+        _drop_output()
         sys.exit(141)
+    except OSError as error:
+        # Files of ours have a name.
+        where = error.filename or ("standard output" if error.errno in _OF_WRITING else "host")
+        say(f"{where}: {os_reason(error)}")
+        _drop_output()
+        sys.exit(EXIT_HOST)
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere, without a traceback."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -9,9 +9,9 @@ from typing import Any
 
 from cli.errors import say
 from cli.table import lines, print_table
-from vmm.control import request
+from vmm.control import MAX_STOP_SECONDS, request
 from vmm.convert import MIB
-from vmm.errors import VmmError
+from vmm.errors import ConfigError, VmmError
 from vmm.registry import entries, find
 
 
@@ -74,6 +74,8 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
 
 
 def stop_machine(name: str, timeout: float, *, json: bool) -> None:
+    if not 0 <= timeout <= MAX_STOP_SECONDS:
+        raise ConfigError(f"timeout: {timeout:g} is outside 0 to {MAX_STOP_SECONDS:g} seconds")
     answer = request(find(name), "stop", timeout + 15.0, timeout=timeout)
     _ended(name, answer["outcome"], json=json)
 

@@ -368,7 +368,7 @@ class Config(Checked):
             values = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"{path}: {os_reason(error)}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not TOML: {error}") from error
         try:
             config = cls.from_dict(values)
@@ -391,6 +391,8 @@ class Config(Checked):
         for where, path, writable in self._files():
             if path.is_dir():
                 raise ConfigError(f"{where}: {path}: is a directory")
+            if path.is_fifo():  # opened to be read, it would stop the loop
+                raise ConfigError(f"{where}: {path}: is a pipe; put its content into a file")
             try:
                 os.close(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK))
             except OSError as error:

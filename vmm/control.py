@@ -129,7 +129,7 @@ class Registration:
         try:
             try:
                 request = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"not JSON: {error}") from error
             if not isinstance(request, dict):
                 raise ConfigError("a request is an object with a command")

@@ -51,6 +51,11 @@ def to_text(where: str, value: object) -> str:
         raise ConfigError(f"{where}: {value!r} is not text")
     if "\0" in value:
         raise ConfigError(f"{where}: a zero byte is not allowed")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{where}: {value!r} is not text in UTF-8") from None
     return value
 
 
@@ -125,14 +130,16 @@ def to_seconds(where: str, value: object) -> float:
     except (TypeError, ValueError):
         raise ConfigError(f"{where}: {value!r} is not a number of seconds") from None
     if not 0 < seconds < 1e9:
-        raise ConfigError(f"{where}: {value} seconds is not a time limit; give more than 0")
+        raise ConfigError(f"{where}: {value} seconds is not a time limit; give more than 0 and less than 1e9")
     return seconds
 
 
 def to_path(where: str, value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ConfigError(f"{where}: {value!r} is not a path")
-    return Path(to_text(where, str(value))).expanduser()
+    if "\0" in str(value):
+        raise ConfigError(f"{where}: a zero byte is not allowed")
+    return Path(value).expanduser()
 
 
 def one_of(choices: tuple[str, ...], where: str, value: object) -> str:

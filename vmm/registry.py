@@ -97,10 +97,13 @@ class Slot:
             raise HostError(f"{self.path}: {os_reason(error)}") from error
 
     def write_info(self, info: dict[str, Any]) -> None:
-        """Replace the machine's information, whole."""
+        """Replace the machine's information, whole. Raises HostError."""
         part = self.path / (INFO + ".part")
-        part.write_text(json.dumps(info))
-        part.replace(self.path / INFO)
+        try:
+            part.write_text(json.dumps(info))
+            part.replace(self.path / INFO)
+        except OSError as error:
+            raise HostError(f"{part}: {os_reason(error)}") from error
 
     def release(self) -> None:
         """Idempotent."""

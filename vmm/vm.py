@@ -369,6 +369,8 @@ class VirtualMachine:
         assert self._built is not None
         await self._built.aclose()
         self._built = None
+        if self._end is not end:
+            return  # it was ended meanwhile
         self._end = None
         self._ending.clear()
         await self._build()

@@ -118,6 +118,10 @@ BAD = [
     (["stop", "nobody"], 2, "no machine is called 'nobody'"),
     (["kill", "nobody"], 2, "no machine is called 'nobody'"),
     (["pause", "nobody"], 2, "no machine is called 'nobody'"),
+    (["stop", "nobody", "--timeout", "nan"], 2, "timeout: nan is outside 0 to 86400 seconds"),
+    (["stop", "nobody", "--timeout", "-20"], 2, "timeout: -20 is outside 0 to 86400 seconds"),
+    (["run", "hello", "--cmdline", "\udcff"], 2, "cmdline: '\\udcff' is not text in UTF-8"),
+    (["run", "hello", "--vsock", "/" + "x" * 200, "--platform", "pc"], 2, "AF_UNIX path too long"),
 ]
 
 
@@ -130,6 +134,57 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], status: int
     assert message in done.stderr
     assert done.stderr.startswith("vmm: ") and done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["ps"], ["doctor"], ["doctor", "--json"], ["run", "hello", "--print-config"]])
+def test_output_to_a_full_disk_is_one_line(runtime: Path, arguments: list[str], buffered: bool) -> None:
+    env = {key: value for key, value in environment(runtime).items() if key != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*VMM, *arguments], env=env | ({} if buffered else {"PYTHONUNBUFFERED": "1"}),
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (4, "vmm: standard output: no space left on device\n")
+
+
+def test_no_more_descriptors_is_one_line(runtime: Path) -> None:
+    """Whatever the first descriptor is that cannot be had."""
+    for limit in range(8, 20):
+        done = subprocess.run(
+            ["prlimit", f"--nofile={limit}", *VMM, "run", "hello"],
+            env=environment(runtime), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        if done.returncode == 0:
+            break
+        assert done.returncode in (2, 4), done.stderr
+        assert re.match(r"vmm: .*: too many open files\n", done.stderr), done.stderr
+    assert limit > 8 and done.stdout == HELLO
+
+
+def test_a_full_runtime_directory_is_one_line(runtime: Path) -> None:
+    done = subprocess.run(
+        ["prlimit", "--fsize=0", *VMM, "run", "hello", "--name", "h"],
+        env=environment(runtime), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert done.stderr == f"vmm: {runtime}/loopvisor/h/info.json.part: file too large\n"
+    assert empty(runtime)
+
+
+@pytest.mark.parametrize("option", ["--kernel", "--flat", "--initrd"])
+def test_a_pipe_in_place_of_a_file_is_refused(runtime: Path, tmp_path: Path, option: str) -> None:
+    """It would be read, for as long as nobody writes to it, by the loop."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = vmm(runtime, "run", *(["hello"] if option == "--initrd" else []), option, str(pipe))
+    assert (done.returncode, done.stderr) == (2, f"vmm: {option[2:]}: {pipe}: is a pipe; put its content into a file\n")
+
+
+def test_a_configuration_nested_without_end_is_one_line(runtime: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text("a=" + "[" * 100_000)
+    done = vmm(runtime, "run", "hello", "--config", str(tmp_path / "deep.toml"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "deep.toml: not TOML" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["run", "hello", "--frobnicate"], ["run", "--memory"], ["frobnicate"], []])
@@ -287,7 +342,13 @@ def test_stop_waits_then_kills(runtime: Path, echo: Background) -> None:
 def test_a_client_that_sends_garbage_harms_nobody(runtime: Path, echo: Background) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(runtime / "loopvisor/echo/control.sock"))
-        for line in (b"garbage\n", b"[]\n", b'{"command": "fly"}\n', b'{"command": "stop", "timeout": "x"}\n'):
+        for line in (
+            b"garbage\n",
+            b"[]\n",
+            b'{"command": "fly"}\n',
+            b'{"command": "stop", "timeout": "x"}\n',
+            b"[" * 50_000 + b"\n",
+        ):
             client.sendall(line)
             answer = json.loads(client.recv(65536))
             assert answer["ok"] is False and answer["kind"] == "ConfigError"
@@ -422,9 +483,7 @@ def test_console_attach_twice_and_detach(runtime: Path, echo: Background) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_console_restores_the_terminal_on_signals(
-    runtime: Path, echo: Background, number: signal.Signals
-) -> None:
+def test_console_restores_the_terminal_on_signals(runtime: Path, echo: Background, number: signal.Signals) -> None:
     with Session(runtime, "console", "echo") as session:
         session.expect(b"echo: type")
         session.kill(number)

@@ -8,14 +8,16 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
+from cpu.contract import VmConfig
 from cpu.exits import FailEntry, Halt, InternalError, MmioRead, PortIn, PortOut, Shutdown, SystemEvent
-from cpu.scripted import Step
+from cpu.scripted import ScriptedVm, Step
 from tests.support.scripted import Script, config, until
 from vmm import (
     ConfigError,
@@ -263,6 +265,35 @@ async def test_kill_wins_over_a_reboot_loop(tmp_path: Path) -> None:
                 break
         vm.kill()
         assert (await vm.wait()).reason is Reason.KILLED
+
+
+class _EndedWhileClosing(Script):
+    """The machine is killed while the core of its first incarnation closes."""
+
+    def __init__(self, kill: Callable[[], None]) -> None:
+        super().__init__([SystemEvent(2)])
+        loop = asyncio.get_running_loop()
+
+        def close(close: Callable[[], None]) -> None:
+            done = threading.Event()
+            loop.call_soon_threadsafe(lambda: (kill(), done.set()))
+            assert done.wait(10)
+            close()
+
+        self.closing = close
+
+    def create_vm(self, config: VmConfig) -> ScriptedVm:
+        vm = super().create_vm(config)
+        if len(self.vms) == 1:
+            vm.close = partial(self.closing, vm.close)  # type: ignore[method-assign]
+        return vm
+
+
+async def test_a_kill_while_the_machine_restarts_is_not_forgotten(tmp_path: Path) -> None:
+    system = _EndedWhileClosing(lambda: vm.kill())
+    async with VirtualMachine(config(tmp_path, reboot=True), system=system) as vm:
+        assert (await vm.run()).reason is Reason.KILLED
+    assert len(system.vms) == 1 and system.vms[0].closed
 
 
 async def test_reset_without_reboot_ends(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class SocketChar(CharBackend):
         try:
             self._server = await asyncio.start_unix_server(self._serve, self.path)
         except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror}") from error
+            raise ConfigError(f"{self.path}: {error.strerror or error}") from error
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

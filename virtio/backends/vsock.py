@@ -110,7 +110,7 @@ class UnixVsock(VsockBackend):
         try:
             self._server = await asyncio.start_unix_server(self._serve, self.path)
         except OSError as error:
-            raise ConfigError(f"vsock {self.path}: {error.strerror}") from error
+            raise ConfigError(f"vsock {self.path}: {error.strerror or error}") from error
 
     async def dial(self, port: int) -> Streams:
         return await asyncio.open_unix_connection(f"{self.path}_{port}")
