@@ -16,8 +16,10 @@ import socket
 import stat
 import sys
 import termios
+import time
 import tty
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +31,10 @@ from vmm.lifecycle import Outcome, Reason
 ESCAPE = b"\x1d"
 """Ctrl-]"""
 CHUNK = 16 << 10
+TYPE_AHEAD = 16 << 20
+"""Bytes from a terminal that are taken while the guest does not: Ctrl-] comes behind them, and nothing else helps."""
+LEAVE_SECONDS = 0.5
+"""How long a client that leaves waits for its input to be taken, from each time that some of it is."""
 PIPE_CHUNK = 512
 """Bytes that a descriptor which polled writable takes without blocking (POSIX: PIPE_BUF is at least this)."""
 
@@ -44,6 +50,11 @@ class RawMode:
         self._saved = termios.tcgetattr(self._descriptor)
         atexit.register(self.restore)
         tty.setraw(self._descriptor, termios.TCSANOW)
+
+    def enter_again(self) -> None:
+        """After SIGCONT: the shell made the terminal its own while we were stopped."""
+        if self._saved is not None and in_foreground(self._descriptor):
+            tty.setraw(self._descriptor, termios.TCSANOW)
 
     def restore(self) -> None:
         saved, self._saved = self._saved, None
@@ -125,6 +136,8 @@ class StandardStreams:
         self._input = input_descriptor
         self._is_terminal = False
         self._reading = False
+        self._ahead = 0
+        self._continuing = False
         self._raw = RawMode(input_descriptor)
         self._output: Output | None = None
         self._output_descriptor = output_descriptor
@@ -143,6 +156,10 @@ class StandardStreams:
             if not in_foreground(self._input):
                 return
             self._raw.enter()
+            if signal.getsignal(signal.SIGCONT) is signal.SIG_DFL:
+                with suppress(ValueError, RuntimeError):  # not the main thread
+                    asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, self._raw.enter_again)
+                    self._continuing = True
         self._resume_reading()
 
     def close(self) -> None:
@@ -155,6 +172,9 @@ class StandardStreams:
                 self._waiting = False
             self._output.close()
             self._output = None
+        if self._continuing:
+            self._continuing = False
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGCONT)
         self._raw.restore()
 
     async def aclose(self) -> None:
@@ -199,6 +219,7 @@ class StandardStreams:
         self._finish(Outcome(Reason.HOST_ERROR, f"standard output: {what}"))
 
     def _resume_reading(self) -> None:
+        self._ahead = 0
         if self._reading:
             return
         try:
@@ -228,7 +249,9 @@ class StandardStreams:
             data = data[: data.index(ESCAPE)]
             self._finish(Outcome(Reason.KILLED, "Ctrl-] was typed"))
         if not self._hub.feed(data, self._resume_reading):
-            self._stop_reading()
+            self._ahead += len(data)
+            if not self._is_terminal or self._ahead >= TYPE_AHEAD:
+                self._stop_reading()
 
     def _read_file(self) -> None:
         """A file is read as fast as the guest takes it."""
@@ -264,6 +287,7 @@ def attach(path: Path, name: str) -> str:
             terminal = os.isatty(0)
             if terminal and in_foreground(0):
                 raw.enter()
+                handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda _number, _frame: raw.enter_again())
             return _relay(connection, name, terminal)
         finally:
             raw.restore()
@@ -273,29 +297,33 @@ def attach(path: Path, name: str) -> str:
 
 def _relay(connection: socket.socket, name: str, terminal: bool) -> str:
     connection.setblocking(False)
+    closed = f"{name}: the machine closed its console"
     poll = select.poll()
-    pending = b""
-    reading = True
-    while True:
+    pending = bytearray()
+    reading, leaving = True, False
+    deadline = 0.0
+    while not leaving or (pending and time.monotonic() < deadline):
         poll.register(connection, select.POLLIN | (select.POLLOUT if pending else 0))
-        if reading and not pending:
+        if reading and len(pending) < (TYPE_AHEAD if terminal else 1):
             poll.register(0, select.POLLIN)
         else:
-            try:
+            with suppress(KeyError):
                 poll.unregister(0)
-            except KeyError:
-                pass
-        for descriptor, events in poll.poll():
+        for descriptor, events in poll.poll(LEAVE_SECONDS * 1000 if leaving else None):
             if descriptor == 0:
-                data = os.read(0, CHUNK)
+                data = _read_input()
                 if not data:
                     reading = False
-                    connection.shutdown(socket.SHUT_WR)
+                    if terminal:  # in raw mode nothing that is typed is an end of file
+                        return f"{name}: the terminal is gone"
+                    with suppress(OSError):
+                        connection.shutdown(socket.SHUT_WR)
                 elif terminal and ESCAPE in data:
-                    connection.send(data[: data.index(ESCAPE)])
-                    return f"{name}: detached"
+                    pending += data[: data.index(ESCAPE)]
+                    reading, leaving = False, True
+                    deadline = time.monotonic() + LEAVE_SECONDS
                 else:
-                    pending = data
+                    pending += data
                 continue
             if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                 try:
@@ -305,13 +333,23 @@ def _relay(connection: socket.socket, name: str, terminal: bool) -> str:
                 except OSError:
                     data = b""
                 if not data:
-                    return f"{name}: the machine closed its console"
+                    return closed
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            if pending:
-                try:
-                    pending = pending[connection.send(pending) :]
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    return f"{name}: the machine closed its console"
+        if pending:
+            try:
+                del pending[: connection.send(pending)]
+                deadline = time.monotonic() + LEAVE_SECONDS
+            except BlockingIOError:
+                pass
+            except OSError:
+                return closed
+    return f"{name}: detached"
+
+
+def _read_input() -> bytes:
+    """b"" at the end, and of a terminal that is gone."""
+    try:
+        return os.read(0, CHUNK)
+    except OSError:
+        return b""

@@ -491,6 +491,51 @@ def test_console_restores_the_terminal_on_signals(runtime: Path, echo: Backgroun
         assert session.restored
 
 
+@pytest.fixture
+def spin(runtime: Path) -> Iterator[Background]:
+    """A machine called `spin` that reads nothing."""
+    with Background(runtime, "spin", "--name", "spin", "--console", "none") as machine:
+        wait_for(lambda: (runtime / "loopvisor/spin/info.json").exists() or machine.process.poll() is not None)
+        yield machine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["run", "spin"], 137), (["console", "spin"], 0)], ids=["run", "console"]
+)
+def test_ctrl_bracket_behind_a_paste_that_the_guest_does_not_read(
+    runtime: Path, spin: Background, arguments: list[str], status: int
+) -> None:
+    with Session(runtime, *arguments) as session:
+        session.expect(b"Ctrl-]")
+        wait_for(lambda: not session.restored)
+        typist = subprocess.Popen(
+            [VMM[0], "-c", "import os; [os.write(1, b'x' * 4096) for _ in range(256)]; os.write(1, bytes([29]))"],
+            stdout=session.master,
+        )
+        assert session.wait() == status
+        typist.kill()
+        typist.wait()
+        assert session.restored
+
+
+@pytest.mark.parametrize("arguments", [["run", "spin"], ["console", "spin"]], ids=["run", "console"])
+def test_a_command_that_was_stopped_makes_its_terminal_raw_again(
+    runtime: Path, spin: Background, arguments: list[str]
+) -> None:
+    """As `fg` finds it: the shell that had the terminal meanwhile has made it its own."""
+    with Session(runtime, *arguments) as session:
+        session.expect(b"Ctrl-]")
+        wait_for(lambda: not session.restored)
+        session.kill(signal.SIGSTOP)
+        os.waitid(os.P_PID, session.process.pid, os.WSTOPPED)
+        session.give_back()
+        session.kill(signal.SIGCONT)
+        wait_for(lambda: not session.restored)
+        session.type(b"\x1d")
+        session.wait()
+        assert session.restored
+
+
 @pytest.mark.skipif(shutil.which("socat") is None, reason="socat is not installed")
 def test_console_by_socat(runtime: Path, echo: Background) -> None:
     path = runtime / "loopvisor/echo/console.sock"

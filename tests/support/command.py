@@ -102,6 +102,10 @@ class Session:
         """The terminal is as it was before the command."""
         return termios.tcgetattr(self._slave) == self.before
 
+    def give_back(self) -> None:
+        """Set the terminal as it was before the command."""
+        termios.tcsetattr(self._slave, termios.TCSANOW, self.before)
+
     def hang_up(self) -> None:
         """Close the terminal; the session is not to be used any more."""
         os.close(self._slave)
