@@ -42,6 +42,8 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
             if metrics:
                 samples |= dict.fromkeys(request(entry, "metrics", 5.0)["metrics"].splitlines(keepends=True))
         except VmmError as error:
+            if all(other.name != entry.name for other in entries()):
+                continue  # it has ended meanwhile
             status = {"name": entry.name, "state": "unknown", "pid": entry.info.get("pid"), "error": str(error)}
         found.append(status)
     if metrics:

@@ -24,7 +24,7 @@ from vmm.console import ConsoleHub
 from vmm.consoleserver import ConsoleServer
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
 from vmm.lifecycle import Outcome
-from vmm.registry import CONSOLE, CONTROL, Entry, Slot
+from vmm.registry import CONSOLE, CONTROL, Entry, Slot, find
 from vmm.sockets import listen
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LINE_LIMIT = 64 << 10
 ANSWER_SECONDS = 1.0
 """How long the machine's end waits for clients that are being answered."""
+STARTING_SECONDS = 2.0
+"""How long a client waits for a machine that has its name and does not listen yet."""
 MAX_STOP_SECONDS = 86_400.0
 _KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
 
@@ -60,8 +62,9 @@ class Registration:
         self._slot = Slot(vm.config.name)
         self._console = ConsoleServer(hub, self._slot.path / CONSOLE)
         self._server: asyncio.Server | None = None
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._busy: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._started = time.time()
 
     async def start(self) -> None:
@@ -82,6 +85,7 @@ class Registration:
     def close(self) -> None:
         """At once. Idempotent."""
         self._stop_serving()
+        self._abort_clients()
         self._console.close()
         self._slot.release()
 
@@ -92,14 +96,23 @@ class Registration:
             await self._console.aclose()
             if self._busy:
                 await asyncio.wait(self._busy, timeout=ANSWER_SECONDS)
+            # Not cancelled: asyncio takes a cancelled client of a server for an error, and tells it (Python 3.11).
             clients = tuple(self._clients)
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+            self._abort_clients()
+            if clients:
+                _, stuck = await asyncio.wait(clients, timeout=ANSWER_SECONDS)
+                for client in stuck:
+                    client.cancel()
+                await asyncio.gather(*stuck, return_exceptions=True)
         finally:
             self.close()
 
+    def _abort_clients(self) -> None:
+        for writer in self._clients.values():
+            writer.transport.abort()
+
     def _stop_serving(self) -> None:
+        self._closing = True
         if self._server is not None:
             server, self._server = self._server, None
             server.close()
@@ -107,9 +120,9 @@ class Registration:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._clients.add(task)
+        self._clients[task] = writer
         try:
-            while line := await reader.readline():
+            while not self._closing and (line := await reader.readline()):
                 self._busy.add(task)
                 try:
                     answer = await self._answer(line)
@@ -117,12 +130,10 @@ class Registration:
                     await writer.drain()
                 finally:
                     self._busy.discard(task)
-                if self._server is None:
-                    break
         except (ValueError, OSError, asyncio.IncompleteReadError):
             pass  # a line beyond LINE_LIMIT, or a client that went away
         finally:
-            self._clients.discard(task)
+            del self._clients[task]
             writer.close()
 
     async def _answer(self, line: bytes) -> dict[str, Any]:
@@ -194,11 +205,12 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
 
 
 def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
-    """Ask a machine, wait up to `patience` seconds (blocking). Raises what it answers, HostError if it does not."""
+    """Ask a machine, wait up to `patience` seconds (blocking). Raises what it answers, HostError if it does not,
+    ConfigError if it has ended."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(patience)
-            client.connect(str(entry.control))
+            _connect(client, entry)
             client.sendall(json.dumps({"command": command, **values}).encode() + b"\n")
             answer = bytearray()
             while not answer.endswith(b"\n"):
@@ -217,3 +229,16 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
     if not values.pop("ok", False):
         raise _KINDS.get(str(values.get("kind")), HostError)(f"{entry.name}: {values.get('error')}")
     return values
+
+
+def _connect(client: socket.socket, entry: Entry) -> None:
+    deadline = time.monotonic() + STARTING_SECONDS
+    while True:
+        try:
+            client.connect(str(entry.control))
+            return
+        except (FileNotFoundError, ConnectionRefusedError):
+            find(entry.name)
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)

@@ -356,6 +356,14 @@ def test_a_client_that_sends_garbage_harms_nobody(runtime: Path, echo: Backgroun
     assert json.loads(vmm(runtime, "ps", "--json").stdout)[0]["state"] == "running"
 
 
+def test_a_client_that_is_connected_at_the_end_is_no_error(runtime: Path, echo: Background) -> None:
+    with socket.socket(socket.AF_UNIX) as idle:
+        idle.connect(str(runtime / "loopvisor/echo/control.sock"))
+        assert vmm(runtime, "kill", "echo").returncode == 0
+        assert echo.process.communicate(timeout=20)[1] == "vmm: echo: killed: killed\n"
+        assert idle.recv(1) == b""
+
+
 def test_sockets_are_for_this_user_alone(runtime: Path, echo: Background) -> None:
     folder = runtime / "loopvisor"
     assert folder.stat().st_mode & 0o777 == 0o700

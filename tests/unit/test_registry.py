@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
+from cli import machines
 from tests.support.command import VMM, environment, wait_for
+from vmm import control
 from vmm.errors import ConfigError, HostError
-from vmm.registry import Slot, entries, find, runtime_directory
+from vmm.registry import CONTROL, Slot, entries, find, runtime_directory
 from vmm.sockets import listen
 
 
@@ -122,3 +125,42 @@ def test_killed_at_any_moment_leaves_nothing_after_the_next_command(runtime: Pat
     assert process.wait(20) == -signal.SIGKILL
     assert entries() == []
     assert not runtime.exists() or not list(runtime.iterdir())
+
+
+def test_a_machine_that_does_not_listen_yet_is_waited_for(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = Slot("starting")
+    listener = socket.socket(socket.AF_UNIX)
+
+    def serve() -> None:
+        with listener.accept()[0] as client:
+            client.recv(1000)
+            client.sendall(b'{"ok": true, "state": "running"}\n')
+
+    server = threading.Thread(target=serve)
+
+    def sleep(_seconds: float) -> None:
+        listener.bind(str(slot.path / CONTROL))
+        listener.listen()
+        server.start()
+
+    monkeypatch.setattr("vmm.control.time.sleep", sleep)
+    try:
+        assert control.request(find("starting"), "status") == {"state": "running"}
+    finally:
+        server.join(10)
+        listener.close()
+        slot.release()
+
+
+def test_a_machine_that_ends_while_it_is_asked_is_not_listed(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slot = Slot("ending")
+    entry = find("ending")
+    slot.release()
+    with pytest.raises(ConfigError, match="no machine is called 'ending'"):
+        control.request(entry, "status")
+    looks = iter([[entry]])
+    monkeypatch.setattr(machines, "entries", lambda: next(looks, []))
+    machines.list_machines(json=True, stats=False, metrics=False)
+    assert capsys.readouterr().out == "[]\n"
