@@ -181,11 +181,16 @@ class Vcpu(Protocol):
     def resume(self, entry: Entry) -> None:
         """Answer the exit that parked it (Resume also for a fresh vCPU) and run on. StateError if it is not parked."""
 
+    def complete(self, entry: Entry) -> None:
+        """resume(), but only to the end of the instruction of that exit, which may have further accesses: then it
+        parks with `Interrupted`. (The software core may take a few instructions more after a read of MMIO.) So to
+        save the state of a vCPU that is parked in an access: complete() it."""
+
     def kick(self) -> None:
         """Make it park with `Interrupted` soon (1 ms); nothing if it is parked. *any thread*
 
         A kick is sticky: if another exit was on its way, `Interrupted` follows right after that one's answer, with the
-        access completed. So to save the state of a vCPU that is parked in an access: resume() it, then kick() it."""
+        access completed."""
 
     def registers(self) -> Registers:
         """The general registers, of a parked vCPU."""

@@ -1,13 +1,15 @@
 """The only interpreter of exits: takes what a core has to say, calls buses and devices, answers.
 
-Also the place where vCPUs are held: while at least one hold is set, answered exits are kept back, so a paused
-machine is one whose vCPUs are all parked. Loop thread; no logging on the hot path.
+Also the place where vCPUs are held, all of them (while at least one hold is set) or the one whose access a device
+cannot end at once: such a vCPU completes its instruction and parks. A paused machine is one whose vCPUs are all
+parked. Loop thread; no logging on the hot path.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cpu.contract import Vcpu, Vm
 from cpu.exits import (
@@ -28,7 +30,7 @@ from cpu.exits import (
     Shutdown,
     SystemEvent,
 )
-from vmm.errors import GuestError
+from vmm.errors import GuestError, StateError
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine import CoreMachine
 
@@ -53,9 +55,14 @@ class Dispatcher:
         self._finish = finish
         self._holds = {"pause"}
         self._held: dict[int, Entry] = dict.fromkeys(range(len(self._vcpus)), RESUME)
+        self._stalls: dict[object, int] = {}
+        """vCPUs that `stall` keeps, by stall."""
+        self._asking: int | None = None
+        """The vCPU whose exit is being handled."""
         self._halted: set[int] = set()
         self._waiters: list[asyncio.Future[None]] = []
         self.ended = False
+        machine.stall = self.stall
 
     @property
     def parked(self) -> bool:
@@ -78,10 +85,27 @@ class Dispatcher:
     def release(self, why: str) -> None:
         """Take back a hold; with the last one the vCPUs run on."""
         self._holds.discard(why)
-        if not self._holds and not self.ended:
-            held, self._held = self._held, {}
-            for index, entry in held.items():
-                self._vcpus[index].resume(entry)
+        self._go_on()
+
+    def stall(self) -> Callable[[], None]:
+        """vmm.interfaces.Machine.stall"""
+        if self._asking is None:
+            raise StateError("no vCPU makes an access")
+        stall = object()
+        self._stalls[stall] = self._asking
+        return partial(self._unstall, stall)
+
+    def _unstall(self, stall: object) -> None:
+        if self._stalls.pop(stall, None) is not None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Resume those vCPUs that nobody keeps any more."""
+        if self._holds or self.ended:
+            return
+        stalled = self._stalls.values()
+        for index in [index for index in self._held if index not in stalled]:
+            self._vcpus[index].resume(self._held.pop(index))
 
     async def wait_parked(self) -> None:
         """Until every vCPU is parked, or the machine ended."""
@@ -123,7 +147,8 @@ class Dispatcher:
                 if self.ended:
                     return
                 if type(item) is tuple:
-                    index, exit_ = item
+                    self._asking, exit_ = item
+                    index = self._asking
                     kind = type(exit_)
                     entry: Entry
                     if kind is PortIn:
@@ -139,18 +164,14 @@ class Dispatcher:
                     elif kind is Interrupted or kind is Debug:
                         entry = RESUME
                     else:
+                        self._asking = None
                         self._other(index, exit_)
                         continue
-                    if not self._holds and not self.ended:
+                    if not (self._holds or self._stalls or self.ended):
                         self._vcpus[index].resume(entry)
-                    elif self.ended or kind is Interrupted or kind is Debug:
-                        self._held[index] = entry
-                        if self.parked:
-                            self._wake()
                     else:
-                        # Complete the access first: a state is whole only between instructions.
-                        self._vcpus[index].resume(entry)
-                        self._vcpus[index].kick()
+                        self._keep(index, entry, between=kind is Interrupted or kind is Debug)
+                    self._asking = None
                 elif type(item) is Posted:
                     handler = self._posted.get(item.tag)
                     if handler is not None:
@@ -161,6 +182,18 @@ class Dispatcher:
                 self._linger()
         except Exception as error:
             self.fail(error)
+
+    def _keep(self, index: int, entry: Entry, *, between: bool) -> None:
+        """Answer an exit, of a vCPU `between` instructions or within one, so that a vCPU that is held parks."""
+        held = bool(self._holds) or index in self._stalls.values()
+        if self.ended or (held and between):
+            self._held[index] = entry
+            if self.parked:
+                self._wake()
+        elif held:
+            self._vcpus[index].complete(entry)  # a state is whole only between instructions
+        else:
+            self._vcpus[index].resume(entry)
 
     def _other(self, index: int, exit_: Exit) -> None:
         """The exits that end a vCPU's run."""

@@ -119,6 +119,11 @@ class Machine(Protocol):
     ) -> Callable[[], None]:
         """Call `callback` on the loop when the guest writes there; returns the function that undoes it."""
 
+    def stall(self) -> Callable[[], None]:
+        """From within a device's `read` or `write`, for what takes its time but must be over before the guest's next
+        instruction: the vCPU whose access this is waits until the returned function is called. Other vCPUs and machines
+        run on, and the machine can be paused and ended meanwhile."""
+
     def request(self, action: Literal["shutdown", "reset", "crash"], detail: str, status: int | None = None) -> None:
         """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
 

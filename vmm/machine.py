@@ -50,6 +50,8 @@ class CoreMachine:
         self.lines = InterruptLines(vm.set_irq)
         self.signal_msi: Callable[[int, int], None] = vm.signal_msi
         self.request = request
+        self.stall: Callable[[], Callable[[], None]] = _no_vcpu
+        """The dispatcher's."""
         self.posted: dict[int, PostedHandler] = {}
         """By tag, for the dispatcher."""
         self._tags: dict[tuple[Literal["post", "shadow"], Space, int, int], int] = {}
@@ -189,6 +191,11 @@ class CoreMachine:
 
 def _unheard(address: int, data: int) -> None:
     """signal_msi of a machine that closes."""
+
+
+def _no_vcpu() -> Callable[[], None]:
+    """stall of a machine that has no dispatcher yet."""
+    raise StateError("no vCPU runs")
 
 
 class _Fan:

@@ -50,7 +50,7 @@ static int engine_start(struct lv_engine *engine)
     return 0;
 }
 
-int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer)
+int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer, bool park)
 {
     if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
         return -EBUSY;
@@ -59,13 +59,20 @@ int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer)
         vcpu->answer &= (1ull << (8 * vcpu->exit.size)) - 1;
     vcpu->has_exit = true; /* from now on there has been one before each park */
     vcpu->wants_value = false;
+    if (park) {
+        /* Before the thread may go on, so that it finds the mark at the end of the instruction that it is in. */
+        atomic_store(&vcpu->kicked, 1);
+        vcpu->vm->ops->kick(vcpu);
+    }
     atomic_store_explicit(&vcpu->state, LV_RUNNING, memory_order_release);
     if (vcpu->vm->ops->hold)
         vcpu->vm->ops->hold(vcpu, false);
     lv_engine_wake(vcpu->engine);
     int error = engine_start(vcpu->engine); /* last: the thread runs at once */
-    if (error)
+    if (error) {
         atomic_store(&vcpu->state, LV_PARKED);
+        atomic_store(&vcpu->kicked, 0);
+    }
     return error;
 }
 

@@ -260,8 +260,9 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
 void lv_vm_stop(struct lv_vm *vm);
 void lv_vm_destroy(struct lv_vm *vm); /* after lv_vm_stop() */
 int lv_vcpu_create(struct lv_vm *vm, uint32_t index);
-int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer); /* -EBUSY: not parked */
-void lv_vcpu_kick(struct lv_vcpu *vcpu);                   /* [any] */
+/* With `park` no further instruction is begun: Interrupted follows. -EBUSY: not parked */
+int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer, bool park);
+void lv_vcpu_kick(struct lv_vcpu *vcpu); /* [any] */
 /* What happened since the last call; valid until the next. */
 const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count);
 /* The exits of the last take() are answered: look out for the next for at most some 20 us. */

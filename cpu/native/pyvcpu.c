@@ -61,7 +61,7 @@ static int vcpu_traverse(VcpuObject *self, visitproc visit, void *arg)
     return 0;
 }
 
-static PyObject *vcpu_resume(VcpuObject *self, PyObject *entry)
+static PyObject *answer(VcpuObject *self, PyObject *entry, bool park)
 {
     bool is_read;
     uint64_t value;
@@ -73,10 +73,20 @@ static PyObject *vcpu_resume(VcpuObject *self, PyObject *entry)
                      self->index);
         return NULL;
     }
-    int r = lv_vcpu_resume(vcpu, value);
+    int r = lv_vcpu_resume(vcpu, value, park);
     if (r < 0)
         return lv_raise(r, "cannot resume the vCPU");
     Py_RETURN_NONE;
+}
+
+static PyObject *vcpu_resume(VcpuObject *self, PyObject *entry)
+{
+    return answer(self, entry, false);
+}
+
+static PyObject *vcpu_complete(VcpuObject *self, PyObject *entry)
+{
+    return answer(self, entry, true);
 }
 
 static PyObject *vcpu_kick(VcpuObject *self, PyObject *Py_UNUSED(ignored))
@@ -190,6 +200,7 @@ static PyObject *vcpu_get_parked(VcpuObject *self, void *Py_UNUSED(closure))
 
 static PyMethodDef vcpu_methods[] = {
     {"resume", (PyCFunction)vcpu_resume, METH_O, "Answer the exit that parked it and run on."},
+    {"complete", (PyCFunction)vcpu_complete, METH_O, "Answer the exit that parked it; Interrupted follows."},
     {"kick", (PyCFunction)vcpu_kick, METH_NOARGS, "Make it park with Interrupted soon. Any thread."},
     {"get_blob", (PyCFunction)vcpu_get_blob, METH_VARARGS, "get_blob(kind[, initial]) -> bytes; MSRS: (count, bytes)."},
     {"set_blob", (PyCFunction)vcpu_set_blob, METH_VARARGS, "set_blob(kind, data) -> bytes or MSRs done."},

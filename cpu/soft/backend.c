@@ -101,13 +101,15 @@ static uint64_t on_access(void *ctx, const struct soft_access *a)
     if (a->retry) {
         vcpu->unfinished = false;
         if (atomic_load(&vcpu->kicked))
-            soft_vm_wake(b->soft); /* it could not park for that kick before this access was complete */
+            soft_vm_wake_now(b->soft); /* it could not park for that kick before this access was complete */
         return vcpu->answer;
     }
     b->accessing = a->vcpu;
     leave(b);
     if (!b->defers) {
         value = lv_access(vcpu, &access);
+        if (atomic_load(&vcpu->kicked))
+            soft_vm_wake_now(b->soft);
     } else if (!lv_try_access(vcpu, &access, &value)) {
         if (soft_vcpu_defer(b->soft, a->vcpu)) {
             struct lv_exit exit = lv_access_exit(&access);

@@ -247,6 +247,12 @@ bool block_code_changed(struct soft_vcpu *c)
     return changed;
 }
 
+void soft_vm_wake_now(struct soft_vm *vm)
+{
+    vm->blocks->changed = true; /* makes a store leave its block */
+    soft_vm_wake(vm);
+}
+
 /* Begin the arena anew: everything in it is dead, and nothing of it runs. */
 static void recycle(struct block_cache *b)
 {

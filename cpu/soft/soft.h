@@ -73,6 +73,9 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size);
 enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu);
 /* [any] Make soft_vm_run() return SOFT_STOP_WAKE within 1 ms. Sticky: if no run is under way, the next returns at once. */
 void soft_vm_wake(struct soft_vm *vm);
+/* The same from within the access callback, so that no instruction follows the one that makes the access (after a read of
+ * MMIO: few, to the end of its block). */
+void soft_vm_wake_now(struct soft_vm *vm);
 /* Apply what the functions marked [any] sent, so that a state which is read next includes it. Not from a callback. */
 void soft_vm_settle(struct soft_vm *vm);
 /* From within the access callback: this access is not answered now. What the callback returns is ignored, the vCPU is

@@ -12,8 +12,10 @@ import pytest
 
 from cpu.contract import Capability, Space
 from cpu.errors import ConfigError, StateError
-from cpu.exits import AlarmDue, Interrupted, MmioWrite, PortIn, PortOut, Posted
+from cpu.exits import AlarmDue, CompleteRead, Interrupted, MmioWrite, PortIn, PortOut, Posted
 from tests.support.cores import DEADLINE_S, DONE, MMIO, RESUME
+
+ACCESSES = [PortOut(0x60, 1, 5), PortIn(0x60, 4), MmioWrite(MMIO, 4, 5)]
 
 
 def spin(guest, vcpu=0):
@@ -34,6 +36,46 @@ def test_a_kick_parks_a_running_vcpu_between_instructions(core, guests):
         guest.vcpus[0].kick()
         assert guest.next_exit() == (0, Interrupted())
         guest.vcpus[0].registers()
+        guest.vcpus[0].resume(RESUME)
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("access", ACCESSES, ids=lambda access: type(access).__name__)
+def test_an_access_is_completed_and_no_instruction_follows(core, guests, access, vcpus):
+    """complete(), in place of resume() and then kick(), which leaves the vCPU its time between both."""
+    guest = guests(core, vcpus=vcpus)
+    guest.load([access] * 20)
+    for index in range(1, vcpus):
+        spin(guest, index)
+    guest.vcpus[0].resume(RESUME)
+    reads = isinstance(access, PortIn)
+    for number in range(20):
+        assert guest.next_exit() == (0, access)
+        guest.vcpus[0].complete(CompleteRead(number) if reads else RESUME)
+        assert guest.next_exit() == (0, Interrupted())
+        guest.vcpus[0].state()
+        guest.vcpus[0].complete(RESUME)
+        assert guest.next_exit() == (0, Interrupted())
+        with pytest.raises(StateError):
+            guest.vcpus[0].complete(CompleteRead(0))
+        guest.vcpus[0].resume(RESUME)
+    assert guest.next_exit() == (0, PortOut(DONE, 1, 0))
+    assert not reads or guest.answers == list(range(20))
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_an_access_of_a_hot_loop_is_completed(real_core, guests, vcpus):
+    """Where the next store stands in the same block, which has been translated by then."""
+    guest = guests(real_core, vcpus=vcpus)
+    store = b"\xa3" + MMIO.to_bytes(4, "little") + b"\x40"  # mov [MMIO], eax; inc eax
+    guest.load_code(b"\x31\xc0" + 2 * store + b"\xeb" + (-2 * len(store) - 2).to_bytes(1, "little", signed=True))
+    for index in range(1, vcpus):
+        spin(guest, index)
+    guest.vcpus[0].resume(RESUME)
+    for number in range(200):
+        assert guest.next_exit() == (0, MmioWrite(MMIO, 4, number))
+        guest.vcpus[0].complete(RESUME)
+        assert guest.next_exit() == (0, Interrupted())
         guest.vcpus[0].resume(RESUME)
 
 

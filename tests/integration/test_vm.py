@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from cpu.contract import VmConfig
+from cpu.contract import Space, VmConfig
 from cpu.exits import FailEntry, Halt, InternalError, MmioRead, PortIn, PortOut, Shutdown, SystemEvent
 from cpu.scripted import ScriptedVm, Step
 from tests.support.scripted import Script, config, until
@@ -125,6 +125,75 @@ async def test_pause_parks_and_resume_goes_on(tmp_path: Path) -> None:
         await vm.pause()
         await asyncio.gather(vm.stop(timeout=0.05))
         assert vm.outcome is not None and vm.outcome.reason is Reason.KILLED
+
+
+class Stalling:
+    """A port whose writes keep the vCPU that makes them."""
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        assert vm._built is not None
+        self.machine = vm._built.machine
+        self.stalls: list[Callable[[], None]] = []
+        self.machine.map(Space.PORT, 0x5000, 1, self, "stalling")
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.stalls += [self.machine.stall() for _ in range(value)]
+
+
+async def test_a_device_keeps_the_vcpu_that_wrote_and_no_other(tmp_path: Path) -> None:
+    vm = machine(tmp_path, [*text(b"a"), PortOut(0x5000, 1, 2), *text(b"b")], [PortIn(0x5001, 1), *text(b"1")], [])
+    async with vm, machine(tmp_path, text(b"other")) as other:
+        port = Stalling(vm)
+        with pytest.raises(StateError, match="no vCPU makes an access"):
+            port.machine.stall()
+        vm.resume()
+        await vm.console.expect("a.*1|1.*a")
+        await until(lambda: port.stalls)
+        other.resume()
+        await other.console.expect("other")
+        for _ in range(3):
+            await vm.pause()
+            vm._built.vcpus[0].state()  # type: ignore[union-attr]
+            vm.resume()
+        for go_on in port.stalls:
+            assert vm._built.vcpus[0].parked and "b" not in vm.console.text  # type: ignore[union-attr]
+            go_on()
+        await vm.console.expect("b")
+        port.stalls[0]()
+        await vm.pause()
+
+
+async def test_a_vcpu_whose_stall_ends_while_paused_stays_parked(tmp_path: Path) -> None:
+    async with machine(tmp_path, [PortOut(0x5000, 1, 1), *text(b"b")]) as vm:
+        port = Stalling(vm)
+        vm.resume()
+        await until(lambda: port.stalls)
+        await vm.pause()
+        port.stalls[0]()
+        vm._built.vcpus[0].state()  # type: ignore[union-attr]
+        assert "b" not in vm.console.text
+        vm.resume()
+        await vm.console.expect("b")
+
+
+async def test_a_stall_that_is_over_at_once_and_one_that_never_ends(tmp_path: Path) -> None:
+    class Short(Stalling):
+        def write(self, offset: int, size: int, value: int) -> None:
+            self.machine.stall()()
+
+    async with machine(tmp_path, [*[PortOut(0x5000, 1, 1)] * 50, *text(b"b")]) as vm:
+        Short(vm)
+        vm.resume()
+        await vm.console.expect("b")
+    async with machine(tmp_path, [PortOut(0x5000, 1, 1)]) as vm:
+        port = Stalling(vm)
+        vm.resume()
+        await until(lambda: port.stalls)
+    port.stalls[0]()
+    assert vm.outcome is not None and vm.outcome.reason is Reason.KILLED
 
 
 async def test_entering_twice_and_resuming_after_the_end(tmp_path: Path) -> None:
@@ -312,8 +381,6 @@ async def test_a_device_that_raises_ends_its_machine_alone(tmp_path: Path, error
     other_folder.mkdir()
     async with machine(tmp_path, [PortIn(0x5000, 1)]) as vm, machine(other_folder, []) as other:
         other.resume()
-        from cpu.contract import Space
-
         assert vm._built is not None
         vm._built.machine.map(Space.PORT, 0x5000, 1, Broken(), "broken")
         outcome = await vm.run()

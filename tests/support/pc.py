@@ -78,6 +78,8 @@ class Pc:
         self.levels: dict[int, bool] = {}
         self.lines = InterruptLines(self._drive)
         self.messages: list[tuple[int, int]] = []
+        self.stalls = 0
+        """Of vCPUs, that did not end yet."""
         self.requests: list[tuple[str, str, int | None]] = []
         self.posts: dict[tuple[Space, int, int], tuple[PostedDevice, int]] = {}
         self.shadows: dict[tuple[Space, int, int], FakeShadow] = {}
@@ -102,6 +104,14 @@ class Pc:
 
     def signal_msi(self, address: int, data: int) -> None:
         self.messages.append((address, data))
+
+    def stall(self) -> Callable[[], None]:
+        self.stalls += 1
+
+        def go_on() -> None:
+            self.stalls -= 1
+
+        return go_on
 
     def map(self, space: Space, address: int, size: int, device: BusDevice, name: str) -> None:
         self._buses[space].add(address, size, device, name)
