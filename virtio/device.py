@@ -79,7 +79,7 @@ class Device:
 
     def stopped(self) -> bool:
         """The driver resets the device: nothing may touch guest memory from now on. Tasks are cancelled
-        already.
+        already. It does not wait.
 
         False if something still does (a system call that runs); `idle` then says when it is over."""
         return True
@@ -89,7 +89,7 @@ class Device:
         return True
 
     async def settle(self) -> None:
-        """Wait until `idle`."""
+        """Wait until `idle`, or until it is active again."""
 
     def queue_notified(self, index: int) -> None:
         """Available buffer notification (2.3)."""

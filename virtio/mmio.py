@@ -59,10 +59,21 @@ WRITABLE = {
 
 
 class MmioTransport(Transport):
-    """One virtio-mmio device. `irq(level)` drives its interrupt line."""
+    """One virtio-mmio device. `irq(level)` drives its interrupt line. `stall` keeps the processor whose write this is
+    until the function that it returns is called."""
 
-    def __init__(self, device: Device, memory: GuestMemory, irq: Callable[[bool], None], **options: Any) -> None:
+    def __init__(
+        self,
+        device: Device,
+        memory: GuestMemory,
+        irq: Callable[[bool], None],
+        *,
+        stall: Callable[[], Callable[[], None]] | None = None,
+        **options: Any,
+    ) -> None:
         self._irq = irq
+        self._stall = stall
+        self._stalled: list[Callable[[], None]] = []
         self._interrupt_status = 0
         super().__init__(device, memory, **options)
 
@@ -85,6 +96,21 @@ class MmioTransport(Transport):
         if self._interrupt_status:
             self._interrupt_status = 0
             self._irq(False)
+
+    # Reset
+
+    def write_status(self, value: int) -> None:
+        super().write_status(value)
+        # 2.4.2: "The driver SHOULD consider a driver-initiated reset complete when it reads device status as 0." Only
+        # with virtio-pci must it wait for that (4.1.4.3.2); Linux's driver for virtio-mmio goes on and frees buffers.
+        if value == 0 and self._resetting and self._stall is not None:
+            self._stalled.append(self._stall())
+
+    def _finish_reset(self) -> None:
+        super()._finish_reset()
+        stalled, self._stalled = self._stalled, []
+        for go_on in stalled:
+            go_on()
 
     # Registers
 

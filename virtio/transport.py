@@ -206,13 +206,20 @@ class Transport:
         """The driver wrote 0 to device status, or the machine is reset."""
         # 2.4.1: "A device MUST reinitialize device status to 0 after receiving a reset." "A device MUST NOT
         # send notifications or interact with the queues after indicating completion of the reset by
-        # reinitializing device status to 0, until the driver re-initializes the device."
+        # reinitializing device status to 0, until the driver re-initializes the device." So until nothing touches guest
+        # memory any more the status stays what it is.
         done = self.device.deactivate()
         self.active = None
         self.interrupts_reset()
         self._resetting = not done
         if done:
             self._finish_reset()
+        else:
+            self.device.spawn(self._await_reset(), "reset")
+
+    async def _await_reset(self) -> None:
+        await self.device.settle()
+        self.read_status()
 
     def close(self) -> None:
         """The machine has ended: its memory is not touched and no interrupt is driven from now on."""
@@ -347,7 +354,7 @@ class Transport:
 
     def _abandon_faulty(self) -> None:
         """Of a device that needs a reset some chains will never be returned: all are abandoned, as by that reset."""
-        if self.status & Status.DEVICE_NEEDS_RESET:
+        if self.active is not None and self.status & Status.DEVICE_NEEDS_RESET:
             self.device.deactivate()
             self.active = None
 

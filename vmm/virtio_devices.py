@@ -126,7 +126,7 @@ class VirtioDevices:
             self._assembly.get("pci").add(cast(PciFunction, function))
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
-        transport = MmioTransport(device, memory, machine.irq_line(gsi).set)
+        transport = MmioTransport(device, memory, machine.irq_line(gsi).set, stall=machine.stall)
         self.transports[name] = transport
         machine.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
         for index in range(len(device.queue_sizes)):

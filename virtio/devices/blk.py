@@ -47,9 +47,6 @@ ZEROES_SECTORS = 0x200000
 ZEROES_SEGMENTS = 32
 SEGMENTS_MAX = 1024
 _MORE, _SIGNAL = 1, 2
-_CANCEL_MS = 500
-"""How long a reset waits for I/O that the kernel has begun: nearly always it ends at once. If not, the reset is not
-complete, and device status says so, until it has ended."""
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
 _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
@@ -169,15 +166,15 @@ class BlockDevice(Device):
             for descriptor in self._engine.descriptors():
                 self._reader.remove_reader(descriptor)
             self._reader = None
-        return self._engine.cancel(_CANCEL_MS)
+        return self._engine.cancel()
 
     def idle(self) -> bool:
         """Device.idle"""
-        return self._engine is None or self._engine.cancel(0)
+        return self._engine is None or self._engine.cancel()
 
     async def settle(self) -> None:
         while True:
-            if self.idle():
+            if self.is_active or self.idle():
                 return
             await asyncio.sleep(0.001)
 
@@ -185,7 +182,7 @@ class BlockDevice(Device):
         await super().aclose()
         engine, self._engine = self._engine, None
         if engine is not None:
-            if not engine.cancel(0):
+            if not engine.cancel():
                 await asyncio.to_thread(engine.close)  # waits for the system calls that run
             engine.close()
         await self.backend.aclose()

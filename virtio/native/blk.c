@@ -214,16 +214,15 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
     return rings;
 }
 
-/* Drop every request that is not with the kernel, wait for the others up to `timeout_ms`. Whether none is left. */
-static bool cancel(BlockObject *self, long timeout_ms)
+/* Drop every request that is not with the kernel, ask it to end the others. Whether none is left; waits for none. */
+static bool cancel(BlockObject *self)
 {
     struct jobs dropped = {0};
-    int64_t deadline = blk_now() + timeout_ms * 1000000;
     bool idle;
     blk_abandon(&self->disk, true);
     Py_BEGIN_ALLOW_THREADS
-    idle = blk_uring_cancel(&self->uring, deadline, &dropped);
-    idle &= pool_cancel(&self->pool, deadline, &dropped);
+    idle = blk_uring_cancel(&self->uring, 0, &dropped);
+    idle &= pool_cancel(&self->pool, &dropped);
     Py_END_ALLOW_THREADS
     for (struct request *job; (job = jobs_take(&dropped));)
         job_free(self, job);
@@ -231,12 +230,9 @@ static bool cancel(BlockObject *self, long timeout_ms)
     return idle;
 }
 
-static PyObject *block_cancel(BlockObject *self, PyObject *timeout_ms)
+static PyObject *block_cancel(BlockObject *self, PyObject *Py_UNUSED(unused))
 {
-    long timeout = PyLong_AsLong(timeout_ms);
-    if (PyErr_Occurred())
-        return NULL;
-    return PyBool_FromLong(cancel(self, timeout < 0 ? 0 : timeout));
+    return PyBool_FromLong(cancel(self));
 }
 
 static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
@@ -253,7 +249,7 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
         Py_END_ALLOW_THREADS
         for (struct request *job; (job = jobs_take(&dropped));)
             job_free(self, job);
-        cancel(self, 0);
+        cancel(self);
     }
     Py_RETURN_NONE;
 }
@@ -263,7 +259,6 @@ static void block_dealloc(BlockObject *self)
     Py_XDECREF(block_close(self, NULL));
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
-    pthread_cond_destroy(&self->pool.idle);
     if (self->dirty.obj)
         PyBuffer_Release(&self->dirty);
     Py_TYPE(self)->tp_free((PyObject *)self);
@@ -364,8 +359,8 @@ static PyMethodDef block_methods[] = {
     {"drain", (PyCFunction)block_drain, METH_VARARGS,
      "drain(ring, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification."},
     {"reap", (PyCFunction)block_reap, METH_NOARGS, "Return what is completed; rings that want a notification."},
-    {"cancel", (PyCFunction)block_cancel, METH_O,
-     "cancel(timeout_ms) -> whether nothing touches guest memory any more; drops every request."},
+    {"cancel", (PyCFunction)block_cancel, METH_NOARGS,
+     "cancel() -> whether nothing touches guest memory any more; drops every request, waits for none."},
     {"configure", (PyCFunction)(void (*)(void))block_configure, METH_VARARGS | METH_KEYWORDS,
      "configure(sectors, writeback, discard, write_zeroes)"},
     {"close", (PyCFunction)block_close, METH_NOARGS, "Wait for system calls that run, drop the rest, stop."},

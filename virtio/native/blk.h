@@ -157,7 +157,7 @@ struct pool {
     unsigned threads, started;
     pthread_t thread[THREADS_MAX];
     pthread_mutex_t lock;
-    pthread_cond_t work, idle;
+    pthread_cond_t work;
     struct jobs queue, done;
     unsigned running;
     bool stopping;
@@ -168,8 +168,8 @@ int pool_open(struct pool *pool, struct disk *disk, unsigned threads);
 /* Takes the jobs; false, and takes none, if no thread can be started. */
 bool pool_submit(struct pool *pool, struct jobs *jobs);
 struct jobs pool_done(struct pool *pool);
-/* Drop what waits and wait until nothing runs, or until `deadline` (CLOCK_MONOTONIC, ns). Whether nothing runs. */
-bool pool_cancel(struct pool *pool, int64_t deadline, struct jobs *dropped);
+/* Drop what waits. Whether nothing runs. */
+bool pool_cancel(struct pool *pool, struct jobs *dropped);
 /* Wait for what runs and end the threads; call without the GIL. */
 void pool_close(struct pool *pool);
 
@@ -190,7 +190,7 @@ int blk_uring_open(struct blk_uring *uring, struct disk *disk);
 void blk_uring_submit(struct blk_uring *uring, struct jobs *jobs, struct jobs *elsewhere);
 /* What the kernel has completed; jobs that it cannot do come back in `elsewhere`. */
 void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *elsewhere);
-/* As pool_cancel(). */
+/* Drop what waits and wait until nothing is in flight, or until `deadline` (CLOCK_MONOTONIC, ns). Whether nothing is. */
 bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dropped);
 void blk_uring_close(struct blk_uring *uring);
 

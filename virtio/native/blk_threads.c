@@ -5,7 +5,6 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 int pool_open(struct pool *pool, struct disk *disk, unsigned threads)
@@ -13,13 +12,8 @@ int pool_open(struct pool *pool, struct disk *disk, unsigned threads)
     memset(pool, 0, sizeof *pool);
     pool->disk = disk;
     pool->threads = threads < 1 ? 1 : threads > THREADS_MAX ? THREADS_MAX : threads;
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->work, &monotonic);
-    pthread_cond_init(&pool->idle, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    pthread_cond_init(&pool->work, NULL);
     pool->event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     return pool->event < 0 ? errno : 0;
 }
@@ -53,8 +47,6 @@ static void *worker(void *argument)
         bool first = !pool->done.count;
         jobs_join(&pool->done, &jobs);
         pool->running -= count;
-        if (!pool->running)
-            pthread_cond_broadcast(&pool->idle);
         if (first)
             eventfd_write(pool->event, 1);
     }
@@ -101,14 +93,10 @@ struct jobs pool_done(struct pool *pool)
     return done;
 }
 
-bool pool_cancel(struct pool *pool, int64_t deadline, struct jobs *dropped)
+bool pool_cancel(struct pool *pool, struct jobs *dropped)
 {
-    struct timespec until = {deadline / 1000000000, deadline % 1000000000};
-    int error = 0;
     pthread_mutex_lock(&pool->lock);
     jobs_join(dropped, &pool->queue);
-    while (pool->running && error != ETIMEDOUT)
-        error = pthread_cond_timedwait(&pool->idle, &pool->lock, &until);
     bool idle = !pool->running;
     jobs_join(dropped, &pool->done);
     pthread_mutex_unlock(&pool->lock);

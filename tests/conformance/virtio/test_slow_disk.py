@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.engines import ENGINES
 from tests.support.slowdisk import SlowDisk, slow_disk
-from tests.support.virtio import Driver, PciDriver
+from tests.support.virtio import Driver, MmioDriver, PciDriver
 from virtio.backends.file import Cache, FileBlock, Io
+from virtio.constants import Status
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.driver import Buffer
@@ -62,12 +63,12 @@ def flush(driver: Driver) -> None:
     driver.submit(0, [driver.buffer(struct.pack("<IIQ", blk.FLUSH, 0, 0))], [driver.buffer(1)])
 
 
-def reads(driver: Driver, count: int) -> list[Buffer]:
+def reads(driver: Driver, count: int, *, first: int = 0) -> list[Buffer]:
     """Make reads of 8 sectors each available, far apart, and notify; where their data goes."""
     rooms = []
     for number in range(count):
         rooms.append((driver.allocator.take(4096, 4096), 4096))
-        head = driver.buffer(struct.pack("<IIQ", blk.IN, 0, 24 * number))
+        head = driver.buffer(struct.pack("<IIQ", blk.IN, 0, first + 24 * number))
         driver.queues[0].add([head], [rooms[-1], driver.buffer(b"\xee")])
     driver.notify(0)
     return rooms
@@ -93,6 +94,140 @@ async def test_a_reset_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowD
     assert all(driver.bytes_at(room) == b"\xa5" * room[1] for room in rooms[1:])
     driver.transport.reset()
     await device.aclose()
+
+
+class Stall:
+    """A processor that its write to virtio-mmio's Status keeps. What the driver does first when it goes on is to use
+    its buffers for something else."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self.driver = MmioDriver(device, stall=self)
+        self.count = 0
+        self.rooms: list[Buffer] = []
+        self.seen: list[int] = []
+
+    def __call__(self) -> Callable[[], None]:
+        self.count += 1
+        return self.go_on
+
+    def go_on(self) -> None:
+        self.count -= 1
+        self.seen.append(self.driver.read_status())
+        for room in self.rooms:
+            self.driver.memory.view(*room)[:] = b"\xa5" * room[1]
+
+
+@pytest.mark.clause("2.4.1-a", "2.4.1-b")
+async def test_over_mmio_a_reset_keeps_the_vcpu_until_it_is_complete(device: BlockDevice, slow: SlowDisk) -> None:
+    stall = Stall(device)
+    driver = stall.driver
+    driver.initialize()
+    assert not stall.count and not stall.seen
+    slow.hold()
+    stall.rooms = reads(driver, 40)
+    await driver.wait(lambda: slow.waiting)
+    driver.write_status(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert stall.count == 1 and driver.read_status() != 0
+    driver.write_status(0)  # by another processor
+    driver.write_status(Status.ACKNOWLEDGE)
+    assert stall.count == 2 and slow.waiting
+    slow.release()
+    await driver.wait(lambda: stall.seen)
+    assert stall.seen == [0, 0] and not stall.count
+    driver.initialize()
+    assert await driver.request(0, [struct.pack("<IIQ", blk.IN, 0, 0)], [512, 1]) == slow.data[:512] + b"\0"
+    assert all(driver.bytes_at(room) == b"\xa5" * room[1] for room in stall.rooms[1:])
+    driver.transport.reset()
+    await device.aclose()
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_a_reset_becomes_complete_unwatched_and_leaves_later_requests(
+    device: BlockDevice, slow: SlowDisk, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stall = Stall(device)
+    driver = stall.driver if transport == "mmio" else PciDriver(device)
+    driver.initialize()
+    write_status = driver.write_status
+    for polls in (False, True):
+        slow.hold()
+        reads(driver, 2, first=1024 * polls)
+        await driver.wait(lambda: slow.waiting)
+        driver.write_status(0)
+        slow.release()
+        if polls:
+            while driver.read_status():
+                pass
+        else:
+            await driver.wait(lambda: driver.transport.status == 0)
+        assert not stall.count
+        with monkeypatch.context() as patch:  # a driver that does not begin with a reset
+            patch.setattr(driver, "write_status", lambda value: write_status(value) if value else None)
+            driver.initialize()
+        slow.hold()
+        first = 1024 * polls + 128
+        rooms = reads(driver, 30, first=first)
+        await driver.wait(lambda: slow.waiting)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        slow.release()
+        await driver.used(0, 30)
+        for number, room in enumerate(rooms):
+            assert driver.bytes_at(room) == slow.data[512 * (first + 24 * number) :][:4096]
+    driver.transport.reset()
+    await device.aclose()
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("ends", [("cancel",), ("cancel", "release")], ids="-".join)
+async def test_a_state_is_saved_once_the_reset_is_complete(
+    device: BlockDevice, slow: SlowDisk, faulty: bool, ends: tuple[str, ...]
+) -> None:
+    """Also if whoever wanted to save gave that up."""
+    stall = Stall(device)
+    driver = stall.driver
+    driver.initialize()
+    slow.hold()
+    reads(driver, 4)
+    await driver.wait(lambda: slow.waiting)
+    if faulty:
+        driver.submit(0, [driver.buffer(16)])
+        assert driver.needs_reset
+    driver.write_status(0)
+    with pytest.raises(StateError, match="a reset is not complete"):
+        driver.transport.save()
+    for end in ends:
+        quiesced = asyncio.ensure_future(driver.transport.quiesce())
+        await asyncio.wait([quiesced], timeout=0.01)
+        assert not quiesced.done() and stall.count == 1
+        if end == "cancel":
+            quiesced.cancel()
+        else:
+            slow.release()
+            await asyncio.wait_for(quiesced, 10)
+    slow.release()
+    await driver.wait(lambda: stall.seen)
+    assert stall.seen == [0] and driver.transport.save()["status"] == 0
+    await device.aclose()
+
+
+async def test_a_machine_that_ends_lets_nobody_go_on(device: BlockDevice, slow: SlowDisk) -> None:
+    stall = Stall(device)
+    driver = stall.driver
+    driver.initialize()
+    slow.hold()
+    reads(driver, 4)
+    await driver.wait(lambda: slow.waiting)
+    driver.write_status(0)
+    driver.transport.close()
+    closing = asyncio.ensure_future(device.aclose())
+    await asyncio.wait([closing], timeout=0.05)
+    assert not closing.done()
+    slow.release()
+    await asyncio.wait_for(closing, 10)
+    assert stall.count == 1 and not stall.seen
 
 
 def on_disk(slow: SlowDisk) -> bytes:
