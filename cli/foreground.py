@@ -68,7 +68,9 @@ async def _run(
         timeline.on_mark, errors.before_message = boot_progress()
     debug = vm.on_debug = _DebugOutput()
     helpers = [asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")]
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What our parent had us ignore, as nohup does, stays ignored.
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [number for number in endings if signal.getsignal(number) is not signal.SIG_IGN]
     try:
         for number in signals:
             loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))

@@ -219,7 +219,8 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
                     break
                 answer += data
     except TimeoutError as error:
-        raise HostError(f"{entry.name}: no answer within {patience:g} s") from error
+        owner = f"; if its process hangs, end it with: kill -9 {entry.info['pid']}" if "pid" in entry.info else ""
+        raise HostError(f"{entry.name}: no answer within {patience:g} s{owner}") from error
     except OSError as error:
         raise HostError(f"{entry.name}: {os_reason(error)}") from error
     try:

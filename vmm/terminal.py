@@ -283,7 +283,8 @@ def attach(path: Path, name: str) -> str:
     with connection:
         try:
             for number in (signal.SIGTERM, signal.SIGHUP):
-                handlers[number] = signal.signal(number, leave)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    handlers[number] = signal.signal(number, leave)
             terminal = os.isatty(0)
             if terminal and in_foreground(0):
                 raw.enter()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_a_signal_ends_the_machine(runtime: Path, number: signal.Signals) -> Non
         machine.process.send_signal(number)
         assert machine.process.wait(20) == 128 + number
     assert empty(runtime)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_ignored(runtime: Path, number: signal.Signals) -> None:
+    """As nohup has it, and a shell for what it runs in the background of a script."""
+    ignore = partial(signal.signal, number, signal.SIG_IGN)
+    with Background(runtime, "spin", "--name", "s", preexec_fn=ignore) as machine:
+        wait_for(lambda: (runtime / "loopvisor/s/info.json").exists())
+        machine.process.send_signal(number)
+        assert json.loads(vmm(runtime, "ps", "--json").stdout)[0]["state"] == "running"
+        machine.process.send_signal(signal.SIGTERM)
+        assert machine.process.wait(20) == 128 + signal.SIGTERM
 
 
 BAD = [

@@ -33,6 +33,12 @@ def vmm(
     )
 
 
+def not_ignored() -> None:
+    """In a child before it becomes a command: signals are as in a terminal, whatever runs the tests."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Session:
     """A command on a pseudo-terminal."""
 
@@ -116,7 +122,10 @@ class Session:
 
 
 # Makes the terminal the session's controlling one, then becomes the command.
-_LEADER = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+_LEADER = (
+    "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 class Background:
@@ -125,6 +134,7 @@ class Background:
     def __init__(self, runtime: Path, *arguments: str, **options: Any) -> None:
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("stdout", subprocess.DEVNULL)
+        options.setdefault("preexec_fn", not_ignored)
         self.process = subprocess.Popen(
             [*VMM, "run", *arguments], env=environment(runtime), stderr=subprocess.PIPE, text=True, **options
         )
