@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from vmm.errors import HostError, VmmError, os_reason
+from vmm.errors import ConfigError, HostError, VmmError, os_reason
 
 REPLAY = 64 << 10
 """Bytes of recent output that a late watcher gets."""
@@ -235,6 +235,7 @@ class ConsoleReader:
         self.skipped = 0
         """Bytes of output that were gone before they were read."""
         self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
         self._pending = b""
         """Read from the hub, not yet handed out: what follows a match."""
         hub.watch(self)
@@ -245,13 +246,14 @@ class ConsoleReader:
             self._waiter.set_result(None)
 
     async def read(self, limit: int = 1 << 16) -> bytes:
-        """The next output, at least one byte; b"" once the machine ended and all was read."""
-        while True:
+        """The next output, at least one byte; b"" once the machine ended and all was read, or this was closed."""
+        while not self._closed:
             if data := self._next(limit):
                 return data
             if self._hub.closed:
-                return b""
+                break
             await self._wait()
+        return b""
 
     def __aiter__(self) -> ConsoleReader:
         return self
@@ -289,8 +291,11 @@ class ConsoleReader:
             raise
 
     def close(self) -> None:
-        """Follow the output no longer: a lossless reader then holds the machine no more."""
+        """Follow the output no longer: a lossless reader then holds the machine no more, and who waits in `read` has
+        come to the end. Idempotent."""
+        self._closed = True
         self._hub.unwatch(self)
+        self.wake()
 
     def _next(self, limit: int) -> bytes:
         if self._pending:
@@ -391,11 +396,15 @@ class ConsoleLog:
         self._limit = limit
         self._warn = warn
         self.position = hub.total
+        if path.is_fifo():  # opening it and writing to it wait for its reader, and the loop with them
+            raise ConfigError(f"console log: {path}: is a pipe; give a file, or use --console socket=PATH")
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise HostError(f"console log: {path}: {os_reason(error)}") from error
-        self._size = self._file.tell()
+        self._rotates = path.is_file()
+        """Not a device, which would lose its name."""
+        self._size = self._file.tell() if self._rotates else 0
         hub.watch(self)
 
     def wake(self) -> None:
@@ -406,18 +415,22 @@ class ConsoleLog:
             while data:
                 if self._size >= self._limit:
                     self._rotate()
-                piece = data[: self._limit - self._size]
-                self._size += self._file.write(piece) or 0
-                data = data[len(piece) :]
+                written = self._file.write(data[: self._limit - self._size]) or 0
+                if not written:
+                    break
+                self._size += written
+                data = data[written:]
         except OSError as error:
             self._warn(f"console log: {self._path}: {os_reason(error)}; logging stops")
             self.close()
 
     def _rotate(self) -> None:
+        self._size = 0
+        if not self._rotates:
+            return
         self._file.close()
         self._path.replace(self._path.with_name(self._path.name + ".1"))
         self._file = self._path.open("wb", buffering=0)
-        self._size = 0
 
     def close(self) -> None:
         """Stop writing. Idempotent."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pty
+import resource
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from vmm.console import INPUT_HIGH, REPLAY, RING, ConsoleHub, ConsoleLog, ConsoleReader
+from vmm.console import INPUT_HIGH, REPLAY, RING, ConsoleClosed, ConsoleHub, ConsoleLog, ConsoleReader
 from vmm.consoleserver import MAX_CLIENTS, ConsoleServer
 from vmm.errors import ConfigError
 
@@ -144,6 +147,55 @@ async def test_log_that_cannot_be_written_stops_with_a_warning(tmp_path: Path) -
     hub.write(b"text")
     hub.write(b"more")
     assert warnings == ["console log: /dev/full: no space left on device; logging stops"]
+
+
+async def test_a_disk_that_fills_within_a_write_is_told(tmp_path: Path) -> None:
+    hub = ConsoleHub()
+    warnings: list[str] = []
+    ConsoleLog(hub, tmp_path / "log", 1 << 20, warnings.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+    try:
+        hub.write(b"0123456789")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "log").read_bytes() == b"012345"
+    assert warnings == [f"console log: {tmp_path}/log: file too large; logging stops"]
+
+
+async def test_a_device_as_log_keeps_its_name() -> None:
+    """/dev/null too, which root could rename."""
+    master, slave = pty.openpty()
+    path = Path(os.ttyname(slave))
+    hub = ConsoleHub()
+    warnings: list[str] = []
+    log = ConsoleLog(hub, path, 4, warnings.append)
+    hub.write(b"0123456789")
+    assert os.read(master, 100) == b"0123456789" and warnings == [] and path.is_char_device()
+    log.close()
+    os.close(master)
+    os.close(slave)
+
+
+async def test_a_pipe_as_log_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="console log: .*/pipe: is a pipe"):
+        ConsoleLog(ConsoleHub(), tmp_path / "pipe", 4096, lambda text: None)
+
+
+async def test_closing_a_reader_ends_who_reads() -> None:
+    hub = ConsoleHub()
+    first, second = ConsoleReader(hub, lossless=True), ConsoleReader(hub)
+    reading, expecting = asyncio.create_task(first.read()), asyncio.create_task(second.expect("never", timeout=None))
+    await asyncio.sleep(0)
+    first.close()
+    second.close()
+    async with asyncio.timeout(10):
+        assert await reading == b""
+        with pytest.raises(ConsoleClosed):
+            await expecting
+    hub.write(b"more")
+    assert await first.read() == b"" and [chunk async for chunk in second] == []
 
 
 async def test_input_goes_to_the_port_that_wrote_last() -> None:
