@@ -256,7 +256,7 @@ class StandardStreams:
     def _read_file(self) -> None:
         """A file is read as fast as the guest takes it."""
         try:
-            while data := os.read(self._input, CHUNK):
+            while not self._hub.closed and (data := os.read(self._input, CHUNK)):
                 if not self._hub.feed(data, self._read_file):
                     return
         except OSError:

@@ -424,6 +424,13 @@ def test_input_from_a_file(runtime: Path, tmp_path: Path) -> None:
         assert vmm(runtime, "run", "echo", stdin=file).stdout.endswith("from a file")
 
 
+def test_input_without_end(runtime: Path) -> None:
+    """What the guest did not read is left where it is."""
+    with Path("/dev/zero").open("rb") as zeros:
+        done = vmm(runtime, "run", "hello", stdin=zeros)
+    assert (done.returncode, done.stdout, done.stderr) == (0, HELLO, "")
+
+
 def test_output_to_a_reader_that_leaves(runtime: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
