@@ -163,7 +163,8 @@ class Built:
             with core_errors():
                 await self._build()
         except BaseException:
-            await self.aclose()
+            with suppress(HostError):  # the reason is what went wrong first
+                await self.aclose()
             raise
 
     async def _build(self) -> None:

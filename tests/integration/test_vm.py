@@ -19,6 +19,7 @@ from cpu.contract import Space, VmConfig
 from cpu.exits import FailEntry, Halt, InternalError, MmioRead, PortIn, PortOut, Shutdown, SystemEvent
 from cpu.scripted import ScriptedVm, Step
 from tests.support.scripted import Script, config, until
+from virtio.device import Device
 from vmm import (
     ConfigError,
     ConsoleClosed,
@@ -455,6 +456,24 @@ async def test_build_failures_leave_nothing(tmp_path: Path) -> None:
             pass
     assert descriptors() == before
     assert threading.active_count() == threads
+
+
+async def test_a_build_that_fails_says_why_though_closing_fails_too(tmp_path: Path) -> None:
+    class Stubborn(Device):
+        device_id = 4
+        queue_sizes = (8,)
+
+        async def aclose(self) -> None:
+            raise OSError("cannot be closed")
+
+    def absent() -> Device:
+        raise ConfigError("second: no such thing")
+
+    with pytest.raises(ConfigError, match="second: no such thing"):
+        async with VirtualMachine(
+            config(tmp_path), system=Script(), devices={"first": Stubborn, "second": absent}
+        ):
+            pass
 
 
 async def test_console_log_rotates(tmp_path: Path) -> None:
