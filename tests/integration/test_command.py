@@ -540,9 +540,11 @@ def test_ctrl_bracket_behind_a_paste_that_the_guest_does_not_read(
             [VMM[0], "-c", "import os; [os.write(1, b'x' * 4096) for _ in range(256)]; os.write(1, bytes([29]))"],
             stdout=session.master,
         )
-        assert session.wait() == status
-        typist.kill()
-        typist.wait()
+        try:
+            assert session.wait() == status
+        finally:
+            typist.kill()
+            typist.wait()
         assert session.restored
 
 
