@@ -289,7 +289,7 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
     }
     if (d->mem) {
         d->lock_ok = op != 0;
-        emit_address(d, 1, op != 0);
+        emit_address(d, 0, op != 0); /* the operand's own address need not be inside its segment, only the bit's */
         u = emit_helper_store(d, h_bt_m);
         u->base = (uint8_t)d->adsize;
     } else {

@@ -104,13 +104,14 @@ HANDLER(ea_abs) { c->tmp[0] = (u->aux ? c->seg[u->seg].base : 0) + u->imm; NEXT;
 HANDLER(ea_a32) { c->tmp[0] = (u->aux ? c->seg[u->seg].base : 0) + (uint32_t)(EA_BI + u->imm); NEXT; }
 HANDLER(ea_a32_rip) { c->tmp[0] = (u->aux ? c->seg[u->seg].base : 0) + (uint32_t)(rip + u->imm); NEXT; }
 HANDLER(ea_a64_rip) { c->tmp[0] = c->seg[u->seg].base + rip + u->imm; NEXT; }
-/* Outside 64-bit mode: offset masked by imm, then limit and rights. aux: it is a write; size: of the access. */
+/* Outside 64-bit mode: offset masked by imm, then limit and rights. aux: it is a write; size: of the access, 0 if that is
+ * elsewhere and checks itself. */
 HANDLER(ea_legacy)
 {
     uint64_t offset = EA_BI & u->imm;
     const struct soft_seg *s = &c->seg[u->seg];
     /* A flat writable data segment, expand-up. */
-    if (SOFT_LIKELY(s->limit == UINT32_MAX && (s->attr & 0x9E) == 0x92)) {
+    if (SOFT_LIKELY(!u->size || (s->limit == UINT32_MAX && (s->attr & 0x9E) == 0x92))) {
         c->tmp[0] = (uint32_t)(s->base + offset);
         NEXT;
     }

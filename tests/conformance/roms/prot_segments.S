@@ -210,6 +210,26 @@ test_prot:
     iretd
 1:  SAY32 "nested task\n"
     TRY "push 0x4002; popfd; push 2; push CODE32; push offset 1f; iretd; 1:"
+    /* Only the address that the bit offset leads to must be in the segment, all of it. Host processors agree. */
+    SAY32 "bit strings\n"
+    .macro TRY_BITS selector, code
+    mov eax, \selector
+    mov es, eax
+    mov ebx, 0x1000
+    TRY "\code"
+    .endm
+    TRY_BITS SMALL, "mov eax, -32; bts es:[ebx], eax"
+    TRY_BITS SMALL, "mov eax, -0x8000; bt es:[ebx], eax"
+    TRY_BITS SMALL, "mov eax, 32; btr es:[-4], eax"
+    TRY_BITS SMALL, "mov eax, 0x7FFF; bt es:[0], eax"
+    TRY_BITS SMALL, "mov ax, -16; btc word ptr es:[ebx], ax"
+    TRY_BITS SMALL, "mov eax, 0x8000; bt es:[0], eax"
+    TRY_BITS SMALL, "xor eax, eax; btc es:[0xFFD], eax"
+    TRY_BITS SMALL, "xor eax, eax; bt word ptr es:[0xFFF], ax"
+    TRY_BITS DOWN, "mov eax, 0x8000; bt es:[0], eax"
+    TRY_BITS DOWN, "mov eax, -32; bt es:[ebx], eax"
+    TRY_BITS RODATA, "mov eax, -32; bt es:[ebx], eax"
+    TRY_BITS RODATA, "mov eax, -32; bts es:[ebx], eax"
     SAY32 "end\n"
     EXIT 0
 
