@@ -278,7 +278,10 @@ class Built:
         if self._hardware is not None:
             self._hardware.memory.on_written = self._hardware.memory.on_written_ranges = None
         self._closer = threading.Thread(target=self._close_core, name="close-vm")
-        self._closer.start()
+        try:
+            self._closer.start()
+        except RuntimeError:  # the host has no room for a thread
+            self._close_core()
 
     def _close_core(self) -> None:
         """The closing thread."""
@@ -297,7 +300,8 @@ class Built:
         """begin_close() to its end, at once: for a loop that does not go on."""
         self.begin_close()
         assert self._closer is not None
-        self._closer.join()
+        if self._closer.ident is not None:  # it was started
+            self._closer.join()
 
     async def aclose(self) -> None:
         """Close the components; when the core is closed, memory. Idempotent."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
 from vmm.config import Config
 from vmm.cores import open_system
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 from vmm.memory import GuestMemory
 
 
@@ -63,6 +63,7 @@ class Making:
     """Hardware that a thread makes, from the construction of this on."""
 
     def __init__(self, config: Config, system: System) -> None:
+        """Raises HostError if the host has no room for a thread."""
         self._config, self._system = config, system
         self._made: Hardware | None = None
         self._failure: BaseException | None = None
@@ -70,7 +71,10 @@ class Making:
         self._done = False
         self._tell: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._make, name="make-vm")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise HostError(f"cannot make a machine: {error}; end other programs or raise their limit (ulimit -u)") from error
 
     def _make(self) -> None:
         try:
@@ -119,7 +123,11 @@ class HeadStart:
         config.check_host()
         self.warnings: list[str] = []
         self.system = open_system(config, self.warnings.append)
-        self.making: Making | None = Making(config, self.system)
+        try:
+            self.making: Making | None = Making(config, self.system)
+        except BaseException:
+            self.system.close()
+            raise
 
     def take(self) -> Making:
         """The hardware; it and the system are the taker's to close from now on."""

@@ -155,19 +155,20 @@ class VirtualMachine:
             outcome = Outcome(Reason.TIMEOUT, f"still running after {self.config.timeout:g} s")
             self._timer = asyncio.get_running_loop().call_later(self.config.timeout, self._finish, outcome)
         self.timeline.mark("resume")
-        assert self._built is not None
-        self._built.dispatcher.release("pause")
+        if self._built is not None:  # between two boots there is none; the next goes by the state
+            self._built.dispatcher.release("pause")
 
     async def pause(self) -> None:
         """Park every vCPU. Raises StateError."""
         self._change(Change.PAUSE)
-        assert self._built is not None
-        dispatcher = self._built.dispatcher
-        dispatcher.hold("pause")
-        await dispatcher.wait_parked()
+        if self._built is not None:
+            dispatcher = self._built.dispatcher
+            dispatcher.hold("pause")
+            await dispatcher.wait_parked()
 
     async def stop(self, timeout: float = STOP_SECONDS) -> Outcome:
-        """Press the power button, wait for the guest to power off, end it after `timeout` seconds."""
+        """Press the power button, wait for the guest to power off, end it after `timeout` seconds. A guest that resets
+        instead, or just did, is not started again."""
         if self._supervisor is None:
             raise StateError("the machine is not built; use it in `async with`")
         await self.ask_to_stop(timeout)
@@ -179,11 +180,12 @@ class VirtualMachine:
             return self._outcome
         if self.state is State.PAUSED:
             self.resume()
-        if not self._ending.is_set():
+        if not self.ending:
             self._change(Change.ASK)
-            assert self._built is not None
-            button = self._built.components.get("power-button")
-            if button is None:
+            button = self._built.components.get("power-button") if self._built is not None else None
+            if self._built is None or self._end is not None:
+                self._finish(Outcome(Reason.RESET, "stopped between two boots"))
+            elif button is None:
                 self._finish(Outcome(Reason.KILLED, "this machine has no power button"))
             else:
                 button.press()  # type: ignore[attr-defined]
@@ -363,19 +365,19 @@ class VirtualMachine:
             await self._release()
 
     def _restarts(self, end: Outcome) -> bool:
-        return end.reason is Reason.RESET and self.config.reboot
+        return end.reason is Reason.RESET and self.config.reboot and self.state is not State.STOPPING
 
     async def _restart(self, end: Outcome) -> None:
         assert self._built is not None
         await self._built.aclose()
+        if self._end is not end or not self._restarts(end):
+            return  # killed or stopped meanwhile
         self._built = None
-        if self._end is not end:
-            return  # it was ended meanwhile
         self._end = None
         self._ending.clear()
         await self._build()
         self._tell(Rebooted(end.detail))
-        if self._end is None:
+        if self._end is None and self.state is not State.PAUSED:
             assert self._built is not None
             self._built.dispatcher.release("pause")
 

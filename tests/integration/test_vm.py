@@ -33,8 +33,9 @@ from vmm import (
     VirtualMachine,
     Warned,
 )
+from vmm.builder import Built
 from vmm.errors import GuestError
-from vmm.lifecycle import Outcome, Reason
+from vmm.lifecycle import Change, Outcome, Reason
 
 COM1 = 0x3F8
 EXIT = PortOut(0xF4, 1, 7)
@@ -364,6 +365,128 @@ async def test_a_kill_while_the_machine_restarts_is_not_forgotten(tmp_path: Path
     async with VirtualMachine(config(tmp_path, reboot=True), system=system) as vm:
         assert (await vm.run()).reason is Reason.KILLED
     assert len(system.vms) == 1 and system.vms[0].closed
+
+
+class Gate:
+    """A component of the machine whose closing takes until it is opened: the first half of a restart."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+
+    async def aclose(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
+@asynccontextmanager
+async def restarting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> AsyncIterator[tuple[VirtualMachine, Script, asyncio.Event]]:
+    """A machine in the first ("closing") or second ("building") half of a restart, its core, and what lets it go on. The
+    guest would end with EXIT after the restart."""
+    system = Script([SystemEvent(2)])
+    async with VirtualMachine(config(folder, reboot=True), system=system) as vm:
+        assert vm._built is not None
+        gate = Gate()
+        if half == "closing":
+            vm._built.components["gate"] = gate
+        else:
+            build = Built.build
+
+            async def gated(built: Built) -> None:
+                await gate.aclose()
+                await build(built)
+
+            monkeypatch.setattr(Built, "build", gated)
+        vm.resume()
+        await gate.reached.wait()
+        system.scripts = ([EXIT],)
+        yield vm, system, gate.opened
+        gate.opened.set()
+
+
+HALVES = pytest.mark.parametrize("half", ["closing", "building"])
+
+
+@HALVES
+async def test_a_kill_during_a_restart_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    async with restarting(tmp_path, monkeypatch, half) as (vm, _, go_on):
+        vm.kill()
+        go_on.set()
+        async with asyncio.timeout(10):
+            assert (await vm.wait()).reason is Reason.KILLED
+
+
+@HALVES
+async def test_a_machine_that_is_paused_during_a_restart_starts_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    async with restarting(tmp_path, monkeypatch, half) as (vm, _, go_on):
+        events = vm.events()
+        await vm.pause()
+        go_on.set()
+        async for event in events:
+            if isinstance(event, Rebooted):
+                break
+        assert vm.state is State.PAUSED
+        assert vm._built is not None and vm._built.dispatcher.held
+        assert vm.outcome is None
+        assert (await vm.run()).reason is Reason.EXIT
+
+
+@HALVES
+async def test_pausing_and_resuming_during_a_restart_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    async with restarting(tmp_path, monkeypatch, half) as (vm, _, go_on):
+        await vm.pause()
+        vm.resume()
+        go_on.set()
+        assert (await vm.wait()).reason is Reason.EXIT
+
+
+@HALVES
+async def test_a_machine_that_is_stopped_during_a_restart_does_not_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str
+) -> None:
+    async with restarting(tmp_path, monkeypatch, half) as (vm, system, go_on):
+        stopping = asyncio.create_task(vm.stop(), name="stop")
+        await until(lambda: vm.state is State.STOPPING)
+        go_on.set()
+        async with asyncio.timeout(10):  # its own is 30 s
+            outcome = await stopping
+        assert (outcome.reason, outcome.status) == (Reason.RESET, 0)
+        assert all(core.closed for core in system.vms)
+
+
+async def test_a_guest_that_resets_when_asked_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    # As ask_to_stop() does with a power button, which this machine has not.
+    async with machine(tmp_path, [], [SystemEvent(2)], reboot=True) as vm:
+        vm._change(Change.RESUME)
+        vm._change(Change.ASK)
+        assert vm._built is not None
+        vm._built.dispatcher.release("pause")
+        assert (await vm.wait()).reason is Reason.RESET
+
+
+async def test_a_host_without_room_for_threads_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HostError, match="cannot make a machine: can't start new thread"):
+            await outcome_of(tmp_path, [EXIT])
+    assert descriptors() == before
+    async with machine(tmp_path, []) as vm:  # and one that exists can be closed
+        vm.resume()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert descriptors() == before
 
 
 async def test_reset_without_reboot_ends(tmp_path: Path) -> None:
