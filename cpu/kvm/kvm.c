@@ -1,8 +1,9 @@
 /* The KVM core: one native thread a vCPU around KVM_RUN (Linux: Documentation/virt/kvm/api.rst, "the KVM API").
  *
- * Kick: a real-time signal that is blocked in every thread of ours and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK,
- * API 4.40). It stays pending until KVM_RUN looks, so no kick is lost, and no handler ever runs: the process's signal
- * dispositions are untouched.
+ * Kick: a signal that is blocked in every thread of ours and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK, API 4.40).
+ * It stays pending until KVM_RUN looks, so no kick is lost, and no handler ever runs: the process's signal dispositions
+ * are untouched. No real-time signal: those are refused when the user's RLIMIT_SIGPENDING is used up (signal(7)), and a kick
+ * that is not sent leaves close() waiting. SIGSTKFLT is one that nothing sends.
  */
 #define _GNU_SOURCE
 #include "native/loop.h"
@@ -18,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define KICK_SIGNAL (SIGRTMAX - 3)
+#define KICK_SIGNAL SIGSTKFLT
 
 enum {
     TSS_ADDRESS = 0xfffbd000u,          /* three pages below the firmware area, outside all RAM */

@@ -1,8 +1,10 @@
 """cpu/contract.py: parking and kicking, the alarm, several vCPUs, signals. Every core."""
 
 import os
+import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 from cpu.contract import Capability, Space
 from cpu.errors import ConfigError, StateError
 from cpu.exits import AlarmDue, CompleteRead, Interrupted, MmioWrite, PortIn, PortOut, Posted
-from tests.support.cores import DEADLINE_S, DONE, MMIO, RESUME
+from tests.support.cores import DEADLINE_S, DONE, MMIO, RESUME, SCRATCH
 
 ACCESSES = [PortOut(0x60, 1, 5), PortIn(0x60, 4), MmioWrite(MMIO, 4, 5)]
 
@@ -290,6 +292,23 @@ def test_kicks_touch_no_signal_of_the_embedding_program(core, guests):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert dispositions() == before
+
+
+def test_a_kick_needs_no_room_in_the_users_signal_queue(core, guests):
+    """Another program of the same user may have filled it."""
+    guest = guests(core)
+    if not guest.scripted:
+        guest.load_code(b"\xfe\x05" + struct.pack("<I", SCRATCH) + b"\xeb\xf8")  # 1: inc byte [SCRATCH]; jmp 1b
+    guest.go()
+    while not guest.scripted and not guest.memory[SCRATCH]:  # until it is in guest mode
+        pass
+    old = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, old[1]))
+    try:
+        guest.vcpus[0].kick()
+        assert guest.next_exit() == (0, Interrupted())
+    finally:
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, old)
 
 
 STOPPED = """
