@@ -32,10 +32,12 @@ static void serve(struct lv_vm *vm, struct lv_irqfd *irqfd)
     if (irqfd->gsi >= LINES)
         return; /* an MSI GSI without a route: the message has nowhere to go */
     if (irqfd->resample_fd >= 0) {
+        /* In this order: an acknowledgement of an earlier interrupt that comes between must leave a line that the next
+         * one lowers. The other way round it would lower nothing and the line would stay up for ever. */
+        vm->ops->set_irq(vm, irqfd->gsi, true);
         pthread_mutex_lock(&vm->lock);
         irqfd->asserted = true;
         pthread_mutex_unlock(&vm->lock);
-        vm->ops->set_irq(vm, irqfd->gsi, true);
     } else {
         vm->ops->set_irq(vm, irqfd->gsi, true);
         vm->ops->set_irq(vm, irqfd->gsi, false);
@@ -97,7 +99,12 @@ int lv_irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add)
         epoll_ctl(vm->poll_fd, EPOLL_CTL_DEL, gone->fd, NULL);
         pthread_mutex_lock(&vm->lock);
         *link = gone->next;
+        bool lower = gone->asserted;
+        for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
+            lower &= !(i->gsi == gsi && i->asserted);
         pthread_mutex_unlock(&vm->lock);
+        if (lower)
+            vm->ops->set_irq(vm, gsi, false);
         discard(gone);
         return 0;
     }

@@ -8,8 +8,9 @@ import pytest
 
 from cpu.contract import Capability, MsiRoute
 from cpu.errors import ConfigError
+from cpu.exits import PortOut
 from cpu.scripted import LineChange, Message
-from tests.support.cores import DEADLINE_S
+from tests.support.cores import DEADLINE_S, RESUME
 from tests.support.interrupts import (
     EOI_LAPIC,
     EOI_PIC,
@@ -141,6 +142,20 @@ def test_a_resampling_irqfd_is_lowered_by_the_guests_eoi(real_core, guests, even
         fired(guest)
         assert select.select([resample], [], [], DEADLINE_S)[0]
         assert os.eventfd_read(resample) == 1
+    assert silent(guest)
+
+
+def test_removing_a_resampling_irqfd_lowers_its_line(real_core, guests, eventfds):
+    guest = guests(real_core)
+    fd = eventfds()
+    guest.vm.add_irqfd(fd, 5, eventfds())
+    level = 1 << 15
+    prepare(guest, MASK_PIC + LAPIC_ON + redirect(5, VECTOR | level), EOI_LAPIC)
+    os.eventfd_write(fd, 1)
+    index, exit_ = guest.next_exit()
+    assert isinstance(exit_, PortOut)
+    guest.vm.remove_irqfd(fd, 5)
+    guest.vcpus[index].resume(RESUME)  # and it acknowledges
     assert silent(guest)
 
 
