@@ -149,9 +149,9 @@ static struct lv_exit debug_exit(struct backend *b, uint32_t index)
     return (struct lv_exit){.kind = LV_DEBUG, .rip = regs.rip, .code = debug.dr6, .extra = 1 /* #DB */};
 }
 
-/* All vCPUs halted with interrupts off, or wait for SIPI; `index` is the first that halted. Tell it once, then sleep
- * until something happens that might wake one. `running`: of the engine's vCPUs. */
-static void halted(struct lv_engine *engine, uint32_t index, uint32_t seq, uint32_t running)
+/* All vCPUs halted with interrupts off, or wait for SIPI. Tell it once, of each, then sleep until something happens that
+ * might wake one. `running`: of the engine's vCPUs. */
+static void halted(struct lv_engine *engine, uint32_t seq, uint32_t running)
 {
     struct backend *b = of(engine->vm);
     uint64_t instructions = soft_vm_instructions(b->soft);
@@ -160,7 +160,8 @@ static void halted(struct lv_engine *engine, uint32_t index, uint32_t seq, uint3
     if (running == engine->count && !(b->halt_told && b->halt_instructions == instructions)) {
         b->halt_told = true;
         b->halt_instructions = instructions;
-        post(engine, index, (struct lv_exit){.kind = LV_HALT});
+        for (uint32_t i = 0; i < engine->count; i++)
+            post(engine, engine->vcpus[i]->index, (struct lv_exit){.kind = LV_HALT});
         return;
     }
     lv_engine_wait(engine, seq);
@@ -196,7 +197,7 @@ static void run(struct lv_engine *engine)
             lv_alarm_due(engine);
             break;
         case SOFT_STOP_HALTED:
-            halted(engine, index, seq, running);
+            halted(engine, seq, running);
             break;
         case SOFT_STOP_SHUTDOWN:
             post(engine, index, (struct lv_exit){.kind = LV_SHUTDOWN});

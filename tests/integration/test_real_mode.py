@@ -22,10 +22,10 @@ def core(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-async def run(folder: Path, core: Any, code: bytes) -> vmm.Outcome:
+async def run(folder: Path, core: Any, code: bytes, cpus: int = 1) -> vmm.Outcome:
     image = folder / "code"
     image.write_bytes(code)
-    async with vmm.VirtualMachine(core=core, flat=str(image), memory="2M", timeout=60) as machine:
+    async with vmm.VirtualMachine(core=core, flat=str(image), memory="2M", timeout=60, cpus=cpus) as machine:
         return await machine.run()
 
 
@@ -49,8 +49,9 @@ async def test_port_92_resets(tmp_path: Path, core: Any) -> None:
     assert outcome.reason is vmm.Reason.RESET
 
 
-async def test_halted_with_interrupts_off_is_an_end(tmp_path: Path, core: Any) -> None:
-    outcome = await run(tmp_path, core, bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp to the hlt
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_halted_with_interrupts_off_is_an_end(tmp_path: Path, core: Any, cpus: int) -> None:
+    outcome = await run(tmp_path, core, bytes.fromhex("fa f4 ebfd"), cpus)  # cli; hlt; jmp to the hlt
     assert (outcome.reason, outcome.status) == (vmm.Reason.HALTED, 0)
 
 

@@ -126,6 +126,14 @@ def test_hlt_with_interrupts_off_is_told_once(soft: System) -> None:
         assert bare.exits == [(0, Halt())]
 
 
+def test_each_vcpu_that_halted_for_good_is_told(soft: System) -> None:
+    with smp(soft, 3) as bare:  # one halts, the others wait for INIT and SIPI
+        bare.code(CODE, assemble("cli\n hlt", CODE))
+        bare.start()
+        bare.run(until=lambda bare: len(bare.exits) == 3)
+        assert sorted(bare.exits, key=lambda pair: pair[0]) == [(index, Halt()) for index in range(3)]
+
+
 def test_nmi_wakes_a_vcpu_that_halted_for_good(soft: System) -> None:
     # Real mode: the vector of NMI at 2 * 4.
     with Bare(soft) as bare:
