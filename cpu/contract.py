@@ -236,7 +236,8 @@ class Shadow(Protocol):
 
 @runtime_checkable
 class Vm(Protocol):
-    """One virtual machine in guest mode: memory slots, interrupt controller, vCPUs, the channel of exits."""
+    """One virtual machine in guest mode: memory slots, interrupt controller, vCPUs, the channel of exits. A forked
+    child may close() it; anything else raises StateError there, the threads are its parent's."""
 
     def create_vcpu(self, index: int) -> Vcpu:
         """A vCPU, fresh and parked; each index once."""

@@ -74,7 +74,7 @@ class Making:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise HostError(f"cannot make a machine: {error}; end other programs or raise their limit (ulimit -u)") from error
+            raise HostError(f"cannot make a machine: {error}; raise the limit (ulimit -u) or end others") from error
 
     def _make(self) -> None:
         try:

@@ -20,6 +20,16 @@ enum {
 #endif
 };
 
+uint32_t lv_generation;
+
+static void forked(void)
+{
+    lv_generation++;
+    lv_spinners = 0; /* those threads are not here */
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, forked); }
+
 static void *engine_main(void *argument)
 {
     struct lv_engine *engine = argument;
@@ -52,7 +62,7 @@ static int engine_start(struct lv_engine *engine)
 
 int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer, bool park)
 {
-    if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
+    if (atomic_load(&vcpu->state) != LV_PARKED || lv_closing(vcpu->vm) || lv_forked(vcpu->vm))
         return -EBUSY;
     vcpu->answer = answer;
     if (vcpu->has_exit && vcpu->exit.size < 8)
@@ -84,7 +94,7 @@ void lv_vcpu_kick(struct lv_vcpu *vcpu)
         atomic_store(&vcpu->kicked, 0);
         return;
     }
-    if (lv_closing(vcpu->vm) || vcpu->vm->pid != getpid())
+    if (lv_closing(vcpu->vm) || lv_forked(vcpu->vm))
         return;
     vcpu->vm->ops->kick(vcpu);
     lv_engine_wake(vcpu->engine);
@@ -97,6 +107,8 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
         *error = -ENOMEM;
         return NULL;
     }
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
     if (lv_spinners_max < 0) {
         cpu_set_t allowed;
         lv_spinners_max = sched_getaffinity(0, sizeof allowed, &allowed) ? 0 : CPU_COUNT(&allowed) - 1;
@@ -104,7 +116,7 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     vm->ops = ops;
     vm->config = *config;
     vm->start_ns = lv_clock();
-    vm->pid = getpid();
+    vm->generation = lv_generation;
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
     vm->linger_ns = LV_LINGER_MAX_NS;
     pthread_mutexattr_t attr;
@@ -173,7 +185,7 @@ int lv_vcpu_create(struct lv_vm *vm, uint32_t index)
 void lv_vm_stop(struct lv_vm *vm)
 {
     atomic_store(&vm->closing, true);
-    if (vm->pid != getpid())
+    if (lv_forked(vm))
         return;
     for (uint32_t i = 0; i < vm->engine_count; i++) {
         struct lv_engine *engine = vm->engines[i];
@@ -192,6 +204,11 @@ void lv_vm_stop(struct lv_vm *vm)
 
 void lv_vm_destroy(struct lv_vm *vm)
 {
+    if (lv_forked(vm)) {
+        pthread_mutex_init(&vm->lock, NULL); /* whoever held it is not here to give it up */
+        if (vm->ops && vm->ops->forked)
+            vm->ops->forked(vm);
+    }
     for (uint32_t i = 0; i < LV_MAX_VCPUS; i++) {
         if (vm->vcpus[i] && vm->ops && vm->ops->vcpu_destroy)
             vm->ops->vcpu_destroy(vm->vcpus[i]);

@@ -29,8 +29,8 @@ enum {
     MODERATION_AFTER = 2,    /* takes with fewer in a row, then the stream is moderated */
 };
 
-static _Atomic int spinners;   /* threads spinning now, over all VMs */
-int lv_spinners_max = -1;      /* processors of this process but one: the loop needs one to answer on */
+_Atomic int lv_spinners;
+_Atomic int lv_spinners_max = -1; /* processors of this process but one: the loop needs one to answer on */
 
 uint64_t lv_clock(void)
 {
@@ -277,7 +277,7 @@ void lv_vm_linger(struct lv_vm *vm)
     if (!vm->exits_taken || vm->config.virtual_clock || lv_spinners_max < 1)
         return;
     uint64_t begin = vm->lingered_ns = lv_clock(), end = begin + vm->linger_ns;
-    if (vm->linger_ns < SPIN_MIN_NS || atomic_load_explicit(&spinners, memory_order_relaxed))
+    if (vm->linger_ns < SPIN_MIN_NS || atomic_load_explicit(&lv_spinners, memory_order_relaxed))
         return; /* a thread that spins waits for an answer, perhaps of this loop */
     do {
         for (int i = 0; i < 16; i++) {
@@ -327,7 +327,7 @@ static void spin(struct lv_engine *engine, uint32_t seq)
 {
     if (engine->spin_ns < SPIN_MIN_NS)
         return;
-    if (atomic_fetch_add(&spinners, 1) < lv_spinners_max) {
+    if (atomic_fetch_add(&lv_spinners, 1) < lv_spinners_max) {
         uint64_t end = lv_clock() + engine->spin_ns;
         do {
             for (int i = 0; i < 16; i++) {
@@ -338,7 +338,7 @@ static void spin(struct lv_engine *engine, uint32_t seq)
         } while (lv_clock() < end);
     }
 out:
-    atomic_fetch_sub(&spinners, 1);
+    atomic_fetch_sub(&lv_spinners, 1);
 }
 
 static void wait_for_answer(struct lv_vcpu *vcpu, uint32_t seq, bool may_spin)

@@ -94,6 +94,8 @@ struct lv_ops {
     bool shared_engine;
     int (*vm_create)(struct lv_vm *vm);      /* sets vm->core; vm->config is filled */
     void (*vm_destroy)(struct lv_vm *vm);    /* all engine threads have ended */
+    /* In a forked child, before vm_destroy: the threads are not here, and locks are as they left them. May be NULL. */
+    void (*forked)(struct lv_vm *vm);
     int (*vcpu_create)(struct lv_vcpu *vcpu);   /* may be NULL; sets vcpu->core */
     void (*vcpu_destroy)(struct lv_vcpu *vcpu); /* may be NULL */
     /* [engine] Run the engine's RUNNING vCPUs until lv_closing(). */
@@ -195,7 +197,7 @@ struct lv_vm {
     struct lv_engine *engines[LV_MAX_VCPUS];
     struct lv_vcpu *vcpus[LV_MAX_VCPUS];
     uint32_t engine_count;
-    int pid;                         /* the process that has the threads; a forked child has none */
+    uint32_t generation;             /* of forks, when it was made: see lv_forked() */
     _Atomic bool closing;
     uint64_t start_ns;               /* CLOCK_MONOTONIC at creation */
 
@@ -250,10 +252,16 @@ void lv_engine_wake(struct lv_engine *engine);
 void lv_alarm_due(struct lv_engine *engine);
 /* A level-triggered GSI was acknowledged: lower and signal its resampling irqfds (those that the loop serves). [any] */
 void lv_eoi(struct lv_vm *vm, uint32_t gsi);
-static inline bool lv_closing(const struct lv_vm *vm) { return atomic_load_explicit(&vm->closing, memory_order_acquire); }
+/* Sequentially consistent: a thread publishes that it is there (tid, sleeping) and then looks; lv_vm_stop() does the reverse. */
+static inline bool lv_closing(const struct lv_vm *vm) { return atomic_load(&vm->closing); }
 static inline bool lv_running(const struct lv_vcpu *vcpu) { return atomic_load_explicit(&vcpu->state, memory_order_acquire) == LV_RUNNING; }
 
 /* ---- for module.c, on the loop's thread ---- */
+
+/* How often fork() made this process out of another. The threads and what their descriptors lead to are the parent's: a
+ * child may do nothing with a VM but destroy its copy. */
+extern uint32_t lv_generation;
+static inline bool lv_forked(const struct lv_vm *vm) { return vm->generation != lv_generation; }
 
 struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *config, int *error);
 /* Stop and join every engine thread (none in a forked child). Returns soon after the guests left guest mode. */

@@ -11,7 +11,8 @@ enum {
     LV_LINGER_MAX_NS = 20000, /* the same for the loop's thread, which others wait for as well */
 };
 
-extern int lv_spinners_max; /* threads that may spin at once, over all VMs; -1: not known yet */
+extern _Atomic int lv_spinners;     /* threads spinning now, over all VMs */
+extern _Atomic int lv_spinners_max; /* threads that may spin at once, over all VMs; -1: not known yet */
 
 static inline void lv_count(struct lv_vm *vm, uint32_t stat)
 {

@@ -38,7 +38,7 @@ const struct lv_ops *lv_core_by_name(const char *name);
 
 /* Raise the error class that fits -errno, "what: strerror". Always NULL. */
 PyObject *lv_raise(int error, const char *what);
-/* The open VM, or NULL with StateError. */
+/* The open VM, or NULL with StateError. After arguments are parsed: their __index__ and the like may close it. */
 struct lv_vm *lv_open(VmObject *self);
 struct lv_vcpu *lv_open_vcpu(VcpuObject *self);
 /* An unsigned integer; false with an exception. */

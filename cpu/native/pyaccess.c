@@ -30,19 +30,19 @@ PyObject *lv_vm_add_posted(VmObject *self, PyObject *args, PyObject *kwargs)
 {
     struct lv_access a;
     int tag = 0;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
+    if (!parse_range(args, kwargs, true, &a, &tag))
         return NULL;
-    return lv_none_or_raise(lv_add_posted(vm, a.space, a.address, a.size, tag), "cannot make the address posted");
+    struct lv_vm *vm = lv_open(self);
+    return vm ? lv_none_or_raise(lv_add_posted(vm, a.space, a.address, a.size, tag), "cannot make the address posted") : NULL;
 }
 
 PyObject *lv_vm_remove_posted(VmObject *self, PyObject *args, PyObject *kwargs)
 {
     struct lv_access a;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
+    if (!parse_range(args, kwargs, false, &a, NULL))
         return NULL;
-    return lv_none_or_raise(lv_remove_posted(vm, a.space, a.address, a.size), "no such posted address");
+    struct lv_vm *vm = lv_open(self);
+    return vm ? lv_none_or_raise(lv_remove_posted(vm, a.space, a.address, a.size), "no such posted address") : NULL;
 }
 
 typedef struct {
@@ -56,8 +56,10 @@ PyObject *lv_vm_add_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
 {
     struct lv_access a;
     int tag = 0;
+    if (!parse_range(args, kwargs, true, &a, &tag))
+        return NULL;
     struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, true, &a, &tag))
+    if (!vm)
         return NULL;
     int r = lv_add_shadow(vm, a.space, a.address, a.size, tag);
     if (r < 0)
@@ -77,10 +79,10 @@ PyObject *lv_vm_add_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
 PyObject *lv_vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
 {
     struct lv_access a;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !parse_range(args, kwargs, false, &a, NULL))
+    if (!parse_range(args, kwargs, false, &a, NULL))
         return NULL;
-    return lv_none_or_raise(lv_remove_shadow(vm, a.space, a.address, a.size), "no such shadow");
+    struct lv_vm *vm = lv_open(self);
+    return vm ? lv_none_or_raise(lv_remove_shadow(vm, a.space, a.address, a.size), "no such shadow") : NULL;
 }
 
 static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, bool add)
@@ -89,9 +91,11 @@ static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, boo
     int fd, space, size;
     PyObject *address, *match = Py_None;
     uint64_t at, value = 0;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !PyArg_ParseTupleAndKeywords(args, kwargs, "iiOi|O", names, &fd, &space, &address, &size, &match) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiOi|O", names, &fd, &space, &address, &size, &match) ||
         !lv_u64(address, &at) || (match != Py_None && !lv_u64(match, &value)))
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
         return NULL;
     if ((space != LV_PORT && space != LV_MMIO) || size < 0 || size > 8)
         return lv_raise(-EINVAL, "no such ioeventfd");
@@ -114,19 +118,18 @@ PyObject *lv_vm_remove_ioeventfd(VmObject *self, PyObject *args, PyObject *kwarg
 static PyObject *shadow_set(ShadowObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     /* set(value, after=None) */
-    struct lv_vm *vm = lv_open(self->owner);
     Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
     uint64_t value, after = 0;
-    if (!vm)
-        return NULL;
     if (count < 1 || count + named > 2 ||
         (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "after")))
         return PyErr_Format(PyExc_TypeError, "set(value, after=None)");
     bool has_after = count + named == 2 && args[1] != Py_None;
     if (!lv_u64(args[0], &value) || (has_after && !lv_u64(args[1], &after)))
         return NULL;
-    return lv_none_or_raise(lv_shadow_set(vm, self->space, self->address, self->size, value, has_after, after),
-                         "the shadow was removed");
+    struct lv_vm *vm = lv_open(self->owner);
+    return vm ? lv_none_or_raise(lv_shadow_set(vm, self->space, self->address, self->size, value, has_after, after),
+                                 "the shadow was removed")
+              : NULL;
 }
 
 static PyObject *shadow_invalidate(ShadowObject *self, PyObject *Py_UNUSED(ignored))

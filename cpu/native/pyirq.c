@@ -7,10 +7,7 @@ enum { IRQ_LINES = 24, GSI_MAX = 4096, ROUTES_MAX = 4072 };
 
 PyObject *lv_vm_set_irq(VmObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    struct lv_vm *vm = lv_open(self);
     uint64_t gsi;
-    if (!vm)
-        return NULL;
     if (count != 2)
         return PyErr_Format(PyExc_TypeError, "set_irq(gsi, level)");
     if (!lv_u64(args[0], &gsi))
@@ -20,20 +17,19 @@ PyObject *lv_vm_set_irq(VmObject *self, PyObject *const *args, Py_ssize_t count)
         return NULL;
     if (gsi >= IRQ_LINES)
         return PyErr_Format(lv_config_error, "interrupt lines are numbered 0 to %d", IRQ_LINES - 1);
-    return lv_none_or_raise(vm->ops->set_irq(vm, (uint32_t)gsi, level), "cannot drive the interrupt line");
+    struct lv_vm *vm = lv_open(self);
+    return vm ? lv_none_or_raise(vm->ops->set_irq(vm, (uint32_t)gsi, level), "cannot drive the interrupt line") : NULL;
 }
 
 PyObject *lv_vm_signal_msi(VmObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    struct lv_vm *vm = lv_open(self);
     uint64_t address, data;
-    if (!vm)
-        return NULL;
     if (count != 2)
         return PyErr_Format(PyExc_TypeError, "signal_msi(address, data)");
     if (!lv_u64(args[0], &address) || !lv_u64(args[1], &data))
         return NULL;
-    return lv_none_or_raise(vm->ops->signal_msi(vm, address, (uint32_t)data), "cannot signal the MSI");
+    struct lv_vm *vm = lv_open(self);
+    return vm ? lv_none_or_raise(vm->ops->signal_msi(vm, address, (uint32_t)data), "cannot signal the MSI") : NULL;
 }
 
 static bool attribute(PyObject *object, const char *name, uint64_t *value)

@@ -28,18 +28,29 @@ static PyObject *vcpu_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     unsigned int index;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!I:Vcpu", names, lv_vm_type, &owner, &index))
         return NULL;
-    struct lv_vm *vm = lv_open((VmObject *)owner);
-    if (!vm)
-        return NULL;
     VcpuObject *self = (VcpuObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    int r = lv_vcpu_create(vm, index);
+    self->owner = (VmObject *)Py_NewRef(owner);
+    struct lv_vm *vm = lv_open(self->owner);
+    if (vm && self->owner->busy) {
+        PyErr_SetString(lv_state_error, "a vCPU is made inside another call on the same VM");
+        vm = NULL;
+    }
+    if (!vm) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    int r;
+    self->owner->busy++;
+    Py_BEGIN_ALLOW_THREADS /* KVM may sleep for milliseconds */
+    r = lv_vcpu_create(vm, index);
+    Py_END_ALLOW_THREADS
+    self->owner->busy--;
     if (r < 0) {
         Py_DECREF(self);
         return lv_raise(r, "cannot create the vCPU");
     }
-    self->owner = (VmObject *)Py_NewRef(owner);
     self->vcpu = vm->vcpus[index];
     self->index = index;
     return (PyObject *)self;
@@ -105,12 +116,12 @@ static PyObject *vcpu_get_blob(VcpuObject *self, PyObject *args)
         return NULL;
     struct lv_vcpu *vcpu = parked(self);
     PyObject *result = NULL;
-    size_t size = initial.buf ? (size_t)initial.len : sizeof data;
+    size_t size = initial.obj ? (size_t)initial.len : sizeof data;
     if (vcpu && size > sizeof data) {
         PyErr_SetString(lv_config_error, "too many MSRs in one call");
     } else if (vcpu) {
         memset(data, 0, sizeof data);
-        if (initial.buf)
+        if (initial.obj)
             memcpy(data, initial.buf, size);
         int r = vcpu->vm->ops->get_vcpu(vcpu, (enum lv_state_kind)kind, data, size);
         if (r < 0)
@@ -120,7 +131,7 @@ static PyObject *vcpu_get_blob(VcpuObject *self, PyObject *args)
         else
             result = PyBytes_FromStringAndSize((char *)data, r);
     }
-    if (initial.buf)
+    if (initial.obj)
         PyBuffer_Release(&initial);
     return result;
 }

@@ -11,10 +11,15 @@ enum { PAGE = 4096 };
 
 struct lv_vm *lv_open(VmObject *self)
 {
-    if (self->vm && !self->stopping)
-        return self->vm;
-    PyErr_SetString(lv_state_error, "the VM is closed");
-    return NULL;
+    if (!self->vm || self->stopping) {
+        PyErr_SetString(lv_state_error, "the VM is closed");
+        return NULL;
+    }
+    if (lv_forked(self->vm)) {
+        PyErr_SetString(lv_state_error, "the VM belongs to the process that made it; this one, its child, can only close it");
+        return NULL;
+    }
+    return self->vm;
 }
 
 PyObject *lv_none_or_raise(int r, const char *what)
@@ -56,8 +61,12 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     VmObject *self = (VmObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    self->vm = lv_vm_create(ops, &config, &error);
-    if (!self->vm) {
+    struct lv_vm *vm;
+    Py_BEGIN_ALLOW_THREADS /* KVM may sleep for milliseconds */
+    vm = lv_vm_create(ops, &config, &error);
+    Py_END_ALLOW_THREADS
+    self->vm = vm;
+    if (!vm) {
         Py_DECREF(self);
         return lv_raise(error, "cannot create a VM");
     }
@@ -162,17 +171,19 @@ static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kw
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IOO|$pp:set_memory_slot", names, &slot, &address, &memory, &readonly,
                                      &log_dirty) || !lv_u64(address, &gpa))
         return NULL;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm)
-        return NULL;
     if (slot >= LV_MAX_SLOTS)
         return PyErr_Format(lv_config_error, "memory slots are numbered 0 to %d", LV_MAX_SLOTS - 1);
+    struct lv_slot *s = &self->slots[slot];
+    Py_buffer buffer = {0};
+    if (memory != Py_None && PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    struct lv_vm *vm = lv_open(self);
+    if (!vm) {
+        PyBuffer_Release(&buffer);
+        return NULL;
+    }
     if (memory == Py_None)
         return remove_slot(self, vm, slot);
-    struct lv_slot *s = &self->slots[slot];
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE) < 0)
-        return NULL;
     uint64_t size = (uint64_t)buffer.len;
     const char *wrong = NULL;
     if (!size || size % PAGE || gpa % PAGE || (uintptr_t)buffer.buf % PAGE)
@@ -359,8 +370,10 @@ static PyObject *vm_now_ns(VmObject *self, PyObject *Py_UNUSED(ignored))
 static PyObject *vm_set_alarm(VmObject *self, PyObject *deadline)
 {
     uint64_t ns = UINT64_MAX;
+    if (deadline != Py_None && !lv_u64(deadline, &ns))
+        return NULL;
     struct lv_vm *vm = lv_open(self);
-    if (!vm || (deadline != Py_None && !lv_u64(deadline, &ns)))
+    if (!vm)
         return NULL;
     return lv_none_or_raise(lv_vm_set_alarm(vm, ns), "cannot set the alarm");
 }
@@ -372,8 +385,10 @@ static PyObject *vm_get_blob(VmObject *self, PyObject *args)
 {
     int kind;
     unsigned char data[8192] = {0};
+    if (!PyArg_ParseTuple(args, "i:get_blob", &kind))
+        return NULL;
     struct lv_vm *vm = lv_open(self);
-    if (!vm || !PyArg_ParseTuple(args, "i:get_blob", &kind))
+    if (!vm)
         return NULL;
     int r = has_state(vm, kind) ? vm->ops->get_vm(vm, (enum lv_state_kind)kind, data, sizeof data) : 0;
     return r < 0 ? lv_raise(r, "cannot read the VM's state") : PyBytes_FromStringAndSize((char *)data, r);
@@ -383,10 +398,14 @@ static PyObject *vm_set_blob(VmObject *self, PyObject *args)
 {
     int kind;
     Py_buffer blob;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || !PyArg_ParseTuple(args, "iy*:set_blob", &kind, &blob))
+    if (!PyArg_ParseTuple(args, "iy*:set_blob", &kind, &blob))
         return NULL;
+    struct lv_vm *vm = lv_open(self);
     int r;
+    if (!vm) {
+        PyBuffer_Release(&blob);
+        return NULL;
+    }
     if (has_state(vm, kind))
         r = vm->ops->set_vm(vm, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len);
     else

@@ -266,6 +266,11 @@ static int vm_create(struct lv_vm *vm)
     return 0;
 }
 
+static void forked(struct lv_vm *vm)
+{
+    soft_vm_forked(of(vm)->soft);
+}
+
 static void vm_destroy(struct lv_vm *vm)
 {
     struct backend *b = of(vm);
@@ -505,7 +510,7 @@ static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
 
 const struct lv_ops lv_soft_ops = {
     .name = "soft", .shared_engine = true,
-    .vm_create = vm_create, .vm_destroy = vm_destroy,
+    .vm_create = vm_create, .vm_destroy = vm_destroy, .forked = forked,
     .run = run, .kick = kick, .hold = hold,
     .set_slot = set_slot, .dirty_log = dirty_log, .memory_written = memory_written,
     .set_irq = set_irq, .signal_msi = signal_msi,

@@ -47,6 +47,13 @@ struct vm_events *soft_events_create(void)
     return e;
 }
 
+/* To destroy a condition variable waits for those that wait for it, who are not in this process. */
+void soft_events_forked(struct vm_events *e)
+{
+    pthread_mutex_init(&e->lock, NULL);
+    pthread_cond_init(&e->cond, NULL);
+}
+
 void soft_events_destroy(struct vm_events *e)
 {
     if (!e)

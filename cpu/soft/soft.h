@@ -60,6 +60,8 @@ enum soft_stop {
 
 struct soft_vm *soft_vm_create(const struct soft_config *config, const struct soft_host *host);
 void soft_vm_destroy(struct soft_vm *vm);
+/* In a forked child, whose parent has the threads: makes soft_vm_destroy(), and nothing else, possible. */
+void soft_vm_forked(struct soft_vm *vm);
 
 /* Map [gpa, gpa+size) to host memory. size 0 removes the slot. 0, or -EINVAL, -EEXIST (overlap). */
 int soft_vm_set_slot(struct soft_vm *vm, uint32_t slot, uint64_t gpa, uint64_t size, void *host, bool readonly,

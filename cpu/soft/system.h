@@ -120,6 +120,7 @@ void soft_wall_clock_write(struct soft_vcpu *c);
 /* events.c: what other threads ask for. */
 struct vm_events *soft_events_create(void);
 void soft_events_destroy(struct vm_events *events);
+void soft_events_forked(struct vm_events *events); /* soft_vm_forked() */
 bool soft_events_pending(const struct soft_vm *vm);
 bool soft_events_apply(struct soft_vm *vm); /* true: soft_vm_wake() was called */
 void soft_events_apply_line(struct soft_vm *vm, uint32_t gsi); /* only what was sent for one GSI */

@@ -150,6 +150,8 @@ void soft_vm_destroy(struct soft_vm *vm)
     free(vm);
 }
 
+void soft_vm_forked(struct soft_vm *vm) { soft_events_forked(vm->events); }
+
 void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats)
 {
     *stats = vm->stats;

@@ -382,8 +382,8 @@ class Gate:
 async def restarting(
     folder: Path, monkeypatch: pytest.MonkeyPatch, half: str
 ) -> AsyncIterator[tuple[VirtualMachine, Script, asyncio.Event]]:
-    """A machine in the first ("closing") or second ("building") half of a restart, its core, and what lets it go on. The
-    guest would end with EXIT after the restart."""
+    """A machine in the first ("closing") or second ("building") half of a restart, its core, and what lets it go on.
+    The guest would end with EXIT after the restart."""
     system = Script([SystemEvent(2)])
     async with VirtualMachine(config(folder, reboot=True), system=system) as vm:
         assert vm._built is not None
