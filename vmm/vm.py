@@ -10,6 +10,7 @@ Leaving the block, or cancelling anything, ends the machine and gives back all i
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class VirtualMachine:
         self._settled = asyncio.Event()
         self._stopped = asyncio.Event()
         self._failure: VmmError | None = None
-        self._streams: list[EventStream] = []
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._warnings = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -275,15 +276,17 @@ class VirtualMachine:
         return self._system.name if self._system is not None else ""
 
     def events(self) -> EventStream:
-        """What happens from now on, as an async iterator that ends with the machine."""
+        """What happens from now on, as an async iterator that ends with the machine. One that nobody holds any more
+        is dropped."""
         stream = EventStream()
         if self._outcome is not None:
             stream.put(Ended(self._outcome))
-        self._streams.append(stream)
+        self._streams.add(stream)
         return stream
 
     def stats(self) -> dict[str, int]:
-        """Counters of exits by class and reason; empty once the machine ended."""
+        """Counters of exits by class and reason, and of accesses that nothing claimed; the core's go with it when the
+        machine ends. Empty before it is built."""
         return self._built.stats() if self._built is not None else {}
 
     @property
@@ -439,7 +442,7 @@ class VirtualMachine:
         self._tell(StateChanged(state))
 
     def _tell(self, event: Event) -> None:
-        for stream in self._streams:
+        for stream in tuple(self._streams):
             stream.put(event)
 
     def _warn(self, text: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
@@ -606,6 +607,16 @@ async def test_console_log_rotates(tmp_path: Path) -> None:
         await vm.run()
     assert (tmp_path / "log.1").read_bytes() + log.read_bytes() == b"a" * 3000 + b"b" * 3000 + b"c" * 1000
     assert (tmp_path / "log.1").stat().st_size == 4096
+
+
+async def test_events_that_nobody_follows_any_more_are_not_kept(tmp_path: Path) -> None:
+    async with machine(tmp_path, [EXIT]) as vm:
+        followed = vm.events()
+        forgotten = weakref.ref(vm.events())
+        gc.collect()
+        assert forgotten() is None
+        await vm.run()
+    assert [type(event) for event in [event async for event in followed]] == [StateChanged, StateChanged, Ended]
 
 
 async def cancelled_at(step: int, work: Callable[[], Coroutine[Any, Any, Any]]) -> bool:
