@@ -219,6 +219,11 @@ class Vcpu(Protocol):
     def set_state(self, state: VcpuState) -> None:
         """After set_cpuid()."""
 
+    def stood_still(self) -> None:
+        """Have the guest told that this parked vCPU stood still while time went on (PVCLOCK_GUEST_STOPPED of kvmclock;
+        KVM API 4.68), so that its watchdogs do not take the gap for a lockup. Nothing if the guest does not use
+        kvmclock, and with the virtual clock, which stood still as well."""
+
     def nmi(self) -> None:
         """Deliver a non-maskable interrupt. *any thread*"""
 

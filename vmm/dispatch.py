@@ -8,6 +8,7 @@ parked. Loop thread; no logging on the hot path.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -35,6 +36,8 @@ from vmm.lifecycle import Outcome, Reason
 from vmm.machine import CoreMachine
 
 RESUME = Resume()
+STANDSTILL = 1.0
+"""Seconds after which a vCPU that runs on is told that it stood still. Guests' watchdogs wait for several."""
 EMULATION_FAILURE = 1  # KVM_INTERNAL_ERROR_EMULATION
 _SYSTEM_EVENTS = {
     1: Outcome(Reason.SHUTDOWN, "system event: shutdown"),
@@ -55,6 +58,8 @@ class Dispatcher:
         self._finish = finish
         self._holds = {"pause"}
         self._held: dict[int, Entry] = dict.fromkeys(range(len(self._vcpus)), RESUME)
+        self._since: dict[int, float] = {}
+        """When a vCPU of _held was parked, time.monotonic(); a fresh one has nothing to miss."""
         self._stalls: dict[object, int] = {}
         """vCPUs that `stall` keeps, by stall."""
         self._asking: int | None = None
@@ -104,7 +109,10 @@ class Dispatcher:
         if self._holds or self.ended:
             return
         stalled = self._stalls.values()
+        now = time.monotonic()
         for index in [index for index in self._held if index not in stalled]:
+            if now - self._since.pop(index, now) > STANDSTILL:
+                self._vcpus[index].stood_still()
             self._vcpus[index].resume(self._held.pop(index))
 
     async def wait_parked(self) -> None:
@@ -188,6 +196,7 @@ class Dispatcher:
         held = bool(self._holds) or index in self._stalls.values()
         if self.ended or (held and between):
             self._held[index] = entry
+            self._since[index] = time.monotonic()
             if self.parked:
                 self._wake()
         elif held:

@@ -558,6 +558,12 @@ static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
     return call(vcpu_fd(vcpu), KVM_SET_GUEST_DEBUG, debug);
 }
 
+static int stood_still(struct lv_vcpu *vcpu)
+{
+    int r = call(vcpu_fd(vcpu), KVM_KVMCLOCK_CTRL, NULL);
+    return r == -EINVAL ? 0 : r; /* the guest does not use kvmclock */
+}
+
 static int nmi(struct lv_vcpu *vcpu)
 {
     /* Not KVM_NMI: a vCPU's ioctls wait for KVM_RUN to return. As a message, delivery mode 4 (SDM 3A 11.11). */
@@ -572,5 +578,5 @@ const struct lv_ops lv_kvm_ops = {
     .set_slot = set_slot, .dirty_log = dirty_log,
     .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
     .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
-    .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi,
+    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi,
 };

@@ -131,6 +131,8 @@ struct lv_ops {
     int (*set_vcpu)(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *data, size_t size);
     int (*get_vm)(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size);
     int (*set_vm)(struct lv_vm *vm, enum lv_state_kind kind, const void *data, size_t size);
+    /* The vCPU is PARKED: have the guest's watchdogs told that it stood still. May be NULL. */
+    int (*stood_still)(struct lv_vcpu *vcpu);
     int (*set_cpuid)(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
     int (*set_debug)(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug);
     int (*nmi)(struct lv_vcpu *vcpu);

@@ -188,6 +188,17 @@ static PyObject *vcpu_set_debug_blob(VcpuObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *vcpu_stood_still(VcpuObject *self, PyObject *Py_UNUSED(ignored))
+{
+    struct lv_vcpu *vcpu = parked(self);
+    if (!vcpu)
+        return NULL;
+    int r = vcpu->vm->ops->stood_still ? vcpu->vm->ops->stood_still(vcpu) : 0;
+    if (r < 0)
+        return lv_raise(r, "cannot tell the guest that it stood still");
+    Py_RETURN_NONE;
+}
+
 static PyObject *vcpu_nmi(VcpuObject *self, PyObject *Py_UNUSED(ignored))
 {
     struct lv_vcpu *vcpu = lv_open_vcpu(self);
@@ -217,6 +228,7 @@ static PyMethodDef vcpu_methods[] = {
     {"set_blob", (PyCFunction)vcpu_set_blob, METH_VARARGS, "set_blob(kind, data) -> bytes or MSRs done."},
     {"set_cpuid_blob", (PyCFunction)vcpu_set_cpuid_blob, METH_VARARGS, "An array of struct kvm_cpuid_entry2."},
     {"set_debug_blob", (PyCFunction)vcpu_set_debug_blob, METH_VARARGS, "A struct kvm_guest_debug."},
+    {"stood_still", (PyCFunction)vcpu_stood_still, METH_NOARGS, "Have the guest's watchdogs told that it stood still."},
     {"nmi", (PyCFunction)vcpu_nmi, METH_NOARGS, "Inject an NMI."},
     {NULL, NULL, 0, NULL},
 };

@@ -319,6 +319,15 @@ static int signal_msi(struct lv_vm *vm, uint64_t address, uint32_t data)
     return 0;
 }
 
+static int stood_still(struct lv_vcpu *vcpu)
+{
+    struct backend *b = of(vcpu->vm);
+    enter(b);
+    soft_vcpu_stood_still(b->soft, vcpu->index);
+    leave(b);
+    return 0;
+}
+
 static int nmi(struct lv_vcpu *vcpu)
 {
     soft_vm_nmi(of(vcpu->vm)->soft, vcpu->index);
@@ -516,6 +525,6 @@ const struct lv_ops lv_soft_ops = {
     .set_irq = set_irq, .signal_msi = signal_msi,
     .now = now, .set_alarm = set_alarm,
     .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
-    .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi, .stats = stats,
+    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi, .stats = stats,
     .supported_cpuid = soft_supported_cpuid, .msr_list = soft_msr_list,
 };

@@ -3,6 +3,7 @@
  *
  * TSC and kvmclock are pure functions of the VM's clock, so all three always agree.
  */
+#include <stddef.h>
 #include <time.h>
 
 #include "soft/system.h"
@@ -89,7 +90,7 @@ struct wall_clock { /* struct pvclock_wall_clock */
     uint32_t version, seconds, nanoseconds;
 };
 _Static_assert(sizeof(struct time_info) == 32, "layout of the KVM ABI");
-enum { TSC_STABLE = 1 };
+enum { TSC_STABLE = 1, GUEST_STOPPED = 2 };
 
 static uint32_t next_version(struct soft_vm *vm, uint64_t gpa)
 {
@@ -108,6 +109,11 @@ static void publish(struct soft_vm *vm, uint64_t gpa, void *info, unsigned size)
     soft_phys_write(vm, gpa, &version, 4);
 }
 
+static uint64_t flags_address(const struct soft_vcpu *c)
+{
+    return (c->kvm_system_time & ~3ull) + offsetof(struct time_info, flags);
+}
+
 void soft_kvmclock_update(struct soft_vcpu *c)
 {
     if (!(c->kvm_system_time & 1))
@@ -120,7 +126,20 @@ void soft_kvmclock_update(struct soft_vcpu *c)
         mul = ((wide)NS << (32 - shift + 1)) / hz;
     struct time_info info = { .tsc_timestamp = c->tsc_offset, .system_time = 0, .mul = (uint32_t)mul, .shift = (int8_t)shift,
                               .flags = TSC_STABLE };
+    const uint8_t *flags = soft_phys(c->vm, flags_address(c), false, NULL);
+    if (flags)
+        info.flags |= *flags & GUEST_STOPPED; /* the guest's to clear */
     publish(c->vm, c->kvm_system_time & ~3ull, &info, sizeof info);
+}
+
+void soft_vcpu_stood_still(struct soft_vm *vm, uint32_t vcpu)
+{
+    const struct soft_vcpu *c = vm->vcpus[vcpu];
+    const uint8_t *host = soft_phys(vm, flags_address(c), false, NULL);
+    if (vm->config.virtual_clock || !(c->kvm_system_time & 1) || !host)
+        return;
+    uint8_t flags = *host | GUEST_STOPPED;
+    soft_phys_write(vm, flags_address(c), &flags, 1);
 }
 
 void soft_wall_clock_write(struct soft_vcpu *c)

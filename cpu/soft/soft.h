@@ -86,6 +86,9 @@ void soft_vm_settle(struct soft_vm *vm);
 bool soft_vcpu_defer(struct soft_vm *vm, uint32_t vcpu);
 /* Whether a deferred access of the vCPU has not had its retry yet. Not while another thread is inside soft_vm_run(). */
 bool soft_vcpu_deferred(const struct soft_vm *vm, uint32_t vcpu);
+/* The vCPU stood still while time went on: set PVCLOCK_GUEST_STOPPED in its page of kvmclock, if it has one, so that the
+ * guest's watchdogs do not take the gap for a lockup. Not while another thread is inside soft_vm_run(). */
+void soft_vcpu_stood_still(struct soft_vm *vm, uint32_t vcpu);
 /* A parked vCPU is not run (others are). [any] */
 void soft_vcpu_park(struct soft_vm *vm, uint32_t vcpu, bool parked);
 

@@ -6,13 +6,14 @@ from dataclasses import fields, replace
 import pytest
 
 from cpu import layouts
-from cpu.contract import CpuidEntry, Registers, Segment
-from cpu.errors import ConfigError, CpuError
+from cpu.contract import Capability, CpuidEntry, Registers, Segment
+from cpu.errors import ConfigError, CpuError, StateError
 from cpu.exits import Interrupted, PortIn, PortOut, Resume
 from cpu.scripted import Store
 from tests.support.cores import CODE, DONE, RAM, RESUME, SCRATCH
 
 PAGE = 4096
+TSC = 0x10
 
 
 def test_general_registers_round_trip(core, guests):
@@ -188,6 +189,60 @@ def test_a_kick_completes_the_read_before_the_state_is_saved(real_core, guests):
     other.go()
     assert (0, PortIn(0x60, 4)) not in other.run()
     assert other.answers == [0x1122_3344]
+
+
+KVMCLOCK = 0x4B56_4D01  # MSR_KVM_SYSTEM_TIME_NEW: the address of struct pvclock_vcpu_time_info, bit 0: in use
+FLAGS = SCRATCH + 29
+GUEST_STOPPED = 2
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_guest_is_told_that_it_stood_still(real_core, guests, virtual):
+    if virtual and Capability.VIRTUAL_CLOCK not in real_core.capabilities():
+        pytest.skip("this core has no virtual clock")
+    guest = guests(real_core, virtual_clock=virtual)
+    vcpu = guest.vcpus[0]
+    vcpu.stood_still()  # no kvmclock: nobody to tell
+    guest.load([PortOut(0x10, 1, turn) for turn in range(4)])
+    vcpu.set_msr(KVMCLOCK, SCRATCH | 1)
+    guest.go()
+    told = []
+    for turn in range(4):
+        assert guest.next_exit() == (0, PortOut(0x10, 1, turn))
+        told.append(bool(guest.memory[FLAGS] & GUEST_STOPPED))
+        if turn == 1:
+            vcpu.stood_still()
+        if turn == 2:
+            guest.memory[FLAGS] &= ~GUEST_STOPPED  # as the guest does it
+        vcpu.resume(RESUME)
+    assert told == [False, False, not virtual, False]
+    assert int.from_bytes(guest.memory[SCRATCH : SCRATCH + 4], "little") % 2 == 0
+
+
+def test_what_a_guest_was_told_stays_until_it_looks(real_core, guests):
+    """The page is published anew meanwhile."""
+    guest = guests(real_core)
+    vcpu = guest.vcpus[0]
+    guest.load([PortOut(0x10, 1, 0), PortOut(0x10, 1, 1), PortOut(0x10, 1, 2)])
+    vcpu.set_msr(KVMCLOCK, SCRATCH | 1)
+    guest.go()
+    assert guest.next_exit() == (0, PortOut(0x10, 1, 0))
+    vcpu.stood_still()
+    vcpu.resume(RESUME)
+    assert guest.next_exit() == (0, PortOut(0x10, 1, 1))
+    vcpu.set_msr(TSC, vcpu.msr(TSC) + (1 << 40))
+    vcpu.resume(RESUME)
+    assert guest.next_exit() == (0, PortOut(0x10, 1, 2))
+    assert guest.memory[FLAGS] & GUEST_STOPPED
+
+
+def test_only_a_parked_vcpu_stood_still(core, guests):
+    guest = guests(core)
+    guest.load([])
+    guest.go()
+    with pytest.raises(StateError):
+        guest.vcpus[0].stood_still()
+    assert guest.run() == []
 
 
 def dirty_pages(guest):

@@ -103,6 +103,21 @@ async def programs_and_files(folder: Path) -> None:
             await vm.copy_out("/no/such", folder / "x")
 
 
+async def test_a_guest_that_was_paused_takes_it_for_no_lockup() -> None:
+    """Its watchdog is told that time went on without it (PVCLOCK_GUEST_STOPPED)."""
+    async with vmm.run("linux", core="soft", nets=()) as vm:
+        await vm.exec("sh", "-c", "echo 1 >/proc/sys/kernel/watchdog_thresh", check=True, timeout=BOOT)
+        async with await vm.start_process("sh", "-c", "while :; do :; done"):
+            await vm.exec("sleep", "1", timeout=BOOT)
+            await vm.pause()
+            await asyncio.sleep(6)  # three times what it takes for a lockup
+            vm.resume()
+            await vm.exec("sleep", "3", timeout=BOOT)
+        log = (await vm.exec("dmesg", check=True, timeout=BOOT)).stdout
+    assert b"Linux version" in log
+    assert b"lockup" not in log
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_twenty_machines_at_once(loop: Loop) -> None:
     async def one(number: int) -> int:

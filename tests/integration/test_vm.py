@@ -619,6 +619,20 @@ async def test_events_that_nobody_follows_any_more_are_not_kept(tmp_path: Path) 
     assert [type(event) for event in [event async for event in followed]] == [StateChanged, StateChanged, Ended]
 
 
+async def test_who_was_kept_long_is_told_that_it_stood_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = Script([], [])
+    async with VirtualMachine(config(tmp_path, cpus=2), system=system) as vm:
+        vm.resume()  # fresh vCPUs have missed nothing
+        await vm.pause()
+        vm.resume()  # nor in a moment
+        vcpus = system.vms[0].made
+        assert [vcpu.standstills for vcpu in vcpus] == [0, 0]
+        monkeypatch.setattr("vmm.dispatch.STANDSTILL", 0.0)
+        await vm.pause()
+        vm.resume()
+        assert [vcpu.standstills for vcpu in vcpus] == [1, 1]
+
+
 async def cancelled_at(step: int, work: Callable[[], Coroutine[Any, Any, Any]]) -> bool:
     """Cancel `work` after `step` turns of the loop; False if it was done before."""
     task = asyncio.ensure_future(work())

@@ -11,12 +11,21 @@ from cpu.scripted import ScriptedSystem, ScriptedVcpu, ScriptedVm, Step
 from vmm.config import Config
 
 
+class _Vcpu(ScriptedVcpu):
+    standstills = 0
+
+    def stood_still(self) -> None:
+        super().stood_still()
+        self.standstills += 1
+
+
 class _Vm(ScriptedVm):
     scripts: Sequence[Sequence[Step]]
-    made: list[ScriptedVcpu]
+    made: list[_Vcpu]
 
     def create_vcpu(self, index: int) -> ScriptedVcpu:
-        vcpu = super().create_vcpu(index)
+        vcpu = _Vcpu(self, index)
+        vcpu._vm = self
         if index < len(self.scripts):
             vcpu.script(*self.scripts[index])
         self.made.append(vcpu)
