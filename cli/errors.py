@@ -55,6 +55,9 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:
         _drop_output()
         sys.exit(141)
+    except ImportError as error:  # no descriptor is left for it, or the installation is not whole
+        say(f"cannot load {error.name}: {error.msg}")
+        sys.exit(EXIT_HOST)
     except OSError as error:
         # Files of ours have a name.
         where = error.filename or ("standard output" if error.errno in _OF_WRITING else "host")

@@ -171,7 +171,8 @@ def test_no_more_descriptors_is_one_line(runtime: Path) -> None:
         if done.returncode == 0:
             break
         assert done.returncode in (2, 4), done.stderr
-        assert re.match(r"vmm: .*: too many open files\n", done.stderr), done.stderr
+        # asyncio itself may add a word on a loop that it could not make.
+        assert re.match(r"vmm: .*: [tT]oo many open files\n", done.stderr), done.stderr
     assert limit > 8 and done.stdout == HELLO
 
 
