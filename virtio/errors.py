@@ -21,3 +21,8 @@ class ConfigError(VirtioError):
 
 class StateError(VirtioError):
     """The call does not fit the object's state: after a reset, while requests are in flight."""
+
+
+def os_reason(error: OSError) -> str:
+    """What the system says of an OSError; the text of one that Python made without asking it (a path too long)."""
+    return error.strerror or str(error)

@@ -46,11 +46,15 @@ def format_size(size: int) -> str:
     return str(size)
 
 
+def _refuse_zero_byte(where: str, text: str) -> None:
+    if "\0" in text:
+        raise ConfigError(f"{where}: a zero byte is not allowed")
+
+
 def to_text(where: str, value: object) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {value!r} is not text")
-    if "\0" in value:
-        raise ConfigError(f"{where}: a zero byte is not allowed")
+    _refuse_zero_byte(where, value)
     if not value.isascii():
         try:
             value.encode()
@@ -137,8 +141,7 @@ def to_seconds(where: str, value: object) -> float:
 def to_path(where: str, value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ConfigError(f"{where}: {value!r} is not a path")
-    if "\0" in str(value):
-        raise ConfigError(f"{where}: a zero byte is not allowed")
+    _refuse_zero_byte(where, str(value))
     return Path(value).expanduser()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from virtio import errors as virtio
+
 
 class VmmError(Exception):
     """Base of everything that vmm raises on purpose."""
@@ -31,7 +33,7 @@ class StateError(VmmError):
 
 def os_reason(error: OSError) -> str:
     """'no such file or directory' of an OSError, without its number and file name."""
-    return (error.strerror or str(error)).lower()
+    return virtio.os_reason(error).lower()
 
 
 @contextmanager

@@ -68,7 +68,6 @@ class Making:
         self._made: Hardware | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._done = False
         self._tell: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._make, name="make-vm")
         try:
@@ -82,14 +81,14 @@ class Making:
         except BaseException as error:
             self._failure = error
         with self._lock:
-            self._done = True
-        if self._tell is not None:
-            self._tell()
+            tell = self._tell
+        if tell is not None:
+            tell()
 
     def when_done(self, tell: Callable[[], object]) -> None:
         """Have `tell` called by the making thread when it is done; here and now if it is."""
         with self._lock:
-            if not self._done:
+            if self._made is None and self._failure is None:
                 self._tell = tell
                 return
         tell()

@@ -94,12 +94,12 @@ class VirtualMachine:
             raise StateError("a VirtualMachine is entered once; make another")
         self.timeline.mark("enter")
         try:
-            self.config.check_host()
             if self._head_start is not None:
                 self._system, self._making = self._head_start.system, self._head_start.take()
                 for text in self._head_start.warnings:
                     self._warn(text)
             else:
+                self.config.check_host()
                 self._system = self._given_system or open_system(self.config, self._warn)
             await self._open_console()
             await self._build()

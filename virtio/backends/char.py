@@ -9,7 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Protocol
 
-from virtio.errors import ConfigError
+from virtio.errors import ConfigError, os_reason
 
 CHUNK = 65536
 BACKLOG = 1 << 20
@@ -86,7 +86,7 @@ class SocketChar(CharBackend):
         try:
             self._server = await asyncio.start_unix_server(self._serve, self.path)
         except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror or error}") from error
+            raise ConfigError(f"{self.path}: {os_reason(error)}") from error
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

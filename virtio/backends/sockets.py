@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from virtio.backends.net import FdNet, Framing
-from virtio.errors import ConfigError, HostError
+from virtio.errors import ConfigError, HostError, os_reason
 
 BUFFER = 1 << 20
 PASST_MTU = 65520
@@ -47,7 +47,7 @@ class StreamNet(FdNet):
             await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
         except OSError as error:
             sock.close()
-            raise ConfigError(f"{path}: {error.strerror or error}") from error
+            raise ConfigError(f"{path}: {os_reason(error)}") from error
         return cls(sock, mtu=mtu)
 
 
@@ -74,7 +74,7 @@ class DatagramNet(FdNet):
             sock.close()
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise ConfigError(f"{path}: {error.strerror or error}") from error
+            raise ConfigError(f"{path}: {os_reason(error)}") from error
         return cls(sock, folder)
 
     async def aclose(self) -> None:
@@ -89,7 +89,7 @@ async def connect(path: str | os.PathLike[str]) -> FdNet:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise ConfigError(f"{path}: not a socket")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: {os_reason(error)}") from error
     try:
         return await StreamNet.connect(path)
     except ConfigError as refused:

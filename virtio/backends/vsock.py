@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
-from virtio.errors import ConfigError
+from virtio.errors import ConfigError, os_reason
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Open = Callable[[int], Awaitable[Streams]]
@@ -110,7 +110,7 @@ class UnixVsock(VsockBackend):
         try:
             self._server = await asyncio.start_unix_server(self._serve, self.path)
         except OSError as error:
-            raise ConfigError(f"vsock {self.path}: {error.strerror or error}") from error
+            raise ConfigError(f"vsock {self.path}: {os_reason(error)}") from error
 
     async def dial(self, port: int) -> Streams:
         return await asyncio.open_unix_connection(f"{self.path}_{port}")
