@@ -74,12 +74,18 @@ def reads(driver: Driver, count: int, *, first: int = 0) -> list[Buffer]:
     return rooms
 
 
+async def hanging_reads(driver: Driver, slow: SlowDisk, count: int, *, first: int = 0) -> list[Buffer]:
+    """reads() of which some are with the disk, which keeps them until slow.release()."""
+    slow.hold()
+    rooms = reads(driver, count, first=first)
+    await driver.wait(lambda: slow.waiting)
+    return rooms
+
+
 async def test_a_reset_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDisk) -> None:
     driver = PciDriver(device)
     driver.initialize()
-    slow.hold()
-    rooms = reads(driver, 40)
-    await driver.wait(lambda: slow.waiting)
+    rooms = await hanging_reads(driver, slow, 40)
     driver.write_status(0)
     assert driver.read_status() != 0, "not complete: the kernel may still write into the buffers"
     assert slow.waiting
@@ -123,9 +129,7 @@ async def test_over_mmio_a_reset_keeps_the_vcpu_until_it_is_complete(device: Blo
     driver = stall.driver
     driver.initialize()
     assert not stall.count and not stall.seen
-    slow.hold()
-    stall.rooms = reads(driver, 40)
-    await driver.wait(lambda: slow.waiting)
+    stall.rooms = await hanging_reads(driver, slow, 40)
     driver.write_status(0)
     for _ in range(100):
         await asyncio.sleep(0)
@@ -152,9 +156,7 @@ async def test_a_reset_becomes_complete_unwatched_and_leaves_later_requests(
     driver.initialize()
     write_status = driver.write_status
     for polls in (False, True):
-        slow.hold()
-        reads(driver, 2, first=1024 * polls)
-        await driver.wait(lambda: slow.waiting)
+        await hanging_reads(driver, slow, 2, first=1024 * polls)
         driver.write_status(0)
         slow.release()
         if polls:
@@ -166,10 +168,8 @@ async def test_a_reset_becomes_complete_unwatched_and_leaves_later_requests(
         with monkeypatch.context() as patch:  # a driver that does not begin with a reset
             patch.setattr(driver, "write_status", lambda value: write_status(value) if value else None)
             driver.initialize()
-        slow.hold()
         first = 1024 * polls + 128
-        rooms = reads(driver, 30, first=first)
-        await driver.wait(lambda: slow.waiting)
+        rooms = await hanging_reads(driver, slow, 30, first=first)
         for _ in range(100):
             await asyncio.sleep(0)
         slow.release()
@@ -189,9 +189,7 @@ async def test_a_state_is_saved_once_the_reset_is_complete(
     stall = Stall(device)
     driver = stall.driver
     driver.initialize()
-    slow.hold()
-    reads(driver, 4)
-    await driver.wait(lambda: slow.waiting)
+    await hanging_reads(driver, slow, 4)
     if faulty:
         driver.submit(0, [driver.buffer(16)])
         assert driver.needs_reset
@@ -217,9 +215,7 @@ async def test_a_machine_that_ends_lets_nobody_go_on(device: BlockDevice, slow: 
     stall = Stall(device)
     driver = stall.driver
     driver.initialize()
-    slow.hold()
-    reads(driver, 4)
-    await driver.wait(lambda: slow.waiting)
+    await hanging_reads(driver, slow, 4)
     driver.write_status(0)
     driver.transport.close()
     closing = asyncio.ensure_future(device.aclose())
@@ -282,9 +278,7 @@ async def test_zeroes_that_take_long_end_with_the_device(device: BlockDevice, sl
 async def test_saving_waits_for_a_hanging_disk(device: BlockDevice, slow: SlowDisk) -> None:
     driver = PciDriver(device)
     driver.initialize()
-    slow.hold()
-    rooms = reads(driver, 40)
-    await driver.wait(lambda: slow.waiting)
+    rooms = await hanging_reads(driver, slow, 40)
     quiesced = asyncio.ensure_future(driver.transport.quiesce())
     await asyncio.sleep(0)
     assert not quiesced.done()
@@ -301,9 +295,7 @@ async def test_a_state_that_is_refused_leaves_the_requests(device: BlockDevice, 
     """`save` before `quiesce` is a mistake that the guest does not pay for."""
     driver = PciDriver(device)
     driver.initialize()
-    slow.hold()
-    rooms = reads(driver, 40)
-    await driver.wait(lambda: slow.waiting)
+    rooms = await hanging_reads(driver, slow, 40)
     with pytest.raises(StateError, match="in flight"):
         driver.transport.save()
     slow.release()
@@ -317,9 +309,7 @@ async def test_a_state_that_is_refused_leaves_the_requests(device: BlockDevice, 
 async def test_closing_waits_for_a_hanging_disk_beside_the_loop(device: BlockDevice, slow: SlowDisk) -> None:
     driver = PciDriver(device)
     driver.initialize()
-    slow.hold()
-    reads(driver, 4)
-    await driver.wait(lambda: slow.waiting)
+    await hanging_reads(driver, slow, 4)
     driver.transport.reset()
     closing = asyncio.ensure_future(device.aclose())
     await asyncio.wait([closing], timeout=0.05)
