@@ -17,6 +17,7 @@ if os.environ.get("LOOPVISOR_SANITIZE"):
     FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     LINK += ["-fsanitize=address,undefined"]
 
+CORE_FOLDERS = sorted({str(path.parent) for path in Path("cpu/soft").rglob("*.[ch]")})
 GUESTS = Path("images/guests")
 GUEST_LINK = ["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"]
 INIT_SOURCES = ["images/init/agent.c", "images/init/init.c"]
@@ -65,7 +66,7 @@ class BuildNative(build_ext):
 
 setup(
     ext_modules=[
-        extension("cpu._core", "cpu/native", "cpu/kvm", "cpu/soft", "cpu/soft/fpu", "cpu/soft/irqchip"),
+        extension("cpu._core", "cpu/native", "cpu/kvm", *CORE_FOLDERS),
         extension("virtio._ring", "virtio/native"),
     ],
     cmdclass={"build_ext": BuildNative},

@@ -291,6 +291,6 @@ int lv_set_routes(struct lv_vm *vm, const struct lv_route *routes, uint32_t coun
 
 extern const struct lv_ops lv_kvm_ops;
 extern const struct lv_ops lv_scripted_ops;
-extern const struct lv_ops lv_soft_ops __attribute__((weak)); /* cpu/soft/backend.c */
+extern const struct lv_ops lv_soft_ops __attribute__((weak)); /* cpu/soft/run/backend.c */
 
 #endif

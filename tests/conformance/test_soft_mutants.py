@@ -16,7 +16,7 @@ from tests.support import soft_programs
 
 pytestmark = pytest.mark.slow
 
-BLOCK, JUMP, MEMORY, MMU = (f"cpu/soft/{name}.c" for name in ("block", "jump", "memory", "mmu"))
+BLOCK, JUMP, MEMORY, MMU = (f"cpu/soft/{name}.c" for name in ("run/block", "run/jump", "mmu/memory", "mmu/mmu"))
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
     "strings of several pages look at the first": (
@@ -51,10 +51,10 @@ MUTANTS = {
         "for (unsigned i = 0; i < 1; i++)\n        if (vm->vcpus[i])",
     ),
     "DMA is not looked at": (
-        "soft_api", "cpu/soft/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);", ";",
+        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);", ";",
     ),
     "DMA at the end of what it wrote": (
-        "soft_api", "cpu/soft/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);",
+        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);",
         "soft_blocks_invalidate(vm, ranges[i].gpa & ~0xFFFull, 1);",
     ),
 }  # fmt: skip

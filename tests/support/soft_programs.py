@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("cpu/soft", "cpu/soft/fpu", "cpu/soft/irqchip")
+FOLDERS = ("cpu/soft", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cpu/soft").iterdir() if path.is_dir()))
 PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_api": "tests/support/soft_api.c",
             "soft_fuzz": "tests/fuzz/soft_fuzz.c",
             "oracle": "tests/support/oracle/*.c"}

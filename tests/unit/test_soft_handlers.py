@@ -2,7 +2,7 @@
 
 A handler that calls its successor instead of jumping to it works, and overflows the host's stack in a long loop of the
 guest; the compiler falls back to that silently when, for example, a local variable's address escapes. Handlers stand in
-a section of their own (cpu/soft/uop.h), so objdump finds all of them.
+a section of their own (cpu/soft/ops/uop.h), so objdump finds all of them.
 """
 
 from __future__ import annotations

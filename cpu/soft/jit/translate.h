@@ -1,0 +1,26 @@
+/* Host code for hot blocks: what block.c uses of translate.c. */
+#ifndef SOFT_TRANSLATE_H
+#define SOFT_TRANSLATE_H
+
+#include <stdlib.h>
+
+#include "soft/ops/uop.h"
+
+/* A VM's part of memory, in bytes: of what those that share have together, or the whole (block.c). */
+size_t soft_share(size_t whole, bool shares);
+/* Memory from `base` on was used up to `used`, and before up to `touched`: the host gets back what exceeds `share`,
+ * by madvise() with `advice`. */
+void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice);
+
+struct host_code;
+struct host_code *host_code_create(bool shares);
+void host_code_destroy(struct host_code *code);
+void host_code_reset(struct host_code *code); /* all translations are dead */
+/* The VM sleeps: give back memory beyond its share. False if translations stand there; then all must be dropped first. */
+bool host_code_rest(struct host_code *code);
+/* False: no room is left. */
+bool host_code_translate(struct host_code *code, struct block *k);
+/* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */
+void host_enter(struct soft_vcpu *c, struct uop *u, uint64_t rip);
+
+#endif

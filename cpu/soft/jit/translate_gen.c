@@ -1,0 +1,381 @@
+/* Making host code: see translate_gen.h. */
+#include <string.h>
+
+#include "soft/mmu/access.h"
+#include "soft/jit/translate_gen.h"
+
+/* Handlers that call instead of jumping, as sanitizers make them, rely on callee-saved registers. */
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__ || !defined __OPTIMIZE__
+static const uint8_t pool[] = {8, 9, 10, 11};
+#else
+static const uint8_t pool[] = {H_RBX, H_RBP, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
+
+void gen_b1(struct gen *g, unsigned v)
+{
+    if (g->p < g->end)
+        *g->p++ = (uint8_t)v;
+    else
+        g->failed = true;
+}
+void gen_b4(struct gen *g, uint32_t v)
+{
+    for (unsigned i = 0; i < 4; i++)
+        gen_b1(g, v >> (8 * i));
+}
+static void b8(struct gen *g, uint64_t v)
+{
+    gen_b4(g, (uint32_t)v);
+    gen_b4(g, (uint32_t)(v >> 32));
+}
+/* size: log2. Opcodes are those of the word forms; a byte form is one less. */
+void gen_prefix(struct gen *g, unsigned size, unsigned reg, unsigned index, unsigned base)
+{
+    if (size == 1)
+        gen_b1(g, 0x66);
+    gen_b1(g, 0x40u | (size == 3) << 3 | reg >> 3 << 2 | index >> 3 << 1 | base >> 3);
+}
+void gen_op_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm)
+{
+    gen_prefix(g, size, reg, 0, rm);
+    gen_b1(g, size == 0 ? opcode & ~1u : opcode);
+    gen_b1(g, 0xC0 | (reg & 7) << 3 | (rm & 7));
+}
+void gen_memory(struct gen *g, unsigned reg, unsigned base, int32_t disp)
+{
+    bool sib = (base & 7) == 4;
+    if (disp == (int8_t)disp) {
+        gen_b1(g, 0x40 | (reg & 7) << 3 | (base & 7));
+        if (sib)
+            gen_b1(g, 0x24);
+        gen_b1(g, (uint8_t)disp);
+    } else {
+        gen_b1(g, 0x80 | (reg & 7) << 3 | (base & 7));
+        if (sib)
+            gen_b1(g, 0x24);
+        gen_b4(g, (uint32_t)disp);
+    }
+}
+void gen_op_rm(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned base, int32_t disp)
+{
+    gen_prefix(g, size, reg, 0, base);
+    gen_b1(g, size == 0 ? opcode & ~1u : opcode);
+    gen_memory(g, reg, base, disp);
+}
+void gen_op_0f_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm)
+{
+    gen_prefix(g, size, reg, 0, rm);
+    gen_b1(g, 0x0F);
+    gen_b1(g, opcode);
+    gen_b1(g, 0xC0 | (reg & 7) << 3 | (rm & 7));
+}
+void gen_mov_imm64(struct gen *g, unsigned reg, uint64_t v)
+{
+    if (v <= UINT32_MAX) {
+        gen_prefix(g, 2, 0, 0, reg);
+        gen_b1(g, 0xB8 | (reg & 7));
+        gen_b4(g, (uint32_t)v);
+    } else if (v == (uint64_t)(int64_t)(int32_t)v) {
+        gen_prefix(g, 3, 0, 0, reg);
+        gen_b1(g, 0xC7);
+        gen_b1(g, 0xC0 | (reg & 7));
+        gen_b4(g, (uint32_t)v);
+    } else {
+        gen_prefix(g, 3, 0, 0, reg);
+        gen_b1(g, 0xB8 | (reg & 7));
+        b8(g, v);
+    }
+}
+/* op r/m, imm of group 1 (80, 81, 83) */
+void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t imm)
+{
+    gen_prefix(g, size, 0, 0, rm);
+    if (size == 0) {
+        gen_b1(g, 0x80);
+        gen_b1(g, 0xC0 | op << 3 | (rm & 7));
+        gen_b1(g, (uint8_t)imm);
+    } else if (imm == (int8_t)imm) {
+        gen_b1(g, 0x83);
+        gen_b1(g, 0xC0 | op << 3 | (rm & 7));
+        gen_b1(g, (uint8_t)imm);
+    } else {
+        gen_b1(g, 0x81);
+        gen_b1(g, 0xC0 | op << 3 | (rm & 7));
+        if (size == 1) {
+            gen_b1(g, (uint8_t)imm);
+            gen_b1(g, (uint8_t)(imm >> 8));
+        } else {
+            gen_b4(g, (uint32_t)imm);
+        }
+    }
+}
+static void store_zero(struct gen *g, int32_t field)
+{
+    gen_prefix(g, 3, 0, 0, H_RDI);
+    gen_b1(g, 0xC7);
+    gen_memory(g, 0, H_RDI, field);
+    gen_b4(g, 0);
+}
+static void movsx64(struct gen *g, unsigned size, unsigned to, unsigned from)
+{
+    if (size == 3)
+        gen_op_rr(g, 3, 0x8B, to, from);
+    else if (size == 2)
+        gen_op_rr(g, 3, 0x63, to, from);
+    else
+        gen_op_0f_rr(g, 3, size ? 0xBF : 0xBE, to, from);
+}
+
+/* ---- guest registers ---- */
+
+static void save(struct gen *g, unsigned h)
+{
+    gen_op_rm(g, 3, 0x89, h, H_RDI, g->holds[h] * 8);
+    g->dirty[h] = false;
+}
+static unsigned take(struct gen *g)
+{
+    int best = -1;
+    for (unsigned i = 0; i < sizeof pool; i++) {
+        unsigned h = pool[i];
+        if (g->holds[h] < 0)
+            return h;
+        if (!(g->pinned >> h & 1) && (best < 0 || g->age[h] < g->age[best]))
+            best = (int)h;
+    }
+    if (g->dirty[best])
+        save(g, (unsigned)best);
+    g->where[(unsigned)g->holds[best]] = -1;
+    g->holds[best] = -1;
+    return (unsigned)best;
+}
+/* The host register of a guest register; loaded unless it is about to be overwritten entirely. */
+unsigned gen_reg_of(struct gen *g, unsigned offset, bool load)
+{
+    unsigned guest = offset >> 3;
+    int h = g->where[guest];
+    if (h < 0) {
+        h = (int)take(g);
+        g->where[guest] = (int8_t)h;
+        g->holds[h] = (int8_t)guest;
+        g->dirty[h] = false;
+        if (load)
+            gen_op_rm(g, 3, 0x8B, (unsigned)h, H_RDI, (int32_t)guest * 8);
+    }
+    g->pinned |= (uint16_t)(1u << h);
+    g->age[h] = ++g->clock;
+    return (unsigned)h;
+}
+void gen_write_back(struct gen *g)
+{
+    for (unsigned i = 0; i < sizeof pool; i++)
+        if (g->holds[pool[i]] >= 0 && g->dirty[pool[i]])
+            save(g, pool[i]);
+}
+void gen_forget(struct gen *g)
+{
+    memset(g->where, -1, sizeof g->where);
+    memset(g->holds, -1, sizeof g->holds);
+    memset(g->dirty, 0, sizeof g->dirty);
+}
+
+/* ---- leaving in the cold ---- */
+
+static struct stub *new_stub(struct gen *g)
+{
+    if (g->stub_count == STUBS) {
+        g->failed = true;
+        return &g->stubs[0];
+    }
+    struct stub *s = &g->stubs[g->stub_count++];
+    memset(s, 0, sizeof *s);
+    s->uop = (uint16_t)g->uop;
+    for (unsigned i = 0; i < sizeof pool; i++) {
+        unsigned h = pool[i];
+        if (g->holds[h] >= 0 && g->dirty[h]) {
+            s->dirty[s->dirty_count].guest = (uint8_t)g->holds[h];
+            s->dirty[s->dirty_count++].host = (uint8_t)h;
+        }
+    }
+    return s;
+}
+/* jcc to a stub */
+static struct stub *jump_to_stub(struct gen *g, unsigned cc)
+{
+    gen_b1(g, 0x0F);
+    gen_b1(g, 0x80 | cc);
+    struct stub *s = new_stub(g);
+    s->at = (uint32_t)(g->p - g->start);
+    gen_b4(g, 0);
+    return s;
+}
+
+/* ---- flags ---- */
+
+/* lf[0] from the result in a register; keeps the host's flags. */
+void gen_result_flags(struct gen *g, unsigned size, unsigned h)
+{
+    if (size == 3) {
+        gen_op_rm(g, 3, 0x89, h, H_RDI, FIELD(lf[0]));
+    } else {
+        movsx64(g, size, H_RAX, h);
+        gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[0]));
+    }
+}
+/* CF, OF and AF from the host's flags. Uses RAX, RCX, RSI. */
+void gen_store_carries(struct gen *g, bool keep_cf)
+{
+    gen_b1(g, 0x9F);                                    /* lahf */
+    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC1);          /* seto cl */
+    if (keep_cf) {
+        gen_op_rm(g, 3, 0x8B, H_RSI, H_RDI, FIELD(lf[1]));
+        gen_prefix(g, 3, 0, 0, H_RSI), gen_b1(g, 0xC1), gen_b1(g, 0xFE), gen_b1(g, 63); /* sar rsi, 63 */
+    } else {
+        gen_op_rr(g, 3, 0x1B, H_RSI, H_RSI);            /* sbb rsi, rsi */
+    }
+    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC9);          /* movzx ecx, cl */
+    gen_prefix(g, 3, 0, 0, H_RCX), gen_b1(g, 0xC1), gen_b1(g, 0xE1), gen_b1(g, 62); /* shl rcx, 62 */
+    gen_op_rr(g, 3, 0x33, H_RCX, H_RSI);
+    gen_op_rm(g, 3, 0x89, H_RCX, H_RDI, FIELD(lf[1]));
+    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC4);          /* movzx eax, ah */
+    gen_b1(g, 0xD1), gen_b1(g, 0xE8);                       /* shr eax, 1: AF to bit 3 */
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[2]));
+}
+/* Before host flags are lost. */
+void gen_settle(struct gen *g)
+{
+    if (g->pending)
+        gen_store_carries(g, g->pending_keep_cf);
+    g->pending = g->host_flags = false;
+}
+void gen_logic_flags(struct gen *g, unsigned size, unsigned h)
+{
+    gen_result_flags(g, size, h);
+    store_zero(g, FIELD(lf[1]));
+    store_zero(g, FIELD(lf[2]));
+}
+
+/* ---- memory ---- */
+
+/* lea to, [address] */
+void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size)
+{
+    bool has_base = u->base != OFF_ZERO, has_index = form && u->index != OFF_ZERO;
+    unsigned base = has_base ? gen_reg_of(g, u->base, true) : 0, index = has_index ? gen_reg_of(g, u->index, true) : 0;
+    gen_prefix(g, size, to, has_index ? index : 0, base);
+    gen_b1(g, 0x8D);
+    if (!has_index && has_base) {
+        gen_memory(g, to, base, u->disp);
+        return;
+    }
+    gen_b1(g, (has_base ? 0x80 : 0x00) | (to & 7) << 3 | 4);
+    gen_b1(g, (unsigned)u->scale << 6 | (has_index ? index & 7 : 4) << 3 | (has_base ? base & 7 : 5));
+    gen_b4(g, (uint32_t)u->disp);
+}
+/* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
+void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind)
+{
+    int32_t table = (int32_t)(kind * sizeof(struct soft_tlb_entry) * TLB_SIZE);
+    gen_op_rr(g, 3, 0x8B, H_RAX, H_RSI);
+    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 8);    /* shr rax, 8 */
+    gen_op_imm(g, 2, 4, H_RAX, (TLB_SIZE - 1) << 4);
+    gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(tlb));
+    if (bytes > 1)
+        gen_op_rm(g, 3, 0x8D, H_RCX, H_RSI, (int32_t)bytes - 1);
+    else
+        gen_op_rr(g, 3, 0x8B, H_RCX, H_RSI);
+    gen_op_imm(g, 3, 4, H_RCX, -4096);
+    gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, table);
+    jump_to_stub(g, 5);
+    gen_op_rm(g, 3, 0x03, H_RSI, H_RAX, table + 8);
+}
+void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind)
+{
+    gen_settle(g);
+    gen_lea_address(g, u, form, H_RSI, 3);
+    gen_tlb(g, 1u << size, kind);
+}
+void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
+{
+    if (u->imm != (uint64_t)(int64_t)(int32_t)u->imm)
+        gen_settle(g);
+    if (u->imm == (uint64_t)(int64_t)(int32_t)u->imm) {
+        gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)u->imm);
+    } else {
+        gen_mov_imm64(g, to, u->imm);
+        gen_op_rr(g, 3, 0x03, to, H_RDX);
+    }
+}
+
+/* ---- the ends of a block ---- */
+
+/* Charge the budget, look for attention; out through a stub when due. */
+void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused)
+{
+    gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 5, H_RDI, FIELD(budget)), gen_b1(g, u->idx + 1u); /* sub */
+    struct stub *s = jump_to_stub(g, 14); /* jle */
+    s->leave = 1, s->delta = delta, s->fused = fused;
+    gen_prefix(g, 2, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(attention)), gen_b1(g, 0); /* cmp */
+    s = jump_to_stub(g, 5);
+    s->leave = 1, s->delta = delta, s->fused = fused;
+}
+void gen_add_rip(struct gen *g, unsigned to, int64_t delta)
+{
+    if (delta == (int32_t)delta) {
+        gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)delta);
+    } else {
+        gen_mov_imm64(g, to, (uint64_t)delta);
+        gen_op_rr(g, 3, 0x03, to, H_RDX);
+    }
+}
+/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
+void gen_probe(struct gen *g)
+{
+    gen_op_rr(g, 3, 0x8B, H_RAX, H_RCX);
+    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12);
+    gen_op_rr(g, 2, 0x33, H_RAX, H_RCX);
+    gen_op_imm(g, 2, 4, H_RAX, JUMP_SIZE - 1);
+    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);
+    gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(jumps));
+    gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, 0);
+    jump_to_stub(g, 5);
+}
+void gen_jump_rsi(struct gen *g)
+{
+    gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
+}
+/* The link itself is read every time: it is cleared when its block is invalidated, perhaps by what the block itself did.
+ * Then out: the instruction is complete, and a CALL has pushed. */
+static void load_link(struct gen *g, struct uop *const *link, int64_t delta, bool fused)
+{
+    gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)link);
+    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 0);
+    gen_op_rr(g, 3, 0x85, H_RSI, H_RSI);
+    struct stub *s = jump_to_stub(g, 4);
+    s->leave = 1, s->delta = delta, s->fused = fused;
+}
+/* To a fixed successor. Registers are written back and forgotten by the caller's caller (both paths share the state). */
+void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
+{
+    const struct uop_links *l = LINKS((struct uop *)u);
+    int64_t delta = taken ? l->delta : u->off + u->len;
+    struct uop *to = taken ? l->taken : l->next;
+    gen_write_back(g);
+    if (to) {
+        gen_due(g, u, delta, fused);
+        load_link(g, taken ? &l->taken : &l->next, delta, fused);
+        gen_add_rip(g, H_RDX, delta);
+        gen_jump_rsi(g);
+    } else {
+        gen_add_rip(g, H_RCX, delta);
+        gen_probe(g);
+        gen_due(g, u, delta, fused);
+        gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+        gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
+        gen_jump_rsi(g);
+    }
+}
+bool gen_flags_dead_at(const struct uop *to)
+{
+    return to && !((const struct block *)((const char *)to - offsetof(struct block, code)))->flags_in;
+}

@@ -1,0 +1,78 @@
+/* Making host code: the x86-64 encoder, guest registers in host registers, lazy flags, the TLB look-up, the ends of a block.
+ *
+ * Host registers: RDI vCPU, RDX the block's address, RAX, RCX and RSI scratch, the rest hold guest registers.
+ * Operand sizes are log2 of bytes. Opcodes are those of the word forms; a byte form is one less.
+ */
+#ifndef SOFT_TRANSLATE_GEN_H
+#define SOFT_TRANSLATE_GEN_H
+
+#include "soft/ops/uop.h"
+
+enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
+enum { GUESTS = 20, STUBS = 256 };
+#define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
+
+struct stub {
+    uint32_t at;               /* of the rel32 that jumps here */
+    uint16_t uop;
+    uint16_t dirty_count;
+    uint8_t leave;             /* not back to the interpreter, but out: c->rip = RDX + delta */
+    uint8_t fused;             /* leave: first do the comparison's flags */
+    int64_t delta;
+    struct { uint8_t guest, host; } dirty[10];
+};
+struct gen {
+    uint8_t *start, *p, *end;
+    struct uop *code;          /* the block's micro-ops */
+    unsigned uop;
+    int8_t where[GUESTS];      /* host register of a guest register, or -1 */
+    int8_t holds[16];          /* guest register in a host register, or -1 */
+    bool dirty[16];
+    uint16_t pinned;
+    uint32_t age[16], clock;
+    bool host_flags;           /* the host's flags are the guest's */
+    bool pending;              /* CF, OF and AF of them are not stored yet */
+    bool pending_keep_cf;      /* INC, DEC: CF is the stored one */
+    bool failed;
+    struct stub stubs[STUBS];
+    unsigned stub_count;
+};
+
+void gen_b1(struct gen *g, unsigned v);
+void gen_b4(struct gen *g, uint32_t v);
+void gen_prefix(struct gen *g, unsigned size, unsigned reg, unsigned index, unsigned base);
+/* reg is the ModRM.reg operand. */
+void gen_op_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm);
+void gen_memory(struct gen *g, unsigned reg, unsigned base, int32_t disp);
+void gen_op_rm(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned base, int32_t disp);
+void gen_op_0f_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm);
+void gen_mov_imm64(struct gen *g, unsigned reg, uint64_t v);
+/* op r/m, imm of group 1 (80, 81, 83) */
+void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t imm);
+/* The host register of a guest register (byte offset); loaded unless it is about to be overwritten entirely. */
+unsigned gen_reg_of(struct gen *g, unsigned offset, bool load);
+void gen_write_back(struct gen *g);
+void gen_forget(struct gen *g);
+/* lf[0] from the result in a register; keeps the host's flags. */
+void gen_result_flags(struct gen *g, unsigned size, unsigned h);
+/* CF, OF and AF from the host's flags. Uses RAX, RCX, RSI. */
+void gen_store_carries(struct gen *g, bool keep_cf);
+/* Store pending flags: before host flags are lost. */
+void gen_settle(struct gen *g);
+void gen_logic_flags(struct gen *g, unsigned size, unsigned h);
+void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size);
+/* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
+void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind);
+void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind);
+void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
+/* Charge the budget, look for attention; out through a stub when due. */
+void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
+void gen_add_rip(struct gen *g, unsigned to, int64_t delta);
+/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
+void gen_probe(struct gen *g);
+void gen_jump_rsi(struct gen *g);
+/* To a fixed successor. */
+void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
+bool gen_flags_dead_at(const struct uop *to);
+
+#endif

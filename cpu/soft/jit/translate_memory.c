@@ -1,0 +1,89 @@
+/* Memory for host code: written through one mapping, run from another, so no page is ever writable and executable at one
+ * address. A host that does not allow the second mapping gets no translations.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "soft/jit/translate.h"
+#include "soft/jit/translate_memory.h"
+#include "soft/jit/translate_ops.h"
+
+#ifndef MFD_EXEC
+#define MFD_EXEC 0x10u
+#endif
+
+/* Two mappings of unnamed memory. False: the host does not allow it. */
+static bool map_twice(struct host_code *code)
+{
+    int fd = memfd_create("loopvisor-code", MFD_CLOEXEC | MFD_EXEC);
+    if (fd < 0 && errno == EINVAL) /* before Linux 6.3 */
+        fd = memfd_create("loopvisor-code", MFD_CLOEXEC);
+    if (fd < 0)
+        return false;
+    void *writes = MAP_FAILED, *runs = MAP_FAILED;
+    if (ftruncate(fd, HOST_CODE_SIZE) == 0) {
+        writes = mmap(NULL, HOST_CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+        runs = mmap(NULL, HOST_CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    }
+    close(fd);
+    if (writes == MAP_FAILED || runs == MAP_FAILED) {
+        if (writes != MAP_FAILED)
+            munmap(writes, HOST_CODE_SIZE);
+        if (runs != MAP_FAILED)
+            munmap(runs, HOST_CODE_SIZE);
+        return false;
+    }
+    /* A child process has no use for it, and could write to it. */
+    madvise(writes, HOST_CODE_SIZE, MADV_DONTFORK);
+    madvise(runs, HOST_CODE_SIZE, MADV_DONTFORK);
+    code->base = writes;
+    code->runs = runs;
+    return true;
+}
+
+struct host_code *host_code_create(bool shares)
+{
+    static struct host_code none;
+#ifdef __SANITIZE_ADDRESS__
+    return &none; /* handlers call each other there, and so need the callee-saved registers */
+#endif
+    meanings_learn();
+    struct host_code *code = malloc(sizeof *code);
+    if (!code)
+        return &none;
+    code->used = code->touched = 0;
+    code->shares = shares;
+    if (!map_twice(code)) {
+        free(code);
+        return &none;
+    }
+    return code;
+}
+void host_code_destroy(struct host_code *code)
+{
+    if (code->base) {
+        munmap(code->base, HOST_CODE_SIZE);
+        munmap((void *)(uintptr_t)code->runs, HOST_CODE_SIZE);
+        free(code);
+    }
+}
+bool host_code_rest(struct host_code *code)
+{
+    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
+    if (!code->base)
+        return true;
+    if (code->used > share)
+        return false;
+    soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
+    return true;
+}
+void host_code_reset(struct host_code *code)
+{
+    if (!code->base)
+        return;
+    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
+    soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
+    code->used = 0;
+}

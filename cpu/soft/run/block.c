@@ -1,0 +1,557 @@
+/* Translated blocks: their cache, keyed by the host address of their first byte and the mode; look-up by linear address;
+ * linking; invalidation by physical page; and the entry points that run them.
+ *
+ * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
+ * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
+ * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back
+ * (python -m tests.bench many). One with a virtual clock has all for itself: when blocks are made anew decides where
+ * turns end, and that must not depend on who else is there.
+ * Links only join blocks of the same page, and a page's blocks die together.
+ */
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include "soft/mmu/access.h"
+#include "soft/interp/exec.h"
+#include "soft/jit/translate.h"
+
+enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, HUGE = 2 << 20, SHARERS_MAX = 20 };
+#ifndef SOFT_HOT
+#define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
+#endif
+
+/* A host page that code was translated from. */
+struct code_page {
+    struct code_page *next;
+    const uint8_t *host;
+    struct block *blocks;
+    struct crossing *crossings; /* pages whose last instruction goes on into this one */
+    uint64_t granules;          /* bit i: code in the i-th 64 bytes */
+};
+struct crossing {
+    struct crossing *next;
+    struct code_page *from;
+};
+
+struct block_cache {
+    struct block *hash[1 << HASH_BITS];
+    struct code_page *pages[1 << PAGE_HASH_BITS];
+    uint8_t *mapping, *arena; /* the arena is aligned in its mapping */
+    size_t used, touched; /* touched: the most that was used since memory was last given back */
+    uint32_t flushes;
+    bool shares;
+    struct host_code *host_code;
+    bool reset;       /* everything is dead: the arena can be used from its start */
+    bool changed;     /* see block_code_changed() */
+    struct decoded scratch;
+    struct uop single[BLOCK_MAX_UOPS + 1]; /* code that is not kept */
+};
+
+static unsigned block_hash(const uint8_t *host, unsigned mode)
+{
+    uint64_t h = ((uintptr_t)host + mode * 0x9E37u) * 0x9E3779B97F4A7C15ull;
+    return (unsigned)(h >> (64 - HASH_BITS));
+}
+static unsigned page_hash(const uint8_t *page)
+{
+    return (unsigned)(((uintptr_t)page >> 12) * 0x9E3779B97F4A7C15ull >> (64 - PAGE_HASH_BITS));
+}
+static const uint8_t *page_of(const uint8_t *host) { return (const uint8_t *)((uintptr_t)host & ~(uintptr_t)0xFFF); }
+
+static uint32_t sharers; /* VMs of this process */
+
+size_t soft_share(size_t whole, bool shares)
+{
+    uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
+    return (n < 1 ? whole : whole / (n < SHARERS_MAX ? n : SHARERS_MAX)) & ~(size_t)0xFFF;
+}
+
+void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice)
+{
+    if (used > *touched)
+        *touched = used;
+    if (*touched > share) {
+        madvise(base + share, *touched - share, advice);
+        *touched = share;
+    }
+}
+
+struct block_cache *soft_blocks_create(bool shares)
+{
+    struct block_cache *b = calloc(1, sizeof *b);
+    if (!b)
+        return NULL;
+    b->mapping = mmap(NULL, ARENA_SIZE + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (b->mapping == MAP_FAILED) {
+        free(b);
+        return NULL;
+    }
+    b->arena = b->mapping + (-(uintptr_t)b->mapping & (HUGE - 1));
+    /* Huge pages but for the first, so that a tiny guest has none to clear. */
+    madvise(b->arena + HUGE, ARENA_SIZE - HUGE, MADV_HUGEPAGE);
+    b->shares = shares;
+    b->host_code = host_code_create(shares);
+    __atomic_add_fetch(&sharers, 1, __ATOMIC_RELAXED);
+    return b;
+}
+
+void soft_blocks_destroy(struct block_cache *b)
+{
+    if (b) {
+        __atomic_sub_fetch(&sharers, 1, __ATOMIC_RELAXED);
+        munmap(b->mapping, ARENA_SIZE + HUGE);
+        host_code_destroy(b->host_code);
+        free(b);
+    }
+}
+
+/* The mode that decides how bytes are decoded; selects the jump table. */
+static unsigned current_mode(struct soft_vcpu *c)
+{
+    if (!c->jumps)
+        soft_jump_cache_flush(c, true);
+    if (c->code64) {
+        c->jumps = c->jump.table[c->view == VIEW_USER];
+        return MODE_CODE64;
+    }
+    unsigned mode = (SEG_DB(&c->seg[SEG_CS]) ? MODE_DB : 0) | (SEG_DB(&c->seg[SEG_SS]) ? MODE_SS32 : 0);
+    unsigned key = mode | (c->view == VIEW_USER ? MODE_USER : 0);
+    c->jumps = c->jump.table[2];
+    if (c->jump.mode != key) {
+        c->jump.mode = key;
+        soft_jump_cache_flush(c, true);
+    }
+    return mode;
+}
+
+/* ---- invalidation ---- */
+
+static void flush_all_jumps(struct soft_vm *vm)
+{
+    for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)
+        if (vm->vcpus[i])
+            soft_jump_cache_flush(vm->vcpus[i], true);
+}
+
+/* Set or clear the mark of a host page in every slot that maps it. */
+static void mark_page(struct soft_vm *vm, const uint8_t *page, bool on)
+{
+    for (unsigned i = 0; i < SOFT_MAX_SLOTS; i++) {
+        struct soft_slot *s = &vm->slots[i];
+        if (!s->size || page < s->host || (uint64_t)(page - s->host) >= s->size)
+            continue;
+        uint64_t offset = (uint64_t)(page - s->host);
+        if (!s->code_pages) {
+            if (!on)
+                continue;
+            s->code_pages = calloc(s->size >> 12, 1);
+            if (!s->code_pages)
+                abort();
+        }
+        bool was = s->code_pages[offset >> 12];
+        __atomic_store_n(&s->code_pages[offset >> 12], on, __ATOMIC_RELEASE);
+        if (on && !was)
+            soft_tlb_protect_page(vm, s->gpa + offset);
+    }
+}
+
+static struct code_page *find_page(struct block_cache *b, const uint8_t *page)
+{
+    struct code_page *p = b->pages[page_hash(page)];
+    while (p && p->host != page)
+        p = p->next;
+    return p;
+}
+
+static void unlink_block(struct block *k)
+{
+    if (k->links)
+        k->links->taken = k->links->next = NULL;
+}
+
+static void kill_page(struct soft_vm *vm, struct code_page *p)
+{
+    struct block_cache *b = vm->blocks;
+    for (struct block *k = p->blocks; k; k = k->page_next) {
+        struct block **at = &b->hash[block_hash(k->host, k->mode)];
+        while (*at && *at != k)
+            at = &(*at)->hash_next;
+        if (*at)
+            *at = k->hash_next;
+        unlink_block(k);
+        vm->stats.blocks_invalidated++;
+    }
+    p->blocks = NULL;
+    p->granules = 0;
+    mark_page(vm, p->host, false);
+    struct crossing *x = p->crossings;
+    p->crossings = NULL;
+    for (; x; x = x->next)
+        kill_page(vm, x->from);
+}
+
+void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size)
+{
+    struct block_cache *b = vm->blocks;
+    bool killed = false;
+    for (unsigned i = 0; i < SOFT_MAX_SLOTS; i++) {
+        struct soft_slot *s = &vm->slots[i];
+        if (!s->size || !s->code_pages || !size || gpa >= s->gpa + s->size || gpa + size <= s->gpa)
+            continue;
+        uint64_t from = gpa > s->gpa ? gpa - s->gpa : 0;
+        uint64_t to = gpa + size < s->gpa + s->size ? gpa + size - s->gpa : s->size;
+        for (uint64_t page = from >> 12; page <= (to - 1) >> 12; page++) {
+            if (!s->code_pages[page])
+                continue;
+            struct code_page *p = find_page(b, s->host + (page << 12));
+            if (!p)
+                continue;
+            unsigned low = from > page << 12 ? (unsigned)(from & 0xFFF) : 0;
+            unsigned high = to < (page + 1) << 12 ? (unsigned)((to - 1) & 0xFFF) : 0xFFF;
+            uint64_t touched = (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
+            if (p->granules & touched) {
+                kill_page(vm, p);
+                killed = true;
+            }
+        }
+    }
+    if (killed) {
+        b->changed = true;
+        flush_all_jumps(vm);
+    }
+}
+
+/* Nothing is freed here: this may be called from inside a running block's access. */
+void soft_blocks_flush(struct soft_vm *vm)
+{
+    struct block_cache *b = vm->blocks;
+    for (unsigned i = 0; i < 1u << PAGE_HASH_BITS; i++)
+        for (struct code_page *p = b->pages[i]; p; p = p->next) {
+            for (struct block *k = p->blocks; k; k = k->page_next)
+                unlink_block(k);
+            mark_page(vm, p->host, false);
+        }
+    memset(b->pages, 0, sizeof b->pages);
+    if (b->used)
+        memset(b->hash, 0, sizeof b->hash);
+    b->changed = true;
+    b->reset = true;
+    b->flushes++;
+    flush_all_jumps(vm);
+}
+
+bool block_code_changed(struct soft_vcpu *c)
+{
+    bool changed = c->vm->blocks->changed;
+    c->vm->blocks->changed = false;
+    return changed;
+}
+
+void soft_vm_wake_now(struct soft_vm *vm)
+{
+    vm->blocks->changed = true; /* makes a store leave its block */
+    soft_vm_wake(vm);
+}
+
+/* Begin the arena anew: everything in it is dead, and nothing of it runs. */
+static void recycle(struct block_cache *b)
+{
+    soft_give_back(b->arena, &b->touched, b->used, soft_share(ARENA_SIZE, b->shares), MADV_DONTNEED);
+    b->reset = false;
+    b->used = 0;
+    host_code_reset(b->host_code);
+}
+
+void soft_blocks_rest(struct soft_vm *vm)
+{
+    struct block_cache *b = vm->blocks;
+    size_t share = soft_share(ARENA_SIZE, b->shares);
+    if (b->used > share || !host_code_rest(b->host_code)) {
+        soft_blocks_flush(vm);
+        recycle(b);
+    } else {
+        soft_give_back(b->arena, &b->touched, b->used, share, MADV_DONTNEED); /* what was used before the last flush */
+    }
+}
+
+/* ---- making blocks ---- */
+
+/* Room for any block and what belongs to it. Flushes if there is none: afterwards nothing does until it is made, although
+ * this VM's share may shrink meanwhile (another thread makes a VM). */
+static void reserve(struct soft_vm *vm)
+{
+    const struct block_cache *b = vm->blocks;
+    size_t share = soft_share(ARENA_SIZE, b->shares);
+    size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096;
+    if (b->used > share || share - b->used < size)
+        soft_blocks_flush(vm);
+}
+
+/* After reserve(). */
+static void *allocate(struct soft_vm *vm, size_t size)
+{
+    struct block_cache *b = vm->blocks;
+    size = (size + 63) & ~(size_t)63;
+    if (b->reset)
+        recycle(b);
+    void *p = b->arena + b->used;
+    b->used += size;
+    return p;
+}
+
+/* The record of a page that code is about to be decoded from. Before its bytes are read it is marked: a device that writes
+ * to it from another thread finds the mark, or the decoder finds what it wrote (see soft_vm_memory_written()). */
+static struct code_page *make_page(struct soft_vm *vm, const uint8_t *page)
+{
+    struct code_page *p = find_page(vm->blocks, page);
+    if (!p) {
+        p = allocate(vm, sizeof *p);
+        memset(p, 0, sizeof *p);
+        p->host = page;
+        p->next = vm->blocks->pages[page_hash(page)];
+        vm->blocks->pages[page_hash(page)] = p;
+    }
+    mark_page(vm, page, true);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return p;
+}
+
+/* The first handler of a block that is not hot yet. */
+static HANDLER(count_entry)
+{
+    struct block *k = (struct block *)((char *)u - offsetof(struct block, code));
+    if (++k->entered >= SOFT_HOT) {
+        u->fn = k->first;
+        if (!host_code_translate(c->vm->blocks->host_code, k))
+            soft_blocks_flush(c->vm);
+        return u->fn(c, u, rip);
+    }
+    return k->first(c, u, rip);
+}
+
+static void mark_granules(struct code_page *p, unsigned low, unsigned high)
+{
+    p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
+}
+
+/* Keep what was decoded from page p. host2, q: NULL unless the block is one instruction that crosses a page. */
+static struct block *make_block(struct soft_vm *vm, const struct decoded *d, const uint8_t *host, struct code_page *p,
+                                const uint8_t *host2, struct code_page *q, unsigned mode)
+{
+    struct block_cache *b = vm->blocks;
+    struct block *k = allocate(vm, sizeof(struct block) + d->count * sizeof(struct uop));
+    *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint8_t)mode,
+                        .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
+    memcpy(k->code, d->uops, d->count * sizeof(struct uop));
+    k->first = k->code[0].fn;
+    if (!(mode & MODE_SINGLE))
+        k->code[0].fn = count_entry;
+    if (d->links >= 0) {
+        k->links = (struct uop_links *)&k->code[d->links];
+        k->links->block = k;
+    }
+    k->page_next = p->blocks;
+    p->blocks = k;
+    unsigned offset = (unsigned)((uintptr_t)host & 0xFFF), end = offset + d->bytes - 1;
+    mark_granules(p, offset, end < 0xFFF ? end : 0xFFF);
+    if (host2) {
+        struct crossing *x = allocate(vm, sizeof *x);
+        *x = (struct crossing){q->crossings, p};
+        q->crossings = x;
+        mark_granules(q, 0, end & 0xFFF);
+    }
+    unsigned h = block_hash(host, mode);
+    k->hash_next = b->hash[h];
+    b->hash[h] = k;
+    vm->stats.blocks_decoded++;
+    return k;
+}
+
+static const uint8_t *fetch_page(struct soft_vcpu *c, uint64_t linear, uint64_t *gpa)
+{
+    uint8_t *p;
+    if (tlb_hit(c, linear, 1, ACCESS_EXEC, &p))
+        return p;
+    return soft_mmu_lookup(c, linear, ACCESS_EXEC, gpa);
+}
+
+/* One instruction that is not kept: from bytes of which some are outside CS.limit or RAM. */
+static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned mode, uint64_t limit)
+{
+    struct block_cache *b = c->vm->blocks;
+    uint8_t bytes[16];
+    unsigned n = limit < 15 ? (unsigned)limit : 15;
+    for (unsigned i = 1; i <= n; i++) {
+        uint64_t at = linear + i - 1, gpa = 0;
+        if (!c->code64)
+            at &= UINT32_MAX;
+        const uint8_t *p = fetch_page(c, at, &gpa);
+        bytes[i - 1] = p ? *p : (uint8_t)soft_phys_load(c, gpa, 1);
+        decode_block(&b->scratch, bytes, i, mode, 1);
+        if (!b->scratch.need_more) {
+            memcpy(b->single, b->scratch.uops, b->scratch.count * sizeof(struct uop));
+            return b->single;
+        }
+    }
+    soft_raise_error(c, VEC_GP, 0);
+}
+
+/* The block at c->rip, made if necessary. Raises if it cannot be fetched. */
+static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
+{
+    struct soft_vm *vm = c->vm;
+    struct block_cache *b = vm->blocks;
+    uint64_t linear = c->rip, limit = UINT64_MAX, gpa = 0;
+    b->changed = false;
+    c->access_ss = 0;
+    if (c->code64) {
+        if (!soft_canonical(linear))
+            soft_raise_error(c, VEC_GP, 0);
+    } else {
+        c->rip &= UINT32_MAX;
+        if (c->rip > c->seg[SEG_CS].limit)
+            soft_raise_error(c, VEC_GP, 0);
+        limit = c->seg[SEG_CS].limit - c->rip + 1;
+        linear = (c->seg[SEG_CS].base + c->rip) & UINT32_MAX;
+    }
+    const uint8_t *host = fetch_page(c, linear, &gpa);
+    if (SOFT_UNLIKELY(!host))
+        return decode_unkept(c, linear, mode, limit);
+    struct block *k = b->hash[block_hash(host, mode)];
+    while (k && (k->host != host || k->mode != mode))
+        k = k->hash_next;
+    if (k && SOFT_UNLIKELY(k->host2 != NULL)) {
+        uint64_t page2 = (linear & ~0xFFFull) + 4096;
+        const uint8_t *host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
+        if (host2 != k->host2) {
+            unlink_block(k);
+            struct block **at = &b->hash[block_hash(k->host, k->mode)];
+            while (*at != k)
+                at = &(*at)->hash_next;
+            *at = k->hash_next;
+            k->mode = UINT8_MAX; /* still in its page's list, found by nobody */
+            k = NULL;
+        }
+    }
+    if (!k) {
+        unsigned rest = 4096 - (unsigned)(linear & 0xFFF);
+        const uint8_t *host2 = NULL;
+        reserve(vm);
+        struct code_page *p = make_page(vm, page_of(host)), *q = NULL;
+        decode_block(&b->scratch, host, rest, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
+        if (b->scratch.need_more) {
+            uint8_t bytes[32];
+            uint64_t page2 = (linear & ~0xFFFull) + 4096;
+            if (limit <= rest)
+                return decode_unkept(c, linear, mode, limit);
+            host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
+            if (!host2)
+                return decode_unkept(c, linear, mode, limit);
+            p = make_page(vm, page_of(host)); /* again: the walk may have written to it */
+            q = make_page(vm, host2);
+            memcpy(bytes, host, rest);
+            memcpy(bytes + rest, host2, 15);
+            decode_block(&b->scratch, bytes, rest + 15, mode, 1);
+        }
+        if (b->scratch.bytes > limit)
+            return decode_unkept(c, linear, mode, limit);
+        k = make_block(vm, &b->scratch, host, p, host2, q, mode);
+    }
+    if (SOFT_UNLIKELY(k->bytes > limit))
+        return decode_unkept(c, linear, mode, limit);
+    if (keep)
+        soft_jump_insert(c, linear, k->code, k->host2 != NULL);
+    return k->code;
+}
+
+/* Out of line of block_enter(), so that nothing there has an address and its end stays a tail call. */
+static __attribute__((noinline)) struct uop *enter_code(struct soft_vcpu *c)
+{
+    if (c->budget <= 0 || __atomic_load_n(&c->attention, __ATOMIC_RELAXED))
+        return NULL;
+    unsigned mode = current_mode(c);
+    if (!c->code64) {
+        uint64_t linear = (c->seg[SEG_CS].base + (uint32_t)c->rip) & UINT32_MAX;
+        struct soft_jump *e = &c->jumps[jump_hash(linear)];
+        /* Limits may differ between segments: only the whole 4 GiB goes without looking. */
+        if (e->linear == linear && c->seg[SEG_CS].limit == UINT32_MAX) {
+            c->rip &= UINT32_MAX;
+            return e->code;
+        }
+    } else {
+        struct soft_jump *e = &c->jumps[jump_hash(c->rip)];
+        if (e->linear == c->rip && e->code != &empty_jump)
+            return e->code;
+    }
+    return find_code(c, mode, true);
+}
+
+HANDLER(block_enter)
+{
+    (void)u, (void)rip;
+    u = enter_code(c);
+    if (!u)
+        return;
+    return u->fn(c, u, c->rip);
+}
+
+static __attribute__((noinline)) struct uop *link_code(struct soft_vcpu *c, struct uop_links *links, bool taken)
+{
+    struct block_cache *b = c->vm->blocks;
+    struct block *from = links->block;
+    uint32_t flushes = b->flushes;
+    struct uop *code = find_code(c, current_mode(c), true);
+    /* Not into what is not kept, from what is dead by now, or to what depends on another page. */
+    if (!from || flushes != b->flushes || from->links != links || (code >= b->single && code < b->single + BLOCK_MAX_UOPS))
+        return code;
+    struct block *to = (struct block *)((char *)code - offsetof(struct block, code));
+    if (to->host2 || from->host2 || page_of(to->host) != page_of(from->host))
+        return code;
+    struct block *k = b->hash[block_hash(from->host, from->mode)];
+    while (k && k != from)
+        k = k->hash_next;
+    if (k) {
+        if (taken)
+            links->taken = code;
+        else
+            links->next = code;
+    }
+    return code;
+}
+HANDLER(block_link_taken)
+{
+    u = link_code(c, LINKS(u), true);
+    rip = c->rip;
+    return u->fn(c, u, rip);
+}
+HANDLER(block_link_next)
+{
+    u = link_code(c, LINKS(u), false);
+    rip = c->rip;
+    return u->fn(c, u, rip);
+}
+
+/* What a step that ended with a fault kept back. */
+static void release_budget(struct soft_vcpu *c)
+{
+    c->budget += c->budget_held;
+    c->budget_held = 0;
+}
+
+void soft_execute(struct soft_vcpu *c)
+{
+    release_budget(c);
+    while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED))
+        host_enter(c, &empty_jump, c->rip);
+}
+
+void soft_step(struct soft_vcpu *c)
+{
+    /* With a budget of one the instruction leaves at its end, wherever it goes. */
+    release_budget(c);
+    c->budget_held = c->budget - 1;
+    c->budget = 1;
+    struct uop *u = find_code(c, current_mode(c) | MODE_SINGLE, false);
+    host_enter(c, u, c->rip);
+    release_budget(c);
+}

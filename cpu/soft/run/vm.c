@@ -1,0 +1,419 @@
+/* The virtual machine: creation, and the run loop that gives every vCPU its turn on one thread.
+ *
+ * A turn is at most config.quantum instructions and ends early with PAUSE or HLT. It is interrupted, not ended, by the next
+ * timer event, by c->attention and by a return from soft_vm_run(): the vCPU then goes on with the rest of its turn. With the virtual clock a turn's length depends on instructions alone, so a run is a function of
+ * its inputs. Faults and other exits from the depth of an instruction come back to the _setjmp() in run_turn().
+ */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "soft/system/system.h"
+
+enum { MWAIT_NS = 50000 }; /* MWAIT may return at any time; this is when it does if nothing happens */
+enum { GO_ON = -1 };
+
+/* ---- what the interrupt controller asks for ---- */
+
+static struct soft_vcpu *vcpu_at(void *ctx, uint32_t index)
+{
+    struct soft_vm *vm = ctx;
+    return index < vm->config.vcpus ? vm->vcpus[index] : NULL;
+}
+
+static void on_wake(void *ctx, uint32_t index)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    if (c)
+        soft_attend(c);
+}
+
+static void on_nmi(void *ctx, uint32_t index)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    if (c) {
+        c->nmi_pending = true;
+        soft_attend(c);
+    }
+}
+
+static void on_init(void *ctx, uint32_t index)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    if (c) {
+        c->init_pending = true;
+        c->sipi_pending = false;
+        soft_attend(c);
+    }
+}
+
+static void on_sipi(void *ctx, uint32_t index, uint8_t vector)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    if (c && (c->activity == ACT_WAIT_SIPI || c->init_pending)) {
+        c->sipi_pending = true;
+        c->sipi_vector = vector;
+        soft_attend(c);
+    }
+}
+
+static void on_eoi(void *ctx, uint32_t gsi)
+{
+    struct soft_vm *vm = ctx;
+    if (!vm->host.eoi)
+        return;
+    vm->host.eoi(vm->host.ctx, gsi);
+    soft_events_apply_line(vm, gsi); /* if it lowered the line, there is no further interrupt */
+}
+
+static uint64_t on_tsc(void *ctx, uint32_t index, uint64_t now)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    return c ? soft_tsc_at(c, now) : 0;
+}
+
+static uint64_t on_tsc_to_ns(void *ctx, uint32_t index, uint64_t tsc)
+{
+    struct soft_vcpu *c = vcpu_at(ctx, index);
+    return c ? soft_tsc_to_ns(c, tsc) : UINT64_MAX;
+}
+
+/* ---- creation ---- */
+
+static struct soft_vcpu *create_vcpu(struct soft_vm *vm, uint32_t index)
+{
+    size_t size = (sizeof(struct soft_vcpu) + 63) & ~(size_t)63;
+    struct soft_vcpu *c = aligned_alloc(64, size);
+    if (!c)
+        return NULL;
+    memset(c, 0, size);
+    c->vm = vm;
+    c->index = index;
+    c->mmu.have_victims = true;
+    c->mmu.used[0] = c->mmu.used[1] = TLB_LIST + 1; /* the first flush fills the TLBs with empty entries */
+    return c;
+}
+
+struct soft_vm *soft_vm_create(const struct soft_config *config, const struct soft_host *host)
+{
+    if (config->vcpus < 1 || config->vcpus > SOFT_MAX_VCPUS || !host->access || !host->random)
+        return NULL;
+    struct soft_vm *vm = calloc(1, sizeof *vm);
+    if (!vm)
+        return NULL;
+    vm->config = *config;
+    for (unsigned i = 0; i < ACCESS_KINDS * TLB_SIZE; i++)
+        vm->no_tlb.e[i / TLB_SIZE][i % TLB_SIZE].tag = 1;
+    if (!vm->config.virtual_ips)
+        vm->config.virtual_ips = 1000000000;
+    if (!vm->config.tsc_khz)
+        vm->config.tsc_khz = 1000000;
+    if (!vm->config.quantum)
+        vm->config.quantum = 100000;
+    vm->host = *host;
+    vm->alarm_ns = UINT64_MAX;
+    vm->turn_limit_ns = UINT64_MAX;
+    vm->start_ns = soft_host_now();
+    const struct irqchip_host chip_host = { .ctx = vm, .wake = on_wake, .nmi = on_nmi, .init = on_init, .sipi = on_sipi,
+                                            .eoi = on_eoi, .tsc = on_tsc, .tsc_to_ns = on_tsc_to_ns };
+    bool ok = (vm->blocks = soft_blocks_create(!config->virtual_clock)) && (vm->events = soft_events_create());
+    for (uint32_t i = 0; ok && i < config->vcpus; i++)
+        ok = (vm->vcpus[i] = create_vcpu(vm, i)) != NULL;
+    ok = ok && (vm->irqchip = irqchip_create(config->vcpus, &chip_host));
+    if (!ok) {
+        soft_vm_destroy(vm);
+        return NULL;
+    }
+    if (config->no_pit)
+        irqchip_without_pit(vm->irqchip);
+    for (uint32_t i = 0; i < config->vcpus; i++) {
+        soft_reset_vcpu(vm->vcpus[i], false);
+        soft_default_cpuid(vm->vcpus[i]);
+    }
+    return vm;
+}
+
+void soft_vm_destroy(struct soft_vm *vm)
+{
+    if (!vm)
+        return;
+    if (vm->irqchip)
+        irqchip_destroy(vm->irqchip);
+    if (vm->blocks)
+        soft_blocks_destroy(vm->blocks);
+    soft_events_destroy(vm->events);
+    for (uint32_t i = 0; i < SOFT_MAX_VCPUS; i++)
+        free(vm->vcpus[i]);
+    for (uint32_t i = 0; i < SOFT_MAX_SLOTS; i++) {
+        free(vm->slots[i].dirty);
+        free(vm->slots[i].code_pages);
+    }
+    free(vm);
+}
+
+void soft_vm_forked(struct soft_vm *vm) { soft_events_forked(vm->events); }
+
+void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats)
+{
+    *stats = vm->stats;
+    stats->instructions = soft_vm_instructions(vm);
+}
+
+/* ---- turns ---- */
+
+static uint64_t next_event(struct soft_vm *vm)
+{
+    uint64_t timer = irqchip_next_event(vm->irqchip), alarm = soft_alarm(vm);
+    return timer < alarm ? timer : alarm;
+}
+
+void soft_irqchip_touched(struct soft_vcpu *c)
+{
+    if (irqchip_next_event(c->vm->irqchip) < c->vm->turn_limit_ns) {
+        c->vm->turn_over = true;
+        soft_attend(c);
+    }
+}
+
+static bool can_run(struct soft_vcpu *c, uint64_t now)
+{
+    if (c->parked)
+        return false;
+    if (c->activity == ACT_RUNNING || c->init_pending)
+        return true;
+    if (c->activity == ACT_WAIT_SIPI)
+        return c->sipi_pending;
+    if ((c->nmi_pending && !c->nmi_blocked) || c->pending_valid)
+        return true;
+    if (c->activity == ACT_MWAIT && now >= c->mwait_until)
+        return true;
+    return ((c->rflags & F_IF) || c->activity == ACT_MWAIT) && irqchip_pending(c->vm->irqchip, c->index) >= 0;
+}
+
+void soft_pause(struct soft_vcpu *c)
+{
+    struct soft_vm *vm = c->vm;
+    for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+        struct soft_vcpu *other = vm->vcpus[i];
+        if (other == c || other->parked)
+            continue;
+        if (other->activity == ACT_RUNNING || __atomic_load_n(&other->attention, __ATOMIC_RELAXED)) {
+            vm->turn_over = true;
+            vm->turn_left = 0;
+            soft_leave(c);
+        }
+    }
+}
+
+void soft_mwait(struct soft_vcpu *c)
+{
+    c->activity = ACT_MWAIT;
+    c->mwait_until = soft_now(c->vm) + MWAIT_NS;
+    c->vm->stats.halts++;
+    soft_leave(c);
+}
+
+static void start_from_sipi(struct soft_vcpu *c)
+{
+    c->seg[SEG_CS].selector = (uint16_t)(c->sipi_vector << 8);
+    c->seg[SEG_CS].base = (uint64_t)c->sipi_vector << 12;
+    c->rip = 0;
+    c->sipi_pending = false;
+    c->activity = ACT_RUNNING;
+}
+
+/* Run one instruction with everything that can trap around it. GO_ON or SOFT_STOP_DEBUG. */
+static int step(struct soft_vcpu *c)
+{
+    if (!soft_step_begin(c))
+        return SOFT_STOP_DEBUG;
+    soft_step(c);
+    return soft_step_end(c) ? GO_ON : SOFT_STOP_DEBUG;
+}
+
+enum { DELIVER_NONE, DELIVER_STEP, DELIVER_IDLE };
+
+/* Deliver what is pending, highest priority first. DELIVER_STEP: an interrupt waits for the shadow of STI or MOV SS
+ * to pass. DELIVER_IDLE: the vCPU has nothing to execute. */
+static int deliver_events(struct soft_vcpu *c)
+{
+    if (c->init_pending) {
+        c->init_pending = false;
+        bool sipi = c->sipi_pending;
+        soft_reset_vcpu(c, true);
+        c->sipi_pending = sipi;
+        irqchip_reset_lapic(c->vm->irqchip, c->index, true);
+    }
+    if (c->activity == ACT_WAIT_SIPI) {
+        if (!c->sipi_pending)
+            return DELIVER_IDLE;
+        start_from_sipi(c);
+    }
+    if (c->pending_valid) {
+        c->pending_valid = false;
+        c->activity = ACT_RUNNING;
+        soft_deliver(c, c->pending_vector, (enum soft_event)c->pending_kind, c->pending_has_error, c->pending_error);
+    }
+    if (c->nmi_pending && !c->nmi_blocked) {
+        if (c->shadow == 2)
+            return DELIVER_STEP;
+        c->nmi_pending = false;
+        c->activity = ACT_RUNNING;
+        soft_deliver(c, VEC_NMI, EVENT_NMI, false, 0);
+    }
+    int vector = irqchip_pending(c->vm->irqchip, c->index);
+    c->irq_waiting = vector >= 0;
+    if (vector >= 0 && c->activity == ACT_MWAIT)
+        c->activity = ACT_RUNNING;
+    if (vector >= 0 && (c->rflags & F_IF)) {
+        if (c->shadow)
+            return DELIVER_STEP;
+        vector = irqchip_acknowledge(c->vm->irqchip, c->index);
+        c->activity = ACT_RUNNING;
+        c->irq_waiting = false;
+        if (vector >= 0)
+            soft_deliver(c, (uint8_t)vector, EVENT_HARDWARE, false, 0);
+        c->irq_waiting = irqchip_pending(c->vm->irqchip, c->index) >= 0;
+    }
+    if (c->activity == ACT_MWAIT && soft_now(c->vm) >= c->mwait_until)
+        c->activity = ACT_RUNNING;
+    return c->activity == ACT_RUNNING ? DELIVER_NONE : DELIVER_IDLE;
+}
+
+/* One turn of `c`: GO_ON, or why soft_vm_run() returns. */
+static int run_turn(struct soft_vcpu *c)
+{
+    struct soft_vm *vm = c->vm;
+    int jump = _setjmp(c->fault);
+    c->replay.allowed = false;
+    switch (jump) {
+    case JUMP_FAULT:
+        c->in_step = false;
+        soft_drop_deferred(c);
+        c->budget--; /* so that a guest which does nothing but fault cannot keep its turn */
+        soft_deliver_pending_fault(c);
+        break;
+    case JUMP_LEAVE:
+        if (c->in_step && !soft_step_end(c))
+            return SOFT_STOP_DEBUG;
+        break;
+    case JUMP_TRIPLE:
+        c->in_exception = c->in_step = false;
+        return SOFT_STOP_SHUTDOWN;
+    case JUMP_DEBUG:
+        c->in_step = false;
+        return SOFT_STOP_DEBUG;
+    case JUMP_RETRY:
+        c->in_step = false;
+        return GO_ON;
+    default:
+        vm->turn_over = false;
+        break;
+    }
+    while (c->budget > 0 && !vm->turn_over && !c->parked) {
+        __atomic_store_n(&c->attention, 0, __ATOMIC_SEQ_CST);
+        if (soft_events_pending(vm))
+            break;
+        /* The instruction whose access was put off comes first: an interrupt now would make it another run of it. */
+        int delivered = c->replay.retry ? DELIVER_STEP : deliver_events(c);
+        if (delivered == DELIVER_IDLE)
+            break;
+        c->replay.allowed = true;
+        if (delivered == DELIVER_STEP || soft_stepping(c)) {
+            int stop = step(c);
+            if (stop != GO_ON)
+                return stop;
+            soft_drop_deferred(c);
+        } else {
+            soft_execute(c);
+        }
+        c->replay.allowed = false;
+    }
+    return GO_ON;
+}
+
+/* The next vCPU that can run, in turn order; NULL: all sleep. */
+static struct soft_vcpu *next_vcpu(struct soft_vm *vm, uint64_t now)
+{
+    for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+        struct soft_vcpu *c = vm->vcpus[(vm->turn + i) % vm->config.vcpus];
+        if (can_run(c, now))
+            return c;
+    }
+    return NULL;
+}
+
+/* No vCPU can run: sleep, or skip time. GO_ON, or SOFT_STOP_HALTED. */
+static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
+{
+    uint64_t deadline = next_event(vm);
+    bool parked = false, all_parked = true, dead = true;
+    for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+        const struct soft_vcpu *c = vm->vcpus[i];
+        parked |= c->parked;
+        all_parked &= c->parked;
+        dead &= c->activity == ACT_WAIT_SIPI || (c->activity == ACT_HALTED && !(c->rflags & F_IF));
+        if (c->activity == ACT_MWAIT && c->mwait_until < deadline)
+            deadline = c->mwait_until;
+    }
+    if (dead && !parked) {
+        for (uint32_t i = vm->config.vcpus; i-- > 0;)
+            if (vm->vcpus[i]->activity == ACT_HALTED)
+                *vcpu = i;
+        return SOFT_STOP_HALTED;
+    }
+    if (vm->config.virtual_clock && !all_parked && deadline != UINT64_MAX) {
+        if (deadline > now)
+            vm->virtual_ns_skipped += deadline - now;
+        return GO_ON;
+    }
+    soft_blocks_rest(vm);
+    soft_events_wait(vm, all_parked ? UINT64_MAX : deadline);
+    return GO_ON;
+}
+
+void soft_vm_settle(struct soft_vm *vm)
+{
+    if (soft_events_pending(vm) && soft_events_apply(vm))
+        soft_vm_wake(vm);
+}
+
+enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
+{
+    *vcpu = 0;
+    for (;;) {
+        if (soft_events_pending(vm) && soft_events_apply(vm))
+            return SOFT_STOP_WAKE;
+        uint64_t now = soft_now(vm);
+        if (irqchip_next_event(vm->irqchip) <= now)
+            irqchip_advance(vm->irqchip, now);
+        if (soft_alarm(vm) <= now) {
+            soft_vm_set_alarm(vm, UINT64_MAX);
+            return SOFT_STOP_ALARM;
+        }
+        struct soft_vcpu *c = next_vcpu(vm, now);
+        if (!c) {
+            int stop = idle(vm, now, vcpu);
+            if (stop != GO_ON)
+                return (enum soft_stop)stop;
+            continue;
+        }
+        if (c->index != vm->turn || vm->turn_left <= 0) {
+            vm->turn = c->index;
+            vm->turn_left = vm->config.quantum;
+        }
+        vm->turn_limit_ns = next_event(vm);
+        int64_t budget = soft_budget_until(vm, now, vm->turn_limit_ns);
+        uint64_t before = soft_instructions(c);
+        soft_set_budget(c, budget < vm->turn_left ? budget : vm->turn_left);
+        int stop = run_turn(c);
+        vm->turn_left -= (int64_t)(soft_instructions(c) - before);
+        if (vm->turn_left <= 0)
+            vm->turn = (c->index + 1) % vm->config.vcpus;
+        fpu_collect(&c->fpu);
+        vm->turn_limit_ns = UINT64_MAX;
+        if (stop != GO_ON) {
+            *vcpu = c->index;
+            return (enum soft_stop)stop;
+        }
+    }
+}
