@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def complete_machine(incomplete: str) -> list[str]:
     """Shell completion of the names of running machines."""
     from vmm.errors import VmmError
-    from vmm.registry import entries
+    from vmm.management.registry import entries
 
     try:
         return [entry.name for entry in entries() if entry.name.startswith(incomplete)]

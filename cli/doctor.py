@@ -65,7 +65,7 @@ def _print(facts: dict[str, Any], failure: str) -> None:
 
 
 def _runtime() -> str:
-    from vmm.registry import runtime_directory
+    from vmm.management.registry import runtime_directory
 
     try:
         return str(runtime_directory())

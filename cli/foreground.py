@@ -14,12 +14,12 @@ from cli import errors
 from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
+from vmm.console.terminal import Output
 from vmm.cores import is_stock_kernel
 from vmm.errors import GuestError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned
-from vmm.hardware import HeadStart
 from vmm.lifecycle import Outcome, Reason
-from vmm.terminal import Output
+from vmm.machine.hardware import HeadStart
 from vmm.timeline import Timeline
 from vmm.vm import VirtualMachine
 

@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cli.consolesize import terminal_size
+from vmm.console.terminal import CHUNK, Output, RawMode, in_foreground
 from vmm.errors import HostError, os_reason
-from vmm.terminal import CHUNK, Output, RawMode, in_foreground
 
 if TYPE_CHECKING:
-    from vmm.agent import GuestProcess, GuestStream
+    from vmm.guest.agent import GuestProcess, GuestStream
     from vmm.vm import VirtualMachine
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from cli.errors import say
 from cli.table import lines, print_table
-from vmm.control import MAX_STOP_SECONDS, request
 from vmm.convert import MIB
 from vmm.errors import ConfigError, VmmError
-from vmm.registry import entries, find
+from vmm.management.control import MAX_STOP_SECONDS, request
+from vmm.management.registry import entries, find
 
 
 def attach_console(name: str) -> None:
     """By the machine's name, or a socket's path (anything with a slash, or an existing socket)."""
-    from vmm.terminal import attach
+    from vmm.console.terminal import attach
 
     path = Path(name)
     if "/" not in name and not path.is_socket():

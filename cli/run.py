@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cli.options import RunArguments
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError
-from vmm.hardware import HeadStart
 from vmm.image import config_for
+from vmm.machine.hardware import HeadStart
 
 if TYPE_CHECKING:
     from cli.progress import Progress
@@ -39,8 +39,8 @@ def execute(arguments: RunArguments) -> int:
         sys.stdout.write(config.to_toml())
         return 0
     if arguments.print_cmdline:
-        from vmm.builder import effective_cmdline
         from vmm.cores import choice
+        from vmm.machine.builder import effective_cmdline
 
         config.check_host()
         sys.stdout.write(effective_cmdline(config, choice(config).probe.capabilities) + "\n")

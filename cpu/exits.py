@@ -1,7 +1,7 @@
 """Exits of a vCPU, and the entries that answer them: frozen values, no behaviour.
 
 Vocabulary: the KVM API document (struct kvm_run). Multi-element string I/O arrives as one exit per element.
-Only `vmm/dispatch.py` interprets these.
+Only `vmm/machine/dispatch.py` interprets these.
 """
 
 from __future__ import annotations

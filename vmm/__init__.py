@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmm.agent import ExecResult, GuestProcess
     from vmm.config import Config, Disk, FlatImage, Net
     from vmm.config import Console as ConsoleConfig
-    from vmm.console import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
+    from vmm.console.hub import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
+    from vmm.guest.agent import ExecResult, GuestProcess
     from vmm.launch import run
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.vm import VirtualMachine
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "vmm.agent": ("ExecResult", "GuestProcess"),
+    "vmm.guest.agent": ("ExecResult", "GuestProcess"),
     "vmm.config": ("Config", "Disk", "FlatImage", "Net"),
-    "vmm.console": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
+    "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
     "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
     "vmm.launch": ("run",),

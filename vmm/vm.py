@@ -18,19 +18,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cpu.contract import System
-from vmm.builder import Built
 from vmm.config import Config
-from vmm.console import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
+from vmm.console.hub import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
 from vmm.cores import open_system
 from vmm.errors import StateError, VmmError
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
-from vmm.hardware import HeadStart, Making
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
+from vmm.machine.builder import Built
+from vmm.machine.hardware import HeadStart, Making
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
     from virtio.device import Device
-    from vmm.agent import Agent, ExecResult, GuestProcess
+    from vmm.guest.agent import Agent, ExecResult, GuestProcess
 
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
@@ -240,19 +240,19 @@ class VirtualMachine:
         return agent  # type: ignore[return-value]
 
     async def exec(self, *arguments: str, **options: Any) -> ExecResult:
-        """Run a program in the guest to its end: vmm.agent.Agent.exec."""
+        """Run a program in the guest to its end: vmm.guest.agent.Agent.exec."""
         return await self.agent.exec(*arguments, **options)
 
     async def start_process(self, *arguments: str, **options: Any) -> GuestProcess:
-        """Start a program in the guest: vmm.agent.Agent.start_process."""
+        """Start a program in the guest: vmm.guest.agent.Agent.start_process."""
         return await self.agent.start_process(*arguments, **options)
 
     async def copy_in(self, source: Path | str, target: str) -> None:
-        """Copy a file or a directory of the host into the guest: vmm.agent.Agent.copy_in."""
+        """Copy a file or a directory of the host into the guest: vmm.guest.agent.Agent.copy_in."""
         await self.agent.copy_in(source, target)
 
     async def copy_out(self, source: str, target: Path | str, **options: Any) -> None:
-        """Copy a file or a directory of the guest to the host: vmm.agent.Agent.copy_out."""
+        """Copy a file or a directory of the guest to the host: vmm.guest.agent.Agent.copy_out."""
         await self.agent.copy_out(source, target, **options)
 
     @property
@@ -325,15 +325,15 @@ class VirtualMachine:
         if console.log is not None:
             self._closers.append(ConsoleLog(self._hub, console.log, console.log_limit, self._warn))
         if console.path is not None:
-            from vmm.consoleserver import ConsoleServer
+            from vmm.console.server import ConsoleServer
 
             await self._add_service(ConsoleServer(self._hub, console.path))
         if self.config.name:
-            from vmm.control import Registration
+            from vmm.management.control import Registration
 
             await self._add_service(Registration(self, self._hub))
         if console.kind == "stdio":
-            from vmm.terminal import StandardStreams
+            from vmm.console.terminal import StandardStreams
 
             await self._add_service(StandardStreams(self._hub, self._finish))
 

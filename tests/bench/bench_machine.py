@@ -16,7 +16,7 @@ import vmm
 from cpu.contract import Capability
 from cpu.select import probe
 from tests.support import debian
-from vmm.bus import Bus
+from vmm.machine.bus import Bus
 
 GOAL = 5000
 SHELL = rb"BusyBox v.* built-in shell"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.pc import Pc
-from vmm import layout
 from vmm.errors import ConfigError, StateError
-from vmm.interfaces import BarSpec, MsixSpec, PciHost, State
+from vmm.machine import layout
+from vmm.machine.interfaces import BarSpec, MsixSpec, PciHost, State
 from vmm.pci.bus import PciBus
 from vmm.pci.msi import Msi
 

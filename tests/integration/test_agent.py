@@ -1,4 +1,4 @@
-"""The guest agent's real binary, run as a process of the host, against the host's side in vmm/agent.py."""
+"""The guest agent's real binary, run as a process of the host, against the host's side in vmm/guest/agent.py."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from types import FrameType
 import pytest
 
 import images.builder
-from vmm.agent import EXEC, EXIT, RESIZE, STDIN, Agent
 from vmm.errors import ConfigError, GuestError
+from vmm.guest.agent import EXEC, EXIT, RESIZE, STDIN, Agent
 
 BINARY = Path(images.builder.__file__).parent / "init" / "guest-init.bin"
 pytestmark = pytest.mark.skipif(not Path("/root").is_dir() or not os.access("/root", os.X_OK),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vmm.console import INPUT_HIGH, REPLAY, RING, ConsoleClosed, ConsoleHub, ConsoleLog, ConsoleReader
-from vmm.consoleserver import MAX_CLIENTS, ConsoleServer
+from vmm.console.hub import INPUT_HIGH, REPLAY, RING, ConsoleClosed, ConsoleHub, ConsoleLog, ConsoleReader
+from vmm.console.server import MAX_CLIENTS, ConsoleServer
 from vmm.errors import ConfigError
 
 

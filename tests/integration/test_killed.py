@@ -254,7 +254,7 @@ def test_a_running_machine_is_killed(tmp_path: Path, linux: builder.Built) -> No
 
 
 def live(path: Path) -> bool:
-    from vmm.sockets import is_live
+    from vmm.management.sockets import is_live
 
     return path.exists() and is_live(path)
 

@@ -20,10 +20,10 @@ import pytest
 import vmm
 from tests.support import debian
 from tests.support.command import vmm as command
-from vmm import layout
 from vmm.boot import identify
 from vmm.boot.elf import PT_NOTE
 from vmm.lifecycle import Reason
+from vmm.machine import layout
 
 pytestmark = [pytest.mark.debian]
 

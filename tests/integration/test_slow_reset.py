@@ -20,9 +20,10 @@ from virtio.devices import blk
 from virtio.driver import Allocator
 from virtio.errors import ConfigError
 from virtio.mmio import MmioTransport
-from vmm import VirtualMachine, layout
+from vmm import VirtualMachine
 from vmm.errors import VmmError
 from vmm.lifecycle import Reason
+from vmm.machine import layout
 
 pytestmark = [pytest.mark.root]
 STATUS = layout.virtio_mmio(0)[0].start + 0x070

@@ -34,9 +34,9 @@ from vmm import (
     VirtualMachine,
     Warned,
 )
-from vmm.builder import Built
 from vmm.errors import GuestError
 from vmm.lifecycle import Change, Outcome, Reason
+from vmm.machine.builder import Built
 
 COM1 = 0x3F8
 EXIT = PortOut(0xF4, 1, 7)
@@ -627,7 +627,7 @@ async def test_who_was_kept_long_is_told_that_it_stood_still(tmp_path: Path, mon
         vm.resume()  # nor in a moment
         vcpus = system.vms[0].made
         assert [vcpu.standstills for vcpu in vcpus] == [0, 0]
-        monkeypatch.setattr("vmm.dispatch.STANDSTILL", 0.0)
+        monkeypatch.setattr("vmm.machine.dispatch.STANDSTILL", 0.0)
         await vm.pause()
         vm.resume()
         assert [vcpu.standstills for vcpu in vcpus] == [1, 1]

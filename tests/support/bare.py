@@ -56,7 +56,7 @@ class Bare:
 
     def __post_init__(self) -> None:
         self.size = self.memory
-        # As vmm/memory.py maps it: shared memory would have no huge pages, and benches would measure page faults.
+        # As vmm/machine/memory.py maps it. Shared memory has no huge pages: benches would measure page faults.
         self.ram = mmap.mmap(-1, self.memory, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):
             self.ram.madvise(mmap.MADV_HUGEPAGE)

@@ -11,16 +11,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from cpu.contract import Space
-from vmm.bus import Bus
-from vmm.clock import MachineClock
-from vmm.interfaces import BusDevice, PostedDevice
-from vmm.interrupts import InterruptLines, Line
+from vmm.machine.bus import Bus
+from vmm.machine.clock import MachineClock
+from vmm.machine.interfaces import BusDevice, PostedDevice
+from vmm.machine.lines import InterruptLines, Line
 
 SECOND = 1_000_000_000
 
 
 class FakeTime:
-    """A core's time (vmm.clock.TimeSource) that stands until the test moves it."""
+    """A core's time (vmm.machine.clock.TimeSource) that stands until the test moves it."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -69,7 +69,7 @@ class FakeShadow:
 
 
 class Pc:
-    """vmm.interfaces.Machine; guest accesses by `inp`, `out`, `read` and `write`."""
+    """vmm.machine.interfaces.Machine; guest accesses by `inp`, `out`, `read` and `write`."""
 
     def __init__(self, *, queued: bool = False) -> None:
         self.clock = ManualClock()
@@ -93,7 +93,7 @@ class Pc:
         self.levels[gsi] = level
         self.edges.append((gsi, level))
 
-    # vmm.interfaces.Machine
+    # vmm.machine.interfaces.Machine
 
     @staticmethod
     def random(count: int) -> bytes:
@@ -192,7 +192,7 @@ class Pc:
 
 
 class FakeAssembly:
-    """vmm.interfaces.Assembly around a Pc, for `attach(assembly)`."""
+    """vmm.machine.interfaces.Assembly around a Pc, for `attach(assembly)`."""
 
     def __init__(self, config: Any, memory: Any, pc: Pc | None = None) -> None:
         self.config, self.memory = config, memory

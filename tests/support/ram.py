@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 
 from vmm.errors import GuestError
-from vmm.layout import Layout, Range
+from vmm.machine.layout import Layout, Range
 
 
 class Ram:

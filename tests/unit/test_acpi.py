@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.ram import Ram
-from vmm import layout
 from vmm.acpi import Acpi, aml, tables
 from vmm.errors import ConfigError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 MIB, GIB = 1 << 20, 1 << 30
 

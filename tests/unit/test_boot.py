@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.ram import Ram
-from vmm import boot, layout
+from vmm import boot
 from vmm.boot import coreboot, elf, layouts, linux, multiboot, pvh, unpack
 from vmm.errors import ConfigError
+from vmm.machine import layout
 
 MIB = 1 << 20
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.bus import ONES, Bus, Register, RegisterMap
 from vmm.errors import ConfigError, StateError
+from vmm.machine.bus import ONES, Bus, Register, RegisterMap
 
 SIZES = st.sampled_from([1, 2, 4, 8])
 

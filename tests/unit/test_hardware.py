@@ -16,7 +16,7 @@ from cpu.exits import PortOut
 from cpu.scripted import ScriptedVcpu, ScriptedVm
 from tests.support.scripted import Script, config, until
 from vmm import ConfigError, HostError, State, VirtualMachine
-from vmm.hardware import HeadStart, Making, make
+from vmm.machine.hardware import HeadStart, Making, make
 
 EXIT = PortOut(0xF4, 1, 7)
 

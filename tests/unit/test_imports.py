@@ -7,7 +7,7 @@ import sys
 
 NOT_FOR_HELLO = {
     "typer", "click", "rich", "pydoc", "tomllib", "virtio.devices.blk", "virtio.devices.net", "virtio.backends.net",
-    "vmm.agent", "vmm.disassemble", "cli.app", "cli.images", "cli.machines", "pyroute2", "aiofiles", "lz4.frame",
+    "vmm.guest.agent", "vmm.disassemble", "cli.app", "cli.images", "cli.machines", "pyroute2", "aiofiles", "lz4.frame",
     "pyzstd", "importlib.metadata", "cpu.scripted", "vmm.pytest_plugin", "random", "ssl", "uvloop",
 }  # fmt: skip
 FIRST_PARTY = {"cli", "cpu", "images", "virtio", "vmm"}

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from cpu.contract import Space
 from tests.support.pc import SECOND, FakeAssembly, Pc
 from tests.support.ram import Ram
-from vmm import layout
 from vmm.devices import post, vmgenid
 from vmm.devices.i8042 import I8042
 from vmm.devices.pm import PM_TIMER_HZ, Pm
 from vmm.devices.post import DelayPorts
 from vmm.devices.pvpanic import PvPanic
 from vmm.devices.reset import ResetControl
+from vmm.machine import layout
 from vmm.pci.bus import PciBus
 
 PM1_STS, PM1_EN, PM1_CNT, PM_TMR = layout.PM_BASE, layout.PM_BASE + 2, layout.PM1_CONTROL, layout.PM_TIMER

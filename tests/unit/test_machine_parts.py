@@ -10,11 +10,11 @@ from cpu.contract import CpuidEntry
 from cpu.cpuid import for_vcpu
 from tests.support.pc import FakeTime
 from virtio.errors import GuestError as VirtioGuestError
-from vmm.clock import MachineClock
 from vmm.errors import ConfigError, GuestError, HostError, StateError
-from vmm.interrupts import InterruptLines
 from vmm.lifecycle import TABLE, Change, Lifecycle, Outcome, Reason, State
-from vmm.memory import GuestMemory
+from vmm.machine.clock import MachineClock
+from vmm.machine.lines import InterruptLines
+from vmm.machine.memory import GuestMemory
 
 
 @given(st.lists(st.sampled_from(Change)))

@@ -14,8 +14,8 @@ from virtio.backends.file import FileBlock
 from virtio.devices.console import ConsoleDevice
 from virtio.errors import ConfigError, HostError
 from vmm.config import Config, Disk, Port
-from vmm.console import PRESSURE_HIGH, ConsoleHub, ConsoleReader
-from vmm.virtio_devices import HubChar, _Console, _Disk, open_disk
+from vmm.console.hub import PRESSURE_HIGH, ConsoleHub, ConsoleReader
+from vmm.devices.virtio import HubChar, _Console, _Disk, open_disk
 
 CHUNK = 65536
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vmm.control import metrics
+from vmm.management.control import metrics
 
 SAMPLE = re.compile(r'([a-z_]+)\{machine="([^"]+)",kind="([a-z.-]+)"\} (\d+)')
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vmm import layout, mptable
 from vmm.config import MAX_CPUS
+from vmm.firmware import mptable
+from vmm.machine import layout
 
 
 def parsed(cpus: int) -> tuple[int, list[bytes]]:

@@ -13,10 +13,10 @@ import pytest
 
 from cli import machines
 from tests.support.command import VMM, environment, wait_for
-from vmm import control
 from vmm.errors import ConfigError, HostError
-from vmm.registry import CONTROL, Slot, entries, find, runtime_directory
-from vmm.sockets import listen
+from vmm.management import control
+from vmm.management.registry import CONTROL, Slot, entries, find, runtime_directory
+from vmm.management.sockets import listen
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_a_machine_that_does_not_listen_yet_is_waited_for(runtime: Path, monkeyp
         listener.listen()
         server.start()
 
-    monkeypatch.setattr("vmm.control.time.sleep", sleep)
+    monkeypatch.setattr("vmm.management.control.time.sleep", sleep)
     try:
         assert control.request(find("starting"), "status") == {"state": "running"}
     finally:

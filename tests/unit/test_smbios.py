@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 
-from vmm import layout, smbios
+from vmm.firmware import smbios
+from vmm.machine import layout
 
 
 def test_5_2_2_entry_point() -> None:

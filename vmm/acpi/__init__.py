@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm import layout
 from vmm.acpi import tables
 from vmm.acpi.dsdt import GENERATION_EVENT, dsdt
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.interfaces import Assembly
+    from vmm.machine.interfaces import Assembly
 
 __all__ = ["GENERATION_EVENT", "Acpi", "attach"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmm import layout
 from vmm.acpi import aml
 from vmm.devices.pm import SLEEP_TYPE_S5
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 PRESENT = 0x0F
 """_STA: present, enabled, shown, functioning."""

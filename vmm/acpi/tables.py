@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
-from vmm import layout
 from vmm.errors import ConfigError
+from vmm.machine import layout
 
 OEM_ID, CREATOR_ID = b"LOOPVM", b"LVSR"
 REVISION = 1

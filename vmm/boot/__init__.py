@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from vmm import layout
 from vmm.boot import elf
 from vmm.boot.cmdline import default_cmdline
 from vmm.boot.flat import load_flat, place_flat
@@ -18,7 +17,8 @@ from vmm.boot.pvh import load_pvh
 from vmm.boot.request import Request, is_bzimage, read_file
 from vmm.boot.state import BootState, LoadMemory, write_bda
 from vmm.errors import ConfigError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 __all__ = ["BootState", "LoadMemory", "Protocol", "default_cmdline", "identify", "load", "load_flat", "place_flat"]
 

@@ -14,12 +14,12 @@ import struct
 from construct import Const, Int32ul, Int64ul, Struct
 
 from cpu.contract import Registers
-from vmm import layout
 from vmm.boot import elf
 from vmm.boot.request import Request
 from vmm.boot.state import BootState, LoadMemory, protected_mode
 from vmm.errors import ConfigError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 HEADER = Struct(
     "signature" / Const(b"LBIO"), "header_bytes" / Int32ul, "header_checksum" / Int32ul, "table_bytes" / Int32ul,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from cpu.contract import Registers
-from vmm import layout
 from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode, real_mode, write_bda
 from vmm.errors import ConfigError, GuestError, os_reason
+from vmm.machine import layout
 
 Mode = Literal["real", "protected", "long"]
 

@@ -14,13 +14,13 @@ from typing import Any
 from construct import Array, Bytes, ConstructError, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
 from cpu.contract import Registers
-from vmm import layout
 from vmm.boot import elf
 from vmm.boot.request import HEADER_MAGIC, Request, place_cmdline, place_initrd
 from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode
 from vmm.boot.unpack import UnpackError, compression, unpack_cached
 from vmm.errors import ConfigError, GuestError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 BOOT_FLAG = 0xAA55
 LOADED_HIGH = 1

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from construct import Bytes, Int32ul, Int64ul, Struct
 
 from cpu.contract import Registers
-from vmm import layout
 from vmm.boot import elf
 from vmm.boot.request import Request, place_cmdline, place_initrd
 from vmm.boot.state import BootState, LoadMemory, protected_mode
 from vmm.errors import ConfigError, GuestError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 MAGIC, BOOTLOADER_MAGIC = 0x1BAD_B002, 0x2BAD_B002
 SEARCH = 8192

@@ -9,12 +9,12 @@ from __future__ import annotations
 import struct
 
 from cpu.contract import Registers
-from vmm import layout
 from vmm.boot import elf
 from vmm.boot.request import Request, place_cmdline, place_initrd
 from vmm.boot.state import BootState, LoadMemory, protected_mode
 from vmm.errors import ConfigError
-from vmm.layout import Layout
+from vmm.machine import layout
+from vmm.machine.layout import Layout
 
 START_MAGIC = 0x336E_C578
 # The fields of vmm/boot/layouts.py.

@@ -12,10 +12,10 @@ from dataclasses import field
 from pathlib import Path
 
 from cpu.values import dataclass
-from vmm import layout
 from vmm.boot.state import LoadMemory
 from vmm.errors import ConfigError, os_reason
-from vmm.layout import E820Entry, Layout
+from vmm.machine import layout
+from vmm.machine.layout import E820Entry, Layout
 
 HEADER_MAGIC = b"HdrS"
 """At 0x202 of a bzImage (boot protocol 2.00 and later)."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from cpu.contract import Registers, Segment, SystemRegisters
 from cpu.values import dataclass
-from vmm import layout
+from vmm.machine import layout
 
 CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31
 CR4_PAE = 1 << 5

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vmm import layout
 from vmm.devices.uart import Uart
-from vmm.interfaces import Assembly
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly
 
 
 def attach(assembly: Assembly) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Machine
 
 EXIT_PORT = 0xF4
 DEBUG_PORT = 0xE9

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm import layout
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, Machine, State
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, Machine, State
 
 DATA_PORT, COMMAND_PORT = 0x60, 0x64
 # Status register

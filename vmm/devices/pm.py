@@ -7,10 +7,10 @@ is always in ACPI mode: there is no SMI command port and SCI_EN is always set. L
 from __future__ import annotations
 
 from cpu.contract import Space
-from vmm import layout
-from vmm.bus import Register, RegisterMap
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, Machine, State, TimerHandle
+from vmm.machine import layout
+from vmm.machine.bus import Register, RegisterMap
+from vmm.machine.interfaces import Assembly, Machine, State, TimerHandle
 
 PM_TIMER_HZ = 3_579_545
 SECOND = 1_000_000_000

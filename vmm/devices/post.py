@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm.interfaces import Assembly, Machine, State
+from vmm.machine.interfaces import Assembly, Machine, State
 
 PORTS = (0x80, 0xED)
 MARKS = (b"init", b"root")

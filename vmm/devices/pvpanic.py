@@ -6,8 +6,8 @@ Specification: QEMU's docs/specs/pvpanic: one byte; a read gives the supported e
 from __future__ import annotations
 
 from cpu.contract import Space
-from vmm import layout
-from vmm.interfaces import Assembly, Machine
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, Machine
 
 PANICKED, CRASH_LOADED = 1 << 0, 1 << 1
 SUPPORTED = PANICKED | CRASH_LOADED

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm import layout
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, Machine, State
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, Machine, State
 
 PORT_A = 0x92
 PORT_A_RESET, PORT_A_A20 = 1 << 0, 1 << 1

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm import layout
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, Machine, State, TimerHandle
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, Machine, State, TimerHandle
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, DAY_OF_WEEK, DAY, MONTH, YEAR = range(10)

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 
 from cpu.contract import Space
-from vmm.bus import Register, RegisterMap
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, CharacterPort, Machine, State
+from vmm.machine.bus import Register, RegisterMap
+from vmm.machine.interfaces import Assembly, CharacterPort, Machine, State
 
 COM1, COM1_GSI = 0x3F8, 4
 COM2, COM2_GSI = 0x2F8, 3

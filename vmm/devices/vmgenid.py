@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmm import layout
 from vmm.acpi.dsdt import GENERATION_EVENT
 from vmm.devices.pm import Pm
 from vmm.errors import StateError
-from vmm.interfaces import Assembly, RandomSource, State
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, RandomSource, State
 
 SIZE = 16
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmm import layout
+from vmm.machine import layout
 
 if TYPE_CHECKING:
     from cpu.contract import Vm
-    from vmm.interfaces import Assembly
+    from vmm.machine.interfaces import Assembly
 
 
 _SLAVE_ELCR = 8 + 14

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpu.contract import Space
-from vmm import layout
 from vmm.errors import ConfigError, StateError
-from vmm.interfaces import BarSpec, BusDevice, Machine, MsixSpec, PciFunction, PciHost, State
+from vmm.machine import layout
+from vmm.machine.interfaces import BarSpec, BusDevice, Machine, MsixSpec, PciFunction, PciHost, State
 from vmm.pci import config as cfg
 from vmm.pci.slot import Slot
 

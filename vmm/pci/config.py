@@ -12,7 +12,7 @@ from construct import Bytes, Int8ul, Int16ul, Int24ul, Int32ul, Padding, Struct
 
 from cpu.values import dataclass
 from vmm.errors import ConfigError
-from vmm.interfaces import BarSpec
+from vmm.machine.interfaces import BarSpec
 
 SIZE = 256
 EXTENDED_SIZE = 4096

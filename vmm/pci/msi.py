@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 
 from vmm.errors import ConfigError, StateError
-from vmm.interfaces import MsixSpec, State
+from vmm.machine.interfaces import MsixSpec, State
 from vmm.pci.config import CAP_MSI, CAP_MSIX, ConfigSpace
 
 Send = Callable[[int, int], None]

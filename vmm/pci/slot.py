@@ -1,4 +1,4 @@
-"""One function in its slot: what the guest sees of it, and what it sees of the bus (vmm.interfaces.PciHost).
+"""One function in its slot: what the guest sees of it, and what it sees of the bus (vmm.machine.interfaces.PciHost).
 
 Joins configuration space, BAR decoding, MSI-X, MSI and INTx. Loop thread.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
-from vmm.interfaces import BarSpec, IrqLine, Machine, PciFunction, State
+from vmm.machine.interfaces import BarSpec, IrqLine, Machine, PciFunction, State
 from vmm.pci import config as cfg
 from vmm.pci.config import ConfigSpace, Identity
 from vmm.pci.msi import Msi, Msix

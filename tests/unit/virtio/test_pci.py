@@ -127,7 +127,7 @@ async def test_isr_without_msix(driver: PciDriver) -> None:
 async def test_on_a_real_bus() -> None:
     """The function behind a PCI bus, as a guest finds it: identity, BARs, the capabilities, the status bit, MSI-X."""
     from tests.support.pc import Pc
-    from vmm import layout
+    from vmm.machine import layout
     from vmm.pci.bus import PciBus
 
     machine = Pc()

@@ -1,5 +1,5 @@
 """Files and directories into the guest and out of it, as the input or output of programs that the agent runs there: cat
-and tar. What the guest sends is unpacked by vmm/untar.py, for it is hostile.
+and tar. What the guest sends is unpacked by vmm/guest/untar.py, for it is hostile.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
-from vmm.agent import Agent, GuestProcess, GuestStream
 from vmm.errors import ConfigError, GuestError, os_reason
-from vmm.untar import UntarError, unpack
+from vmm.guest.agent import Agent, GuestProcess, GuestStream
+from vmm.guest.untar import UntarError, unpack
 
 CHUNK = 256 << 10
 FILE_IN = 'cat >"$1" && chmod "$2" "$1"'

@@ -10,8 +10,8 @@ import asyncio
 from pathlib import Path
 from typing import cast
 
-from vmm.console import ConsoleHub
-from vmm.sockets import listen
+from vmm.console.hub import ConsoleHub
+from vmm.management.sockets import listen
 
 BUFFER = 64 << 10
 """Bytes handed to a client's socket ahead of its reading."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from virtio.errors import GuestError as VirtioGuestError
 from vmm.convert import format_size
 from vmm.errors import GuestError, HostError, os_reason
-from vmm.layout import HIGH_MEMORY, PCI_HOLE
+from vmm.machine.layout import HIGH_MEMORY, PCI_HOLE
 
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module has it from Python 3.11 on some platforms only
 

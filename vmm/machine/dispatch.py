@@ -33,7 +33,7 @@ from cpu.exits import (
 )
 from vmm.errors import GuestError, StateError
 from vmm.lifecycle import Outcome, Reason
-from vmm.machine import CoreMachine
+from vmm.machine.machine import CoreMachine
 
 RESUME = Resume()
 STANDSTILL = 1.0
@@ -93,7 +93,7 @@ class Dispatcher:
         self._go_on()
 
     def stall(self) -> Callable[[], None]:
-        """vmm.interfaces.Machine.stall"""
+        """vmm.machine.interfaces.Machine.stall"""
         if self._asking is None:
             raise StateError("no vCPU makes an access")
         stall = object()

@@ -32,11 +32,11 @@ from virtio.errors import HostError, VirtioError
 from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
 from virtio.transport import Transport
-from vmm import layout
 from vmm.config import Config, Disk, Net
 from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError, StateError
-from vmm.interfaces import Assembly, CharacterPort, PciFunction, State
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, CharacterPort, PciFunction, State
 
 if TYPE_CHECKING:
     from virtio.protocols import GuestMemory
@@ -323,8 +323,8 @@ class _Vsock:
         backend: VsockBackend | None = None if config.vsock is None else UnixVsock(config.vsock)
         if not config.agent:
             return VsockDevice(backend or MemoryVsock(), GUEST_CID)
-        from vmm.agent import AGENT_PORT, Agent
-        from vmm.agentlink import AgentVsock
+        from vmm.guest.agent import AGENT_PORT, Agent
+        from vmm.guest.link import AgentVsock
 
         agent = Agent(lambda: device.open(AGENT_PORT), waits=True)
         agent.on_ready = partial(self.assembly.mark, "agent")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from cpu.contract import Capability, Shadow, Space
 from cpu.values import dataclass
 from vmm.config import Config
-from vmm.memory import GuestMemory
+from vmm.machine.memory import GuestMemory
 
 State = dict[str, Any]
 """A component's saved state: JSON-like values and bytes, with an integer "version"."""

@@ -4,7 +4,7 @@ sockets, if the machine has them. Loop thread."""
 from __future__ import annotations
 
 from virtio.backends.vsock import Open, Streams, VsockBackend, stream_pair
-from vmm.agent import READY_PORT, Agent
+from vmm.guest.agent import READY_PORT, Agent
 
 
 class AgentVsock(VsockBackend):

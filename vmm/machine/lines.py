@@ -11,7 +11,7 @@ GSI_COUNT = 24
 
 
 class Line:
-    """One owner's view of a GSI (vmm.interfaces.IrqLine)."""
+    """One owner's view of a GSI (vmm.machine.interfaces.IrqLine)."""
 
     __slots__ = ("_change", "_gsi", "level")
 

@@ -20,12 +20,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from vmm.console import ConsoleHub
-from vmm.consoleserver import ConsoleServer
+from vmm.console.hub import ConsoleHub
+from vmm.console.server import ConsoleServer
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
 from vmm.lifecycle import Outcome
-from vmm.registry import CONSOLE, CONTROL, Entry, Slot, find
-from vmm.sockets import listen
+from vmm.management.registry import CONSOLE, CONTROL, Entry, Slot, find
+from vmm.management.sockets import listen
 
 if TYPE_CHECKING:
     from vmm.vm import VirtualMachine

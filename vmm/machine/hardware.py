@@ -15,7 +15,7 @@ from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
 from vmm.config import Config
 from vmm.cores import open_system
 from vmm.errors import ConfigError, HostError
-from vmm.memory import GuestMemory
+from vmm.machine.memory import GuestMemory
 
 
 class Hardware:

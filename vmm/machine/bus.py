@@ -20,7 +20,7 @@ _CACHE_LIMIT = 4096
 
 
 class Device(Protocol):
-    """vmm.interfaces.BusDevice, stated here so that the bus imports nothing above it."""
+    """vmm.machine.interfaces.BusDevice, stated here so that the bus imports nothing above it."""
 
     def read(self, offset: int, size: int) -> int: ...
     def write(self, offset: int, size: int, value: int) -> None: ...

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from cpu.contract import Vcpu
-from vmm.dispatch import Dispatcher
 from vmm.lifecycle import Outcome, Reason
+from vmm.machine.dispatch import Dispatcher
 
 FIRST_SECONDS, LAST_SECONDS = 0.5, 4.0
 """Between two looks: after something happened, and at most while nothing does."""

@@ -15,7 +15,7 @@ class TimeSource(Protocol):
 
 
 class Timer:
-    """A pending call (vmm.interfaces.TimerHandle)."""
+    """A pending call (vmm.machine.interfaces.TimerHandle)."""
 
     __slots__ = ("callback", "cancelled", "deadline_ns")
 

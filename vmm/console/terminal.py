@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vmm.console import ConsoleHub
+from vmm.console.hub import ConsoleHub
 from vmm.errors import HostError, os_reason
 from vmm.lifecycle import Outcome, Reason
 

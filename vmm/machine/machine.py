@@ -1,4 +1,4 @@
-"""What devices see of their machine (vmm.interfaces.Machine): buses, interrupts, clock, chance, requests.
+"""What devices see of their machine (vmm.machine.interfaces.Machine): buses, interrupts, clock, chance, requests.
 
 Hands the three kinds of access to the core and keeps the tags by which posted writes come back. An exception in any
 callback that starts here ends this machine alone, through `fail`. Loop thread.
@@ -13,11 +13,11 @@ from functools import partial
 from typing import Literal
 
 from cpu.contract import Shadow, Space, Vm
-from vmm.bus import Bus
-from vmm.clock import MachineClock
 from vmm.errors import StateError
-from vmm.interfaces import BusDevice, PostedDevice, RandomSource
-from vmm.interrupts import InterruptLines, Line
+from vmm.machine.bus import Bus
+from vmm.machine.clock import MachineClock
+from vmm.machine.interfaces import BusDevice, PostedDevice, RandomSource
+from vmm.machine.lines import InterruptLines, Line
 
 Action = Literal["shutdown", "reset", "crash"]
 PostedHandler = Callable[[int, bytes], None]

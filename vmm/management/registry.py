@@ -2,8 +2,8 @@
 
     RUNTIME/NAME/lock          flock(2) held while the machine lives: who can take it knows that its owner is gone
     RUNTIME/NAME/info.json     pid, command, start time
-    RUNTIME/NAME/control.sock  vmm/control.py
-    RUNTIME/NAME/console.sock  vmm/consoleserver.py
+    RUNTIME/NAME/control.sock  vmm/management/control.py
+    RUNTIME/NAME/console.sock  vmm/console/server.py
 
 RUNTIME is $XDG_RUNTIME_DIR/loopvisor, else /run/user/UID/loopvisor or /tmp/loopvisor-UID; it must belong to this user
 with mode 0700. What a killed process left is removed by whoever looks next. Blocking, but only for a few system calls.
@@ -21,7 +21,7 @@ from typing import Any
 
 from cpu.values import dataclass
 from vmm.errors import ConfigError, HostError, os_reason
-from vmm.sockets import check_path
+from vmm.management.sockets import check_path
 
 ATTEMPTS = 25
 LOCK, INFO, CONTROL, CONSOLE = "lock", "info.json", "control.sock", "console.sock"
@@ -57,12 +57,12 @@ class Entry:
 
     @property
     def control(self) -> Path:
-        """Its control socket (vmm/control.py)."""
+        """Its control socket (vmm/management/control.py)."""
         return self.path / CONTROL
 
     @property
     def console(self) -> Path:
-        """Its console socket (vmm/consoleserver.py)."""
+        """Its console socket (vmm/console/server.py)."""
         return self.path / CONSOLE
 
 

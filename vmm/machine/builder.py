@@ -22,13 +22,13 @@ from vmm import boot
 from vmm.boot.state import BootState
 from vmm.config import Config
 from vmm.cores import SMALL_KERNEL
-from vmm.dispatch import Dispatcher
 from vmm.errors import ConfigError, HostError, core_errors
-from vmm.hardware import Hardware, Making
-from vmm.interfaces import CharacterPort, RandomSource
 from vmm.lifecycle import Outcome, Reason
-from vmm.machine import Action, CoreMachine
-from vmm.memory import GuestMemory
+from vmm.machine.dispatch import Dispatcher
+from vmm.machine.hardware import Hardware, Making
+from vmm.machine.interfaces import CharacterPort, RandomSource
+from vmm.machine.machine import Action, CoreMachine
+from vmm.machine.memory import GuestMemory
 from vmm.pci import level_trigger
 from vmm.timeline import Timeline
 
@@ -44,12 +44,12 @@ PARTS = (
     "vmm.devices.pvpanic",
     "vmm.pci",
     "vmm.acpi",
-    "vmm.virtio_devices",
+    "vmm.devices.virtio",
     "vmm.devices.vmgenid",
-    "vmm.smbios",
-    "vmm.mptable",
+    "vmm.firmware.smbios",
+    "vmm.firmware.mptable",
 )
-"""Modules with `attach(assembly: vmm.interfaces.Assembly) -> None`, in order."""
+"""Modules with `attach(assembly: vmm.machine.interfaces.Assembly) -> None`, in order."""
 BARE_PARTS = ("vmm.devices.uart", "vmm.devices.debug", "vmm.devices.reset", "vmm.devices.i8042")
 """The same for the bare platform."""
 
@@ -76,7 +76,7 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
 
 
 class Built:
-    """One incarnation of a machine, from its core up. vmm.interfaces.Assembly for the parts. Loop thread."""
+    """One incarnation of a machine, from its core up. vmm.machine.interfaces.Assembly for the parts. Loop thread."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Built:
         self.rsdp: int | None = None
         """Guest-physical address of the ACPI root pointer, set by the part that builds the tables."""
 
-    # vmm.interfaces.Assembly
+    # vmm.machine.interfaces.Assembly
 
     @property
     def console(self) -> CharacterPort:
@@ -195,7 +195,7 @@ class Built:
             if attached is not None:
                 await attached
         if Capability.DETECTS_HALT not in self.capabilities:
-            from vmm.haltwatch import HaltWatch
+            from vmm.machine.haltwatch import HaltWatch
 
             self.add("halt-watch", HaltWatch(self._dispatcher, hardware.vcpus, self.stats))
         if config.platform != "bare":
@@ -250,7 +250,7 @@ class Built:
         )
 
     def _request(self, action: Action, detail: str, status: int | None = None) -> None:
-        """vmm.interfaces.Machine.request"""
+        """vmm.machine.interfaces.Machine.request"""
         if status is not None:
             self.dispatcher.end(Outcome(Reason.EXIT, detail, code=status))
         else:

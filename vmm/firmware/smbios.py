@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
-from vmm import __version__, layout
-from vmm.interfaces import Assembly
+from vmm import __version__
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly
 
 ENTRY_POINT = Struct(
     "anchor" / Const(b"_SM3_"), "checksum" / Int8ul, "length" / Int8ul, "major" / Int8ul, "minor" / Int8ul,

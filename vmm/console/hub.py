@@ -3,7 +3,7 @@
 Output goes into one bounded ring; each watcher is a cursor in it. A watcher that falls behind skips (sockets) or, if
 it must not lose anything (standard output, a lossless reader), holds the whole machine until it has caught up, as a
 full pipe holds a program. Input is queued up to a limit; beyond it the sources are asked to wait.
-Loop thread. Knows no device, no core; the terminal is vmm/terminal.py.
+Loop thread. Knows no device, no core; the terminal is vmm/console/terminal.py.
 """
 
 from __future__ import annotations
@@ -45,31 +45,31 @@ class Watcher(Protocol):
 
 
 class ConsolePort:
-    """One device's end of the hub (vmm.interfaces.CharacterPort)."""
+    """One device's end of the hub (vmm.machine.interfaces.CharacterPort)."""
 
     def __init__(self, hub: ConsoleHub) -> None:
         self._hub = hub
         self.ready: Callable[[], None] | None = None
 
     def write(self, data: bytes) -> None:
-        """vmm.interfaces.CharacterPort"""
+        """vmm.machine.interfaces.CharacterPort"""
         self._hub.wrote(self, data)
 
     async def relieved(self) -> None:
-        """vmm.interfaces.CharacterPort"""
+        """vmm.machine.interfaces.CharacterPort"""
         await self._hub.relieved()
 
     def read(self, limit: int) -> bytes:
-        """vmm.interfaces.CharacterPort: nothing while another port is the active one."""
+        """vmm.machine.interfaces.CharacterPort: nothing while another port is the active one."""
         return self._hub.read(limit) if self._hub.active is self else b""
 
     def set_receiver(self, ready: Callable[[], None]) -> None:
-        """vmm.interfaces.CharacterPort"""
+        """vmm.machine.interfaces.CharacterPort"""
         self.ready = ready
         self._hub.announce()
 
     def event(self, kind: str) -> None:
-        """vmm.interfaces.CharacterPort"""
+        """vmm.machine.interfaces.CharacterPort"""
         if self._hub.on_event is not None:
             self._hub.on_event(kind)
 

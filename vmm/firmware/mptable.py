@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Struct
 
-from vmm import layout
-from vmm.interfaces import Assembly
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly
 
 POINTER = Struct(
     "signature" / Const(b"_MP_"), "address" / Int32ul, "length" / Int8ul, "revision" / Int8ul, "checksum" / Int8ul,

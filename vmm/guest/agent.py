@@ -280,7 +280,7 @@ class Agent:
     async def copy_in(self, source: Path | str, target: str) -> None:
         """Copy a file of the host to `target`, a path in the guest, or what is in a directory into the directory
         `target`; modes go along, owner is root. ConfigError if it cannot be read, GuestError if the guest fails."""
-        from vmm.agentfiles import copy_in
+        from vmm.guest.files import copy_in
 
         await copy_in(self, Path(source), target)
 
@@ -288,7 +288,7 @@ class Agent:
         """Copy a file of the guest to a path of the host, or what is in a directory into the directory `target`; modes
         go along, links come as they are, other kinds of files not at all. `limit`: bytes that the guest may send.
         ConfigError if the host cannot write, GuestError if the guest fails or sends what was not asked for."""
-        from vmm.agentfiles import copy_out
+        from vmm.guest.files import copy_out
 
         await copy_out(self, source, Path(target), limit)
 

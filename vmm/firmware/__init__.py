@@ -1,0 +1,1 @@
+"""Tables that firmware would leave in memory, beside ACPI's: SMBIOS and the MultiProcessor table."""

@@ -1,0 +1,1 @@
+"""The machine that a guest sees: core, memory, buses, interrupt lines, clock, and the dispatcher of its exits."""

@@ -1,0 +1,1 @@
+"""How other processes find a machine and steer it: the registry of names and the control socket."""
