@@ -17,8 +17,9 @@ from functools import partial
 from typing import Any
 
 from virtio.errors import GuestError, HostError, StateError
-from virtio.protocols import Interrupts, State
+from virtio.protocols import Interrupts
 from virtio.queue import Queue
+from virtio.state import NoState
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +96,15 @@ class Device:
         """Available buffer notification (2.3)."""
         self.active.queues[index].wake()
 
-    def save_device(self) -> State:
-        """What survives besides the rings; requests are drained."""
-        return {}
+    state_type: type = NoState
+    """The dataclass of what `save_device` returns: virtio/state.py says how it is declared."""
 
-    def restore_device(self, state: State) -> None:
-        """Called before `activate`."""
+    def save_device(self) -> Any:
+        """What survives besides the rings, a `state_type`; requests are drained."""
+        return self.state_type()
+
+    def restore_device(self, state: Any) -> None:
+        """Take over a `state_type`, before `activate`. Raises StateError, and changes nothing then."""
 
     async def aclose(self) -> None:
         """Give up backends and descriptors."""

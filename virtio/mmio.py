@@ -6,10 +6,12 @@ A bus device: `read` and `write` with offsets into the range. Loop thread only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from virtio.device import Device
-from virtio.protocols import GuestMemory, State
+from virtio.protocols import GuestMemory
+from virtio.state import U32, TransportState
 from virtio.transport import Transport
 
 SIZE = 0x200
@@ -58,9 +60,20 @@ WRITABLE = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MmioState(TransportState):
+    """A virtio-mmio device."""
+
+    kind: ClassVar = "virtio-mmio"
+    version: ClassVar = 1
+    interrupt_status: U32
+
+
 class MmioTransport(Transport):
     """One virtio-mmio device. `irq(level)` drives its interrupt line. `stall` keeps the processor whose write this is
     until the function that it returns is called."""
+
+    state_type = MmioState
 
     def __init__(
         self,
@@ -187,11 +200,12 @@ class MmioTransport(Transport):
                 area = {"Desc": "desc", "Driv": "driver", "Devi": "device"}[name[5:9]]
                 self.set_queue_address(area, name.endswith("High"), value)
 
-    def save(self) -> State:
-        return super().save() | {"interrupt_status": self._interrupt_status}
+    def _save_interrupts(self) -> dict[str, Any]:
+        return {"interrupt_status": self._interrupt_status}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: TransportState) -> None:
+        assert isinstance(state, MmioState)
         super().restore(state)
-        self._interrupt_status = state["interrupt_status"]
+        self._interrupt_status = state.interrupt_status
         if self._interrupt_status:
             self._irq(True)

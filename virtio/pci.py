@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from virtio.constants import DeviceId
 from virtio.device import Device
 from virtio.layouts import PciCapability, PciCommonConfig, fields
-from virtio.protocols import GuestMemory, State
+from virtio.protocols import GuestMemory
+from virtio.state import U8, U16, TransportState
 from virtio.transport import Transport
 
 VENDOR = 0x1AF4  # 4.1.2: "Any PCI device with PCI Vendor ID 0x1AF4, and PCI Device ID 0x1000 through 0x107F"
@@ -67,6 +68,17 @@ class MsixSpec:
     pba_offset: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciState(TransportState):
+    """A virtio-pci function; configuration space, BARs and MSI-X are the bus's."""
+
+    kind: ClassVar = "virtio-pci"
+    version: ClassVar = 1
+    isr: U8
+    config_vector: U16
+    window: Annotated[bytes, range(4 + WINDOW_DATA, 5 + WINDOW_DATA)]
+
+
 class PciHost(Protocol):
     """What the function gets from the bus it sits on."""
 
@@ -86,6 +98,7 @@ class PciTransport(Transport):
     vendor_id = VENDOR
     revision = 1  # 4.1.2.1: "Non-transitional devices SHOULD have a PCI Revision ID of 1 or higher."
     subsystem_vendor_id = VENDOR
+    state_type = PciState
 
     def __init__(self, device: Device, memory: GuestMemory, **options: Any) -> None:
         self._host: PciHost | None = None
@@ -378,18 +391,15 @@ class PciTransport(Transport):
 
     # State
 
-    def save(self) -> State:
-        return super().save() | {
-            "isr": self._isr,
-            "config_vector": self._config_vector,
-            "window": bytes(self._window),
-        }
+    def _save_interrupts(self) -> dict[str, Any]:
+        return {"isr": self._isr, "config_vector": self._config_vector, "window": bytes(self._window)}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: TransportState) -> None:
+        assert isinstance(state, PciState)
         super().restore(state)
-        self._isr = state["isr"]
-        self._config_vector = state["config_vector"]
-        self._window[:] = state["window"]
+        self._isr = state.isr
+        self._config_vector = state.config_vector
+        self._window[:] = state.window
         self.bars_changed()
         if self._isr and self._host is not None:
             self._host.set_intx(True)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-State = dict[str, Any]
-"""A component's saved state: JSON-like values and bytes, with an integer "version"."""
-
 RandomSource = Callable[[int], bytes]
 """random(n) -> n bytes. The only source of chance a device may use."""
 

@@ -8,16 +8,17 @@ subclass. The state machine is TRANSITIONS: illegal input changes nothing. Loop 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from virtio import _ring
 from virtio.constants import DEVICE_FEATURES, QUEUE_SIZE_MAX, RING_FEATURES, Feature, Status
 from virtio.device import FAULTS_LOGGED, Activation, Device
 from virtio.errors import ConfigError, GuestError, HostError, StateError
-from virtio.protocols import GuestMemory, Ring, State
+from virtio.protocols import GuestMemory, Ring
 from virtio.queue import Queue
+from virtio.state import QueueState, RingState, TransportState
 
 log = logging.getLogger(__name__)
 
@@ -361,71 +362,98 @@ class Transport:
     def resume(self) -> None:
         self._guard(self.device.resume)
 
-    def save(self) -> State:
-        """Versioned state of transport, rings and device; StateError while requests are in flight."""
+    state_type: ClassVar[type[TransportState]]
+    """The subclass's state."""
+
+    def state_parts(self) -> Mapping[str, Device]:
+        """The components behind the `object` fields of its state."""
+        return {"device": self.device}
+
+    def save(self) -> TransportState:
+        """State of transport, rings and device; StateError while requests are in flight."""
         if self._resetting:
             raise StateError("a reset is not complete")
         self._abandon_faulty()  # the fault may have come since `quiesce`
         if self.active is None and not self.device.idle():
             raise StateError("requests are in flight")
-        rings = []
-        for config, queue in zip(self.queues, self.active.queues if self.active else (), strict=False):
+        rings: list[RingState | None] = [None] * len(self.queues)
+        for index, queue in enumerate(self.active.queues if self.active else ()):
             if queue.in_flight:
                 raise StateError(f"queue {queue.index} has {queue.in_flight} requests in flight")
-            config.enabled &= not queue.stopped()
-            rings.append(queue.ring.save() if queue.enabled else None)
-        return {
-            "version": 1,
-            "device_id": self.device.device_id,
-            "status": int(self.status),
-            "features": self.features,
-            "driver_features": self.driver_features,
-            "device_feature_select": self.device_feature_select,
-            "driver_feature_select": self.driver_feature_select,
-            "queue_select": self.queue_select,
-            "config_generation": self._generation,
-            "config_seen": self._config_seen,
-            "queues": [
-                {
-                    "size": queue.size,
-                    "enabled": queue.enabled,
-                    "desc": queue.desc,
-                    "driver": queue.driver,
-                    "device": queue.device,
-                    "vector": queue.vector,
-                }
-                for queue in self.queues
-            ],
-            "rings": rings,
-            "device": self.device.save_device(),
-        }
+            self.queues[index].enabled &= not queue.stopped()
+            rings[index] = RingState(**queue.ring.save()) if queue.enabled else None
+        return self.state_type(
+            device_id=self.device.device_id,
+            status=int(self.status),
+            active=self.active is not None,
+            features=self.features,
+            driver_features=self.driver_features,
+            device_feature_select=self.device_feature_select,
+            driver_feature_select=self.driver_feature_select,
+            queue_select=self.queue_select,
+            config_generation=self._generation,
+            config_seen=self._config_seen,
+            queues=tuple(
+                QueueState(queue.size, queue.enabled, queue.desc, queue.driver, queue.device, queue.vector, ring)
+                for queue, ring in zip(self.queues, rings, strict=True)
+            ),
+            device=self.device.save_device(),
+            **self._save_interrupts(),
+        )
 
-    def restore(self, state: State) -> None:
-        """Into a fresh transport over the same memory contents and an equal device; it is paused until
-        `resume`."""
-        if state["version"] != 1 or state["device_id"] != self.device.device_id:
+    def _save_interrupts(self) -> dict[str, Any]:
+        """The fields that the subclass adds."""
+        raise NotImplementedError
+
+    def restore(self, state: TransportState) -> None:
+        """Into a fresh transport over the same memory contents and an equal device; it is paused until `resume`.
+        StateError, before anything changes, if the state does not fit; GuestError for rings outside memory."""
+        if state.device_id != self.device.device_id:
             raise StateError("the state is another device's")
-        if state["features"] & ~self.features:
-            raise StateError(f"the state needs features {state['features'] & ~self.features:#x}")
-        if len(state["queues"]) != len(self.queues):
+        if state.features & ~self.features:
+            raise StateError(f"the state needs features {state.features & ~self.features:#x}")
+        if state.driver_features & ~state.features:
+            raise StateError("the driver has features that were not offered")
+        if len(state.queues) != len(self.queues):
             raise StateError("the state has another number of queues")
-        self.features = state["features"]
-        self.status = Status(state["status"])
-        self.driver_features = state["driver_features"]
-        self.device_feature_select = state["device_feature_select"]
-        self.driver_feature_select = state["driver_feature_select"]
-        self.queue_select = state["queue_select"]
-        self._generation = state["config_generation"]
-        self._config_seen = state["config_seen"]
-        self.queues = [QueueConfig(**queue) for queue in state["queues"]]
-        self.device.restore_device(state["device"])
-        if not state["rings"]:
-            return
-        queues = []
-        for index, (config, positions) in enumerate(zip(self.queues, state["rings"], strict=True)):
-            ring = self._make_ring(config) if positions is not None else None
-            if ring is not None:
-                ring.restore(**positions)
-            queues.append(Queue(index, ring, self))
+        for queue, ours in zip(state.queues, self.device.queue_sizes, strict=True):
+            if queue.size > ours:
+                raise StateError(f"a queue of {queue.size} entries; this device has {ours} at most")
+            if queue.ring is not None and not (state.active and queue.enabled):
+                raise StateError("a queue that is not enabled has a ring")
+        if state.active and not state.status & Status.DRIVER_OK:
+            raise StateError("the device is active without DRIVER_OK")
+        rings = self._restored_rings(state) if state.active else None
+        self.device.restore_device(state.device)
+        self.features = state.features
+        self.status = Status(state.status)
+        self.driver_features = state.driver_features
+        self.device_feature_select = state.device_feature_select
+        self.driver_feature_select = state.driver_feature_select
+        self.queue_select = state.queue_select
+        self._generation = state.config_generation
+        self._config_seen = state.config_seen
+        self.queues = [
+            QueueConfig(queue.size, queue.enabled, queue.desc, queue.driver, queue.device, queue.vector)
+            for queue in state.queues
+        ]
         self.device.pause()
-        self._start(queues)
+        if rings is not None:
+            self._start([Queue(index, ring, self) for index, ring in enumerate(rings)])
+
+    def _restored_rings(self, state: TransportState) -> list[Ring | None]:
+        """The rings of an active device, at their positions. StateError."""
+        rings: list[Ring | None] = []
+        for index, queue in enumerate(state.queues):
+            if queue.ring is None:
+                rings.append(None)
+                continue
+            try:
+                ring = self._ring_factory(
+                    self._memory, queue.size, queue.desc, queue.driver, queue.device, state.driver_features
+                )
+                ring.restore(**asdict(queue.ring))
+            except (GuestError, ValueError) as error:
+                raise StateError(f"queue {index}: {error}") from error
+            rings.append(ring)
+        return rings

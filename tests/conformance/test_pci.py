@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -13,14 +14,22 @@ from hypothesis import strategies as st
 from tests.support.pc import Pc
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import BarSpec, MsixSpec, PciHost, State
+from vmm.machine.interfaces import BarSpec, MsixSpec, PciHost
 from vmm.pci.bus import PciBus
 from vmm.pci.msi import Msi
 
 VENDOR_CAPABILITY = bytes([0x09, 0, 8, 1, 2, 3, 4, 5])
 
 
+@dataclass(frozen=True, slots=True)
+class FakeState:
+    kind: ClassVar = "fake"
+    version: ClassVar = 1
+    memory: bytes
+
+
 class Fake:
+    state_type = FakeState
     """A function with an I/O BAR, a 32-bit and a 64-bit memory BAR (the last with MSI-X), and scratch memory."""
 
     vendor_id, device_id, revision, class_code = 0x1AF4, 0x1042, 1, 0x01_80_00
@@ -63,11 +72,11 @@ class Fake:
     def reset(self) -> None:
         self.resets += 1
 
-    def save(self) -> State:
-        return {"version": 1, "memory": bytes(self.memory)}
+    def save(self) -> FakeState:
+        return FakeState(bytes(self.memory))
 
-    def restore(self, state: State) -> None:
-        self.memory[:] = state["memory"]
+    def restore(self, state: FakeState) -> None:
+        self.memory[:] = state.memory
 
 
 class Guest:

@@ -119,7 +119,7 @@ async def test_the_machine_is_paused_and_resumed_meanwhile(vm: VirtualMachine, h
     assert not quiesced.done()
     hung.release()
     await asyncio.wait_for(quiesced, 10)
-    assert virtio.save()["mmio"]["disk0"]["status"] == 0
+    assert virtio.save().mmio["disk0"].status == 0
     assert vcpu(vm).parked and "R" not in vm.console.text
     virtio.resume()
     vm.resume()

@@ -220,6 +220,7 @@ class Network(World):
         self.peer: MemoryNet | None = None
         self.far: list[socket.socket] = []
         self.mtu = source.choice((None, None, 1500, 9000))
+        self.queue_size = self.source.choice((16, 256))
 
     async def make(self) -> Device:
         backend: NetBackend
@@ -242,7 +243,7 @@ class Network(World):
         for far in self.far:
             far.setblocking(False)
         backend.mtu = self.mtu
-        return NetDevice(backend, MAC, queue_size=self.source.choice((16, 256)))
+        return NetDevice(backend, MAC, queue_size=self.queue_size)
 
     def header(self) -> bytes:
         source = self.source

@@ -138,7 +138,7 @@ def test_any_use_of_the_keyboard_controller_is_bounded(uses: list[tuple[int, int
             keyboard.pc.out(port, value)
         else:
             keyboard.pc.inp(port)
-    assert len(keyboard.device.save()["queue"]) <= 16
+    assert len(keyboard.device.save().queue) <= 16
 
 
 def pm() -> tuple[Pc, Pm]:
@@ -197,7 +197,7 @@ def test_4_8_4_general_purpose_event() -> None:
     other = Pm(Pc())
     other.restore(device.save())
     pc.out(GPE0_STS, 0x20, 1)
-    assert not pc.levels[SCI] and other.save()["gpe_status"] == 0x20
+    assert not pc.levels[SCI] and other.save().gpe_status == 0x20
 
 
 def test_pvpanic_reports_its_events_and_ends_the_machine() -> None:
@@ -241,4 +241,4 @@ def test_generation_id_changes_only_when_renewed() -> None:
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"a" * 16
     device.renew()
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"b" * 16
-    assert assembly.get("pm").save()["gpe_status"] == 1 << 5
+    assert assembly.get("pm").save().gpe_status == 1 << 5

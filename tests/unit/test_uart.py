@@ -358,5 +358,5 @@ def test_no_access_sequence_breaks_it(steps: list[tuple[str, int, int]]) -> None
             assert shadow.value == other.uart.read(register, 1)
             other.uart.restore(saved)
         pending = not other.uart.read(2, 1) & 1
-        assert rig.irq == (pending and bool(saved["mcr"] & 8))
-        assert len(saved["received"]) <= 16
+        assert rig.irq == (pending and bool(saved.mcr & 8))
+        assert len(saved.received) <= 16

@@ -10,16 +10,18 @@ import asyncio
 import enum
 import logging
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from virtio import _ring
 from virtio.backends.block import CHUNK, BlockBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
-from virtio.errors import GuestError, HostError
+from virtio.errors import GuestError, HostError, StateError
 from virtio.layouts import BlkConfig, BlkHeader, BlkZeroes, fast, fields
-from virtio.protocols import Chain, Ring, State
+from virtio.protocols import Chain, Ring
 from virtio.queue import Queue
+from virtio.state import U64
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,21 @@ _zeroes = fast(BlkZeroes)
 _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockState:
+    """A disk: the cache mode that the driver chose, and its size in bytes."""
+
+    kind: ClassVar = "virtio-blk"
+    version: ClassVar = 1
+    writeback: bool
+    capacity: U64
+
+
 class BlockDevice(Device):
     """A disk. `serial` (at most 20 bytes) is what GET_ID returns."""
 
     device_id = DeviceId.BLOCK
+    state_type = BlockState
 
     def __init__(self, backend: BlockBackend, *, serial: str = "", queues: int = 1, queue_size: int = 256) -> None:
         super().__init__()
@@ -187,13 +200,13 @@ class BlockDevice(Device):
             engine.close()
         await self.backend.aclose()
 
-    def save_device(self) -> State:
-        return {"version": 1, "writeback": self.writeback, "capacity": self.backend.capacity}
+    def save_device(self) -> BlockState:
+        return BlockState(self.writeback, self.backend.capacity)
 
-    def restore_device(self, state: State) -> None:
-        if state["capacity"] != self.backend.capacity:
-            raise HostError(f"the disk has {self.backend.capacity} bytes, the state expects {state['capacity']}")
-        self.writeback = state["writeback"]
+    def restore_device(self, state: BlockState) -> None:
+        if state.capacity != self.backend.capacity:
+            raise StateError(f"the disk has {self.backend.capacity} bytes, the state expects {state.capacity}")
+        self.writeback = state.writeback
 
     # Requests
 

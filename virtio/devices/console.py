@@ -8,13 +8,15 @@ import enum
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from virtio.backends.char import CHUNK, CharBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
+from virtio.errors import StateError
 from virtio.layouts import ConsoleConfig, ConsoleControl, ConsoleResize, fast
-from virtio.protocols import State
 from virtio.queue import Queue
+from virtio.state import U16
 
 
 class Feature(enum.IntFlag):
@@ -56,10 +58,32 @@ class Port:
     """Read from the backend, not yet in the driver's buffers."""
 
 
+@dataclass(frozen=True, slots=True)
+class PortState:
+    """One port: whether the driver opened it, and input that it has not got yet."""
+
+    open: bool
+    input: Annotated[bytes, range((1 << 20) + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleState:
+    """A console: control messages that wait for the driver, ports, the terminal's size in characters."""
+
+    kind: ClassVar = "virtio-console"
+    version: ClassVar = 1
+    announced: bool
+    messages: Annotated[tuple[bytes, ...], range(MESSAGES_MAX + 1)]
+    ports: Annotated[tuple[PortState, ...], range(512)]
+    columns: U16
+    rows: U16
+
+
 class ConsoleDevice(Device):
     """`ports`: the first is port 0. With one nameless console port there is no control queue."""
 
     device_id = DeviceId.CONSOLE
+    state_type = ConsoleState
 
     def __init__(self, ports: Sequence[Port] | CharBackend, *, columns: int = 80, rows: int = 25) -> None:
         super().__init__()
@@ -110,23 +134,23 @@ class ConsoleDevice(Device):
         for port in self.ports:
             await port.backend.aclose()
 
-    def save_device(self) -> State:
-        return {
-            "version": 1,
-            "announced": self._announced,
-            "messages": list(self._messages),
-            "open": [port.open for port in self.ports],
-            "input": [port.input for port in self.ports],
-            "columns": self.columns,
-            "rows": self.rows,
-        }
+    def save_device(self) -> ConsoleState:
+        return ConsoleState(
+            self._announced,
+            tuple(self._messages),
+            tuple(PortState(port.open, port.input) for port in self.ports),
+            self.columns,
+            self.rows,
+        )
 
-    def restore_device(self, state: State) -> None:
-        self.columns, self.rows = state["columns"], state["rows"]
-        self._announced = state["announced"]
-        self._messages = deque(state["messages"])
-        for port, is_open, data in zip(self.ports, state["open"], state["input"], strict=True):
-            port.open, port.input = is_open, data
+    def restore_device(self, state: ConsoleState) -> None:
+        if len(state.ports) != len(self.ports):
+            raise StateError(f"the state has {len(state.ports)} console ports, the device {len(self.ports)}")
+        self.columns, self.rows = state.columns, state.rows
+        self._announced = state.announced
+        self._messages = deque(state.messages)
+        for port, saved in zip(self.ports, state.ports, strict=True):
+            port.open, port.input = saved.open, saved.input
 
     # Data (5.3.6)
 

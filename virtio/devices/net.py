@@ -11,15 +11,18 @@ import enum
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from virtio import _ring
 from virtio.backends.net import FRAME_MAX, NetBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
-from virtio.errors import ConfigError, HostError
+from virtio.errors import ConfigError, HostError, StateError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
-from virtio.protocols import Chain, State
+from virtio.protocols import Chain
 from virtio.queue import TURN, Queue
+from virtio.state import U16
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +111,22 @@ def parse_mac(text: str) -> bytes:
     return mac
 
 
+@dataclass(frozen=True, slots=True)
+class NetState:
+    """A network card: its address, whether its cable is in, the queue pairs that the driver uses."""
+
+    kind: ClassVar = "virtio-net"
+    version: ClassVar = 1
+    mac: Annotated[bytes, range(6, 7)]
+    link: bool
+    pairs: U16
+
+
 class NetDevice(Device):
     """A network card. `mac` 6 bytes."""
 
     device_id = DeviceId.NET
+    state_type = NetState
     feature_requirements = REQUIREMENTS
 
     def __init__(self, backend: NetBackend, mac: bytes, *, queue_size: int = 256) -> None:
@@ -221,11 +236,13 @@ class NetDevice(Device):
         await super().aclose()
         await self.backend.aclose()
 
-    def save_device(self) -> State:
-        return {"version": 1, "mac": self.mac, "link": self.link, "pairs": self.pairs}
+    def save_device(self) -> NetState:
+        return NetState(self.mac, self.link, self.pairs)
 
-    def restore_device(self, state: State) -> None:
-        self.mac, self.link, self.pairs = state["mac"], state["link"], state["pairs"]
+    def restore_device(self, state: NetState) -> None:
+        if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
+            raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
+        self.mac, self.link, self.pairs = state.mac, state.link, state.pairs
 
     def _set_pairs(self, pairs: int) -> None:
         self.pairs = pairs

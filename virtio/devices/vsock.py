@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import enum
 import itertools
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from virtio.backends.vsock import Streams, VsockBackend, stream_pair
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
 from virtio.errors import ConfigError, GuestError
 from virtio.layouts import VsockConfig, VsockEvent, VsockHeader, fast
-from virtio.protocols import State
 from virtio.queue import Queue
 
 HOST_CID = 2
@@ -105,10 +106,20 @@ Packet = tuple[Connection | None, int, int, Op, int, bytes]
 """connection, host port, guest port, operation, flags, data"""
 
 
+@dataclass(frozen=True, slots=True)
+class VsockState:
+    """The guest's context id."""
+
+    kind: ClassVar = "virtio-vsock"
+    version: ClassVar = 1
+    cid: Annotated[int, range(3, 0xFFFFFFFF)]
+
+
 class VsockDevice(Device):
     """`cid` is the guest's context id, 3 or more."""
 
     device_id = DeviceId.SOCKET
+    state_type = VsockState
     queue_sizes = (128, 128, 64)  # 5.10.2: rx, tx, event
 
     def __init__(self, backend: VsockBackend, cid: int = 3) -> None:
@@ -174,12 +185,12 @@ class VsockDevice(Device):
         await super().aclose()
         await self.backend.aclose()
 
-    def save_device(self) -> State:
+    def save_device(self) -> VsockState:
         """Connections do not move: the other end of each is a process of this host."""
-        return {"version": 1, "cid": self.cid}
+        return VsockState(self.cid)
 
-    def restore_device(self, state: State) -> None:
-        self.cid = state["cid"]
+    def restore_device(self, state: VsockState) -> None:
+        self.cid = state.cid
         self._reset_owed = True
 
     async def _transport_reset(self, queue: Queue) -> None:

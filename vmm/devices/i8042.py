@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from vmm.errors import StateError
+from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine, State
+from vmm.machine.interfaces import Assembly, Machine
+from vmm.state.fields import U8
 
 DATA_PORT, COMMAND_PORT = 0x60, 0x64
 # Status register
@@ -42,8 +44,27 @@ PLAIN = frozenset((0xF4, 0xF5, 0xF6, 0xF7, 0xF8, 0xF9, 0xFA))
 QUEUE_LIMIT = 16
 
 
+@dataclass(frozen=True, slots=True)
+class I8042State:
+    """The controller's registers and what waits to be read."""
+
+    kind: ClassVar = "i8042"
+    version: ClassVar = 1
+    command_byte: U8
+    output_port: U8
+    awaiting: U8
+    """The command whose argument comes next, or 0."""
+    keyboard_awaiting: U8
+    """The same of the keyboard."""
+    queue: Annotated[bytes, range(QUEUE_LIMIT + 1)]
+    last_was_command: bool
+    last: U8
+
+
 class I8042:
     """Ports 0x60 and 0x64; interrupts by IRQ 1; `reset(source)` when the guest pulses the reset line."""
+
+    state_type = I8042State
 
     def __init__(self, machine: Machine, reset: Callable[[str], None]) -> None:
         self._machine = machine
@@ -163,20 +184,17 @@ class I8042:
         else:
             self._put(RESEND)
 
-    def save(self) -> State:
-        return {
-            "version": 1, "command_byte": self._command_byte, "output_port": self._output_port,
-            "awaiting": self._awaiting, "keyboard_awaiting": self._keyboard_awaiting, "queue": bytes(self._queue),
-            "last_was_command": self._last_was_command, "last": self._last,
-        }
+    def save(self) -> I8042State:
+        return I8042State(
+            self._command_byte, self._output_port, self._awaiting, self._keyboard_awaiting, bytes(self._queue),
+            self._last_was_command, self._last,
+        )  # fmt: skip
 
-    def restore(self, state: State) -> None:
-        if state.get("version") != 1:
-            raise StateError("i8042: the saved state is of another version")
-        self._command_byte, self._output_port = state["command_byte"] & 0xFF, state["output_port"] & 0xFF
-        self._awaiting, self._keyboard_awaiting = state["awaiting"] & 0xFF, state["keyboard_awaiting"] & 0xFF
-        self._queue = deque(bytes(state["queue"])[:QUEUE_LIMIT])
-        self._last_was_command, self._last = bool(state["last_was_command"]), state["last"] & 0xFF
+    def restore(self, state: I8042State) -> None:
+        self._command_byte, self._output_port = state.command_byte, state.output_port
+        self._awaiting, self._keyboard_awaiting = state.awaiting, state.keyboard_awaiting
+        self._queue = deque(state.queue)
+        self._last_was_command, self._last = state.last_was_command, state.last
         self._update()
 
 

@@ -6,11 +6,14 @@ is always in ACPI mode: there is no SMI command port and SCI_EN is always set. L
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cpu.contract import Space
-from vmm.errors import StateError
+from cpu.values import dataclass
 from vmm.machine import layout
 from vmm.machine.bus import Register, RegisterMap
-from vmm.machine.interfaces import Assembly, Machine, State, TimerHandle
+from vmm.machine.interfaces import Assembly, Machine, TimerHandle
+from vmm.state.fields import U16
 
 PM_TIMER_HZ = 3_579_545
 SECOND = 1_000_000_000
@@ -31,8 +34,23 @@ SLEEP_TYPE_S5 = 5
 GPE_COUNT = 16
 
 
+@dataclass(frozen=True, slots=True)
+class PmState:
+    """The event and control registers; the PM timer is the machine's clock."""
+
+    kind: ClassVar = "acpi-pm"
+    version: ClassVar = 1
+    status: U16
+    enable: U16
+    control: U16
+    gpe_status: U16
+    gpe_enable: U16
+
+
 class Pm:
     """All fixed registers at PM_BASE; events reach the guest by the SCI (GSI 9, level, active high)."""
+
+    state_type = PmState
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -141,19 +159,14 @@ class Pm:
         self._timer = None
         self._update()
 
-    def save(self) -> State:
-        return {
-            "version": 1, "status": self._read_status(), "enable": self._enable, "control": self._control,
-            "gpe_status": self._gpe_status, "gpe_enable": self._gpe_enable,
-        }
+    def save(self) -> PmState:
+        return PmState(self._read_status(), self._enable, self._control, self._gpe_status, self._gpe_enable)
 
-    def restore(self, state: State) -> None:
-        if state.get("version") != 1:
-            raise StateError("acpi pm: the saved state is of another version")
+    def restore(self, state: PmState) -> None:
         self._toggles_seen = self._toggles()
-        self._status, self._enable = state["status"] & STATUS_BITS, state["enable"] & ENABLE_BITS
-        self._control = state["control"] & CONTROL_BITS
-        self._gpe_status, self._gpe_enable = state["gpe_status"] & 0xFFFF, state["gpe_enable"] & 0xFFFF
+        self._status, self._enable = state.status & STATUS_BITS, state.enable & ENABLE_BITS
+        self._control = state.control & CONTROL_BITS
+        self._gpe_status, self._gpe_enable = state.gpe_status, state.gpe_enable
         self._update()
 
 

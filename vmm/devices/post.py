@@ -6,16 +6,30 @@ Four bytes at once at 0x80 are no POST code: our /init writes MARKS that way, fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from cpu.contract import Space
-from vmm.machine.interfaces import Assembly, Machine, State
+from cpu.values import dataclass
+from vmm.machine.interfaces import Assembly, Machine
+from vmm.state.fields import U8
 
 PORTS = (0x80, 0xED)
 MARKS = (b"init", b"root")
 """/init runs; its root file system is mounted (images/init/init.c)."""
 
 
+@dataclass(frozen=True, slots=True)
+class DelayPortsState:
+    """The byte written last."""
+
+    kind: ClassVar = "delay-ports"
+    version: ClassVar = 1
+    last: U8
+
+
 class DelayPorts:
+    state_type = DelayPortsState
+
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._last = 0
@@ -35,11 +49,11 @@ class DelayPorts:
     def posted(self, offset: int, size: int, data: bytes) -> None:
         self._last = data[-1]
 
-    def save(self) -> State:
-        return {"version": 1, "last": self._last}
+    def save(self) -> DelayPortsState:
+        return DelayPortsState(self._last)
 
-    def restore(self, state: State) -> None:
-        self._last = state["last"] & 0xFF
+    def restore(self, state: DelayPortsState) -> None:
+        self._last = state.last
 
 
 class BootMarks:

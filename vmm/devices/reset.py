@@ -8,11 +8,12 @@ Specification: PC/AT system control port A; Intel 82371SB 2.4.3 (reset control r
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from vmm.errors import StateError
+from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine, State
+from vmm.machine.interfaces import Assembly, Machine
 
 PORT_A = 0x92
 PORT_A_RESET, PORT_A_A20 = 1 << 0, 1 << 1
@@ -20,8 +21,20 @@ HARD_RESET, CPU_RESET = 1 << 1, 1 << 2
 WARM_BOOT = 0x1234
 
 
+@dataclass(frozen=True, slots=True)
+class ResetState:
+    """The reset control register and system control port A."""
+
+    kind: ClassVar = "reset"
+    version: ClassVar = 1
+    control: Annotated[int, range(8)]
+    port_a: Annotated[int, range(4)]
+
+
 class ResetControl:
     """All ways to reset lead to `trigger`. The device at 0xCF9 itself; port 0x92 is mapped by `attach()`."""
+
+    state_type = ResetState
 
     def __init__(self, machine: Machine, read_memory: Callable[[int, int], bytes]) -> None:
         self._machine = machine
@@ -63,14 +76,12 @@ class ResetControl:
     def reset(self) -> None:
         self._control, self._port_a = 0, PORT_A_A20
 
-    def save(self) -> State:
-        return {"version": 1, "control": self._control, "port_a": self._port_a}
+    def save(self) -> ResetState:
+        return ResetState(self._control, self._port_a)
 
-    def restore(self, state: State) -> None:
-        if state.get("version") != 1:
-            raise StateError("reset: the saved state is of another version")
-        self._control = state["control"] & (HARD_RESET | CPU_RESET)
-        self._port_a = state["port_a"] & (PORT_A_RESET | PORT_A_A20)
+    def restore(self, state: ResetState) -> None:
+        self._control = state.control & (HARD_RESET | CPU_RESET)
+        self._port_a = state.port_a
 
 
 class _PortA:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import calendar
 import time
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from vmm.errors import StateError
+from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine, State, TimerHandle
+from vmm.machine.interfaces import Assembly, Machine, TimerHandle
+from vmm.state.fields import I64, U8
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, DAY_OF_WEEK, DAY, MONTH, YEAR = range(10)
@@ -40,8 +42,26 @@ FIRST_SECOND = calendar.timegm((1970, 1, 1, 0, 0, 0))
 LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
 
 
+@dataclass(frozen=True, slots=True)
+class RtcState:
+    """The clock's registers, and how far its time is from the machine's wall clock."""
+
+    kind: ClassVar = "rtc"
+    version: ClassVar = 1
+    index: Annotated[int, range(SIZE)]
+    ram: Annotated[bytes, range(SIZE, SIZE + 1)]
+    offset_ns: I64
+    frozen: Annotated[int, range(FIRST_SECOND, LAST_SECOND + 1)] | None
+    """The second shown while SET is on."""
+    wanted_day: U8 | None
+    """The day last written while SET is on."""
+    flags: U8
+
+
 class Rtc:
     """Ports 0x70 and 0x71, interrupting through IRQ 8. Guest time is UTC."""
+
+    state_type = RtcState
 
     def __init__(self, machine: Machine, gsi: int = layout.RTC_GSI) -> None:
         self._machine = machine
@@ -314,21 +334,17 @@ class Rtc:
         self._index = 0
         self._update()
 
-    def save(self) -> State:
+    def save(self) -> RtcState:
         self._catch_up()
-        return {
-            "version": 1, "index": self._index, "ram": bytes(self._ram), "offset_ns": self._offset_ns,
-            "frozen": self._frozen, "flags": self._flags,
-        }
+        return RtcState(
+            self._index, bytes(self._ram), self._offset_ns, self._frozen, self._wanted_day, self._flags
+        )
 
-    def restore(self, state: State) -> None:
-        if state.get("version") != 1 or len(state["ram"]) != SIZE:
-            raise StateError("rtc: the saved state is of another shape")
-        self._index, self._flags = state["index"] & 0x7F, state["flags"] & (PF | AF | UF)
-        self._ram[:] = state["ram"]
-        self._offset_ns = int(state["offset_ns"])
-        frozen = state["frozen"]
-        self._frozen = None if frozen is None else min(max(int(frozen), FIRST_SECOND), LAST_SECOND)
+    def restore(self, state: RtcState) -> None:
+        self._index, self._flags = state.index, state.flags & (PF | AF | UF)
+        self._ram[:] = state.ram
+        self._offset_ns = state.offset_ns
+        self._frozen, self._wanted_day = state.frozen, state.wanted_day
         self._seen_ns = self._time_ns()
         self._update()
 

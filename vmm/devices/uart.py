@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from vmm.errors import StateError
+from cpu.values import dataclass
 from vmm.machine.bus import Register, RegisterMap
-from vmm.machine.interfaces import Assembly, CharacterPort, Machine, State
+from vmm.machine.interfaces import Assembly, CharacterPort, Machine
+from vmm.state.fields import U8, U16
 
 COM1, COM1_GSI = 0x3F8, 4
 COM2, COM2_GSI = 0x2F8, 3
@@ -51,8 +53,36 @@ MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 MSR_CONNECTED = MSR_CTS | MSR_DSR | MSR_DCD
 
 
+@dataclass(frozen=True, slots=True)
+class UartState:
+    """Registers, receive FIFO and pending conditions of a UART."""
+
+    kind: ClassVar = "uart"
+    version: ClassVar = 1
+    ier: Annotated[int, range(0x10)]
+    lcr: U8
+    mcr: Annotated[int, range(0x20)]
+    scratch: U8
+    divisor: U16
+    fifos: bool
+    trigger: Annotated[int, range(1, FIFO_SIZE)]
+    received: Annotated[tuple[tuple[U8, Annotated[int, range(0x1F)]], ...], range(FIFO_SIZE + 1)]
+    """Characters, each with the LSR bits of its errors."""
+    last: U8
+    overrun: bool
+    thre_pending: bool
+    kept: Annotated[bytes, range(FIFO_SIZE * 64 + 1)]
+    """Input that the guest cleared away before it read any."""
+    untouched: bool
+    msr_delta: Annotated[int, range(0x10)]
+    inputs: U8
+    throttled: bool
+
+
 class Uart:
     """One UART at I/O port `base`, interrupting through `gsi`, its line connected to `port`. Loop thread."""
+
+    state_type = UartState
 
     def __init__(self, machine: Machine, base: int, gsi: int, port: CharacterPort | None, name: str) -> None:
         self._port = port
@@ -331,29 +361,23 @@ class Uart:
             self._shown[name] = (value, after)
             show(value, after)
 
-    def save(self) -> State:
+    def save(self) -> UartState:
         """All registers, the receive FIFO and the pending conditions."""
-        return {
-            "version": 1,
-            "ier": self._ier, "lcr": self._lcr, "mcr": self._mcr, "scratch": self._scratch,
-            "divisor": self._divisor, "fifos": self._fifos, "trigger": self._trigger,
-            "received": [list(entry) for entry in self._received], "last": self._last,
-            "overrun": self._overrun, "thre_pending": self._thre_pending,
-            "kept": self._kept, "untouched": self._untouched, "msr_delta": self._msr_delta,
-            "inputs": self._inputs, "throttled": self._throttled,
-        }  # fmt: skip
+        return UartState(
+            ier=self._ier, lcr=self._lcr, mcr=self._mcr, scratch=self._scratch, divisor=self._divisor,
+            fifos=self._fifos, trigger=self._trigger, received=tuple(self._received), last=self._last,
+            overrun=bool(self._overrun), thre_pending=self._thre_pending, kept=self._kept,
+            untouched=self._untouched, msr_delta=self._msr_delta, inputs=self._inputs, throttled=self._throttled,
+        )  # fmt: skip
 
-    def restore(self, state: State) -> None:
-        if state["version"] != 1:
-            raise StateError(f"uart: state version {state['version']} is not known")
-        self._ier, self._lcr, self._mcr = state["ier"] & 0x0F, state["lcr"] & 0xFF, state["mcr"] & 0x1F
-        self._scratch, self._divisor = state["scratch"] & 0xFF, state["divisor"] & 0xFFFF
-        self._fifos, self._trigger = bool(state["fifos"]), int(state["trigger"])
-        self._received = deque((entry[0] & 0xFF, entry[1] & 0x1E) for entry in state["received"][:FIFO_SIZE])
-        self._last, self._overrun = state["last"] & 0xFF, state["overrun"] & LSR_OE
-        self._thre_pending, self._msr_delta = bool(state["thre_pending"]), state["msr_delta"] & 0x0F
-        self._kept, self._untouched = bytes(state["kept"]), bool(state["untouched"])
-        self._inputs, self._throttled = state["inputs"] & 0xF0, bool(state["throttled"])
+    def restore(self, state: UartState) -> None:
+        self._ier, self._lcr, self._mcr, self._scratch = state.ier, state.lcr, state.mcr, state.scratch
+        self._divisor, self._fifos, self._trigger = state.divisor, state.fifos, state.trigger
+        self._received = deque(state.received)
+        self._last, self._overrun = state.last, LSR_OE if state.overrun else 0
+        self._thre_pending, self._msr_delta = state.thre_pending, state.msr_delta
+        self._kept, self._untouched = state.kept, state.untouched
+        self._inputs, self._throttled = state.inputs & 0xF0, state.throttled
         self._shown.clear()
         self._update()
 

@@ -8,9 +8,10 @@ component "acpi". Devices are found by name through the component "virtio": a di
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from cpu.contract import Space
 from virtio import mmio
@@ -31,12 +32,13 @@ from virtio.devices.vsock import VsockDevice
 from virtio.errors import HostError, VirtioError
 from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
+from virtio.state import TransportState
 from virtio.transport import Transport
 from vmm.config import Config, Disk, Net
 from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, CharacterPort, PciFunction, State
+from vmm.machine.interfaces import Assembly, CharacterPort, PciFunction
 
 if TYPE_CHECKING:
     from virtio.protocols import GuestMemory
@@ -71,8 +73,19 @@ class HubChar(CharBackend):
         self._hub.write(data)
 
 
+@dataclass(frozen=True, slots=True)
+class VirtioState:
+    """The virtio-mmio devices by name; functions are saved by their bus."""
+
+    kind: ClassVar = "virtio"
+    version: ClassVar = 1
+    mmio: dict[str, object]
+
+
 class VirtioDevices:
     """Every virtio device of one machine."""
+
+    state_type = VirtioState
 
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
@@ -159,15 +172,18 @@ class VirtioDevices:
         """The devices behind virtio-mmio windows; an optional one may be missing."""
         return [name for name in self._windows if name in self.transports]
 
-    def save(self) -> State:
-        """The virtio-mmio devices; functions are saved by their bus."""
-        return {"version": 1, "mmio": {name: self.transports[name].save() for name in self._plugged_windows()}}
+    def state_parts(self) -> Mapping[str, Any]:
+        """The components behind the `object` fields of its state."""
+        return {"mmio": {name: self.transports[name] for name in self._plugged_windows()}}
 
-    def restore(self, state: State) -> None:
-        if state["version"] != 1 or set(state["mmio"]) != set(self._plugged_windows()):
+    def save(self) -> VirtioState:
+        return VirtioState({name: self.transports[name].save() for name in self._plugged_windows()})
+
+    def restore(self, state: VirtioState) -> None:
+        if set(state.mmio) != set(self._plugged_windows()):
             raise StateError("virtio: the saved state is of a machine with other devices")
-        for name, saved in state["mmio"].items():
-            self.transports[name].restore(saved)
+        for name, saved in state.mmio.items():
+            self.transports[name].restore(cast(TransportState, saved))
 
     async def aclose(self) -> None:
         """Close every device and backend."""

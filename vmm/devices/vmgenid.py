@@ -8,18 +8,30 @@ that the value changed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
+from cpu.values import dataclass
 from vmm.acpi.dsdt import GENERATION_EVENT
 from vmm.devices.pm import Pm
-from vmm.errors import StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, RandomSource, State
+from vmm.machine.interfaces import Assembly, RandomSource
 
 SIZE = 16
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationState:
+    """The identifier."""
+
+    kind: ClassVar = "generation-id"
+    version: ClassVar = 1
+    value: Annotated[bytes, range(SIZE, SIZE + 1)]
+
+
 class GenerationId:
     """`start` writes the first value, `renew` a new one with the event."""
+
+    state_type = GenerationState
 
     def __init__(self, write: Callable[[int, bytes], None], random: RandomSource, pm: Pm) -> None:
         self._write, self._random, self._pm = write, random, pm
@@ -34,14 +46,12 @@ class GenerationId:
         self.start()
         self._pm.general_event(GENERATION_EVENT)
 
-    def save(self) -> State:
-        return {"version": 1, "value": self._value}
+    def save(self) -> GenerationState:
+        return GenerationState(self._value)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: GenerationState) -> None:
         """The same machine goes on (a migration): no new value. A clone calls renew() afterwards."""
-        if state.get("version") != 1 or len(state["value"]) != SIZE:
-            raise StateError("generation id: the saved state is of another shape")
-        self._value = bytes(state["value"])
+        self._value = state.value
         self.start()
 
 

@@ -13,21 +13,8 @@ from cpu.values import dataclass
 from vmm.config import Config
 from vmm.machine.memory import GuestMemory
 
-State = dict[str, Any]
-"""A component's saved state: JSON-like values and bytes, with an integer "version"."""
-
 RandomSource = Callable[[int], bytes]
 """random(n) -> n bytes. The only source of chance a device may use."""
-
-
-class Stateful(Protocol):
-    """Every component with state."""
-
-    def save(self) -> State:
-        """Its state now."""
-
-    def restore(self, state: State) -> None:
-        """Take over what `save` gave. Raises StateError for another version or shape."""
 
 
 class BusDevice(Protocol):
@@ -243,7 +230,9 @@ class PciHost(Protocol):
 
 
 class PciFunction(Protocol):
-    """One PCI function, as a device describes itself. virtio's PCI transport has this shape without importing it."""
+    """One PCI function, as a device describes itself. virtio's PCI transport has this shape without importing it.
+
+    One with a state is vmm.state.payload.Stateful besides."""
 
     vendor_id: int
     device_id: int
@@ -280,9 +269,3 @@ class PciFunction(Protocol):
 
     def reset(self) -> None:
         """The bus was reset."""
-
-    def save(self) -> State:
-        """Stateful.save"""
-
-    def restore(self, state: State) -> None:
-        """Stateful.restore"""

@@ -6,14 +6,17 @@ firmware, so that the bus assigns BARs and interrupt lines itself; the guest may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import BarSpec, BusDevice, Machine, MsixSpec, PciFunction, PciHost, State
+from vmm.machine.interfaces import BarSpec, BusDevice, Machine, MsixSpec, PciFunction, PciHost
 from vmm.pci import config as cfg
-from vmm.pci.slot import Slot
+from vmm.pci.slot import Slot, SlotState
+from vmm.state.fields import U32
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 ENABLE = 1 << 31
@@ -36,7 +39,6 @@ class HostBridge:
     def bars_changed(self) -> None: ...
     def capability_placed(self, capability: int, offset: int) -> None: ...
     def reset(self) -> None: ...
-    def restore(self, state: State) -> None: ...
     def bar_write(self, index: int, offset: int, size: int, value: int) -> None: ...
 
     def bar_read(self, index: int, offset: int, size: int) -> int:
@@ -47,10 +49,6 @@ class HostBridge:
 
     def config_write(self, offset: int, size: int, value: int) -> bool:
         return False
-
-    def save(self) -> State:
-        return {"version": 1}
-
 
 class _Address:
     """0xCF8: only 4-byte accesses are to it (3.2.2.3.2: "any other types of accesses ... have no effect"); so the
@@ -112,8 +110,20 @@ class _Ecam:
             self._bus.config_write(offset >> 12, offset & 0xFFF, size, value)
 
 
+@dataclass(frozen=True, slots=True)
+class PciState:
+    """The configuration address register, and every function by its device number."""
+
+    kind: ClassVar = "pci"
+    version: ClassVar = 1
+    address: U32
+    slots: dict[str, object]
+
+
 class PciBus:
     """Bus 0. `add` functions, then `attach`; both before the first vCPU runs."""
+
+    state_type = PciState
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -194,17 +204,26 @@ class PciBus:
         self._assign()
         self.remap()
 
-    def save(self) -> State:
-        slots = [{"device": slot.device, "state": slot.save()} for slot in self.slots]
-        return {"version": 1, "address": self._address.address, "slots": slots}
+    def state_parts(self) -> Mapping[str, Any]:
+        """The components behind the `object` fields of its state."""
+        return {"slots": {str(slot.device): slot for slot in self.slots}}
 
-    def restore(self, state: State) -> None:
-        """Raises StateError if the state is of other devices."""
-        if state.get("version") != 1 or [item["device"] for item in state["slots"]] != sorted(self._slots):
+    def save(self) -> PciState:
+        return PciState(self._address.address, {str(slot.device): slot.save() for slot in self.slots})
+
+    def restore(self, state: PciState) -> None:
+        """StateError, before anything changes, if the state is of other devices."""
+        pairs: list[tuple[Slot, SlotState]] = []
+        if set(state.slots) != {str(slot.device) for slot in self.slots}:
             raise StateError("PCI: the saved state is of a machine with other devices")
-        self._address.address = state["address"] & 0x80FF_FFFC
-        for item in state["slots"]:
-            self._slots[item["device"]].restore(item["state"])
+        for slot in self.slots:
+            saved = state.slots[str(slot.device)]
+            assert isinstance(saved, SlotState)
+            slot.check(saved)
+            pairs.append((slot, saved))
+        self._address.address = state.address & 0x80FF_FFFC
+        for slot, saved in pairs:
+            slot.restore(saved)
         self.remap()
-        for item in state["slots"]:
-            self._slots[item["device"]].restore_function(item["state"])
+        for slot, saved in pairs:
+            slot.restore_function(saved)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 from vmm.errors import ConfigError, StateError
-from vmm.machine.interfaces import MsixSpec, State
+from vmm.machine.interfaces import MsixSpec
 from vmm.pci.config import CAP_MSI, CAP_MSIX, ConfigSpace
 
 Send = Callable[[int, int], None]
@@ -20,6 +22,14 @@ ENTRY = struct.Struct("<QII")
 VECTOR_MASKED = 1
 MSIX_ENABLE, MSIX_FUNCTION_MASK = 1 << 15, 1 << 14
 MSI_ENABLE, MSI_64BIT, MSI_PER_VECTOR_MASK = 1 << 0, 1 << 7, 1 << 8
+
+
+@dataclass(frozen=True, slots=True)
+class MsixState:
+    """The table and the pending bits, as the guest reads them; whether it is enabled stands in configuration space."""
+
+    table: Annotated[bytes, range(MAX_VECTORS * ENTRY.size + 1)]
+    pending: Annotated[bytes, range(MAX_VECTORS // 8 + 1)]
 
 
 class Msix:
@@ -112,15 +122,20 @@ class Msix:
             return (1 << 8 * size) - 1
         return self._pending >> 8 * offset & (1 << 8 * size) - 1
 
-    def save(self) -> State:
-        return {"version": 1, "table": bytes(self._table), "pending": self._pending.to_bytes(self.pba_size, "little")}
+    def save(self) -> MsixState:
+        return MsixState(bytes(self._table), self._pending.to_bytes(self.pba_size, "little"))
 
-    def restore(self, state: State, config: ConfigSpace) -> None:
-        table = state["table"]
-        if state.get("version") != 1 or len(table) != len(self._table):
-            raise StateError("MSI-X: the saved state is of another shape")
-        self._table = bytearray(table)
-        self._pending = int.from_bytes(state["pending"], "little") & (1 << self.spec.vectors) - 1
+    def check(self, state: MsixState) -> None:
+        """StateError unless restore() can take it."""
+        if len(state.table) != len(self._table) or len(state.pending) != self.pba_size:
+            raise StateError("MSI-X: the saved state has another number of vectors")
+
+    def restore(self, state: MsixState, config: ConfigSpace) -> None:
+        """After check(), with the restored configuration space."""
+        self._table = bytearray(state.table)
+        for at in range(12, len(self._table), ENTRY.size):
+            self._table[at : at + 4] = bytes((self._table[at] & VECTOR_MASKED, 0, 0, 0))
+        self._pending = int.from_bytes(state.pending, "little") & (1 << self.spec.vectors) - 1
         control = config.get(self._offset + 2, 2)
         self.enabled, self.function_masked = bool(control & MSIX_ENABLE), bool(control & MSIX_FUNCTION_MASK)
 
@@ -156,6 +171,11 @@ class Msi:
         self._offset = config.add_capability(self.body(self.vectors), writable)
         self._config = config
         return self._offset
+
+    @property
+    def pending_bytes(self) -> range:
+        """Where its pending bits stand in configuration space."""
+        return range(self._offset + 0x14, self._offset + 0x18)
 
     def _get(self, offset: int, size: int) -> int:
         assert self._config is not None

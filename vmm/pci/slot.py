@@ -5,19 +5,31 @@ Joins configuration space, BAR decoding, MSI-X, MSI and INTx. Loop thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
-from vmm.machine.interfaces import BarSpec, IrqLine, Machine, PciFunction, State
+from vmm.machine.interfaces import BarSpec, IrqLine, Machine, PciFunction
 from vmm.pci import config as cfg
 from vmm.pci.config import ConfigSpace, Identity
-from vmm.pci.msi import Msi, Msix
+from vmm.pci.msi import Msi, Msix, MsixState
 
 if TYPE_CHECKING:
     from vmm.pci.bus import PciBus
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """A function as the bus sees it, and what it says of itself."""
+
+    kind: ClassVar = "pci-function"
+    version: ClassVar = 1
+    config: Annotated[bytes, range(cfg.SIZE, cfg.SIZE + 1)]
+    intx: bool
+    msix: MsixState | None
+    function: object
 
 
 @dataclass(slots=True)
@@ -73,6 +85,7 @@ class Slot:
     def __init__(self, bus: PciBus, machine: Machine, function: PciFunction, device: int, line: IrqLine | None) -> None:
         self._bus, self._machine, self._line = bus, machine, line
         self.function, self.device = function, device
+        self._stateful: Any = function if hasattr(function, "state_type") else None
         identity = Identity(
             function.vendor_id, function.device_id, function.revision, function.class_code,
             function.subsystem_vendor_id, function.subsystem_id, 0 if line is None else 1,
@@ -216,26 +229,40 @@ class Slot:
         self._update_intx()
         self.function.reset()
 
-    def save(self) -> State:
-        return {
-            "version": 1, "config": bytes(self.config.data), "intx": self._intx,
-            "msix": None if self.msix is None else self.msix.save(), "function": self.function.save(),
-        }
+    def state_parts(self) -> Mapping[str, Any]:
+        """The component behind the `object` field of its state."""
+        return {"function": self._stateful}
 
-    def restore(self, state: State) -> None:
-        """Registers and MSI-X; the bus remaps the BARs and then calls restore_function()."""
-        config = state["config"]
-        if state.get("version") != 1 or len(config) != cfg.SIZE or (state["msix"] is None) != (self.msix is None):
-            raise StateError("PCI: the saved state is of another shape")
-        fixed = bytes(byte & ~mask & 0xFF for byte, mask in zip(config, self.config.mask, strict=True))
-        ours = bytes(byte & ~mask & 0xFF for byte, mask in zip(self.config.data, self.config.mask, strict=True))
-        if fixed[:4] != ours[:4]:
-            raise StateError(f"PCI: slot {self.device} held another device when the state was saved")
-        self.config.data[:] = config
-        self._intx = bool(state["intx"])
-        if self.msix is not None:
-            self.msix.restore(state["msix"], self.config)
+    def save(self) -> SlotState:
+        return SlotState(
+            config=bytes(self.config.data),
+            intx=self._intx,
+            msix=None if self.msix is None else self.msix.save(),
+            function=None if self._stateful is None else self._stateful.save(),
+        )
 
-    def restore_function(self, state: State) -> None:
-        self.function.restore(state["function"])
+    def check(self, state: SlotState) -> None:
+        """StateError unless restore() can take it."""
+        if (state.msix is None) != (self.msix is None):
+            raise StateError(f"PCI: slot {self.device}: the saved function has {'no ' * (state.msix is None)}MSI-X")
+        own = set(range(cfg.STATUS, cfg.STATUS + 2))  # what the device changes although the guest may not
+        if self.msi is not None:
+            own |= set(self.msi.pending_bytes)
+        for offset, mask in enumerate(self.config.mask):
+            if offset not in own and (state.config[offset] ^ self.config.data[offset]) & ~mask:
+                raise StateError(f"PCI: slot {self.device} held another device when the state was saved")
+        if self.msix is not None and state.msix is not None:
+            self.msix.check(state.msix)
+
+    def restore(self, state: SlotState) -> None:
+        """Registers and MSI-X, after check(); the bus remaps the BARs and then calls restore_function()."""
+        self.config.data[:] = state.config
+        self._intx = state.intx
+        if self.msix is not None and state.msix is not None:
+            self.msix.restore(state.msix, self.config)
+
+    def restore_function(self, state: SlotState) -> None:
+        """What the function itself keeps."""
+        if self._stateful is not None:
+            self._stateful.restore(state.function)
         self._update_intx()

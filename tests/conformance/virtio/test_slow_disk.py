@@ -207,7 +207,7 @@ async def test_a_state_is_saved_once_the_reset_is_complete(
             await asyncio.wait_for(quiesced, 10)
     slow.release()
     await driver.wait(lambda: stall.seen)
-    assert stall.seen == [0] and driver.transport.save()["status"] == 0
+    assert stall.seen == [0] and driver.transport.save().status == 0
     await device.aclose()
 
 

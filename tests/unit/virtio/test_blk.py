@@ -18,7 +18,7 @@ from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.file import FileBlock, SnapshotBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
-from virtio.errors import ConfigError, HostError
+from virtio.errors import ConfigError, HostError, StateError
 
 from .conftest import Connect
 
@@ -379,7 +379,7 @@ async def test_save_drains_what_is_in_flight(connect: Connect) -> None:
     other.transport.resume()
     assert len(await other.used(0)) == 1
     assert (await transfer(other, blk.IN, 0, space=512))[0] == blk.OK
-    with pytest.raises(HostError):
+    with pytest.raises(StateError):
         connect(BlockDevice(MemoryBlock(512))).transport.restore(state)
 
 

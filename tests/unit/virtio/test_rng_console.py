@@ -145,7 +145,7 @@ async def test_multiport(connect: Connect) -> None:
     device.resize(90, 30)
     assert await control(driver, 1) == [(0, Control.RESIZE, 0, struct.pack("<HH", 90, 30))]
     state = device.save_device()
-    assert state["open"] == [False, True]
+    assert [port.open for port in state.ports] == [False, True]
 
 
 async def test_input_waits_for_a_port_that_is_closed(connect: Connect) -> None:
@@ -209,7 +209,7 @@ async def test_control_messages_that_make_no_sense(connect: Connect) -> None:
     for _ in range(300):
         send(driver, 1, Control.PORT_READY, 1)
         await driver.used(3)
-    assert len(device.save_device()["messages"]) == 256, "a driver that asks and takes no answers"
+    assert len(device.save_device().messages) == 256, "a driver that asks and takes no answers"
     assert (await control(driver, 1))[0][:3] == (1, Control.PORT_NAME, 1)
     assert not driver.needs_reset
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -387,10 +388,10 @@ async def test_state_moves_to_another_machine(connect: Connect) -> None:
 async def test_state_of_another_device_is_refused(connect: Connect) -> None:
     driver = connect(Echo())
     state = driver.transport.save()
-    wrongs: list[dict[str, Any]] = [{"version": 2}, {"device_id": 7}, {"features": 1 << 60}, {"queues": []}]
+    wrongs: list[dict[str, Any]] = [{"device_id": 7}, {"features": 1 << 60}, {"queues": ()}]
     for wrong in wrongs:
         with pytest.raises(StateError):
-            connect(Echo()).transport.restore(state | wrong)
+            connect(Echo()).transport.restore(replace(state, **wrong))
 
 
 @pytest.mark.clause("4.2.2.1-a", "4.2.2.1-b", "4.2.2.1-c", "4.2.2.1-d", "4.2.2.1-e")
@@ -469,7 +470,7 @@ async def test_a_driver_stops_one_queue(packed: bool) -> None:
     assert driver.get(0x044) == 1, "the other queue goes on"
     await driver.transport.quiesce()
     state = driver.transport.save()
-    assert [queue["enabled"] for queue in state["queues"]] == [False, True]
+    assert [queue.enabled for queue in state.queues] == [False, True]
     driver.transport.resume()
     driver.initialize()
     driver.submit(0, [], [driver.buffer(4)])

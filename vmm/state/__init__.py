@@ -1,0 +1,1 @@
+"""The state of a machine: how components declare it, and the files that hold it."""
