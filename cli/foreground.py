@@ -37,7 +37,7 @@ def run(config: Config, arguments: RunArguments, head_start: HeadStart, *, begin
     timeline.mark("begin", begin)
     timeline.mark("configured", configured)
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
-        outcome, status = runner.run(_run(config, arguments.command, head_start, timeline))
+        outcome, status = runner.run(_run(config, arguments, head_start, timeline))
     if outcome is not None:
         _report(config, outcome, arguments)
     if arguments.timing or arguments.timing_svg is not None:
@@ -56,9 +56,10 @@ def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | N
 
 
 async def _run(
-    config: Config, command: list[str], head_start: HeadStart, timeline: Timeline
+    config: Config, arguments: RunArguments, head_start: HeadStart, timeline: Timeline
 ) -> tuple[Outcome | None, int]:
     """(how the machine ended, None if it was ended after a command; exit status)"""
+    command = arguments.command
     vm = VirtualMachine(config, head_start=head_start)
     vm.timeline = timeline
     loop = asyncio.get_running_loop()
@@ -82,7 +83,7 @@ async def _run(
                     from cli.consolesize import follow_size
 
                     helpers.append(asyncio.create_task(follow_size(vm), name="size"))
-                outcome = await vm.run()
+                outcome = await (vm.wait() if arguments.paused else vm.run())
                 return outcome, outcome.status
             from cli.guestcommand import run_command
 

@@ -46,6 +46,7 @@ RUN_OPTIONS = (
     RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),
     RunOption("--transport", "transport", "text", "For console, entropy and vsock.", "pci|mmio"),
     RunOption("--name", "name", "text", "Name for vmm ps, console, stop …; by default made from the image.", "NAME"),
+    RunOption("--uuid", "uuid", "text", "What the guest reads in SMBIOS; by default it belongs to the name.", "UUID"),
     RunOption("--timeout", "timeout", "text", "End the machine after this long; exit status 124.", "SECONDS"),
     RunOption("--clock", "clock", "text", "virtual: guest time follows instructions; runs repeat.", "real|virtual"),
     RunOption("--seed", "seed", "text", "Makes every random byte for the guest a function of it.", "N"),
@@ -54,6 +55,7 @@ RUN_OPTIONS = (
     RunOption("--reboot", "reboot", "switch", "Restart in place when the guest reboots."),
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
+    RunOption("--paused", "paused", "switch", "Build the machine, run it when vmm resume says so.", of="command"),
     RunOption("--json", "json", "switch", "Print the outcome as JSON on stderr.", of="command"),
     RunOption("--timing", "timing", "switch", "When the machine did what, on stderr.", of="command"),
     RunOption("--timing-svg", "timing_svg", "text", "The same as a picture.", "FILE", "command"),
@@ -73,6 +75,7 @@ class RunArguments:
         self.command = list(command)
         self.config: dict[str, Any] = {}
         self.config_file: str | None = None
+        self.paused = False
         self.json = False
         self.timing = False
         self.timing_svg: str | None = None

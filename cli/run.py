@@ -87,6 +87,8 @@ def configure(arguments: RunArguments) -> Config:
         config = config_for(image, **values)
     if config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: name an image or give --kernel; vmm images ls shows what there is")
+    if arguments.command and arguments.paused:
+        raise ConfigError("--paused: a command runs at once; leave one of them out")
     if arguments.command and not config.agent:
         raise ConfigError(f"{arguments.command[0]}: a command needs an image with the guest agent, such as linux")
     return config

@@ -36,6 +36,7 @@ from vmm.convert import (
     to_seconds,
     to_size,
     to_text,
+    to_uuid,
     toml,
 )
 from vmm.errors import ConfigError, os_reason
@@ -246,6 +247,8 @@ class Config(Checked):
 
     name: str = ""
     """For vmm ps, console, stop …; a machine without one is not listed there."""
+    uuid: str | None = None
+    """What the guest reads in SMBIOS; by default one that belongs to the name."""
     core: CoreName = "auto"
     """The execution core; auto takes the best that this host has for this kernel."""
     cpus: int = 1
@@ -299,6 +302,7 @@ class Config(Checked):
 
     _converters = {
         "name": to_name,
+        "uuid": optional(to_uuid),
         "core": to_choice(CoreName),
         "cpus": to_integer(1, MAX_CPUS),
         "memory": to_size(MIN_MEMORY, MAX_MEMORY, PAGE),

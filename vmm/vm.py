@@ -82,6 +82,8 @@ class VirtualMachine:
         self._failure: VmmError | None = None
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._warnings = 0
+        self._reset_asked = False
+        self._reboot_asked = False
         self._supervisor: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closers: list[Any] = []
@@ -196,6 +198,24 @@ class VirtualMachine:
         except TimeoutError:
             self._finish(Outcome(Reason.KILLED, f"the guest did not power off within {timeout:g} s"))
         return await self.ended()
+
+    def press_power_button(self, *, reboot: bool = False) -> None:
+        """Ask the guest to power off and go on; what it does is its own affair. With `reboot` the machine starts again
+        in place once the guest has powered off. StateError if the machine has no power button, or does not run."""
+        button = self._built.components.get("power-button") if self._built is not None else None
+        if self.state is not State.RUNNING:
+            raise StateError(f"cannot press the power button of a machine that is {self.state.value}")
+        if button is None:
+            raise StateError("this machine has no power button")
+        self._reboot_asked = reboot
+        button.press()  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        """Start again in place, as the reset button does: nobody asks the guest. StateError if it has ended."""
+        if self.state not in (State.RUNNING, State.PAUSED) or self._end is not None:
+            raise StateError(f"cannot reset a machine that is {'ending' if self.ending else self.state.value}")
+        self._reset_asked = True
+        self._finish(Outcome(Reason.RESET, "the reset button"))
 
     async def ended(self) -> Outcome:
         """Until it is known how the machine ended; its sockets may still be closing."""
@@ -344,6 +364,9 @@ class VirtualMachine:
     def _finish(self, outcome: Outcome) -> None:
         """The machine is to end this way; the first caller decides, except that a reset which only restarts it gives
         way. The supervisor does the rest."""
+        if self._reboot_asked and outcome.reason is Reason.SHUTDOWN:
+            self._reset_asked = True
+            outcome = Outcome(Reason.RESET, "the guest powered off to be started again")
         if self._end is None or self._restarts(self._end):
             self._end = outcome
             self._ending.set()
@@ -368,7 +391,8 @@ class VirtualMachine:
             await self._release()
 
     def _restarts(self, end: Outcome) -> bool:
-        return end.reason is Reason.RESET and self.config.reboot and self.state is not State.STOPPING
+        wanted = self.config.reboot or self._reset_asked
+        return end.reason is Reason.RESET and wanted and self.state is not State.STOPPING
 
     async def _restart(self, end: Outcome) -> None:
         assert self._built is not None
@@ -377,6 +401,7 @@ class VirtualMachine:
             return  # killed or stopped meanwhile
         self._built = None
         self._end = None
+        self._reset_asked = self._reboot_asked = False
         self._ending.clear()
         await self._build()
         self._tell(Rebooted(end.detail))

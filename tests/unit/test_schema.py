@@ -31,6 +31,7 @@ SAMPLES: dict[Any, Any] = {
     convert.to_path: lambda: ["/some/file"],
     convert.to_name: lambda: ["a-name"],
     convert.to_mac: lambda: ["52:54:00:12:34:56"],
+    convert.to_uuid: lambda: ["0e7d2a52-0b3c-4a36-9f3c-6a5f1f0b8f60"],
     convert.to_forwards: lambda: ["8080:80+2222:22"],
     convert.to_boolean: lambda: [True, False],
     convert.to_seconds: lambda: [2.5],

@@ -89,13 +89,23 @@ def tables(identity: uuid.UUID, serial: str) -> tuple[bytes, bytes]:
     return bytes(entry), structures
 
 
-class Smbios:
-    """Written once, before the first instruction. The UUID belongs to the machine's name; nameless machines get a
-    random one."""
+def name_uuid(name: str) -> uuid.UUID:
+    """The UUID of a machine with this name to which none was given."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{NAME}:{name}")
 
-    def __init__(self, write: Callable[[int, bytes], None], name: str, random: Callable[[int], bytes]) -> None:
+
+class Smbios:
+    """Written once, before the first instruction. Without a given UUID it belongs to the machine's name; nameless
+    machines get a random one."""
+
+    def __init__(
+        self, write: Callable[[int, bytes], None], name: str, random: Callable[[int], bytes], given: str | None = None
+    ) -> None:
         self._write = write
-        identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{NAME}:{name}") if name else uuid.UUID(bytes=random(16), version=4)
+        if given is not None:
+            identity = uuid.UUID(given)
+        else:
+            identity = name_uuid(name) if name else uuid.UUID(bytes=random(16), version=4)
         self.entry, self.structures = tables(identity, name)
 
     def start(self) -> None:
@@ -106,4 +116,4 @@ class Smbios:
 def attach(assembly: Assembly) -> None:
     # With a seed a run is a function of its inputs, and a name made up by the command line has a process id in it.
     name = assembly.config.name if assembly.config.seed is None else ""
-    assembly.add("smbios", Smbios(assembly.memory.write, name, assembly.machine.random))
+    assembly.add("smbios", Smbios(assembly.memory.write, name, assembly.machine.random, assembly.config.uuid))

@@ -2,7 +2,8 @@
 
     {"command": "status"}                       -> {"ok": true, "state": "running", …}
     {"command": "stop", "timeout": 30}          -> {"ok": true, "outcome": …} when it has ended
-    pause, resume, kill, stats, config, metrics -> see COMMANDS
+    {"command": "events"}                       -> {"ok": true, …status}, then a line for each event, to the end
+    pause, resume, kill, shutdown, reboot, reset, stats, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
 The server side is `Registration`: the machine's place in the registry with its control and console sockets. The
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.console.hub import ConsoleHub
 from vmm.console.server import ConsoleServer
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.events import Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Outcome
 from vmm.management.registry import CONSOLE, CONTROL, Entry, Slot, find
 from vmm.management.sockets import listen
@@ -126,8 +128,12 @@ class Registration:
                 self._busy.add(task)
                 try:
                     answer = await self._answer(line)
+                    events = answer.pop("events", None)
                     writer.write(json.dumps(answer).encode() + b"\n")
                     await writer.drain()
+                    if events is not None:
+                        await _send_events(events, writer)
+                        break
                 finally:
                     self._busy.discard(task)
         except (ValueError, OSError, asyncio.IncompleteReadError):
@@ -164,6 +170,10 @@ class Registration:
             "uptime": time.time() - self._started,
         }
 
+    async def _events(self, request: dict[str, Any]) -> dict[str, Any]:
+        # The stream first: what happens from here on is told as an event, what was before is in the status.
+        return {"events": self._vm.events(), **await self._status(request)}
+
     async def _stats(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"stats": self._vm.stats()}
 
@@ -181,6 +191,18 @@ class Registration:
         self._vm.resume()
         return await self._status(request)
 
+    async def _shutdown(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._vm.press_power_button()
+        return await self._status(request)
+
+    async def _reboot(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._vm.press_power_button(reboot=True)
+        return await self._status(request)
+
+    async def _reset(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._vm.reset()
+        return await self._status(request)
+
     async def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
         timeout = request.get("timeout", 30.0)
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= MAX_STOP_SECONDS:
@@ -194,6 +216,7 @@ class Registration:
 
 COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Registration._status,
+    "events": Registration._events,
     "stats": Registration._stats,
     "metrics": Registration._metrics,
     "config": Registration._config,
@@ -201,7 +224,32 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "resume": Registration._resume,
     "stop": Registration._stop,
     "kill": Registration._kill,
+    "shutdown": Registration._shutdown,
+    "reboot": Registration._reboot,
+    "reset": Registration._reset,
 }
+
+
+async def _send_events(events: EventStream, writer: asyncio.StreamWriter) -> None:
+    """One line each, to the machine's end; a client that does not read waits in the stream's bounded queue."""
+    async for event in events:
+        writer.write(json.dumps(event_dict(event)).encode() + b"\n")
+        await writer.drain()
+
+
+def event_dict(event: Event) -> dict[str, Any]:
+    """An event as JSON: "event" says which."""
+    match event:
+        case StateChanged(state):
+            return {"event": "state", "state": state.value}
+        case Rebooted(detail):
+            return {"event": "rebooted", "detail": detail}
+        case Warned(text):
+            return {"event": "warning", "text": text}
+        case Ended(outcome):
+            return {"event": "ended", "outcome": outcome_dict(outcome)}
+        case _:
+            return {"event": "break"}
 
 
 def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
