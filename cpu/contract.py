@@ -253,12 +253,24 @@ class Vm(Protocol):
         """Map a writable, page-aligned buffer at a guest-physical address; None removes the slot. The core keeps
         the buffer exported until removal or close."""
 
+    def start_dirty_log(self) -> None:
+        """Log writes to every writable slot from now on, also to those that are set with `log_dirty` already. Slots
+        that are set later are logged as they say. vCPUs may run. HostError leaves no slot logged."""
+
+    def stop_dirty_log(self) -> None:
+        """Log no slot any more, and forget what was logged. vCPUs may run. Nothing if none is logged."""
+
     def dirty_log(self, slot: int) -> bytes:
-        """One bit per 4 KiB page written by vCPUs since the last call; cleared by the call."""
+        """The pages of a logged slot that were written since the last call: bit n is page n of 4 KiB, in 64-bit words
+        of this host (little-endian), whose unused last bits are 0. The call clears the log.
+
+        vCPUs may run meanwhile: a write that the result lacks will be in the next, and whoever copies a page after the
+        call has what its bit promises. Page-table bits, kvmclock pages and whatever else the core writes by itself are
+        in the log, and what memory_written() names. ConfigError if the slot is not logged."""
 
     def memory_written(self, address: int, length: int) -> None:
-        """The caller wrote guest memory (DMA). Hardware is coherent; the software core drops translated code.
-        *any thread*"""
+        """The caller wrote guest memory (DMA): it is entered in the dirty log of the slots it concerns. Hardware is
+        coherent beyond that, the software core drops translated code. Call it after the write. *any thread*"""
 
     def memory_written_ranges(self, ranges: bytes) -> None:
         """memory_written() for many: pairs of 64-bit numbers of this host, (address, length). *any thread*"""

@@ -27,6 +27,7 @@ enum {
     GSI_COUNT = 24,
     ROUTES_MAX = 4096,
     CPUID_MAX = 256,
+    CLEAR_PAGES = 1 << 18,              /* pages (1 GiB) that one call write-protects, so that none holds KVM's lock for long */
     UNKNOWN_EXIT = 0x10000,             /* InternalError.suberror of an exit reason that we do not know: this + reason */
 };
 
@@ -38,6 +39,7 @@ struct kvm_slot {
 struct kvm_core_vm {
     int fd;
     size_t run_size;
+    bool clears_log;      /* KVM_GET_DIRTY_LOG leaves the log, KVM_CLEAR_DIRTY_LOG clears it */
     _Atomic bool chips;   /* the interrupt controllers and the PIT are there */
     pthread_mutex_t lock; /* slots: the loop changes them, engines read instruction bytes; the making of the chips */
     struct kvm_slot slots[LV_MAX_SLOTS];
@@ -147,6 +149,9 @@ static int vm_create(struct lv_vm *vm)
         k->run_size = (size_t)call(vm->config.system_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
         r = k->run_size < sizeof(struct kvm_run) ? -EINVAL : 0;
     }
+    struct kvm_enable_cap manual = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
+    if (r >= 0) /* API 7.18. Without it one call reads, clears and write-protects the whole slot under KVM's lock. */
+        k->clears_log = call(k->fd, KVM_ENABLE_CAP, &manual) >= 0;
     if (r >= 0)
         r = call(k->fd, KVM_SET_TSS_ADDR, (void *)(uintptr_t)TSS_ADDRESS);
     if (r >= 0)
@@ -175,9 +180,22 @@ static int set_slot(struct lv_vm *vm, uint32_t slot, uint64_t gpa, uint64_t size
 
 static int dirty_log(struct lv_vm *vm, uint32_t slot, uint8_t *bitmap, size_t size)
 {
-    (void)size;
+    const struct kvm_core_vm *k = vm->core;
     struct kvm_dirty_log log = {.slot = slot, .dirty_bitmap = bitmap};
-    return call(vm_fd(vm), KVM_GET_DIRTY_LOG, &log);
+    int r = call(k->fd, KVM_GET_DIRTY_LOG, &log);
+    /* A page that is written between both calls stays in the result and is clean afterwards: the caller copies it later. */
+    uint64_t pages = k->slots[slot].size / 4096;
+    for (uint64_t first = 0; r >= 0 && k->clears_log && first < pages; first += CLEAR_PAGES) {
+        const uint8_t *part = bitmap + first / 8;
+        uint64_t count = pages - first < CLEAR_PAGES ? pages - first : CLEAR_PAGES;
+        size_t bytes = first / 8 + (count + 7) / 8 <= size ? (size_t)(count + 7) / 8 : 0;
+        if (!bytes || (!part[0] && !memcmp(part, part + 1, bytes - 1)))
+            continue;
+        struct kvm_clear_dirty_log clear = {.slot = slot, .num_pages = (uint32_t)count, .first_page = first,
+                                            .dirty_bitmap = (void *)part};
+        r = call(k->fd, KVM_CLEAR_DIRTY_LOG, &clear);
+    }
+    return r;
 }
 
 static int set_irq(struct lv_vm *vm, uint32_t gsi, bool level)

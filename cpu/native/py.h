@@ -11,8 +11,9 @@
 struct lv_slot {
     bool used;
     uint64_t gpa;
-    bool readonly;
-    Py_buffer buffer; /* held while the slot maps it */
+    bool readonly, logged;
+    Py_buffer buffer;  /* held while the slot maps it */
+    uint64_t *written; /* while the slot is logged: a bit for each page that memory_written() named */
 };
 
 typedef struct {
@@ -20,6 +21,7 @@ typedef struct {
     struct lv_vm *vm;      /* NULL once closed */
     uint32_t busy;         /* inside a call that must not see the VM closed */
     bool stopping;
+    bool logging;          /* some slot has a dirty log */
     struct lv_slot slots[LV_MAX_SLOTS];
 } VmObject;
 

@@ -2,6 +2,7 @@
 #include "native/py.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,6 +74,14 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+static void release_slot(struct lv_slot *slot)
+{
+    slot->used = false;
+    free(slot->written);
+    slot->written = NULL;
+    PyBuffer_Release(&slot->buffer);
+}
+
 static void close_vm(VmObject *self)
 {
     struct lv_vm *vm = self->vm;
@@ -85,10 +94,8 @@ static void close_vm(VmObject *self)
     lv_vm_destroy(vm); /* KVM takes up to 20 ms */
     Py_END_ALLOW_THREADS
     for (int i = 0; i < LV_MAX_SLOTS; i++)
-        if (self->slots[i].used) {
-            self->slots[i].used = false;
-            PyBuffer_Release(&self->slots[i].buffer);
-        }
+        if (self->slots[i].used)
+            release_slot(&self->slots[i]);
 }
 
 static PyObject *vm_close(VmObject *self, PyObject *Py_UNUSED(ignored))
@@ -154,11 +161,36 @@ static PyObject *remove_slot(VmObject *self, struct lv_vm *vm, unsigned int slot
     r = vm->ops->set_slot(vm, slot, s->gpa, 0, NULL, false, false);
     Py_END_ALLOW_THREADS
     self->busy--;
-    if (r >= 0) {
-        s->used = false;
-        PyBuffer_Release(&s->buffer);
-    }
+    if (r >= 0)
+        release_slot(s);
     return lv_none_or_raise(r, "cannot remove the memory slot");
+}
+
+/* KVM API 4.8: a dirty log is a multiple of 64 bits. */
+static size_t log_words(const struct lv_slot *slot) { return ((size_t)slot->buffer.len / PAGE + 63) / 64; }
+
+/* Map a slot that has its buffer, with or without the dirty log. */
+static int map_slot(VmObject *self, struct lv_vm *vm, unsigned int index, bool log_dirty)
+{
+    struct lv_slot *s = &self->slots[index];
+    int r;
+    if (log_dirty && !s->written && !(s->written = calloc(log_words(s), sizeof *s->written)))
+        return -ENOMEM;
+    self->busy++;
+    Py_BEGIN_ALLOW_THREADS
+    r = vm->ops->set_slot(vm, index, s->gpa, (uint64_t)s->buffer.len, s->buffer.buf, s->readonly, log_dirty);
+    Py_END_ALLOW_THREADS
+    self->busy--;
+    if (r >= 0)
+        s->logged = log_dirty;
+    if (!s->logged) {
+        free(s->written);
+        s->written = NULL;
+    }
+    self->logging = false;
+    for (unsigned int i = 0; i < LV_MAX_SLOTS; i++)
+        self->logging |= self->slots[i].used && self->slots[i].logged;
+    return r;
 }
 
 static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kwargs)
@@ -198,17 +230,35 @@ static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kw
         PyErr_SetString(lv_config_error, wrong);
         return NULL;
     }
-    self->busy++;
-    Py_BEGIN_ALLOW_THREADS
-    r = vm->ops->set_slot(vm, slot, gpa, size, buffer.buf, readonly, log_dirty);
-    Py_END_ALLOW_THREADS
-    self->busy--;
-    if (r < 0 || s->used)
-        PyBuffer_Release(&buffer);
-    else
+    bool fresh = !s->used;
+    if (fresh)
         *s = (struct lv_slot){.used = true, .gpa = gpa, .readonly = readonly, .buffer = buffer};
+    else
+        PyBuffer_Release(&buffer);
+    r = map_slot(self, vm, slot, log_dirty);
+    if (r < 0 && fresh)
+        release_slot(s);
     return lv_none_or_raise(r, "cannot map the memory slot");
 }
+
+/* Turn the log of every writable slot on or off; those that cannot be turned on leave all off. */
+static PyObject *log_all(VmObject *self, bool on)
+{
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    int r = 0;
+    for (unsigned int i = 0; i < LV_MAX_SLOTS && r >= 0; i++)
+        if (self->slots[i].used && !self->slots[i].readonly && self->slots[i].logged != on)
+            r = map_slot(self, vm, i, on);
+    for (unsigned int i = 0; i < LV_MAX_SLOTS && r < 0 && on; i++)
+        if (self->slots[i].used && self->slots[i].logged)
+            map_slot(self, vm, i, false);
+    return lv_none_or_raise(r, on ? "cannot start the dirty log" : "cannot stop the dirty log");
+}
+
+static PyObject *vm_start_dirty_log(VmObject *self, PyObject *Py_UNUSED(ignored)) { return log_all(self, true); }
+static PyObject *vm_stop_dirty_log(VmObject *self, PyObject *Py_UNUSED(ignored)) { return log_all(self, false); }
 
 static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
 {
@@ -220,8 +270,9 @@ static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
         return NULL;
     if (slot >= LV_MAX_SLOTS || !self->slots[slot].used)
         return lv_raise(-ENOENT, "no such memory slot");
-    /* KVM API 4.8: the bitmap is a multiple of 64 bits. */
-    size_t size = ((size_t)self->slots[slot].buffer.len / PAGE + 63) / 64 * 8;
+    if (!self->slots[slot].logged)
+        return lv_raise(-EINVAL, "the memory slot has no dirty log");
+    size_t size = log_words(&self->slots[slot]) * sizeof(uint64_t);
     PyObject *bitmap = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
     if (!bitmap)
         return NULL;
@@ -236,7 +287,31 @@ static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
         Py_DECREF(bitmap);
         return lv_raise(r, "cannot read the dirty log");
     }
+    uint64_t *written = self->slots[slot].written;
+    for (size_t i = 0; written && i < size / sizeof *written; i++) {
+        uint64_t both;
+        memcpy(&both, PyBytes_AS_STRING(bitmap) + i * sizeof both, sizeof both);
+        both |= written[i];
+        memcpy(PyBytes_AS_STRING(bitmap) + i * sizeof both, &both, sizeof both);
+        written[i] = 0;
+    }
     return bitmap;
+}
+
+static void note_written(VmObject *self, uint64_t gpa, uint64_t size)
+{
+    for (unsigned int i = 0; self->logging && size && i < LV_MAX_SLOTS; i++) {
+        const struct lv_slot *s = &self->slots[i];
+        uint64_t length = (uint64_t)s->buffer.len;
+        if (!s->used || !s->written || (gpa >= s->gpa ? gpa - s->gpa >= length : s->gpa - gpa >= size))
+            continue;
+        uint64_t start = gpa > s->gpa ? gpa - s->gpa : 0, rest = size - (gpa > s->gpa ? 0 : s->gpa - gpa);
+        uint64_t last = (rest > length - start ? length - 1 : start + rest - 1) / PAGE;
+        for (uint64_t page = start / PAGE; page <= last; page++)
+            s->written[page / 64] |= 1ull << page % 64;
+    }
+    if (self->vm->ops->memory_written)
+        self->vm->ops->memory_written(self->vm, gpa, size);
 }
 
 static PyObject *vm_memory_written(VmObject *self, PyObject *args)
@@ -245,11 +320,9 @@ static PyObject *vm_memory_written(VmObject *self, PyObject *args)
     uint64_t gpa, size;
     if (!PyArg_ParseTuple(args, "OO:memory_written", &address, &length) || !lv_u64(address, &gpa) || !lv_u64(length, &size))
         return NULL;
-    struct lv_vm *vm = lv_open(self);
-    if (!vm)
+    if (!lv_open(self))
         return NULL;
-    if (vm->ops->memory_written)
-        vm->ops->memory_written(vm, gpa, size);
+    note_written(self, gpa, size);
     Py_RETURN_NONE;
 }
 
@@ -258,12 +331,11 @@ static PyObject *vm_memory_written_ranges(VmObject *self, PyObject *ranges)
     char *data;
     Py_ssize_t size;
     uint64_t pair[2];
-    struct lv_vm *vm = lv_open(self);
-    if (!vm || PyBytes_AsStringAndSize(ranges, &data, &size))
+    if (!lv_open(self) || PyBytes_AsStringAndSize(ranges, &data, &size))
         return NULL;
-    for (Py_ssize_t at = 0; vm->ops->memory_written && at + (Py_ssize_t)sizeof pair <= size; at += (Py_ssize_t)sizeof pair) {
+    for (Py_ssize_t at = 0; at + (Py_ssize_t)sizeof pair <= size; at += (Py_ssize_t)sizeof pair) {
         memcpy(pair, data + at, sizeof pair);
-        vm->ops->memory_written(vm, pair[0], pair[1]);
+        note_written(self, pair[0], pair[1]);
     }
     Py_RETURN_NONE;
 }
@@ -445,6 +517,8 @@ static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
 
 static PyMethodDef vm_methods[] = {
     {"set_memory_slot", (PyCFunction)(void (*)(void))vm_set_memory_slot, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"start_dirty_log", (PyCFunction)vm_start_dirty_log, METH_NOARGS, NULL},
+    {"stop_dirty_log", (PyCFunction)vm_stop_dirty_log, METH_NOARGS, NULL},
     {"dirty_log", (PyCFunction)vm_dirty_log, METH_VARARGS, NULL},
     {"memory_written", (PyCFunction)vm_memory_written, METH_VARARGS, NULL},
     {"memory_written_ranges", (PyCFunction)vm_memory_written_ranges, METH_O, NULL},

@@ -327,6 +327,8 @@ void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
 bool soft_tlb_executes_global(struct soft_vcpu *c, uint64_t linear);
 void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear);
 void soft_tlb_flush_all_vcpus(struct soft_vm *vm);
+/* Every page's next write takes the slow path, so that the dirty log sees it. */
+void soft_tlb_flush_writes(struct soft_vm *vm);
 /* A page now holds (or no longer holds) translated code: drop write entries for it in every vCPU's TLBs. */
 void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa);
 /* Recompute c->view, c->tlb, c->long_mode, c->code64 after CPL, AC, CR0/4, EFER or CS changed. */

@@ -199,6 +199,14 @@ static void translate(struct soft_vcpu *c, uint64_t linear, unsigned size, enum 
     }
 }
 
+/* The first part was an access that the caller answered, which may have read the dirty log or changed slots meanwhile:
+ * look the second part up anew. */
+static void second_part_again(struct soft_vcpu *c, uint64_t linear, enum soft_view view, struct parts *p)
+{
+    if (p->size[1] && p->host[1])
+        p->host[1] = soft_mmu_lookup_as(c, wrap(c, linear + p->size[0]), ACCESS_WRITE, view, &p->gpa[1]);
+}
+
 uint64_t soft_load_as(struct soft_vcpu *c, uint64_t linear, unsigned size, enum soft_view view)
 {
     struct parts p;
@@ -217,10 +225,13 @@ void soft_store_as(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t
     translate(c, linear, size, ACCESS_WRITE, view, &p);
     for (unsigned i = 0; i < 2 && p.size[i]; i++) {
         uint64_t part = i ? value >> (p.size[0] * 8) : value;
-        if (p.host[i])
+        if (p.host[i]) {
             write_host(p.host[i], p.size[i], part);
-        else
+        } else {
             soft_phys_store(c, p.gpa[i], p.size[i], part);
+            if (i == 0)
+                second_part_again(c, linear, view, &p);
+        }
     }
 }
 
@@ -303,6 +314,8 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
     check_alignment(c, linear, size);
     translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
     store_part(c, p.gpa[0], p.host[0], from, p.size[0]);
+    if (!p.host[0])
+        second_part_again(c, linear, (enum soft_view)c->view, &p);
     if (p.size[1])
         store_part(c, p.gpa[1], p.host[1], (const uint8_t *)from + p.size[0], p.size[1]);
 }
@@ -347,6 +360,20 @@ void soft_watch_changed(struct soft_vcpu *c)
 
 /* ---- slots ---- */
 
+static int set_log(struct soft_vm *vm, struct soft_slot *slot, bool log_dirty)
+{
+    if (log_dirty == slot->log_dirty)
+        return 0;
+    uint8_t *dirty = log_dirty ? calloc((slot->size >> 15) + 1, 1) : NULL;
+    if (log_dirty && !dirty)
+        return -ENOMEM;
+    free(slot->dirty);
+    slot->dirty = dirty;
+    slot->log_dirty = log_dirty;
+    soft_tlb_flush_writes(vm);
+    return 0;
+}
+
 int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t size, void *host, bool readonly,
                      bool log_dirty)
 {
@@ -354,6 +381,8 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
         || gpa > (1ull << PHYS_BITS) - size || (size && (!host || ((uintptr_t)host & ~PAGE_MASK))))
         return -EINVAL;
     struct soft_slot *slot = &vm->slots[index], fresh = { 0 };
+    if (size && slot->size == size && slot->gpa == gpa && slot->host == host && slot->readonly == readonly)
+        return set_log(vm, slot, log_dirty);
     for (uint32_t i = 0; size && i < SOFT_MAX_SLOTS; i++) {
         const struct soft_slot *other = &vm->slots[i];
         if (i != index && other->size && gpa < other->gpa + other->size && other->gpa < gpa + size)
@@ -395,6 +424,6 @@ int soft_vm_dirty_log(struct soft_vm *vm, uint32_t index, uint8_t *bitmap, size_
         return -EINVAL;
     memcpy(bitmap, slot->dirty, bytes);
     memset(slot->dirty, 0, bytes);
-    soft_tlb_flush_all_vcpus(vm); /* the next write to each page must be seen */
+    soft_tlb_flush_writes(vm); /* the next write to each page must be seen */
     return 0;
 }

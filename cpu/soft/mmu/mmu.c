@@ -289,6 +289,17 @@ void soft_tlb_flush_all_vcpus(struct soft_vm *vm)
         soft_tlb_flush(vm->vcpus[i], true);
 }
 
+void soft_tlb_flush_writes(struct soft_vm *vm)
+{
+    for (unsigned n = 0; n < vm->config.vcpus; n++) {
+        struct soft_vcpu *c = vm->vcpus[n];
+        clear_victims(c);
+        for (unsigned view = 0; view < VIEW_COUNT; view++)
+            for (unsigned i = 0; i < TLB_SIZE; i++)
+                c->tlbs[view].e[ACCESS_WRITE][i].tag = 1;
+    }
+}
+
 void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
 {
     struct soft_slot *slot;
