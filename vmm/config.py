@@ -242,6 +242,36 @@ class Port(Checked):
         return cls(name=name, path=Path(path))
 
 
+class FwCfgItem(Checked):
+    """An item of the user's own in fw_cfg, which firmware and kernels read."""
+
+    name: str
+    """At most 55 characters; by convention opt/ and a domain of your own first."""
+    file: Path | None = None
+    """A file whose content it is."""
+    string: str | None = None
+    """Or this text, without a zero byte at its end."""
+
+    _where = "fw_cfg"
+    _converters = {"name": to_text, "file": optional(to_path), "string": optional(to_text)}
+
+    def _check(self) -> None:
+        if not (0 < len(self.name) <= 55 and self.name.isascii() and self.name.isprintable()):
+            raise ConfigError(f"fw_cfg.name: {self.name!r} is no name; use 1 to 55 printable ASCII characters")
+        if (self.file is None) == (self.string is None):
+            raise ConfigError(f"fw_cfg: {self.name!r} needs either file=FILE or string=TEXT")
+
+    @classmethod
+    def parse(cls, text: str) -> FwCfgItem:
+        """name=NAME,file=FILE | name=NAME,string=TEXT"""
+        first, values = split("fw_cfg", text, {})
+        key, equals, value = first.partition("=")
+        if not equals or "name" not in (key, *values):
+            raise ConfigError(f"fw_cfg: {text!r} is not understood; write name=NAME,file=FILE or name=NAME,string=TEXT")
+        values[key] = value
+        return from_mapping(cls, "fw_cfg", values)
+
+
 class Config(Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 
@@ -297,6 +327,10 @@ class Config(Checked):
     PIT, ACPI, PCI or virtio."""
     reboot: bool = False
     """Restart in place when the guest reboots; otherwise a reboot ends the machine."""
+    fw_cfg: tuple[FwCfgItem, ...] = ()
+    """Items of your own in fw_cfg, beside the machine's."""
+    testdev: bool = False
+    """Interrupt lines, I/O RAM and a device's memory at the ports of QEMU's pc-testdev, for processor tests."""
     hugepages: bool = False
     """Guest memory from the host's reserved 2 MiB pages."""
 
@@ -326,6 +360,8 @@ class Config(Checked):
         "epoch": optional(to_integer(0, 1 << 40)),
         "platform": to_choice(Platform),
         "reboot": to_boolean,
+        "fw_cfg": to_parts(FwCfgItem),
+        "testdev": to_boolean,
         "hugepages": to_boolean,
     }
 
@@ -341,6 +377,12 @@ class Config(Checked):
             raise ConfigError(f"memory: {format_size(self.memory)} is not a multiple of 2M, as hugepages need")
         if self.platform == "bare" and (self.disks or self.nets or self.hvc or self.ports or self.vsock or self.agent):
             raise ConfigError("platform: bare has no virtio devices; use --platform pc")
+        if self.platform == "bare" and (self.fw_cfg or self.testdev):
+            raise ConfigError("platform: bare has neither fw_cfg nor testdev; use --platform pc")
+        items = [item.name for item in self.fw_cfg]
+        for name in items:
+            if items.count(name) > 1:
+                raise ConfigError(f"fw_cfg: {name!r} is given twice; give each item a name of its own")
         names = [part.id for part in self.disks if part.id] + [part.id for part in self.nets if part.id]
         for name in names:
             if names.count(name) > 1:
@@ -416,4 +458,5 @@ class Config(Checked):
             found.append(("initrd", self.initrd, False))
         if self.flat is not None:
             found.append(("flat", self.flat.path, False))
+        found += [("fw_cfg", item.file, False) for item in self.fw_cfg if item.file is not None]
         return found

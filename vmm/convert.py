@@ -150,7 +150,10 @@ def to_path(where: str, value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ConfigError(f"{where}: {value!r} is not a path")
     _refuse_zero_byte(where, str(value))
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        return Path(value)  # ~name of a user that does not exist is a file's name, as in a shell
 
 
 def one_of(choices: tuple[str, ...], where: str, value: object) -> str:

@@ -160,3 +160,7 @@ def test_flat_image_from_text() -> None:
     assert Config(flat="/b,load=0x100000,mode=long").flat == FlatImage(  # type: ignore[arg-type]
         path=Path("/b"), load=0x100000, mode="long"
     )
+
+
+def test_a_tilde_and_no_user_is_a_name() -> None:
+    assert Config(kernel="~no-such-user/k").kernel == Path("~no-such-user/k")

@@ -17,7 +17,7 @@ from cli.options import RUN_OPTIONS, parse_run
 from cli.run import configure
 from tests.support.command import vmm
 from vmm import convert
-from vmm.config import Config, Console, Disk, FlatImage, Net, Port
+from vmm.config import Config, Console, Disk, FlatImage, FwCfgItem, Net, Port
 from vmm.convert import Checked, format_size
 from vmm.errors import ConfigError
 from vmm.schema import descriptions, schema
@@ -53,6 +53,7 @@ HEADS: dict[type, Any] = {
     Net: lambda part: f"{part.pop('kind')}={part.pop('target', '')}".rstrip("="),
     Console: lambda part: f"{part.pop('kind', 'none')}={part.pop('path', '')}".rstrip("="),
     Port: lambda part: f"{part.pop('name')}={part.pop('path')}",
+    FwCfgItem: lambda part: f"name={part.pop('name')}",
 }  # fmt: skip
 
 
@@ -72,6 +73,8 @@ def tables(kind: type[Checked]) -> list[dict[str, Any]]:
     for field in fields(kind):  # type: ignore[arg-type]
         for value in samples(kind, field.name):
             table = {**needed, **NEEDS.get((kind, field.name), {}), field.name: value}
+            if kind is FwCfgItem and not table.keys() & {"file", "string"}:
+                table["string"] = "some text"
             if (kind, table.get("kind")) == (Console, "socket"):
                 table.setdefault("path", "/s")
             if kind is Net and table["kind"] != "user":
@@ -130,7 +133,7 @@ def test_none_takes_away_what_the_file_has(name: str, flag: str, tmp_path: Path)
 
 
 def test_every_field_is_described() -> None:
-    for kind in (Config, Disk, Net, Console, Port, FlatImage):
+    for kind in (Config, Disk, Net, Console, Port, FlatImage, FwCfgItem):
         assert set(descriptions(kind)) >= {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 

@@ -134,6 +134,16 @@ def _pvpanic() -> bytes:
     )
 
 
+def _fw_cfg() -> bytes:
+    """Present, enabled and functioning, but nothing for a user interface to show."""
+    return aml.device(
+        "FWCF",
+        aml.name("_HID", aml.string("QEMU0002")),
+        aml.name("_STA", aml.integer(0x0B)),
+        aml.name("_CRS", aml.resource_template(aml.io(layout.FW_CFG, layout.FW_CFG_SIZE))),
+    )
+
+
 def _processor(index: int) -> bytes:
     return aml.device(
         f"C{index:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(index))
@@ -154,6 +164,7 @@ def dsdt(memory: Layout, cpus: int, virtio_mmio: Sequence[int] = ()) -> bytes:
                 _legacy("RTC0", "PNP0B00", 0, aml.io(0x70, 2), aml.irq(layout.RTC_GSI)),
                 _generation(),
                 _pvpanic(),
+                _fw_cfg(),
                 *(_virtio_mmio(index) for index in virtio_mmio),
             ),
             aml.scope(

@@ -44,6 +44,8 @@ PARTS = (
     "vmm.devices.pvpanic",
     "vmm.pci",
     "vmm.acpi",
+    "vmm.devices.fwcfg",
+    "vmm.devices.testdev",
     "vmm.devices.virtio",
     "vmm.devices.vmgenid",
     "vmm.firmware.smbios",
