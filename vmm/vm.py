@@ -21,11 +21,13 @@ from cpu.contract import System
 from vmm.config import Config
 from vmm.console.hub import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
 from vmm.cores import open_system
-from vmm.errors import StateError, VmmError
+from vmm.errors import StateError, VmmError, core_errors
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.machine.builder import Built
 from vmm.machine.hardware import HeadStart, Making
+from vmm.machine.origin import BOOT, Origin
+from vmm.machine.resources import Resources
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class VirtualMachine:
     ) -> None:
         """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
         `config.core`; it stays the caller's. `devices`: virtio devices of the caller's own by name, as functions that
-        make them (called again when the machine restarts). `head_start`: what was begun of this configuration's
-        machine already; entering takes it over. Raises ConfigError."""
+        make them, called once: a device outlives reboots, which reset it. `head_start`: what was begun of this
+        configuration's machine already; entering takes it over. Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a Config or options, not both")
         if system is not None and head_start is not None:
@@ -73,7 +75,9 @@ class VirtualMachine:
         self._debug = bytearray()
         self.on_debug: Callable[[bytes], None] | None = None
         """Called with what the guest writes to the debug port 0xe9."""
+        self._resources: Resources | None = None
         self._built: Built | None = None
+        self._origin: Origin = BOOT
         self._ending = asyncio.Event()
         self._end: Outcome | None = None
         self._outcome: Outcome | None = None
@@ -234,10 +238,11 @@ class VirtualMachine:
     def device(self, name: str) -> Device:
         """A virtio device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng",
         "vsock", or one of `devices`. StateError if there is none."""
-        virtio: Any = self._built.components.get("virtio") if self._built is not None else None
         try:
-            return virtio[name]  # type: ignore[no-any-return]
-        except (KeyError, TypeError):
+            if self._built is None or self._resources is None:
+                raise KeyError(name)
+            return self._resources.device(name)  # type: ignore[no-any-return]
+        except KeyError:
             raise StateError(f"this machine has no virtio device {name!r} now") from None
 
     async def resize_console(self, rows: int, columns: int) -> None:
@@ -254,10 +259,10 @@ class VirtualMachine:
     @property
     def agent(self) -> Agent:
         """The guest's agent. StateError if this machine has none, or has ended."""
-        agent = self._built.components.get("agent") if self._built is not None else None
+        agent = self._resources.agent if self._resources is not None else None
         if agent is None:
             raise StateError("this machine has no guest agent; set agent=True and run an image that has it")
-        return agent  # type: ignore[return-value]
+        return agent
 
     async def exec(self, *arguments: str, **options: Any) -> ExecResult:
         """Run a program in the guest to its end: vmm.guest.agent.Agent.exec."""
@@ -320,16 +325,19 @@ class VirtualMachine:
         assert self._system is not None
         self._hub.disconnect()
         timeline = self.timeline
+        if self._resources is None:
+            self._resources = Resources(
+                self.config, self._system, devices=self._devices, warn=self._warn, mark=timeline.mark
+            )
+        origin, self._origin = self._origin, BOOT
         built = Built(
-            self.config,
-            self._system,
+            self._resources,
             self._hub.port,
             self._write_debug,
             self._finish,
-            self._devices,
             timeline,
-            self._warn,
             self._making,
+            origin,
         )
         self._making = None
         FirstOutput(self._hub, partial(timeline.mark, "first console byte"))
@@ -400,6 +408,8 @@ class VirtualMachine:
         if self._end is not end or not self._restarts(end):
             return  # killed or stopped meanwhile
         self._built = None
+        if self._resources is not None:
+            self._resources.restarted()
         self._end = None
         self._reset_asked = self._reboot_asked = False
         self._ending.clear()
@@ -426,6 +436,9 @@ class VirtualMachine:
             if built is not None:
                 built.begin_close()  # the rest goes on meanwhile
                 await built.close_components()
+            if self._resources is not None:
+                with core_errors():
+                    await self._resources.aclose()
         except VmmError as error:
             self._failure = error
         finally:

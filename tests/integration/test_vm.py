@@ -538,7 +538,7 @@ async def test_several_vcpus_halt_one_by_one(tmp_path: Path) -> None:
         vm.resume()
         assert vm._built is not None
         dispatcher = vm._built.dispatcher
-        await until(lambda: len(dispatcher._halted) == 2)
+        await until(lambda: len(dispatcher.halted) == 2)
         assert vm.state is State.RUNNING
         await vm.pause()
         vm.resume()

@@ -235,7 +235,7 @@ def test_generation_id_changes_only_when_renewed() -> None:
     assembly.add("pm", Pm(assembly.machine))
     vmgenid.attach(assembly)
     device = assembly.get("generation-id")
-    device.start()
+    device.populate()
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"a" * 16
     device.restore(device.save())
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"a" * 16

@@ -15,9 +15,16 @@ from virtio.devices.console import ConsoleDevice
 from virtio.errors import ConfigError, HostError
 from vmm.config import Config, Disk, Port
 from vmm.console.hub import PRESSURE_HIGH, ConsoleHub, ConsoleReader
-from vmm.devices.virtio import HubChar, _Console, _Disk, open_disk
+from vmm.devices.virtio.console import ConsoleMaker, HubChar
+from vmm.devices.virtio.disk import DiskMaker, open_disk
 
 CHUNK = 65536
+
+
+def joined(hub: ConsoleHub) -> HubChar:
+    char = HubChar(input=True)
+    char.join(hub.port())
+    return char
 
 
 async def test_output_is_taken_as_fast_as_a_lossless_reader_takes_it() -> None:
@@ -25,7 +32,7 @@ async def test_output_is_taken_as_fast_as_a_lossless_reader_takes_it() -> None:
     memory, and a machine that is held still has it: the host keeps no more of it than the mark and a piece."""
     hub = ConsoleHub()
     reader = ConsoleReader(hub, lossless=True)
-    device = ConsoleDevice(HubChar(hub.port(), input=True))
+    device = ConsoleDevice(joined(hub))
     driver = MmioDriver(device)
     driver.initialize()
     driver.submit(1, [driver.buffer(b"a" * (1 << 20))] * 16, indirect=True)
@@ -45,7 +52,7 @@ async def test_output_of_a_console_that_was_closed_goes_nowhere() -> None:
     """The lossless reader does not read on; the device is not held by it."""
     hub = ConsoleHub()
     reader = ConsoleReader(hub, lossless=True)
-    device = ConsoleDevice(HubChar(hub.port(), input=True))
+    device = ConsoleDevice(joined(hub))
     driver = MmioDriver(device)
     driver.initialize()
     driver.submit(1, [driver.buffer(b"a" * (1 << 20))] * 2, indirect=True)
@@ -60,7 +67,7 @@ async def test_ports_that_cannot_all_be_bound_leave_none(tmp_path: Path) -> None
     first, second = tmp_path / "first", tmp_path / "missing" / "second"
     config = Config(ports=(Port(path=first, name="first"), Port(path=second, name="second")))
     with pytest.raises(ConfigError):
-        await _Console(config, ConsoleHub().port()).make()
+        await ConsoleMaker(config).make()
     assert not first.exists()
     with pytest.raises(OSError):
         await asyncio.open_unix_connection(first)
@@ -74,7 +81,7 @@ async def test_a_disk_that_the_host_cannot_serve_is_free_again(tmp_path: Path, m
     disk = Disk(path=tmp_path / "disk")
     monkeypatch.setattr(FileBlock, "engine", none_left)
     with pytest.raises(HostError, match="disk: Too many open files"):
-        await _Disk(disk, "disk0").make()
+        await DiskMaker(disk, "disk0").make()
     again = await open_disk(disk)
     await again.aclose()
 

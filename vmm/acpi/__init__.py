@@ -41,7 +41,7 @@ class Acpi:
         """(signature, guest-physical address, bytes) of every table."""
         return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio))
 
-    def start(self) -> None:
+    def populate(self) -> None:
         """Write all tables. The builder calls it when every part is attached."""
         for _, address, data in self.tables():
             self._write(address, data)

@@ -29,7 +29,7 @@ class GenerationState:
 
 
 class GenerationId:
-    """`start` writes the first value, `renew` a new one with the event."""
+    """`populate` writes the first value, `renew` a new one with the event."""
 
     state_type = GenerationState
 
@@ -37,13 +37,14 @@ class GenerationId:
         self._write, self._random, self._pm = write, random, pm
         self._value = random(SIZE)
 
-    def start(self) -> None:
+    def populate(self) -> None:
+        """Write the value."""
         self._write(layout.VM_GENERATION_ID, self._value)
 
     def renew(self) -> None:
         """The machine goes on from a state that may go on elsewhere too."""
         self._value = self._random(SIZE)
-        self.start()
+        self.populate()
         self._pm.general_event(GENERATION_EVENT)
 
     def save(self) -> GenerationState:
@@ -52,7 +53,7 @@ class GenerationId:
     def restore(self, state: GenerationState) -> None:
         """The same machine goes on (a migration): no new value. A clone calls renew() afterwards."""
         self._value = state.value
-        self.start()
+        self.populate()
 
 
 def attach(assembly: Assembly) -> None:

@@ -113,7 +113,8 @@ class MpTable:
         self._write = write
         self.table = table(cpus)
 
-    def start(self) -> None:
+    def populate(self) -> None:
+        """Write the table."""
         self._write(layout.MP_TABLE.start, self.table)
 
 

@@ -108,7 +108,8 @@ class Smbios:
             identity = name_uuid(name) if name else uuid.UUID(bytes=random(16), version=4)
         self.entry, self.structures = tables(identity, name)
 
-    def start(self) -> None:
+    def populate(self) -> None:
+        """Write entry point and structures."""
         self._write(layout.SMBIOS.start, self.entry)
         self._write(layout.SMBIOS.start + 32, self.structures)
 

@@ -225,6 +225,16 @@ class Agent:
             if self.on_ready is not None:
                 self.on_ready()
 
+    @property
+    def ready(self) -> bool:
+        """The guest has said that its agent listens."""
+        return self._ready.done() and self._ready.exception() is None
+
+    def restarted(self) -> None:
+        """The guest boots again: whoever wants the agent waits until it listens again."""
+        if self._ready.done():
+            self._ready = asyncio.get_running_loop().create_future()
+
     async def wait_ready(self) -> None:
         """Until the agent listens. GuestError if the machine ends before."""
         await asyncio.shield(self._ready)

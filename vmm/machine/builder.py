@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cpu.contract import Capability, System, Vcpu, Vm
+from cpu.contract import Capability, CpuidEntry, Vcpu, Vm
 from cpu.cpuid import for_vcpu
 from vmm import boot
 from vmm.boot.state import BootState
@@ -26,11 +25,16 @@ from vmm.errors import ConfigError, HostError, core_errors
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine.dispatch import Dispatcher
 from vmm.machine.hardware import Hardware, Making
-from vmm.machine.interfaces import CharacterPort, RandomSource
+from vmm.machine.interfaces import CharacterPort
 from vmm.machine.machine import Action, CoreMachine
 from vmm.machine.memory import GuestMemory
+from vmm.machine.origin import BOOT, Boot, Origin, Restore
+from vmm.machine.resources import Resources
 from vmm.pci import level_trigger
 from vmm.timeline import Timeline
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.pool import DevicePool
 
 PARTS = (
     "vmm.devices.uart",
@@ -56,15 +60,6 @@ BARE_PARTS = ("vmm.devices.uart", "vmm.devices.debug", "vmm.devices.reset", "vmm
 """The same for the bare platform."""
 
 
-def random_source(config: Config) -> RandomSource:
-    """The host's entropy, or with a seed a generator that is a function of it."""
-    if config.seed is None:
-        return os.urandom
-    import random
-
-    return random.Random(f"devices {config.seed}").randbytes
-
-
 def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> str:
     """The kernel command line as the guest gets it: given or default, and what is appended. Test guests have no
     default."""
@@ -78,31 +73,32 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
 
 
 class Built:
-    """One incarnation of a machine, from its core up. vmm.machine.interfaces.Assembly for the parts. Loop thread."""
+    """One incarnation of a machine, from its core up, around its resources. vmm.machine.interfaces.Assembly for the
+    parts. Loop thread."""
 
     def __init__(
         self,
-        config: Config,
-        system: System,
+        resources: Resources,
         console_port: Callable[[], CharacterPort],
         debug_output: Callable[[bytes], None],
         finish: Callable[[Outcome], None],
-        devices: Mapping[str, Callable[[], Any]] | None = None,
         timeline: Timeline | None = None,
-        warn: Callable[[str], None] = lambda text: None,
         making: Making | None = None,
+        origin: Origin = BOOT,
     ) -> None:
         """`making`: its hardware, if that was begun before; it closes it in any case."""
-        self.config = config
-        self.system = system
+        self.resources = resources
+        self.config = resources.config
+        self.system = system = resources.system
+        self._origin = origin
         self._console_port = console_port
         self.debug_output = debug_output
-        self.devices = devices or {}
-        """The embedder's own virtio devices: name -> a function that makes it."""
         self.mark = (timeline or Timeline()).mark
-        self.warn = warn
+        self.warn = resources.warn
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
+        self.cpuid: list[list[CpuidEntry]] = []
+        """What CPUID tells each vCPU."""
         self._finish = finish
         self._loop = asyncio.get_running_loop()
         self._reading = -1
@@ -154,8 +150,9 @@ class Built:
     def get(self, name: str) -> Any:
         return self.components[name]
 
-    def parts(self) -> list[object]:
-        return list(self.components.values())
+    @property
+    def pool(self) -> DevicePool:
+        return self.resources.pool
 
     # For VirtualMachine.
 
@@ -172,7 +169,7 @@ class Built:
     async def _build(self) -> None:
         config = self.config
         if self._making is None:
-            self._making = Making(config, self.system)
+            self._making = Making(config, self.system, self._origin)
         # While the thread makes it:
         parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
         cpuid = self.system.supported_cpuid()
@@ -181,12 +178,13 @@ class Built:
         await made.wait()
         hardware = self._hardware = self._making.result()
         for index, vcpu in enumerate(hardware.vcpus):
-            vcpu.set_cpuid(for_vcpu(cpuid, index, config.cpus))
+            self.cpuid.append(for_vcpu(cpuid, index, config.cpus))
+            vcpu.set_cpuid(self.cpuid[index])
         machine = self._machine = CoreMachine(
             hardware.vm,
             self._loop,
             epoch_ns=hardware.epoch_ns,
-            random=random_source(config),
+            random=self.resources.random,
             virtual_clock=config.clock == "virtual",
             request=self._request,
             fail=self._fail,
@@ -202,13 +200,21 @@ class Built:
             self.add("halt-watch", HaltWatch(self._dispatcher, hardware.vcpus, self.stats))
         if config.platform != "bare":
             level_trigger(hardware.vm)
-        await self._load()
+        if isinstance(self._origin, Boot):
+            await self._load()
         for component in tuple(self.components.values()):
+            populate = getattr(component, "populate", None)
+            if populate is not None and isinstance(self._origin, Boot):
+                populate()
             begin = getattr(component, "start", None)
             if begin is not None:
                 result = begin()
                 if inspect.isawaitable(result):
                     await result
+        if isinstance(self._origin, Restore):
+            from vmm.machine.saving import restore
+
+            restore(self, self._origin)
         self._reading = hardware.vm.fileno()
         self._loop.add_reader(self._reading, self._first_exit)
 

@@ -64,7 +64,8 @@ class Dispatcher:
         """vCPUs that `stall` keeps, by stall."""
         self._asking: int | None = None
         """The vCPU whose exit is being handled."""
-        self._halted: set[int] = set()
+        self.halted: set[int] = set()
+        """vCPUs that halted with interrupts off; they never run again."""
         self._waiters: list[asyncio.Future[None]] = []
         self.ended = False
         machine.stall = self.stall
@@ -72,7 +73,12 @@ class Dispatcher:
     @property
     def parked(self) -> bool:
         """Every vCPU is parked, so state may be read, set and saved."""
-        return len(self._held) + len(self._halted) == len(self._vcpus)
+        return len(self._held) + len(self.halted) == len(self._vcpus)
+
+    def restore_halted(self, index: int) -> None:
+        """A fresh vCPU is one that halted for good."""
+        self.halted.add(index)
+        self._held.pop(index, None)
 
     @property
     def held(self) -> bool:
@@ -208,8 +214,8 @@ class Dispatcher:
         """The exits that end a vCPU's run."""
         match exit_:
             case Halt():
-                self._halted.add(index)
-                if len(self._halted) == len(self._vcpus):
+                self.halted.add(index)
+                if len(self.halted) == len(self._vcpus):
                     self.end(Outcome(Reason.HALTED, "every vCPU halted with interrupts off"))
                 elif self.parked:
                     self._wake()

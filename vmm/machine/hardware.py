@@ -16,6 +16,7 @@ from vmm.config import Config
 from vmm.cores import open_system
 from vmm.errors import ConfigError, HostError
 from vmm.machine.memory import GuestMemory
+from vmm.machine.origin import BOOT, Origin, Restore
 
 
 class Hardware:
@@ -29,14 +30,18 @@ class Hardware:
         """The guest's wall clock at its start, ns since 1970."""
 
 
-def make(config: Config, system: System) -> Hardware:
+def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
     """Memory is in its slots before there are vCPUs, which KVM takes better that way. Raises ConfigError, HostError,
     CpuError, and leaves nothing behind then."""
     virtual = config.clock == "virtual"
     if virtual and Capability.VIRTUAL_CLOCK not in system.capabilities():
         raise ConfigError(f"clock: the core {system.name} has no virtual clock; use --core soft")
-    epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
-    memory = GuestMemory(config.memory, hugepages=config.hugepages)
+    if isinstance(origin, Restore):
+        epoch_ns = origin.epoch_ns
+        memory = origin.memory()
+    else:
+        epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
+        memory = GuestMemory(config.memory, hugepages=config.hugepages)
     vm: Vm | None = None
     try:
         vm = system.create_vm(
@@ -62,9 +67,9 @@ def make(config: Config, system: System) -> Hardware:
 class Making:
     """Hardware that a thread makes, from the construction of this on."""
 
-    def __init__(self, config: Config, system: System) -> None:
+    def __init__(self, config: Config, system: System, origin: Origin = BOOT) -> None:
         """Raises HostError if the host has no room for a thread."""
-        self._config, self._system = config, system
+        self._config, self._system, self._origin = config, system, origin
         self._made: Hardware | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -77,7 +82,7 @@ class Making:
 
     def _make(self) -> None:
         try:
-            self._made = make(self._config, self._system)
+            self._made = make(self._config, self._system, self._origin)
         except BaseException as error:
             self._failure = error
         with self._lock:

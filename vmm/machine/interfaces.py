@@ -5,13 +5,16 @@ All of it is confined to the loop thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpu.contract import Capability, Shadow, Space
 from cpu.values import dataclass
 from vmm.config import Config
 from vmm.machine.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.pool import DevicePool
 
 RandomSource = Callable[[int], bytes]
 """random(n) -> n bytes. The only source of chance a device may use."""
@@ -140,8 +143,8 @@ class Assembly(Protocol):
         """A new port of the machine's console, for one device."""
 
     @property
-    def devices(self) -> Mapping[str, Callable[[], Any]]:
-        """The embedder's own virtio devices: name -> a function that makes it."""
+    def pool(self) -> DevicePool:
+        """The machine's virtio devices, which outlive this incarnation of it."""
 
     rsdp: int | None
     """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""
@@ -156,14 +159,12 @@ class Assembly(Protocol):
         """The machine's timeline has come to the moment of this name (vmm/timeline.py)."""
 
     def add(self, name: str, component: object) -> None:
-        """Own a component under a unique name. Those that are Stateful are saved and restored; `async start()` is
-        awaited before the first instruction, `async aclose()` or else `close()` in reverse order at the end."""
+        """Own a component under a unique name. Those that are Stateful (vmm.state.payload) are saved and restored in
+        the order in which they were added. Before the first instruction `populate()` fills memory, unless memory comes
+        from a saved state, and `start()` is awaited; at the end `aclose()` or else `close()`, in reverse order."""
 
     def get(self, name: str) -> Any:
         """A component that an earlier part added. Raises KeyError."""
-
-    def parts(self) -> list[Any]:
-        """Every component that was added so far."""
 
 
 class CharacterPort(Protocol):

@@ -1,0 +1,132 @@
+"""The virtio devices of one incarnation of the machine, each on its transport. A part of the builder.
+
+PCI functions go to the component "pci"; virtio-mmio devices get a window of layout.virtio_mmio and are described by the
+component "acpi". The devices themselves are the machine's resources (pool.py). Loop thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from cpu.contract import Space
+from virtio import mmio
+from virtio.device import Device
+from virtio.mmio import MmioTransport
+from virtio.pci import PciTransport
+from virtio.state import TransportState
+from virtio.transport import Transport
+from vmm.devices.virtio.pool import DevicePool, TransportKind
+from vmm.errors import StateError
+from vmm.machine import layout
+from vmm.machine.interfaces import Assembly, PciFunction
+
+if TYPE_CHECKING:
+    from virtio.protocols import GuestMemory
+
+
+@dataclass(frozen=True, slots=True)
+class VirtioState:
+    """The virtio-mmio devices by name; functions are saved by their bus."""
+
+    kind: ClassVar = "virtio"
+    version: ClassVar = 1
+    mmio: dict[str, object]
+
+
+class VirtioDevices:
+    """The transports of one machine's virtio devices."""
+
+    state_type = VirtioState
+
+    def __init__(self, assembly: Assembly, pool: DevicePool) -> None:
+        self._assembly = assembly
+        self._pool = pool
+        self._windows: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+        self.transports: dict[str, Transport] = {}
+        for name, maker in pool.makers.items():
+            if maker.transport == "mmio":
+                self._windows[name] = len(self._windows)
+                assembly.get("acpi").add_virtio_mmio(self._windows[name])
+
+    async def start(self) -> None:
+        """Open the devices that are not open yet, and plug all in. Raises ConfigError, HostError."""
+        await self._pool.open()
+        for name, device in self._pool.devices.items():
+            self._plug(name, device, self._pool.makers[name].transport)
+
+    def _plug(self, name: str, device: Device, kind: TransportKind) -> None:
+        memory = cast("GuestMemory", self._assembly.memory)
+        machine = self._assembly.machine
+        if kind == "pci":
+            function = PciTransport(device, memory)
+            self.transports[name] = function
+            self._assembly.get("pci").add(cast(PciFunction, function))
+            return
+        window, gsi = layout.virtio_mmio(self._windows[name])
+        transport = MmioTransport(device, memory, machine.irq_line(gsi).set, stall=machine.stall)
+        self.transports[name] = transport
+        machine.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
+        for index in range(len(device.queue_sizes)):
+            self._undo.append(
+                machine.ioeventfd(
+                    Space.MMIO,
+                    window.start + mmio.QUEUE_NOTIFY,
+                    4,
+                    index,
+                    partial(transport.notify, index),
+                )
+            )
+
+    async def quiesce(self) -> None:
+        """Take no more requests and drain those in flight, in all devices. Before `save`."""
+        for transport in self.transports.values():
+            await transport.quiesce()
+
+    def resume(self) -> None:
+        """After `quiesce` or `restore`."""
+        for transport in self.transports.values():
+            transport.resume()
+
+    def reset(self) -> None:
+        """A machine reset, of the devices that no bus resets."""
+        for name in self._plugged_windows():
+            self.transports[name].reset()
+
+    def _plugged_windows(self) -> list[str]:
+        """The devices behind virtio-mmio windows; an optional one may be missing."""
+        return [name for name in self._windows if name in self.transports]
+
+    def state_parts(self) -> Mapping[str, Any]:
+        """The components behind the `object` fields of its state."""
+        return {"mmio": {name: self.transports[name] for name in self._plugged_windows()}}
+
+    def save(self) -> VirtioState:
+        return VirtioState({name: self.transports[name].save() for name in self._plugged_windows()})
+
+    def restore(self, state: VirtioState) -> None:
+        if set(state.mmio) != set(self._plugged_windows()):
+            raise StateError("virtio: the saved state is of a machine with other devices")
+        for name, saved in state.mmio.items():
+            self.transports[name].restore(cast(TransportState, saved))
+
+    async def aclose(self) -> None:
+        """Take the devices off: they drive no interrupt and touch no memory afterwards. The pool keeps them."""
+        undo, self._undo = self._undo, []
+        for call in undo:
+            call()
+        transports, self.transports = self.transports, {}
+        for transport in transports.values():
+            transport.close()
+        await self._pool.settle()
+
+
+def attach(assembly: Assembly) -> None:
+    """Component "virtio", if the configuration asks for any device."""
+    pool = assembly.pool
+    pool.join_console(lambda: assembly.console)
+    assembly.add("virtio", VirtioDevices(assembly, pool))
+    pool.begin()
