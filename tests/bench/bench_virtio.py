@@ -51,7 +51,8 @@ class Rig:
         native = _ring.Memory(self.memory.regions())
         queue = self.queue
         self.ring = _ring.Ring(native, 256, queue.desc, queue.driver, queue.device, FEATURES)
-        self.engine = _ring.BlockEngine(fd, IMAGE // 512, align=load.align, engine=engine, inline=load.inline)
+        image = _ring.Image.raw(fd, IMAGE, load.align)
+        self.engine = _ring.BlockEngine(image, IMAGE // 512, engine=engine, inline=load.inline)
         self.completed = select.epoll()
         for descriptor in self.engine.descriptors():
             self.completed.register(descriptor, select.EPOLLIN)

@@ -8,38 +8,22 @@ import pytest
 
 from virtio import _ring
 from virtio.backends.block import BlockBackend, MemoryBlock
-from virtio.backends.file import SECTOR, FileBlock, Io, SnapshotBlock
+from virtio.backends.file import FileBlock, Io, SnapshotBlock
 from virtio.errors import ConfigError
 
 
 class Uncached(FileBlock):
     """As FileBlock, but nothing is answered from the page cache in the loop's turn: all goes to the engine."""
 
-    def engine(self, serial: bytes) -> _ring.BlockEngine:
-        return _ring.BlockEngine(
-            self.fd,
-            self.capacity // SECTOR,
-            self.read_only,
-            align=self.block_size if self.cache == "none" else 0,
-            serial=serial[:20],
-            engine=self.io,
-            inline=False,
-        )
+    def engine(self, serial: bytes, *, inline: bool = False) -> _ring.BlockEngine:
+        return super().engine(serial, inline=inline)
 
 
 class UncachedSnapshot(SnapshotBlock):
     """As SnapshotBlock, but nothing is answered in the loop's turn."""
 
-    def engine(self, serial: bytes) -> _ring.BlockEngine:
-        return _ring.BlockEngine(
-            self.fd,
-            self.capacity // SECTOR,
-            serial=serial[:20],
-            overlay=self.overlay,
-            dirty=self.dirty,
-            engine=self.io,
-            inline=False,
-        )
+    def engine(self, serial: bytes, *, inline: bool = False) -> _ring.BlockEngine:
+        return super().engine(serial, inline=inline)
 
 
 ENGINES: tuple[Io, ...] = ("io_uring", "threads")

@@ -118,15 +118,16 @@ class FileBlock(BlockBackend):
                 return error.errno == errno.EINVAL
         return False
 
-    def engine(self, serial: bytes) -> _ring.BlockEngine:
-        """The C path over this descriptor; it is to be closed before the backend."""
+    def image(self) -> _ring.Image:
+        """Where the bytes stand, for the C path. It uses this backend's descriptors, which are to outlive it."""
+        align = self.block_size if self.cache == "none" else 0
+        return _ring.Image.raw(self.fd, self.capacity, align, self.read_only)
+
+    def engine(self, serial: bytes, *, inline: bool = True) -> _ring.BlockEngine:
+        """The C path over this image; it is to be closed before the backend. Without `inline` nothing is answered in
+        the loop's turn. Raises OSError."""
         return _ring.BlockEngine(
-            self.fd,
-            self.capacity // SECTOR,
-            self.read_only,
-            align=self.block_size if self.cache == "none" else 0,
-            serial=serial[:20],
-            engine=self.io,
+            self.image(), self.capacity // SECTOR, self.read_only, serial=serial[:20], engine=self.io, inline=inline
         )
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
@@ -214,15 +215,8 @@ class SnapshotBlock(FileBlock):
         """As FileBlock; the image needs to be readable only."""
         return await super().open(path, read_only=True, cache="writeback", io=io)
 
-    def engine(self, serial: bytes) -> _ring.BlockEngine:
-        return _ring.BlockEngine(
-            self.fd,
-            self.capacity // SECTOR,
-            serial=serial[:20],
-            overlay=self.overlay,
-            dirty=self.dirty,
-            engine=self.io,
-        )
+    def image(self) -> _ring.Image:
+        return _ring.Image.overlay(self.overlay, self.dirty, super().image())
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         sector, end = offset // SECTOR, (offset + length) // SECTOR

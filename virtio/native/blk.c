@@ -1,4 +1,4 @@
-/* virtio._ring.BlockEngine: the virtio-blk request path (virtio 1.2, 5.2.6) over one file descriptor.
+/* virtio._ring.BlockEngine: the virtio-blk request path (virtio 1.2, 5.2.6) over one image.
  *
  * drain() pops a batch, checks it, merges adjacent requests and answers at once what the page cache holds
  * (RWF_NOWAIT); the rest goes to an io_uring or to native threads. What they have done reap() returns to the rings. So
@@ -18,7 +18,7 @@ enum {
 typedef struct {
     PyObject_HEAD
     struct disk disk;
-    Py_buffer dirty;
+    ImageObject *image;
     struct pool pool;
     struct blk_uring uring; /* not open: everything goes to the threads */
     uint32_t in_flight;     /* requests between pop and push */
@@ -259,55 +259,43 @@ static void block_dealloc(BlockObject *self)
     Py_XDECREF(block_close(self, NULL));
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
-    if (self->dirty.obj)
-        PyBuffer_Release(&self->dirty);
+    Py_XDECREF(self->image);
     Py_TYPE(self)->tp_free((PyObject *)self);
-}
-
-static bool enough_bits(BlockObject *self, uint64_t sectors)
-{
-    if (self->disk.overlay < 0 || (uint64_t)self->dirty.len * 8 >= sectors)
-        return true;
-    PyErr_SetString(PyExc_ValueError, "dirty has fewer bits than there are sectors");
-    return false;
 }
 
 static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "sectors", "read_only", "align", "threads", "serial", "overlay", "dirty", "engine",
-                            "inline", NULL};
-    int fd, read_only = 0, overlay = -1, immediate = 1;
-    PyObject *dirty = Py_None;
-    unsigned threads = 2, align = 0;
+    static char *names[] = {"image", "sectors", "read_only", "threads", "serial", "engine", "inline", NULL};
+    int read_only = 0, immediate = 1;
+    ImageObject *image;
+    unsigned threads = 2;
     unsigned long long sectors;
     const char *serial = "", *engine = "auto";
     Py_ssize_t serial_length = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iK|pIIy#iOsp", names, &fd, &sectors, &read_only, &align, &threads,
-                                     &serial, &serial_length, &overlay, &dirty, &engine, &immediate))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!K|pIy#sp", names, &image_type, &image, &sectors, &read_only,
+                                     &threads, &serial, &serial_length, &engine, &immediate))
         return NULL;
     bool wants_uring = !strcmp(engine, "io_uring");
     if (!wants_uring && strcmp(engine, "auto") && strcmp(engine, "threads"))
         return PyErr_Format(PyExc_ValueError, "engine is auto, io_uring or threads, not %s", engine);
+    if (!image_holds(image, sectors * SECTOR))
+        return NULL;
     BlockObject *self = (BlockObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    self->disk = (struct disk){.fd = fd, .overlay = overlay, .align = align, .sectors = sectors, .read_only = read_only,
-                               .writeback = true, .nowait_read = immediate, .nowait_write = immediate};
+    self->image = (ImageObject *)Py_NewRef((PyObject *)image);
+    self->disk = (struct disk){.image = image->image, .sectors = sectors, .read_only = read_only, .writeback = true,
+                               .nowait_read = immediate, .nowait_write = immediate};
     memcpy(self->disk.serial, serial, (size_t)(serial_length < ID_BYTES ? serial_length : ID_BYTES));
     self->uring.ring.fd = -1;
     int error = pool_open(&self->pool, &self->disk, threads);
-    if (!error && (overlay < 0 || !PyObject_GetBuffer(dirty, &self->dirty, PyBUF_WRITABLE))) {
-        self->disk.dirty = self->dirty.buf;
-        if (strcmp(engine, "threads")) {
-            int refused = blk_uring_open(&self->uring, &self->disk);
-            error = wants_uring ? refused : 0;
-        }
+    if (!error && strcmp(engine, "threads")) {
+        int refused = blk_uring_open(&self->uring, &self->disk);
+        error = wants_uring ? refused : 0;
     }
     if (error) {
         errno = error;
         PyErr_SetFromErrno(PyExc_OSError);
-    }
-    if (PyErr_Occurred() || !enough_bits(self, sectors)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -327,7 +315,7 @@ static PyObject *block_configure(BlockObject *self, PyObject *args, PyObject *kw
     unsigned long long sectors;
     int writeback, discard, write_zeroes;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Kppp", names, &sectors, &writeback, &discard, &write_zeroes) ||
-        !enough_bits(self, sectors))
+        !image_holds(self->image, sectors * SECTOR))
         return NULL;
     self->disk.sectors = sectors;
     self->disk.writeback = writeback;
@@ -377,9 +365,8 @@ static PyGetSetDef block_getset[] = {
 
 PyTypeObject block_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.BlockEngine",
-    .tp_doc = "BlockEngine(fd, sectors, read_only=False, align=0, threads=2, serial=b'', overlay=-1, dirty=None, "
-              "engine='auto', inline=True); align: of memory, in bytes, for O_DIRECT; engine: auto, io_uring (OSError "
-              "without it) or threads; inline: answer what the page cache has in drain()",
+    .tp_doc = "BlockEngine(image, sectors, read_only=False, threads=2, serial=b'', engine='auto', inline=True); "
+              "engine: auto, io_uring (OSError without it) or threads; inline: answer what the page cache has in drain()",
     .tp_basicsize = sizeof(BlockObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = block_new,

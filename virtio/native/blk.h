@@ -2,11 +2,12 @@
  *
  * blk.c          the Python object: a batch from ring to jobs, and from jobs back to rings
  * blk_request.c  one request: checked, its bytes found, returned to the driver
- * blk_io.c       what one job does to the files, by system calls that may block; what the page cache does at once
+ * blk_io.c       what one job does to the image, which may block; what the page cache does at once
  * blk_threads.c  jobs on native threads
  * blk_uring.c    jobs on an io_uring
  *
- * A job is one request or several that are adjacent on disk. Rings, status bytes and everything of Python is touched by
+ * Where the bytes of the disk stand is the image's matter (image.h). A job is one request or several that are adjacent on
+ * disk. Rings, status bytes and everything of Python is touched by
  * the loop's thread alone; other threads own nothing but the system calls of the jobs that they were given.
  */
 #ifndef VIRTIO_BLK_H
@@ -17,6 +18,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "image.h"
 #include "uring.h"
 
 enum {
@@ -26,7 +28,7 @@ enum {
     ZEROES_ENTRIES = 32,       /* max_discard_seg, max_write_zeroes_seg */
     ZEROES_SECTORS = 0x200000, /* max_discard_sectors, max_write_zeroes_sectors */
     THREADS_MAX = 8,
-    IOV_LIMIT = 1024,
+    IOV_LIMIT = IMAGE_IOVS,
     INLINE_BYTES = 8 << 20, /* what a job that is done in the loop's turn may move at most, so that the turn is bounded */
     URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */
 };
@@ -51,10 +53,11 @@ struct request {
     uint32_t job_iovs;
     uint32_t zeroes_count;
     struct zeroes *zeroes;
-    struct iovec *all;  /* on an io_uring: of the whole job, if it is not `iov` */
-    uint32_t all_at;    /* the first of them that is not done */
-    uint32_t step;      /* of a job on an io_uring that takes several */
-    uint64_t moved;     /* bytes done, on an io_uring */
+    /* Of a job on an io_uring: */
+    struct iovec *all;    /* of the whole job, if it is not `iov`; the second half is room for a part of it */
+    struct extent extent; /* where the operation that is in flight moves bytes */
+    uint64_t moved;       /* bytes done */
+    uint32_t step;        /* entries of `zeroes` done */
     uint32_t iovs;
     struct iovec iov[];
 };
@@ -104,10 +107,7 @@ static inline void jobs_join(struct jobs *jobs, struct jobs *more)
 }
 
 struct disk {
-    int fd;
-    int overlay;    /* descriptor that takes the writes, or -1; `dirty` has one bit per sector that is there */
-    uint8_t *dirty;
-    uint32_t align; /* O_DIRECT: of memory and lengths, bytes; 0 without */
+    struct image *image;
     uint64_t sectors;
     bool read_only, writeback, discard, write_zeroes;
     bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
@@ -143,11 +143,6 @@ void blk_done(struct request *job, uint8_t status);
 /* What the page cache answers at once; false: it would have blocked. Loop thread. */
 bool blk_try_now(struct disk *disk, struct request *job);
 unsigned blk_gather(const struct request *job, struct iovec *iov);
-bool blk_aligned(const struct disk *disk, const struct iovec *iov, unsigned count);
-bool blk_is_dirty(const struct disk *disk, uint64_t sector);
-/* How many of `sectors` from `sector` on stand where the first one does. */
-uint64_t blk_dirty_run(const struct disk *disk, uint64_t sector, uint64_t sectors);
-void blk_set_dirty(struct disk *disk, uint64_t offset, uint64_t length);
 
 /* blk_threads.c; all calls from the loop's thread */
 

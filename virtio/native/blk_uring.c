@@ -1,8 +1,8 @@
 /* Jobs of BlockEngine on an io_uring: as many at a time as the kernel takes, no thread of ours.
  *
- * A job takes one operation, or one after the other: what a short transfer left, the entries of a discard. What an
- * io_uring cannot do as one operation (memory that O_DIRECT does not take, a read from both files of a snapshot, zeroes
- * that the file system cannot make) goes to the threads.
+ * A job takes one operation, or one after the other: the extents of its range, what a short transfer left, the entries of
+ * a discard. What an io_uring cannot do (memory that O_DIRECT does not take, what needs a place first, zeroes that the
+ * file system cannot make) goes to the threads.
  */
 #include "blk.h"
 
@@ -28,7 +28,8 @@ int blk_uring_open(struct blk_uring *uring, struct disk *disk)
     /* Before it tries a file that has no RWF_NOWAIT, the kernel polls it, and for FUSE's that asks the server: a worker
      * of the kernel's may wait for the answer, the loop may not. */
     struct statfs system;
-    if (fstatfs(disk->fd, &system) || system.f_type == FUSE_SUPER_MAGIC)
+    int flush_fd = disk->image->ops->flush_fd(disk->image);
+    if (flush_fd >= 0 && (fstatfs(flush_fd, &system) || system.f_type == FUSE_SUPER_MAGIC))
         uring->flags = IOSQE_ASYNC;
 #endif
     return error;
@@ -48,20 +49,6 @@ static bool is_transfer(const struct request *job)
     return job->type == T_IN || job->type == T_OUT;
 }
 
-/* Whether one operation at a time can do it. */
-static bool suits(const struct disk *disk, const struct request *job)
-{
-    if (!is_transfer(job))
-        return disk->overlay < 0;
-    for (const struct request *part = job; part; part = part->merged)
-        if (!blk_aligned(disk, part->iov, part->iovs))
-            return false;
-    if (disk->overlay < 0 || job->type == T_OUT)
-        return true;
-    uint64_t sectors = job->job_length / SECTOR;
-    return blk_dirty_run(disk, job->offset / SECTOR, sectors) == sectors;
-}
-
 /* Past entries of a discard or write-zeroes that ask for nothing. */
 static void skip_empty(struct request *job)
 {
@@ -69,38 +56,61 @@ static void skip_empty(struct request *job)
         job->step++;
 }
 
-/* The whole job's iovec as a copy, for what is merged or is to be shortened: that of a request stays as it is. */
+/* The whole job's iovec, and room for a part of it, as a copy: that of a request stays as it is. */
 static bool gather(struct request *job)
 {
     if (!job->all) {
-        job->all = malloc(job->job_iovs * sizeof *job->all);
+        job->all = malloc(2 * job->job_iovs * sizeof *job->all);
         if (job->all)
             blk_gather(job, job->all);
     }
     return job->all;
 }
 
-static bool prepare(struct request *job)
+static void prepare(struct request *job)
 {
-    job->step = job->all_at = 0;
+    job->step = 0;
     job->moved = 0;
     skip_empty(job);
-    return !is_transfer(job) || !job->merged || gather(job);
 }
 
-/* Fill in the next operation. */
-static void fill(const struct disk *disk, struct request *job, struct io_uring_sqe *entry)
+/* Find what the next operation of a transfer moves: `iov` and job->extent. False: not by an io_uring. */
+static bool plan_transfer(struct image *image, struct request *job, struct iovec **iov, unsigned *count)
+{
+    bool write = job->type == T_OUT;
+    struct extent *extent = &job->extent;
+    if ((job->merged && !gather(job)) || (write && job->dsync && image->flat < 0) ||
+        !image->ops->map(image, job->offset + job->moved, job->job_length - job->moved,
+                         write ? FOR_WRITING : FOR_READING, extent))
+        return false;
+    bool whole = extent->length == job->job_length;
+    if (extent->kind == KIND_DATA && (whole || gather(job))) {
+        *iov = job->all ? job->all : job->iov;
+        *count = job->job_iovs;
+        if (!whole) {
+            *iov = job->all + job->job_iovs;
+            *count = iov_slice(job->all, job->job_iovs, job->moved, extent->length, *iov);
+        }
+        if (iov_aligned(*iov, *count, extent->align))
+            return true;
+    }
+    image_complete(extent, false);
+    return false;
+}
+
+/* Fill in the next operation. False: there is none that an io_uring can do. */
+static bool fill(struct image *image, struct request *job, struct io_uring_sqe *entry)
 {
     /* Not a registered file: the kernel keeps those for a while after the ring is closed, and with it the image's lock. */
-    entry->fd = disk->fd;
     entry->user_data = (uint64_t)(uintptr_t)job;
     if (is_transfer(job)) {
         bool write = job->type == T_OUT;
-        unsigned count = job->job_iovs - job->all_at;
-        const struct iovec *iov = (job->all ? job->all : job->iov) + job->all_at;
-        if (disk->overlay >= 0 && (write || blk_is_dirty(disk, job->offset / SECTOR)))
-            entry->fd = disk->overlay;
-        entry->off = job->offset + job->moved;
+        struct iovec *iov;
+        unsigned count;
+        if (!plan_transfer(image, job, &iov, &count))
+            return false;
+        entry->fd = job->extent.fd;
+        entry->off = job->extent.offset;
         if (count == 1 && iov->iov_len <= UINT32_MAX) {
             entry->opcode = write ? IORING_OP_WRITE : IORING_OP_READ;
             entry->addr = (uint64_t)(uintptr_t)iov->iov_base;
@@ -110,44 +120,49 @@ static void fill(const struct disk *disk, struct request *job, struct io_uring_s
             entry->addr = (uint64_t)(uintptr_t)iov;
             entry->len = count;
         }
-        entry->rw_flags = write && job->dsync && disk->overlay < 0 ? RWF_DSYNC : 0;
-    } else if (job->type == T_FLUSH || job->step == job->zeroes_count) {
+        entry->rw_flags = write && job->dsync ? RWF_DSYNC : 0;
+        return true;
+    }
+    if (job->type == T_FLUSH || job->step == job->zeroes_count) {
         entry->opcode = IORING_OP_FSYNC;
         entry->fsync_flags = IORING_FSYNC_DATASYNC;
-    } else {
-        const struct zeroes *zeroes = &job->zeroes[job->step];
-        bool unmap = job->type == T_DISCARD || zeroes->flags & 1;
-        entry->opcode = IORING_OP_FALLOCATE;
-        entry->off = zeroes->sector * SECTOR;
-        entry->addr = (uint64_t)zeroes->sectors * SECTOR;
-        entry->len = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+        entry->fd = image->ops->flush_fd(image);
+        return entry->fd >= 0;
+    }
+    const struct zeroes *zeroes = &job->zeroes[job->step];
+    bool unmap = job->type == T_DISCARD || zeroes->flags & 1;
+    entry->opcode = IORING_OP_FALLOCATE;
+    entry->fd = image->flat;
+    entry->off = zeroes->sector * SECTOR;
+    entry->addr = (uint64_t)zeroes->sectors * SECTOR;
+    entry->len = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+    return image->flat >= 0;
+}
+
+/* An operation of `job` is over, which `moved` as many bytes. */
+static void complete(struct request *job, uint64_t moved)
+{
+    if (is_transfer(job)) {
+        job->extent.length = moved < job->extent.length ? moved : job->extent.length;
+        image_complete(&job->extent, moved);
+        job->moved += moved;
     }
 }
 
 /* What `result` of an operation means for its job. */
-static enum progress advance(struct disk *disk, struct request *job, int32_t result)
+static enum progress advance(struct request *job, int32_t result)
 {
+    complete(job, result > 0 ? (uint64_t)result : 0);
     if (result == -EINTR)
         return GO_ON;
     if (result == -EAGAIN || result == -EOPNOTSUPP)
         return ELSEWHERE;
     if (is_transfer(job)) {
+        if (!result && job->type == T_IN && job->extent.sparse_end)
+            return ELSEWHERE;
         if (result <= 0)
             return DONE_FAILED;
-        job->moved += (uint64_t)result;
-        if (job->moved < job->job_length) {
-            if (!gather(job))
-                return ELSEWHERE;
-            size_t left = (size_t)result;
-            while (left >= job->all[job->all_at].iov_len)
-                left -= job->all[job->all_at++].iov_len;
-            job->all[job->all_at].iov_base = (char *)job->all[job->all_at].iov_base + left;
-            job->all[job->all_at].iov_len -= left;
-            return GO_ON;
-        }
-        if (job->type == T_OUT && disk->overlay >= 0)
-            blk_set_dirty(disk, job->offset, job->job_length);
-        return DONE_OK;
+        return job->moved < job->job_length ? GO_ON : DONE_OK;
     }
     if (job->type == T_FLUSH || job->step == job->zeroes_count)
         return result < 0 ? DONE_FAILED : DONE_OK;
@@ -168,19 +183,26 @@ static void feed(struct blk_uring *uring, struct jobs *elsewhere)
         if (!entry)
             break;
         struct request *job = jobs_take(&uring->waiting);
+        uint64_t none;
+        if (!fill(uring->disk->image, job, entry)) {
+            uring_retract(&uring->ring, &none);
+            jobs_add(elsewhere, job);
+            continue;
+        }
         /* The kernel does at once, in our call, what it can do without waiting. */
         entry->flags = job->job_length > INLINE_BYTES ? IOSQE_ASYNC : uring->flags;
-        fill(uring->disk, job, entry);
         uring->in_flight++;
     }
-    uint64_t job;
+    uint64_t retracted;
     if (!uring_submit(&uring->ring, false, 0))
         return;
     /* The kernel has no memory for more: nothing would wake us to try again. */
-    while (uring_retract(&uring->ring, &job)) {
-        if (job) {
+    while (uring_retract(&uring->ring, &retracted)) {
+        if (retracted) {
+            struct request *job = (struct request *)(uintptr_t)retracted;
             uring->in_flight--;
-            jobs_add(elsewhere, (struct request *)(uintptr_t)job);
+            complete(job, 0);
+            jobs_add(elsewhere, job);
         }
     }
 }
@@ -188,10 +210,8 @@ static void feed(struct blk_uring *uring, struct jobs *elsewhere)
 void blk_uring_submit(struct blk_uring *uring, struct jobs *jobs, struct jobs *elsewhere)
 {
     for (struct request *job; (job = jobs_take(jobs));) {
-        if (suits(uring->disk, job) && prepare(job))
-            jobs_add(&uring->waiting, job);
-        else
-            jobs_add(elsewhere, job);
+        prepare(job);
+        jobs_add(&uring->waiting, job);
     }
     feed(uring, elsewhere);
 }
@@ -205,7 +225,7 @@ void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *els
         if (!job)
             continue; /* a cancellation */
         uring->in_flight--;
-        enum progress progress = advance(uring->disk, job, result);
+        enum progress progress = advance(job, result);
         if (progress == GO_ON) {
             jobs_add(&uring->waiting, job);
         } else if (progress == ELSEWHERE) {
@@ -237,8 +257,10 @@ bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dr
         int32_t result;
         while (uring_completion(&uring->ring, &user_data, &result)) {
             if (user_data) {
+                struct request *job = (struct request *)(uintptr_t)user_data;
                 uring->in_flight--;
-                jobs_add(dropped, (struct request *)(uintptr_t)user_data);
+                complete(job, result > 0 ? (uint64_t)result : 0);
+                jobs_add(dropped, job);
             }
         }
         jobs_join(dropped, &uring->waiting);

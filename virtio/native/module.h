@@ -1,10 +1,11 @@
-/* The Python objects of virtio._ring: Memory, Ring, Chain, and what the engines need of them. Loop thread, with the GIL. */
+/* The Python objects of virtio._ring: Memory, Ring, Chain, Image, and what the engines need of them. Loop thread, with the GIL. */
 #ifndef VIRTIO_MODULE_H
 #define VIRTIO_MODULE_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "image.h"
 #include "ring.h"
 
 typedef struct {
@@ -31,7 +32,15 @@ typedef struct {
     bool returned;
 } ChainObject;
 
-extern PyTypeObject memory_type, ring_type, chain_type, block_type, net_type;
+typedef struct {
+    PyObject_HEAD
+    struct image *image;
+    PyObject *backing; /* an Image, or NULL */
+    Py_buffer dirty;   /* of an overlay */
+    bool closed;
+} ImageObject;
+
+extern PyTypeObject memory_type, ring_type, chain_type, image_type, block_type, net_type;
 extern PyObject *guest_error, *state_error;
 
 /* Tell whoever listens that the device wrote there. 0, or -1 with an exception. */
@@ -41,6 +50,8 @@ int segments_notify(MemoryObject *memory, const struct segment *segments, uint32
 int ring_notify_area(RingObject *self);
 /* A memoryview of [host, host + size), which lies in one region. NULL with an exception. */
 PyObject *region_slice(MemoryObject *memory, const uint8_t *host, uint64_t size);
+/* Whether the image is open and has so many bytes; false with an exception. */
+bool image_holds(ImageObject *image, uint64_t length);
 /* Whether the chain may still be touched; false with StateError. */
 bool chain_usable(ChainObject *chain);
 /* Raise GuestError from ring.error. */
