@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from virtio.errors import StateError
 from virtio.protocols import Chain, Interrupts, Ring
 
-TURN = 64
+TURN = 32
 """Chains that one `async for` takes before other tasks get a turn."""
+TURN_BYTES = 512 << 10
+"""Bytes in them, likewise."""
 
 
 class Queue:
@@ -26,6 +28,7 @@ class Queue:
         self._interrupts = interrupts
         self._event = asyncio.Event()
         self._taken = 0
+        self._bytes = 0
         self._stopping = False
         self.paused = False
         """While set nothing is available."""
@@ -121,12 +124,14 @@ class Queue:
         return self
 
     async def __anext__(self) -> Chain:
-        self._taken += 1
-        if self._taken % TURN == 0:
+        if self._taken >= TURN or self._bytes >= TURN_BYTES:
+            self._taken = self._bytes = 0
             await asyncio.sleep(0)  # a driver that never stops must not keep the loop
         while True:
             chain = self.pop()
             if chain is not None:
+                self._taken += 1
+                self._bytes += chain.readable_length + chain.writable_length
                 return chain
             self._event.clear()
             if self._ring is not None and self._open and self._ring.enable_notification():

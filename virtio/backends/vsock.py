@@ -23,6 +23,12 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 LINE_MAX = 32
 PORT_MAX = 0xFFFFFFFF
 HANDSHAKE_SECONDS = 10
+HANDLERS_MAX = 256
+"""Of MemoryVsock, that run at a time: one that goes on after its connection ended keeps its place."""
+CLIENTS_MAX = 256
+"""Of a UNIX socket that are served at a time; more wait in the socket's backlog."""
+BACKLOG = 256
+RETRY_SECONDS = 0.01
 
 
 async def stream_pair() -> tuple[Streams, Streams]:
@@ -80,6 +86,8 @@ class MemoryVsock(VsockBackend):
         handler = self._handlers.get(port)
         if handler is None:
             raise ConnectionRefusedError(f"nobody listens on port {port}")
+        if len(self._tasks) >= HANDLERS_MAX:
+            raise ConnectionRefusedError(f"{HANDLERS_MAX} handlers run already")
         ours, theirs = await stream_pair()
         task = asyncio.ensure_future(handler(*theirs))
         self._tasks.add(task)
@@ -98,25 +106,69 @@ class UnixVsock(VsockBackend):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._open: Open | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._accepting: asyncio.Task[None] | None = None
+        self._clients: dict[asyncio.Task[None], socket.socket | None] = {}
+        """Who serves a client, with its socket until the task has begun."""
+        self._places = asyncio.Semaphore(CLIENTS_MAX)
 
     async def start(self, open: Open) -> None:
         self._open = open
         with contextlib.suppress(FileNotFoundError):
             if Path(self.path).is_socket():
                 Path(self.path).unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, self.path)
+            listener.setblocking(False)
+            listener.bind(self.path)
+            listener.listen(BACKLOG)
         except OSError as error:
+            listener.close()
             raise ConfigError(f"vsock {self.path}: {os_reason(error)}") from error
+        self._listener = listener
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listener), name="vsock-accept")
 
     async def dial(self, port: int) -> Streams:
-        return await asyncio.open_unix_connection(f"{self.path}_{port}")
+        sock = await _connect(f"{self.path}_{port}")
+        try:
+            return await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._places.acquire()
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # it has gone already, or this process has no descriptor left for it
+                self._places.release()
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            task = loop.create_task(self._client(sock), name="vsock-client")
+            self._clients[task] = sock
+            task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        unserved = self._clients.pop(task)
+        if unserved is not None:
+            unserved.close()
+        self._places.release()
+
+    async def _client(self, sock: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients[task] = None
+        try:
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        await self._serve(reader, writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
         guest: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
@@ -129,7 +181,6 @@ class UnixVsock(VsockBackend):
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             return  # refused, or not a client of ours: it sees the end of its connection
         finally:
-            self._writers.discard(writer)
             writer.close()
             if guest is not None:
                 guest.close()
@@ -142,13 +193,35 @@ class UnixVsock(VsockBackend):
         return int(port)
 
     async def aclose(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-            for writer in tuple(self._writers):
-                writer.close()
+        tasks = list(self._clients)
+        if self._accepting is not None:
+            tasks.append(self._accepting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
             with contextlib.suppress(FileNotFoundError):
                 Path(self.path).unlink()
+
+
+async def _connect(path: str) -> socket.socket:
+    """A connection to a listening UNIX socket. While its backlog is full this waits: that is a listener with much to
+    do, not a dead one."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            while True:
+                try:
+                    sock.connect(path)  # a UNIX socket's never goes on later: done, refused, or EAGAIN
+                    return sock
+                except BlockingIOError:
+                    await asyncio.sleep(RETRY_SECONDS)
+    except BaseException:
+        sock.close()
+        raise
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

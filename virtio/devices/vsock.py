@@ -1,17 +1,24 @@
-"""Socket device (virtio 1.2, 5.10): stream connections between guest and host, with credit. Loop thread only."""
+"""Socket device (virtio 1.2, 5.10): stream connections between guest and host, with credit. Loop thread only.
+
+A guest may flood the device, take no answers and reset it at any moment, so what waits is bounded, and so is the work
+of one turn of the loop. What is to be sent stands in an outbox (vsock_stream.py): no task waits for the guest's receive
+buffers but the one that fills them. Connections take places, and a reset leaves the closing of the host's ends to a
+task of its own (vsock_host.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import itertools
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from virtio.backends.vsock import Streams, VsockBackend, stream_pair
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
+from virtio.devices.vsock_host import SHUTDOWN_SEND, HostEnds, Places
+from virtio.devices.vsock_stream import Connection, Op, Outbox, Refusal
 from virtio.errors import ConfigError, GuestError
 from virtio.layouts import VsockConfig, VsockEvent, VsockHeader, fast
 from virtio.queue import Queue
@@ -19,91 +26,17 @@ from virtio.queue import Queue
 HOST_CID = 2
 STREAM = 1
 BUFFER = 256 << 10
-"""Bytes that a guest may send ahead on one connection (buf_alloc)."""
-CHUNK = 64 << 10
-CONNECTIONS_MAX = 256
-"""Each holds up to three descriptors of this process and BUFFER bytes. As many may wait, closed, for a host that has
-not read everything."""
-PACKETS_WAITING = 256
-"""Packets that wait for the guest's buffers before the device takes no more from it."""
+"""Bytes that a guest may send ahead on one connection (buf_alloc), and on one of more than AMPLE connections."""
+SMALL_BUFFER = 64 << 10
+AMPLE = 32
+DIALS_MAX = 16
+"""Connections of the guest that the backend is asked for at a time."""
+DIAL_SECONDS = 10
 FIRST_PORT = 1 << 30
 _header = fast(VsockHeader)
 _event = fast(VsockEvent)
 EVENT_TRANSPORT_RESET = 0
-SHUTDOWN_RECEIVE, SHUTDOWN_SEND = 1, 2
-
-
-class Op(enum.IntEnum):
-    """5.10.6"""
-
-    REQUEST = 1
-    RESPONSE = 2
-    RST = 3
-    SHUTDOWN = 4
-    RW = 5
-    CREDIT_UPDATE = 6
-    CREDIT_REQUEST = 7
-
-
-class Connection:
-    """One stream: the host's end as a pair of asyncio streams, the credit of both directions (5.10.6.3)."""
-
-    def __init__(self, host_port: int, guest_port: int) -> None:
-        self.host_port = host_port
-        self.guest_port = guest_port
-        self.streams: Streams | None = None
-        self.accepted: asyncio.Future[None] | None = None
-        self.peer_alloc = 0
-        self.peer_forwarded = 0
-        self.sent = 0
-        self.received = 0
-        self.forwarded = 0
-        self.told = 0
-        self.guest_done = False
-        self.host_done = False
-        self.inbox = bytearray()
-        """From the guest, not yet written to the host's end. Bounded by credit: BUFFER bytes at most."""
-        self.ended = False
-        """Nothing more comes into `inbox`."""
-        self.gone = False
-        """The guest ended it: it hears nothing of it any more."""
-        self.closed = False
-        """The host's end is closed: what still works for the connection ends."""
-        self.dialing: asyncio.Task[None] | None = None
-        self.arrived = asyncio.Event()
-        self.credit = asyncio.Event()
-
-    @property
-    def room(self) -> int:
-        """Bytes that the guest still takes."""
-        return self.peer_alloc - ((self.sent - self.peer_forwarded) & 0xFFFFFFFF)
-
-    def put(self, data: bytes) -> None:
-        """Bytes from the guest."""
-        self.inbox += data
-        self.arrived.set()
-
-    def end(self) -> None:
-        """The guest sends no more."""
-        self.ended = True
-        self.arrived.set()
-
-    def close(self) -> None:
-        """Drop the connection at once."""
-        self.closed = True
-        self.arrived.set()
-        self.credit.set()
-        if self.dialing is not None:
-            self.dialing.cancel()
-        if self.streams is not None:
-            self.streams[1].close()
-        if self.accepted is not None and not self.accepted.done():
-            self.accepted.set_exception(ConnectionResetError("the guest refused, or its vsock device was reset"))
-            self.accepted.exception()  # also if `open` gave up and does not look at it
-
-
-Packet = tuple[Connection | None, int, int, Op, int, bytes]
-"""connection, host port, guest port, operation, flags, data"""
+SHUTDOWN_RECEIVE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +62,13 @@ class VsockDevice(Device):
         self.backend = backend
         self.cid = cid
         self._connections: dict[tuple[int, int], Connection] = {}
-        self._outgoing: asyncio.Queue[Packet] = asyncio.Queue(PACKETS_WAITING)
+        """Those whose ports are taken, by (host's, guest's)."""
+        self._places = Places()
+        self._ends = HostEnds(self._places, self._send, self._reset, type(backend).__name__)
+        self._to_dial: OrderedDict[Connection, None] = OrderedDict()
+        self._dials = 0
+        self._outbox = Outbox()
         self._ports = itertools.count(FIRST_PORT)
-        self._lingering: list[asyncio.WriteTransport] = []
-        """Closed, with bytes that the host has not read yet. CONNECTIONS_MAX at most."""
         self._reset_owed = False
         """The driver has not heard yet that its connections are gone."""
 
@@ -145,32 +81,32 @@ class VsockDevice(Device):
         await self.backend.start(self.open)
 
     async def open(self, port: int) -> Streams:
-        """A connection to the guest's `port`; ConnectionError if it is refused or the guest has no driver."""
-        if not self.is_active or len(self._connections) >= CONNECTIONS_MAX:
+        """A connection to the guest's `port`. While all places are taken it waits for one. ConnectionError if the guest
+        refuses, or has no driver."""
+        await self._places.wait(lambda: self.is_active)
+        if not self.is_active:
             raise ConnectionRefusedError("the guest does not take vsock connections now")
         host_port = next(number for number in self._ports if (number, port) not in self._connections)
-        connection = Connection(host_port, port)
+        connection = self._add(host_port, port, by_guest=False)
         connection.accepted = asyncio.get_running_loop().create_future()
-        key = host_port, port
-        self._connections[key] = connection
         try:
-            await self._send(connection, Op.REQUEST)
+            self._outbox.put(connection, Op.REQUEST)
             await connection.accepted
             ours, theirs = await stream_pair()
         except BaseException:
-            if self._forget(connection) and self.is_active:
-                with contextlib.suppress(asyncio.QueueFull):
-                    self._outgoing.put_nowait((None, *key, Op.RST, 0, b""))
+            self._reset(connection)
             raise
-        self._run(connection, ours)
+        if not self._ends.run(connection, ours):
+            theirs[1].close()
+            raise ConnectionResetError("the guest ended the connection, or its vsock device was reset")
         return theirs
 
     # Life
 
     def started(self, active: Activation) -> None:
-        self._outgoing = asyncio.Queue(PACKETS_WAITING)
-        self.spawn(self._deliver(active.queues[0]), "receive")
-        self.spawn(self._take(active.queues[1]), "transmit")
+        self._outbox = Outbox()
+        self.spawn(self._deliver(active.queues[0], self._outbox), "receive")
+        self.spawn(self._take(active.queues[1], self._outbox), "transmit")
         if self._reset_owed:
             self.spawn(self._transport_reset(active.queues[2]), "event")
 
@@ -178,11 +114,14 @@ class VsockDevice(Device):
         self._reset_owed = False
         connections, self._connections = self._connections, {}
         for connection in connections.values():
-            self._close(connection)
+            self._unlist(connection)
+        self._to_dial.clear()
+        self._places.wake_all()
         return True
 
     async def aclose(self) -> None:
         await super().aclose()
+        await self._ends.aclose()
         await self.backend.aclose()
 
     def save_device(self) -> VsockState:
@@ -203,135 +142,91 @@ class VsockDevice(Device):
 
     # To the guest
 
-    def _known(self, connection: Connection) -> bool:
-        """Not ended; its ports may be another connection's since."""
-        return self._connections.get((connection.host_port, connection.guest_port)) is connection
+    def _send(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
+        if connection.listed and not connection.over:
+            self._outbox.put(connection, op, flags, data)
 
-    async def _send(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
-        if self._known(connection):
-            await self._put(connection, op, flags, data)
-
-    async def _put(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
-        await self._outgoing.put((connection, connection.host_port, connection.guest_port, op, flags, data))
-
-    async def _deliver(self, queue: Queue) -> None:
+    async def _deliver(self, queue: Queue, outbox: Outbox) -> None:
         while True:
-            connection, host_port, guest_port, op, flags, data = await self._outgoing.get()
-            while connection is None or not connection.gone:
-                chain = await anext(queue)
-                if connection is not None and connection.gone:
-                    queue.ring.undo_pop(chain)
-                    break
-                if chain.writable_length < _header.size:
-                    raise GuestError("a vsock receive buffer is smaller than a packet header")
-                part = data[: chain.writable_length - _header.size]
-                if data and not part:
-                    raise GuestError("a vsock receive buffer has no room for data")
-                chain.write(self._packet(connection, host_port, guest_port, op, flags, len(part)) + part)
-                queue.complete(chain)
-                data = data[len(part) :]
-                if not data:
-                    break
+            await outbox.wait()
+            chain = await anext(queue)
+            who = outbox.first()
+            if who is None:  # the guest ended that connection while its packet waited
+                queue.ring.undo_pop(chain)
+                continue
+            if chain.writable_length < _header.size:
+                raise GuestError("a vsock receive buffer is smaller than a packet header")
+            if isinstance(who, Refusal):
+                chain.write(self._packet(who, Op.RST, 0, 0))
+            else:
+                self._write(who, chain)
+            outbox.served(who)
+            queue.complete(chain)
 
-    def _packet(
-        self, connection: Connection | None, host_port: int, guest_port: int, op: Op, flags: int, length: int
-    ) -> bytes:
+    def _write(self, connection: Connection, chain: Any) -> None:
+        try:
+            op, flags, data = connection.next_packet(chain.writable_length - _header.size)
+        except ValueError as error:
+            raise GuestError("a vsock receive buffer has no room for data") from error
+        chain.write(self._packet(connection, op, flags, len(data)))
+        chain.write(data)
+        if op == Op.RST:
+            self._unlist(connection)
+
+    def _packet(self, of: Connection | Refusal, op: Op, flags: int, length: int) -> bytes:
         # 5.10.6.3.2: "All packets associated with a stream flow MUST contain valid information in buf_alloc and fwd_cnt
         # fields."
-        alloc, forwarded = BUFFER, connection.forwarded if connection is not None else 0
-        if connection is not None:
-            connection.told = forwarded
+        alloc, forwarded = BUFFER, 0
+        if isinstance(of, Connection):
+            alloc, forwarded = of.alloc, of.forwarded
+            of.told = forwarded
         return _header.pack(
-            HOST_CID, self.cid, host_port, guest_port, length, STREAM, op, flags, alloc, forwarded & 0xFFFFFFFF
+            HOST_CID, self.cid, of.host_port, of.guest_port, length, STREAM, op, flags, alloc, forwarded & 0xFFFFFFFF
         )
 
-    async def _pump_out(self, connection: Connection, reader: asyncio.StreamReader) -> None:
-        """Host to guest, as far as the guest's credit goes."""
-        while True:
-            # 5.10.6.3.2: "VIRTIO_VSOCK_OP_RW data packets MUST only be transmitted when the peer has sufficient free
-            # buffer space for the payload."
-            while connection.room <= 0 and not connection.closed:
-                connection.credit.clear()
-                await connection.credit.wait()
-            if connection.closed:
-                return
-            try:
-                data = await reader.read(min(connection.room, CHUNK))
-            except OSError:
-                data = b""
-            if not data:
-                break
-            connection.sent += len(data)
-            await self._send(connection, Op.RW, 0, data)
-        connection.host_done = True
-        await self._send(connection, Op.SHUTDOWN, SHUTDOWN_SEND)
-        await self._finish(connection)
+    # Ends
 
-    async def _pump_in(self, connection: Connection, writer: asyncio.StreamWriter) -> None:
-        """Guest to host, as fast as the host takes it."""
-        while True:
-            while not (connection.inbox or connection.ended or connection.closed):
-                connection.arrived.clear()
-                await connection.arrived.wait()
-            if connection.closed:
-                return
-            data, connection.inbox = connection.inbox, bytearray()
-            if not data:
-                break
-            try:
-                writer.write(data)
-                await writer.drain()
-            except OSError:
-                await self._reset(connection)
-                return
-            connection.forwarded += len(data)
-            # tell the guest before its credit runs out
-            if connection.forwarded - connection.told >= BUFFER // 4:
-                await self._send(connection, Op.CREDIT_UPDATE)
-        if writer.can_write_eof() and not writer.is_closing():
-            with contextlib.suppress(OSError):
-                writer.write_eof()
-        connection.guest_done = True
-        await self._finish(connection)
+    def _add(self, host_port: int, guest_port: int, *, by_guest: bool) -> Connection:
+        alloc = BUFFER if self._places.taken < AMPLE else SMALL_BUFFER
+        connection = Connection(host_port, guest_port, alloc, by_guest=by_guest)
+        self._connections[host_port, guest_port] = connection
+        self._places.take(connection)
+        return connection
 
-    async def _finish(self, connection: Connection) -> None:
-        # 5.10.6.5: a clean disconnect ends with VIRTIO_VSOCK_OP_RST when both directions are done
-        if connection.guest_done and connection.host_done:
-            await self._reset(connection)
-
-    async def _reset(self, connection: Connection) -> None:
-        if self._forget(connection):
-            await self._put(connection, Op.RST)
-
-    def _forget(self, connection: Connection) -> bool:
-        known = self._known(connection)
-        if known:
-            del self._connections[connection.host_port, connection.guest_port]
-        self._close(connection)
-        return known
-
-    def _close(self, connection: Connection) -> None:
-        connection.close()
-        if connection.streams is None:
+    def _reset(self, connection: Connection) -> None:
+        """End the connection and tell the guest, after what it is to hear before."""
+        if connection.over:
             return
-        waiting = [*self._lingering, connection.streams[1].transport]
-        waiting = [transport for transport in waiting if transport.get_write_buffer_size()]
-        for transport in waiting[:-CONNECTIONS_MAX]:
-            transport.abort()
-        self._lingering = waiting[-CONNECTIONS_MAX:]
-
-    def _run(self, connection: Connection, streams: Streams) -> None:
-        connection.streams = streams
-        if not self._known(connection):
-            self._close(connection)
+        if connection.packets and connection.packets[0][0] == Op.REQUEST:
+            self._unlist(connection)  # the guest never heard of it
             return
-        self.spawn(self._pump_out(connection, streams[0]), "to-guest")
-        self.spawn(self._pump_in(connection, streams[1]), "to-host")
+        self._send(connection, Op.RST)
+        self._detach(connection)
+
+    def _unlist(self, connection: Connection) -> None:
+        """The guest knows, or need not know, that the connection is over: its ports are free."""
+        if not connection.listed:
+            return
+        connection.listed = False
+        self._connections.pop((connection.host_port, connection.guest_port), None)
+        self._outbox.drop(connection)
+        self._detach(connection)
+        self._places.leave(connection)
+
+    def _detach(self, connection: Connection) -> None:
+        """Nothing more is done for the connection; its host's end will be closed."""
+        if connection.over:
+            return
+        connection.over = True
+        self._to_dial.pop(connection, None)
+        self._ends.close_soon(connection)
 
     # From the guest
 
-    async def _take(self, queue: Queue) -> None:
-        async for chain in queue:
+    async def _take(self, queue: Queue, outbox: Outbox) -> None:
+        while True:
+            await outbox.wait_for_room()
+            chain = await anext(queue)
             header = chain.read(_header.size)
             if len(header) < _header.size:
                 raise GuestError("a vsock packet is smaller than its header")
@@ -339,73 +234,99 @@ class VsockDevice(Device):
             length = fields[4]
             data = chain.read(length, _header.size) if length <= BUFFER else b""
             queue.complete(chain, 0)
-            await self._packet_from_guest(fields, data)
+            self._packet_from_guest(fields, data)
 
-    async def _packet_from_guest(self, fields: tuple[int, ...], data: bytes) -> None:
+    def _packet_from_guest(self, fields: tuple[int, ...], data: bytes) -> None:
         src_cid, dst_cid, guest_port, host_port, length, kind, op, flags, alloc, forwarded = fields
         connection = self._connections.get((host_port, guest_port))
         # 5.10.6.4.1: "The guest_cid configuration field MUST be used as the source CID"; 5.10.6.4.2: "A
         # VIRTIO_VSOCK_OP_RST reply MUST be sent if a packet is received with an unknown type value."
         if src_cid != self.cid or dst_cid != HOST_CID or kind != STREAM or len(data) != length:
-            await self._refuse(host_port, guest_port, op)
+            self._refuse(host_port, guest_port, op)
             return
         if op == Op.REQUEST:
-            if connection is None and len(self._connections) < CONNECTIONS_MAX:
-                connection = Connection(host_port, guest_port)
-                connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
-                self._connections[host_port, guest_port] = connection
-                connection.dialing = self.spawn(self._dial(connection), "dial")
-            else:
-                await self._refuse(host_port, guest_port, op)
+            if connection is not None or not self._places.free_for_guest:
+                self._refuse(host_port, guest_port, op)
+                return
+            connection = self._add(host_port, guest_port, by_guest=True)
+            connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
+            self._to_dial[connection] = None
+            self._dial_next()
             return
         if connection is None:
-            await self._refuse(host_port, guest_port, op)
+            self._refuse(host_port, guest_port, op)
             return
         connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
-        connection.credit.set()
-        await self._connected(connection, op, flags, data)
+        if op == Op.RST:
+            self._unlist(connection)
+        elif not connection.over:  # else it hears so with the RST that waits for its buffers
+            connection.go_on.set()
+            self._connected(connection, op, flags, data)
 
-    async def _connected(self, connection: Connection, op: int, flags: int, data: bytes) -> None:
+    def _connected(self, connection: Connection, op: int, flags: int, data: bytes) -> None:
         match op:
             case Op.RESPONSE:
                 if connection.accepted is not None and not connection.accepted.done():
                     connection.accepted.set_result(None)
                     return
-                await self._reset(connection)
-            case Op.RST:
-                connection.gone = True
-                self._forget(connection)
+                self._reset(connection)
             case Op.SHUTDOWN:
                 if flags & SHUTDOWN_RECEIVE:
                     connection.host_done = True
                 if flags & SHUTDOWN_SEND:
                     connection.end()
-                await self._finish(connection)
+                self._ends.finish(connection)
             case Op.RW:
                 connection.received += len(data)
                 # 5.10.6.3.1: the driver keeps to the credit; one that does not loses its connection
-                if connection.received - connection.forwarded > BUFFER or connection.ended:
-                    await self._reset(connection)
+                if connection.received - connection.forwarded > connection.alloc or connection.ended:
+                    self._reset(connection)
                 elif data:
                     connection.put(data)
             case Op.CREDIT_REQUEST:
-                await self._send(connection, Op.CREDIT_UPDATE)
+                self._send(connection, Op.CREDIT_UPDATE)
             case Op.CREDIT_UPDATE:
                 return
             case _:
-                await self._reset(connection)
+                self._reset(connection)
 
-    async def _refuse(self, host_port: int, guest_port: int, op: int) -> None:
+    def _refuse(self, host_port: int, guest_port: int, op: int) -> None:
         if op != Op.RST:
-            await self._outgoing.put((None, host_port, guest_port, Op.RST, 0, b""))
+            self._outbox.refuse(host_port, guest_port)
+
+    # The guest's connections to the host
+
+    def _dial_next(self) -> None:
+        while self._to_dial and self._dials < DIALS_MAX and self.is_active:
+            connection, _ = self._to_dial.popitem(last=False)
+            self._dials += 1
+            connection.dialing = self.spawn(self._dial(connection), "dial")
+            connection.dialing.add_done_callback(self._dialed)
+
+    def _dialed(self, _: asyncio.Task[None]) -> None:
+        self._dials -= 1
+        self._dial_next()
 
     async def _dial(self, connection: Connection) -> None:
         try:
-            streams = connection.streams = await self.backend.dial(connection.host_port)
-        except OSError:
-            connection.dialing = None
-            await self._reset(connection)
+            async with asyncio.timeout(DIAL_SECONDS):
+                streams = await self.backend.dial(connection.host_port)
+            _check_streams(streams)
+        except OSError:  # a timeout is one
+            self._reset(connection)
             return
-        connection.dialing = None
-        await self._send(connection, Op.RESPONSE)
-        self._run(connection, streams)
+        except Exception as error:
+            self._ends.complain(error)
+            self._reset(connection)
+            return
+        finally:
+            connection.dialing = None
+        if not connection.over:
+            self._send(connection, Op.RESPONSE)
+        self._ends.run(connection, streams)
+
+
+def _check_streams(streams: Any) -> None:
+    reader, writer = streams
+    if not (isinstance(reader, asyncio.StreamReader) and isinstance(writer, asyncio.StreamWriter)):
+        raise TypeError(f"dial returned {type(reader).__name__} and {type(writer).__name__}, no asyncio streams")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from virtio.backends.vsock import MemoryVsock, UnixVsock, VsockBackend
-from virtio.devices.vsock import BUFFER, PACKETS_WAITING, Op, VsockDevice
+from virtio.devices.vsock import BUFFER, VsockDevice
+from virtio.devices.vsock_stream import REFUSALS_MAX, Op
 from virtio.errors import ConfigError
 
 from .conftest import Connect
@@ -167,21 +168,21 @@ async def test_the_tx_queue_is_served_without_rx_buffers(connect: Connect) -> No
         driver.memory.view(slot, HEADER.size)[:] = HEADER.pack(CID, 2, port, 9, 0, 1, Op.RW, 0, 4096, 0)
         driver.submit(1, [(slot, HEADER.size)])
 
-    for port in range(PACKETS_WAITING):
+    for port in range(REFUSALS_MAX):
         refused(port)
         await driver.used(1)
-    for port in range(PACKETS_WAITING, PACKETS_WAITING + 40):
+    for port in range(REFUSALS_MAX, REFUSALS_MAX + 40):
         refused(port)
         for _ in range(5):
             await asyncio.sleep(0)
     assert len(driver.queues[1].used()) < 40, "nothing grows without bound"
     answered = []
     room = driver.buffer(100)
-    while len(answered) < PACKETS_WAITING + 40:
+    while len(answered) < REFUSALS_MAX + 40:
         driver.submit(0, [], [room])
         await driver.used(0)
         answered.append(HEADER.unpack_from(driver.bytes_at(room))[3])
-    assert answered == list(range(PACKETS_WAITING + 40))
+    assert answered == list(range(REFUSALS_MAX + 40))
 
 
 async def test_ports_are_used_again_at_once(world: Any) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from virtio.backends.vsock import MemoryVsock, Streams, UnixVsock, VsockBackend
-from virtio.devices import vsock
-from virtio.devices.vsock import FIRST_PORT, PACKETS_WAITING, VsockDevice
+from virtio.devices import vsock, vsock_host
+from virtio.devices.vsock import FIRST_PORT, VsockDevice
+from virtio.devices.vsock_stream import REFUSALS_MAX
 
 from .conftest import Connect
 from .test_vsock import CID, Guest, Op
@@ -132,7 +133,7 @@ async def test_one_who_gave_up_does_not_end_anothers_connection(connect: Connect
     driver = connect(device)
     driver.initialize()
     opening = asyncio.ensure_future(backend.open(1024))
-    await driver.wait(lambda: opening.done() or not device._outgoing.qsize())
+    await driver.wait(lambda: opening.done() or device._connections)
     guest = Guest(driver)
     await guest.expect(Op.REQUEST)
     guest.send(1024, FIRST_PORT, Op.RST)
@@ -156,7 +157,7 @@ async def test_a_refusal_that_nobody_waits_for(connect: Connect) -> None:
     guest = Guest.__new__(Guest)
     guest.driver, guest.alloc, guest.forwarded = driver, 0, 0
     guest._slots = [driver.allocator.take(64) for _ in range(8)]
-    for _ in range(PACKETS_WAITING + 1):  # the queue, and the one that waits for a buffer
+    for _ in range(REFUSALS_MAX - 1):
         guest.send(9, 9, Op.RW)
         await driver.used(1)
     opening = asyncio.ensure_future(backend.open(1024))
@@ -176,7 +177,8 @@ async def test_a_host_that_does_not_read(
     connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """What it was sent waits for it after the guest has gone, for a bounded number of connections."""
-    monkeypatch.setattr(vsock, "CONNECTIONS_MAX", 4)
+    monkeypatch.setattr(vsock_host, "CONNECTIONS_MAX", 4)
+    monkeypatch.setattr(vsock_host, "LINGERING_MAX", 4)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / f"v_{PORT}"))
         listener.listen(100)
