@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
+C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
 .PHONY: help venv run test check docs bench soak test-kvm-rig sanitize fuzz clean
 help:            ## list the targets

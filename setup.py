@@ -68,6 +68,7 @@ setup(
     ext_modules=[
         extension("cpu._core", "cpu/native", "cpu/kvm", *CORE_FOLDERS),
         extension("virtio._ring", "virtio/native"),
+        extension("vmm._native", "vmm/native"),
     ],
     cmdclass={"build_ext": BuildNative},
 )

@@ -128,12 +128,13 @@ void blk_request_free(struct request *request)
 int blk_return(struct request *request)
 {
     RingObject *ring = request->ring;
-    int failed = 0;
-    if (!ring->closed) {
+    uint64_t length = request->chain.writable_length;
+    if (!ring->closed)
         *request->status_at = request->status;
-        uint64_t length = request->chain.writable_length;
-        failed = segments_notify(ring->memory, request->chain.segments + request->chain.readable,
-                                 request->chain.writable, length);
+    /* Also of a queue that was reset meanwhile: the kernel may have written before it was told to stop. */
+    int failed = segments_notify(ring->memory, request->chain.segments + request->chain.readable, request->chain.writable,
+                                 length);
+    if (!ring->closed) {
         ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, (uint32_t)length);
     }
     blk_request_free(request);

@@ -116,6 +116,7 @@ static PyObject *chain_readable(ChainObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *chain_writable(ChainObject *self, PyObject *Py_UNUSED(unused))
 {
+    self->exposed = true;
     return chain_views(self, self->chain.readable, self->chain.writable);
 }
 

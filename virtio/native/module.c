@@ -31,6 +31,10 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->memory = (MemoryObject *)Py_NewRef((PyObject *)memory);
+    if (ring_notify_area(self)) {
+        Py_DECREF(self);
+        return NULL;
+    }
     return (PyObject *)self;
 }
 
@@ -113,6 +117,12 @@ static PyObject *ring_py_pop_batch(RingObject *self, PyObject *limit)
     return list;
 }
 
+static int chain_notify(RingObject *self, const ChainObject *chain, uint64_t length)
+{
+    return segments_notify(self->memory, chain->chain.segments + chain->chain.readable, chain->chain.writable,
+                           chain->exposed ? chain->chain.writable_length : length);
+}
+
 static PyObject *ring_py_push(RingObject *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count < 1 || count > 2 || !PyObject_TypeCheck(args[0], &chain_type)) {
@@ -133,7 +143,7 @@ static PyObject *ring_py_push(RingObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     }
     chain->returned = true;
-    if (segments_notify(self->memory, chain->chain.segments + chain->chain.readable, chain->chain.writable, length))
+    if (chain_notify(self, chain, length))
         return NULL;
     ring_push(&self->ring, chain->chain.order, chain->chain.id, chain->chain.slots, (uint32_t)length);
     Py_RETURN_NONE;
@@ -164,7 +174,7 @@ static PyObject *ring_py_push_batch(RingObject *self, PyObject *chains)
             goto done;
         }
         chain->returned = true;
-        if (segments_notify(self->memory, chain->chain.segments + chain->chain.readable, chain->chain.writable, length))
+        if (chain_notify(self, chain, length))
             goto done;
         pending[i] = (struct pending){chain->chain.order, (uint32_t)length, chain->chain.id, chain->chain.slots, false};
     }
@@ -226,6 +236,8 @@ static PyObject *ring_py_disable(RingObject *self, PyObject *Py_UNUSED(unused))
     if (!ring_open(self))
         return NULL;
     ring_disable_notification(&self->ring);
+    if (ring_notify_area(self))
+        return NULL;
     Py_RETURN_NONE;
 }
 

@@ -29,6 +29,7 @@ typedef struct {
     RingObject *ring;
     struct chain chain; /* segments are our own copy */
     uint64_t written;   /* write cursor, bytes */
+    bool exposed;       /* writable() handed out views, so that `written` does not say what was written */
     bool returned;
 } ChainObject;
 

@@ -53,9 +53,7 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
                 pit=config.platform != "bare",
             )
         )
-        for slot, (start, buffer) in enumerate(memory.regions()):
-            vm.set_memory_slot(slot, start, buffer)
-        memory.on_written, memory.on_written_ranges = vm.memory_written, vm.memory_written_ranges
+        memory.attach(vm)
         return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.cpus)], epoch_ns)
     except BaseException:
         if vm is not None:

@@ -1,83 +1,171 @@
 """Guest memory: host buffers at guest-physical addresses, checked on every access.
 
 Layout of a PC: RAM from 0 up to the PCI hole at 3 GiB, the rest from 4 GiB on. Implements virtio's GuestMemory
-structurally. Anonymous mappings use transparent huge pages; with `hugepages` they come from the reserved pool.
-It must not know devices or cores; the builder makes memory slots from `regions`.
+structurally. A buffer stays at its host address for the memory's life; what lies behind it is the source's:
+
+- `Anonymous`: zeros of this process, with large pages where the host has them.
+- `Shared`: a memfd, which other processes may map.
+- `CopyOnWrite`: pieces of files (a snapshot, frozen memory), of which a page is copied when it is first written.
+
+`freeze()` turns the first two into the third. It must not know devices.
 """
 
 from __future__ import annotations
 
+import bisect
+import fcntl
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
+from cpu.values import dataclass
 from virtio.errors import GuestError as VirtioGuestError
+from vmm._native import Mapping, nonzero_pages, runs
 from vmm.convert import format_size
 from vmm.errors import GuestError, HostError, os_reason
 from vmm.machine.layout import HIGH_MEMORY, PCI_HOLE
 
-_MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module has it from Python 3.11 on some platforms only
+PAGE = 4096
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # asm-generic/mman-common.h; the mmap module has neither
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_MAX_PIECES = 2048
+"""Extents of one memory, and holes in its files. The host allows a process 65,530 mappings (vm.max_map_count)."""
 
 
 class OutsideMemory(GuestError, VirtioGuestError):
     """A guest-physical range that is not RAM; virtio's devices take it as their driver's error."""
 
 
+@dataclass(frozen=True, slots=True)
+class Anonymous:
+    """Zeros. With `hugepages` they come from the host's reserved pool (a memfd of it)."""
+
+    hugepages: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A memfd: `GuestMemory.shared` says where each region is in it. It has no large pages on most hosts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """[gpa, gpa + length) is what the file holds from `offset` on: whole pages all of them. The file must not change
+    while it is mapped; one that is cut short kills the process that touches what was cut."""
+
+    gpa: int
+    length: int
+    fd: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOnWrite:
+    """Extents that do not overlap; memory outside them is zeros. GuestMemory keeps descriptors of its own."""
+
+    extents: tuple[Extent, ...]
+
+
+Source = Anonymous | Shared | CopyOnWrite
+
+
+class MemoryCore(Protocol):
+    """What memory needs of a core's VM (cpu.contract.Vm)."""
+
+    def set_memory_slot(
+        self, slot: int, address: int, memory: memoryview | None, *, readonly: bool = False, log_dirty: bool = False
+    ) -> None: ...
+    def start_dirty_log(self) -> None: ...
+    def stop_dirty_log(self) -> None: ...
+    def dirty_log(self, slot: int) -> bytes: ...
+    def memory_written(self, address: int, length: int) -> None: ...
+    def memory_written_ranges(self, ranges: bytes) -> None: ...
+
+
+class _Region:
+    """One buffer: guest-physical start, what it is mapped by, and where it stands in a file that holds all memory."""
+
+    def __init__(self, start: int, mapping: Mapping, offset: int) -> None:
+        self.start, self.mapping, self.offset = start, mapping, offset
+        self.size = len(mapping)
+        self.view = memoryview(mapping)
+
+
 class GuestMemory:
     """All RAM of one machine. Loop thread, except that views may be filled by whoever holds them.
 
-    `on_written` and `on_written_ranges`, set by the builder, tell the core about writes by the VMM (Vm.memory_written).
+    `on_written` and `on_written_ranges`, set by attach(), tell the core about writes by the VMM (Vm.memory_written).
     """
 
-    def __init__(self, size: int, *, hugepages: bool = False) -> None:
-        """`size` in bytes, a multiple of 4 KiB. Raises HostError if the host refuses."""
+    def __init__(self, size: int, *, hugepages: bool = False, source: Source | None = None) -> None:
+        """`size` in bytes, a multiple of 4 KiB; `hugepages` is short for the source of that name. Raises HostError if
+        the host refuses, or an extent's file is too short or not in RAM."""
         self.size = size
-        self._maps: list[mmap.mmap] = []
-        self._regions: list[tuple[int, memoryview]] = []
+        self.source: Source = source if source is not None else Anonymous(hugepages)
         self.on_written: Callable[[int, int], None] | None = None
         self.on_written_ranges: Callable[[bytes], None] | None = None
+        self._core: MemoryCore | None = None
+        self._regions: list[_Region] = []
+        self._fd = -1  # of all memory, while it is shared
+        self._granule = PAGE
+        self._frozen = isinstance(self.source, CopyOnWrite)
+        self._extents: list[Extent] = []  # by address, when frozen; the descriptors are among _files
+        self._files: set[int] = set()
+        self._holes = 0
         low = min(size, PCI_HOLE)
         try:
-            self._add(0, low, hugepages)
+            self._open_file()
+            self._add(0, low, 0)
             if size > low:
-                self._add(HIGH_MEMORY, size - low, hugepages)
-        except OSError as error:
+                self._add(HIGH_MEMORY, size - low, low)
+            if isinstance(self.source, CopyOnWrite):
+                self._map_extents(self.source.extents)
+        except (OSError, ValueError, OverflowError) as error:
             self.close()
-            cure = (
-                "; reserve pages with sysctl vm.nr_hugepages, or leave hugepages out"
-                if hugepages
-                else "; ask for less memory"
-            )
-            raise HostError(f"memory: cannot map {format_size(size)}: {os_reason(error)}{cure}") from error
+            cure = "; ask for less memory"
+            if isinstance(self.source, Anonymous) and self.source.hugepages:
+                cure = "; reserve pages with sysctl vm.nr_hugepages, or leave hugepages out"
+            elif isinstance(self.source, CopyOnWrite):
+                cure = ""
+            reason = os_reason(error) if isinstance(error, OSError) else str(error)
+            raise HostError(f"memory: cannot map {format_size(size)}: {reason}{cure}") from error
 
-    def _add(self, start: int, size: int, hugepages: bool) -> None:
-        if hugepages:
-            descriptor = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_HUGETLB)
-            try:
-                os.ftruncate(descriptor, size)
-                mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            finally:
-                os.close(descriptor)
-        else:
-            mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-            for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
-                try:
-                    mapping.madvise(advice)
-                except OSError:
-                    pass  # a kernel without transparent huge pages: slower, nothing more
-        self._maps.append(mapping)
-        self._regions.append((start, memoryview(mapping)))
+    def _open_file(self) -> None:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        if isinstance(self.source, Anonymous) and self.source.hugepages:
+            flags = os.MFD_CLOEXEC | os.MFD_HUGETLB
+        elif not isinstance(self.source, Shared):
+            return
+        self._fd = os.memfd_create("guest-memory", flags)
+        os.ftruncate(self._fd, self.size)
+        if flags & os.MFD_HUGETLB:
+            self._granule = os.fstat(self._fd).st_blksize
 
+    def _add(self, start: int, size: int, offset: int) -> None:
+        region = _Region(start, Mapping(size, max(self._granule, 0x20_0000)), offset)
+        self._regions.append(region)
+        if self._fd >= 0:
+            region.mapping.map_file(0, size, self._fd, offset, shared=True, populate=self._granule > PAGE)
+
+    def attach(self, core: MemoryCore) -> None:
+        """Make every region a memory slot of the core's VM, and tell it of what is written. Raises CpuError."""
+        for slot, region in enumerate(self._regions):
+            core.set_memory_slot(slot, region.start, region.view)
+        self._core = core
+        self.on_written, self.on_written_ranges = core.memory_written, core.memory_written_ranges
+
+    # Access.
     def regions(self) -> list[tuple[int, memoryview]]:
-        """(guest-physical address, writable buffer) by address; they stay until close()."""
-        return list(self._regions)
+        """(guest-physical address, writable buffer) by address; they stay until close(). Region n is slot n."""
+        return [(region.start, region.view) for region in self._regions]
 
     def view(self, gpa: int, length: int) -> memoryview:
         """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise."""
-        for start, memory in self._regions:
-            offset = gpa - start
-            if 0 <= offset <= offset + length <= len(memory):
-                return memory[offset : offset + length]
+        for region in self._regions:
+            offset = gpa - region.start
+            if 0 <= offset <= offset + length <= region.size:
+                return region.view[offset : offset + length]
         raise OutsideMemory(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
 
     def read(self, gpa: int, length: int) -> bytes:
@@ -90,7 +178,8 @@ class GuestMemory:
         self.written(gpa, len(data))
 
     def written(self, gpa: int, length: int) -> None:
-        """[gpa, gpa + length) was written through a view: tell the core. *any thread*"""
+        """[gpa, gpa + length) was written through a view: tell the core, which enters it in its dirty log. Whoever
+        holds a view calls it after each write. *any thread*"""
         if self.on_written is not None:
             self.on_written(gpa, length)
 
@@ -99,18 +188,220 @@ class GuestMemory:
         if self.on_written_ranges is not None:
             self.on_written_ranges(ranges)
 
+    # What changed.
+    def start_dirty_log(self) -> None:
+        """Log every write from now on, by vCPUs and by the VMM. The machine may run. Raises CpuError."""
+        assert self._core is not None
+        self._core.start_dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        """End it and forget it. Nothing if there is none."""
+        if self._core is not None:
+            self._core.stop_dirty_log()
+
+    def take_dirty(self) -> list[tuple[int, bytes]]:
+        """For each region its address and the pages written since the last call: bit n is page n of 4 KiB, in 64-bit
+        words. The machine may run: a page that is copied after this call holds what its bit stands for, and what is
+        written later has its bit in the next answer. `vmm._native.runs` reads bitmaps. Raises CpuError."""
+        assert self._core is not None
+        return [(region.start, self._core.dirty_log(slot)) for slot, region in enumerate(self._regions)]
+
+    def present_pages(self, *, private: bool = False) -> list[tuple[int, bytes]]:
+        """For each region its address and the pages that are mapped in this process, as bitmaps: what was touched
+        (beside what the host mapped with it). `private`: those that are not a file's, so written or anonymous.
+        Raises HostError."""
+        try:
+            return [(region.start, region.mapping.present_pages(private=private)) for region in self._regions]
+        except OSError as error:
+            raise HostError(f"memory: cannot read which pages are there: {os_reason(error)}") from error
+
+    def populate(self, gpa: int, length: int, *, write: bool = False) -> None:
+        """Have whole pages in [gpa, gpa + length) mapped before they are touched; `write`: as this memory's own. It is
+        a hint: hosts before Linux 5.14 do nothing. Raises OutsideMemory. *any thread*"""
+        region, offset, length = self._pages_within(gpa, length, PAGE)
+        if length:
+            try:
+                region.mapping.advise(offset, length, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
+            except OSError:
+                pass
+
+    def discard(self, gpa: int, length: int) -> None:
+        """Give the host's memory behind whole pages of [gpa, gpa + length) back. What a guest reads there afterwards
+        is zeros, or what a file of a copy-on-write source held at first. Raises OutsideMemory."""
+        region, offset, length = self._pages_within(gpa, length, self._granule)
+        if not length:
+            return
+        try:
+            if self._fd >= 0 and not self._frozen:
+                region.mapping.advise(offset, length, mmap.MADV_REMOVE)
+            elif self._holes < _MAX_PIECES and (near := self._extents_at(region.start + offset, length)):
+                region.mapping.map_anonymous(offset, length)
+                self._holes += 1
+                self._extents[near] = _without(self._extents[near], [(region.start + offset, length)])
+            else:
+                region.mapping.advise(offset, length, mmap.MADV_DONTNEED)
+        except OSError:
+            return  # it stays as it is
+        self.written(region.start + offset, length)
+
+    def _extents_at(self, gpa: int, length: int) -> slice | None:
+        """Those of the extents that overlap the range."""
+        first = bisect.bisect_right(self._extents, gpa, key=lambda extent: extent.gpa + extent.length)
+        end = bisect.bisect_left(self._extents, gpa + length, lo=first, key=lambda extent: extent.gpa)
+        return slice(first, end) if first < end else None
+
+    def _pages_within(self, gpa: int, length: int, granule: int) -> tuple[_Region, int, int]:
+        """The region, and as an offset in it and a length the whole pages in the range."""
+        for region in self._regions:
+            offset = gpa - region.start
+            if 0 <= offset <= offset + length <= region.size:
+                first = -(-offset // granule) * granule
+                return region, first, max((offset + length) // granule * granule - first, 0)
+        raise OutsideMemory(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
+
+    # Files behind it.
+    @property
+    def shared(self) -> tuple[Extent, ...]:
+        """Where each region is in the memfd of a `Shared` source that was not frozen; else nothing."""
+        if self._fd < 0 or self._frozen:
+            return ()
+        return tuple(Extent(region.start, region.size, self._fd, region.offset) for region in self._regions)
+
+    def freeze(self) -> tuple[Extent, ...]:
+        """What memory holds now, as extents of files that never change again: another GuestMemory takes them as its
+        `CopyOnWrite` source, as often as wanted. This one goes on as such a copy itself. The descriptors are this
+        memory's, until its next freeze() or close(). Raises HostError, and memory is as it was.
+
+        vCPUs must be parked, and nothing may be on its way into memory (the host's DMA would reach the old pages);
+        other processes that map a `Shared` source must be gone. A `Shared` source takes as long as a few system calls,
+        however large it is. Else pages that are this memory's own are copied: all of an anonymous source's, later those
+        written since the last freeze().
+        """
+        if self._granule > PAGE:
+            raise HostError("memory: pages of the reserved pool cannot be shared by copies; leave hugepages out")
+        fd = -1
+        fresh: list[Extent] = []
+        try:
+            fd, pieces = self._all_shared() if self._fd >= 0 else self._copy_own()
+            try:
+                for region, offset, length in pieces:
+                    region.mapping.map_file(offset, length, fd, region.offset + offset)
+                    fresh.append(Extent(region.start + offset, length, fd, region.offset + offset))
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            except OSError:
+                if self._fd >= 0:
+                    for region, offset, length in pieces:
+                        region.mapping.map_file(offset, length, fd, region.offset + offset, shared=True)
+                    os.close(fd)
+                    fd, fresh = -1, []
+                raise
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+        except OSError as error:
+            raise HostError(f"memory: cannot freeze {format_size(self.size)}: {os_reason(error)}") from error
+        finally:
+            # Also of a failure in mid-course: what was mapped is the file's now, and holds the same.
+            if fd >= 0:
+                self._adopt(fd, fresh)
+        self._holes = 0
+        return tuple(self._extents)
+
+    def _adopt(self, fd: int, fresh: list[Extent]) -> None:
+        """`fresh` extents, all of the file `fd`, replace what extents held there."""
+        kept = _without(self._extents, [(extent.gpa, extent.length) for extent in fresh])
+        self._extents = sorted([*kept, *fresh], key=lambda extent: extent.gpa)
+        self._frozen = True
+        self._files.add(fd)
+        for unused in self._files - {extent.fd for extent in self._extents}:
+            os.close(unused)
+            self._files.discard(unused)
+
+    def _all_shared(self) -> tuple[int, list[tuple[_Region, int, int]]]:
+        return os.dup(self._fd), [(region, 0, region.size) for region in self._regions]
+
+    def _copy_own(self) -> tuple[int, list[tuple[_Region, int, int]]]:
+        """A memfd with the pages that are this memory's own, and where it is to be mapped: (region, offset, length).
+
+        Runs of pages that are near each other become one piece, and what is between is copied too, until there are few
+        enough pieces."""
+        own = [(region, region.mapping.present_pages(private=True)) for region in self._regions]
+        pieces: list[tuple[_Region, int, int]] = []
+        if self._frozen:
+            for gap in (0, 15, 255, 4095, 1 << 40):
+                pieces = [
+                    (region, first * PAGE, min(count * PAGE, region.size - first * PAGE))
+                    for region, bitmap in own
+                    for first, count in runs(bitmap, gap)
+                ]
+                if len(self._extents) + 2 * len(pieces) <= _MAX_PIECES:
+                    break
+            copied = pieces
+        else:
+            pieces = [(region, 0, region.size) for region in self._regions]
+            copied = [(r, first * PAGE, count * PAGE) for r, bitmap in own for first, count in runs(bitmap)]
+        fd = os.memfd_create("frozen-guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, self.size)
+            for region, start, length in copied:
+                part = region.view[start : start + length]
+                for first, count in runs(nonzero_pages(part)):
+                    at, end = first * PAGE, min((first + count) * PAGE, length)
+                    while at < end:
+                        at += os.pwrite(fd, part[at:end], region.offset + start + at)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, pieces
+
+    def _map_extents(self, extents: Iterable[Extent]) -> None:
+        own: dict[int, int] = {}
+        end = 0
+        for extent in sorted(extents, key=lambda extent: extent.gpa):
+            if extent.gpa < end:
+                raise ValueError(f"two extents hold {extent.gpa:#x}")
+            end = extent.gpa + extent.length
+            region = next((r for r in self._regions if r.start <= extent.gpa and end <= r.start + r.size), None)
+            if region is None:
+                raise ValueError(f"the extent {extent.gpa:#x}+{extent.length:#x} is not in memory")
+            if extent.fd not in own:
+                own[extent.fd] = fcntl.fcntl(extent.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+                self._files.add(own[extent.fd])
+            mine = Extent(extent.gpa, extent.length, own[extent.fd], extent.offset)
+            region.mapping.map_file(mine.gpa - region.start, mine.length, mine.fd, mine.offset)
+            self._extents.append(mine)
+
     def close(self) -> None:
         """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
+        self._core = self.on_written = self.on_written_ranges = None
         regions, self._regions = self._regions, []
-        for _start, memory in regions:
-            try:
-                memory.release()
-            except BufferError:
-                pass
-        maps, self._maps = self._maps, []
-        for mapping in maps:
-            try:
-                mapping.close()
-            except BufferError:
-                pass
-        self.on_written = self.on_written_ranges = None
+        for region in regions:
+            for release in (region.view.release, region.mapping.close):
+                try:
+                    release()
+                except BufferError:
+                    pass
+        descriptors, self._files = self._files, set()
+        for fd in descriptors:
+            os.close(fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._extents = []
+
+
+def _without(extents: list[Extent], taken: list[tuple[int, int]]) -> list[Extent]:
+    """Extents, by address, less the (gpa, length) ranges, also by address."""
+    starts = [gpa for gpa, _ in taken]
+    kept: list[Extent] = []
+    for extent in extents:
+        at, end = extent.gpa, extent.gpa + extent.length
+        index = max(bisect.bisect_right(starts, at) - 1, 0)
+        while at < end:
+            gpa, length = taken[index] if index < len(taken) else (end, 0)
+            until = min(max(gpa, at), end)
+            if until > at:
+                kept.append(Extent(at, until - at, extent.fd, extent.offset + at - extent.gpa))
+            at = max(until, min(gpa + length, end))
+            index += 1
+    return kept

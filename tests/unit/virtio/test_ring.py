@@ -274,6 +274,9 @@ def test_the_c_path_reports_what_it_wrote(at_once: bool) -> None:
     native_memory = _ring.Memory(memory.regions(), memory.written, ranges if at_once else None)
     queue = DriverQueue(Allocator(memory, BASE, END), 8)
     ring = _ring.Ring(native_memory, 8, queue.desc, queue.driver, queue.device)
+    area = (queue.device, 6 + 64)
+    assert memory.log == [area]  # it wrote used->flags
+    memory.log.clear()
     room = queue.allocator.take(12)
     queue.add([], [(room, 4), (room + 4, 4), (room + 8, 4)])
     chain = ring.pop()
@@ -281,8 +284,17 @@ def test_the_c_path_reports_what_it_wrote(at_once: bool) -> None:
     chain.write(b"12345")
     ring.push(chain)
     ring.needs_notification()
-    assert memory.log == [(room, 4), (room + 4, 1), (queue.device, 6 + 64)]
+    assert memory.log == [(room, 4), (room + 4, 1), area]
     assert calls == ([[(room, 4), (room + 4, 1)]] if at_once else [])
+    memory.log.clear()
+    ring.disable_notification()
+    assert memory.log == [area]
+    queue.add([], [(room, 4), (room + 4, 8)])
+    chain = ring.pop()
+    assert chain is not None
+    assert len(chain.writable()) == 2
+    ring.push(chain, 0)  # what the holder of the views wrote nobody knows
+    assert memory.log == [area, (room, 4), (room + 4, 8)]
 
 
 @pytest.mark.parametrize(
