@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -146,6 +147,19 @@ def doctor(json: Json = False) -> None:
     sys.exit(report(json=json))
 
 
+def daemon(
+    socket: Annotated[
+        Path | None, typer.Option(help="Where clients connect; by default libvirt-sock in the runtime directory.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Where definitions are kept.")] = None,
+    group: Annotated[str | None, typer.Option(help="A group whose members may connect as well.")] = None,
+) -> None:
+    """Serve virsh and whatever else speaks libvirt's protocol. Each machine is a process of its own, which stays."""
+    from cli.daemon import run_daemon
+
+    run_daemon(socket=socket, state=state, group=group)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from vmm import __version__
@@ -167,7 +181,7 @@ def build() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(vmm)
     app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
-    for command in (console, ps, stop, kill, pause, resume, doctor):
+    for command in (console, ps, stop, kill, pause, resume, doctor, daemon):
         app.command()(command)
     for name in SUB_APPS:
         try:

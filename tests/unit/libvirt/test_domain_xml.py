@@ -1,0 +1,217 @@
+"""Domain XML and configurations, both ways; what the machine does not have is refused by name."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm.config import Config
+from vmm.errors import VmmError
+from vmm.libvirt.domain_xml import read_domain
+from vmm.libvirt.errors import LibvirtError
+from vmm.libvirt.format import Live, domain_xml
+from vmm.libvirt.metadata import get_metadata, set_metadata
+from vmm.libvirt.spec import Spec, disk_name, spec_of
+
+SHELL = """<domain type='qemu'><name>t</name><uuid>0e7d2a52-0b3c-4a36-9f3c-6a5f1f0b8f60</uuid>
+<memory unit='MiB'>64</memory>%s<os><type arch='x86_64' machine='q35'>hvm</type><kernel>/k</kernel>%s</os>
+%s<devices>%s</devices></domain>"""
+
+
+def channels(name: str, channel: str) -> Path:
+    return Path("/run/x") / name / channel
+
+
+def read(text: str) -> Spec:
+    return read_domain(text, channels)
+
+
+def shell(*, life: str = "", system: str = "", top: str = "", devices: str = "") -> Spec:
+    return read(SHELL % (life, system, top, devices))
+
+
+FULL = Config.from_dict(
+    {
+        "name": "full",
+        "uuid": "0e7d2a52-0b3c-4a36-9f3c-6a5f1f0b8f60",
+        "core": "soft",
+        "cpus": 3,
+        "memory": "96M",
+        "kernel": "/boot/k",
+        "initrd": "/boot/i",
+        "cmdline": "console=ttyS0 a='b' <&>",
+        "append": "quiet",
+        "disks": ["/a.img,ro,id=one,cache=none,io=threads,format=raw",
+                  "/b.img,snapshot,queues=2,format=qcow2,transport=mmio"],
+        "nets": ["user,forward=8080:80+2222:22,mac=52:54:00:00:00:01", "tap=tap7,queues=2,mac=52:54:00:00:00:02",
+                 "unix=/n.sock,mac=52:54:00:00:00:03,pcap=/p.pcap", "user,optional,mac=52:54:00:00:00:04"],
+        "console": "socket=/c.sock,log=/c.log",
+        "hvc": True,
+        "ports": ["org.one=/1.sock", "two=/2.sock"],
+        "vsock": "/v.sock",
+        "agent": True,
+        "rng": False,
+        "timeout": 12.5,
+        "seed": 7,
+        "clock": "virtual",
+        "epoch": 86400,
+        "reboot": True,
+        "hugepages": True,
+    }
+)  # fmt: skip
+
+
+def test_a_configuration_survives_the_way_to_xml_and_back() -> None:
+    spec = spec_of(FULL)
+    again = read(domain_xml(spec, "/usr/bin/vmm"))
+    assert again.config.to_dict() == FULL.to_dict()
+    assert again == spec
+    assert again.notes == ()
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "cpus": st.integers(1, 64),
+            "memory": st.integers(2, 4096).map(lambda mib: mib << 20),
+            "cmdline": st.text(st.characters(categories=("L", "N", "P", "Zs"), max_codepoint=0x2FF)).map(str.strip),
+            "reboot": st.booleans(),
+            "rng": st.booleans(),
+            "hvc": st.booleans(),
+            "seed": st.none() | st.integers(0, 2**64 - 1),
+            "epoch": st.none() | st.integers(0, 2**40),
+        }
+    )
+)
+def test_any_configuration_survives(values: dict[str, object]) -> None:
+    config = Config.from_dict({"name": "g", "uuid": str(FULL.uuid), "kernel": "/k", **values})
+    assert read(domain_xml(spec_of(config), "/vmm")).config == config
+
+
+def test_flat_guests_and_the_bare_platform() -> None:
+    config = Config.from_dict(
+        {"name": "flat", "uuid": str(FULL.uuid), "platform": "bare", "rng": False,
+         "flat": {"path": "/f.bin", "load": 0x100000, "entry": 0x100004, "mode": "long"}}
+    )  # fmt: skip
+    assert read(domain_xml(spec_of(config), "/vmm")).config == config
+
+
+def test_what_is_live_is_said_of_the_live_only() -> None:
+    spec = spec_of(FULL)
+    live = domain_xml(spec, "/vmm", Live(7, "kvm"))
+    assert live.startswith("<domain type='kvm' id='7'>") and "<alias name='virtio-disk0'/>" in live
+    assert "id='7'" not in domain_xml(spec, "/vmm") and "<alias" not in domain_xml(spec, "/vmm")
+    assert read(live).config.disks == FULL.disks
+
+
+def test_libvirts_defaults() -> None:
+    spec = shell()
+    assert (spec.config.memory, spec.config.cpus, spec.config.reboot, spec.config.rng) == (64 << 20, 1, True, False)
+    assert spec.config.core == "soft" and spec.config.cmdline is None
+    nets = shell(devices="<interface type='network'><source network='default'/></interface>")
+    assert nets.config.nets[0].kind == "user" and nets.nets[0].network == "default"
+    assert (nets.config.nets[0].mac or "").startswith("52:54:00:")
+
+
+@pytest.mark.parametrize(
+    ("devices", "named"),
+    [
+        ("<graphics type='spice'/>", "graphics"),
+        ("<hostdev mode='subsystem'/>", "hostdev"),
+        ("<tpm model='tpm-tis'/>", "tpm"),
+        ("<sound model='ich9'/>", "sound"),
+        ("<disk type='file' device='cdrom'><source file='/i'/><target dev='vda' bus='virtio'/></disk>", "cdrom"),
+        ("<disk type='file'><source file='/i'/><target dev='hda' bus='ide'/></disk>", "ide"),
+        ("<disk type='network'><target dev='vda'/></disk>", "network"),
+        ("<disk><source file='/i'/><target dev='vda'/><iotune/></disk>", "iotune"),
+        ("<disk><driver cache='unsafe'/><source file='/i'/><target dev='vda'/></disk>", "unsafe"),
+        ("<disk><source file='/i'/><target dev='vdb'/></disk>", "vda"),
+        ("<interface type='user'><model type='e1000'/></interface>", "e1000"),
+        ("<interface type='user'><bandwidth/></interface>", "bandwidth"),
+        ("<interface type='bridge'><source bridge='br0'/></interface>", "bridge"),
+        ("<serial type='pty'><target port='1'/></serial>", "port 1"),
+        ("<rng model='virtio'><rate bytes='1'/><backend model='random'/></rng>", "rate"),
+        ("<controller type='scsi'/>", "scsi"),
+        ("<emulator surprise='1'>/x</emulator>", "surprise"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_by_name(devices: str, named: str) -> None:
+    with pytest.raises(LibvirtError, match=named):
+        shell(devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("where", "xml", "named"),
+    [
+        ("life", "<currentMemory unit='MiB'>32</currentMemory>", "currentMemory"),
+        ("life", "<vcpu current='1'>2</vcpu>", "current"),
+        ("life", "<cputune><shares>1</shares></cputune>", "cputune"),
+        ("life", "<on_crash>preserve</on_crash>", "preserve"),
+        ("life", "<vcpu>0</vcpu>", "vcpu"),
+        ("life", "<vcpu>100000</vcpu>", "cpus"),
+        ("system", "<loader type='pflash'>/x</loader>", "loader"),
+        ("top", "<features><hyperv/></features>", "hyperv"),
+        ("top", "<clock offset='localtime'/>", "localtime"),
+        ("top", "<cpu mode='custom'><feature name='vmx'/></cpu>", "feature"),
+        ("top", "<qemu:commandline xmlns:qemu='x'><qemu:arg value='-s'/></qemu:commandline>", "qemu:commandline"),
+        ("top", "<pm><suspend-to-mem enabled='yes'/></pm>", "yes"),
+    ],
+)
+def test_what_else_is_not_there_is_refused_by_name(where: str, xml: str, named: str) -> None:
+    with pytest.raises(VmmError, match=named):
+        shell(**{where: xml})
+
+
+def test_without_a_kernel_the_cure_is_told() -> None:
+    with pytest.raises(LibvirtError, match="no firmware.*<kernel>"):
+        read(
+            "<domain type='qemu'><name>t</name><memory>65536</memory><os><type>hvm</type><boot dev='hd'/></os></domain>"
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<domain",
+        "<network/>",
+        "<!DOCTYPE x [<!ENTITY a 'b'>]><domain type='qemu'><name>&a;</name></domain>",
+        "<!DOCTYPE x SYSTEM 'file:///etc/passwd'><domain/>",
+        "<domain type='qemu'>" + "<a>" * 100 + "</a>" * 100 + "</domain>",
+        "<domain type='qemu'>" + "<a/>" * 30_000 + "</domain>",
+        "<domain type='qemu'><name>" + "a" * (2 << 20) + "</name></domain>",
+        "<domain type='qemu'><name>../../x</name><memory>65536</memory>"
+        "<os><type>hvm</type><kernel>/k</kernel></os></domain>",
+    ],
+)
+def test_hostile_documents_are_refused(text: str) -> None:
+    with pytest.raises(VmmError):
+        read(text)
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_a_domain_or_an_error_of_ours(text: str) -> None:
+    with pytest.raises(VmmError):
+        read(f"<domain type='qemu'>{text}</domain>")
+
+
+@given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"))))
+def test_title_and_description_come_back(text: str) -> None:
+    spec = set_metadata(set_metadata(shell(), 0, text, None, None), 1, text, None, None)
+    again = read(domain_xml(spec, "/vmm"))
+    assert (again.title, again.description) == (text.strip(), text)
+
+
+def test_metadata_by_namespace() -> None:
+    spec = set_metadata(shell(), 2, "<app a='1'><inner>x</inner></app>", "my", "urn:my")
+    spec = set_metadata(spec, 2, "<other/>", "o", "urn:other")
+    assert "<my:app xmlns:my='urn:my' a='1'>" in domain_xml(spec, "/vmm")
+    again = read(domain_xml(spec, "/vmm"))
+    assert get_metadata(again, 2, "urn:my") == "<app a='1'>\n  <inner>x</inner>\n</app>\n"
+    removed = set_metadata(again, 2, None, None, "urn:my")
+    assert get_metadata(removed, 2, "urn:my") == "" and get_metadata(removed, 2, "urn:other") == "<other/>\n"
+
+
+def test_disks_are_named_as_the_guest_names_them() -> None:
+    assert [disk_name(index) for index in (0, 1, 25, 26, 27, 701)] == ["vda", "vdb", "vdz", "vdaa", "vdab", "vdzz"]

@@ -1,0 +1,554 @@
+"""The domains: what is defined, what runs, and how each got there. Every change tells its event, in order.
+
+A domain is persistent (it has a definition that outlives it), or transient (it is there while it runs), or both at
+once: running with one definition while the next start will use another. Machines that somebody started with `vmm run
+--name` are transient domains as well; they are looked for when clients ask for domains, and every second. Loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import json
+import logging
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vmm.config import Config
+from vmm.errors import ConfigError, HostError, StateError, VmmError
+from vmm.libvirt.domain_xml import read_domain
+from vmm.libvirt.errors import Code, From, LibvirtError
+from vmm.libvirt.events import DomainEvent, Hub, Lifecycle
+from vmm.libvirt.format import Live, domain_xml
+from vmm.libvirt.machines import START_SECONDS, Control, Process, ask, last_words
+from vmm.libvirt.spec import Spec, spec_of
+from vmm.libvirt.store import Store
+from vmm.libvirt.wire import DomainRef
+from vmm.management.registry import Entry, entries
+
+MAX_DOMAINS = 10_000
+SCAN_SECONDS = 1.0
+SETTLE_SECONDS = 30.0
+log = logging.getLogger(__name__)
+
+
+class State(enum.IntEnum):
+    """virDomainState."""
+
+    RUNNING = 1
+    PAUSED = 3
+    SHUTDOWN = 4
+    SHUTOFF = 5
+    CRASHED = 6
+
+
+class Reason(enum.IntEnum):
+    """virDomainRunningReason, virDomainPausedReason and virDomainShutoffReason, as far as they happen here."""
+
+    UNKNOWN = 0
+    BOOTED = 1
+    RESTORED = 3
+    UNPAUSED = 5
+    BY_USER = 1
+    STARTING_UP = 11
+    WAS_SHUTDOWN = 1
+    WAS_DESTROYED = 2
+    WAS_CRASHED = 3
+    WAS_SAVED = 5
+    WAS_FAILED = 6
+    WITH_DAEMON = 8
+
+
+ENDS = {
+    "shutdown": (Reason.WAS_SHUTDOWN, 0),
+    "reset": (Reason.WAS_SHUTDOWN, 0),
+    "exit": (Reason.WAS_SHUTDOWN, 0),
+    "halted": (Reason.WAS_SHUTDOWN, 0),
+    "killed": (Reason.WAS_DESTROYED, 1),
+    "signal": (Reason.WAS_DESTROYED, 1),
+    "crash": (Reason.WAS_CRASHED, 2),
+    "triple-fault": (Reason.WAS_CRASHED, 2),
+    "guest-error": (Reason.WAS_CRASHED, 2),
+}
+"""By how a machine ended: virDomainShutoffReason and virDomainEventStoppedDetailType. Everything else has failed."""
+FAILED = (Reason.WAS_FAILED, 5)
+GUEST_SHUTDOWN = 1
+"""virDomainEventShutdownDetailType: the guest did it."""
+
+
+class Domain:
+    """One domain."""
+
+    def __init__(self, name: str, identity: uuid.UUID) -> None:
+        self.name = name
+        self.uuid = identity
+        self.persistent: Spec | None = None
+        self.live: Spec | None = None
+        """What it runs with; None while it does not."""
+        self.id = -1
+        self.core = ""
+        self.state, self.reason = State.SHUTOFF, Reason.UNKNOWN
+        self.updated = False
+        """The definition was changed while it runs."""
+        self.entry: Entry | None = None
+        self.pid = 0
+        self.end: str | None = None
+        """Why it ended last."""
+        self.lock = asyncio.Lock()
+        """Held by whoever starts or ends it."""
+        self.follower: asyncio.Task[None] | None = None
+        self.ended = asyncio.Event()
+        self.extra: dict[str, Any] = {}
+        """Of the present run: what other modules remember (console holders, a job)."""
+
+    @property
+    def active(self) -> bool:
+        return self.live is not None
+
+    @property
+    def ref(self) -> DomainRef:
+        """As clients know it."""
+        return DomainRef(self.name, self.uuid.bytes, self.id)
+
+    @property
+    def spec(self) -> Spec:
+        """What it runs with, else what is defined."""
+        spec = self.live or self.persistent
+        assert spec is not None
+        return spec
+
+    def xml(self, emulator: str, *, inactive: bool = False) -> str:
+        """Its XML; `inactive`: what the next start will use."""
+        if self.live is not None and not (inactive and self.persistent is not None):
+            return domain_xml(self.live, emulator, None if inactive else Live(self.id, self.core))
+        assert self.persistent is not None
+        return domain_xml(self.persistent, emulator)
+
+    def running_entry(self) -> Entry:
+        """Raises LibvirtError if it does not run."""
+        if self.entry is None or self.live is None:
+            raise LibvirtError(Code.OPERATION_INVALID, "domain is not running")
+        return self.entry
+
+
+class Domains:
+    """All of them."""
+
+    def __init__(self, store: Store, events: Hub, launcher: Sequence[str], emulator: str) -> None:
+        """`launcher`: the command that `run` and its options are appended to."""
+        self._store, self._events = store, events
+        self._launcher, self.emulator = tuple(launcher), emulator
+        self._by_name: dict[str, Domain] = {}
+        self._ids = itertools.count(1)
+        self._processes: dict[str, Process] = {}
+        self._scanning = asyncio.Lock()
+
+    # Looking.
+
+    def all(self) -> list[Domain]:
+        """By name."""
+        return [self._by_name[name] for name in sorted(self._by_name)]
+
+    def named(self, name: str) -> Domain:
+        """Raises LibvirtError."""
+        domain = self._by_name.get(name)
+        if domain is None:
+            raise LibvirtError(Code.NO_DOMAIN, f"no domain with matching name '{name}'")
+        return domain
+
+    def with_uuid(self, identity: bytes, name: str = "") -> Domain:
+        """Raises LibvirtError."""
+        for domain in self._by_name.values():
+            if domain.uuid.bytes == identity:
+                return domain
+        text = f"no domain with matching uuid '{uuid.UUID(bytes=identity)}'" + (f" ({name})" if name else "")
+        raise LibvirtError(Code.NO_DOMAIN, text)
+
+    def with_id(self, number: int) -> Domain:
+        """Raises LibvirtError."""
+        for domain in self._by_name.values():
+            if domain.id == number and domain.active:
+                return domain
+        raise LibvirtError(Code.NO_DOMAIN, f"no domain with matching id {number}")
+
+    def of(self, ref: DomainRef) -> Domain:
+        """The domain that a client means. Raises LibvirtError."""
+        return self.with_uuid(ref.uuid, ref.name)
+
+    # Definitions.
+
+    def load(self) -> None:
+        """What is stored, when the daemon starts. What cannot be read is told and left where it is."""
+        for name in self._store.names("domains", ".xml"):
+            text = self._store.read("domains", f"{name}.xml")
+            try:
+                spec = self.read(text or "")
+                if spec.name != name:
+                    raise ConfigError(f"the file defines {spec.name}")
+            except VmmError as error:
+                log.error("domains/%s.xml: %s", name, error)
+                continue
+            domain = self._by_name[name] = Domain(name, spec.uuid)
+            domain.persistent = spec
+
+    def read(self, text: str) -> Spec:
+        """A definition from XML. Raises LibvirtError, ConfigError."""
+        return read_domain(text, self._channel)
+
+    def define(self, spec: Spec) -> Domain:
+        """Add a definition, or replace a domain's. Raises LibvirtError, HostError."""
+        domain = self._claim(spec)
+        new = domain is None
+        if domain is None:
+            domain = Domain(spec.name, spec.uuid)
+        self._store.write("domains", f"{spec.name}.xml", domain_xml(spec, self.emulator))
+        was_persistent = domain.persistent is not None
+        domain.persistent = spec
+        domain.updated = domain.active
+        self._by_name[spec.name] = domain
+        self._events.lifecycle(domain.ref, Lifecycle.DEFINED, 0 if new or not was_persistent else 1)
+        return domain
+
+    def undefine(self, domain: Domain) -> None:
+        """Raises LibvirtError, HostError."""
+        if domain.persistent is None:
+            raise LibvirtError(Code.OPERATION_INVALID, "cannot undefine transient domain")
+        self._store.remove("domains", f"{domain.name}.xml")
+        self._store.remove("autostart", domain.name)
+        domain.persistent = None
+        if not domain.active:
+            self._forget(domain)
+        self._events.lifecycle(domain.ref, Lifecycle.UNDEFINED, 0)
+
+    def rename(self, domain: Domain, name: str) -> None:
+        """Raises LibvirtError, HostError, ConfigError."""
+        if domain.active:
+            raise LibvirtError(Code.OPERATION_INVALID, "cannot rename active domain")
+        assert domain.persistent is not None
+        spec = domain.persistent.with_config(name=name, uuid=str(domain.uuid))
+        if name in self._by_name:
+            raise LibvirtError(Code.OPERATION_INVALID, f"domain with name '{name}' already exists")
+        autostart = self.autostart(domain)
+        self._store.write("domains", f"{name}.xml", domain_xml(spec, self.emulator))
+        self._store.remove("domains", f"{domain.name}.xml")
+        self._events.lifecycle(domain.ref, Lifecycle.UNDEFINED, 1)
+        del self._by_name[domain.name]
+        self._store.remove("autostart", domain.name)
+        domain.name, domain.persistent = name, spec
+        self._by_name[name] = domain
+        if autostart:
+            self.set_autostart(domain, on=True)
+        self._events.lifecycle(domain.ref, Lifecycle.DEFINED, 2)
+
+    def autostart(self, domain: Domain) -> bool:
+        return self._store.exists("autostart", domain.name)
+
+    def set_autostart(self, domain: Domain, *, on: bool) -> None:
+        """Raises LibvirtError, HostError."""
+        if domain.persistent is None:
+            raise LibvirtError(Code.OPERATION_INVALID, "cannot set autostart for transient domain")
+        if on:
+            self._store.write("autostart", domain.name, "")
+        else:
+            self._store.remove("autostart", domain.name)
+
+    def set_live(self, domain: Domain, spec: Spec) -> None:
+        """The running machine is described otherwise from now on (title, metadata). Raises HostError."""
+        domain.live = spec
+        self._remember(domain)
+
+    def replace_definition(self, domain: Domain, spec: Spec) -> None:
+        """A definition with some of its values changed; not an event of its own. Raises HostError."""
+        self._store.write("domains", f"{spec.name}.xml", domain_xml(spec, self.emulator))
+        domain.persistent = spec
+
+    # Life.
+
+    async def create(self, spec: Spec, *, paused: bool, process: Sequence[str] | None = None) -> Domain:
+        """Start a transient domain, or a persistent one with another definition for this run. Raises VmmError."""
+        domain = self._claim(spec)
+        if domain is not None and domain.active:
+            raise LibvirtError(Code.OPERATION_INVALID, f"domain '{spec.name}' is already active")
+        if domain is None:
+            domain = self._by_name[spec.name] = Domain(spec.name, spec.uuid)
+        try:
+            await self.start(domain, spec, paused=paused, process=process)
+        finally:
+            if not domain.active and domain.persistent is None:
+                self._forget(domain)
+        return domain
+
+    async def start(
+        self, domain: Domain, spec: Spec | None = None, *, paused: bool, process: Sequence[str] | None = None
+    ) -> None:
+        """Start it and wait until it runs, or stands ready. `process`: what to run instead of `run` with the
+        configuration. Raises VmmError."""
+        async with domain.lock:
+            if domain.active:
+                raise LibvirtError(Code.OPERATION_INVALID, "domain is already running")
+            spec = spec or domain.persistent
+            if spec is None:
+                raise LibvirtError(Code.NO_DOMAIN, f"no domain with matching name '{domain.name}'")
+            spec = spec.with_config(uuid=str(domain.uuid))
+            self._prepare(spec)
+            arguments = list(process) if process is not None else self._run_arguments(spec, paused=paused)
+            domain.end = None
+            started = Process.start([*self._launcher, *arguments], self._store.file("log", f"{spec.name}.log"))
+            self._processes[spec.name] = started
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    await self._started(domain, spec, started, paused=paused)
+            except TimeoutError:
+                started.kill()
+                raise HostError(f"{spec.name}: the machine was not ready within {START_SECONDS:g} s") from None
+            except asyncio.CancelledError:
+                started.kill()  # the client that asked for it went away before it was there
+                raise
+            finally:
+                if not domain.active:
+                    self._processes.pop(spec.name, None)
+
+    async def destroy(self, domain: Domain) -> None:
+        """End it at once; it is gone when this returns. Raises VmmError."""
+        entry = domain.running_entry()
+        process = self._processes.get(domain.name)
+        try:
+            await ask(entry, "kill")
+        except VmmError:
+            if process is None:
+                raise
+            process.kill()
+        await self._gone(domain)
+
+    async def _gone(self, domain: Domain) -> None:
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await domain.ended.wait()
+        except TimeoutError:
+            raise HostError(f"{domain.name}: the machine does not end") from None
+
+    async def aclose(self) -> None:
+        """The daemon ends; the machines do not."""
+        followers = [domain.follower for domain in self._by_name.values() if domain.follower is not None]
+        for follower in followers:
+            follower.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
+        for process in self._processes.values():
+            process.forget()
+
+    # Machines that are there.
+
+    async def scan(self) -> None:
+        """Take up machines that run and that no domain follows."""
+        async with self._scanning:
+            for entry in entries():
+                domain = self._by_name.get(entry.name)
+                if domain is not None and (domain.active or domain.lock.locked()):
+                    continue
+                if entry.info.get("pid") is None:
+                    continue  # it is about to begin
+                with suppress(OSError, VmmError):
+                    await self._adopt(entry, domain)
+
+    async def _adopt(self, entry: Entry, domain: Domain | None) -> None:
+        control = await Control.connect(entry)
+        try:
+            status = await control.ask("events")
+            if status["state"] in ("created", "stopped"):
+                raise StateError(f"{entry.name}: {status['state']}")
+            config = Config.from_dict((await ask(entry, "config"))["config"])
+            remembered = self._store.read_json("live", f"{entry.name}.json")
+            spec = spec_of(config)
+            number = None
+            if remembered.get("pid") == status["pid"] and (text := self._store.read("live", f"{entry.name}.xml")):
+                with suppress(VmmError):
+                    spec = replace(self.read(text), config=config)
+                    number = remembered.get("id")
+            if domain is None:
+                domain = self._by_name.get(entry.name)
+            if domain is None:
+                domain = self._by_name[entry.name] = Domain(entry.name, spec.uuid)
+            elif domain.active or domain.lock.locked():
+                raise StateError(f"{entry.name}: taken up already")
+        except BaseException:
+            control.close()
+            raise
+        if isinstance(number, int) and all(other.id != number for other in self._by_name.values()):
+            self._ids = itertools.count(max(number + 1, next(self._ids)))
+            domain.id = number
+        self._activate(domain, spec, entry, status)
+        paused = status["state"] == "paused"
+        domain.state = State.PAUSED if paused else State.RUNNING
+        domain.reason = Reason.UNKNOWN
+        if number is None:
+            self._remember(domain)
+            self._events.lifecycle(domain.ref, Lifecycle.STARTED, 0)
+        self._follow(domain, control)
+
+    # Inside.
+
+    def _claim(self, spec: Spec) -> Domain | None:
+        """The domain that a definition is for, None for a new one. Raises LibvirtError if name and UUID are two's."""
+        domain = self._by_name.get(spec.name)
+        for other in self._by_name.values():
+            if other is not domain and other.uuid == spec.uuid:
+                raise LibvirtError(
+                    Code.OPERATION_FAILED, f"domain '{other.name}' already exists with uuid {other.uuid}", From.QEMU
+                )
+        if domain is not None and domain.uuid != spec.uuid:
+            raise LibvirtError(
+                Code.OPERATION_FAILED, f"domain '{domain.name}' already exists with uuid {domain.uuid}", From.QEMU
+            )
+        if domain is None and len(self._by_name) >= MAX_DOMAINS:
+            raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_DOMAINS} domains are as many as this daemon takes")
+        return domain
+
+    def _channel(self, name: str, channel: str) -> Path:
+        return self._store.file("channel", name) / channel
+
+    def _prepare(self, spec: Spec) -> None:
+        """Files and directories of a start. Raises VmmError."""
+        spec.config.check_host()
+        for path in [port.path for port in spec.config.ports] + ([spec.config.vsock] if spec.config.vsock else []):
+            if path.is_relative_to(self._store.path / "channel"):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+        self._store.write("config", f"{spec.name}.toml", spec.config.to_toml())
+
+    def _run_arguments(self, spec: Spec, *, paused: bool) -> list[str]:
+        return [
+            "run",
+            "--config",
+            str(self._store.file("config", f"{spec.name}.toml")),
+            *(["--paused"] if paused else []),
+        ]
+
+    async def _started(self, domain: Domain, spec: Spec, process: Process, *, paused: bool) -> None:
+        """Until the machine that a process runs is there. Raises HostError with what the process said."""
+        control = await self._reach(spec, process)
+        try:
+            status = await control.ask("events")
+            wanted = "paused" if paused else "running"
+            if status["state"] != wanted:
+                while (event := await control.next_event()) is not None and event.get("state") != wanted:
+                    pass
+                if event is None:
+                    raise await self._failure(spec, process)
+        except BaseException as error:
+            control.close()
+            if isinstance(error, HostError):
+                raise await self._failure(spec, process) from error
+            raise
+        entry = next((entry for entry in entries() if entry.name == spec.name), None)
+        if entry is None:
+            control.close()
+            raise await self._failure(spec, process)
+        self._activate(domain, spec, entry, status)
+        domain.state = State.PAUSED if paused else State.RUNNING
+        domain.reason = Reason.STARTING_UP if paused else Reason.BOOTED
+        self._remember(domain)
+        self._events.lifecycle(domain.ref, Lifecycle.STARTED, 0)
+        if paused:
+            self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
+        self._follow(domain, control)
+
+    async def _reach(self, spec: Spec, process: Process) -> Control:
+        """A connection to the machine's control socket, as soon as it listens."""
+        while not process.ended.is_set():
+            for entry in entries():
+                if entry.name == spec.name and entry.info.get("pid") == process.pid:
+                    with suppress(OSError):
+                        return await Control.connect(entry)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.ended.wait(), 0.01)
+        raise await self._failure(spec, process)
+
+    async def _failure(self, spec: Spec, process: Process) -> HostError:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.ended.wait(), 5.0)
+        said = last_words(self._store.file("log", f"{spec.name}.log"))
+        return HostError(f"{spec.name}: {said or 'the machine ended at once'}")
+
+    def _activate(self, domain: Domain, spec: Spec, entry: Entry, status: dict[str, Any]) -> None:
+        domain.live, domain.entry = spec, entry
+        domain.core, domain.pid = str(status.get("core", "")), int(status["pid"])
+        if domain.id < 0:
+            domain.id = next(self._ids)
+        domain.updated = False
+        domain.ended.clear()
+        domain.extra.clear()
+
+    def _remember(self, domain: Domain) -> None:
+        assert domain.live is not None
+        self._store.write("live", f"{domain.name}.xml", domain_xml(domain.live, self.emulator))
+        self._store.write("live", f"{domain.name}.json", json.dumps({"id": domain.id, "pid": domain.pid}))
+
+    def _follow(self, domain: Domain, control: Control) -> None:
+        domain.follower = asyncio.create_task(self._hear(domain, control), name=f"follow {domain.name}")
+
+    async def _hear(self, domain: Domain, control: Control) -> None:
+        """The machine's events, to its end."""
+        outcome = None
+        try:
+            while (event := await control.next_event()) is not None:
+                match event.get("event"):
+                    case "state":
+                        self._state_changed(domain, str(event.get("state")))
+                    case "rebooted":
+                        self._events.domain(DomainEvent.REBOOT, domain.ref)
+                    case "ended":
+                        outcome = event.get("outcome")
+        finally:
+            control.close()
+        await self._ended(domain, outcome if isinstance(outcome, dict) else None)
+
+    def _state_changed(self, domain: Domain, state: str) -> None:
+        if state == "paused" and domain.state != State.PAUSED:
+            domain.state, domain.reason = State.PAUSED, Reason.BY_USER
+            self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
+        elif state == "running" and domain.state != State.RUNNING:
+            domain.state, domain.reason = State.RUNNING, Reason.UNPAUSED
+            self._events.lifecycle(domain.ref, Lifecycle.RESUMED, 0)
+
+    async def _ended(self, domain: Domain, outcome: dict[str, Any] | None) -> None:
+        process = self._processes.pop(domain.name, None)
+        if process is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.ended.wait(), SETTLE_SECONDS)
+        else:
+            await self._released(domain)
+        why = str(outcome.get("reason")) if outcome is not None else ""
+        reason, detail = ENDS.get(why, FAILED)
+        if domain.extra.get("saved"):
+            reason, detail = Reason.WAS_SAVED, 4
+        ref = domain.ref
+        domain.state, domain.reason = State.SHUTOFF, reason
+        domain.live = domain.entry = domain.follower = None
+        domain.id, domain.pid, domain.updated = -1, 0, False
+        domain.end = f"{why}: {outcome.get('detail')}" if outcome is not None else "its process ended unexpectedly"
+        for name in (f"{domain.name}.xml", f"{domain.name}.json"):
+            with suppress(HostError):
+                self._store.remove("live", name)
+        if domain.persistent is None:
+            self._forget(domain)
+        if reason == Reason.WAS_SHUTDOWN:
+            self._events.lifecycle(ref, Lifecycle.SHUTDOWN, GUEST_SHUTDOWN)
+        self._events.lifecycle(ref._replace(id=-1), Lifecycle.STOPPED, detail)
+        domain.ended.set()
+
+    async def _released(self, domain: Domain) -> None:
+        """Until the name of a machine that this daemon did not start is free."""
+        deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
+        while any(entry.name == domain.name and entry.info.get("pid") == domain.pid for entry in entries()):
+            if asyncio.get_running_loop().time() > deadline:
+                return
+            await asyncio.sleep(0.02)
+
+    def _forget(self, domain: Domain) -> None:
+        if self._by_name.get(domain.name) is domain:
+            del self._by_name[domain.name]

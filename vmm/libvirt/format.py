@@ -1,0 +1,178 @@
+"""A machine's definition as domain XML: what vmm/libvirt/domain_xml.py reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element
+
+from vmm.convert import KIB
+from vmm.libvirt.domain_xml import EXTRAS, NAMESPACE
+from vmm.libvirt.spec import TYPE_OF_CORE, Spec
+from vmm.libvirt.xmltree import add, parse, serialise
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is known only of a machine that runs."""
+
+    id: int
+    core: str
+    """Which execution core it runs on."""
+    macs: tuple[str, ...] = ()
+
+
+def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
+    """The whole document."""
+    config = spec.config
+    core = live.core if live is not None and live.core in TYPE_OF_CORE else config.core
+    root = Element("domain", {"type": TYPE_OF_CORE[core]})
+    if live is not None:
+        root.set("id", str(live.id))
+    add(root, "name", config.name)
+    add(root, "uuid", str(spec.uuid))
+    if spec.title:
+        add(root, "title", spec.title)
+    if spec.description:
+        add(root, "description", spec.description)
+    if spec.metadata:
+        root.append(parse(f"<metadata>{spec.metadata}</metadata>", "metadata"))
+    add(root, "memory", str(-(-config.memory // KIB)), unit="KiB")
+    add(root, "currentMemory", str(-(-config.memory // KIB)), unit="KiB")
+    if config.hugepages:
+        add(add(root, "memoryBacking"), "hugepages")
+    add(root, "vcpu", str(config.cpus), placement="static")
+    _os(root, spec)
+    if config.platform == "pc":
+        features = add(root, "features")
+        add(features, "acpi")
+        add(features, "apic")
+    if config.epoch is not None:
+        add(root, "clock", offset="absolute", start=config.epoch)
+    else:
+        add(root, "clock", offset="utc")
+    add(root, "on_poweroff", "destroy")
+    add(root, "on_reboot", "restart" if config.reboot else "destroy")
+    add(root, "on_crash", "destroy")
+    _devices(add(root, "devices"), spec, emulator, live)
+    _extras(root, spec)
+    return serialise(root)
+
+
+def _os(root: Element, spec: Spec) -> None:
+    config = spec.config
+    system = add(root, "os")
+    add(system, "type", "hvm", arch="x86_64", machine=config.platform)
+    if config.kernel is not None:
+        add(system, "kernel", str(config.kernel))
+    if config.initrd is not None:
+        add(system, "initrd", str(config.initrd))
+    if config.cmdline is not None:
+        add(system, "cmdline", config.cmdline)
+
+
+def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> None:
+    config = spec.config
+    add(devices, "emulator", emulator)
+    for index, disk in enumerate(config.disks):
+        name = spec.disks[index]
+        element = add(devices, "disk", type="block" if name.block else "file", device="disk")
+        driver = {"name": "qemu", "type": "raw" if disk.format == "auto" else disk.format}
+        if disk.cache != "writeback":
+            driver["cache"] = disk.cache
+        if disk.io != "auto":
+            driver["io"] = disk.io
+        if disk.queues != 1:
+            driver["queues"] = str(disk.queues)
+        add(element, "driver", **driver)
+        add(element, "source", **{"dev" if name.block else "file": str(disk.path)})
+        add(element, "target", dev=name.target, bus="virtio")
+        if disk.readonly:
+            add(element, "readonly")
+        if disk.snapshot:
+            add(element, "transient")
+        if disk.id:
+            add(element, "serial", disk.id)
+        _place(element, disk.transport, f"virtio-disk{index}" if live else None)
+    if config.platform == "pc":
+        add(devices, "controller", type="pci", index="0", model="pcie-root")
+    for index, net in enumerate(config.nets):
+        network = spec.nets[index].network
+        kind = {"user": "network" if network else "user", "tap": "ethernet", "unix": "unix"}[net.kind]
+        element = add(devices, "interface", type=kind)
+        mac = net.mac or (live.macs[index] if live is not None and index < len(live.macs) else None)
+        if mac:
+            add(element, "mac", address=mac)
+        if network:
+            add(element, "source", network=network)
+        elif net.kind == "unix":
+            add(element, "source", path=net.target)
+        if net.kind == "tap":
+            add(element, "target", dev=net.target, managed="no")
+        add(element, "model", type="virtio")
+        if net.queues != 1:
+            add(element, "driver", name="qemu", queues=net.queues)
+        if net.kind == "user":
+            add(element, "backend", type="passt")
+        for pair in net.forward.split("+") if net.forward else ():
+            host, _, guest = pair.partition(":")
+            add(add(element, "portForward", proto="tcp"), "range", start=host, to=guest)
+        _place(element, net.transport, f"net{index}" if live else None)
+    _characters(devices, spec, live)
+    if config.platform == "pc":
+        if config.vsock is not None:
+            element = add(devices, "vsock", model="virtio")
+            add(element, "cid", auto="yes")
+            add(element, "source", path=str(config.vsock))
+        add(devices, "memballoon", model="none")
+        if config.rng:
+            add(add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+        add(devices, "panic", model="pvpanic")
+
+
+def _place(element: Element, transport: str, alias: str | None) -> None:
+    if alias is not None:
+        add(element, "alias", name=alias)
+    if transport == "mmio":
+        add(element, "address", type="virtio-mmio")
+
+
+def _characters(devices: Element, spec: Spec, live: Live | None) -> None:
+    console = spec.config.console
+    for tag in ("serial", "console"):
+        element = add(devices, tag, type="unix" if console.kind == "socket" else "pty")
+        if console.kind == "socket":
+            add(element, "source", mode="bind", path=str(console.path))
+        if console.log is not None:
+            add(element, "log", file=str(console.log), append="on")
+        add(element, "target", type="isa-serial" if tag == "serial" else "serial", port=0)
+        if live is not None:
+            add(element, "alias", name="serial0")
+    if spec.config.hvc:
+        element = add(devices, "console", type="pty")
+        add(element, "target", type="virtio", port=1)
+    for port in spec.config.ports:
+        element = add(devices, "channel", type="unix")
+        add(element, "source", mode="bind", path=str(port.path))
+        add(element, "target", type="virtio", name=port.name)
+
+
+def _extras(root: Element, spec: Spec) -> None:
+    """What libvirt has no words for, if there is any."""
+    given = {}
+    plain = spec.config.to_dict()
+    defaults = type(spec.config)
+    for key in EXTRAS:
+        value = getattr(spec.config, key)
+        if key in ("vsock",) or value == getattr(defaults, key):
+            continue
+        if key == "flat":
+            flat = plain["flat"]
+            given[key] = ",".join([flat.pop("path"), *(f"{name}={content}" for name, content in flat.items())])
+        else:
+            given[key] = ("on" if value else "off") if isinstance(value, bool) else str(value)
+    nets = [(index, net) for index, net in enumerate(spec.config.nets) if not net.required or net.pcap is not None]
+    if given or nets:
+        machine = add(root, "loopvisor:machine", **{"xmlns:loopvisor": NAMESPACE, **given})
+        for index, net in nets:
+            pcap = str(net.pcap) if net.pcap is not None else None
+            add(machine, "loopvisor:net", index=index, required="yes" if net.required else "no", pcap=pcap)

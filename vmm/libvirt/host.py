@@ -1,0 +1,186 @@
+"""What the host is, as clients ask for it: processors, memory, their statistics, capabilities. Reads /proc and /sys."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree.ElementTree import Element
+
+from vmm.config import MAX_CPUS
+from vmm.libvirt.xmltree import add, serialise
+
+TICKS = os.sysconf("SC_CLK_TCK")
+CPUS = Path("/sys/devices/system/cpu")
+
+
+def _read(path: Path | str, default: str = "") -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return default
+
+
+class Topology(NamedTuple):
+    """Of the host: NUMA nodes are counted as one."""
+
+    cpus: int
+    mhz: int
+    sockets: int
+    cores: int
+    """Per socket."""
+    threads: int
+    """Per core."""
+
+
+class Processor(NamedTuple):
+    number: int
+    socket: int
+    core: int
+    siblings: str
+
+
+def processors() -> list[Processor]:
+    """Those that are online."""
+    found = []
+    for number in range(os.cpu_count() or 1):
+        place = CPUS / f"cpu{number}" / "topology"
+        if number and not (CPUS / f"cpu{number}").exists():
+            continue
+        socket, core = (_read(place / name, "0") for name in ("physical_package_id", "core_id"))
+        siblings = _read(place / "thread_siblings_list", str(number))
+        found.append(Processor(number, max(int(socket), 0), int(core), siblings))
+    return found
+
+
+def topology() -> Topology:
+    found = processors()
+    sockets = {cpu.socket for cpu in found}
+    cores = {(cpu.socket, cpu.core) for cpu in found}
+    match = re.search(r"^cpu MHz\s*:\s*([0-9]+)", _read("/proc/cpuinfo"), re.MULTILINE)
+    per_socket = max(len(cores) // max(len(sockets), 1), 1)
+    threads = max(len(found) // max(len(cores), 1), 1)
+    if len(sockets) * per_socket * threads != len(found):
+        sockets, per_socket, threads = {0}, len(found), 1
+    return Topology(len(found), int(match[1]) if match else 0, len(sockets), per_socket, threads)
+
+
+def memory() -> dict[str, int]:
+    """/proc/meminfo, in KiB by its names."""
+    found = {}
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0])
+    return found
+
+
+def cpu_times(number: int) -> dict[str, int] | None:
+    """Nanoseconds by libvirt's names, of one processor, or of all for -1. None if there is no such processor."""
+    wanted = "cpu" if number == -1 else f"cpu{number}"
+    for line in _read("/proc/stat").splitlines():
+        words = line.split()
+        if words and words[0] == wanted:
+            user, nice, system, idle, wait, irq, soft = (int(word) * (10**9 // TICKS) for word in words[1:8])
+            return {"kernel": system + irq + soft, "user": user + nice, "idle": idle, "iowait": wait}
+    return None
+
+
+def process_times(pid: int) -> tuple[int, int]:
+    """(user, system) nanoseconds of a process; zeros if it has gone."""
+    words = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if len(words) < 13:
+        return 0, 0
+    return int(words[11]) * (10**9 // TICKS), int(words[12]) * (10**9 // TICKS)
+
+
+def resident(pid: int) -> int:
+    """KiB of memory that a process has in RAM."""
+    match = re.search(r"^VmRSS:\s*([0-9]+)", _read(f"/proc/{pid}/status"), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def host_uuid() -> uuid.UUID:
+    """Belongs to the machine id."""
+    return uuid.uuid5(uuid.NAMESPACE_OID, "loopvisor host " + (_read("/etc/machine-id") or platform.node()))
+
+
+def capabilities(emulator: str, kinds: tuple[str, ...]) -> str:
+    """virConnectGetCapabilities. `kinds`: the domain types that work here, the best first."""
+    root = Element("capabilities")
+    host = add(root, "host")
+    add(host, "uuid", str(host_uuid()))
+    cpu = add(host, "cpu")
+    add(cpu, "arch", platform.machine())
+    found = topology()
+    add(cpu, "topology", sockets=found.sockets, dies=1, cores=found.cores, threads=found.threads)
+    add(cpu, "pages", unit="KiB", size=4)
+    add(cpu, "pages", unit="KiB", size=2048)
+    add(host, "power_management")
+    add(host, "iommu", support="no")
+    cell = add(add(add(host, "topology"), "cells", num=1), "cell", id=0)
+    total = memory().get("MemTotal", 0)
+    add(cell, "memory", str(total), unit="KiB")
+    add(cell, "pages", str(total // 4), unit="KiB", size=4)
+    cpus = processors()
+    listed = add(cell, "cpus", num=len(cpus))
+    for one in cpus:
+        add(listed, "cpu", id=one.number, socket_id=one.socket, die_id=0, core_id=one.core, siblings=one.siblings)
+    guest = add(root, "guest")
+    add(guest, "os_type", "hvm")
+    arch = add(guest, "arch", name="x86_64")
+    add(arch, "wordsize", "64")
+    add(arch, "emulator", emulator)
+    for name in ("pc", "q35", "bare"):
+        add(arch, "machine", name, maxCpus=MAX_CPUS, **({"canonical": "pc"} if name == "q35" else {}))
+    for kind in kinds:
+        add(arch, "domain", type=kind)
+    features = add(guest, "features")
+    add(features, "acpi", default="on", toggle="no")
+    add(features, "apic", default="on", toggle="no")
+    return serialise(root)
+
+
+def _enum(parent: Element, name: str, *values: str) -> None:
+    element = add(parent, "enum", name=name)
+    for value in values:
+        add(element, "value", value)
+
+
+def domain_capabilities(emulator: str, kind: str) -> str:
+    """virConnectGetDomainCapabilities."""
+    root = Element("domainCapabilities")
+    add(root, "path", emulator)
+    add(root, "domain", kind)
+    add(root, "machine", "pc")
+    add(root, "arch", "x86_64")
+    add(root, "vcpu", max=MAX_CPUS)
+    add(root, "iothreads", supported="no")
+    system = add(root, "os", supported="yes")
+    _enum(system, "firmware")
+    add(system, "loader", supported="no")
+    cpu = add(root, "cpu")
+    for mode in ("host-passthrough", "maximum", "host-model"):
+        add(cpu, "mode", name=mode, supported="yes")
+    add(cpu, "mode", name="custom", supported="no")
+    add(root, "memoryBacking", supported="no")
+    devices = add(root, "devices")
+    disk = add(devices, "disk", supported="yes")
+    _enum(disk, "diskDevice", "disk")
+    _enum(disk, "bus", "virtio")
+    _enum(disk, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
+    for name in ("graphics", "video", "hostdev", "filesystem", "tpm", "redirdev"):
+        add(devices, name, supported="no")
+    rng = add(devices, "rng", supported="yes")
+    _enum(rng, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
+    _enum(rng, "backendModel", "random", "builtin")
+    channel = add(devices, "channel", supported="yes")
+    _enum(channel, "type", "unix")
+    features = add(root, "features")
+    for name in ("gic", "vmcoreinfo", "genid", "backingStoreInput", "backup", "sev", "sgx"):
+        add(features, name, supported="no")
+    return serialise(root)

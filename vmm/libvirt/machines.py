@@ -1,0 +1,138 @@
+"""The daemon's hand on machines: starting one as a process of its own, asking it, hearing its events.
+
+The daemon runs no guest. Each machine is a `vmm run` in a session of its own that neither the daemon's end nor its
+terminal reaches; it is found by its name in the registry, and spoken to by its control socket. Loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.management.registry import Entry
+
+LINE_LIMIT = 1 << 20
+ANSWER_SECONDS = 15.0
+START_SECONDS = 120.0
+"""How long a machine may take to be built."""
+_KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
+
+
+class Control:
+    """One connection to a machine's control socket."""
+
+    def __init__(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._name, self._reader, self._writer = name, reader, writer
+
+    @classmethod
+    async def connect(cls, entry: Entry) -> Control:
+        """Raises OSError."""
+        reader, writer = await asyncio.open_unix_connection(str(entry.control), limit=LINE_LIMIT)
+        return cls(entry.name, reader, writer)
+
+    async def ask(self, command: str, patience: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+        """Its answer. Raises what the machine raised; HostError if it does not answer."""
+        try:
+            async with asyncio.timeout(patience):
+                self._writer.write(json.dumps({"command": command, **values}).encode() + b"\n")
+                await self._writer.drain()
+                line = await self._reader.readline()
+        except TimeoutError:
+            raise HostError(f"{self._name}: the machine does not answer") from None
+        except (OSError, ValueError) as error:
+            raise HostError(f"{self._name}: {error}") from error
+        if not line:
+            raise HostError(f"{self._name}: the machine ended before it answered")
+        answer: dict[str, Any] = json.loads(line)
+        if not answer.pop("ok", False):
+            kind = _KINDS.get(str(answer.get("kind")), HostError)
+            raise kind(str(answer.get("error")))
+        return answer
+
+    async def next_event(self) -> dict[str, Any] | None:
+        """After `ask("events")`: what happens next; None when the machine has gone."""
+        try:
+            line = await self._reader.readline()
+            event = json.loads(line) if line else None
+        except (OSError, ValueError):
+            return None
+        return event if isinstance(event, dict) else None
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._writer.close()
+
+
+async def ask(entry: Entry, command: str, patience: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+    """One question on a connection of its own. Raises VmmError."""
+    try:
+        control = await Control.connect(entry)
+    except OSError as error:
+        raise HostError(f"{entry.name}: {os_reason(error)}") from error
+    try:
+        return await control.ask(command, patience, **values)
+    finally:
+        control.close()
+
+
+class Process:
+    """A machine's process that this daemon started. `ended` is set when it has gone."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.ended = asyncio.Event()
+        self._descriptor = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._descriptor, self._reap)
+
+    @classmethod
+    def start(cls, command: Sequence[str], log: Path) -> Process:
+        """Run it in a session of its own, with its messages in a log. Raises OSError."""
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            actions = [
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, descriptor, 2),
+            ]
+            defaults = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE}
+            pid = os.posix_spawn(
+                command[0], list(command), os.environ, file_actions=actions, setsid=True, setsigdef=defaults
+            )
+        finally:
+            os.close(descriptor)
+        return cls(pid)
+
+    def kill(self) -> None:
+        """At once."""
+        if not self.ended.is_set():
+            with suppress(OSError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+    def forget(self) -> None:
+        """The process goes on; this daemon does not look any more. Idempotent."""
+        if self._descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _reap(self) -> None:
+        with suppress(OSError):
+            os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
+        self.forget()
+        self.ended.set()
+
+
+def last_words(log: Path) -> str:
+    """The last line that a machine's process wrote, without who says it."""
+    try:
+        lines = [line for line in log.read_bytes()[-4096:].decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    return lines[-1].removeprefix("vmm: ").strip() if lines else ""
