@@ -1,5 +1,5 @@
 """User-mode instructions against the host's processor, natively and in a guest of its KVM: registers, flags, memory and
-faults of a seeded sample.
+faults of a seeded sample. On a host that is not AMD's, what both vendors' manuals define (test_vendors.py).
 
 The long campaign over many seeds is ``python -m tests.support.oracle --seconds 3600``.
 """

@@ -2,10 +2,10 @@
  * prefixes, immediates) on registers and memory filled with edge values. */
 #include <string.h>
 
-#include "oracle.h"
+#include "form.h"
 
 enum { PREFIX_NONE, PREFIX_66, PREFIX_F3, PREFIX_F2 };
-enum { F_TF = 0x100, F_DF = 0x400, F_AC = 0x40000, F_STATUS = 0x8D5 };
+
 
 /* ---- values ---- */
 static const uint64_t integers[] = {
@@ -171,7 +171,7 @@ static void fill_fx(struct rng *r, uint8_t *fx)
 }
 
 /* ---- encoding ---- */
-static bool has_modrm(unsigned map, unsigned opcode, bool mode32)
+bool insn_has_modrm(unsigned map, unsigned opcode, bool mode32)
 {
     if (map == MAP_0F38 || map == MAP_0F3A)
         return true;
@@ -195,7 +195,7 @@ static bool has_modrm(unsigned map, unsigned opcode, bool mode32)
            opcode == 0xF6 || opcode == 0xF7 || opcode == 0xFE || opcode == 0xFF || (mode32 && (opcode == 0x62 || opcode == 0xC4 || opcode == 0xC5));
 }
 
-static unsigned immediate_bytes(unsigned map, unsigned opcode, unsigned modrm, bool operand16, bool rex_w, bool address32, bool mode32)
+unsigned insn_immediate_bytes(unsigned map, unsigned opcode, unsigned modrm, bool operand16, bool rex_w, bool address32, bool mode32)
 {
     unsigned z = operand16 && !rex_w ? 2 : 4;
     if (map == MAP_0F3A)
@@ -312,8 +312,9 @@ static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s,
         area[520] = rng_below(r, 3) ? 3 : (uint8_t)rng_below(r, 4);
         area[527] = 0x80;
     }
-    if (rng_one_in(r, 10)) /* not components that the host may have */
-        area[rng_below(r, 8) ? 521 + rng_below(r, 55) : 514 + rng_below(r, 6)] ^= (uint8_t)(1 << rng_below(r, 8));
+    if (rng_one_in(r, 10)) /* not components that a processor may have: bits 24 to 55 */
+        area[rng_below(r, 8) ? 528 + rng_below(r, 48) : rng_below(r, 2) ? 523 + rng_below(r, 4) : 515 + rng_below(r, 4)] ^=
+            (uint8_t)(1 << rng_below(r, 8));
     if (rng_one_in(r, 16))
         insn->ea += rng_below(r, 64);
     s->gpr[6 | (insn->rex & 1) << 3] = insn->ea;
@@ -427,7 +428,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
     insn->map = (uint8_t)map;
     insn->opcode = (uint8_t)opcode;
     insn->prefix = (uint8_t)prefix;
-    insn->has_modrm = has_modrm(map, opcode, mode32);
+    insn->has_modrm = insn_has_modrm(map, opcode, mode32);
     insn->offset = rng_one_in(r, 8) ? 0x1000 - 1 - rng_below(r, 12) : 0x800 + rng_below(r, 64);
     unsigned form = modrm >= 0 ? (unsigned)modrm : (unsigned)rng_below(r, 256);
     if (modrm < 0 && rng_below(r, 2))
@@ -480,7 +481,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
     } else {
         insn->ea = any_address(r);
     }
-    unsigned imm = immediate_bytes(map, opcode, form, insn->operand16, rex_w, address32, mode32);
+    unsigned imm = insn_immediate_bytes(map, opcode, form, insn->operand16, rex_w, address32, mode32);
     if (insn->has_modrm) {
         if (form >= 0xC0 || (map == MAP_0F && opcode >= 0x20 && opcode <= 0x23)) {
             insn->modrm = (uint8_t)form;

@@ -1,26 +1,27 @@
 /* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu] [--programs N]
+ *        [--rules amd|intel] [--host native|intel]
+ * oracle vendors
  *
  * BACKEND: core (the software core beside native execution), kvm (the software core beside the host's KVM at CPL 3; exit
  * status 4 if there is none) or direct (the FPU's operations beside native execution). Goes through every slot of the
  * opcode maps --per-slot times (x87 and groups more often) and prints each difference, then "compared N differences M".
  * Exit status 1 if there was one. kvm: a difference is one that native execution does not contradict; the others are
- * counted as "KVM alone N".
+ * counted as "KVM alone N". "not compared N": cases in which the vendors have nothing in common
+ * (those that are #UD on the core are not counted).
  *
  * --programs: run that many short programs instead of single instructions.
- *
- * UNDERFLOW: with an unmasked underflow or overflow the core's PE and UE in MXCSR are not exact when #XM is raised: it
- * runs the operation masked, and the masked response can lose bits that an unmasked one would keep.
+ * --rules: compare with a host of that vendor (see vendors.h); the default is what CPUID says. Programs are made for them.
+ * --host intel: native execution is changed to what an Intel processor may do (foreign.c).
+ * vendors: print the table of differences.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "oracle.h"
+#include "vendors.h"
 
 static const char *const names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                       "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
-enum { F_COMPARED = 0xCD5 /* the status flags and DF: the kernel does not give back all others as they were */ };
-
 static unsigned differences, limit = 40;
 static uint32_t shown[MAP_COUNT * 256 * 4];
 
@@ -32,34 +33,10 @@ static void print_bytes(const char *what, const uint8_t *p, unsigned n)
     printf("\n");
 }
 
-/* Flags that are overwritten before anybody reads them need not be exact in between. */
-static uint64_t compared_flags(const struct insn *insn, const struct cpu_state *want)
-{
-    return insn->program && want->vector != 3 ? 0 : F_COMPARED;
-}
-
-/* x87 pointers are stored only while an exception is pending; other bytes are all compared. */
-static bool equal(const struct insn *insn, const struct cpu_state *want, const struct cpu_state *got, const struct memory *mem_want,
-                  const struct memory *mem_got)
-{
-    uint64_t flags = compared_flags(insn, want);
-    bool same = want->vector == got->vector && want->rip == got->rip && (want->rflags & flags) == (got->rflags & flags) &&
-                memcmp(want->gpr, got->gpr, (insn->mode32 ? 8 : 16) * 8) == 0 && memcmp(want->fx, got->fx, 416) == 0 &&
-                memcmp(mem_want, mem_got, sizeof *mem_want) == 0;
-    /* Linux hides the rest of the error code of a kernel address from the process. */
-    bool hidden = want->vector == 14 && want->cr2 >> 47;
-    /* Operands of several pieces (and both of CMPS) may fault at any of them: only the page counts. */
-    bool pieces = (insn->map == MAP_ONE && (insn->opcode & 0xF8) == 0xD8) || (insn->map == MAP_ONE && (insn->opcode & 0xFE) == 0xA6) ||
-                  (insn->map == MAP_0F && (insn->opcode == 0xAE || insn->opcode == 0xF7));
-    if (want->vector == 14 && (pieces ? (want->cr2 ^ got->cr2) >> 12 != 0 : want->cr2 != got->cr2))
-        same = false;
-    return same && (hidden || want->error == got->error);
-}
-
 static void show(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *want, const struct cpu_state *got,
                  const struct memory *before, const struct memory *mem_want, const struct memory *mem_got)
 {
-    uint64_t flags = compared_flags(insn, want);
+    uint64_t flags = F_STATUS | F_DF;
     uint32_t *count = &shown[(insn->map * 256u + insn->opcode) * 4u + insn->prefix];
     if ((++*count > 2 && !insn->program) || ++differences > limit)
         return;
@@ -99,59 +76,38 @@ static void show(const struct insn *insn, const struct cpu_state *in, const stru
     printf("\n");
 }
 
-/* What the sides may not be compared in is made equal: MXCSR_MASK (the host has misaligned SSE), PE and UE (UNDERFLOW). */
-static void excuse(const struct insn *insn, const struct cpu_state *in, struct cpu_state *host, struct memory *host_memory,
-                   const struct cpu_state *got, const struct memory *memory)
+static enum rules rules;
+static bool kvm, foreign;
+static unsigned long compared, different, alone, not_compared;
+
+/* The core did `got`: is it what `other` does? */
+static bool agrees(void (*other)(const struct insn *, struct cpu_state *, struct memory *), const struct insn *insn,
+                   const struct cpu_state *in, const struct cpu_state *got, const struct memory *before, const struct memory *memory,
+                   struct cpu_state *host, struct memory *host_memory)
 {
-    memcpy(host->fx + 28, got->fx + 28, 4);
-    if (insn->program)
-        return;
-    if (insn->map == MAP_0F && (insn->opcode == 0xAE || insn->opcode == 0xC7) && insn->ea >= DATA_BASE && insn->ea < DATA_BASE + DATA_WRITABLE - 32)
-        memcpy(host_memory->data + insn->ea - DATA_BASE + 28, memory->data + insn->ea - DATA_BASE + 28, 4); /* FXSAVE's... */
-    if (host->vector == 19 && (in->fx[25] & 12) != 12)
-        host->fx[24] = (uint8_t)((host->fx[24] & ~0x30) | (got->fx[24] & 0x30));
-    if (host->vector == 19 && insn->map == MAP_0F3A && (insn->opcode & 0xFE) == 0x40) /* DPPS, DPPD: in stages */
-        host->fx[24] = got->fx[24];
+    struct freedom f;
+    *host = *in;
+    *host_memory = *before;
+    other(insn, host, host_memory);
+    struct event e = {insn, form_of(insn->bytes, insn->mode32), in, host, got, before, host_memory, memory};
+    freedom_of(rules, &e, &f);
+    not_compared += f.everything && got->vector != 6;
+    return outcomes_equal(&e, &f);
 }
 
-static bool kvm;
-static unsigned long compared, different, alone;
-
-/* The core did `got`: is it what the host does? */
 static void judge(const struct insn *insn, const struct cpu_state *in, const struct cpu_state *got, const struct memory *before,
                   const struct memory *memory)
 {
-    static struct cpu_state host;
-    static struct memory host_memory;
-    enum { MM = 2 }; /* MXCSR bit 17, misaligned SSE: the host takes it, and then means something else */
+    static struct cpu_state host, native;
+    static struct memory host_memory, native_memory;
     compared++;
-    if (kvm) {
-        host = *in;
-        host_memory = *before;
-        kvm_run(insn, &host, &host_memory);
-        excuse(insn, in, &host, &host_memory, got, memory);
-        if (equal(insn, &host, got, &host_memory, memory))
-            return;
-        /* A KVM without hardware virtualization emulates some instructions itself, and not all as the processor does. */
-        struct cpu_state native = *in;
-        static struct memory native_memory;
-        native_memory = *before;
-        native_run(insn, &native, &native_memory);
-        excuse(insn, in, &native, &native_memory, got, memory);
-        if (equal(insn, &native, got, &native_memory, memory)) {
-            alone++;
-            return;
-        }
-    } else {
-        host = *in;
-        host_memory = *before;
-        native_run(insn, &host, &host_memory);
-        excuse(insn, in, &host, &host_memory, got, memory);
-        if (equal(insn, &host, got, &host_memory, memory))
-            return;
-    }
-    if (host.fx[26] & MM)
+    if (agrees(kvm ? kvm_run : foreign ? foreign_run : native_run, insn, in, got, before, memory, &host, &host_memory))
         return;
+    /* A KVM without hardware virtualization emulates some instructions itself, and not all as the processor does. */
+    if (kvm && agrees(native_run, insn, in, got, before, memory, &native, &native_memory)) {
+        alone++;
+        return;
+    }
     different++;
     show(insn, in, &host, got, before, &host_memory, memory);
 }
@@ -161,8 +117,14 @@ int main(int argc, char **argv)
     kvm = argc > 1 && strcmp(argv[1], "kvm") == 0;
     bool core = kvm || (argc > 1 && strcmp(argv[1], "core") == 0), mode32 = false, fpu = false;
     unsigned long seed = 1, per_slot = 2, only_map = 99, only_opcode = 256, programs = 0;
+    rules = vendors_host_rules();
+    if (argc == 2 && strcmp(argv[1], "vendors") == 0) {
+        vendors_print();
+        return 0;
+    }
     if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
-        fprintf(stderr, "usage: oracle core|kvm|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]\n");
+        fprintf(stderr, "usage: oracle core|kvm|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]"
+                        " [--rules amd|intel] [--host native|intel]\n       oracle vendors\n");
         return 2;
     }
     for (int i = 2; i < argc; i++) {
@@ -183,6 +145,10 @@ int main(int argc, char **argv)
             only_opcode = strtoul(value, NULL, 0);
         else if (strcmp(argv[i], "--programs") == 0)
             programs = strtoul(value, NULL, 0);
+        else if (strcmp(argv[i], "--rules") == 0)
+            rules = strcmp(value, "amd") == 0 ? RULES_AMD : RULES_COMMON;
+        else if (strcmp(argv[i], "--host") == 0)
+            foreign = strcmp(value, "intel") == 0;
         else if (strcmp(argv[i], "--limit") == 0)
             limit = (unsigned)strtoul(value, NULL, 0);
         i++;
@@ -203,7 +169,7 @@ int main(int argc, char **argv)
         struct insn insn;
         static struct cpu_state in, got;
         struct rng one = {seed * 0x100000001B3 + n};
-        generate_program(&one, mode32, &insn, &in);
+        generate_program(&one, mode32, rules == RULES_COMMON, &insn, &in);
         got = in;
         memory = before;
         core_run(&insn, &got, &memory);
@@ -236,6 +202,7 @@ int main(int argc, char **argv)
     }
     if (kvm)
         printf("KVM alone %lu\n", alone);
+    printf("not compared %lu\n", not_compared);
     printf("compared %lu differences %lu\n", compared, different);
     return different != 0;
 }

@@ -2,8 +2,9 @@
  * core from the same state, and every register, flag, byte of memory and fault is compared.
  *
  * native.c runs one instruction in this process under signal handlers; guest.c runs it in a vCPU at CPL 3, of the
- * software core (core.c) or of the host's KVM (kvm.c); direct.c calls the FPU's operations without decoder; generate.c makes the instructions, sequence.c programs
- * of several; main.c compares.
+ * software core (core.c) or of the host's KVM (kvm.c); direct.c calls the FPU's operations without decoder; generate.c
+ * makes the instructions, sequence.c programs of several. vendors.c and vendors_fpu.c say where processors of AMD and Intel
+ * may differ, compare.c compares under that, foreign.c makes an Intel host of an AMD one; main.c runs it all.
  */
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -62,11 +63,13 @@ static inline bool rng_one_in(struct rng *r, unsigned n) { return rng_below(r, n
  * the two sides do not share, an extension that the core does not offer). */
 bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
               struct insn *insn, struct cpu_state *state, struct memory *memory);
+bool insn_has_modrm(unsigned map, unsigned opcode, bool mode32);
+unsigned insn_immediate_bytes(unsigned map, unsigned opcode, unsigned modrm, bool operand16, bool rex_w, bool address32, bool mode32);
 void any_registers(struct rng *r, struct cpu_state *state, bool mode32);
 void fill_memory(struct rng *r, struct memory *memory);
 
-/* sequence.c: insn is a whole program */
-void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_state *state);
+/* sequence.c: insn is a whole program. common: one whose result is defined for every vendor's processors. */
+void generate_program(struct rng *r, bool mode32, bool common, struct insn *insn, struct cpu_state *state);
 
 /* native.c */
 void native_init(void);

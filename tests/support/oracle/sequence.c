@@ -4,12 +4,13 @@
  */
 #include <string.h>
 
-#include "oracle.h"
+#include "vendors.h"
 
 struct program {
     struct rng *r;
     struct insn *insn;
-    bool mode32, x87;
+    bool mode32, x87, common;
+    unsigned undefined; /* common: status flags that some vendor's manual leaves undefined here */
 };
 
 /* General registers that programs change. RSP, the data pointer (R14 or ESI) and the loop counter (R15 or EBP) they do not. */
@@ -174,9 +175,47 @@ static void one_instruction(struct program *p)
     }
 }
 
-void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_state *state)
+/* Looks at what was put since `start`. In a program for every vendor a comparison comes before what reads undefined flags.
+ * False: something that does not belong there, and all since `start` is taken back. */
+static bool settle(struct program *p, unsigned start)
 {
-    struct program p = {r, insn, mode32, rng_one_in(r, 4)};
+    struct insn *insn = p->insn;
+    if (!p->common)
+        return true;
+    unsigned before = p->undefined;
+    for (unsigned at = start; at < insn->length;) {
+        struct form x = form_of(insn->bytes + at, p->mode32);
+        if (vendors_unfit_for_programs(&x)) {
+            insn->length = start;
+            p->undefined = before;
+            return false;
+        }
+        if (form_reads(&x) & p->undefined) {
+            memmove(insn->bytes + at + 2, insn->bytes + at, insn->length - at);
+            insn->bytes[at] = 0x39; /* CMP */
+            insn->bytes[at + 1] = (uint8_t)(0xC0 | rng_below(p->r, 64));
+            insn->length += 2;
+            at += 2;
+            p->undefined = 0;
+        }
+        p->undefined = (p->undefined & ~form_writes(&x)) | vendors_undefined_flags(&x, vendors_shift_count(&x, NULL));
+        at += x.length;
+    }
+    return true;
+}
+
+static void settled_instruction(struct program *p)
+{
+    unsigned start;
+    do {
+        start = p->insn->length;
+        one_instruction(p);
+    } while (!settle(p, start));
+}
+
+void generate_program(struct rng *r, bool mode32, bool common, struct insn *insn, struct cpu_state *state)
+{
+    struct program p = {.r = r, .insn = insn, .mode32 = mode32, .x87 = rng_one_in(r, 4), .common = common};
     memset(insn, 0, sizeof *insn);
     memset(state, 0, sizeof *state);
     insn->mode32 = mode32;
@@ -190,17 +229,22 @@ void generate_program(struct rng *r, bool mode32, struct insn *insn, struct cpu_
     memcpy(state->fx + 24, &mxcsr, 4);
     while (insn->length < 64) {
         if (rng_one_in(r, 3)) { /* Jcc over the next instruction, mostly behind a comparison */
+            unsigned start = insn->length;
             if (rng_below(r, 3))
                 encode(&p, (unsigned[]){0x39, 0x38, 0x3B, 0x85, 0x84}[rng_below(r, 5)], -1, NO_MEMORY, 0);
-            unsigned at = insn->length + 1;
             put(&p, 0x70 + rng_below(r, 16));
             put(&p, 0);
-            one_instruction(&p);
+            settle(&p, start);
+            unsigned at = insn->length - 1, not_taken = p.undefined;
+            settled_instruction(&p);
+            p.undefined |= not_taken;
             insn->bytes[at] = (uint8_t)(insn->length - at - 1);
         } else {
-            one_instruction(&p);
+            settled_instruction(&p);
         }
     }
+    if (p.undefined & F_CF) /* which DEC keeps */
+        put(&p, 0x39), put(&p, 0xC0);
     /* DEC of the counter, JNZ to the start; in 64-bit mode with R15 */
     if (!mode32)
         put(&p, 0x49), put(&p, 0xFF), put(&p, 0xCF);
