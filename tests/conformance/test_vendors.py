@@ -1,8 +1,8 @@
 """The rules by which the software core is compared with a host of another vendor than its guest sees.
 
-An Intel host is made of this one: natively executed results are changed wherever the table (tests/support/oracle/vendors.c)
-says that an Intel processor may do something else. The rules for Intel hosts accept all of that, those for AMD hosts do
-not, and neither accept a wrong result.
+An Intel host is made of this one: natively executed results are changed wherever the table
+(tests/support/oracle/vendors.c) says that an Intel processor may do something else. The rules for Intel hosts accept
+all of that, those for AMD hosts do not, and neither accept a wrong result.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ SHIFT, MISC, LEGACY, X87, FAST, STATE = (
     for name in ("interp/exec_shift", "interp/exec_misc", "interp/exec_legacy", "fpu/x87", "fpu/x87_fast", "fpu/state")
 )
 MUTANTS = {
-    "carry of MUL": (SHIFT, "uint64_t over = (UINT(bits))(r >> (bits)) != 0;", "uint64_t over = r == 0;", "0", "0xF7", "64"),
+    "carry of MUL": (
+        SHIFT, "uint64_t over = (UINT(bits))(r >> (bits)) != 0;", "uint64_t over = r == 0;", "0", "0xF7", "64",
+    ),
     "carry of SHR": (
         SHIFT, "cf = (bits) < 32 && n > (bits) ? 0 : (uint64_t)a >> (n - 1) & 1;", "cf = 0;", "0", "0xC1", "64",
     ),
     "carry of BT": (
         MISC, "unsigned bit = REG8(u->r1) & (u->size * 8u - 1);\n    flags_set_co(c, v >> bit & 1, flag_of(c));",
-        "unsigned bit = REG8(u->r1) & (u->size * 8u - 1);\n    flags_set_co(c, v >> bit & 2, flag_of(c));", "1", "0xAB", "64",
+        "unsigned bit = REG8(u->r1) & (u->size * 8u - 1);\n    flags_set_co(c, v >> bit & 2, flag_of(c));",
+        "1", "0xAB", "64",
     ),
     "zero flag of BSF": (MISC, "c->lf[0] = v ? r | 0x100 : 0;", "c->lf[0] = 1;", "1", "0xBC", "64"),
     "a digit of DAA": (MISC, "if (old > 0x99 || flag_cf(c)) {", "if (old > 0x9A || flag_cf(c)) {", "0", "0x27", "32"),
@@ -35,8 +38,12 @@ MUTANTS = {
         LEGACY, "push(c, u->size, c->seg[u->aux].selector)", "push(c, u->size, c->seg[u->aux].selector ^ 1u)",
         "0", "0x1E", "32",
     ),
-    "conditions of FCOM": (FAST, "leave(f, status(), CC);\n    while", "leave(f, status(), C1);\n    while", "0", "0xD8", "64"),
-    "what FNSTSW stores": (X87, "memcpy(ctx->mem, &ctx->fpu->sw, 2);", "memcpy(ctx->mem, &ctx->fpu->cw, 2);", "0", "0xDD", "64"),
+    "conditions of FCOM": (
+        FAST, "leave(f, status(), CC);\n    while", "leave(f, status(), C1);\n    while", "0", "0xD8", "64",
+    ),
+    "what FNSTSW stores": (
+        X87, "memcpy(ctx->mem, &ctx->fpu->sw, 2);", "memcpy(ctx->mem, &ctx->fpu->cw, 2);", "0", "0xDD", "64",
+    ),
     "tags of FXSAVE": (STATE, "put(image, 4, &tag, 2);", "put(image, 5, &tag, 1);", "1", "0xAE", "64"),
 }  # fmt: skip
 """Wrong results: file, what stands there, what then does; map, opcode and mode of the instruction."""

@@ -4,8 +4,8 @@ The C program (see oracle.h) generates instructions and compares the host's proc
 run a seeded sample; ``python -m tests.support.oracle --seconds 3600`` is the long campaign: it takes new seeds in both
 modes until the time is over, and prints every difference with what reproduces it.
 
-On an AMD host, the vendor that the software core shows, everything is compared; on another one what both vendors' manuals
-define (vendors.h).
+On an AMD host, the vendor that the software core shows, everything is compared; on another one what both vendors'
+manuals define (vendors.h).
 """
 
 from __future__ import annotations
