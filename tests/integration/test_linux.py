@@ -163,7 +163,7 @@ def test_every_way_to_end(tmp_path: Path, stock_core: str, do: str, append: str,
 def test_default_command_line_of_each_core(tmp_path: Path, stock_core: str) -> None:
     done = command(tmp_path, "run", "--core", stock_core, "--kernel", str(debian.kernel()), "--print-cmdline")
     software = " cryptomgr.notests no_timer_check" if stock_core == "soft" else ""
-    assert done.stdout == f"console=ttyS0 panic=-1 reboot=panic_warm{software}\n"
+    assert done.stdout == f"console=ttyS0,115200n8r panic=-1 reboot=panic_warm{software}\n"
 
 
 @pytest.mark.parametrize("protocol", ["linux64", "vmlinux", "pvh", "bzimage"])

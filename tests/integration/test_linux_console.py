@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -50,6 +51,28 @@ def test_shell_on_a_terminal_poweroff_is_status_0(runtime: Path) -> None:
         session.type(b"poweroff -f\n")
         assert session.wait(BOOT) == 0
         assert session.restored
+
+
+def test_a_script_is_typed_whole(runtime: Path) -> None:
+    """It is there before the guest's driver is, which clears FIFOs and reads blindly as it starts."""
+    script = "".join(f"echo M$((1000+{number}))\n" for number in range(200)) + "exit\n"
+    done = vmm(runtime, "run", "linux", input=script, stdin=None, timeout=BOOT)
+    assert done.returncode == 0
+    assert re.findall(r"^M(\d+)\r?$", done.stdout, re.MULTILINE) == [str(1000 + number) for number in range(200)]
+
+
+async def test_input_of_any_size_and_pace_arrives(runtime: Path, image: catalog.Image) -> None:
+    """More than Linux' driver takes within one interrupt (128 KiB) and than its tty buffers."""
+    size = int(os.environ.get("LOOPVISOR_CONSOLE_BYTES", "140000"))
+    async with run("linux", name="") as vm:
+        await vm.console.expect(PROMPT, BOOT)
+        await vm.console.write(f"stty -echo; echo RE''ADY; head -c {size} | tr -d '\\n' | wc -c; stty echo\n")
+        await vm.console.expect(rb"READY\r\n", BOOT)
+        line = b"x" * 99 + b"\n"
+        await vm.console.write(line * (size // len(line)))
+        assert int((await vm.console.expect(rb"(\d+)\r\n", BOOT))[1]) == size // 100 * 99
+        await vm.console.write("echo af''ter\n")
+        await vm.console.expect(rb"after", BOOT)
 
 
 def test_panic_is_status_3(runtime: Path) -> None:

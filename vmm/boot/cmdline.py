@@ -2,7 +2,7 @@
 
 | parameter | why |
 |---|---|
-| `console=ttyS0` | the console that `vmm` shows |
+| `console=ttyS0,115200n8r` | the console that `vmm` shows; `r`: a tty that is behind drops RTS, so no input is lost |
 | `panic=-1` | a panicked kernel resets at once instead of spinning for ever |
 | `reboot=panic_warm` | that reset, and no other, sets the warm-boot flag at 0x472: so a panic is told from a reboot |
 | `cryptomgr.notests` | software core: the boot-time crypto self-tests are two thirds of all instructions up to /init |
@@ -15,7 +15,7 @@ from collections.abc import Set
 
 from cpu.contract import Capability
 
-COMMON = ("console=ttyS0", "panic=-1", "reboot=panic_warm")
+COMMON = ("console=ttyS0,115200n8r", "panic=-1", "reboot=panic_warm")
 INTERPRETED = ("cryptomgr.notests", "no_timer_check")
 
 

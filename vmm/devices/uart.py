@@ -2,8 +2,15 @@
 
 The line is infinitely fast: the transmitter is always empty, the character time-out is over at once. Data writes are
 posted; LSR, IIR, MSR and the plain registers are read from shadows, with read-to-clear values where the data sheet
-has them. Received characters come from a CharacterPort as fast as the guest reads them, 16 at a time. Interrupts
-reach the PC's interrupt line only while OUT2 is set, as on the PC/AT's adapter.
+has them. Interrupts reach the PC's interrupt line only while OUT2 is set, as on the PC/AT's adapter.
+
+Received characters come from a CharacterPort, 16 at a time, as fast as the guest reads them. The interrupt line falls
+each time that the guest has emptied the FIFO, as it does on hardware: the interrupt controllers see edges, and a driver
+that leaves its handler while characters still come is called again by the next one. After BURST characters the line is
+quiet for GAP_NS, so that a driver's handler ends and what waits for the processor gets it.
+
+Characters wait in the port until a driver listens: it has enabled the receive interrupt, or it polls the line status.
+A driver that starts clears FIFOs and reads the data register blindly; nothing that was typed before is lost to that.
 Knows nothing of consoles or sockets.
 """
 
@@ -16,12 +23,17 @@ from typing import Annotated, ClassVar
 from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine.bus import Register, RegisterMap
-from vmm.machine.interfaces import Assembly, CharacterPort, Machine
+from vmm.machine.interfaces import Assembly, CharacterPort, Machine, TimerHandle
 from vmm.state.fields import U8, U16
 
 COM1, COM1_GSI = 0x3F8, 4
 COM2, COM2_GSI = 0x2F8, 3
 FIFO_SIZE = 16
+BURST, GAP_NS = 256, 200_000
+"""Linux' handler takes 256 characters at a time, and reports too much work after 512 times without a pause."""
+POLLS = 4
+"""This many reads of LSR, with no other access between them, are a driver that polls. Linux' start-up reads LSR twice
+at most between other accesses, among which are blind reads of the data register."""
 
 # 8.4 Interrupt enable register
 IER_RDA, IER_THRE, IER_RLS, IER_MSI = 1, 2, 4, 8
@@ -71,9 +83,10 @@ class UartState:
     last: U8
     overrun: bool
     thre_pending: bool
-    kept: Annotated[bytes, range(FIFO_SIZE * 64 + 1)]
-    """Input that the guest cleared away before it read any."""
-    untouched: bool
+    kept: Annotated[bytes, range(FIFO_SIZE + 1)]
+    """Characters that were cleared away while no driver listened."""
+    polled: bool
+    touched: bool
     msr_delta: Annotated[int, range(0x10)]
     inputs: U8
     throttled: bool
@@ -86,6 +99,7 @@ class Uart:
 
     def __init__(self, machine: Machine, base: int, gsi: int, port: CharacterPort | None, name: str) -> None:
         self._port = port
+        self._clock = machine.clock
         self._irq = machine.irq_line(gsi)
         self._ier = self._lcr = self._mcr = self._scratch = 0
         self._divisor = 12
@@ -95,9 +109,14 @@ class Uart:
         """(character, its LSR_PE, LSR_FE, LSR_BI)"""
         self._last = 0
         self._kept = b""
-        """Input that a guest cleared away before it ever read any: it only initialised its UART, so it gets it
-        afterwards. Without this the first characters of piped input would be lost."""
-        self._untouched = True
+        """Characters of the FIFO that were cleared away while no driver listened: they come first when one does."""
+        self._polls = 0
+        self._polled = self._touched = False
+        """A driver polls; it has read a character."""
+        self._waiting = False
+        """The port has input, as far as we know."""
+        self._burst = 0
+        self._gap: TimerHandle | None = None
         self._overrun = 0
         self._thre_pending = False
         self._msr_delta = 0
@@ -128,18 +147,19 @@ class Uart:
         self._shadow_iir = shadow(2, self._thre_seen)
         self._shadow_lcr = shadow(3)
         self._shadow_mcr = shadow(4)
-        self._shadow_lsr = shadow(5, self._errors_seen)
+        self._shadow_lsr = shadow(5, self._status_seen)
         self._shadow_msr = shadow(6, self._deltas_seen)
         self._shadow_scratch = shadow(7)
         self._shown: dict[str, tuple[int, int | None]] = {}
         self._update()
         if port is not None:
-            port.set_receiver(self._fill)
+            port.set_receiver(self._arrived)
 
     # What arrives from the guest.
 
     def posted(self, offset: int, size: int, data: bytes) -> None:
         """Writes to the data register, merged."""
+        self._polls = 0
         if self._lcr & LCR_DLAB:
             self._divisor = self._divisor & 0xFF00 | data[-1]
         elif self._mcr & MCR_LOOP:
@@ -161,12 +181,13 @@ class Uart:
     def _read_data(self) -> int:
         if self._lcr & LCR_DLAB:
             return self._divisor & 0xFF
-        self._untouched = False
+        self._polls = 0
         if self._received:
             self._last = self._received.popleft()[0]
+            self._touched = True
+            self._update()  # the line falls with the last character, so that the next one makes an edge
             if not self._received:
                 self._fill()
-            self._update()
         return self._last
 
     def _read_ier(self) -> int:
@@ -180,6 +201,8 @@ class Uart:
             if value & IER_THRE and not self._ier & IER_THRE:
                 self._thre_pending = True
             self._ier = value & 0x0F
+        self._polls = 0
+        self._fill()
         self._update()
 
     def _read_iir(self) -> int:
@@ -189,9 +212,10 @@ class Uart:
         return value
 
     def _write_fcr(self, value: int) -> None:
+        self._polls = 0
         if bool(value & FCR_ENABLE) != self._fifos:
             self._fifos = bool(value & FCR_ENABLE)
-            self._clear_received()
+            self._keep_received()  # the switch clears the FIFO; Linux makes it with its receive interrupt on already
         if self._fifos:
             self._trigger = TRIGGER[value >> 6 & 3]
             if value & FCR_CLEAR_RX:
@@ -204,6 +228,7 @@ class Uart:
     def _write_lcr(self, value: int) -> None:
         began = value & LCR_BREAK and not self._lcr & LCR_BREAK
         self._lcr = value
+        self._polls = 0
         if began:
             if self._mcr & MCR_LOOP:
                 self._receive(0, LSR_BI)
@@ -217,15 +242,18 @@ class Uart:
         self._throttled = value & (MCR_DTR | MCR_RTS | MCR_LOOP) == MCR_DTR and bool(
             self._throttled or self._mcr & MCR_RTS
         )
+        if value & MCR_LOOP and not self._mcr & MCR_LOOP:
+            self._keep_received()  # the line is cut off; what came over it is not mixed with the loop's own
         self._mcr = value & 0x1F
+        self._polls = 0
         self._modem_changed(before)
         self._fill()
         self._update()
 
     def _read_lsr(self) -> int:
         value = self._line_status()
-        if value & LSR_ERRORS:
-            self._errors_seen()
+        if value & LSR_ERRORS or self._hides_input():
+            self._status_seen()
         return value
 
     def _read_msr(self) -> int:
@@ -244,10 +272,15 @@ class Uart:
         self._thre_pending = False
         self._update()
 
-    def _errors_seen(self) -> None:
+    def _status_seen(self) -> None:
         self._overrun = 0
         if self._received and self._received[0][1]:
             self._received[0] = (self._received[0][0], 0)
+        if self._hides_input():
+            self._polls += 1
+            if self._polls >= POLLS:
+                self._polled, self._touched = True, False
+                self._fill()
         self._update()
 
     def _deltas_seen(self) -> None:
@@ -269,22 +302,59 @@ class Uart:
         self._modem_changed(before)
         self._update()
 
+    def _arrived(self) -> None:
+        """The port has input where it had none."""
+        self._waiting = True
+        if self._gap is None:
+            self._fill()
+        self._update()
+
+    def _listens(self) -> bool:
+        """A driver takes what is received."""
+        return self._polled or bool(self._ier & IER_RDA)
+
+    def _hides_input(self) -> bool:
+        """There is input, and nobody has asked for it yet."""
+        return not (self._received or self._listens()) and (self._waiting or bool(self._kept))
+
     def _fill(self) -> None:
-        """Take input while there is room, so that nothing is ever lost to an overrun."""
-        if self._port is None or self._throttled or self._mcr & MCR_LOOP:
+        """Take input while there is room and somebody listens, so that nothing is ever lost to an overrun."""
+        if self._port is None or self._throttled or self._mcr & MCR_LOOP or not self._listens():
+            return
+        if self._burst >= BURST:
+            self._pause()
             return
         room = (FIFO_SIZE if self._fifos else 1) - len(self._received)
         if room > 0:
             data, self._kept = self._kept[:room], self._kept[room:]
-            data += self._port.read(room - len(data))
+            wanted = room - len(data)
+            data += self._port.read(wanted)
+            self._waiting = len(data) == room
             if data:
+                self._burst += len(data)
                 self._received.extend((character, 0) for character in data)
                 self._update()
+            else:
+                self._burst = 0
+
+    def _pause(self) -> None:
+        if self._gap is None:
+            self._gap = self._clock.call_at(self._clock.now_ns() + GAP_NS, self._gap_over)
+
+    def _gap_over(self) -> None:
+        self._gap = None
+        self._burst = 0
+        self._fill()
+
+    def _keep_received(self) -> None:
+        self._kept = bytes(character for character, errors in self._received if not errors) + self._kept
+        self._received.clear()
 
     def _clear_received(self) -> None:
-        if self._untouched and not self._mcr & MCR_LOOP:
-            self._kept = bytes(character for character, errors in self._received if not errors) + self._kept
+        if not self._mcr & MCR_LOOP and not (self._touched if self._polled else self._ier & IER_RDA):
+            self._keep_received()
         self._received.clear()
+        self._polled = False
 
     def _receive(self, character: int, errors: int) -> None:
         """A character that cannot wait: 8.3, a full FIFO keeps what it has, a single register is overwritten."""
@@ -350,7 +420,8 @@ class Uart:
         self._show("iir", self._shadow_iir, iir, iir if iir & 0x0F == IIR_THRE else None)
         self._show("lcr", self._shadow_lcr, self._lcr)
         self._show("mcr", self._shadow_mcr, self._mcr)
-        self._show("lsr", self._shadow_lsr, lsr, lsr & ~LSR_ERRORS if lsr & LSR_ERRORS else None)
+        told = lsr & LSR_ERRORS or self._hides_input()
+        self._show("lsr", self._shadow_lsr, lsr, lsr & ~LSR_ERRORS if told else None)
         self._show("msr", self._shadow_msr, modem | self._msr_delta, modem if self._msr_delta else None)
         self._show("scr", self._shadow_scratch, self._scratch)
         self._irq.set(not iir & IIR_NONE and bool(self._mcr & MCR_OUT2))
@@ -367,7 +438,8 @@ class Uart:
             ier=self._ier, lcr=self._lcr, mcr=self._mcr, scratch=self._scratch, divisor=self._divisor,
             fifos=self._fifos, trigger=self._trigger, received=tuple(self._received), last=self._last,
             overrun=bool(self._overrun), thre_pending=self._thre_pending, kept=self._kept,
-            untouched=self._untouched, msr_delta=self._msr_delta, inputs=self._inputs, throttled=self._throttled,
+            polled=self._polled, touched=self._touched, msr_delta=self._msr_delta, inputs=self._inputs,
+            throttled=self._throttled,
         )  # fmt: skip
 
     def restore(self, state: UartState) -> None:
@@ -376,10 +448,14 @@ class Uart:
         self._received = deque(state.received)
         self._last, self._overrun = state.last, LSR_OE if state.overrun else 0
         self._thre_pending, self._msr_delta = state.thre_pending, state.msr_delta
-        self._kept, self._untouched = state.kept, state.untouched
+        self._kept, self._polled, self._touched = state.kept, state.polled, state.touched
+        self._polls = 0
+        self._burst = BURST  # what waits in the port comes when the machine runs
         self._inputs, self._throttled = state.inputs & 0xF0, state.throttled
         self._shown.clear()
         self._update()
+        if self._port is not None:
+            self._pause()
 
 
 def attach(assembly: Assembly) -> None:
