@@ -20,7 +20,7 @@ if os.environ.get("LOOPVISOR_SANITIZE"):
 CORE_FOLDERS = sorted({str(path.parent) for path in Path("cpu/soft").rglob("*.[ch]")})
 GUESTS = Path("images/guests")
 GUEST_LINK = ["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"]
-INIT_SOURCES = ["images/init/agent.c", "images/init/init.c"]
+INIT_SOURCES = sorted(glob.glob("images/init/*.c"))
 INIT_FLAGS = ["-m64", "-std=gnu11", "-Os", "-Wall", "-Wextra", "-ffreestanding", "-fno-stack-protector", "-fno-pic",
               "-mno-red-zone", "-fno-asynchronous-unwind-tables"]
 FLAT = {"real": ["-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary", "-Wl,-e,start"]}

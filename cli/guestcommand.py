@@ -15,7 +15,7 @@ from vmm.console.terminal import CHUNK, Output, RawMode, in_foreground
 from vmm.errors import HostError, os_reason
 
 if TYPE_CHECKING:
-    from vmm.guest.agent import GuestProcess, GuestStream
+    from vmm.guest.process import GuestProcess, GuestStream
     from vmm.vm import VirtualMachine
 
 
@@ -23,7 +23,8 @@ async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
     """Run it in a machine that runs; its exit status, or 128 + signal. Raises VmmError if the guest went away."""
     on_terminal = os.isatty(0) and os.isatty(1) and in_foreground(0)
     raw = RawMode(0)
-    async with await vm.start_process(*arguments, terminal=terminal_size() if on_terminal else None) as process:
+    words = map(os.fsencode, arguments)  # the bytes that the shell gave us, whatever the locale made of them
+    async with await vm.start_process(*words, terminal=terminal_size() if on_terminal else None) as process:
         vm.timeline.mark("command")
         async with _signals(process, on_terminal):
             feeding = asyncio.create_task(_feed(process), name="stdin")

@@ -14,6 +14,7 @@ MODULES = (
     "vmm.config",
     "vmm.console.hub",
     "vmm.guest.agent",
+    "vmm.guest.process",
     "vmm.events",
     "vmm.lifecycle",
     "vmm.timeline",

@@ -1,7 +1,7 @@
 """Build an image from its recipe, without root and without booting anything.
 
 An image is a directory of the cache, named by what went into it: the recipe, the packages' hashes, our init. The same
-inputs give the same bytes. images/NAME.json names the current build; it changes only after the build is whole.
+inputs give the same bytes. A pointer (images/built.py) names the current build; it changes when the build is whole.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from images import busybox, cache, debian, packages
 from images import kernel as kernels
 from images import recipe as recipes
-from images.built import Built, current, is_name
+from images.built import Built, built_names, current, is_name, outdated, pointer_name, recipe_names
 from images.errors import ImageError
 from images.kernel import guest_init
 from images.packages import Package
 
-FORMAT = 4
+FORMAT = 5
 """Counts up when the builder itself changes what it makes."""
 BUILDING = "builds"
 """The lock that builds share, so that nothing is pruned under them."""
@@ -33,11 +33,11 @@ STEPS = 4
 
 @cache.host_errors()
 def build(name: str, progress: Progress | None = None) -> Built:
-    """Build a recipe, or find that its build is up to date. Safe when several run at once or one is killed. Raises
-    ImageError."""
+    """Build a recipe, or find that its build is up to date. A name that is no recipe of ours is that of an image built
+    before, whose recipe is kept with it. Safe when several run at once or one is killed. Raises ImageError."""
     cache.sweep()
     tell = progress or (lambda what, done, total: None)
-    recipe = recipes.load(name)
+    recipe = _recipe(name)
     name = Path(name).stem if name.endswith(".toml") else name
     if not is_name(name):
         raise ImageError(f"{name!r} is no name for an image; name the file with letters, digits, - and _", "config")
@@ -69,9 +69,16 @@ def build(name: str, progress: Progress | None = None) -> Built:
         with cache.workspace() as work:
             pointer = work / "pointer"
             pointer.write_text(json.dumps({"directory": place.name}))
-            cache.publish(pointer, place.parent / f"{name}.json")
+            cache.publish(pointer, place.parent / pointer_name(name))
         tell("done", STEPS, STEPS)
     return Built(name, key, place, recipe)
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if not name.endswith(".toml") and name not in recipe_names() and (before := current(name) or outdated(name)):
+        recipes.check(before.recipe)
+        return before.recipe
+    return recipes.load(name)
 
 
 def _wanted(recipe: dict[str, Any]) -> tuple[list[Package], list[Package]]:
@@ -97,8 +104,9 @@ def prune() -> int:
 def _prune() -> int:
     cache.sweep()
     kept, packages_kept = set(), set()
-    for pointer in cache.directory("images").glob("*.json"):
-        built = current(pointer.stem)
+    for name in built_names():
+        _unlink_pointers(name, keep=pointer_name(name) if current(name) else "")
+        built = current(name)
         if built:
             kept.add(built.directory.name)
             packages_kept |= set(json.loads((built.directory / "manifest.json").read_text())["packages"].values())
@@ -124,11 +132,18 @@ def size_on_disk(directory: Path) -> int:
 def remove(name: str) -> bool:
     """Forget a build; False if there was none. Raises ImageError."""
     with cache.lock(f"image-{name}"):
-        built = current(name)
-        (cache.directory("images") / f"{name}.json").unlink(missing_ok=True)
-        if built:
+        found = [built for built in (current(name), outdated(name)) if built is not None]
+        _unlink_pointers(name)
+        for built in found:
             shutil.rmtree(built.directory, ignore_errors=True)
-        return built is not None
+        return bool(found)
+
+
+def _unlink_pointers(name: str, keep: str = "") -> None:
+    folder = cache.directory("images")
+    for path in [folder / f"{name}.json", *folder.glob(f"{name}@*.json")]:
+        if path.name != keep:
+            path.unlink(missing_ok=True)
 
 
 def _key(recipe: dict[str, Any], wanted: list[Package]) -> str:

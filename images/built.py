@@ -1,7 +1,12 @@
-"""What has been built, and where the cache is: all that running an image needs of the builder, and quick to load."""
+"""What has been built, and where the cache is: all that running an image needs of the builder, and quick to load.
+
+images/NAME@INIT.json names the current build of an image for one version of our init: several installations share a
+cache, and an image whose init this one does not know is built again before it is run.
+"""
 
 import json
 import os
+from binascii import crc32
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,22 +41,51 @@ def is_name(name: str) -> bool:
     return name[:1].isalnum() and name.replace("-", "").replace("_", "").isalnum() and len(name) <= 40
 
 
+def init_version() -> str:
+    """Names our init by its content; "none" in a tree where nothing is built yet."""
+    try:
+        data = (HERE / "init" / "guest-init.bin").read_bytes()
+    except OSError:
+        return "none"
+    return f"{crc32(data):08x}"
+
+
+def pointer_name(name: str) -> str:
+    """The file that names an image's current build for this version of our init."""
+    return f"{name}@{init_version()}.json"
+
+
 def built_names() -> list[str]:
-    """What was built, from our recipes or the user's."""
+    """What was built, from our recipes or the user's, by whichever version of our init."""
+    return sorted({name.removesuffix(".json").partition("@")[0] for name in _pointers()})
+
+
+def current(name: str) -> Built | None:
+    """The last whole build of a recipe with this version of our init, or None; does not ask apt."""
+    return _read(name, pointer_name(name)) if is_name(name) else None
+
+
+def outdated(name: str) -> Built | None:
+    """The last whole build of a recipe with another version of our init, or None."""
+    if not is_name(name):
+        return None
+    mine = [item for item in _pointers() if item.removesuffix(".json").partition("@")[0] == name]
+    found = [built for item in mine if item != pointer_name(name) and (built := _read(name, item)) is not None]
+    return max(found, key=lambda built: (built.directory / "manifest.json").stat().st_mtime, default=None)
+
+
+def _pointers() -> list[str]:
     try:
         names = os.listdir(cache_directory() / "images")
     except OSError:
         return []
-    return sorted(name[:-5] for name in names if name.endswith(".json") and is_name(name[:-5]))
+    return [item for item in names if item.endswith(".json") and is_name(item.removesuffix(".json").partition("@")[0])]
 
 
-def current(name: str) -> Built | None:
-    """The last whole build of a recipe, or None; does not ask apt."""
-    if not is_name(name):
-        return None
+def _read(name: str, file_name: str) -> Built | None:
     images = cache_directory() / "images"
     try:
-        pointer = json.loads((images / f"{name}.json").read_text())
+        pointer = json.loads((images / file_name).read_text())
         place = images / pointer["directory"]
         manifest = json.loads((place / "manifest.json").read_text())
     except (OSError, ValueError, KeyError):

@@ -41,7 +41,8 @@ def names() -> list[tuple[str, str, bool]]:
     found = []
     for name in sorted({*built.recipe_names(), *built.built_names()}):
         made = built.current(name)
-        described = recipe.load(name) if name in built.recipe_names() else made.recipe if made is not None else None
+        kept = made or built.outdated(name)
+        described = recipe.load(name) if name in built.recipe_names() else kept.recipe if kept is not None else None
         if described is not None:
             found.append((name, str(described.get("description", "")), made is not None))
     return found + [(name, guests.description(name), True) for name in guests.names()]
@@ -50,7 +51,8 @@ def names() -> list[tuple[str, str, bool]]:
 def resolve(name: str, *, build: bool = False, progress: Progress | None = None) -> Image:
     """The image of that name, or a kernel file by its path (anything with a slash, or an existing file).
 
-    A recipe that was never built is built when `build` is set; otherwise ImageError says how.
+    A recipe that was never built, or only with another version of our init, is built when `build` is set; otherwise
+    ImageError says how.
     """
     try:
         path = guests.path(name)
@@ -62,9 +64,11 @@ def resolve(name: str, *, build: bool = False, progress: Progress | None = None)
     from images import built  # a tiny guest starts without it
 
     found = built.current(name)
-    if found is None and name in built.recipe_names():
+    before = built.outdated(name) if found is None else None
+    if found is None and (before is not None or name in built.recipe_names()):
         if not build:
-            raise ImageError(f"image {name} is not built yet; run: vmm images build {name}", "config")
+            what = "was built by another version of vmm" if before is not None else "is not built yet"
+            raise ImageError(f"image {name} {what}; run: vmm images build {name}", "config")
         from images import builder
 
         found = builder.build(name, progress)

@@ -23,8 +23,17 @@ from images.programs import run, tool
 from images.tree import Tree
 
 STAGED = ("var/cache/apt/archives", "var/lib/apt/lists")
-LEFT_OUT = ("doc", "man", "locale", "info")
-"""Below /usr/share."""
+LEFT_OUT = ("doc/*/*", "man/*/*", "locale/*/*", "info/*")
+"""Below /usr/share. Directories stay, for scripts of packages make files and links in them."""
+MAN_SECTIONS = range(1, 10)
+GIVEN_UP = re.compile(r"dpkg: error processing (?:package|archive) (\S+)")
+COMPLAINT = re.compile(
+    r"(?i)\berror\b|cannot|can't|could not|failed|fatal|unable|no such file|not found|denied|no space"
+)
+COMPLAINT_LINES = 20
+"""How far before dpkg's own message a script's complaint may stand."""
+FOLLOWING = re.compile(r"Sub-process|setup failed|mmdebstrap failed|.* failed: E: |apt-get .*failed$|run_chroot")
+"""Errors that only say that something else failed."""
 STAGES = re.compile(r"I: ((?:running apt-get update|downloading|extracting|installing|creating)\b.*?)\.*$")
 """The lines of mmdebstrap that tell its user something."""
 
@@ -61,7 +70,10 @@ def _install(root: dict[str, Any], debs: dict[Package, Path], work: Path, tell: 
     """mmdebstrap's tar file."""
     command = [tool("mmdebstrap", "mmdebstrap"), "--variant=minbase", "--format=tar"]
     command += ["--include", ",".join(root["include"]), '--aptopt=Acquire::Languages "none"']
-    command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in LEFT_OUT]
+    # dpkg(1): "*" matches slashes as well, and a directory that a package brings is made unless its own name matches.
+    command += [f"--dpkgopt=path-exclude=/usr/share/{name}" for name in LEFT_OUT]
+    sections = " ".join(f'"$1/usr/share/man/man{section}"' for section in MAN_SECTIONS)
+    command += ["--setup-hook", f'mkdir -p "$1/usr/share/info" {sections}']
     sources: list[str] = []
     if debs:
         _stage(debs, root["suite"], work)
@@ -77,9 +89,21 @@ def _install(root: dict[str, Any], debs: dict[Package, Path], work: Path, tell: 
     command += [root["suite"], str(archive), *sources]
     status, _, lines = run(command, environment=environment, told=lambda line: _stage_told(line, tell))
     if status:
-        why = [line.removeprefix("E: ") for line in lines if line.startswith("E:")] or ["no message"]
-        raise ImageError(f"mmdebstrap failed: {why[0]}")
+        raise ImageError(f"mmdebstrap failed: {reason(lines)}")
     return archive
+
+
+def reason(lines: list[str]) -> str:
+    """The line of a failed mmdebstrap that says why: of a package's script what it complained of last before dpkg gave
+    the package up, else the first error that does not only say that a program failed."""
+    for index, line in enumerate(lines):
+        if match := GIVEN_UP.match(line):
+            before = [item for item in lines[max(0, index - COMPLAINT_LINES) : index] if COMPLAINT.search(item)]
+            said = (before or [" ".join(item.strip() for item in lines[index + 1 : index + 2])])[-1].strip()
+            return f"package {match[1]}: {said or 'its script failed without a word'}"
+    errors = [line.removeprefix("E:").strip() for line in lines if line.startswith("E:")]
+    telling = [error for error in errors if not FOLLOWING.match(error)]
+    return (telling or errors or [line for line in lines if line.strip()][-1:] or ["no message"])[0]
 
 
 def _stage_told(line: str, tell: Callable[[str], None]) -> None:

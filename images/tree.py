@@ -124,7 +124,10 @@ class Tree:
 def _tool(command: list[str], environment: dict[str, str]) -> None:
     status, out, errors = run(command, environment=environment)
     if status:
-        raise ImageError(f"{command[0]} failed: {([*out.splitlines(), *errors] or ['no message'])[-1]}")
+        lines = [*out.splitlines(), *errors] or ["no message"]
+        full = next((line for line in lines if "allocate" in line or "No space" in line), None)
+        what = f"{full}; make root.size_mib larger" if full else lines[-1]
+        raise ImageError(f"{os.path.basename(command[0])} failed: {what}")
 
 
 def _newc(number: int, mode: int, links: int, data: bytes, path: str, device: tuple[int, int]) -> bytes:

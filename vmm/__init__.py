@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmm.console.hub import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
-    from vmm.guest.agent import ExecResult, GuestProcess
+    from vmm.guest.process import ExecResult, GuestProcess
     from vmm.launch import run
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.vm import VirtualMachine
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "vmm.guest.agent": ("ExecResult", "GuestProcess"),
+    "vmm.guest.process": ("ExecResult", "GuestProcess"),
     "vmm.config": ("Config", "Disk", "FlatImage", "Net"),
     "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),

@@ -32,7 +32,9 @@ from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
     from virtio.device import Device
-    from vmm.guest.agent import Agent, ExecResult, GuestProcess
+    from vmm.guest.agent import Agent
+    from vmm.guest.frames import Text
+    from vmm.guest.process import ExecResult, GuestProcess
 
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
@@ -238,10 +240,11 @@ class VirtualMachine:
     def device(self, name: str) -> Device:
         """A virtio device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng",
         "vsock", or one of `devices`. StateError if there is none."""
+        resources = self._live()
         try:
-            if self._built is None or self._resources is None:
+            if self._built is None:
                 raise KeyError(name)
-            return self._resources.device(name)  # type: ignore[no-any-return]
+            return resources.device(name)  # type: ignore[no-any-return]
         except KeyError:
             raise StateError(f"this machine has no virtio device {name!r} now") from None
 
@@ -258,25 +261,35 @@ class VirtualMachine:
 
     @property
     def agent(self) -> Agent:
-        """The guest's agent. StateError if this machine has none, or has ended."""
-        agent = self._resources.agent if self._resources is not None else None
-        if agent is None:
+        """The guest's agent. StateError if this machine has none, is not built or has ended."""
+        if not self.config.agent:
             raise StateError("this machine has no guest agent; set agent=True and run an image that has it")
+        agent = self._live().agent
+        assert agent is not None
         return agent
 
-    async def exec(self, *arguments: str, **options: Any) -> ExecResult:
+    def _live(self) -> Resources:
+        """What the machine has, unless it has ended or is about to. Raises StateError."""
+        end = self._outcome or (self._end if self.ending else None)
+        if end is not None:
+            raise StateError(f"the machine has ended: {end.detail or end.reason.value}")
+        if self._resources is None:
+            raise StateError("the machine is not built yet")
+        return self._resources
+
+    async def exec(self, *arguments: Text, **options: Any) -> ExecResult:
         """Run a program in the guest to its end: vmm.guest.agent.Agent.exec."""
         return await self.agent.exec(*arguments, **options)
 
-    async def start_process(self, *arguments: str, **options: Any) -> GuestProcess:
+    async def start_process(self, *arguments: Text, **options: Any) -> GuestProcess:
         """Start a program in the guest: vmm.guest.agent.Agent.start_process."""
         return await self.agent.start_process(*arguments, **options)
 
-    async def copy_in(self, source: Path | str, target: str) -> None:
+    async def copy_in(self, source: Path | str, target: Text) -> None:
         """Copy a file or a directory of the host into the guest: vmm.guest.agent.Agent.copy_in."""
         await self.agent.copy_in(source, target)
 
-    async def copy_out(self, source: str, target: Path | str, **options: Any) -> None:
+    async def copy_out(self, source: Text, target: Path | str, **options: Any) -> None:
         """Copy a file or a directory of the guest to the host: vmm.guest.agent.Agent.copy_out."""
         await self.agent.copy_out(source, target, **options)
 

@@ -1,20 +1,31 @@
 /* The guest agent: runs programs for the host over vsock. One connection is one program; each has a process of its own.
  *
- * It listens on port 1024, and says so by connecting once to the host's port 1025. Frames, both ways: type (1 byte),
- * length (4, little-endian), payload.
- *   host to guest: 1 EXEC  flags (1: bit 0 terminal), rows (2), columns (2), argc (2), envc (2), then zero-terminated
- *                          strings: working directory (empty: /root), argc arguments, envc NAME=value
+ * Version 2 of the protocol. The agent listens on port 1024, and says so, and which version it speaks, by connecting once
+ * to the host's port 1024 + version. Frames, both ways: type (1 byte), length (4, little-endian), payload.
+ *   host to guest: 5 START  flags (4: bit 0 terminal), rows (2), columns (2), argc (4), envc (4), then zero-terminated
+ *                           strings: working directory (empty: the user's home), user (empty: the agent's own; else
+ *                           USER[:GROUP], names or numbers), argc arguments, envc NAME=value
+ *                  6 PART   what follows in further PART frames and then in START: for a START beyond MAX_FRAME
  *                  2 STDIN bytes; empty: end of file    3 SIGNAL number (1)    4 RESIZE rows (2), columns (2)
  *   guest to host: 0x81 STDOUT  0x82 STDERR  0x83 EXIT kind (1: 0 exited, 1 killed), code (1)  0x84 ERROR text
- * A connection that begins with RESIZE is about the console's terminal, and ends with that.
+ *                  0x85 CREDIT bytes (4) of STDIN that were taken, since the last CREDIT
+ * The host has at most WINDOW bytes of STDIN on their way, so signals and sizes are never stuck behind input that the
+ * program does not read. A connection that begins with RESIZE is about the console's terminal, and ends with that.
  * Programs start when the system is set up (/etc/rc has ended, and with it DHCP), but at most SETTLE_MS after the agent.
- * The end of the connection kills the program's process group. After EXIT input is discarded until the host closes. */
+ *
+ * EXIT comes as soon as the program itself has ended, after everything that it wrote. What it left behind runs on; what
+ * that writes later is read and thrown away (on a terminal: the terminal hangs up). The end of the connection before EXIT
+ * kills the program's process group. After EXIT input is discarded until the host closes. */
 #include "sys.h"
 
-enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, READY_PORT = 1025 };
-enum { EXEC = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84 };
-enum { MAX_FRAME = 65536, MAX_STRINGS = 1024, SETTLE_MS = 2000 };
+enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 2, BACKLOG = 1024 };
+enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART = 6 };
+enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85 };
+enum { HEAD = 5, MAX_FRAME = 65536, MAX_START = (2 << 20) + 65536, PIPE = 256 << 10 };
+enum { WINDOW = 256 << 10, RING = WINDOW + 64 /* a terminal's end of file takes a byte that nobody counts */ };
+enum { SETTLE_MS = 2000, TERMINAL_QUIET_MS = 50, TERMINAL_REST = 65536 };
 enum { TIOCSCTTY = 0x540e, TIOCGWINSZ = 0x5413, TIOCSWINSZ = 0x5414, TIOCSPTLCK = 0x40045431, TIOCGPTN = (int)0x80045430 };
+enum { FIONREAD = 0x541b, MORE_ENVIRONMENT = 80, STANDARD_OUT = 0, STANDARD_ERROR = 1 };
 struct sockaddr_vm { uint16_t family, reserved; uint32_t port, cid; uint8_t flags, zero[3]; };
 
 /* The other end of this pipe is closed when the system is set up; -1: it is. */
@@ -41,27 +52,41 @@ static int write_all(int fd, const void *from, size_t n)
     }
     return 1;
 }
-static int send_frame(int fd, uint8_t type, const void *payload, uint32_t length)
-{
-    uint8_t head[5] = {type, (uint8_t)length, (uint8_t)(length >> 8), (uint8_t)(length >> 16), (uint8_t)(length >> 24)};
-    return write_all(fd, head, 5) && write_all(fd, payload, length);
-}
-/* The payload's length, or -1 at the end of the connection. */
-static long receive_frame(int fd, uint8_t *type, uint8_t *payload)
-{
-    uint8_t head[5];
-    if (!read_all(fd, head, 5)) return -1;
-    uint32_t length = head[1] | (uint32_t)head[2] << 8 | (uint32_t)head[3] << 16 | (uint32_t)head[4] << 24;
-    *type = head[0];
-    if (length > MAX_FRAME || !read_all(fd, payload, length)) return -1;
-    return length;
-}
-static void refuse(int fd, const char *why)
-{
-    send_frame(fd, ERROR, why, (uint32_t)text_length(why));
-    SYS(__NR_exit_group, 1);
-}
 static unsigned half(const uint8_t *p) { return p[0] | (unsigned)p[1] << 8; }
+static uint32_t word(const uint8_t *p) { return half(p) | (uint32_t)half(p + 2) << 16; }
+static void put_head(uint8_t *to, uint8_t type, uint32_t length)
+{
+    to[0] = type;
+    memcpy(to + 1, &length, 4);
+}
+/* Throw away what comes until the host has closed the connection and what the program left behind has ended. Closing with
+ * input unread would reset the connection and take the frames that the host has not read yet along. */
+__attribute__((noreturn)) static void discard(int link, const int output[2])
+{
+    static uint8_t data[16384];
+    struct pollfd fds[3] = {{link, POLLIN, 0}, {output[0], POLLIN, 0}, {output[1], POLLIN, 0}};
+    while (fds[0].fd >= 0 || fds[1].fd >= 0 || fds[2].fd >= 0) {
+        if (SYS(__NR_poll, fds, 3, -1) < 0) continue;
+        for (int i = 0; i < 3; i++) {
+            if (fds[i].fd < 0 || !fds[i].revents) continue;
+            long got = SYS(__NR_read, fds[i].fd, data, sizeof data);
+            if (got > 0 || got == -EINTR || got == -EAGAIN) continue;
+            SYS(__NR_close, fds[i].fd);
+            fds[i].fd = -1;
+        }
+    }
+    SYS(__NR_exit_group, 0);
+    __builtin_unreachable();
+}
+
+__attribute__((noreturn)) static void refuse(int link, const char *why)
+{
+    static const int no_output[2] = {-1, -1};
+    uint8_t head[HEAD];
+    put_head(head, ERROR, (uint32_t)text_length(why));
+    if (write_all(link, head, HEAD)) write_all(link, why, text_length(why));
+    discard(link, no_output);
+}
 
 static int open_terminal(int *other)
 {
@@ -118,80 +143,163 @@ static void resize_consoles(int link, unsigned rows, unsigned columns)
     SYS(__NR_exit_group, 0);
 }
 
-/* In the child: become the program. Looks a bare name up in PATH. */
-static void become(int link, const char *directory, char **arguments, char **environment)
+/* What START asks for: pointers into the memory that holds the frame. */
+struct request { unsigned flags, rows, columns; const char *directory, *user; char **arguments, **environment; };
+
+/* Read frames up to START, all of it into one piece of memory. Ends the process if it is something else. */
+static struct request receive_start(int link)
 {
-    const char *name = arguments[0], *path = "/usr/sbin:/usr/bin:/sbin:/bin";
-    signal_mask(0);
-    if (SYS(__NR_chdir, *directory ? directory : "/root") < 0 && *directory) {
-        say("agent: no such directory\n");
-        SYS(__NR_exit_group, 126);
+    struct request request = {0};
+    size_t length = 0;
+    uint8_t head[HEAD] = {PART}, *start = new_memory(MAX_START + 1);
+    if (!start) refuse(link, "no memory to be had");
+    while (head[0] != START) {
+        if (!read_all(link, head, HEAD)) SYS(__NR_exit_group, 0);
+        uint32_t more = word(head + 1);
+        if (head[0] == EXEC_OF_VERSION_1) refuse(link, "the host speaks version 1 of its protocol, this agent version 2");
+        if (head[0] != START && head[0] != PART && !(head[0] == RESIZE && !length && more == 4))
+            refuse(link, "expected START");
+        if (more > MAX_FRAME || length + more > MAX_START) refuse(link, "START is too long");
+        if (!read_all(link, start + length, more)) SYS(__NR_exit_group, 0);
+        length += more;
+        if (head[0] == RESIZE) resize_consoles(link, half(start), half(start + 2));
     }
-    (void)link;
-    int slash = 0;
-    for (const char *p = name; *p; p++) slash |= *p == '/';
-    for (char **e = environment; *e; e++) {
-        const char *value = text_after(*e, "PATH=");
-        if (value) path = value;
+    if (length < 16) refuse(link, "START is too short");
+    request.flags = word(start);
+    request.rows = half(start + 4);
+    request.columns = half(start + 6);
+    uint32_t argc = word(start + 8), envc = word(start + 12);
+    /* Each string takes a byte at least, which bounds the table. */
+    if (!argc || argc > length || envc > length) refuse(link, "no arguments, or too many");
+    char **strings = new_memory((argc + envc + MORE_ENVIRONMENT) * sizeof *strings);
+    if (!strings) refuse(link, "no memory to be had");
+    request.directory = (char *)start + 16;
+    request.arguments = strings;
+    request.environment = strings + argc + 1;
+    char *p = (char *)start + 16, *end = (char *)start + length;
+    for (uint32_t i = 0; i < 2 + argc + envc; i++) {
+        if (p >= end) refuse(link, "START is too short");
+        if (i == 1) request.user = p;
+        else if (i >= 2 + argc) request.environment[i - 2 - argc] = p;
+        else if (i >= 2) request.arguments[i - 2] = p;
+        p += text_length(p) + 1; /* the byte behind `end` is zero */
     }
-    long error = -ENOENT;
-    if (slash) error = SYS(__NR_execve, name, arguments, environment);
-    while (!slash && *path) {
-        char full[4096];
-        size_t n = 0, length = text_length(name);
-        while (*path && *path != ':' && n < sizeof full - 2) full[n++] = *path++;
-        while (*path && *path != ':') path++;
-        if (*path) path++;
-        full[n++] = '/';
-        if (n + length >= sizeof full) continue;
-        memcpy(full + n, name, length + 1);
-        long now = SYS(__NR_execve, full, arguments, environment);
-        if (now != -ENOENT) error = now;
-    }
-    say("agent: ");
-    say(name);
-    say(error == -ENOENT ? ": not found\n" : ": cannot be run\n");
-    SYS(__NR_exit_group, error == -ENOENT ? 127 : 126);
+    return request;
 }
 
-void serve(int link)
-{
-    static uint8_t frame[MAX_FRAME + 1];
-    static char *strings[2 * MAX_STRINGS + 80];
-    uint8_t type = 0;
-    long length = receive_frame(link, &type, frame);
-    if (length < 0) SYS(__NR_exit_group, 0);
-    if (type == RESIZE && length == 4) resize_consoles(link, half(frame), half(frame + 2));
-    if (type != EXEC || length < 9) refuse(link, "expected EXEC");
-    frame[length] = 0;
-    unsigned flags = frame[0], rows = half(frame + 1), columns = half(frame + 3);
-    unsigned argc = half(frame + 5), envc = half(frame + 7);
-    if (!argc || argc > MAX_STRINGS || envc > MAX_STRINGS) refuse(link, "too many arguments, or none");
-    const char *directory = (char *)frame + 9;
-    char *p = (char *)frame + 9, *end = (char *)frame + length;
-    char **arguments = strings, **environment = strings + argc + 1;
-    for (unsigned i = 0; i < 1 + argc + envc; i++) {
-        if (p >= end) refuse(link, "EXEC is too short");
-        if (i >= 1 + argc) environment[i - 1 - argc] = p;
-        else if (i >= 1) arguments[i - 1] = p;
-        p += text_length(p) + 1;
-    }
-    char **rest = environment + envc;
-    for (char **e = guest_environment; *e; e++) *rest++ = *e;
+/* Frames that come in pieces: what is read of the next one. */
+struct incoming { uint8_t head[HEAD], small[4]; uint32_t head_got, left, length; };
 
-    if (settled_pipe >= 0) wait_settled();
-    int in[2] = {-1, -1}, out[2] = {-1, -1}, error[2] = {-1, -1}, slave = -1, master = -1;
-    if (flags & 1) {
-        master = open_terminal(&slave);
-        if (master < 0) refuse(link, "no terminal to be had");
-        set_size(master, rows, columns);
-    } else if (SYS(__NR_pipe2, in, O_CLOEXEC) < 0 || SYS(__NR_pipe2, out, O_CLOEXEC) < 0 ||
-               SYS(__NR_pipe2, error, O_CLOEXEC) < 0) {
-        refuse(link, "no pipe to be had");
+/* Input that the program has not taken yet, and how many bytes of it the host does not know to be taken. */
+struct input { uint8_t bytes[RING]; uint32_t from, count, credit; int fd, ends; };
+
+static void drop_input(struct input *input)
+{
+    input->credit += input->count;
+    input->count = 0;
+    if (input->fd >= 0) SYS(__NR_close, input->fd);
+    input->fd = -1;
+}
+
+/* Write what there is, as far as the program takes it; end its input when that was asked for. */
+static void feed(struct input *input, int is_terminal)
+{
+    while (input->count && input->fd >= 0) {
+        uint32_t straight = RING - input->from;
+        if (straight > input->count) straight = input->count;
+        long put = SYS(__NR_write, input->fd, input->bytes + input->from, straight);
+        if (put == -EINTR) continue;
+        if (put == -EAGAIN) return;
+        if (put < 0) {
+            if (is_terminal) input->fd = -1;
+            drop_input(input);
+            return;
+        }
+        input->from = (input->from + (uint32_t)put) % RING;
+        input->count -= (uint32_t)put;
+        input->credit += (uint32_t)put;
     }
-    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGPIPE - 1);
-    signal_mask(mask);
-    int signals = (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC | O_NONBLOCK);
+    if (!input->count && input->ends && input->fd >= 0) {
+        if (!is_terminal) SYS(__NR_close, input->fd);
+        input->fd = -1;
+    }
+}
+
+/* 0: the host breaks the protocol. */
+static int store(struct input *input, const uint8_t *from, uint32_t n)
+{
+    if (n > RING - input->count) return 0;
+    if (input->fd < 0 || input->ends) {
+        input->credit += n;
+        return 1;
+    }
+    while (n) {
+        uint32_t at = (input->from + input->count) % RING, straight = RING - at;
+        if (straight > n) straight = n;
+        memcpy(input->bytes + at, from, straight);
+        input->count += straight;
+        from += straight;
+        n -= straight;
+    }
+    return 1;
+}
+
+/* A whole SIGNAL or RESIZE, or the end of the input. 0: the host breaks the protocol. */
+static int command(uint8_t type, uint32_t length, const uint8_t *payload, long child, int master, struct input *input)
+{
+    if (type == STDIN && length == 0) {
+        static const uint8_t end_of_file = 4; /* Ctrl-D, which the terminal's line discipline turns into the end */
+        if (master >= 0 && !store(input, &end_of_file, 1)) return 0;
+        input->ends = 1;
+    } else if (type == SIGNAL && length == 1) {
+        if (child > 0) SYS(__NR_kill, -child, payload[0]);
+    } else if (type == RESIZE && length == 4) {
+        if (master >= 0) set_size(master, half(payload), half(payload + 2));
+    } else return 0;
+    return 1;
+}
+
+/* Take what came. 0: the host breaks the protocol. `child`: 0 when it has ended. */
+static int take(struct incoming *in, const uint8_t *p, uint32_t n, long child, int master, struct input *input)
+{
+    for (;;) {
+        while (in->head_got < HEAD && n) {
+            in->head[in->head_got++] = *p++;
+            n--;
+            if (in->head_got == HEAD) in->left = in->length = word(in->head + 1);
+        }
+        if (in->head_got < HEAD) return 1;
+        uint32_t part = n < in->left ? n : in->left;
+        int is_input = in->head[0] == STDIN && in->length;
+        if (in->length > (is_input ? MAX_FRAME : sizeof in->small)) return 0;
+        if (is_input && !store(input, p, part)) return 0;
+        if (!is_input) memcpy(in->small + in->length - in->left, p, part);
+        p += part;
+        n -= part;
+        in->left -= part;
+        if (in->left) return 1;
+        if (!is_input && !command(in->head[0], in->length, in->small, child, master, input)) return 0;
+        in->head_got = 0;
+        if (!n) return 1;
+    }
+}
+
+/* Start the program: its process id. in, out: our ends of its standard streams, of a terminal both in in[0]. */
+static long start_program(int link, const struct request *request, int *input, int output[2], int *master)
+{
+    int in[2] = {-1, -1}, out[2] = {-1, -1}, error[2] = {-1, -1}, slave = -1;
+    *master = -1;
+    if (request->flags & 1) {
+        *master = open_terminal(&slave);
+        if (*master < 0) refuse(link, "no terminal to be had");
+        set_size(*master, request->rows, request->columns);
+    } else {
+        if (SYS(__NR_pipe2, in, O_CLOEXEC) < 0 || SYS(__NR_pipe2, out, O_CLOEXEC) < 0 ||
+            SYS(__NR_pipe2, error, O_CLOEXEC) < 0)
+            refuse(link, "no pipe to be had");
+        SYS(__NR_fcntl, in[1], F_SETPIPE_SZ, PIPE); /* fewer switches between the program and us; it may be refused */
+        SYS(__NR_fcntl, out[0], F_SETPIPE_SZ, PIPE);
+    }
     long child = SYS(__NR_fork, 0);
     if (child == 0) {
         SYS(__NR_setsid, 0);
@@ -200,85 +308,107 @@ void serve(int link)
         SYS(__NR_dup2, slave >= 0 ? slave : out[1], 1);
         SYS(__NR_dup2, slave >= 0 ? slave : error[1], 2);
         if (slave > 2) SYS(__NR_close, slave);
-        become(link, directory, arguments, environment);
+        become(request->directory, request->user, request->arguments, request->environment, slave >= 0);
     }
     if (child < 0) refuse(link, "no process to be had");
-    if (slave >= 0) SYS(__NR_close, slave);
-    else {
-        SYS(__NR_close, in[0]);
+    SYS(__NR_close, slave >= 0 ? slave : in[0]);
+    if (slave < 0) {
         SYS(__NR_close, out[1]);
         SYS(__NR_close, error[1]);
     }
-    int input = master >= 0 ? master : in[1];
-    if (input >= 0) SYS(__NR_fcntl, input, F_SETFL, (master >= 0 ? O_RDWR : O_WRONLY) | O_NONBLOCK);
+    *input = *master >= 0 ? *master : in[1];
+    output[STANDARD_OUT] = *master >= 0 ? *master : out[0];
+    output[STANDARD_ERROR] = error[0];
+    SYS(__NR_fcntl, *input, F_SETFL, (*master >= 0 ? O_RDWR : O_WRONLY) | O_NONBLOCK);
+    return child;
+}
 
-    /* One frame of input at a time is held back when the program does not read; the link then waits. */
-    static uint8_t held[MAX_FRAME + 1];
-    long held_length = 0, held_at = 0, close_input = 0;
-    int status = 0, exited = 0;
-    struct pollfd fds[5];
+void serve(int link)
+{
+    struct request request = receive_start(link);
+    if (settled_pipe >= 0) wait_settled();
+    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGPIPE - 1);
+    signal_mask(mask);
+    int signals = (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC | O_NONBLOCK);
+    int output[2], master, status = 0, exited = 0;
+    static struct input input;
+    static struct incoming incoming;
+    static uint8_t came[MAX_FRAME + HEAD], going[MAX_FRAME]; /* a frame is one packet of the socket: head and payload */
+    uint32_t going_from = 0, going_to = 0;
+    long left[2] = {-1, -1}; /* bytes that the program had written when it ended and that we have not read */
+    const long child = start_program(link, &request, &input.fd, output, &master);
+    SYS(__NR_fcntl, link, F_SETFL, O_RDWR | O_NONBLOCK);
+
     for (;;) {
-        int output = master >= 0 ? master : out[0];
-        if (exited && output < 0 && error[0] < 0) break;
-        fds[0] = (struct pollfd){held_length || close_input ? -1 : link, POLLIN, 0};
-        fds[1] = (struct pollfd){output, POLLIN, 0};
-        fds[2] = (struct pollfd){error[0], POLLIN, 0};
-        fds[3] = (struct pollfd){signals, POLLIN, 0};
-        fds[4] = (struct pollfd){held_length ? input : -1, POLLOUT, 0};
-        if (SYS(__NR_poll, fds, 5, -1) < 0) continue;
+        feed(&input, master >= 0);
+        if (going_from == going_to && input.credit >= WINDOW / 4) {
+            put_head(going, CREDIT, 4);
+            memcpy(going + HEAD, &input.credit, 4);
+            input.credit = 0;
+            going_from = 0, going_to = HEAD + 4;
+        }
+        int is_free = going_from == going_to;
+        if (exited && is_free && (output[0] < 0 || !left[0]) && (output[1] < 0 || !left[1])) break;
+        struct pollfd fds[5] = {
+            {link, (short)(POLLIN | (is_free ? 0 : POLLOUT)), 0},
+            {is_free && left[0] ? output[0] : -1, POLLIN, 0},
+            {is_free && left[1] ? output[1] : -1, POLLIN, 0},
+            {exited ? -1 : signals, POLLIN, 0},
+            {input.count ? input.fd : -1, POLLOUT, 0},
+        };
+        long ready = SYS(__NR_poll, fds, 5, exited && master >= 0 && is_free ? TERMINAL_QUIET_MS : -1);
+        if (ready < 0) continue;
+        if (!ready) left[0] = 0; /* a terminal that others hold open says nothing more */
         if (fds[3].revents) {
             uint32_t information[32];
             while (SYS(__NR_read, signals, information, sizeof information) > 0);
-            if (SYS(__NR_wait4, child, &status, 1 /* WNOHANG */, 0) == child) exited = 1;
+            if (SYS(__NR_wait4, child, &status, 1 /* WNOHANG */, 0) == child) {
+                exited = 1;
+                for (int i = 0; i < 2; i++) {
+                    int waiting = 0;
+                    if (output[i] >= 0 && SYS(__NR_ioctl, output[i], FIONREAD, &waiting) < 0) waiting = 0;
+                    left[i] = master >= 0 && i == 0 ? TERMINAL_REST : waiting;
+                }
+                continue; /* what the poll said of the outputs may be more than that */
+            }
         }
-        static uint8_t data[32768];
-        for (int i = 1; i <= 2; i++) {
-            if (!fds[i].revents) continue;
-            long got = SYS(__NR_read, fds[i].fd, data, sizeof data);
+        for (int i = 0; i < 2 && going_from == going_to; i++) {
+            if (!fds[1 + i].revents) continue;
+            long most = MAX_FRAME - HEAD;
+            if (left[i] >= 0 && left[i] < most) most = left[i];
+            long got = SYS(__NR_read, output[i], going + HEAD, most);
             if (got == -EINTR || got == -EAGAIN) continue;
             if (got > 0) {
-                if (!send_frame(link, i == 1 ? STDOUT : STDERR, data, (uint32_t)got)) goto gone;
+                put_head(going, i == STANDARD_OUT ? STDOUT : STDERR, (uint32_t)got);
+                going_from = 0, going_to = HEAD + (uint32_t)got;
+                if (left[i] > 0) left[i] -= got;
                 continue;
             }
-            SYS(__NR_close, fds[i].fd);
-            if (i == 2) error[0] = -1;
-            else if (master >= 0) master = input = -1, held_length = 0;
-            else out[0] = -1;
+            SYS(__NR_close, output[i]);
+            output[i] = -1;
+            if (master >= 0) master = input.fd = -1, drop_input(&input);
         }
-        if (fds[4].revents && held_length) {
-            long put = SYS(__NR_write, input, held + held_at, held_length - held_at);
-            if (put > 0) held_at += put;
-            if ((put < 0 && put != -EAGAIN && put != -EINTR) || held_at == held_length) held_length = held_at = 0;
+        if (going_from < going_to) {
+            long put = SYS(__NR_write, link, going + going_from, going_to - going_from);
+            if (put > 0) going_from += (uint32_t)put;
+            else if (put != -EAGAIN && put != -EINTR) goto gone;
         }
-        if (fds[0].revents) {
-            length = receive_frame(link, &type, frame);
-            if (length < 0) goto gone;
-            if (type == STDIN && length == 0) {
-                if (master >= 0) {
-                    held[0] = 4;
-                    held_length = 1;
-                } else if (input >= 0) {
-                    SYS(__NR_close, input);
-                    input = -1;
-                }
-            } else if (type == STDIN && input >= 0) {
-                memcpy(held, frame, (size_t)length);
-                held_length = length;
-                held_at = 0;
-            } else if (type == SIGNAL && length == 1 && !exited) {
-                SYS(__NR_kill, -child, frame[0]);
-            } else if (type == RESIZE && length == 4 && master >= 0) {
-                set_size(master, half(frame), half(frame + 2));
-            }
+        if (fds[0].revents & ~POLLOUT) {
+            long got = SYS(__NR_read, link, came, sizeof came);
+            if (got == -EAGAIN || got == -EINTR) continue;
+            if (got <= 0 || !take(&incoming, came, (uint32_t)got, exited ? 0 : child, master, &input)) goto gone;
         }
     }
-    uint8_t outcome[2] = {(status & 127) != 0, (uint8_t)((status & 127) ? status & 127 : status >> 8)};
-    send_frame(link, EXIT, outcome, 2);
-    /* Closing with input unread would reset the connection and take the frames that the host has not read yet along. */
-    for (long got = 1; got > 0 || got == -EINTR;) got = SYS(__NR_read, link, frame, MAX_FRAME);
-    SYS(__NR_exit_group, 0);
+    SYS(__NR_fcntl, link, F_SETFL, O_RDWR);
+    put_head(going, EXIT, 2);
+    going[HEAD] = (status & 127) != 0;
+    going[HEAD + 1] = (uint8_t)((status & 127) ? status & 127 : status >> 8);
+    write_all(link, going, HEAD + 2);
+    if (input.fd >= 0) SYS(__NR_close, input.fd);
+    if (master >= 0) output[STANDARD_OUT] = -1; /* the same descriptor: closed, the terminal hangs up */
+    discard(link, output);
 gone:
-    SYS(__NR_kill, -child, SIGKILL);
+    if (!exited) SYS(__NR_kill, -child, SIGKILL);
     SYS(__NR_exit_group, 0);
     __builtin_unreachable();
 }
@@ -293,13 +423,14 @@ void agent(int settled)
     SYS(__NR_rt_sigaction, SIGCHLD, ignore, 0, 8);
     int listener = (int)SYS(__NR_socket, AF_VSOCK, SOCK_STREAM | O_CLOEXEC, 0);
     struct sockaddr_vm address = {AF_VSOCK, 0, AGENT_PORT, (uint32_t)ANY, 0, {0}};
-    if (listener < 0 || SYS(__NR_bind, listener, &address, sizeof address) < 0 || SYS(__NR_listen, listener, 64) < 0)
+    if (listener < 0 || SYS(__NR_bind, listener, &address, sizeof address) < 0 ||
+        SYS(__NR_listen, listener, BACKLOG) < 0)
         SYS(__NR_exit_group, 0);
     int ready = (int)SYS(__NR_socket, AF_VSOCK, SOCK_STREAM | O_CLOEXEC, 0);
-    address.port = READY_PORT;
+    address.port = AGENT_PORT + VERSION;
     address.cid = HOST_CID;
     if (ready >= 0) {
-        if (SYS(__NR_connect, ready, &address, sizeof address) == 0) write_all(ready, "ready\n", 6);
+        SYS(__NR_connect, ready, &address, sizeof address);
         SYS(__NR_close, ready);
     }
     for (;;) {

@@ -18,13 +18,22 @@ static char *environment[64] = {"HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bi
 
 void *memcpy(void *to, const void *from, size_t n)
 {
-    for (size_t i = 0; i < n; i++) ((char *)to)[i] = ((const char *)from)[i];
-    return to;
+    void *result = to;
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+    return result;
 }
 void *memset(void *to, int value, size_t n)
 {
-    for (size_t i = 0; i < n; i++) ((volatile char *)to)[i] = (char)value;
-    return to;
+    void *result = to;
+    __asm__ volatile("rep stosb" : "+D"(to), "+c"(n) : "a"(value) : "memory");
+    return result;
+}
+int memcmp(const void *a, const void *b, size_t n)
+{
+    const unsigned char *left = a, *right = b;
+    for (size_t i = 0; i < n; i++)
+        if (left[i] != right[i]) return left[i] - right[i];
+    return 0;
 }
 
 static void mount_at(const char *type, const char *path, const char *options)
@@ -313,6 +322,7 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
     if (stack[0] == 3 && text_equal(arguments[1], "serve")) {
         int link = 0;
         for (const char *digit = arguments[2]; *digit; digit++) link = link * 10 + *digit - '0';
+        SYS(__NR_fcntl, link, F_SETFD, FD_CLOEXEC);
         serve(link);
     }
     if (SYS(__NR_getpid, 0) != 1) agent(-1);

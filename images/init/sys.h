@@ -1,8 +1,7 @@
-/* System calls and the few string functions that init.c and agent.c need, without a C library, so that one static
- * binary of a few KiB runs in any x86-64 Linux guest. */
+/* System calls and the few string functions that init and agent need, without a C library, so that one static binary of a
+ * few KiB runs in any x86-64 Linux guest. */
 #ifndef GUEST_SYS_H
 #define GUEST_SYS_H
-
 
 #include <asm/unistd.h>
 #include <stddef.h>
@@ -30,8 +29,9 @@ static inline long sys6(long n, long a, long b, long c, long d, long e, long f)
 enum { O_RDONLY = 0, O_WRONLY = 1, O_RDWR = 2, O_NOCTTY = 0x100, O_NONBLOCK = 0x800, O_CLOEXEC = 0x80000 };
 enum { SIGINT = 2, SIGKILL = 9, SIGUSR1 = 10, SIGUSR2 = 12, SIGPIPE = 13, SIGTERM = 15, SIGCHLD = 17, SIG_SETMASK = 2 };
 enum { POLLIN = 1, POLLOUT = 4, POLLERR = 8, POLLHUP = 16 };
-enum { F_SETFD = 2, F_SETFL = 4, FD_CLOEXEC = 1 };
-enum { ENOENT = 2, EINTR = 4, EAGAIN = 11, EEXIST = 17 };
+enum { F_SETFD = 2, F_SETFL = 4, FD_CLOEXEC = 1, F_SETPIPE_SZ = 1031 };
+enum { ENOENT = 2, EINTR = 4, E2BIG = 7, ENOEXEC = 8, EAGAIN = 11, ENOMEM = 12, EACCES = 13, EEXIST = 17, ENODEV = 19 };
+enum { PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20, MAP_NORESERVE = 0x4000, SEEK_END = 2 };
 struct pollfd { int fd; short events, revents; };
 
 static inline size_t text_length(const char *s) { size_t n = 0; while (s[n]) n++; return n; }
@@ -73,8 +73,32 @@ static inline long now_ms(void)
 /* Block (or, with 0, unblock) the signals of `mask`: bit n-1 is signal n. */
 static inline void signal_mask(uint64_t mask) { SYS(__NR_rt_sigprocmask, SIG_SETMASK, &mask, 0, 8); }
 
+/* Memory of zeroes that takes none until it is touched; NULL if there is none to be had. */
+static inline void *new_memory(size_t size)
+{
+    long at = SYS(__NR_mmap, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return at < 0 && at > -4096 ? NULL : (void *)at;
+}
+/* Decimal digits at `p`, up to `end`, as a number below 2^32; where they end goes to *after. -1: there are none. */
+static inline long parse_number(const char *p, const char *end, const char **after)
+{
+    long value = -1;
+    for (; p < end && *p >= '0' && *p <= '9'; p++) {
+        value = (value < 0 ? 0 : value) * 10 + (*p - '0');
+        if (value > 0xffffffffl) return -1;
+    }
+    if (after) *after = p;
+    return value;
+}
+
 void *memcpy(void *to, const void *from, size_t n);
+void *memset(void *to, int value, size_t n);
+int memcmp(const void *a, const void *b, size_t n);
+/* agent.c */
 void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));
+/* program.c: in the child, become the program. Ends with 126 or 127 if that fails. */
+void become(const char *directory, const char *user, char **arguments, char **given, int terminal)
+    __attribute__((noreturn));
 extern char **guest_environment;
 #endif

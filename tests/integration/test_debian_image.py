@@ -57,6 +57,9 @@ async def test_login_network_and_poweroff(debian: builder.Built) -> None:
             # What the host uses, passt tells by DHCP.
             assert "DNS Servers: " in await run(vm, "resolvectl dns; resolvectl status")
 
+        # Pages and translations are left out, their directories are there for the scripts of packages.
+        assert await run(vm, "cd /usr/share && ls -d man/man1 info && find man info locale -type f") == "info\nman/man1"
+
         packages = json.loads((debian.directory / "manifest.json").read_text())["packages"]
         installed = set((await run(vm, "dpkg-query -W -f '${Package}\\n'")).splitlines())
         if len(packages) > 1:  # those that came through our cache

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from images import builder, built, cache, catalog, guests, kernel, modules, packages, programs, recipe
+from images import builder, built, cache, catalog, debian, guests, kernel, modules, packages, programs, recipe
 from images.errors import ImageError
 from images.tree import Tree
 
@@ -261,17 +262,88 @@ def test_mistakes_in_a_recipe_are_one_line(old: str, new: str, message: str, tmp
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value) and caught.value.kind == "config"
 
 
+def put_build(own_cache: Path, name: str, pointer: str, recipe: dict[str, object]) -> Path:
+    made = own_cache / "images" / f"{name}-1"
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "manifest.json").write_text(json.dumps({"key": "1", "recipe": recipe, "packages": {}}))
+    (own_cache / "images" / pointer).write_text(json.dumps({"directory": made.name}))
+    return made
+
+
 def test_what_a_user_built_is_found_by_its_name(own_cache: Path) -> None:
-    made = own_cache / "images" / "mine-1"
-    made.mkdir(parents=True)
-    described = {"description": "my own", "defaults": {"memory": "99M"}}
-    (made / "manifest.json").write_text(json.dumps({"key": "1", "recipe": described}))
-    (own_cache / "images" / "mine.json").write_text('{"directory": "mine-1"}')
+    described: dict[str, object] = {"description": "my own", "defaults": {"memory": "99M"}}
+    made = put_build(own_cache, "mine", built.pointer_name("mine"), described)
     image = catalog.resolve("mine")
     assert (image.kernel, image.memory, image.disk) == (made / "vmlinuz", "99M", None)
     assert ("mine", "my own", True) in catalog.names()
-    for name in ("../images/mine", "mine.json", "", "."):
+    for name in ("../images/mine", "mine.json", "", ".", "mine@0"):
         assert built.current(name) is None
+
+
+@pytest.mark.parametrize("pointer", ["mine@00000000.json", "mine.json"])
+def test_an_image_of_another_init_is_built_again(
+    pointer: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host and guest speak a protocol: an image whose init is not ours is not run as it is."""
+    described = tomllib.loads(RECIPE)
+    put_build(own_cache, "mine", pointer, described)
+    assert built.current("mine") is None
+    assert ("mine", "", False) in catalog.names()
+    with pytest.raises(ImageError, match="image mine was built by another version of vmm; run: vmm images build mine"):
+        catalog.resolve("mine")
+    asked = []
+
+    def packages_of(recipe: dict[str, object]) -> None:
+        asked.append(recipe)
+        raise ImageError("apt is asked")
+
+    monkeypatch.setattr(builder, "_wanted", packages_of)
+    with pytest.raises(ImageError, match="apt is asked"):
+        catalog.resolve("mine", build=True)
+    assert asked == [described]
+    put_build(own_cache, "mine", built.pointer_name("mine"), described)
+    builder.prune()
+    assert [path.name for path in (own_cache / "images").glob("*.json")] == [built.pointer_name("mine")]
+    assert builder.remove("mine") and not list((own_cache / "images").iterdir()) and not builder.remove("mine")
+
+
+@pytest.mark.parametrize(("log", "wanted"), [
+    ("""I: running apt-get update...
+no matching group file entry in /etc/gshadow
+Setting up openjdk-17-jre-headless:amd64 (17.0.19+10-1~deb12u2) ...
+update-alternatives: using /usr/lib/jvm/java-17-openjdk-amd64/bin/java to provide /usr/bin/java (java) in auto mode
+update-alternatives: error: error creating symbolic link '/usr/share/man/man1/java.1.gz': No such file or directory
+dpkg: error processing package openjdk-17-jre-headless:amd64 (--configure):
+ installed openjdk-17-jre-headless:amd64 package post-installation script subprocess returned error exit status 2
+Processing triggers for ca-certificates-java (20230710~deb12u1) ...
+No JRE found. Skipping Java certificates setup.
+Errors were encountered while processing:
+ openjdk-17-jre-headless:amd64
+E: Sub-process env returned an error code (1)
+E: setup failed: E: apt-get -o Dir::Bin::dpkg=env --yes install failed
+E: mmdebstrap failed to run""",
+     "package openjdk-17-jre-headless:amd64: update-alternatives: error: error creating symbolic link "
+     "'/usr/share/man/man1/java.1.gz': No such file or directory"),
+    ("""Setting up quiet (1) ...
+dpkg: error processing package quiet (--configure):
+ installed quiet package post-installation script subprocess returned error exit status 2
+E: Sub-process env returned an error code (1)""",
+     "package quiet: installed quiet package post-installation script subprocess returned error exit status 2"),
+    ("I: x\nE: Unable to locate package nonsense\nE: setup failed: E: apt-get install nonsense failed",
+     "Unable to locate package nonsense"),
+    ("E: setup failed: E: apt-get x failed\nE: mmdebstrap failed to run", "setup failed: E: apt-get x failed"),
+    ("mmdebstrap: cannot run here\n", "mmdebstrap: cannot run here"), ("", "no message"),
+])  # fmt: skip
+def test_a_failed_installation_shows_the_tools_own_reason(log: str, wanted: str) -> None:
+    assert debian.reason(log.splitlines()) == wanted
+
+
+@pytest.mark.skipif(not has_e2fsprogs(), reason="e2fsprogs is not installed")
+def test_an_image_that_is_too_small_says_so(tmp_path: Path) -> None:
+    tree = Tree()
+    tree.file("big", bytes(range(256)) * (8 << 12))
+    with pytest.raises(ImageError, match="mke2fs failed: .*; make root.size_mib larger"):
+        tree.ext4(tmp_path / "image", 4, "test", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a b.toml", "-x.toml", "a.b.toml", "x" * 41 + ".toml"])

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import IO, cast
 
 from vmm.errors import ConfigError, GuestError, os_reason
-from vmm.guest.agent import Agent, GuestProcess, GuestStream
+from vmm.guest.agent import Agent
+from vmm.guest.frames import Text, encode
+from vmm.guest.process import GuestProcess, GuestStream
 from vmm.guest.untar import UntarError, unpack
 
 CHUNK = 256 << 10
@@ -26,16 +28,16 @@ COMPLAINT = 4096
 """Bytes of standard error that are kept."""
 
 
-async def copy_in(agent: Agent, source: Path, target: str) -> None:
+async def copy_in(agent: Agent, source: Path, target: Text) -> None:
     """A file, or what is in a directory. ConfigError if the host cannot read, GuestError if the guest cannot write."""
     try:
         mode = (await asyncio.to_thread(source.stat)).st_mode
         if stat.S_ISDIR(mode):
-            words: tuple[str, ...] = (DIRECTORY_IN, "copy", target)
+            words: tuple[Text, ...] = (DIRECTORY_IN, "copy", target)
             send = _send_directory
         else:
             words, send = (FILE_IN, "copy", target, f"{mode & 0o777:o}"), _send_file
-        async with _program(agent, words, f"{source} to {target}") as process:
+        async with _program(agent, words, f"{source} to {_shown(target)}") as process:
             loop = asyncio.get_running_loop()
 
             def write(data: bytes) -> None:
@@ -50,12 +52,12 @@ async def copy_in(agent: Agent, source: Path, target: str) -> None:
         raise ConfigError(f"cannot read {error.filename or source}: {os_reason(error)}") from error
 
 
-async def copy_out(agent: Agent, source: str, target: Path, limit: int) -> None:
+async def copy_out(agent: Agent, source: Text, target: Path, limit: int) -> None:
     """A file, or what is in a directory. GuestError if the guest cannot read it, sends no archive or more than `limit`
     bytes; ConfigError if the host cannot write."""
     part = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.part")
     try:
-        async with _program(agent, (OUT, "copy", source), f"{source} to {target}") as process:
+        async with _program(agent, (OUT, "copy", source), f"{_shown(source)} to {target}") as process:
             await process.close_stdin()
             kind = await _line(process.stdout)
             stream = _Limited(process.stdout, asyncio.get_running_loop(), limit)
@@ -68,9 +70,9 @@ async def copy_out(agent: Agent, source: str, target: Path, limit: int) -> None:
         if kind != b"d":
             part.replace(target)  # a file appears when it is whole
     except UntarError as error:
-        raise GuestError(f"copying {source}: the guest sent {error}") from error
+        raise GuestError(f"copying {_shown(source)}: the guest sent {error}") from error
     except ValueError as error:
-        raise GuestError(f"copying {source}: the guest sent no mode") from error
+        raise GuestError(f"copying {_shown(source)}: the guest sent no mode") from error
     except OSError as error:
         where = target if error.filename in (None, str(part)) else error.filename
         raise ConfigError(f"cannot write {where}: {os_reason(error)}") from error
@@ -79,8 +81,12 @@ async def copy_out(agent: Agent, source: str, target: Path, limit: int) -> None:
             part.unlink(missing_ok=True)
 
 
+def _shown(path: Text) -> str:
+    return encode(path).decode(errors="backslashreplace")
+
+
 @asynccontextmanager
-async def _program(agent: Agent, words: tuple[str, ...], what: str) -> AsyncIterator[GuestProcess]:
+async def _program(agent: Agent, words: tuple[Text, ...], what: str) -> AsyncIterator[GuestProcess]:
     """A shell script in the guest. GuestError with its last complaint if it has failed when the block ends."""
     async with await agent.start_process("sh", "-c", *words) as process:
         complaint = asyncio.create_task(_last(process.stderr), name="complaint")

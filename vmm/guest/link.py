@@ -4,11 +4,12 @@ sockets, if the machine has them. Loop thread."""
 from __future__ import annotations
 
 from virtio.backends.vsock import Open, Streams, VsockBackend, stream_pair
-from vmm.guest.agent import READY_PORT, Agent
+from vmm.guest.agent import Agent
+from vmm.guest.frames import AGENT_PORT, VERSIONS
 
 
 class AgentVsock(VsockBackend):
-    """`agent`: told when the guest connects to its port. `beyond`: who answers all other ports."""
+    """`agent`: told when the guest's agent says that it listens. `beyond`: who answers all other ports."""
 
     def __init__(self, agent: Agent, beyond: VsockBackend | None) -> None:
         self._agent = agent
@@ -19,8 +20,8 @@ class AgentVsock(VsockBackend):
             await self._beyond.start(open)
 
     async def dial(self, port: int) -> Streams:
-        if port == READY_PORT:
-            self._agent.set_ready()
+        if port - AGENT_PORT in VERSIONS:
+            self._agent.set_ready(port - AGENT_PORT)
             ours, theirs = await stream_pair()
             theirs[1].close()
             return ours

@@ -8,6 +8,7 @@ neither file, directory nor link is left out. Blocking.
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ CHUNK = 256 << 10
 MAX_EXTENDED = 64 << 10
 """Bytes of an extended header or a long name."""
 MAX_MEMBERS = 1_000_000
+ENCODING = sys.getfilesystemencoding(), "surrogateescape"
+"""Of names: the bytes of an archive become the same bytes in the file system."""
 
 
 class UntarError(Exception):
@@ -71,7 +74,7 @@ def members(source: Source) -> Iterator[tuple[tarfile.TarInfo, _Exactly]]:
                 pass  # what follows the end is padding
             return
         try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            info = tarfile.TarInfo.frombuf(block, *ENCODING)
         except tarfile.HeaderError as error:
             raise UntarError(f"no tar header: {error}") from error
         if info.size < 0:
@@ -79,7 +82,7 @@ def members(source: Source) -> Iterator[tuple[tarfile.TarInfo, _Exactly]]:
         body = _Exactly(source, info.size)
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
             key = "path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
-            override[key] = body.read_all(MAX_EXTENDED).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            override[key] = body.read_all(MAX_EXTENDED).rstrip(b"\0").decode(*ENCODING)
         elif info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
             override |= _records(body.read_all(MAX_EXTENDED)) if info.type != tarfile.XGLTYPE else {}
         else:
@@ -104,7 +107,7 @@ def _records(data: bytes) -> dict[str, str]:
         record, data = data[:length], data[length:]
         if length < len(head) + 3 or not record.endswith(b"\n"):
             raise UntarError("a broken extended header")
-        key, _, value = record[len(head) + 1 : -1].decode("utf-8", "surrogateescape").partition("=")
+        key, _, value = record[len(head) + 1 : -1].decode(*ENCODING).partition("=")
         found[key] = value
     return found
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.console.hub import ConsoleHub
 from vmm.console.server import ConsoleServer
-from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError, os_reason
 from vmm.events import Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Outcome
 from vmm.management.registry import CONSOLE, CONTROL, Entry, Slot, find
@@ -38,7 +38,9 @@ ANSWER_SECONDS = 1.0
 STARTING_SECONDS = 2.0
 """How long a client waits for a machine that has its name and does not listen yet."""
 MAX_STOP_SECONDS = 86_400.0
-_KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
+_KINDS: dict[str, type[VmmError]] = {
+    "ConfigError": ConfigError, "StateError": StateError, "HostError": HostError, "GuestError": GuestError,
+}  # fmt: skip
 
 
 def outcome_dict(outcome: Outcome) -> dict[str, Any]:
@@ -281,7 +283,9 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
 
 
 def _connect(client: socket.socket, entry: Entry) -> None:
+    """Waits for a machine that only starts, and as long as the socket's timeout for one whose queue is full."""
     deadline = time.monotonic() + STARTING_SECONDS
+    patience = time.monotonic() + (client.gettimeout() or 0.0)
     while True:
         try:
             client.connect(str(entry.control))
@@ -290,4 +294,7 @@ def _connect(client: socket.socket, entry: Entry) -> None:
             find(entry.name)
             if time.monotonic() > deadline:
                 raise
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                raise TimeoutError from None
         time.sleep(0.01)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vmm.errors import ConfigError, HostError, os_reason
 
+BACKLOG = 128
+"""Clients that may wait to be accepted; those beyond wait before (unix(7): connect blocks)."""
 MAX_PATH = 107
 """sun_path of unix(7) holds 108 bytes with the terminating zero."""
 
@@ -44,7 +46,7 @@ def listen(path: Path, what: str) -> socket.socket:
             path.unlink(missing_ok=True)
         else:
             raise ConfigError(f"{what}: {path}: taken by another program just now; try again")
-        listener.listen(16)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise HostError(f"{what}: {path}: {os_reason(error)}") from error

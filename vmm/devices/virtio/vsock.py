@@ -9,7 +9,8 @@ from virtio.device import Device
 from virtio.devices.vsock import VsockDevice
 from vmm.config import Config
 from vmm.devices.virtio.pool import Maker, TransportKind
-from vmm.guest.agent import AGENT_PORT, Agent
+from vmm.guest.agent import Agent
+from vmm.guest.frames import AGENT_PORT
 from vmm.guest.link import AgentVsock
 
 GUEST_CID = 3
