@@ -1,16 +1,17 @@
 """What a block device is made of, and the one that lives in memory.
 
 A user's backend is a subclass of BlockBackend with `capacity`, `read` and `write`. Offsets and lengths are
-bytes and multiples of 512 within the capacity. An OSError or HostError becomes an I/O error in the guest.
-Loop thread only.
+bytes and multiples of 512 within the capacity. Any exception becomes an I/O error in the guest, and so does a read of
+another type or length; a warning names the class. Loop thread only.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 CHUNK = 1 << 20
-"""The most bytes one call is asked for."""
+"""The most bytes that one `read` or `write` is asked for."""
 
 
 class BlockBackend(Protocol):
@@ -40,6 +41,7 @@ class BlockBackend(Protocol):
         """Make the bytes read as zero; with `unmap` their space may be given up."""
         for at in range(offset, offset + length, CHUNK):
             await self.write(at, bytes(min(CHUNK, offset + length - at)))
+            await asyncio.sleep(0)  # `write` may be done at once
 
     async def aclose(self) -> None:
         """Give up descriptors."""

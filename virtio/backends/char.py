@@ -12,17 +12,20 @@ from typing import Protocol
 from virtio.errors import ConfigError, os_reason
 
 CHUNK = 65536
+INPUT_MAX = 1 << 20
 BACKLOG = 1 << 20
 """Bytes a slow watcher may be behind before it is dropped."""
+CLIENTS_MAX = 64
 REPLAY = 65536
 """Bytes of recent output that a late watcher gets."""
 
 
 class CharBackend(Protocol):
-    """The other end of a console port."""
+    """The other end of a console port. An exception of `write` loses that output, one of `read` ends the input until
+    the driver sets the device up again; a warning names the class."""
 
     async def read(self) -> bytes:
-        """The next input, at least one byte; waits while nobody is there."""
+        """The next input, at most INPUT_MAX bytes; waits while nobody is there. b"": no more will come."""
 
     async def write(self, data: bytes) -> None:
         """Output; dropped if nobody is there. What waits here holds the guest's output, and a move of the machine."""
@@ -73,8 +76,7 @@ class SocketChar(CharBackend):
         self.path = os.fspath(path)
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
-        self._recent: deque[bytes] = deque()
-        self._recent_size = 0
+        self._recent = bytearray()
         self._input: asyncio.Queue[bytes] = asyncio.Queue(maxsize=16)
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -90,8 +92,10 @@ class SocketChar(CharBackend):
         return self
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for part in self._recent:
-            writer.write(part)
+        if len(self._clients) >= CLIENTS_MAX:
+            writer.close()
+            return
+        writer.write(bytes(self._recent))
         self._clients.add(writer)
         task = asyncio.current_task()
         assert task is not None
@@ -110,10 +114,8 @@ class SocketChar(CharBackend):
         return await self._input.get()
 
     async def write(self, data: bytes) -> None:
-        self._recent.append(data)
-        self._recent_size += len(data)
-        while self._recent_size > REPLAY and len(self._recent) > 1:
-            self._recent_size -= len(self._recent.popleft())
+        self._recent += data[-REPLAY:]
+        del self._recent[:-REPLAY]
         for writer in tuple(self._clients):
             if writer.transport.get_write_buffer_size() > BACKLOG:
                 self._clients.discard(writer)

@@ -1,7 +1,8 @@
 """What a network device is connected to, the one that lives in memory, and a recorder.
 
-A user's backend is a subclass of NetBackend with `send` and `receive` of Ethernet frames. One that has a descriptor
-offers `channels`: the device then moves frames in C (virtio/native/net.c). Loop thread only.
+A user's backend is a subclass of NetBackend with `send` and `receive` of Ethernet frames; a warning names the class of
+one that breaks its contract. One that has a descriptor offers `channels`: the device then moves frames in C
+(virtio/native/net.c). Loop thread only.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class NetBackend(Protocol):
     """Descriptors for the path in C; empty: `send` and `receive` are used."""
 
     async def send(self, frame: bytes) -> None:
-        """A frame from the guest. One that cannot be delivered is lost; HostError: the link is gone."""
+        """A frame from the guest. One that cannot be delivered is lost; HostError: the link is gone. Any other
+        exception loses the frame."""
 
     async def receive(self) -> bytes:
-        """The next frame for the guest; HostError: the link is gone."""
+        """The next frame for the guest, 1 to FRAME_MAX bytes. Any exception, or anything else: the link is gone."""
 
     def set_offloads(self, features: int) -> None:
         """The driver negotiated these of `offloads`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,13 +16,12 @@ from virtio import _ring
 from virtio.backends.block import CHUNK, BlockBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
-from virtio.errors import GuestError, HostError, StateError
+from virtio.errors import ConfigError, GuestError, HostError, StateError
 from virtio.layouts import BlkConfig, BlkHeader, BlkZeroes, fast, fields
 from virtio.protocols import Chain, Ring
-from virtio.queue import Queue
+from virtio.queue import TURN, Queue
 from virtio.state import U64
-
-log = logging.getLogger(__name__)
+from virtio.trust import Backend
 
 
 class Feature(enum.IntFlag):
@@ -47,7 +45,15 @@ ID_BYTES = 20
 ZEROES_SECTORS = 0x200000
 """max_discard_sectors and max_write_zeroes_sectors: 1 GiB."""
 ZEROES_SEGMENTS = 32
+ZEROES_CHUNK = 16 << 20
+"""Bytes that a BlockBackend is asked to discard or to make zero in one call."""
 SEGMENTS_MAX = 1024
+REQUESTS_MAX = 256
+"""Requests to a BlockBackend that run at a time. Those of a driver that has reset the device since are among them, for
+a backend may take its time to end what is cancelled."""
+TURN_BYTES = 2 << 20
+"""Bytes that all requests to a BlockBackend move in one turn of the loop, or little more."""
+BLOCK_SIZES = (512, 1024, 2048, 4096)
 _MORE, _SIGNAL = 1, 2
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
@@ -73,6 +79,8 @@ class BlockDevice(Device):
     def __init__(self, backend: BlockBackend, *, serial: str = "", queues: int = 1, queue_size: int = 256) -> None:
         super().__init__()
         self.backend = backend
+        self._trusted = Backend(backend, "block backend")
+        self.capacity = self._checked_capacity()
         self.serial = serial.encode()[:ID_BYTES]
         self.queue_sizes = (queue_size,) * queues
         self.device_features = (
@@ -89,7 +97,18 @@ class BlockDevice(Device):
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
         self._engine = make(self.serial) if make else None
         self._reader: asyncio.AbstractEventLoop | None = None
-        self._errors = 0
+        self._crowded = False
+        self._moved = 0
+        self._next_turn = asyncio.Event()
+
+    def _checked_capacity(self) -> int:
+        """The backend's, in bytes, and its block size is one. ConfigError."""
+        backend = self.backend
+        if not isinstance(backend.capacity, int) or not 0 <= backend.capacity < 1 << 63:
+            raise ConfigError(f"{self._trusted.name}: capacity {backend.capacity!r} is no number of bytes")
+        if backend.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"{self._trusted.name}: block_size {backend.block_size!r} is not one of {BLOCK_SIZES}")
+        return backend.capacity
 
     @property
     def engine(self) -> str:
@@ -100,7 +119,7 @@ class BlockDevice(Device):
         segments = max(min(self.queue_sizes[0], SEGMENTS_MAX) - 2, 1)
         result: bytes = BlkConfig.build(
             {
-                "capacity": self.backend.capacity // SECTOR,
+                "capacity": self.capacity // SECTOR,
                 "size_max": 0,
                 "seg_max": segments,
                 "cylinders": 0,
@@ -147,14 +166,15 @@ class BlockDevice(Device):
     def _configure(self) -> None:
         if self._engine is not None:
             self._engine.configure(
-                sectors=self.backend.capacity // SECTOR,
+                sectors=self.capacity // SECTOR,
                 writeback=self.effective_writeback,
                 discard=bool(self.active.features & Feature.DISCARD),
                 write_zeroes=bool(self.active.features & Feature.WRITE_ZEROES),
             )
 
     def resized(self) -> None:
-        """The backend's capacity changed: tell the driver (5.2.5)."""
+        """The backend's capacity changed: tell the driver (5.2.5). ConfigError if it is none."""
+        self.capacity = self._checked_capacity()
         if self.is_active:
             self._configure()
         self.config_changed()
@@ -201,11 +221,11 @@ class BlockDevice(Device):
         await self.backend.aclose()
 
     def save_device(self) -> BlockState:
-        return BlockState(self.writeback, self.backend.capacity)
+        return BlockState(self.writeback, self.capacity)
 
     def restore_device(self, state: BlockState) -> None:
-        if state.capacity != self.backend.capacity:
-            raise StateError(f"the disk has {self.backend.capacity} bytes, the state expects {state.capacity}")
+        if state.capacity != self.capacity:
+            raise StateError(f"the disk has {self.capacity} bytes, the state expects {state.capacity}")
         self.writeback = state.writeback
 
     # Requests
@@ -243,30 +263,53 @@ class BlockDevice(Device):
 
     def _drain(self, queue: Queue, ring: Ring) -> None:
         ring.disable_notification()
-        chains = queue.pop_batch(64)
+        room = min(REQUESTS_MAX - len(self._tasks), TURN)
+        if room <= 0:
+            self._crowded = True
+            return
+        chains = queue.pop_batch(room)
         for chain in chains:
             # 2.7.4.2 lets a driver lay the parts out as it likes; header and status byte must be there
             if chain.readable_length < _header.size or not chain.writable_length:
                 raise GuestError("block request without header or status")
-            self.spawn(self._request(queue, chain), "request")
-        if len(chains) == 64 or ring.enable_notification():
+            self.spawn(self._request(queue, chain), "request").add_done_callback(self._request_ended)
+        if len(chains) == room or ring.enable_notification():
             self._later(queue.index)
+
+    def _request_ended(self, _: asyncio.Task[None]) -> None:
+        if self._crowded and self.is_active:
+            self._crowded = False
+            for queue in self.active.queues:
+                self._later(queue.index)
 
     async def _request(self, queue: Queue, chain: Chain) -> None:
         try:
             status = await self._answer(chain)
         except (OSError, HostError) as error:
-            self._errors += 1
-            log.log(logging.WARNING if self._errors <= 8 else logging.DEBUG, "block backend: %s", error)
+            self._trusted.warn(error)
             status = IOERR
         length = chain.writable_length
         chain.write(bytes((status,)), length - 1)
         queue.complete(chain, length)
 
+    async def _turn(self, length: int) -> None:
+        """Called before `length` bytes are moved: wait while this turn of the loop has moved enough, for a backend may
+        answer at once, and requests may be many and up to 4 GiB long."""
+        while self._moved >= TURN_BYTES:
+            await self._next_turn.wait()
+        if not self._moved:
+            asyncio.get_running_loop().call_soon(self._turn_over)
+        self._moved += length
+
+    def _turn_over(self) -> None:
+        self._moved = 0
+        self._next_turn.set()
+        self._next_turn.clear()
+
     async def _answer(self, chain: Chain) -> int:
         kind, _, sector = _header.unpack(chain.read(_header.size))
         space, payload = chain.writable_length - 1, chain.readable_length - _header.size
-        sectors = self.backend.capacity // SECTOR
+        sectors = self.capacity // SECTOR
         if kind in (IN, OUT):
             length = space if kind == IN else payload
             # 5.2.6.2: "A device MUST set the status byte to VIRTIO_BLK_S_IOERR for a write request if the
@@ -276,18 +319,19 @@ class BlockDevice(Device):
             if not length or length % SECTOR or sector + length // SECTOR > sectors:
                 return IOERR
             for at in range(0, length, CHUNK):
-                if at:
-                    await asyncio.sleep(0)  # a request may be 4 GiB long, and a backend may answer at once
                 part = min(CHUNK, length - at)
+                await self._turn(part)
                 if kind == IN:
-                    chain.write(await self.backend.read(sector * SECTOR + at, part), at)
+                    data = await self._trusted.call(self.backend.read, sector * SECTOR + at, part)
+                    chain.write(self._trusted.sized(self.backend.read, data, part, part), at)
                 else:
-                    await self.backend.write(sector * SECTOR + at, chain.read(part, _header.size + at))
+                    data = chain.read(part, _header.size + at)
+                    await self._trusted.call(self.backend.write, sector * SECTOR + at, data)
             if kind == OUT and not self.effective_writeback:
-                await self.backend.flush()
+                await self._trusted.call(self.backend.flush)
             return OK
         if kind == FLUSH:
-            await self.backend.flush()
+            await self._trusted.call(self.backend.flush)
             return OK
         if kind == GET_ID:
             if space < ID_BYTES:
@@ -316,12 +360,14 @@ class BlockDevice(Device):
             if count > ZEROES_SECTORS or sector + count > sectors:
                 return IOERR
         for sector, count, flags in entries:
-            if not count:
-                continue
-            if kind == DISCARD:
-                await self.backend.discard(sector * SECTOR, count * SECTOR)
-            else:
-                await self.backend.write_zeroes(sector * SECTOR, count * SECTOR, bool(flags & 1))
+            end = (sector + count) * SECTOR
+            for at in range(sector * SECTOR, end, ZEROES_CHUNK):
+                part = min(ZEROES_CHUNK, end - at)
+                await self._turn(part)
+                if kind == DISCARD:
+                    await self._trusted.call(self.backend.discard, at, part)
+                else:
+                    await self._trusted.call(self.backend.write_zeroes, at, part, bool(flags & 1))
         if kind == WRITE_ZEROES and not self.effective_writeback:
-            await self.backend.flush()
+            await self._trusted.call(self.backend.flush)
         return OK

@@ -7,16 +7,17 @@ import asyncio
 import enum
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from virtio.backends.char import CHUNK, CharBackend
+from virtio.backends.char import CHUNK, INPUT_MAX, CharBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
-from virtio.errors import StateError
+from virtio.errors import HostError, StateError
 from virtio.layouts import ConsoleConfig, ConsoleControl, ConsoleResize, fast
 from virtio.queue import Queue
 from virtio.state import U16
+from virtio.trust import Backend
 
 
 class Feature(enum.IntFlag):
@@ -54,7 +55,7 @@ class Port:
     console: bool = True
     open: bool = False
     """The driver opened it."""
-    input: bytes = b""
+    input: bytearray = field(default_factory=bytearray)
     """Read from the backend, not yet in the driver's buffers."""
 
 
@@ -63,7 +64,7 @@ class PortState:
     """One port: whether the driver opened it, and input that it has not got yet."""
 
     open: bool
-    input: Annotated[bytes, range((1 << 20) + 1)]
+    input: Annotated[bytes, range(INPUT_MAX + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class ConsoleDevice(Device):
     def __init__(self, ports: Sequence[Port] | CharBackend, *, columns: int = 80, rows: int = 25) -> None:
         super().__init__()
         self.ports = list(ports) if isinstance(ports, Sequence) else [Port(ports)]
+        self._backends = {id(port): Backend(port.backend, "console backend") for port in self.ports}
         self.columns, self.rows = columns, rows
         self.multiport = len(self.ports) > 1 or bool(self.ports[0].name) or not self.ports[0].console
         self.device_features = Feature.SIZE | (Feature.MULTIPORT if self.multiport else 0)
@@ -138,7 +140,7 @@ class ConsoleDevice(Device):
         return ConsoleState(
             self._announced,
             tuple(self._messages),
-            tuple(PortState(port.open, port.input) for port in self.ports),
+            tuple(PortState(port.open, bytes(port.input)) for port in self.ports),
             self.columns,
             self.rows,
         )
@@ -150,7 +152,7 @@ class ConsoleDevice(Device):
         self._announced = state.announced
         self._messages = deque(state.messages)
         for port, saved in zip(self.ports, state.ports, strict=True):
-            port.open, port.input = saved.open, saved.input
+            port.open, port.input = saved.open, bytearray(saved.input)
 
     # Data (5.3.6)
 
@@ -159,12 +161,29 @@ class ConsoleDevice(Device):
             length = chain.readable_length
             at = 0
             while length - at > CHUNK:  # a chain may be 4 GiB long: never all of it at once
-                await port.backend.write(chain.read(CHUNK, at))
+                await self._write(port, chain.read(CHUNK, at))
                 at += CHUNK
                 await asyncio.sleep(0)  # nor without a turn for others
             if length > at:
-                await port.backend.write(chain.read(CHUNK, at))
+                await self._write(port, chain.read(CHUNK, at))
             queue.complete(chain, 0)
+
+    async def _write(self, port: Port, data: bytes) -> None:
+        try:
+            await self._backends[id(port)].call(port.backend.write, data)
+        except (OSError, HostError) as error:  # the output is lost; 5.3.6 knows no answer that would say so
+            self._backends[id(port)].warn(error)
+
+    async def _read(self, port: Port) -> bool:
+        """False: no more input will come."""
+        backend = self._backends[id(port)]
+        try:
+            data = backend.sized(port.backend.read, await backend.call(port.backend.read), 0, INPUT_MAX)
+        except (OSError, HostError) as error:
+            backend.warn(error)
+            return False
+        port.input = bytearray(data)
+        return bool(data)
 
     async def _receive(self, port: Port, queue: Queue, always_open: bool) -> None:
         while True:
@@ -172,13 +191,14 @@ class ConsoleDevice(Device):
                 self._opened.clear()
                 await self._opened.wait()
             if not port.input:
-                port.input = await port.backend.read()
+                if not await self._read(port):
+                    return
                 continue  # a driver that closed the port meanwhile would throw it away
             chain = await anext(queue)
             if not (port.open or always_open):
                 queue.ring.undo_pop(chain)
                 continue
-            port.input = port.input[chain.write(port.input) :]
+            del port.input[: chain.write(port.input)]
             queue.complete(chain)
 
     # Control (5.3.6.2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from virtio.device import Activation, Device
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
 from virtio.protocols import Chain
-from virtio.queue import TURN, Queue
+from virtio.queue import TURN, TURN_BYTES, Queue
 from virtio.state import U16
+from virtio.trust import Backend, Mistake
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class NetDevice(Device):
     def __init__(self, backend: NetBackend, mac: bytes, *, queue_size: int = 256) -> None:
         super().__init__()
         self.backend = backend
+        self._trusted = Backend(backend, "network backend")
         self._mtu = backend.mtu
         # 5.1.4.1: "The device MUST set mtu to between 68 and 65535 inclusive, if it offers VIRTIO_NET_F_MTU."
         if self._mtu is not None and not 68 <= self._mtu <= 65535:
@@ -334,25 +335,40 @@ class NetDevice(Device):
             frame = chain.read(FRAME_MAX, HEADER) if chain.readable_length - HEADER <= FRAME_MAX else b""
             queue.complete(chain, 0)
             if frame and self.link:
+                send = self.backend.send_offloaded
                 try:
-                    await self.backend.send_offloaded(outgoing_header(header, len(frame)), frame)
+                    await self._trusted.call(send, outgoing_header(header, len(frame)), frame)
+                except (Mistake, OSError) as error:
+                    self._trusted.warn(error)  # the frame is lost, as on a wire
                 except HostError as error:
                     self._link_lost(error)
 
-    def _link_lost(self, error: HostError) -> None:
+    def _link_lost(self, error: Exception) -> None:
         if self.link:
-            log.warning("%s", error)
+            self._trusted.warn(error)
             self.set_link(False)
 
+    async def _next_frame(self) -> tuple[bytes, bytes]:
+        """virtio_net_hdr and frame from the backend. HostError, OSError: no more will come."""
+        receive = self.backend.receive_offloaded
+        got = await self._trusted.call(receive)
+        if not isinstance(got, tuple) or len(got) != 2:
+            raise self._trusted.mistake(receive, f"returned {type(got).__name__}, not a header and a frame")
+        header = self._trusted.sized(receive, got[0], HEADER, HEADER)
+        return bytes(header), bytes(self._trusted.sized(receive, got[1], 1, FRAME_MAX))
+
     async def _deliver_frames(self, queue: Queue, features: int) -> None:
-        for count in itertools.count(1):
-            if count % TURN == 0:
+        frames = moved = 0
+        while True:
+            if frames >= TURN or moved >= TURN_BYTES:
+                frames = moved = 0
                 await asyncio.sleep(0)  # a peer that always has a frame must not keep the loop
             try:
-                raw, frame = await self.backend.receive_offloaded()
-            except HostError as error:
+                raw, frame = await self._next_frame()
+            except (HostError, OSError) as error:
                 self._link_lost(error)
                 return
+            frames, moved = frames + 1, moved + len(frame)
             header = incoming_header(raw, features)
             if header is None or not self.link:
                 continue
