@@ -33,6 +33,10 @@ TROUBLE = re.compile(r"Oops|BUG|WARNING:|Call Trace|stall|lockup|hung|general pr
 PROMPT = rb"soak-shell# "
 SHELL = re.compile(r"soak-shell# |\x1b\[[0-9;]*[A-Za-z]|\r")
 """What the shell and its line editor write between the lines."""
+GUEST_VENDOR = "AuthenticAMD"
+"""Of the processor that the software core shows on every host (cpu/soft/system/cpuid.c)."""
+VENDOR = re.compile(r"\d+ \w+\.\w+@(\w+) ")
+"""A result that only the processors of one vendor have to have (guest/work.h)."""
 BOOT_SECONDS, ROUND_SECONDS = 240.0, 600.0
 """Deadlines: from start to the shell; for the rounds under way to end, here and in the guest."""
 
@@ -109,8 +113,15 @@ class Host:
         return Counter(output.decode().splitlines())
 
 
+def of_every_vendor(lines: Counter[str]) -> Counter[str]:
+    """Without the lines of one vendor."""
+    return Counter({line: count for line, count in lines.items() if not VENDOR.match(line)})
+
+
 class Comparison:
-    """Lines from the guest, sorted by seed, each round compared when it has ended."""
+    """Lines from the guest, sorted by seed, each round compared when it has ended.
+
+    Lines of one vendor count only if host and guest are of it."""
 
     def __init__(self, host: Host, result: Result) -> None:
         self._host, self._result = host, result
@@ -139,6 +150,12 @@ class Comparison:
 
     async def _compare(self, seed: int, ours: Counter[str]) -> None:
         theirs = await self._host.round(seed)
+        if any(match[1] != GUEST_VENDOR for match in map(VENDOR.match, theirs) if match):
+            self._result.problems += [
+                f"of another vendor than {GUEST_VENDOR}: {line}"
+                for line in ours if (match := VENDOR.match(line)) and match[1] != GUEST_VENDOR
+            ]  # fmt: skip
+            ours, theirs = of_every_vendor(ours), of_every_vendor(theirs)
         self._result.rounds += 1
         self._result.lines += sum((ours & theirs).values())
         self._result.problems += [f"guest only: {line}" for line in ours - theirs]

@@ -1,5 +1,6 @@
 /* The soak's workload: `work PART SEED` prints digests of what a part computed, `work data SEED BYTES` writes text. */
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -18,6 +19,15 @@ void report(const char *part, const char *check, uint64_t digest)
 {
     printf("%s.%s %016llx\n", part, check, (unsigned long long)digest);
     fflush(stdout);
+}
+
+void report_of_vendor(const char *part, const char *check, uint64_t digest)
+{
+    uint32_t name[4] = { 0 }, highest;
+    char text[64];
+    __cpuid(0, highest, name[0], name[2], name[1]);
+    snprintf(text, sizeof text, "%s@%.12s", check, (const char *)name);
+    report(part, text, digest);
 }
 
 _Noreturn void fail(const char *what)

@@ -15,7 +15,8 @@ enum { ALTERNATE = 64 << 10 };
 
 static sigjmp_buf back;
 static uint8_t *region; /* five pages: none, read-only, writable, none, none */
-static uint64_t storm_digest;
+static uint64_t storm_digest, of_vendor;
+static volatile uint8_t modifies; /* the access that may fault reads and writes: W of its error code is not defined */
 static uint8_t *alternate;
 
 static void handle(int signal_number, void (*handler)(int, siginfo_t *, void *), int flags)
@@ -32,11 +33,20 @@ static void on_fault(int signal_number, siginfo_t *info, void *context)
     volatile uint8_t local = 0;
     storm_digest = mix(storm_digest, (uint64_t)signal_number);
     storm_digest = mix(storm_digest, (uint64_t)info->si_code);
-    storm_digest = mix(storm_digest, at < 5 * 4096 ? at : 0xFFFF);
-    storm_digest = mix(storm_digest, (uint64_t)regs[REG_ERR] & 0xFF);
+    uint64_t error = (uint64_t)regs[REG_ERR] & 0xFF;
+    storm_digest = mix(storm_digest, at < 5 * 4096 ? at >> 12 : 0xFFFF);
+    storm_digest = mix(storm_digest, modifies && !(error & 1) ? error & ~2u : error);
+    of_vendor = mix(mix(of_vendor, at < 5 * 4096 ? at : 0xFFFF), error);
     storm_digest = mix(storm_digest, (uint64_t)regs[REG_TRAPNO]);
     storm_digest = mix(storm_digest, &local > alternate && &local < alternate + ALTERNATE);
     siglongjmp(back, 1);
+}
+
+/* Byte by byte: how far a repeated string comes before it faults is not defined. */
+static void fill(volatile uint8_t *at, uint8_t value, size_t size)
+{
+    for (size_t i = 0; i < size; i++)
+        at[i] = value;
 }
 
 static uint64_t storm(void)
@@ -47,18 +57,36 @@ static uint64_t storm(void)
         volatile uint64_t *at = (void *)(region + n % (5 * 4096 - 8));
         if (sigsetjmp(back, 1))
             continue;
+        modifies = (n >> 32 & 7) == 2;
         switch (n >> 32 & 7) {
         case 0: *at = n; break;
         case 1: storm_digest = mix(storm_digest, *at); break;
         case 2: __atomic_fetch_add(at, n, __ATOMIC_SEQ_CST); break;
         case 3: ((void (*)(void))(region + n % (5 * 4096)))(); break;
         case 4: *(volatile uint8_t *)(n | 1ull << 62) = 1; break; /* not canonical */
-        case 5: memset(region + 2 * 4096 + n % 4096, (int)n, 4096 + n % 64); break;
+        case 5: fill(region + 2 * 4096 + n % 4096, (uint8_t)n, 4096 + n % 64); break;
         case 6: storm_digest = mix(storm_digest, *(volatile uint64_t *)(n & 0xFFF)); break; /* null page */
         default: __asm__ volatile("movups %%xmm0, (%0)" : : "r"(at) : "memory"); break;
         }
     }
     return mix_bytes(storm_digest, region + 4096, 2 * 4096);
+}
+
+/* Repeated strings that run into a page that is not there: where they stop is the vendor's. */
+static uint64_t strings(void)
+{
+    struct random r = { of_vendor };
+    for (volatile unsigned i = 0; i < 60; i++) {
+        uint64_t n = next(&r), count = 4096 + n % 64;
+        uint8_t *to = region + 2 * 4096 + n % 4096, *from = region + 4096;
+        if (sigsetjmp(back, 1))
+            continue;
+        if (i & 1)
+            __asm__ volatile("rep stosb" : "+D"(to), "+c"(count) : "a"((int)n) : "memory");
+        else
+            __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count) : : "memory");
+    }
+    return mix_bytes(of_vendor, region + 2 * 4096, 4096);
 }
 
 /* A stack that overflows, again and again: its handler has another. */
@@ -72,6 +100,7 @@ static __attribute__((noinline)) uint64_t deep(uint64_t n)
 static uint64_t overflow(uint64_t seed)
 {
     storm_digest = seed;
+    modifies = 1; /* a compiler may touch the stack so */
     for (volatile unsigned i = 0; i < 4; i++)
         if (!sigsetjmp(back, 1))
             deep(1 + i);
@@ -157,8 +186,10 @@ void work_signals(uint64_t seed)
     MUST(sigaltstack(&stack, NULL));
     handle(SIGSEGV, on_fault, SA_ONSTACK);
     handle(SIGBUS, on_fault, SA_ONSTACK);
-    storm_digest = seed;
+    storm_digest = of_vendor = seed;
     report("signals", "storm", storm());
+    report_of_vendor("signals", "storm", of_vendor);
+    report_of_vendor("signals", "strings", strings());
     report("signals", "overflow", overflow(seed));
     report("signals", "queued", queued(seed));
     report("signals", "timers", timers(seed));

@@ -1,7 +1,9 @@
 /* What the soak's workload shares: a generator of numbers, a digest, and one function for each part.
  *
  * Every part is a function of its seed alone: no address, no pid and no time may reach a digest. It prints lines
- * "part.check digest", which must be the same on the host and in the guest.
+ * "part.check digest", which must be the same on the host and in the guest, whoever made the host's processor: what only one
+ * vendor's processors do (undefined flags, the order of faults) goes to lines "part.check@VENDOR digest", which are compared
+ * when guest and host have the same vendor. tests/support/oracle/vendors.c has the clauses.
  */
 #ifndef WORK_H
 #define WORK_H
@@ -33,6 +35,7 @@ static inline uint64_t mix(uint64_t digest, uint64_t value)
 
 uint64_t mix_bytes(uint64_t digest, const void *data, size_t size);
 void report(const char *part, const char *check, uint64_t digest);
+void report_of_vendor(const char *part, const char *check, uint64_t digest);
 _Noreturn void fail(const char *what);
 
 /* A call that must not fail. */
