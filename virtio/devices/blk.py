@@ -55,6 +55,7 @@ TURN_BYTES = 2 << 20
 """Bytes that all requests to a BlockBackend move in one turn of the loop, or little more."""
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 _MORE, _SIGNAL = 1, 2
+COUNTERS = ("reads", "bytes_read", "writes", "bytes_written", "flushes", "failures")
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
 _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
@@ -100,6 +101,7 @@ class BlockDevice(Device):
         self._crowded = False
         self._moved = 0
         self._next_turn = asyncio.Event()
+        self._counted = dict.fromkeys(COUNTERS, 0)
 
     def _checked_capacity(self) -> int:
         """The backend's, in bytes, and its block size is one. ConfigError."""
@@ -109,6 +111,13 @@ class BlockDevice(Device):
         if backend.block_size not in BLOCK_SIZES:
             raise ConfigError(f"{self._trusted.name}: block_size {backend.block_size!r} is not one of {BLOCK_SIZES}")
         return backend.capacity
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Requests answered and bytes moved so far, by COUNTERS' names."""
+        if self._engine is not None:
+            return dict(zip(COUNTERS, self._engine.counters, strict=True))
+        return dict(self._counted)
 
     @property
     def engine(self) -> str:
@@ -288,6 +297,7 @@ class BlockDevice(Device):
         except (OSError, HostError) as error:
             self._trusted.warn(error)
             status = IOERR
+        self._count(chain, status)
         length = chain.writable_length
         chain.write(bytes((status,)), length - 1)
         queue.complete(chain, length)
@@ -305,6 +315,20 @@ class BlockDevice(Device):
         self._moved = 0
         self._next_turn.set()
         self._next_turn.clear()
+
+    def _count(self, chain: Chain, status: int) -> None:
+        kind = _header.unpack(chain.read(_header.size))[0]
+        counted = self._counted
+        if status != OK:
+            counted["failures"] += 1
+        elif kind == IN:
+            counted["reads"] += 1
+            counted["bytes_read"] += chain.writable_length - 1
+        elif kind == OUT:
+            counted["writes"] += 1
+            counted["bytes_written"] += chain.readable_length - _header.size
+        elif kind == FLUSH:
+            counted["flushes"] += 1
 
     async def _answer(self, chain: Chain) -> int:
         kind, _, sector = _header.unpack(chain.read(_header.size))

@@ -57,6 +57,7 @@ REQUIREMENTS: dict[int, int] = {
 
 LINK_UP = 1
 HEADER = 12
+COUNTERS = ("received", "bytes_received", "sent", "bytes_sent", "dropped")
 ETHERNET_HEADER = 18
 """With a VLAN tag."""
 _header = fast(NetHeader)
@@ -152,6 +153,7 @@ class NetDevice(Device):
         self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
         self._native = False
         """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
+        self._counted = dict.fromkeys(COUNTERS, 0)
         self._reading: set[int] = set()
         self._writing: set[int] = set()
 
@@ -184,6 +186,22 @@ class NetDevice(Device):
     def frames(self) -> list[tuple[int, int]]:
         """(sent, received) frames of each pair of queues; of backends with descriptors."""
         return [(engine.sent, engine.received) for engine in self._engines]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Frames and bytes so far, as the guest sees their direction, by COUNTERS' names."""
+        counted = dict(self._counted)
+        for engine in self._engines:
+            counted["received"] += engine.received
+            counted["bytes_received"] += engine.received_bytes
+            counted["sent"] += engine.sent
+            counted["bytes_sent"] += engine.sent_bytes
+            counted["dropped"] += engine.dropped
+        return counted
+
+    def _count(self, what: str, frame: bytes) -> None:
+        self._counted[what] += 1
+        self._counted[f"bytes_{what}"] += len(frame)
 
     # Life
 
@@ -336,6 +354,7 @@ class NetDevice(Device):
             queue.complete(chain, 0)
             if frame and self.link:
                 send = self.backend.send_offloaded
+                self._count("sent", frame)
                 try:
                     await self._trusted.call(send, outgoing_header(header, len(frame)), frame)
                 except (Mistake, OSError) as error:
@@ -404,6 +423,7 @@ class NetDevice(Device):
             data = data[chain.write(data) :]
         queue.push_batch([(chain, chain.written) for chain in chains])
         queue.notify()
+        self._count("received", frame)
         return True
 
     # Control virtqueue (5.1.6.5)

@@ -15,6 +15,11 @@ enum {
     MORE = 1, SIGNAL = 2
 };
 
+/* What is counted of requests. */
+enum {
+    READS, WRITES, FLUSHES, OTHERS, FAILED, COUNTERS
+};
+
 typedef struct {
     PyObject_HEAD
     struct disk disk;
@@ -23,7 +28,20 @@ typedef struct {
     struct blk_uring uring; /* not open: everything goes to the threads */
     uint32_t in_flight;     /* requests between pop and push */
     bool closed;
+    uint64_t requests[COUNTERS], bytes[COUNTERS]; /* returned to the driver so far */
 } BlockObject;
+
+static void count(BlockObject *self, const struct request *request)
+{
+    int which = request->status != S_OK          ? FAILED
+                : request->type == T_IN          ? READS
+                : request->type == T_OUT         ? WRITES
+                : request->type == T_FLUSH       ? FLUSHES
+                                                 : OTHERS;
+    self->requests[which]++;
+    if (which == READS || which == WRITES)
+        self->bytes[which] += request->length;
+}
 
 static void job_free(BlockObject *self, struct request *job)
 {
@@ -41,6 +59,7 @@ static int job_return(BlockObject *self, struct request *job)
     while (job) {
         struct request *next = job->merged;
         self->in_flight--;
+        count(self, job);
         failed |= blk_return(job);
         job = next;
     }
@@ -343,6 +362,12 @@ static PyObject *block_engine(BlockObject *self, void *Py_UNUSED(unused))
     return PyUnicode_FromString(self->uring.ring.fd < 0 ? "threads" : "io_uring");
 }
 
+static PyObject *block_counters(BlockObject *self, void *Py_UNUSED(unused))
+{
+    return Py_BuildValue("(KKKKKK)", self->requests[READS], self->bytes[READS], self->requests[WRITES],
+                         self->bytes[WRITES], self->requests[FLUSHES], self->requests[FAILED]);
+}
+
 static PyMethodDef block_methods[] = {
     {"drain", (PyCFunction)block_drain, METH_VARARGS,
      "drain(ring, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification."},
@@ -358,6 +383,8 @@ static PyMethodDef block_methods[] = {
 };
 
 static PyGetSetDef block_getset[] = {
+    {"counters", (getter)block_counters, NULL,
+     "requests answered so far: (reads, bytes read, writes, bytes written, flushes, failures)", NULL},
     {"in_flight", (getter)block_in_flight, NULL, "requests popped and not returned", NULL},
     {"engine", (getter)block_engine, NULL, "what does the jobs that may block: io_uring or threads", NULL},
     {0},

@@ -42,6 +42,7 @@ typedef struct {
     uint8_t *out;          /* stream: the rest of a frame that the socket did not take */
     size_t out_start, out_end;
     uint64_t sent, received, dropped;
+    uint64_t sent_bytes, received_bytes; /* of the frames that are counted in sent and received */
 } NetObject;
 
 static size_t gather_chain(const struct chain *chain, uint64_t skip, struct iovec *iov, size_t room)
@@ -176,6 +177,7 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit)
             used += 1 + parts;
             total += 4 + length;
             self->sent++;
+            self->sent_bytes += length;
         } else {
             self->dropped++; /* no frame: 5.1.6.2 makes the header and at least one byte the driver's part */
         }
@@ -241,8 +243,10 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit)
         }
         if (sent < 0)
             self->dropped++; /* the link is down, or the header makes no sense: the frame is lost, as on a wire */
-        else
+        else {
             self->sent++;
+            self->sent_bytes += chain.readable_length - HEADER;
+        }
         done[count++] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
     }
     ring_push_batch(&ring->ring, done, count);
@@ -321,6 +325,7 @@ static int deliver(NetObject *self, RingObject *ring, struct net_header header, 
          * num_buffers are observed by driver as used." */
         ring_push_batch(&ring->ring, done, count);
         self->received++;
+        self->received_bytes += length;
         result = result ? result : 1;
     } else {
         for (uint32_t i = count; i-- > 0;)
@@ -528,7 +533,8 @@ static void net_dealloc(NetObject *self)
 
 static PyObject *net_counter(NetObject *self, void *which)
 {
-    uint64_t values[] = {self->sent, self->received, self->dropped, self->out_end - self->out_start};
+    uint64_t values[] = {self->sent, self->received, self->dropped, self->out_end - self->out_start, self->sent_bytes,
+                         self->received_bytes};
     return PyLong_FromUnsignedLongLong(values[(intptr_t)which]);
 }
 
@@ -547,6 +553,8 @@ static PyGetSetDef net_getset[] = {
     {"sent", (getter)net_counter, NULL, "frames", (void *)0},
     {"received", (getter)net_counter, NULL, "frames", (void *)1},
     {"dropped", (getter)net_counter, NULL, "frames", (void *)2},
+    {"sent_bytes", (getter)net_counter, NULL, "of the frames sent", (void *)4},
+    {"received_bytes", (getter)net_counter, NULL, "of the frames received", (void *)5},
     {"unsent", (getter)net_counter, NULL, "bytes that a stream has not taken yet", (void *)3},
     {0},
 };

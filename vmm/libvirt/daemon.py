@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
-from vmm.libvirt import connect_calls, domain_calls, event_calls, rpc
+from vmm.libvirt import connect_calls, domain_calls, event_calls, rpc, stream_calls
 from vmm.libvirt.client import Client
 from vmm.libvirt.connect_calls import CONNECTION_CLOSED
 from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domains
@@ -46,7 +46,7 @@ MESSAGE_MEMORY = 128 << 20
 SOCKET, SOCKET_READ_ONLY = "libvirt-sock", "libvirt-sock-ro"
 CLOSED_EVENT, CLOSED_MESSAGE = 362, Signature("reason:int")
 PROGRAMS = {
-    rpc.REMOTE: joined([connect_calls.calls, domain_calls.calls, event_calls.calls]),
+    rpc.REMOTE: joined([connect_calls.calls, domain_calls.calls, event_calls.calls, stream_calls.calls]),
     rpc.QEMU: joined([]),
 }
 log = logging.getLogger(__name__)

@@ -80,6 +80,13 @@ class Stream:
         if not self._over:
             await self._fail(LibvirtError(Code.OPERATION_INVALID, "this stream takes no holes", From.STREAMS))
 
+    async def disconnect(self) -> None:
+        """Another client takes what this one had: it hears that there is no more."""
+        if not self._over:
+            self._client.send_stream(self._header._replace(status=Status.CONTINUE), b"")
+            self._client.forget_stream(self._header.serial)
+            await self.aclose()
+
     async def aclose(self) -> None:
         """Without a word to the client. Idempotent."""
         self._over = True

@@ -3,7 +3,7 @@
     {"command": "status"}                       -> {"ok": true, "state": "running", …}
     {"command": "stop", "timeout": 30}          -> {"ok": true, "outcome": …} when it has ended
     {"command": "events"}                       -> {"ok": true, …status}, then a line for each event, to the end
-    pause, resume, kill, shutdown, reboot, reset, stats, config, metrics -> see COMMANDS
+    pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
 The server side is `Registration`: the machine's place in the registry with its control and console sockets. The
@@ -179,6 +179,22 @@ class Registration:
     async def _stats(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"stats": self._vm.stats()}
 
+    async def _devices(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """Disks and cards in the configuration's order, with their counters; null for a card that could not be had."""
+        config = self._vm.config
+        disks = [self._device(disk.id or f"disk{index}") for index, disk in enumerate(config.disks)]
+        nets = [self._device(net.id or f"net{index}") for index, net in enumerate(config.nets)]
+        return {
+            "disks": [disk and {**disk.counters, "capacity": disk.backend.capacity} for disk in disks],
+            "nets": [net and {**net.counters, "mac": net.mac.hex(":"), "link": net.link} for net in nets],
+        }
+
+    def _device(self, name: str) -> Any:
+        try:
+            return self._vm.device(name)
+        except StateError:
+            return None
+
     async def _metrics(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"metrics": metrics(self._vm.config.name, self._vm.stats())}
 
@@ -221,6 +237,7 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "events": Registration._events,
     "stats": Registration._stats,
     "metrics": Registration._metrics,
+    "devices": Registration._devices,
     "config": Registration._config,
     "pause": Registration._pause,
     "resume": Registration._resume,

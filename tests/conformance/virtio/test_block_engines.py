@@ -99,6 +99,21 @@ def content(driver: Driver, item: Sent) -> bytes:
     return b"".join(driver.bytes_at(part) for part in item.data)
 
 
+async def test_requests_and_bytes_are_counted(driver: Driver) -> None:
+    source = random.Random(5)
+    await finish(driver, [send(driver, source, blk.IN, 8, 16), send(driver, source, blk.IN, SECTORS, 1)])
+    await finish(driver, [send(driver, source, blk.OUT, sector, 8) for sector in (0, 8, 16)])
+    await finish(driver, [send(driver, source, blk.FLUSH, 0, 0)])
+    assert driver.transport.device.counters == {
+        "reads": 1,
+        "bytes_read": 8192,
+        "writes": 3,
+        "bytes_written": 12288,
+        "flushes": 1,
+        "failures": 1,
+    }
+
+
 async def test_a_model_of_sectors(driver: Driver, backend: BlockBackend, tmp_path: Path) -> None:
     """Random requests in flight together, of which none meets another one's sectors, against a bytearray."""
     original = (tmp_path / "disk").read_bytes()

@@ -94,6 +94,8 @@ async def test_frames_from_the_guest(connect: Connect, peer: Peer) -> None:
         driver.submit(1, [driver.buffer(HEADER + sent[:20]), driver.buffer(sent[20:])])
         assert await peer.receive() == sent
         await driver.used(1)
+    counters = driver.transport.device.counters
+    assert (counters["sent"], counters["bytes_sent"], counters["received"]) == (3, 60 + 1514 + 65000, 0)
 
 
 @pytest.mark.clause("5.1.6.3.2-a")
@@ -108,6 +110,8 @@ async def test_frames_to_the_guest(connect: Connect, peer: Peer) -> None:
     used = await driver.used(0, 4)
     for room, sent, buffer in zip(rooms, frames, used, strict=True):
         assert driver.bytes_at(room)[: buffer.length] == HEADER[:10] + b"\1\0" + sent
+    counters = driver.transport.device.counters
+    assert (counters["received"], counters["bytes_received"], counters["sent"]) == (4, sum(map(len, frames)), 0)
 
 
 @pytest.mark.clause("5.1.6.3.2-a", "5.1.6.4.1-b", "5.1.6.4.1-c", "5.1.6.4.1-d")
