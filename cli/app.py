@@ -90,11 +90,19 @@ def _run_command() -> Any:
 
 def console(
     name: Annotated[str, typer.Argument(metavar="NAME|SOCKET", help="A machine.", autocompletion=complete_machine)],
+    follow: Annotated[bool, typer.Option("--follow", help="Watch on after piped input has ended.")] = False,
+    linger: Annotated[
+        float, typer.Option(help="Seconds of silence after the end of piped input, before it detaches.")
+    ] = 2.0,
 ) -> None:
-    """Attach this terminal to a machine's console. Ctrl-] detaches; several may watch."""
+    """Attach this terminal to a machine's console. Ctrl-] detaches; several may watch.
+
+    `echo COMMAND | vmm console NAME` types the command, shows what follows and detaches when nothing more comes. With
+    input that ends without a byte (/dev/null) it watches until the machine ends.
+    """
     from cli.machines import attach_console
 
-    attach_console(name)
+    attach_console(name, follow=follow, linger=linger)
 
 
 def ps(

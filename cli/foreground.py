@@ -14,7 +14,7 @@ from cli import errors
 from cli.errors import EXIT_GUEST, say
 from cli.options import RunArguments
 from vmm.config import Config
-from vmm.console.terminal import Output
+from vmm.console.descriptors import Output
 from vmm.cores import is_stock_kernel
 from vmm.errors import GuestError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned

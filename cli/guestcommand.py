@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cli.consolesize import terminal_size
-from vmm.console.terminal import CHUNK, Output, RawMode, in_foreground
+from vmm.console.descriptors import Input, Output
+from vmm.console.terminal import CHUNK, RawMode, in_foreground
 from vmm.errors import HostError, os_reason
 
 if TYPE_CHECKING:
@@ -52,47 +53,51 @@ async def _signals(process: GuestProcess, on_terminal: bool) -> AsyncIterator[No
         sending.add(task)
         task.add_done_callback(sending.discard)
 
-    loop.add_signal_handler(signal.SIGINT, lambda: send(process.send_signal(signal.SIGINT)))
+    interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # what our parent had us ignore stays ignored
+    if interrupts:
+        loop.add_signal_handler(signal.SIGINT, lambda: send(process.send_signal(signal.SIGINT)))
     if on_terminal:
         loop.add_signal_handler(signal.SIGWINCH, lambda: send(process.resize(*terminal_size())))
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        if interrupts:
+            loop.remove_signal_handler(signal.SIGINT)
         if on_terminal:
             loop.remove_signal_handler(signal.SIGWINCH)
         await asyncio.gather(*sending, return_exceptions=True)
 
 
 async def _feed(process: GuestProcess) -> None:
-    while data := await _read(0):
-        await process.write(data)
+    with Input(0) as source:
+        while data := await _read(source):
+            await process.write(data)
     await process.close_stdin()
 
 
-async def _read(descriptor: int) -> bytes:
-    """The next bytes of a descriptor, b"" at its end; without blocking the loop."""
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
+async def _read(source: Input) -> bytes:
+    """The next bytes, b"" at the end; without blocking the loop."""
     try:
-        loop.add_reader(descriptor, ready.set_result, None)
-    except (OSError, ValueError, RuntimeError):
-        pass  # a regular file, which epoll refuses: always ready
-    else:
-        try:
-            await ready
-        finally:
-            loop.remove_reader(descriptor)
-    try:
-        return os.read(descriptor, CHUNK)
+        while (data := source.read(CHUNK)) is None:
+            await _ready(source.watched)
+        return data
     except OSError:
         return b""
+
+
+async def _ready(watched: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(watched, ready.set_result, None)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(watched)
 
 
 async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) -> None:
     """Everything that the program writes. A reader that went away raises BrokenPipeError, another fault of the
     descriptor HostError; either ends the command."""
-    loop = asyncio.get_running_loop()
     output = Output(descriptor)
     try:
         async for data in stream:
@@ -101,13 +106,8 @@ async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) 
                 count = output.write(data[:CHUNK])
                 if count >= 0:
                     data = data[count:]
-                    continue
-                ready = loop.create_future()
-                loop.add_writer(output.descriptor, ready.set_result, None)
-                try:
-                    await ready
-                finally:
-                    loop.remove_writer(output.descriptor)
+                else:
+                    await _ready(output.watched)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -15,8 +15,10 @@ from vmm.management.control import MAX_STOP_SECONDS, request
 from vmm.management.registry import entries, find
 
 
-def attach_console(name: str) -> None:
+def attach_console(name: str, *, follow: bool, linger: float) -> None:
     """By the machine's name, or a socket's path (anything with a slash, or an existing socket)."""
+    if not 0 <= linger <= MAX_STOP_SECONDS:
+        raise ConfigError(f"linger: {linger:g} is outside 0 to {MAX_STOP_SECONDS:g} seconds")
     from vmm.console.terminal import attach
 
     path = Path(name)
@@ -24,7 +26,7 @@ def attach_console(name: str) -> None:
         path = find(name).console
     if sys.stdin.isatty():
         say(f"{name}: attached; Ctrl-] detaches")
-    end = attach(path, name)
+    end = attach(path, name, follow=follow, quiet=linger)
     if sys.stdin.isatty():
         sys.stderr.write("\r\n")
     say(end)

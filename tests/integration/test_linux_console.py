@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -73,6 +74,40 @@ async def test_input_of_any_size_and_pace_arrives(runtime: Path, image: catalog.
         assert int((await vm.console.expect(rb"(\d+)\r\n", BOOT))[1]) == size // 100 * 99
         await vm.console.write("echo af''ter\n")
         await vm.console.expect(rb"after", BOOT)
+
+
+def test_piped_input_of_vmm_console_ends_it(runtime: Path) -> None:
+    with Background(runtime, "linux", "--name", "box", "--console", "none") as machine:
+        wait_for(lambda: (runtime / "loopvisor/box/info.json").exists())
+        with Session(runtime, "console", "box") as session:
+            session.expect(PROMPT, BOOT)
+        done = vmm(runtime, "console", "box", input="echo o''ne; echo tw''o\n", stdin=None, timeout=BOOT)
+        assert done.returncode == 0
+        assert re.search(r"^one\r?\ntwo\r?$", done.stdout, re.MULTILINE)
+        assert "box: detached" in done.stderr
+        script = "sleep 4; echo l''ate; sleep 1; poweroff -f\n"
+        done = vmm(runtime, "console", "box", "--follow", input=script, stdin=None, timeout=BOOT)
+        assert "late" in done.stdout
+        assert "the machine closed its console" in done.stderr
+        assert machine.process.wait(60) == 0
+
+
+def test_what_the_parent_ignores_stays_ignored_and_shared_streams_stay_as_they_are(runtime: Path) -> None:
+    """SIGINT, as a shell's `trap '' INT` has it; and the shell's next program reads on where the command stopped."""
+    command = shlex.join([*VMM, "run", "linux", "--", "sh", "-c", "echo up; sleep 3; echo st''ill here"])
+    script = f"trap '' INT; {{ {command}; echo status $?; head -n 1; }} & wait"
+    with subprocess.Popen(
+        ["sh", "-c", script.replace("} &", "} <&3 &")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(runtime), preexec_fn=lambda: os.dup2(0, 3), pass_fds=[3], start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "still here\n"
+        assert process.stdout.readline() == "status 0\n"
+        process.stdin.write("late\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "late\n"
 
 
 def test_panic_is_status_3(runtime: Path) -> None:

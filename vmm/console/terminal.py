@@ -1,8 +1,7 @@
 """The user's terminal: a machine's console on standard input and output, and `vmm console`'s attached session.
 
 A terminal is put into raw mode and given back in every case short of SIGKILL. Standard output is written without
-ever blocking the loop, and without changing the flags of the open file that a shell shares with us; what it does not
-take yet stays in the console's ring, which holds the machine back.
+ever blocking the loop; what it does not take yet stays in the console's ring, which holds the machine back.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import os
 import select
 import signal
 import socket
-import stat
-import sys
 import termios
 import time
 import tty
@@ -24,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from vmm.console.descriptors import Input, Output
 from vmm.console.hub import ConsoleHub
 from vmm.errors import HostError, os_reason
 from vmm.lifecycle import Outcome, Reason
@@ -35,8 +33,8 @@ TYPE_AHEAD = 16 << 20
 """Bytes from a terminal that are taken while the guest does not: Ctrl-] comes behind them, and nothing else helps."""
 LEAVE_SECONDS = 0.5
 """How long a client that leaves waits for its input to be taken, from each time that some of it is."""
-PIPE_CHUNK = 512
-"""Bytes that a descriptor which polled writable takes without blocking (POSIX: PIPE_BUF is at least this)."""
+QUIET_SECONDS = 2.0
+"""A client whose input came from a pipe or file, and has ended, leaves once the machine was silent for this long."""
 
 
 class RawMode:
@@ -74,50 +72,6 @@ def in_foreground(descriptor: int) -> bool:
         return False
 
 
-class Output:
-    """Writes to a descriptor what it takes now. `write` returns the number of bytes, -1: wait until writable."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._own = -1
-        self._socket: socket.socket | None = None
-        self._patient = False
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISSOCK(mode):
-            self._socket = socket.socket(fileno=os.dup(descriptor))
-            self.descriptor = self._socket.fileno()
-        elif stat.S_ISFIFO(mode) or os.isatty(descriptor):
-            try:
-                # A second open file of the same pipe or terminal: O_NONBLOCK then concerns nobody else.
-                self._own = os.open(
-                    f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                )
-                self.descriptor = self._own
-            except OSError:
-                self._patient = True
-
-    def write(self, data: bytes) -> int:
-        try:
-            if self._socket is not None:
-                return self._socket.send(data, socket.MSG_DONTWAIT)
-            if self._patient:
-                poll = select.poll()
-                poll.register(self.descriptor, select.POLLOUT)
-                if not poll.poll(0):
-                    return -1
-                data = data[:PIPE_CHUNK]
-            return os.write(self.descriptor, data)
-        except BlockingIOError:
-            return -1
-
-    def close(self) -> None:
-        if self._own >= 0:
-            own, self._own = self._own, -1
-            os.close(own)
-        if self._socket is not None:
-            self._socket.close()
-
-
 class StandardStreams:
     """A machine's console on this process's standard input and output. On a terminal Ctrl-] ends the machine."""
 
@@ -133,7 +87,8 @@ class StandardStreams:
     ) -> None:
         self._hub = hub
         self._finish = finish
-        self._input = input_descriptor
+        self._input: Input | None = None
+        self._input_descriptor = input_descriptor
         self._is_terminal = False
         self._reading = False
         self._ahead = 0
@@ -151,24 +106,31 @@ class StandardStreams:
         except OSError as error:
             raise HostError(f"standard output: {os_reason(error)}") from error
         self._hub.watch(self)
-        self._is_terminal = os.isatty(self._input)
+        self._is_terminal = os.isatty(self._input_descriptor)
         if self._is_terminal:
-            if not in_foreground(self._input):
+            if not in_foreground(self._input_descriptor):
                 return
             self._raw.enter()
             if signal.getsignal(signal.SIGCONT) is signal.SIG_DFL:
                 with suppress(ValueError, RuntimeError):  # not the main thread
                     asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, self._raw.enter_again)
                     self._continuing = True
+        try:
+            self._input = Input(self._input_descriptor)
+        except OSError as error:
+            raise HostError(f"standard input: {os_reason(error)}") from error
         self._resume_reading()
 
     def close(self) -> None:
         """At once. Idempotent."""
         self._stop_reading()
+        if self._input is not None:
+            self._input.close()
+            self._input = None
         self._hub.unwatch(self)
         if self._output is not None:
             if self._waiting:
-                asyncio.get_running_loop().remove_writer(self._output.descriptor)
+                asyncio.get_running_loop().remove_reader(self._output.watched)
                 self._waiting = False
             self._output.close()
             self._output = None
@@ -199,7 +161,7 @@ class StandardStreams:
                 return
             if count < 0:
                 self._waiting = True
-                asyncio.get_running_loop().add_writer(self._output.descriptor, self._writable)
+                asyncio.get_running_loop().add_reader(self._output.watched, self._writable)
                 return
             self.position += count
             self._hub.advanced(self)
@@ -207,7 +169,7 @@ class StandardStreams:
 
     def _writable(self) -> None:
         assert self._output is not None
-        asyncio.get_running_loop().remove_writer(self._output.descriptor)
+        asyncio.get_running_loop().remove_reader(self._output.watched)
         self._waiting = False
         self.wake()
 
@@ -220,26 +182,28 @@ class StandardStreams:
 
     def _resume_reading(self) -> None:
         self._ahead = 0
-        if self._reading:
+        if self._reading or self._input is None:
             return
-        try:
-            asyncio.get_running_loop().add_reader(self._input, self._readable)
+        if self._input.watched < 0:
+            self._read_file(self._input)
+        else:
+            asyncio.get_running_loop().add_reader(self._input.watched, self._readable)
             self._reading = True
-        except (OSError, ValueError, RuntimeError):
-            self._read_file()  # a regular file, which epoll refuses
 
     def _stop_reading(self) -> None:
         if self._reading:
             self._reading = False
-            asyncio.get_running_loop().remove_reader(self._input)
+            assert self._input is not None
+            asyncio.get_running_loop().remove_reader(self._input.watched)
 
     def _readable(self) -> None:
+        assert self._input is not None
         try:
-            data = os.read(self._input, CHUNK)
-        except BlockingIOError:
-            return
+            data = self._input.read(CHUNK)
         except OSError:
             data = b""
+        if data is None:
+            return
         if not data:
             self._stop_reading()
             if self._is_terminal:  # in raw mode nothing that is typed is an end of file
@@ -253,18 +217,20 @@ class StandardStreams:
             if not self._is_terminal or self._ahead >= TYPE_AHEAD:
                 self._stop_reading()
 
-    def _read_file(self) -> None:
+    def _read_file(self, file: Input) -> None:
         """A file is read as fast as the guest takes it."""
         try:
-            while not self._hub.closed and (data := os.read(self._input, CHUNK)):
-                if not self._hub.feed(data, self._read_file):
+            while not self._hub.closed and (data := file.read(CHUNK)):
+                if not self._hub.feed(data, self._resume_reading):
                     return
         except OSError:
             pass
 
 
-def attach(path: Path, name: str) -> str:
-    """Connect this terminal to a console socket until Ctrl-], the end of the machine, or a signal.
+def attach(path: Path, name: str, *, follow: bool = False, quiet: float = QUIET_SECONDS) -> str:
+    """Connect this terminal to a console socket until Ctrl-], the end of the machine, or a signal; input from a pipe or
+    file ends it too, once that has been taken and the machine has said nothing for `quiet` seconds. Input that ends
+    without a byte (/dev/null), and `follow`, mean to watch until the machine ends.
 
     Returns one line that says why it ended. Raises HostError if nobody listens. Blocking; main thread.
     """
@@ -280,7 +246,7 @@ def attach(path: Path, name: str) -> str:
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    with connection:
+    with connection, Input(0) as source, Output(1) as target:
         try:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
@@ -289,68 +255,119 @@ def attach(path: Path, name: str) -> str:
             if terminal and in_foreground(0):
                 raw.enter()
                 handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda _number, _frame: raw.enter_again())
-            return _relay(connection, name, terminal)
+            return _Relay(connection, source, target, name, terminal=terminal, quiet=None if follow else quiet).run()
         finally:
             raw.restore()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 
-def _relay(connection: socket.socket, name: str, terminal: bool) -> str:
-    connection.setblocking(False)
-    closed = f"{name}: the machine closed its console"
-    poll = select.poll()
-    pending = bytearray()
-    reading, leaving = True, False
-    deadline = 0.0
-    while not leaving or (pending and time.monotonic() < deadline):
-        poll.register(connection, select.POLLIN | (select.POLLOUT if pending else 0))
-        if reading and len(pending) < (TYPE_AHEAD if terminal else 1):
-            poll.register(0, select.POLLIN)
-        else:
+class _Relay:
+    """`vmm console`: bytes both ways between a console socket and our standard streams."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        source: Input,
+        target: Output,
+        name: str,
+        *,
+        terminal: bool,
+        quiet: float | None,
+    ) -> None:
+        connection.setblocking(False)
+        self._connection, self._source, self._target = connection, source, target
+        self._name, self._terminal, self._quiet = name, terminal, quiet
+        self._poll = select.poll()
+        self._typed = bytearray()
+        """Read from our input, not taken by the machine yet."""
+        self._said = b""
+        """Read from the machine, not taken by our output yet."""
+        self._reading, self._leaving = True, False
+        self._ended: str | None = None
+        self._any = False
+        """Our input had a byte."""
+        self._deadline = float("inf")
+        """When it ends, time.monotonic(), unless something moves."""
+
+    def run(self) -> str:
+        """To the end; one line that says why."""
+        connection, source, target = self._connection, self._source, self._target
+        while self._ended is None and time.monotonic() < self._deadline and (not self._leaving or self._typed):
+            if self._reading and source.watched < 0 and not self._typed:
+                self._read_input()  # a regular file, which is always ready
+            self._want(source.watched, self._reading and len(self._typed) < (TYPE_AHEAD if self._terminal else 1))
+            self._want(target.watched, bool(self._said))
+            events = (select.POLLOUT if self._typed else 0) | (0 if self._said else select.POLLIN)
+            self._poll.register(connection, events)
+            left = self._deadline - time.monotonic()
+            limit = None if left == float("inf") else max(left, 0.0) * 1000
+            ready = {descriptor for descriptor, _ in self._poll.poll(limit)}
+            if source.watched in ready:
+                self._read_input()
+            if connection.fileno() in ready and not self._said:
+                self._receive()
+            if self._said:
+                self._write_output()
+            if self._typed:
+                self._send()
+        return self._ended or f"{self._name}: detached"
+
+    def _want(self, descriptor: int, wanted: bool) -> None:
+        if descriptor >= 0 and wanted:
+            self._poll.register(descriptor, select.POLLIN)
+        elif descriptor >= 0:
             with suppress(KeyError):
-                poll.unregister(0)
-        for descriptor, events in poll.poll(LEAVE_SECONDS * 1000 if leaving else None):
-            if descriptor == 0:
-                data = _read_input()
-                if not data:
-                    reading = False
-                    if terminal:  # in raw mode nothing that is typed is an end of file
-                        return f"{name}: the terminal is gone"
-                    with suppress(OSError):
-                        connection.shutdown(socket.SHUT_WR)
-                elif terminal and ESCAPE in data:
-                    pending += data[: data.index(ESCAPE)]
-                    reading, leaving = False, True
-                    deadline = time.monotonic() + LEAVE_SECONDS
-                else:
-                    pending += data
-                continue
-            if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                try:
-                    data = connection.recv(1 << 16)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    data = b""
-                if not data:
-                    return closed
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
-        if pending:
-            try:
-                del pending[: connection.send(pending)]
-                deadline = time.monotonic() + LEAVE_SECONDS
-            except BlockingIOError:
-                pass
-            except OSError:
-                return closed
-    return f"{name}: detached"
+                self._poll.unregister(descriptor)
 
+    def _moved(self) -> None:
+        """Something was taken or came: a client that wants to leave waits from now on."""
+        if self._leaving:
+            self._deadline = time.monotonic() + LEAVE_SECONDS
+        elif self._any and self._quiet is not None and not (self._reading or self._typed):
+            self._deadline = time.monotonic() + self._quiet
 
-def _read_input() -> bytes:
-    """b"" at the end, and of a terminal that is gone."""
-    try:
-        return os.read(0, CHUNK)
-    except OSError:
-        return b""
+    def _read_input(self) -> None:
+        try:
+            data = self._source.read(CHUNK)
+        except OSError:  # a terminal that is gone
+            data = b""
+        if data is None:
+            return
+        if not data:
+            self._reading = False
+            if self._terminal:  # in raw mode nothing that is typed is an end of file
+                self._ended = f"{self._name}: the terminal is gone"
+        elif self._terminal and ESCAPE in data:
+            self._typed += data[: data.index(ESCAPE)]
+            self._reading, self._leaving = False, True
+        else:
+            self._any = True
+            self._typed += data
+        self._moved()
+
+    def _receive(self) -> None:
+        try:
+            self._said = self._connection.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._said = b""
+        if not self._said:
+            self._ended = f"{self._name}: the machine closed its console"
+        self._moved()
+
+    def _write_output(self) -> None:
+        count = self._target.write(self._said)
+        if count > 0:
+            self._said = self._said[count:]
+            self._moved()
+
+    def _send(self) -> None:
+        try:
+            del self._typed[: self._connection.send(self._typed)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._ended = f"{self._name}: the machine closed its console"
+        self._moved()
