@@ -61,11 +61,45 @@ class Ring:
 @final
 class Image:
     @classmethod
-    def raw(cls, fd: int, length: int, align: int = 0, read_only: bool = False) -> Image: ...
+    def raw(
+        cls, fd: int, length: int, align: int = 0, read_only: bool = False, *, guarded: bool = False
+    ) -> Image: ...
     @classmethod
     def overlay(cls, fd: int, dirty: bytearray, backing: Image) -> Image: ...
+    @classmethod
+    def qcow2(
+        cls,
+        fd: int,
+        data_fd: int,
+        version: int,
+        cluster_bits: int,
+        refcount_order: int,
+        length: int,
+        l1_offset: int,
+        l1_entries: int,
+        reftable_offset: int,
+        reftable_clusters: int,
+        *,
+        read_only: bool = False,
+        extended: bool = False,
+        external: bool = False,
+        external_raw: bool = False,
+        compression: int = 0,
+        align: int = 0,
+        backing: Image | None = None,
+        ranges: Sequence[tuple[int, int]] = (),
+        cache_bytes: int = ...,
+    ) -> Image: ...
+    @staticmethod
+    def set_unpacker(call: Callable[[int, bytes, int], bytes], /) -> None: ...
     @property
     def length(self) -> int: ...
+    def map(
+        self, offset: int, length: int, limit: int = 4096, /
+    ) -> list[tuple[int, Literal["data", "zero", "hole", "packed"], int, int]]: ...
+    def write_packed(self, offset: int, data: bytes, /) -> None: ...
+    def forget(self, offset: int, length: int, /) -> None: ...
+    def close(self) -> None: ...
     def read(self, offset: int, into: bytearray | memoryview, /) -> None: ...
     def write(self, offset: int, data: bytes | bytearray | memoryview, durable: bool = False, /) -> None: ...
     def zero(self, offset: int, length: int, unmap: bool = False, /) -> None: ...

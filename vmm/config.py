@@ -94,7 +94,11 @@ class Disk(Checked):
     id: str = ""
     """The serial number that the guest sees; by default disk0, disk1…"""
     format: Literal["auto", "raw", "qcow2"] = "auto"
-    """auto: by the file's first bytes."""
+    """auto: by the file's first bytes; then the guest cannot make a raw one look like another format."""
+    backing: Literal["dir", "any", "none"] = "dir"
+    """Which backing files the image may name. dir: those in its own directory."""
+    data: Path | None = None
+    """The external data file of a qcow2 image that has one."""
     transport: Literal["pci", "mmio"] = "pci"
     """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     snapshot: bool = False
@@ -112,6 +116,8 @@ class Disk(Checked):
         "readonly": to_boolean,
         "id": to_name,
         "format": to_choice(Literal["auto", "raw", "qcow2"]),
+        "backing": to_choice(Literal["dir", "any", "none"]),
+        "data": optional(to_path),
         "transport": to_choice(Literal["pci", "mmio"]),
         "snapshot": to_boolean,
         "cache": to_choice(Literal["writeback", "writethrough", "none"]),
@@ -125,8 +131,8 @@ class Disk(Checked):
 
     @classmethod
     def parse(cls, text: str) -> Disk:
-        """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,transport=pci|mmio]
-        [,io=auto|io_uring|threads][,queues=N]"""
+        """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,backing=dir|any|none]
+        [,data=FILE][,transport=pci|mmio][,io=auto|io_uring|threads][,queues=N]"""
         flags = {"ro": ("readonly", True), "rw": ("readonly", False), "snapshot": ("snapshot", True)}
         path, values = split("disk", text, flags)
         return from_mapping(cls, "disk", {"path": path, **values})

@@ -40,6 +40,29 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
+    """The descriptor of an image file or block device, locked against a second writer. May block. ConfigError."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.EINVAL and direct:
+            raise ConfigError(f"{path}: its file system has no O_DIRECT; use another cache mode") from error
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ConfigError(f"{path}: neither a regular file nor a block device")
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{path}: in use by another machine") from error
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 class FileBlock(BlockBackend):
     """A raw image. Use `await FileBlock.open(path)`; it is locked against a second writer."""
 
@@ -83,23 +106,8 @@ class FileBlock(BlockBackend):
     def _open(cls, path: str, read_only: bool, cache: Cache) -> Self:
         if cache not in ("writeback", "writethrough", "none"):
             raise ConfigError(f"cache={cache}: not writeback, writethrough or none")
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        if cache == "none":
-            flags |= os.O_DIRECT
+        fd = open_locked(path, read_only=read_only, direct=cache == "none")
         try:
-            fd = os.open(path, flags)
-        except OSError as error:
-            if error.errno == errno.EINVAL and cache == "none":
-                raise ConfigError(f"{path}: its file system has no O_DIRECT; use another cache mode") from error
-            raise ConfigError(f"{path}: {error.strerror}") from error
-        try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise ConfigError(f"{path}: neither a regular file nor a block device")
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(f"{path}: in use by another machine") from error
             size = os.lseek(fd, 0, os.SEEK_END)
             block = 4096 if cache == "none" and cls._needs_4k(fd) else 512
             if size < block:

@@ -240,10 +240,40 @@ static int write_surrounded(struct image *image, const struct extent *extent, co
     return error;
 }
 
+/* The first bytes of a disk that may not begin like an image of another format. They are copied before they are looked
+ * at, for the guest may change its memory meanwhile. */
+static int write_start(struct image *image, const struct iovec *iov, unsigned count, bool durable)
+{
+    static const char magic[4] = {'Q', 'F', 'I', '\xfb'};
+    void *copy;
+    if (posix_memalign(&copy, PAGE, PAGE))
+        return ENOMEM;
+    uint64_t length = 0;
+    for (unsigned i = 0; i < count; i++)
+        length += iov[i].iov_len;
+    length = length < PAGE ? length : PAGE;
+    iov_copy(iov, count, 0, copy, length, true);
+    struct iovec one = {copy, length};
+    int error = length < sizeof magic || !memcmp(copy, magic, sizeof magic)
+                    ? EPERM
+                    : file_transfer(image->flat, true, &one, 1, 0, length, durable ? RWF_DSYNC : 0, false);
+    free(copy);
+    return error;
+}
+
 int image_write(struct image *image, struct iovec *iov, unsigned count, uint64_t offset, uint64_t length, bool durable,
                 const bool *abandoned)
 {
     struct iovec slice[IMAGE_IOVS];
+    if (image->guarded && !offset && length) {
+        int error = write_start(image, iov, count, durable);
+        uint64_t done = length < PAGE ? length : PAGE;
+        if (error || done == length)
+            return error;
+        struct iovec rest[IMAGE_IOVS];
+        unsigned parts = iov_slice(iov, count, done, length - done, rest);
+        return image_write(image, rest, parts, done, length - done, durable, abandoned);
+    }
     int flags = durable && image->flat >= 0 ? RWF_DSYNC : 0;
     for (uint64_t done = 0; done < length && !image_abandoned(abandoned);) {
         struct extent extent;

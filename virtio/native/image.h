@@ -77,6 +77,7 @@ struct image {
     uint64_t length;       /* bytes */
     int flat;              /* offsets of the disk are offsets in this file, and nothing else is to be kept; or -1 */
     bool read_only;
+    bool guarded;          /* its format was found by content: writes may not make it look like another one */
     struct image *backing; /* read where this one has nothing; or NULL */
 };
 
@@ -94,7 +95,7 @@ int image_locate_backing(struct image *image, uint64_t offset, uint64_t length, 
 
 static inline int image_complete(struct extent *extent, bool done)
 {
-    return extent->owner->ops->complete ? extent->owner->ops->complete(extent, done) : 0;
+    return extent->owner->ops->complete && !extent->hole ? extent->owner->ops->complete(extent, done) : 0;
 }
 
 static inline bool image_abandoned(const bool *abandoned)
@@ -116,7 +117,7 @@ bool file_punch(int fd, uint64_t offset, uint64_t length);
 int file_zero(int fd, uint64_t offset, uint64_t length, const bool *abandoned);
 
 /* image_raw.c */
-struct image *raw_open(int fd, uint64_t length, uint32_t align, bool read_only);
+struct image *raw_open(int fd, uint64_t length, uint32_t align, bool read_only, bool guarded);
 
 /* image_overlay.c: `dirty` has one bit per sector of 512 bytes that stands in `fd`, and is the caller's. */
 struct image *overlay_open(int fd, uint8_t *dirty, struct image *backing);

@@ -12,9 +12,12 @@ struct raw {
 
 static bool raw_map(struct image *image, uint64_t offset, uint64_t length, enum intent intent, struct extent *extent)
 {
-    (void)intent;
+    if (image->guarded && intent == FOR_WRITING && !offset)
+        return false; /* image_write() looks at the bytes */
     *extent = (struct extent){.kind = KIND_DATA, .fd = image->flat, .align = ((struct raw *)image)->align,
-                              .offset = offset, .length = length, .owner = image, .guest = offset};
+                              .offset = offset, .length = length, .owner = image, .guest = offset,
+                              /* The last sector may be only partly there. */
+                              .sparse_end = offset + length > image->length};
     return true;
 }
 
@@ -25,7 +28,7 @@ static int raw_locate(struct image *image, uint64_t offset, uint64_t length, str
 
 static int raw_allocate(struct image *image, uint64_t offset, uint64_t length, struct extent *extent)
 {
-    return !raw_map(image, offset, length, FOR_WRITING, extent);
+    return !raw_map(image, offset, length, FOR_READING, extent);
 }
 
 static int raw_zero(struct image *image, uint64_t offset, uint64_t length, bool unmap, const bool *abandoned)
@@ -59,12 +62,13 @@ static const struct image_ops raw_ops = {
     .discard = raw_discard, .flush = raw_flush, .flush_fd = raw_flush_fd, .close = raw_close,
 };
 
-struct image *raw_open(int fd, uint64_t length, uint32_t align, bool read_only)
+struct image *raw_open(int fd, uint64_t length, uint32_t align, bool read_only, bool guarded)
 {
     struct raw *raw = calloc(1, sizeof *raw);
     if (!raw)
         return NULL;
-    raw->image = (struct image){.ops = &raw_ops, .length = length, .flat = fd, .read_only = read_only};
+    raw->image = (struct image){.ops = &raw_ops, .length = length, .flat = fd, .read_only = read_only,
+                                .guarded = guarded};
     raw->align = align;
     return &raw->image;
 }

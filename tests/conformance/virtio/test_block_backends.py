@@ -10,6 +10,8 @@ import pytest
 
 from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.file import FileBlock, SnapshotBlock
+from virtio.backends.image import ImageBlock
+from virtio.images.create import create_qcow2
 
 CAPACITY = 256 << 10
 
@@ -30,7 +32,7 @@ class DictBlock(BlockBackend):
             self.sectors[offset + at] = data[at : at + 512]
 
 
-@pytest.fixture(params=["memory", "dict", "file", "writethrough", "direct", "snapshot"])
+@pytest.fixture(params=["memory", "dict", "file", "writethrough", "direct", "snapshot", "qcow2", "qcow2snapshot"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BlockBackend]:
     path = tmp_path / "disk"
     path.write_bytes(bytes(CAPACITY + 100))
@@ -42,6 +44,9 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
             made = DictBlock()
         case "snapshot":
             made = await SnapshotBlock.open(path)
+        case "qcow2" | "qcow2snapshot":
+            create_qcow2(str(path), CAPACITY, cluster_size=1024)
+            made = await ImageBlock.open_image(path, snapshot=request.param == "qcow2snapshot")
         case "direct":
             made = await FileBlock.open(path, cache="none")
         case kind:

@@ -1,4 +1,5 @@
-"""Every path that a block request may take does the same: io_uring, threads, coroutines; cached, O_DIRECT, snapshot."""
+"""Every path that a block request may take does the same: io_uring, threads, coroutines; cached, O_DIRECT, snapshot,
+qcow2."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import pytest
 from tests.support.engines import PATHS, open_path
 from tests.support.virtio import Driver, PciDriver
 from virtio.backends.block import BlockBackend
-from virtio.backends.file import FileBlock
+from virtio.backends.file import FileBlock, SnapshotBlock
+from virtio.backends.image import ImageBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.driver import Buffer
@@ -155,7 +157,7 @@ async def test_a_model_of_sectors(driver: Driver, backend: BlockBackend, tmp_pat
     whole = [send(driver, source, blk.IN, sector, 128) for sector in range(0, SECTORS, 128)]
     await finish(driver, whole)
     assert b"".join(content(driver, item) for item in whole) == model
-    if type(backend).__name__ == "UncachedSnapshot":
+    if isinstance(backend, SnapshotBlock | ImageBlock):
         assert (tmp_path / "disk").read_bytes() == original
     elif isinstance(backend, FileBlock):
         assert (tmp_path / "disk").read_bytes() == model
@@ -274,7 +276,10 @@ asyncio.run(main())
 
 
 @pytest.mark.clause("5.2.6.2-h")
-@pytest.mark.parametrize("path", [name for name in PATHS if "snapshot" not in name and name != "coroutines"])
+@pytest.mark.parametrize(
+    "path",
+    [name for name in PATHS if not name.endswith(("snapshot", "qcow2", "qcow2uncached")) and name != "coroutines"],
+)
 async def test_what_was_flushed_survives_kill_9(path: str, tmp_path: Path) -> None:
     """A writer that says up to which record it has flushed is killed at no particular moment."""
     image = tmp_path / "disk"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from virtio.backends.block import BlockBackend
-from virtio.backends.file import FileBlock, SnapshotBlock
+from virtio.backends.image import ImageBlock
 from virtio.device import Device
 from virtio.devices.blk import BlockDevice
 from virtio.errors import HostError
 from vmm.config import Disk
 from vmm.devices.virtio.pool import Maker, TransportKind
-from vmm.errors import ConfigError
-
-QCOW2_MAGIC = b"QFI\xfb"
 
 
 class DiskMaker(Maker):
@@ -34,20 +29,13 @@ class DiskMaker(Maker):
 
 async def open_disk(disk: Disk) -> BlockBackend:
     """The backend of a configured disk. Raises ConfigError."""
-    if disk.format != "raw":
-        magic = await asyncio.to_thread(_first_bytes, disk)
-        if disk.format == "qcow2" or magic == QCOW2_MAGIC:
-            raise ConfigError(f"disk: {disk.path}: qcow2 is not supported; convert it with qemu-img convert -O raw")
-    if disk.snapshot:
-        return await SnapshotBlock.open(disk.path, io=disk.io)
-    return await FileBlock.open(disk.path, read_only=disk.readonly, cache=disk.cache, io=disk.io)
-
-
-def _first_bytes(disk: Disk) -> bytes:
-    try:
-        with disk.path.open("rb") as file:
-            return file.read(4)
-    except OSError:
-        return b""  # opening it says what is wrong
-
-
+    return await ImageBlock.open_image(
+        disk.path,
+        format=None if disk.format == "auto" else disk.format,
+        read_only=disk.readonly,
+        snapshot=disk.snapshot,
+        cache=disk.cache,
+        io=disk.io,
+        backing=disk.backing,
+        data=disk.data,
+    )

@@ -1,0 +1,125 @@
+"""Images with a format, and chains of them, as disks. No call blocks the loop. Loop thread only."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from virtio import _ring
+from virtio.backends.file import Cache, FileBlock, Io
+from virtio.errors import ConfigError, os_reason
+from virtio.images.chain import Backing, Chain, Format, open_chain
+
+T = TypeVar("T")
+SECTOR = 512
+
+
+class ImageBlock(FileBlock):
+    """A disk in an image file, of whatever format, with what is below it. Use `await ImageBlock.open_image(path)`."""
+
+    def __init__(self, chain: Chain, *, read_only: bool, cache: Cache, block_size: int = SECTOR) -> None:
+        super().__init__(
+            chain.top.fd, -(-chain.size // SECTOR) * SECTOR, read_only=read_only, cache=cache, block_size=block_size
+        )
+        self.chain = chain
+        self._image = chain.image
+        self._overlay = -1
+
+    @classmethod
+    async def open_image(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        format: Format | None = None,
+        read_only: bool = False,
+        snapshot: bool = False,
+        cache: Cache = "writeback",
+        io: Io = "auto",
+        backing: Backing = "dir",
+        data: str | os.PathLike[str] | None = None,
+    ) -> ImageBlock:
+        """The arguments are those of `open_chain`. `snapshot`: nothing is written to the files; what the guest writes
+        ends with this backend. Raises ConfigError."""
+        cls._check_io(io)
+        call = partial(
+            open_chain,
+            path,
+            format=format,
+            read_only=read_only or snapshot,
+            direct=cache == "none" and not snapshot,
+            backing=backing,
+            data=data,
+        )
+        opening = asyncio.ensure_future(asyncio.to_thread(cls._opened, call, read_only, snapshot, cache))
+        try:
+            backend = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            for opened in await asyncio.gather(opening, return_exceptions=True):
+                if isinstance(opened, ImageBlock):
+                    await opened.aclose()
+            raise
+        backend.io = io
+        return backend
+
+    @classmethod
+    def _opened(cls, call: Callable[[], Chain], read_only: bool, snapshot: bool, cache: Cache) -> ImageBlock:
+        chain = call()
+        try:
+            if chain.size < SECTOR:
+                raise ConfigError(f"{chain.top.path}: smaller than one block")
+            block = SECTOR
+            if cache == "none" and not snapshot and cls._needs_4k(chain.top.others[-1]):
+                block = 4096
+            backend = cls(chain, read_only=read_only, cache=cache, block_size=block)
+            if snapshot:
+                backend._cover()
+            return backend
+        except BaseException:
+            chain.close()
+            raise
+
+    def _cover(self) -> None:
+        """Put a private copy over the chain."""
+        folder = os.environ.get("TMPDIR", "/var/tmp")
+        try:
+            with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as overlay:
+                os.truncate(overlay.fileno(), self.capacity)
+                self._overlay = os.dup(overlay.fileno())
+        except OSError as error:
+            raise ConfigError(f"snapshot in {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
+        self._image = _ring.Image.overlay(self._overlay, bytearray(-(-self.capacity // (8 * SECTOR))), self.chain.image)
+
+    def image(self) -> _ring.Image:
+        return self._image
+
+    def _read(self, offset: int, length: int) -> bytes:
+        buffer = memoryview(mmap.mmap(-1, length))
+        self._image.read(offset, buffer)
+        return bytes(buffer)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self._image.write(offset, data, self.cache == "writethrough")
+
+    async def flush(self) -> None:
+        await self._in_thread(self._image.flush)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._in_thread(self._image.discard, offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self._in_thread(self._image.zero, offset, length, unmap)
+
+    async def aclose(self) -> None:
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        if self.fd < 0:
+            return
+        self.fd = -1
+        overlay, self._overlay = self._overlay, -1
+        if overlay >= 0:
+            os.close(overlay)
+        await asyncio.to_thread(self.chain.close)

@@ -1,0 +1,324 @@
+"""Opening an image with the files that it names: backing files, an external data file.
+
+An image is not to be trusted, and neither is what a guest wrote into a raw one, so:
+- A file is opened because the user named it, or because the rule says so (`Backing`). A data file only if the user
+  named it.
+- A format is what the user says, or what the naming image records. Only without either it is found by content, and an
+  image that was found so names no further files unless the rule is "any".
+- A raw image that was found by content keeps guests from making it look like another format (`guarded`).
+
+Everything may block; call from threads. Raises ConfigError.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from virtio import _ring
+from virtio.backends.file import open_locked
+from virtio.errors import ConfigError, HostError, os_reason
+from virtio.images import unpack as _unpack  # noqa: F401  # tells C how to decompress without a library
+from virtio.images.header import BITMAPS, CORRUPT, DIRTY, RAW_DATA_FILE, Header, is_qcow2, parse
+from virtio.images.snapshots import protected
+
+Format = Literal["raw", "qcow2"]
+Backing = Literal["dir", "any", "none"]
+"""dir: backing files in the same directory as the image that names them; any: wherever; none: no other file."""
+
+DEPTH_MAX = 64
+START = 2 << 20
+"""The largest cluster, in which the header is."""
+
+
+@dataclass
+class Layer:
+    """One image of a chain, open."""
+
+    path: str
+    format: Format
+    fd: int
+    image: _ring.Image
+    header: Header | None = None
+    """Of a qcow2 image."""
+    others: tuple[int, ...] = ()
+    """More descriptors."""
+    probed: bool = False
+    """The format was found by content."""
+
+
+class Chain:
+    """An image and what is read where it has nothing. `close` it, or lose what was not flushed."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    @property
+    def top(self) -> Layer:
+        return self.layers[0]
+
+    @property
+    def image(self) -> _ring.Image:
+        return self.top.image
+
+    @property
+    def size(self) -> int:
+        """Of the disk, bytes."""
+        return self.image.length
+
+    def close(self) -> None:
+        """Flush and close everything. HostError: what was written may not be there."""
+        failure: OSError | None = None
+        layers, self.layers = self.layers, []
+        for layer in layers:
+            try:
+                layer.image.close()
+            except OSError as error:
+                failure = failure or error
+            for fd in (layer.fd, *layer.others):
+                os.close(fd)
+        if failure is not None:
+            raise HostError(f"{layers[0].path}: {os_reason(failure)}") from failure
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_start(fd: int) -> bytes:
+    """The bytes among which a header is."""
+    return os.pread(fd, START, 0)
+
+
+def probe(fd: int) -> Format:
+    """What a file looks like; what looks like nothing is raw."""
+    return "qcow2" if is_qcow2(os.pread(fd, 8, 0)) else "raw"
+
+
+def file_size(fd: int) -> int:
+    """Of a file or a block device."""
+    return os.lseek(fd, 0, os.SEEK_END)
+
+
+def backing_path(path: str, name: str) -> str:
+    """Where a backing file is that the image at `path` calls `name`. ConfigError: no file at all."""
+    name = name.removeprefix("file:")
+    head = name.split("/", 1)[0]
+    if ":" in head:
+        raise ConfigError(
+            f"{path}: its backing file is {head.split(':')[0]!r}…, which is no file; convert or rebase it"
+        )
+    return os.path.join(os.path.dirname(path), name)
+
+
+def allowed(path: str, backing: str, rule: Backing) -> bool:
+    """Whether the rule lets an image name that file. Links are followed first."""
+    if rule == "any":
+        return True
+    real = os.path.realpath
+    return rule == "dir" and os.path.dirname(real(path)) == os.path.dirname(real(backing))
+
+
+def open_chain(
+    path: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    read_only: bool = False,
+    direct: bool = False,
+    backing: Backing = "dir",
+    data: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 32 << 20,
+    repair: bool = True,
+    alone: bool = False,
+) -> Chain:
+    """Open an image and its chain. Without `format` it is found by content.
+
+    `direct`: guest clusters of the top image past the page cache. `data`: its external data file. `repair`: refcounts
+    of an image whose last writer did not end well are made right before it is written; else that is refused. `alone`:
+    only the image itself; where it has nothing it reads as zeroes.
+    """
+    layers: list[Layer] = []
+    seen: set[tuple[int, int]] = set()
+    try:
+        _open(
+            layers,
+            seen,
+            os.fspath(path),
+            format,
+            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone),
+        )
+    except BaseException:
+        Chain(layers).close()
+        raise
+    return Chain(layers)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    read_only: bool
+    direct: bool
+    backing: Backing
+    data: str | os.PathLike[str] | None
+    cache_bytes: int
+    repair: bool
+    alone: bool
+
+
+def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Format | None, wanted: _Wanted) -> Layer:
+    """Open one image below those in `layers`, after what it names, and put it before them."""
+    top = not seen
+    fd = open_locked(path, read_only=wanted.read_only)
+    descriptors = [fd]
+    try:
+        status = os.fstat(fd)
+        place = (status.st_dev, status.st_ino)
+        if place in seen:
+            raise ConfigError(f"{path}: its chain of backing files comes back to it")
+        if len(seen) == DEPTH_MAX:
+            raise ConfigError(f"{path}: a chain of more than {DEPTH_MAX} images; commit or rebase some")
+        seen.add(place)
+        found = format or probe(fd)
+        if found == "raw":
+            image = _raw(path, fd, descriptors, wanted, guarded=format is None)
+            layer = Layer(path, "raw", fd, image, None, tuple(descriptors[1:]), format is None)
+        else:
+            layer = _qcow2(layers, seen, path, descriptors, wanted, recorded=top or format is not None)
+            layer.probed = format is None
+        layers.insert(0, layer)
+        return layer
+    except OSError as error:
+        for each in descriptors:
+            os.close(each)
+        raise ConfigError(f"{path}: {os_reason(error)}") from error
+    except BaseException:
+        for each in descriptors:
+            os.close(each)
+        raise
+
+
+def _raw(path: str, fd: int, descriptors: list[int], wanted: _Wanted, *, guarded: bool) -> _ring.Image:
+    size = file_size(fd)
+    align = 0
+    if wanted.direct:
+        align = 4096
+        descriptors.append(_direct(path, fd, wanted.read_only))
+    return _ring.Image.raw(descriptors[-1], size, align, wanted.read_only, guarded=guarded)
+
+
+def _direct(path: str, fd: int, read_only: bool) -> int:
+    """The same file past the page cache, and the same even if the name means another one by now."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{path}: its file system has no O_DIRECT; use another cache mode") from error
+
+
+def _qcow2(
+    layers: list[Layer],
+    seen: set[tuple[int, int]],
+    path: str,
+    descriptors: list[int],
+    wanted: _Wanted,
+    *,
+    recorded: bool,
+) -> Layer:
+    fd = descriptors[0]
+    header = parse(path, read_start(fd), file_size(fd))
+    if not wanted.read_only:
+        header = _prepare(path, fd, header, wanted)
+    data_fd, align = fd, 0
+    if header.has_data_file:
+        if wanted.data is None:
+            hint = f" ({header.data_file})" if header.data_file else ""
+            raise ConfigError(f"{path}: its clusters are in an external data file{hint}; name it with data=FILE")
+        data_fd = open_locked(os.fspath(wanted.data), read_only=wanted.read_only)
+        descriptors.append(data_fd)
+    elif wanted.data is not None:
+        raise ConfigError(f"{path}: has no external data file; leave data= out")
+    if wanted.direct:
+        if header.cluster_bits < 12:
+            raise ConfigError(f"{path}: cache=none needs clusters of 4 KiB and more; use another cache mode")
+        data_fd, align = _direct(path, data_fd, wanted.read_only), 4096
+        descriptors.append(data_fd)
+    below: Layer | None = None
+    if header.backing is not None and not wanted.alone:
+        below = _below(layers, seen, path, header, wanted, recorded=recorded)
+    image = _image(path, fd, data_fd, align, header, below, wanted)
+    return Layer(path, "qcow2", fd, image, header, tuple(descriptors[1:]))
+
+
+def _below(
+    layers: list[Layer], seen: set[tuple[int, int]], path: str, header: Header, wanted: _Wanted, *, recorded: bool
+) -> Layer:
+    assert header.backing is not None
+    where = backing_path(path, header.backing)
+    if not recorded and wanted.backing != "any":
+        raise ConfigError(
+            f"{path}: names the backing file {header.backing!r}, but is itself qcow2 only by its content; "
+            "record its format (vmm disk rebase --unsafe) or allow it with backing=any"
+        )
+    if not allowed(path, where, wanted.backing):
+        raise ConfigError(
+            f"{path}: its backing file {header.backing!r} is not in its directory; allow it with backing=any"
+            if wanted.backing == "dir"
+            else f"{path}: names the backing file {header.backing!r}, which backing=none forbids"
+        )
+    recorded_format = header.backing_format
+    if recorded_format not in (None, "raw", "qcow2"):
+        raise ConfigError(f"{path}: its backing file has the format {recorded_format!r}; raw and qcow2 are known")
+    known: Format | None = "raw" if recorded_format == "raw" else "qcow2" if recorded_format == "qcow2" else None
+    below = _Wanted(True, False, wanted.backing, None, wanted.cache_bytes, False, False)
+    return _open(layers, seen, where, known, below)
+
+
+def _image(
+    path: str, fd: int, data_fd: int, align: int, header: Header, below: Layer | None, wanted: _Wanted
+) -> _ring.Image:
+    try:
+        return _ring.Image.qcow2(
+            fd,
+            data_fd,
+            header.version,
+            header.cluster_bits,
+            header.refcount_order,
+            -(-header.size // 512) * 512,
+            header.l1_offset,
+            header.l1_entries,
+            header.reftable_offset,
+            header.reftable_clusters,
+            read_only=wanted.read_only,
+            extended=header.extended,
+            external=header.has_data_file,
+            external_raw=bool(header.autoclear & RAW_DATA_FILE),
+            compression=header.compression,
+            align=align,
+            backing=None if below is None else below.image,
+            ranges=[] if wanted.read_only else protected(path, fd, header),
+            cache_bytes=wanted.cache_bytes,
+        )
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; try vmm disk check --repair") from error
+
+
+def _prepare(path: str, fd: int, header: Header, wanted: _Wanted) -> Header:
+    """Before an image is written: repaired if it has to be, and without features that we would make untrue."""
+    if header.incompatible & CORRUPT:
+        raise ConfigError(f"{path}: is marked as corrupt; try vmm disk check --repair, or open it read-only")
+    if header.incompatible & DIRTY:
+        if not wanted.repair:
+            raise ConfigError(f"{path}: was not closed; vmm disk check --repair makes it right")
+        from virtio.images.check import repair
+
+        repair(path, fd, header)
+        header = parse(path, read_start(fd), file_size(fd))
+    # "An implementation may only write to an image with unknown auto-clear features if it clears the respective bits":
+    # and bitmaps are not kept up to date here.
+    if header.autoclear & ~RAW_DATA_FILE:
+        kept = header.autoclear & RAW_DATA_FILE & ~BITMAPS
+        os.pwrite(fd, kept.to_bytes(8, "big"), 88)
+        os.fdatasync(fd)
+        header = header.with_(autoclear=kept)
+    return header
