@@ -9,10 +9,12 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from virtio.backends.child import Child
 from virtio.backends.net import FdNet, Framing
 from virtio.errors import ConfigError, HostError, os_reason
 
@@ -103,7 +105,7 @@ class UserNet(StreamNet):
     """User-mode networking by a passt process of our own: no privileges, the guest gets the host's addresses by
     DHCP."""
 
-    def __init__(self, sock: socket.socket, process: asyncio.subprocess.Process, complaints: int) -> None:
+    def __init__(self, sock: socket.socket, process: Child, complaints: int) -> None:
         """`complaints`: the pipe that passt's messages end in; it stays open, for a message into a closed one would
         end passt."""
         super().__init__(sock, mtu=PASST_MTU)
@@ -122,16 +124,11 @@ class UserNet(StreamNet):
         complaints, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             with theirs, open(stderr, "wb"):
-                process = await asyncio.create_subprocess_exec(
-                    program,
-                    "--foreground",
-                    "--quiet",
-                    "--fd",
-                    str(theirs.fileno()),
-                    *options,
+                process = Child(
+                    [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), *options],
                     pass_fds=[theirs.fileno()],
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
                     stderr=stderr,
                     start_new_session=True,
                 )
@@ -160,10 +157,8 @@ class UserNet(StreamNet):
 
     async def aclose(self) -> None:
         await super().aclose()
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            await self._process.wait()
+        self._process.terminate()
+        await self._process.wait()
         if self._complaints >= 0:
             os.close(self._complaints)
             self._complaints = -1
