@@ -73,6 +73,12 @@ class MmioTransport(Transport):
     """One virtio-mmio device. `irq(level)` drives its interrupt line. `stall` keeps the processor whose write this is
     until the function that it returns is called."""
 
+    # 4.2.2, QueueReady: "Writing one (0x1) to this register notifies the device that it can execute requests from this
+    # virtual queue. Reading from this register returns the last value written to it." No clause ends that with
+    # DRIVER_OK, 4.2.2.2 has the driver write 0 "to stop using the queue", and 4.2.3.2 begins a queue's configuration
+    # with nothing but QueueReady reading 0. So a queue that was stopped can be set up again, with a new ring.
+    QUEUES_RESTART = True
+
     state_type = MmioState
 
     def __init__(

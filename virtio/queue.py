@@ -66,6 +66,12 @@ class Queue:
             self.close()
         return self._stopping and self._ring is None
 
+    def restart(self, ring: Ring) -> None:
+        """The driver uses the queue again, or only now, with a new ring. Not while chains of the old one are out."""
+        self._ring = ring
+        self._stopping = False
+        self._event.set()
+
     def close(self) -> None:
         """Abandon what is in flight."""
         ring, self._ring = self._ring, None

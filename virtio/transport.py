@@ -41,6 +41,9 @@ class QueueConfig:
 class Transport:
     """Base of virtio-pci and virtio-mmio."""
 
+    QUEUES_RESTART = False
+    """Whether a driver may set a queue up again that it has stopped, or not used so far, while DRIVER_OK is set."""
+
     # newly set bit -> bits that must be set already (3.1.1); FEATURES_OK and DRIVER_OK have an effect besides
     TRANSITIONS: dict[Status, Status] = {
         Status.ACKNOWLEDGE: Status(0),
@@ -264,7 +267,7 @@ class Transport:
 
     def _configurable(self) -> QueueConfig | None:
         queue = self.queue
-        if queue is None or queue.enabled or self.status & Status.DRIVER_OK:
+        if queue is None or self.queue_ready() or (self.status & Status.DRIVER_OK and not self.QUEUES_RESTART):
             return None
         return queue
 
@@ -284,8 +287,19 @@ class Transport:
 
     def enable_queue(self) -> None:
         queue = self._configurable()
-        if queue:
+        if queue is None:
+            return
+        if self.active is None:
             queue.enabled = True
+            return
+        try:
+            ring = self._make_ring(queue)
+        except GuestError as error:
+            self.fault(error)
+            return
+        queue.enabled = True
+        self.active.queues[self.queue_select].restart(ring)
+        self.notify(self.queue_select)
 
     def stop_queue(self) -> None:
         """The driver stops using the selected queue (virtio-mmio). `queue_ready` says when it is over."""

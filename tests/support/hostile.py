@@ -19,7 +19,7 @@ from tests.support.hostile_devices import WORLDS, Source, World
 from tests.support.virtio import MEMORY, Driver, MmioDriver, PciDriver
 from virtio.constants import Feature
 from virtio.device import Device
-from virtio.driver import AnyDriverQueue
+from virtio.driver import AnyDriverQueue, driver_queue
 from virtio.packed import reference_ring
 
 SECONDS = 20
@@ -151,12 +151,27 @@ class Campaign:
                 spoil(queue)
         self.driver.notify(self.driver.queues.index(queue))
 
-    def stop_queue(self) -> None:
-        """virtio-mmio: the driver stops using a queue."""
-        if isinstance(self.driver, MmioDriver) and self.driver.queues:
-            self.driver.set(0x030, self.source.randrange(len(self.driver.queues)))
-            self.driver.set(0x044, 0)
-            self.driver.get(0x044)
+    async def stop_queue(self) -> None:
+        """virtio-mmio: the driver stops using a queue; then it may set it up again."""
+        driver, source = self.driver, self.source
+        if not isinstance(driver, MmioDriver) or not driver.queues:
+            return
+        index = source.randrange(len(driver.queues))
+        driver.set(0x030, index)
+        driver.set(0x044, 0)
+        if driver.get(0x044) or source.random() < 0.3:
+            return
+        with contextlib.suppress(MemoryError):
+            queue = driver_queue(driver.allocator, driver.queues[index].size, driver.features)
+            wrong = source.random() < 0.1
+            if wrong:
+                misplace(queue, source)
+            with contextlib.suppress(AssertionError):  # of a device that needs a reset
+                driver.configure_queue(index, queue)
+            if wrong:
+                await self.initialize()
+            else:
+                driver.queues[index] = queue
 
     async def move(self) -> None:
         """Drain, save, and go on with another device."""
@@ -203,7 +218,7 @@ class Campaign:
         elif chance < 0.975:
             await self.malform()
         elif chance < 0.978:
-            self.stop_queue()
+            await self.stop_queue()
         elif chance < 0.98:
             await self.misconfigure()
         elif chance < 0.987:

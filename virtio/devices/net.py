@@ -222,10 +222,8 @@ class NetDevice(Device):
             self._set_pairs(self.pairs)
             return
         receive, transmit = active.queues[:2]
-        if transmit.enabled:
-            self.spawn(self._send_frames(transmit), "transmit")
-        if receive.enabled:
-            self.spawn(self._deliver_frames(receive, active.features), "receive")
+        self.spawn(self._send_frames(transmit), "transmit")
+        self.spawn(self._deliver_frames(receive, active.features), "receive")
 
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
