@@ -45,6 +45,7 @@ RUN_OPTIONS = (
     RunOption("--agent", "agent", "switch", "The guest runs the agent, which takes commands over vsock."),
     RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),
     RunOption("--transport", "transport", "text", "For console, entropy and vsock.", "pci|mmio"),
+    RunOption("--packed", "packed", "switch", "Every virtio device offers packed rings."),
     RunOption("--name", "name", "text", "Name for vmm ps, console, stop …; by default made from the image.", "NAME"),
     RunOption("--uuid", "uuid", "text", "What the guest reads in SMBIOS; by default it belongs to the name.", "UUID"),
     RunOption("--timeout", "timeout", "text", "End the machine after this long; exit status 124.", "SECONDS"),

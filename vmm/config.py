@@ -109,6 +109,8 @@ class Disk(Checked):
     """How requests that would block are done; auto: io_uring where the host has it."""
     queues: int = 1
     """Request queues; Linux takes one for each vCPU at most."""
+    packed: bool = False
+    """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
     _where = "disk"
     _converters = {
@@ -123,6 +125,7 @@ class Disk(Checked):
         "cache": to_choice(Literal["writeback", "writethrough", "none"]),
         "io": to_choice(Literal["auto", "io_uring", "threads"]),
         "queues": to_integer(1, 16),
+        "packed": to_boolean,
     }
 
     def _check(self) -> None:
@@ -132,8 +135,13 @@ class Disk(Checked):
     @classmethod
     def parse(cls, text: str) -> Disk:
         """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,backing=dir|any|none]
-        [,data=FILE][,transport=pci|mmio][,io=auto|io_uring|threads][,queues=N]"""
-        flags = {"ro": ("readonly", True), "rw": ("readonly", False), "snapshot": ("snapshot", True)}
+        [,data=FILE][,transport=pci|mmio][,io=auto|io_uring|threads][,queues=N][,packed]"""
+        flags = {
+            "ro": ("readonly", True),
+            "rw": ("readonly", False),
+            "snapshot": ("snapshot", True),
+            "packed": ("packed", True),
+        }
         path, values = split("disk", text, flags)
         return from_mapping(cls, "disk", {"path": path, **values})
 
@@ -159,6 +167,8 @@ class Net(Checked):
     """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
     required: bool = True
     """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
+    packed: bool = False
+    """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
     _where = "net"
     _converters = {
@@ -171,6 +181,7 @@ class Net(Checked):
         "queues": to_integer(1, 16),
         "forward": to_forwards,
         "required": to_boolean,
+        "packed": to_boolean,
     }
 
     def _check(self) -> None:
@@ -188,8 +199,8 @@ class Net(Checked):
     @classmethod
     def parse(cls, text: str) -> Net:
         """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
-        [,forward=HOSTPORT:GUESTPORT+…]"""
-        first, values = split("net", text, {"optional": ("required", False)})
+        [,forward=HOSTPORT:GUESTPORT+…][,packed]"""
+        first, values = split("net", text, {"optional": ("required", False), "packed": ("packed", True)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:
             raise ConfigError(f"net: {text!r} is not understood; write user, tap=NAME or unix=PATH first")
@@ -320,6 +331,8 @@ class Config(Checked):
     """A virtio entropy device."""
     transport: Literal["pci", "mmio"] = "pci"
     """How the guest finds the virtio console, entropy, vsock and own devices; disks and nets each say it themselves."""
+    packed: bool = False
+    """Every virtio device offers packed rings; a disk or net can also do so by itself."""
     timeout: float | None = None
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
@@ -360,6 +373,7 @@ class Config(Checked):
         "agent": to_boolean,
         "rng": to_boolean,
         "transport": to_choice(Literal["pci", "mmio"]),
+        "packed": to_boolean,
         "timeout": optional(to_seconds),
         "clock": to_choice(ClockKind),
         "seed": optional(to_integer(0, (1 << 64) - 1)),

@@ -56,6 +56,35 @@ def has_direct_io(folder: Path) -> bool:
     return True
 
 
+RING_PACKED = 34
+"""6: the bit, and so the place in sysfs' text of negotiated features."""
+
+
+async def packed_devices(vm: vmm.VirtualMachine) -> dict[str, bool]:
+    """driver -> whether all of its devices have packed rings."""
+    where = "/sys/bus/virtio/devices/*"
+    script = f"for d in {where}; do echo $(basename $(readlink $d/driver)) $(cat $d/features); done"
+    found: dict[str, bool] = {}
+    for line in (await sh(vm, script)).splitlines():
+        driver, features = line.split()
+        found[driver] = found.get(driver, True) and features[RING_PACKED] == "1"
+    return found
+
+
+@pytest.mark.parametrize("machine", [False, True])
+async def test_packed_rings_are_asked_for(tmp_path: Path, stock_core: Any, machine: bool) -> None:
+    """By `packed` of a disk, or of the whole machine; the guest's driver takes them and works."""
+    image()
+    content = os.urandom(1 << 20)
+    (tmp_path / "disk").write_bytes(content)
+    disk = Disk.parse(f"{tmp_path / 'disk'}{'' if machine else ',packed'}")
+    async with vmm.run("linux", core=stock_core, disks=(disk,), packed=machine, timeout=SECONDS) as vm:
+        found = await packed_devices(vm)
+        assert found.pop("virtio_blk") is True
+        assert set(found.values()) == {machine}, found
+        assert (await sh(vm, "md5sum /dev/vda")).split()[0] == hashlib.md5(content).hexdigest()
+
+
 async def test_disks_over_pci_and_mmio(tmp_path: Path, stock_core: Any) -> None:
     """What the guest reads is what the image holds, and the other way round; also read-only and O_DIRECT."""
     image()

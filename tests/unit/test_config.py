@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.options import parse_run
 from vmm.config import Config, Console, Disk, FlatImage, Net
 from vmm.convert import format_size, parse_size
 from vmm.errors import ConfigError
+from vmm.schema import schema
 
 
 def load(text: str, folder: Path) -> Config:
@@ -164,3 +166,16 @@ def test_flat_image_from_text() -> None:
 
 def test_a_tilde_and_no_user_is_a_name() -> None:
     assert Config(kernel="~no-such-user/k").kernel == Path("~no-such-user/k")
+
+
+def test_packed_rings_are_asked_for_by_disk_by_net_and_by_machine(tmp_path: Path) -> None:
+    config = Config(disks=("a,packed", "b"), nets=("user,packed", "user"), packed=True)
+    assert [disk.packed for disk in config.disks] == [True, False]
+    assert [net.packed for net in config.nets] == [True, False]
+    (tmp_path / "machine.toml").write_text(config.to_toml())
+    assert Config.load(tmp_path / "machine.toml").packed
+    assert parse_run(["--packed"]).config == {"packed": True}  # type: ignore[union-attr]
+    assert parse_run(["--no-packed"]).config == {"packed": False}  # type: ignore[union-attr]
+    properties = schema()["properties"]
+    assert properties["packed"]["type"] == "boolean"
+    assert "packed" in str(properties["disks"]) and "packed" in str(properties["nets"])

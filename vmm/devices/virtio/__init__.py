@@ -18,7 +18,7 @@ from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
 from virtio.state import TransportState
 from virtio.transport import Transport
-from vmm.devices.virtio.pool import DevicePool, TransportKind
+from vmm.devices.virtio.pool import DevicePool, Maker
 from vmm.errors import StateError
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly, PciFunction
@@ -56,18 +56,19 @@ class VirtioDevices:
         """Open the devices that are not open yet, and plug all in. Raises ConfigError, HostError."""
         await self._pool.open()
         for name, device in self._pool.devices.items():
-            self._plug(name, device, self._pool.makers[name].transport)
+            self._plug(name, device, self._pool.makers[name])
 
-    def _plug(self, name: str, device: Device, kind: TransportKind) -> None:
+    def _plug(self, name: str, device: Device, maker: Maker) -> None:
         memory = cast("GuestMemory", self._assembly.memory)
         machine = self._assembly.machine
-        if kind == "pci":
-            function = PciTransport(device, memory)
+        if maker.transport == "pci":
+            function = PciTransport(device, memory, packed=maker.packed)
             self.transports[name] = function
             self._assembly.get("pci").add(cast(PciFunction, function))
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
-        transport = MmioTransport(device, memory, machine.irq_line(gsi).set, stall=machine.stall)
+        line = machine.irq_line(gsi)
+        transport = MmioTransport(device, memory, line.set, stall=machine.stall, packed=maker.packed)
         self.transports[name] = transport
         machine.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
         for index in range(len(device.queue_sizes)):

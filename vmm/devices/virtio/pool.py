@@ -32,6 +32,8 @@ class Maker:
     transport: TransportKind
     optional = False
     """The machine runs without it where the host cannot give it, and a warning says so."""
+    packed = False
+    """The device offers packed rings."""
     slow = False
     """It is begun early, while the kernel is loaded."""
 
@@ -82,6 +84,7 @@ class DevicePool:
         self._begun: dict[str, asyncio.Task[Device]] = {}
         self._console: Any = None
         self._opened = False
+        self._packed = config.packed
         self._describe(config, random, own, mark)
 
     def _describe(
@@ -93,12 +96,12 @@ class DevicePool:
 
             for index, disk in enumerate(config.disks):
                 name = disk.id or f"disk{index}"
-                self._want(name, DiskMaker(disk, name))
+                self._want(name, DiskMaker(disk, name), disk.packed)
         if config.nets:
             from vmm.devices.virtio.net import NetMaker
 
             for index, net in enumerate(config.nets):
-                self._want(net.id or f"net{index}", NetMaker(net, random))
+                self._want(net.id or f"net{index}", NetMaker(net, random), net.packed)
         if config.hvc or config.ports:
             from vmm.devices.virtio.console import ConsoleMaker
 
@@ -116,9 +119,10 @@ class DevicePool:
         for name, make in own.items():
             self._want(name, OwnMaker(config.transport, make))
 
-    def _want(self, name: str, maker: Maker) -> None:
+    def _want(self, name: str, maker: Maker, packed: bool = False) -> None:
         if name in self.makers:
             raise ConfigError(f"two devices are called {name!r}; give one another id")
+        maker.packed = packed or self._packed
         self.makers[name] = maker
 
     def __getitem__(self, name: str) -> Device:
