@@ -18,28 +18,54 @@ ECX1_X2APIC = 1 << 21
 ECX1_TSC_DEADLINE = 1 << 24
 ECX1_HYPERVISOR = 1 << 31
 EDX1_HTT = 1 << 28
+EBX7_SGX = 1 << 2
+EBX7_TRACE = 1 << 25
+ECX7_SHADOW_STACK = 1 << 7
+ECX7_SGX_LC = 1 << 30
 EDX7_AMX = 1 << 22 | 1 << 24 | 1 << 25
+EDX7_LAST_BRANCH = 1 << 19
+EDX7_BRANCH_TRACKING = 1 << 20
 ECX8_1_CMP_LEGACY = 1 << 1
 ECX8_1_SVM = 1 << 2
 ECX8_1_PERFCTR_CORE = 1 << 23
 ECX8_1_TOPOLOGY = 1 << 22
 XCR0_AMX = 1 << 17 | 1 << 18
+XSS_SHADOW_STACK = 1 << 11 | 1 << 12
+AMD = {b"AuthenticAMD", b"HygonGenuine"}
+"""Vendors whose leaves 8000_0001 and 8000_0008 tell the topology; Intel's bits there are reserved."""
+
+
+def vendor(entries: Iterable[CpuidEntry]) -> bytes:
+    """The vendor's name, of 12 bytes: leaf 0. Zeros if there is no such leaf."""
+    for entry in entries:
+        if entry.function == 0:
+            return b"".join(word.to_bytes(4, "little") for word in (entry.ebx, entry.edx, entry.ecx))
+    return bytes(12)
 
 
 def without_unsaved(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
-    """Without features whose state a saved VM does not hold: nested virtualization, performance counters, AMX tiles."""
+    """Without features whose state a saved VM does not hold.
+
+    Nested virtualization, performance counters, shadow stacks; Intel's AMX tiles, SGX enclaves, processor trace, last
+    branch records and branch tracking.
+    """
     kept = []
     for entry in entries:
         match entry.function:
             case 1:
                 entry = replace(entry, ecx=entry.ecx & ~ECX1_VMX | ECX1_HYPERVISOR)
             case 7 if entry.index == 0:
-                entry = replace(entry, edx=entry.edx & ~EDX7_AMX)
-            case 0xA:
+                entry = replace(
+                    entry, ebx=entry.ebx & ~(EBX7_SGX | EBX7_TRACE), ecx=entry.ecx & ~(ECX7_SHADOW_STACK | ECX7_SGX_LC),
+                    edx=entry.edx & ~(EDX7_AMX | EDX7_LAST_BRANCH | EDX7_BRANCH_TRACKING),
+                )  # fmt: skip
+            case 0xA | 0x12 | 0x14 | 0x1C:
                 entry = replace(entry, eax=0, ebx=0, ecx=0, edx=0)
             case 0xD if entry.index == 0:
                 entry = replace(entry, eax=entry.eax & ~XCR0_AMX)
-            case 0xD if entry.index in (17, 18):
+            case 0xD if entry.index == 1:
+                entry = replace(entry, ecx=entry.ecx & ~XSS_SHADOW_STACK)
+            case 0xD if entry.index in (11, 12, 17, 18):
                 continue
             case 0x8000_0001:
                 entry = replace(entry, ecx=entry.ecx & ~(ECX8_1_SVM | ECX8_1_PERFCTR_CORE))
@@ -52,6 +78,7 @@ def without_unsaved(entries: Iterable[CpuidEntry]) -> list[CpuidEntry]:
 def for_vcpu(entries: Sequence[CpuidEntry], index: int, count: int) -> list[CpuidEntry]:
     """The table of vCPU `index` of `count`: its APIC id, and a topology of one package of single-threaded cores."""
     width = max(count - 1, 0).bit_length()
+    amd = vendor(entries) in AMD
     made = []
     for entry in entries:
         match entry.function:
@@ -66,10 +93,10 @@ def for_vcpu(entries: Sequence[CpuidEntry], index: int, count: int) -> list[Cpui
                     entry = replace(entry, eax=entry.eax & 0x3FFF | shared << 14 | (1 << width) - 1 << 26)
             case 0xB | 0x1F | 0x8000_0026:
                 continue  # rebuilt below
-            case 0x8000_0001:
+            case 0x8000_0001 if amd:
                 cmp_legacy = ECX8_1_CMP_LEGACY if count > 1 else 0
                 entry = replace(entry, ecx=entry.ecx & ~(ECX8_1_CMP_LEGACY | ECX8_1_TOPOLOGY) | cmp_legacy)
-            case 0x8000_0008:
+            case 0x8000_0008 if amd:
                 entry = replace(entry, ecx=entry.ecx & ~0xF0FF | width << 12 | count - 1)
             case 0x8000_001D:
                 if entry.eax & 0x1F:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu.contract import CpuidEntry
-from cpu.cpuid import for_vcpu
+from cpu.cpuid import for_vcpu, vendor, without_unsaved
 from tests.support.pc import FakeTime
 from virtio.errors import GuestError as VirtioGuestError
 from vmm.errors import ConfigError, GuestError, HostError, StateError
@@ -155,7 +155,7 @@ def test_memory_that_the_host_refuses() -> None:
 def test_topology() -> None:
     """One package of single-threaded cores, whatever the host is."""
     entries = [
-        CpuidEntry(0, 0, 0, 0xD, 0, 0, 0),
+        CpuidEntry(0, 0, 0, 0xD, 0x6874_7541, 0x444D_4163, 0x6974_6E65),
         CpuidEntry(1, 0, 0, 0, 0x0720_0800, 1 << 31, 1 << 28),
         CpuidEntry(4, 0, 1, 0xFC1F_C121, 0, 0, 0),
         CpuidEntry(4, 3, 1, 0xFC1F_C163, 0, 0, 0),
@@ -179,3 +179,23 @@ def test_topology() -> None:
     assert (0x8000_0026, 0) not in leaves
     single = {(entry.function, entry.index): entry for entry in for_vcpu(entries, 0, 1)}
     assert not single[1, 0].edx >> 28 & 1 and single[0x8000_0001, 0].ecx == 0
+    entries[0] = CpuidEntry(0, 0, 0, 0x20, 0x756E_6547, 0x6C65_746E, 0x4965_6E69)
+    intel = {(entry.function, entry.index): entry for entry in for_vcpu(entries, 2, 4)}
+    assert vendor(intel.values()) == b"GenuineIntel"
+    assert intel[0x8000_0001, 0].ecx == 1 << 22 and intel[0x8000_0008, 0].ecx == 0x501F, "reserved there: as they were"
+    assert intel[0xB, 1].ebx == 4 and intel[4, 0].eax >> 26 == 3
+
+
+def test_features_that_a_saved_machine_does_not_hold() -> None:
+    """Intel's SGX, processor trace, last branch records, AMX, shadow stacks; both vendors' virtualization."""
+    everything = 0xFFFF_FFFF
+    leaves = [(1, 0), (7, 0), (7, 1), (0xA, 0), (0xD, 0), (0xD, 1), (0xD, 2), (0xD, 11), (0xD, 18)]
+    leaves += [(0x12, 0), (0x14, 0), (0x1C, 0), (0x8000_0001, 0)]
+    entries = [CpuidEntry(leaf, index, 1, everything, everything, everything, everything) for leaf, index in leaves]
+    kept = {(entry.function, entry.index): entry for entry in without_unsaved(entries)}
+    assert not {(0xD, 11), (0xD, 18)} & kept.keys() and (0xD, 2) in kept
+    assert [kept[leaf, 0].eax for leaf in (0xA, 0x12, 0x14, 0x1C)] == [0, 0, 0, 0]
+    assert not kept[7, 0].ebx & (1 << 2 | 1 << 25) and kept[7, 0].ebx & 1 << 9
+    assert not kept[7, 0].ecx & (1 << 7 | 1 << 30) and not kept[7, 0].edx & (1 << 19 | 1 << 20 | 1 << 22 | 3 << 24)
+    assert kept[7, 1].edx == everything and not kept[0xD, 1].ecx & 3 << 11
+    assert not kept[1, 0].ecx & 1 << 5 and not kept[0x8000_0001, 0].ecx & 1 << 2
