@@ -12,10 +12,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cpu.exits import AlarmDue, Entry, Exit, Posted
-from cpu.values import dataclass
+from cpu.values import U8, U16, U32, U64, dataclass
+
+if TYPE_CHECKING:
+    from cpu.state import VcpuState, VmState
 
 
 class Capability(enum.StrEnum):
@@ -43,13 +46,13 @@ class Space(enum.IntEnum):
 class CpuidEntry:
     """One CPUID leaf (struct kvm_cpuid_entry2); flags bit 0: `index` (ECX) is significant."""
 
-    function: int
-    index: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
+    function: U32
+    index: U32
+    flags: U32
+    eax: U32
+    ebx: U32
+    ecx: U32
+    edx: U32
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,71 +82,43 @@ class MsiRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class VcpuState:
-    """Complete state of a vCPU: blobs in the layouts of the KVM API (declared in cpu/layouts.py)."""
-
-    regs: bytes
-    sregs: bytes
-    xsave: bytes
-    xcrs: bytes
-    msrs: bytes
-    lapic: bytes
-    events: bytes
-    debugregs: bytes
-    mp_state: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class VmState:
-    """State of the interrupt controllers, timer and clock. `pit` is empty for a VM without one; `core` is the core's
-    own, versioned, may be empty."""
-
-    pic_master: bytes
-    pic_slave: bytes
-    ioapic: bytes
-    pit: bytes
-    clock: bytes
-    core: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
 class Segment:
-    base: int = 0
-    limit: int = 0xFFFF
-    selector: int = 0
-    type: int = 3
-    present: int = 1
-    dpl: int = 0
-    db: int = 0
-    s: int = 1
-    l: int = 0  # noqa: E741 - the SDM's name
-    g: int = 0
-    avl: int = 0
-    unusable: int = 0
+    base: U64 = 0
+    limit: U32 = 0xFFFF
+    selector: U16 = 0
+    type: U8 = 3
+    present: U8 = 1
+    dpl: U8 = 0
+    db: U8 = 0
+    s: U8 = 1
+    l: U8 = 0  # noqa: E741 - the SDM's name
+    g: U8 = 0
+    avl: U8 = 0
+    unusable: U8 = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Registers:
     """General registers (64 bits each)."""
 
-    rax: int = 0
-    rbx: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    rsp: int = 0
-    rbp: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = 2
+    rax: U64 = 0
+    rbx: U64 = 0
+    rcx: U64 = 0
+    rdx: U64 = 0
+    rsi: U64 = 0
+    rdi: U64 = 0
+    rsp: U64 = 0
+    rbp: U64 = 0
+    r8: U64 = 0
+    r9: U64 = 0
+    r10: U64 = 0
+    r11: U64 = 0
+    r12: U64 = 0
+    r13: U64 = 0
+    r14: U64 = 0
+    r15: U64 = 0
+    rip: U64 = 0
+    rflags: U64 = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +133,16 @@ class SystemRegisters:
     ss: Segment = field(default_factory=Segment)
     tr: Segment = field(default_factory=Segment)
     ldt: Segment = field(default_factory=Segment)
-    gdt: tuple[int, int] = (0, 0xFFFF)
+    gdt: tuple[U64, U16] = (0, 0xFFFF)
     """(base, limit)"""
-    idt: tuple[int, int] = (0, 0xFFFF)
-    cr0: int = 0x60000010
-    cr2: int = 0
-    cr3: int = 0
-    cr4: int = 0
-    cr8: int = 0
-    efer: int = 0
-    apic_base: int = 0xFEE00900
+    idt: tuple[U64, U16] = (0, 0xFFFF)
+    cr0: U64 = 0x60000010
+    cr2: U64 = 0
+    cr3: U64 = 0
+    cr4: U64 = 0
+    cr8: U64 = 0
+    efer: U64 = 0
+    apic_base: U64 = 0xFEE00900
 
 
 @runtime_checkable
@@ -214,10 +189,13 @@ class Vcpu(Protocol):
         """Set a model-specific register."""
 
     def state(self) -> VcpuState:
-        """Complete only between instructions: fresh, or parked by `Interrupted` (or by an exit that is no access)."""
+        """Everything the vCPU is, CPUID as set included. Complete only between instructions: fresh, or parked by
+        `Interrupted` (or by an exit that is no access)."""
 
     def set_state(self, state: VcpuState) -> None:
-        """After set_cpuid()."""
+        """Take over what state() gave, on this core or another: of a vCPU that has not run yet, or of itself. After
+        Vm.set_state(), when guest memory has its content. HostError if the core lacks what the state needs, by name;
+        ConfigError if no processor can be in that state. The vCPU is no good then."""
 
     def stood_still(self) -> None:
         """Have the guest told that this parked vCPU stood still while time went on (PVCLOCK_GUEST_STOPPED of kvmclock;
@@ -333,10 +311,13 @@ class Vm(Protocol):
         """Have take() report AlarmDue once now_ns() >= deadline_ns. One alarm per VM."""
 
     def state(self) -> VmState:
-        """Everything that is not a vCPU's, while all of them are parked."""
+        """Everything that is not a vCPU's, while all of them are there and parked. Take it before the vCPUs' states:
+        time goes on, and TSCs must not be behind the clock."""
 
     def set_state(self, state: VmState) -> None:
-        """Take over what state() gave, while all vCPUs are parked."""
+        """Take over what state() gave, on this core or another, while all vCPUs are there and parked. Time goes on from
+        where it was; the wall clock that kvmclock tells is the host's (KVM), or VmConfig.epoch_ns + now_ns(). HostError
+        if the core lacks what the state needs, by name."""
 
     def stats(self) -> dict[str, int]:
         """Counters: exits by class ('exit.port-in'...), 'posted', 'shadow', 'ioeventfd', and the core's own."""

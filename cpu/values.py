@@ -9,7 +9,7 @@ standard one. Calls are slower: a class that is made on a hot path writes its ow
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from dataclasses import dataclass as dataclass
@@ -21,6 +21,13 @@ else:
             raise TypeError("values are frozen and have slots")
         return _decorate
 
+
+U8 = Annotated[int, range(1 << 8)]
+U16 = Annotated[int, range(1 << 16)]
+U32 = Annotated[int, range(1 << 32)]
+U64 = Annotated[int, range(1 << 64)]
+I64 = Annotated[int, range(-1 << 63, 1 << 63)]
+"""Integers by their width in bits: what the fields of a declared state may be."""
 
 _set = object.__setattr__
 

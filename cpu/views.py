@@ -26,6 +26,12 @@ EXIT: Final = struct.Struct("<IIQQQQII16QB15s")
 """struct lv_exit of cpu/native/loop.h."""
 
 
+EXTRA: Final = struct.Struct("<QIHH4Q")
+"""struct extra_state of cpu/soft/run/state.c: mwait_until flags fcs fds pdpte[4]."""
+CORE_HEAD: Final = struct.Struct("<3Q2Iq")
+"""LV_STATE_CORE of cpu/soft/run/backend.c up to its times: seeded seed position vcpus turn turn_left."""
+
+
 class StateKind(enum.IntEnum):
     """enum lv_state_kind of cpu/native/loop.h."""
 
@@ -38,9 +44,11 @@ class StateKind(enum.IntEnum):
     EVENTS = 6
     DEBUGREGS = 7
     MP = 8
+    EXTRA = 9
     PIC_MASTER = 16
     PIC_SLAVE = 17
     IOAPIC = 18
     PIT = 19
     CLOCK = 20
     CORE = 21
+    TSC = 22

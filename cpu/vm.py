@@ -6,26 +6,19 @@ states, which are blobs in the layouts of the KVM API for every core. Must not k
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from cpu import _core
-from cpu.contract import CpuidEntry, Registers, Segment, SystemRegisters, VcpuState, VmConfig, VmState
+from cpu.contract import CpuidEntry, Registers, SystemRegisters, VmConfig
 from cpu.errors import ConfigError, HostError
-from cpu.views import CPUID_ENTRY, DTABLE, MSR_ENTRY, MSRS_HEAD, REGS, SEGMENT, SREGS_CONTROL, StateKind
+from cpu.views import CPUID_ENTRY, MSR_ENTRY, MSRS_HEAD, REGS, StateKind
+
+if TYPE_CHECKING:
+    from cpu.state import VcpuState, VmState
 
 _MSRS_A_CALL = 500  # cpu/native/pyvcpu.c's buffer
-_CONTROL = 8 * SEGMENT.size + 2 * DTABLE.size
-
-
-def _pack_segment(s: Segment) -> bytes:
-    return SEGMENT.pack(
-        s.base, s.limit, s.selector, s.type, s.present, s.dpl, s.db, s.s, s.l, s.g, s.avl, s.unusable, 0
-    )
-
-
-def _unpack_segment(blob: bytes, offset: int) -> Segment:
-    return Segment(*SEGMENT.unpack_from(blob, offset)[:12])
 
 
 def pack_cpuid(entries: Sequence[CpuidEntry]) -> bytes:
@@ -44,45 +37,32 @@ class CoreVcpu(_core.Vcpu):
 
     _vm: CoreVm
 
+    cpuid: tuple[CpuidEntry, ...] = ()
+    """As set_cpuid() set it."""
+
     def registers(self) -> Registers:
         return Registers(*REGS.unpack(self.get_blob(StateKind.REGS)))
 
     def set_registers(self, registers: Registers) -> None:
-        r = registers
-        self.set_blob(
-            StateKind.REGS,
-            REGS.pack(
-                r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rsp, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
-                r.r14, r.r15, r.rip, r.rflags,
-            ),
-        )  # fmt: skip
+        from cpu.state import pack_registers
+
+        self.set_blob(StateKind.REGS, pack_registers(registers))
 
     def system_registers(self) -> SystemRegisters:
-        blob = self.get_blob(StateKind.SREGS)
-        segments = [_unpack_segment(blob, at * SEGMENT.size) for at in range(8)]
-        gdt = DTABLE.unpack_from(blob, 8 * SEGMENT.size)
-        idt = DTABLE.unpack_from(blob, 8 * SEGMENT.size + DTABLE.size)
-        control = SREGS_CONTROL.unpack_from(blob, _CONTROL)
-        cs, ds, es, fs, gs, ss, tr, ldt = segments
-        return SystemRegisters(
-            cs, ds, es, fs, gs, ss, tr, ldt, (gdt[0], gdt[1]), (idt[0], idt[1]), *control[:7]
-        )  # fmt: skip
+        from cpu.state import unpack_system
+
+        return unpack_system(self.get_blob(StateKind.SREGS))[0]
 
     def set_system_registers(self, registers: SystemRegisters) -> None:
         """An interrupt that is already on its way into the vCPU stays."""
-        r = registers
-        pending = SREGS_CONTROL.unpack_from(self.get_blob(StateKind.SREGS), _CONTROL)[7:]
-        segments = (r.cs, r.ds, r.es, r.fs, r.gs, r.ss, r.tr, r.ldt)
-        blob = (
-            b"".join(_pack_segment(segment) for segment in segments)
-            + DTABLE.pack(*r.gdt, 0, 0, 0)
-            + DTABLE.pack(*r.idt, 0, 0, 0)
-            + SREGS_CONTROL.pack(r.cr0, r.cr2, r.cr3, r.cr4, r.cr8, r.efer, r.apic_base, *pending)
-        )
-        self.set_blob(StateKind.SREGS, blob)
+        from cpu.state import pack_system, unpack_system
+
+        pending = unpack_system(self.get_blob(StateKind.SREGS))[1]
+        self.set_blob(StateKind.SREGS, pack_system(registers, pending))
 
     def set_cpuid(self, entries: Sequence[CpuidEntry]) -> None:
         self.set_cpuid_blob(pack_cpuid(entries))
+        self.cpuid = tuple(entries)
 
     def msr(self, index: int) -> int:
         """ConfigError if the vCPU has no such MSR."""
@@ -97,34 +77,16 @@ class CoreVcpu(_core.Vcpu):
             raise ConfigError(f"MSR {index:#x} cannot be set to {value:#x}")
 
     def state(self) -> VcpuState:
-        """Complete only between instructions: parked by Interrupted, or fresh."""
-        get = self.get_blob
-        return VcpuState(
-            regs=get(StateKind.REGS),
-            sregs=get(StateKind.SREGS),
-            xsave=get(StateKind.XSAVE),
-            xcrs=get(StateKind.XCRS),
-            msrs=self._msrs(),
-            lapic=get(StateKind.LAPIC),
-            events=get(StateKind.EVENTS),
-            debugregs=get(StateKind.DEBUGREGS),
-            mp_state=get(StateKind.MP),
-        )
+        from cpu.state import save_vcpu
+
+        return save_vcpu(self)
 
     def set_state(self, state: VcpuState) -> None:
-        """The vCPU must have its CPUID already. APIC base before the LAPIC, and that before the TSC deadline MSR."""
-        put = self.set_blob
-        put(StateKind.SREGS, state.sregs)
-        put(StateKind.REGS, state.regs)
-        put(StateKind.XCRS, state.xcrs)
-        put(StateKind.XSAVE, state.xsave)
-        put(StateKind.DEBUGREGS, state.debugregs)
-        put(StateKind.LAPIC, state.lapic)
-        self._set_msrs(state.msrs)
-        put(StateKind.EVENTS, state.events)
-        put(StateKind.MP, state.mp_state)
+        from cpu.state import restore_vcpu
 
-    def _msrs(self) -> bytes:
+        restore_vcpu(self, state)
+
+    def msrs_blob(self) -> bytes:
         """struct kvm_msrs of every MSR worth saving that this vCPU can read."""
         known = self._vm.msr_indices
         entries = b""
@@ -139,15 +101,17 @@ class CoreVcpu(_core.Vcpu):
                 known = self._vm.msr_indices = (*known[:at], *known[at + 1 :])
         return MSRS_HEAD.pack(len(entries) // MSR_ENTRY.size, 0) + entries
 
-    def _set_msrs(self, blob: bytes) -> None:
-        entries = [fields for fields in MSR_ENTRY.iter_unpack(blob[MSRS_HEAD.size :])]
+    def set_msrs_of(self, entries: list[tuple[int, int]]) -> None:
+        """Set (index, value) in order, as state() lists them. HostError if this core lacks one that holds something."""
         while entries:
             part = entries[:_MSRS_A_CALL]
-            done = self.set_blob(
-                StateKind.MSRS, MSRS_HEAD.pack(len(part), 0) + b"".join(MSR_ENTRY.pack(*fields) for fields in part)
-            )
+            try:
+                packed = b"".join(MSR_ENTRY.pack(index, 0, value) for index, value in part)
+            except struct.error as error:
+                raise ConfigError(f"no MSR holds that: {error}") from error
+            done = self.set_blob(StateKind.MSRS, MSRS_HEAD.pack(len(part), 0) + packed)
             if done < len(part):
-                index, _, value = part[done]
+                index, value = part[done]
                 # Another core may list MSRs that this one lacks; at zero they hold nothing.
                 if value:
                     raise HostError(f"cannot restore MSR {index:#x} = {value:#x} on this core")
@@ -181,23 +145,22 @@ class CoreVm(_core.Vm):
         vcpu._vm = self
         return vcpu
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """The rate of the guests' TSC, of vCPUs that are there and parked. HostError if the core cannot have it."""
+        try:
+            self.set_blob(StateKind.TSC, struct.pack("<Q", khz))
+        except (HostError, ConfigError, struct.error) as error:
+            have = struct.unpack("<Q", self.get_blob(StateKind.TSC))[0]
+            raise HostError(
+                f"the guest's TSC ticks at {khz} kHz; this core has {have} and cannot scale it"
+            ) from error
+
     def state(self) -> VmState:
-        get = self.get_blob
-        return VmState(
-            pic_master=get(StateKind.PIC_MASTER),
-            pic_slave=get(StateKind.PIC_SLAVE),
-            ioapic=get(StateKind.IOAPIC),
-            pit=get(StateKind.PIT),
-            clock=get(StateKind.CLOCK),
-            core=get(StateKind.CORE),
-        )
+        from cpu.state import save_vm
+
+        return save_vm(self)
 
     def set_state(self, state: VmState) -> None:
-        put = self.set_blob
-        put(StateKind.PIC_MASTER, state.pic_master)
-        put(StateKind.PIC_SLAVE, state.pic_slave)
-        put(StateKind.IOAPIC, state.ioapic)
-        put(StateKind.PIT, state.pit)
-        put(StateKind.CLOCK, state.clock)
-        if state.core:
-            put(StateKind.CORE, state.core)
+        from cpu.state import restore_vm
+
+        restore_vm(self, state)

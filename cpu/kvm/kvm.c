@@ -234,6 +234,33 @@ static int ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, 
     return call(vm_fd(vm), KVM_IOEVENTFD, &request);
 }
 
+/* uint64_t: kHz, of all vCPUs alike. */
+static int transfer_tsc(struct lv_vm *vm, void *data, size_t size, bool set)
+{
+    enum { TOLERANCE_PPM = 250 }; /* what KVM itself takes for the same rate (its parameter tsc_tolerance_ppm) */
+    uint64_t wanted = 0;
+    if (size < sizeof wanted || (set && size != sizeof wanted))
+        return -EINVAL;
+    if (set)
+        memcpy(&wanted, data, sizeof wanted);
+    for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+        int khz = vm->vcpus[i] ? call(vcpu_fd(vm->vcpus[i]), KVM_GET_TSC_KHZ, NULL) : -ENOENT;
+        if (khz <= 0)
+            khz = 0;
+        if (!set) {
+            uint64_t found = (uint64_t)khz;
+            memcpy(data, &found, sizeof found);
+            return (int)sizeof found;
+        }
+        uint64_t apart = wanted > (uint64_t)khz ? wanted - (uint64_t)khz : (uint64_t)khz - wanted;
+        if (apart * 1000000 <= TOLERANCE_PPM * wanted || !vm->vcpus[i])
+            continue;
+        if (wanted > UINT32_MAX || call(vcpu_fd(vm->vcpus[i]), KVM_SET_TSC_KHZ, (void *)(uintptr_t)wanted) < 0)
+            return -ENOTSUP;
+    }
+    return (int)sizeof wanted;
+}
+
 static int transfer_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size, bool set)
 {
     static const uint32_t chips[] = {KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC};
@@ -259,7 +286,9 @@ static int transfer_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, si
         exact = sizeof(struct kvm_clock_data);
         break;
     case LV_STATE_CORE:
-        return size && set ? -EINVAL : 0;
+        return 0; /* nothing of its own; another core's turns mean nothing here */
+    case LV_STATE_TSC:
+        return transfer_tsc(vm, data, size, set);
     default:
         return -EINVAL;
     }
@@ -539,6 +568,8 @@ static int transfer_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *da
         [LV_STATE_DEBUGREGS] = {KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, sizeof(struct kvm_debugregs)},
         [LV_STATE_MP] = {KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(struct kvm_mp_state)},
     };
+    if (kind == LV_STATE_EXTRA)
+        return 0; /* nothing of its own; another core's means nothing here */
     if (kind == LV_STATE_MSRS)
         return msrs(vcpu, set ? KVM_SET_MSRS : KVM_GET_MSRS, data, size);
     if ((unsigned)kind >= LV_VCPU_STATES || size < table[kind].size || (set && size != table[kind].size))

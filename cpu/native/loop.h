@@ -57,8 +57,12 @@ struct lv_access {
 /* State blobs in the layouts of linux/kvm.h; the first nine are in the order of enum soft_state. */
 enum lv_state_kind {
     LV_STATE_REGS, LV_STATE_SREGS, LV_STATE_XSAVE, LV_STATE_XCRS, LV_STATE_MSRS, LV_STATE_LAPIC, LV_STATE_EVENTS,
-    LV_STATE_DEBUGREGS, LV_STATE_MP, LV_VCPU_STATES,
-    LV_STATE_PIC_MASTER = 16, LV_STATE_PIC_SLAVE, LV_STATE_IOAPIC, LV_STATE_PIT, LV_STATE_CLOCK, LV_STATE_CORE,
+    LV_STATE_DEBUGREGS, LV_STATE_MP,
+    LV_STATE_EXTRA, /* what only this core has of a vCPU; may be empty */
+    LV_VCPU_STATES,
+    LV_STATE_PIC_MASTER = 16, LV_STATE_PIC_SLAVE, LV_STATE_IOAPIC, LV_STATE_PIT, LV_STATE_CLOCK,
+    LV_STATE_CORE, /* what only this core has of a VM; may be empty */
+    LV_STATE_TSC,  /* uint64_t: kHz of the guests' TSC; 0: unknown */
 };
 
 struct lv_config {

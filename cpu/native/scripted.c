@@ -13,7 +13,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { STEP_NS = 1000, INTERRUPTS_MAX = 65536, MSRS_MAX = 256, STEPS_MAX = 1 << 20, STATES = LV_STATE_CORE + 1 };
+enum { STEP_NS = 1000, INTERRUPTS_MAX = 65536, MSRS_MAX = 256, STEPS_MAX = 1 << 20, STATES = LV_STATE_TSC + 1 };
 
 struct scripted_slot {
     uint64_t gpa, size;
@@ -54,6 +54,7 @@ static size_t blob_size(int kind)
     case LV_STATE_PIC_MASTER: case LV_STATE_PIC_SLAVE: case LV_STATE_IOAPIC: return sizeof(struct kvm_irqchip);
     case LV_STATE_PIT: return sizeof(struct kvm_pit_state2);
     case LV_STATE_CLOCK: return sizeof(struct kvm_clock_data);
+    case LV_STATE_TSC: return sizeof(uint64_t);
     default: return 0;
     }
 }
@@ -61,7 +62,7 @@ static size_t blob_size(int kind)
 static int get_blob(uint8_t **blobs, int kind, void *data, size_t size)
 {
     size_t exact = blob_size(kind);
-    if (kind == LV_STATE_CORE)
+    if (kind == LV_STATE_CORE || kind == LV_STATE_EXTRA)
         return 0;
     if (!exact || size < exact)
         return -EINVAL;
@@ -74,8 +75,8 @@ static int get_blob(uint8_t **blobs, int kind, void *data, size_t size)
 
 static int set_blob(uint8_t **blobs, int kind, const void *data, size_t size)
 {
-    if (kind == LV_STATE_CORE && !size)
-        return 0;
+    if (kind == LV_STATE_CORE || kind == LV_STATE_EXTRA)
+        return 0; /* another core's */
     if (!blob_size(kind) || size != blob_size(kind))
         return -EINVAL;
     if (!blobs[kind] && !(blobs[kind] = malloc(size)))

@@ -128,6 +128,7 @@ enum soft_state {
     SOFT_STATE_EVENTS,      /* struct kvm_vcpu_events */
     SOFT_STATE_DEBUGREGS,   /* struct kvm_debugregs */
     SOFT_STATE_MP,          /* struct kvm_mp_state */
+    SOFT_STATE_EXTRA,       /* our own, SOFT_EXTRA_STATE_SIZE bytes: set it after all others */
 };
 int soft_vcpu_get(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, void *data, size_t size);
 int soft_vcpu_set(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, const void *data, size_t size);
@@ -138,9 +139,10 @@ enum soft_vm_state {
     SOFT_VM_PIC_MASTER, SOFT_VM_PIC_SLAVE, SOFT_VM_IOAPIC, /* struct kvm_irqchip */
     SOFT_VM_PIT,                                           /* struct kvm_pit_state2 */
     SOFT_VM_CLOCK,                                         /* struct kvm_clock_data */
-    SOFT_VM_CORE,                                          /* our own: instruction count, scheduler turn, versioned */
+    SOFT_VM_CORE,                                          /* our own: scheduler turn, instruction counts */
+    SOFT_VM_TSC,                                           /* uint64_t: kHz of the guests' TSC */
 };
-enum { SOFT_CORE_STATE_SIZE = 256 };                       /* exact size of SOFT_VM_CORE */
+enum { SOFT_CORE_STATE_SIZE = 24 + 8 * SOFT_MAX_VCPUS, SOFT_EXTRA_STATE_SIZE = 48 }; /* exact sizes */
 int soft_vm_get(struct soft_vm *vm, enum soft_vm_state kind, void *data, size_t size);
 int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, size_t size);
 

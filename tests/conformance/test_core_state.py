@@ -1,16 +1,22 @@
 """cpu/contract.py: registers and complete state, moved between VMs in mid-run; the dirty log; CPUID. Every core."""
 
+import json
 import struct
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
+import vmm.errors
 from cpu import layouts
 from cpu.contract import Capability, CpuidEntry, Registers, Segment
 from cpu.errors import ConfigError, CpuError, StateError
 from cpu.exits import Interrupted, PortIn, PortOut, Resume
 from cpu.scripted import Store
-from tests.support.cores import CODE, DONE, RAM, RESUME, SCRATCH
+from cpu.state import Msr, VcpuState
+from cpu.views import StateKind
+from tests.support.cores import CODE, DONE, RAM, RESUME, SCRATCH, open_core
+from vmm.state.payload import encode, parse
 
 PAGE = 4096
 TSC = 0x10
@@ -63,30 +69,83 @@ def test_an_unknown_msr_is_refused(real_core, guests):
 
 def test_blobs_have_the_declared_layouts(real_core, guests):
     guest = guests(real_core)
-    state, vm = guest.vcpus[0].state(), guest.vm.state()
-    for declaration, blob in (
-        (layouts.Regs, state.regs),
-        (layouts.Sregs, state.sregs),
-        (layouts.Xsave, state.xsave),
-        (layouts.Xcrs, state.xcrs),
-        (layouts.Msrs, state.msrs),
-        (layouts.Lapic, state.lapic),
-        (layouts.VcpuEvents, state.events),
-        (layouts.DebugRegs, state.debugregs),
-        (layouts.MpState, state.mp_state),
-        (layouts.PitState2, vm.pit),
-        (layouts.ClockData, vm.clock),
+    for declaration, kind, owner in (
+        (layouts.Regs, StateKind.REGS, guest.vcpus[0]),
+        (layouts.Sregs, StateKind.SREGS, guest.vcpus[0]),
+        (layouts.Xsave, StateKind.XSAVE, guest.vcpus[0]),
+        (layouts.Xcrs, StateKind.XCRS, guest.vcpus[0]),
+        (layouts.Lapic, StateKind.LAPIC, guest.vcpus[0]),
+        (layouts.VcpuEvents, StateKind.EVENTS, guest.vcpus[0]),
+        (layouts.DebugRegs, StateKind.DEBUGREGS, guest.vcpus[0]),
+        (layouts.MpState, StateKind.MP, guest.vcpus[0]),
+        (layouts.PitState2, StateKind.PIT, guest.vm),
+        (layouts.ClockData, StateKind.CLOCK, guest.vm),
     ):
+        blob = owner.get_blob(kind)
         assert declaration.build(declaration.parse(blob)) == blob
-    for chip, blob in enumerate((vm.pic_master, vm.pic_slave, vm.ioapic)):
+    for chip, kind in enumerate((StateKind.PIC_MASTER, StateKind.PIC_SLAVE, StateKind.IOAPIC)):
+        blob = guest.vm.get_blob(kind)
         assert layouts.Irqchip.parse(blob).chip_id == chip
         assert len(blob) == layouts.IRQCHIP_SIZE
+
+
+@pytest.mark.parametrize(
+    ("declaration", "kind", "fill"),
+    [
+        (layouts.VcpuEvents, StateKind.EVENTS, 64),
+        (layouts.DebugRegs, StateKind.DEBUGREGS, 128),
+        (layouts.MpState, StateKind.MP, 4),
+        (layouts.Sregs, StateKind.SREGS, 312),
+    ],
+)
+def test_typed_fields_are_those_of_the_declared_layouts(guests, declaration, kind, fill):
+    """The scripted core keeps whatever it is given."""
+    system = open_core("scripted")
+    vcpu = guests(system).vcpus[0]
+    blob = bytes(at % 251 for at in range(1, fill + 1)) if kind != StateKind.MP else b"\3\0\0\0"
+    vcpu.set_blob(kind, blob)
+    declared, state = declaration.parse(blob), vcpu.state()
+    if kind == StateKind.EVENTS:
+        e = state.events
+        assert (e.exception_vector, e.exception_error_code) == (declared.exception.nr, declared.exception.error_code)
+        assert (e.interrupt_soft, e.interrupt_shadow) == (declared.interrupt.soft, declared.interrupt.shadow)
+        assert (e.nmi_injected, e.nmi_pending, e.nmi_masked) == (
+            declared.nmi.injected, declared.nmi.pending, declared.nmi.masked,
+        )  # fmt: skip
+        assert (e.sipi_vector, e.flags, e.smm, e.latched_init, e.triple_fault) == (
+            declared.sipi_vector, declared.flags, declared.smi.smm, declared.smi.latched_init, declared.triple_fault,
+        )  # fmt: skip
+        assert (e.exception_has_payload, e.exception_payload) == (
+            declared.exception_has_payload, declared.exception_payload,
+        )  # fmt: skip
+    elif kind == StateKind.DEBUGREGS:
+        assert (list(state.debug.db), state.debug.dr6, state.debug.dr7) == (declared.db, declared.dr6, declared.dr7)
+    elif kind == StateKind.MP:
+        assert state.mp_state == "halted"
+    else:
+        assert state.system.tr.selector == declared.tr.selector
+        assert state.system.idt == (declared.idt.base, declared.idt.limit)
+        assert (state.system.cr4, state.system.apic_base) == (declared.control.cr4, declared.control.apic_base)
+
+
+def test_states_are_payloads(core, guests):
+    """They go through a file as they are, and what such a file holds is checked."""
+    guest = guests(core)
+    vcpu, vm = guest.vcpus[0].state(), guest.vm.state()
+    for state in (vcpu, vm):
+        assert parse(type(state), "core", json.loads(json.dumps(encode(state)))) == state
+    guest.vm.set_state(vm)
+    guest.vcpus[0].set_state(vcpu)
+    wrong = encode(vcpu)
+    wrong["fields"]["registers"]["rax"] = 1 << 64
+    with pytest.raises(vmm.errors.StateError, match="^vcpu 0: registers: rax: "):
+        parse(VcpuState, "vcpu 0", wrong)
 
 
 def test_a_vm_without_a_pit_has_no_state_of_one(core, guests):
     with_pit, without = guests(core).vm, guests(core, pit=False).vm
     state = without.state()
-    assert state.pit == b""
+    assert state.pit is None
     without.set_state(state)
     with pytest.raises(ConfigError):
         without.set_state(with_pit.state())
@@ -94,31 +153,53 @@ def test_a_vm_without_a_pit_has_no_state_of_one(core, guests):
         with_pit.set_state(state)
 
 
-@pytest.mark.parametrize("field", ["regs", "sregs", "xsave", "xcrs", "lapic", "events", "debugregs", "mp_state"])
-def test_a_state_of_the_wrong_size_is_refused(core, guests, field):
+@pytest.mark.parametrize("change", [
+    {"lapic": b""}, {"lapic": bytes(1023)}, {"lapic": bytes(1025)}, {"xsave": bytes(4097)}, {"pending_interrupt": 256},
+    {"xcr0": 1 << 64}, {"xcr0": -1}, {"mp_state": "dead"},
+    {"msrs": (Msr(1 << 32, 0),)}, {"msrs": (Msr(0x10, 1 << 64),)},
+    {"registers": Registers(rax=1 << 64)}, {"registers": Registers(rip=-1)},
+])  # fmt: skip
+def test_a_state_that_cannot_be_is_refused(core, guests, change):
     vcpu = guests(core).vcpus[0]
-    state = vcpu.state()
-    for wrong in (b"", getattr(state, field)[:-1], getattr(state, field) + b"\0"):
-        with pytest.raises(ConfigError):
-            vcpu.set_state(replace(state, **{field: wrong}))
+    with pytest.raises(ConfigError):
+        vcpu.set_state(replace(vcpu.state(), **change))
+
+
+def filled(value, filler):
+    """A value of the same shape whose numbers are the largest that their fields take, or a pattern."""
+    if is_dataclass(value):
+        hints = get_type_hints(type(value), include_extras=True)
+        return replace(
+            value, **{f.name: filled_field(getattr(value, f.name), hints[f.name], filler) for f in fields(value)}
+        )
+    return value
+
+
+def filled_field(value, hint, filler):
+    if isinstance(value, int) and get_origin(hint) is Annotated:
+        allowed = get_args(hint)[1]
+        return min(int.from_bytes(filler * 8, "little"), allowed.stop - 1)
+    if isinstance(value, bytes):
+        return filler * len(value)
+    if isinstance(value, tuple):
+        return tuple(int.from_bytes(filler * 8, "little") if isinstance(v, int) else filled(v, filler) for v in value)
+    return filled(value, filler)
 
 
 def test_garbage_in_a_state_raises_nothing_but_cpu_errors(core, guests):
     guest = guests(core)
     vcpu = guest.vcpus[0]
     state, vm = vcpu.state(), guest.vm.state()
-    for filler in (b"\xff", b"\x5a"):
-        for field in fields(state):
-            wrong = replace(state, **{field.name: filler * len(getattr(state, field.name))})
-            try:
-                vcpu.set_state(wrong)
-            except CpuError:
-                pass
-        for field in fields(vm):
-            try:
-                guest.vm.set_state(replace(vm, **{field.name: filler * len(getattr(vm, field.name))}))
-            except CpuError:
-                pass
+    for filler in (b"\xff", b"\x5a", b"\1"):
+        for original, owner in ((state, vcpu), (vm, guest.vm)):
+            garbage = filled(original, filler)
+            for field in fields(original):
+                if field.name in ("cpuid", "tsc_khz"):
+                    continue
+                try:
+                    owner.set_state(replace(original, **{field.name: getattr(garbage, field.name)}))
+                except CpuError:
+                    pass
 
 
 # xor eax, eax; xor ebx, ebx; 1: inc ebx; lea eax, [eax*4+eax+7]; xor eax, ebx; mov [SCRATCH], eax; out 0x10, al when

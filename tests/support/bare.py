@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpu.contract import Registers, System, SystemRegisters, Vcpu, VcpuState, VmConfig, VmState
+from cpu.contract import Registers, System, SystemRegisters, Vcpu, VmConfig
 from cpu.exits import (
     AlarmDue,
     CompleteRead,
@@ -27,6 +27,7 @@ from cpu.exits import (
     Posted,
     Resume,
 )
+from cpu.state import VcpuState, VmState
 from tests.support.patience import PATIENCE
 from vmm.boot import BootState, load
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from cpu import select as choice
-from cpu.contract import Registers, Segment, System, VcpuState, VmConfig
+from cpu.contract import Registers, Segment, System, VmConfig
 from cpu.cpuid import for_vcpu
 from cpu.exits import (
     AlarmDue,
@@ -192,8 +192,8 @@ def set_flat(vcpu: CoreVcpu, rip: int) -> None:
     )  # fmt: skip
     vcpu.set_registers(Registers(rip=rip, rsp=STACK))
     if vcpu.index:
-        state: VcpuState = vcpu.state()
-        vcpu.set_state(replace(state, mp_state=bytes(4)))  # KVM_MP_STATE_RUNNABLE: no INIT and SIPI needed
+        state = vcpu.state()
+        vcpu.set_state(replace(state, mp_state="runnable"))  # no INIT and SIPI needed
 
 
 def set_long(guest: Guest, code: bytes, *, at: int = CODE) -> None:

@@ -454,6 +454,7 @@ struct vcpu_state {
     struct kvm_vcpu_events events;
     struct kvm_debugregs debugregs;
     struct kvm_mp_state mp;
+    uint8_t extra[SOFT_EXTRA_STATE_SIZE];
     struct {
         struct kvm_msrs header;
         struct kvm_msr_entry entries[128];
@@ -467,7 +468,7 @@ static const struct {
 #define PART(kind, field) { kind, offsetof(struct vcpu_state, field), sizeof ((struct vcpu_state *)0)->field }
     PART(SOFT_STATE_SREGS, sregs), PART(SOFT_STATE_REGS, regs), PART(SOFT_STATE_XCRS, xcrs), PART(SOFT_STATE_XSAVE, xsave),
     PART(SOFT_STATE_LAPIC, lapic), PART(SOFT_STATE_MSRS, msrs), PART(SOFT_STATE_EVENTS, events),
-    PART(SOFT_STATE_DEBUGREGS, debugregs), PART(SOFT_STATE_MP, mp),
+    PART(SOFT_STATE_DEBUGREGS, debugregs), PART(SOFT_STATE_MP, mp), PART(SOFT_STATE_EXTRA, extra),
 #undef PART
 };
 enum { PARTS = sizeof parts / sizeof parts[0] };

@@ -17,8 +17,6 @@ FIRST_SECONDS, LAST_SECONDS = 0.5, 4.0
 """Between two looks: after something happened, and at most while nothing does."""
 INTERRUPTS = 1 << 9
 """RFLAGS.IF"""
-UNINITIALIZED, INIT_RECEIVED, HALTED = 1, 2, 3
-"""KVM_MP_STATE_*: the first two wait for another vCPU."""
 OWN = {"exit.interrupted", "sleeps"}
 """Counters that a look changes."""
 
@@ -66,7 +64,7 @@ class HaltWatch:
     def _stuck(self, vcpu: Vcpu) -> bool:
         if vcpu.index == 0 and vcpu.registers().rflags & INTERRUPTS:
             return False  # without reading all of its state, which takes longer
-        state = int.from_bytes(vcpu.state().mp_state[:4], "little")
-        if state == HALTED:
+        state = vcpu.state().mp_state
+        if state == "halted":
             return not vcpu.registers().rflags & INTERRUPTS
-        return vcpu.index > 0 and state in (UNINITIALIZED, INIT_RECEIVED)
+        return vcpu.index > 0 and state in ("uninitialized", "init-received")

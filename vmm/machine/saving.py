@@ -6,13 +6,12 @@ it needs (vCPUs, memory, platform, kind of clock) and not the core that it was t
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from cpu.contract import CpuidEntry, VcpuState, VmState
+from cpu.state import VcpuState, VmState
 from vmm.errors import StateError, core_errors
 from vmm.machine.chance import ChanceState
 from vmm.machine.origin import Restore
@@ -21,56 +20,6 @@ from vmm.state.payload import decode, encode
 
 if TYPE_CHECKING:
     from vmm.machine.builder import Built
-
-MAX_CPUID = 256
-Blob = Annotated[bytes, range(1 << 20)]
-
-
-@dataclass(frozen=True, slots=True)
-class CpuidState:
-    """One CPUID leaf as the guest sees it (struct kvm_cpuid_entry2)."""
-
-    function: U32
-    index: U32
-    flags: U32
-    eax: U32
-    ebx: U32
-    ecx: U32
-    edx: U32
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessorState:
-    """A vCPU: what CPUID tells it, and its registers in the layouts of the KVM API (cpu/layouts.py)."""
-
-    kind: ClassVar = "vcpu"
-    version: ClassVar = 1
-    cpuid: Annotated[tuple[CpuidState, ...], range(MAX_CPUID + 1)]
-    halted: bool
-    """It halted with interrupts off, for good."""
-    regs: Blob
-    sregs: Blob
-    xsave: Blob
-    xcrs: Blob
-    msrs: Blob
-    lapic: Blob
-    events: Blob
-    debugregs: Blob
-    mp_state: Blob
-
-
-@dataclass(frozen=True, slots=True)
-class CoreState:
-    """What all vCPUs share: interrupt controllers, PIT and clock, in the layouts of the KVM API."""
-
-    kind: ClassVar = "core"
-    version: ClassVar = 1
-    pic_master: Blob
-    pic_slave: Blob
-    ioapic: Blob
-    pit: Blob
-    clock: Blob
-    core: Blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +38,10 @@ class MachineState:
     """CLOCK_REALTIME of the guest at core time 0, ns since 1970."""
     saved_ns: I64
     """CLOCK_REALTIME of the host when the state was taken."""
-    vm: CoreState
-    vcpus: Annotated[tuple[ProcessorState, ...], range(1, 65)]
+    vm: VmState
+    vcpus: Annotated[tuple[VcpuState, ...], range(1, 65)]
+    halted: Annotated[tuple[U32, ...], range(65)]
+    """vCPUs that halted with interrupts off, for good."""
     chance: ChanceState
     agent: bool
     """The guest's agent had said that it listens."""
@@ -127,15 +78,9 @@ def save(machine: Built) -> dict[str, Any]:
             now_ns=machine.machine.clock.now_ns(),
             epoch_ns=machine.machine.clock.epoch_ns,
             saved_ns=time.time_ns(),
-            vm=CoreState(**_fields(vm)),
-            vcpus=tuple(
-                ProcessorState(
-                    cpuid=tuple(CpuidState(**_fields(entry)) for entry in machine.cpuid[vcpu.index]),
-                    halted=vcpu.index in dispatcher.halted,
-                    **_fields(vcpu.state()),
-                )
-                for vcpu in machine.vcpus
-            ),
+            vm=vm,
+            vcpus=tuple(vcpu.state() for vcpu in machine.vcpus),
+            halted=tuple(sorted(dispatcher.halted)),
             chance=machine.resources.random.save(),
             agent=agent is not None and agent.ready,
             components={name: part.save() for name, part in _Root(machine).stateful.items()},  # type: ignore[attr-defined]
@@ -156,6 +101,8 @@ def parse(machine: Built, data: Any) -> MachineState:
     ):
         if saved != ours:
             raise StateError(f"machine: {what}: the state has {saved}, this machine {ours}")
+    if any(index >= len(state.vcpus) for index in state.halted):
+        raise StateError("machine: halted: there is no such vCPU")
     return state
 
 
@@ -164,28 +111,15 @@ def restore(machine: Built, origin: Restore) -> None:
     state = parse(machine, origin.state)
     with core_errors():
         # The core first: the lines that devices raise below are high there already, and so make no new edge.
+        machine.vm.set_state(state.vm)
         for vcpu, saved in zip(machine.vcpus, state.vcpus, strict=True):
-            entries = [CpuidEntry(**_fields(entry)) for entry in saved.cpuid]
-            machine.cpuid[vcpu.index] = entries
-            vcpu.set_cpuid(entries)
-        machine.vm.set_state(_contract(VmState, state.vm))
-        for vcpu, saved in zip(machine.vcpus, state.vcpus, strict=True):
-            vcpu.set_state(_contract(VcpuState, saved))
-        for index, saved in enumerate(state.vcpus):
-            if saved.halted:
-                machine.dispatcher.restore_halted(index)
+            machine.cpuid[vcpu.index] = list(saved.cpuid)
+            vcpu.set_state(saved)
+        for index in state.halted:
+            machine.dispatcher.restore_halted(index)
         machine.resources.random.restore(state.chance)
         for name, part in _Root(machine).stateful.items():
             part.restore(state.components[name])  # type: ignore[attr-defined]
         agent = machine.resources.agent
         if agent is not None and state.agent:
             agent.set_ready()
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def _contract(kind: Any, state: Any) -> Any:
-    """The contract's value with the fields of the same names."""
-    return kind(**{field.name: getattr(state, field.name) for field in dataclasses.fields(kind)})

@@ -12,19 +12,14 @@ if TYPE_CHECKING:
     from vmm.machine.interfaces import Assembly
 
 
-_SLAVE_ELCR = 8 + 14
-"""Offset of `elcr` in struct kvm_irqchip with a struct kvm_pic_state."""
-
-
 def level_trigger(vm: Vm) -> None:
     """What firmware does for guests that use the PIC: the SCI and PCI's interrupts are level-triggered there (ELCR,
     EISA; 82371SB 2.5.1), so that functions can share one."""
     state = vm.state()
-    slave = bytearray(state.pic_slave)
-    if len(slave) > _SLAVE_ELCR:
-        for gsi in {layout.SCI_GSI, *layout.PCI_INTX_GSIS}:
-            slave[_SLAVE_ELCR] |= 1 << gsi - 8
-        vm.set_state(replace(state, pic_slave=bytes(slave)))
+    elcr = state.pic_slave.elcr
+    for gsi in {layout.SCI_GSI, *layout.PCI_INTX_GSIS}:
+        elcr |= 1 << gsi - 8
+    vm.set_state(replace(state, pic_slave=replace(state.pic_slave, elcr=elcr)))
 
 
 def attach(assembly: Assembly) -> None:

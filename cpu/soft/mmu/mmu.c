@@ -421,17 +421,26 @@ uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum 
     return run < size ? run : size;
 }
 
+/* SDM 4.4.1: bits 1, 2, 5 to 8 and those above the physical width are reserved in a present entry. */
+static bool pdpte_valid(uint64_t entry) { return !(entry & PTE_P) || !(entry & (0x1E6ull | ~PHYS_MASK)); }
+
+void soft_set_pdptes(struct soft_vcpu *c, const uint64_t *entries)
+{
+    for (unsigned i = 0; i < 4; i++)
+        c->mmu.pdpte[i] = pdpte_valid(entries[i]) ? entries[i] : 0;
+    soft_tlb_flush(c, true);
+}
+
 bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring)
 {
     uint64_t entries[4];
     for (unsigned i = 0; i < 4; i++) {
         struct step step;
         entries[i] = load_entry(c, (cr3 & 0xFFFFFFE0u) + i * 8, 8, &step);
-        /* SDM 4.4.1: bits 1, 2, 5 to 8 and those above the physical width are reserved in a present entry. */
-        if ((entries[i] & PTE_P) && (entries[i] & (0x1E6ull | ~PHYS_MASK))) {
+        if (!pdpte_valid(entries[i])) {
             if (!restoring)
                 return false;
-            entries[i] = 0; /* memory changed since the processor read it; what it had is not part of the state */
+            entries[i] = 0; /* memory changed since the processor read it */
         }
     }
     memcpy(c->mmu.pdpte, entries, sizeof entries);

@@ -22,7 +22,6 @@
 enum {
     TSC_KHZ = 1000000,
     QUANTUM = 50000,       /* instructions a turn: under 1 ms also where the core is slow */
-    CORE_VERSION = 1,
 };
 
 struct backend {
@@ -38,12 +37,6 @@ struct backend {
     bool defers;                  /* accesses are put off */
     bool halt_told;               /* Halt was reported at this number of instructions */
     uint64_t halt_instructions;
-};
-
-/* The saved form of LV_STATE_CORE: this, then the core's own part. */
-struct core_header {
-    uint32_t version, size;       /* size: of what follows */
-    struct soft_entropy entropy;
 };
 
 static struct backend *of(struct lv_vm *vm) { return vm->core; }
@@ -362,6 +355,8 @@ static size_t state_size(enum lv_state_kind kind)
     case LV_STATE_PIC_MASTER: case LV_STATE_PIC_SLAVE: case LV_STATE_IOAPIC: return sizeof(struct kvm_irqchip);
     case LV_STATE_PIT: return sizeof(struct kvm_pit_state2);
     case LV_STATE_CLOCK: return sizeof(struct kvm_clock_data);
+    case LV_STATE_EXTRA: return SOFT_EXTRA_STATE_SIZE;
+    case LV_STATE_TSC: return sizeof(uint64_t);
     default: return 0;
     }
 }
@@ -402,6 +397,8 @@ static int set_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *d
     struct backend *b = of(vcpu->vm);
     size_t exact = state_size(kind);
     int r;
+    if (kind == LV_STATE_EXTRA && !size)
+        return 0; /* saved by another core */
     if (kind != LV_STATE_MSRS && (!exact || size != exact))
         return -EINVAL;
     enter(b);
@@ -411,33 +408,31 @@ static int set_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *d
     return r < 0 || kind == LV_STATE_MSRS ? r : (int)exact;
 }
 
+/* The saved form of LV_STATE_CORE: the entropy, then the core's own part. */
 static int get_core(struct backend *b, void *data, size_t size)
 {
-    struct core_header header = {.version = CORE_VERSION, .entropy = b->entropy};
     size_t own = SOFT_CORE_STATE_SIZE;
-    if (size < sizeof header + own)
+    if (size < sizeof b->entropy + own)
         return -EINVAL;
-    header.size = (uint32_t)own;
-    memcpy(data, &header, sizeof header);
-    int r = soft_vm_get(b->soft, SOFT_VM_CORE, (uint8_t *)data + sizeof header, own);
-    return r < 0 ? r : (int)(sizeof header + own);
+    memcpy(data, &b->entropy, sizeof b->entropy);
+    int r = soft_vm_get(b->soft, SOFT_VM_CORE, (uint8_t *)data + sizeof b->entropy, own);
+    return r < 0 ? r : (int)(sizeof b->entropy + own);
 }
 
 static int set_core(struct backend *b, const void *data, size_t size)
 {
-    struct core_header header;
+    struct soft_entropy entropy;
     if (!size)
         return 0; /* saved by another core: nothing to take over */
-    if (size < sizeof header)
+    if (size != sizeof entropy + SOFT_CORE_STATE_SIZE)
         return -EINVAL;
-    memcpy(&header, data, sizeof header);
-    if (header.version != CORE_VERSION || header.size != SOFT_CORE_STATE_SIZE ||
-        size != sizeof header + SOFT_CORE_STATE_SIZE || header.entropy.seeded > 1)
+    memcpy(&entropy, data, sizeof entropy);
+    if (entropy.seeded > 1)
         return -EINVAL;
-    int r = soft_vm_set(b->soft, SOFT_VM_CORE, (const uint8_t *)data + sizeof header, header.size);
+    int r = soft_vm_set(b->soft, SOFT_VM_CORE, (const uint8_t *)data + sizeof entropy, SOFT_CORE_STATE_SIZE);
     if (r < 0)
         return r;
-    b->entropy = header.entropy;
+    b->entropy = entropy;
     return (int)size;
 }
 

@@ -3,6 +3,7 @@
  *
  * TSC and kvmclock are pure functions of the VM's clock, so all three always agree.
  */
+#include <errno.h>
 #include <stddef.h>
 #include <time.h>
 
@@ -77,6 +78,19 @@ uint64_t soft_tsc_to_ns(const struct soft_vcpu *c, uint64_t tsc)
     return ns >> 64 ? UINT64_MAX : (uint64_t)ns;
 }
 
+int soft_set_tsc_khz(struct soft_vm *vm, uint64_t khz)
+{
+    if (khz < 1000 || khz > 100000000)
+        return -EINVAL;
+    uint64_t now = soft_now(vm);
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        vm->vcpus[i]->tsc_offset = soft_tsc_at(vm->vcpus[i], now) - (uint64_t)((wide)now * khz / 1000000);
+    vm->config.tsc_khz = khz;
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        soft_kvmclock_update(vm->vcpus[i]);
+    return 0;
+}
+
 /* ---- kvmclock ---- */
 
 struct time_info { /* struct pvclock_vcpu_time_info */
@@ -101,6 +115,17 @@ static uint32_t next_version(struct soft_vm *vm, uint64_t gpa)
     return (version & ~1u) + 2;
 }
 
+/* Whether memory has what publish() would write, but for the version. */
+static bool published(struct soft_vm *vm, uint64_t gpa, const void *info, unsigned size)
+{
+    const uint8_t *host = soft_phys(vm, gpa, false, NULL);
+    uint32_t version;
+    if (!host || (gpa & ~PAGE_MASK) + size > PAGE_BYTES)
+        return false;
+    memcpy(&version, host, sizeof version);
+    return version && !(version & 1) && !memcmp(host + 4, (const uint8_t *)info + 4, size - 4);
+}
+
 static void publish(struct soft_vm *vm, uint64_t gpa, void *info, unsigned size)
 {
     uint32_t version = next_version(vm, gpa), odd = version - 1;
@@ -114,7 +139,7 @@ static uint64_t flags_address(const struct soft_vcpu *c)
     return (c->kvm_system_time & ~3ull) + offsetof(struct time_info, flags);
 }
 
-void soft_kvmclock_update(struct soft_vcpu *c)
+static void update(struct soft_vcpu *c, bool restored)
 {
     if (!(c->kvm_system_time & 1))
         return;
@@ -129,7 +154,16 @@ void soft_kvmclock_update(struct soft_vcpu *c)
     const uint8_t *flags = soft_phys(c->vm, flags_address(c), false, NULL);
     if (flags)
         info.flags |= *flags & GUEST_STOPPED; /* the guest's to clear */
-    publish(c->vm, c->kvm_system_time & ~3ull, &info, sizeof info);
+    if (!restored || !published(c->vm, c->kvm_system_time & ~3ull, &info, sizeof info))
+        publish(c->vm, c->kvm_system_time & ~3ull, &info, sizeof info);
+}
+
+void soft_kvmclock_update(struct soft_vcpu *c) { update(c, false); }
+
+void soft_kvmclock_restore(struct soft_vcpu *c, uint64_t msr)
+{
+    c->kvm_system_time = msr;
+    update(c, true);
 }
 
 void soft_vcpu_stood_still(struct soft_vm *vm, uint32_t vcpu)
@@ -142,10 +176,18 @@ void soft_vcpu_stood_still(struct soft_vm *vm, uint32_t vcpu)
     soft_phys_write(vm, flags_address(c), &flags, 1);
 }
 
-void soft_wall_clock_write(struct soft_vcpu *c)
+static void write_wall_clock(struct soft_vcpu *c, bool restored)
 {
-    uint64_t epoch = c->vm->config.epoch_ns;
+    uint64_t epoch = c->vm->config.epoch_ns, gpa = c->kvm_wall_clock & ~3ull;
     struct wall_clock clock = { .seconds = (uint32_t)(epoch / NS), .nanoseconds = (uint32_t)(epoch % NS) };
-    if (c->kvm_wall_clock & ~3ull)
-        publish(c->vm, c->kvm_wall_clock & ~3ull, &clock, sizeof clock);
+    if (gpa && !(restored && published(c->vm, gpa, &clock, sizeof clock)))
+        publish(c->vm, gpa, &clock, sizeof clock);
+}
+
+void soft_wall_clock_write(struct soft_vcpu *c) { write_wall_clock(c, false); }
+
+void soft_wall_clock_restore(struct soft_vcpu *c, uint64_t msr)
+{
+    c->kvm_wall_clock = msr;
+    write_wall_clock(c, true);
 }

@@ -30,9 +30,12 @@ static void set_regs(struct soft_vcpu *c, const struct kvm_regs *regs)
     for (unsigned i = 0; i < 16; i++)
         c->gpr[gpr_order[i]] = words[i];
     c->rip = words[16];
+    bool was_vm86 = soft_flags(c) & F_VM && c->cr0 & CR0_PE;
     soft_set_flags(c, ((uint32_t)words[17] & 0x3F7FD5) | 2);
     if (c->rflags & F_VM && c->cr0 & CR0_PE)
         c->cpl = 3;
+    else if (was_vm86)
+        c->cpl = SEG_DPL(&c->seg[SEG_SS]);
     c->skip_breakpoint = false;
     soft_mode_changed(c);
     soft_attend(c);
@@ -295,6 +298,52 @@ static int set_mp_state(struct soft_vcpu *c, const struct kvm_mp_state *s)
     return 0;
 }
 
+/* ---- our own ---- */
+
+/* What the structures of KVM have no place for, so that a run under the virtual clock goes on to the last bit. */
+struct extra_state {
+    uint64_t mwait_until; /* ns; with EXTRA_MWAIT */
+    uint32_t flags;       /* EXTRA_*; bits 8 to 15: data breakpoints held back by MOV SS or POP SS */
+    uint16_t fcs, fds;    /* selectors of the last x87 instruction and its operand */
+    uint64_t pdpte[4];    /* PAE paging: as they were when CR3 was loaded */
+};
+enum { EXTRA_MWAIT = 1, EXTRA_PAE = 2, EXTRA_HELD_SHIFT = 8 };
+_Static_assert(sizeof(struct extra_state) == SOFT_EXTRA_STATE_SIZE, "announced in soft.h");
+
+static bool pae(const struct soft_vcpu *c) { return c->cr0 & CR0_PG && c->cr4 & CR4_PAE && !c->long_mode; }
+
+static void get_extra(const struct soft_vcpu *c, struct extra_state *s)
+{
+    memset(s, 0, sizeof *s);
+    if (c->activity == ACT_MWAIT) {
+        s->flags |= EXTRA_MWAIT;
+        s->mwait_until = c->mwait_until;
+    }
+    s->flags |= (uint32_t)c->held_hits << EXTRA_HELD_SHIFT;
+    s->fcs = c->fpu.fcs;
+    s->fds = c->fpu.fds;
+    if (pae(c)) {
+        s->flags |= EXTRA_PAE;
+        memcpy(s->pdpte, c->mmu.pdpte, sizeof s->pdpte);
+    }
+}
+
+static int set_extra(struct soft_vcpu *c, const struct extra_state *s)
+{
+    if (s->flags >> 16 || s->flags & 0xFF & ~(EXTRA_MWAIT | EXTRA_PAE))
+        return -EINVAL;
+    if (s->flags & EXTRA_PAE && pae(c))
+        soft_set_pdptes(c, s->pdpte);
+    if (s->flags & EXTRA_MWAIT && c->activity == ACT_RUNNING) {
+        c->activity = ACT_MWAIT;
+        c->mwait_until = s->mwait_until;
+    }
+    c->held_hits = (uint8_t)(s->flags >> EXTRA_HELD_SHIFT);
+    c->fpu.fcs = s->fcs;
+    c->fpu.fds = s->fds;
+    return 0;
+}
+
 /* ---- public ---- */
 
 static size_t state_size(enum soft_state kind)
@@ -308,6 +357,7 @@ static size_t state_size(enum soft_state kind)
     case SOFT_STATE_EVENTS: return sizeof(struct kvm_vcpu_events);
     case SOFT_STATE_DEBUGREGS: return sizeof(struct kvm_debugregs);
     case SOFT_STATE_MP: return sizeof(struct kvm_mp_state);
+    case SOFT_STATE_EXTRA: return sizeof(struct extra_state);
     case SOFT_STATE_MSRS: return 0;
     }
     return 0;
@@ -331,6 +381,7 @@ int soft_vcpu_get(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, void 
     case SOFT_STATE_EVENTS: get_events(c, data); return 0;
     case SOFT_STATE_DEBUGREGS: get_debugregs(c, data); return 0;
     case SOFT_STATE_MP: get_mp_state(c, data); return 0;
+    case SOFT_STATE_EXTRA: get_extra(c, data); return 0;
     default: return -EINVAL;
     }
 }
@@ -356,24 +407,22 @@ int soft_vcpu_set(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, const
     case SOFT_STATE_EVENTS: set_events(c, data); return 0;
     case SOFT_STATE_DEBUGREGS: set_debugregs(c, data); return 0;
     case SOFT_STATE_MP: return set_mp_state(c, data);
+    case SOFT_STATE_EXTRA: return set_extra(c, data);
     default: return -EINVAL;
     }
 }
 
-/* SOFT_VM_CORE, version 1. */
 struct core_state {
-    uint32_t version, vcpus, turn, reserved;
+    uint32_t vcpus, turn;
+    int64_t turn_left;
     uint64_t now_ns;
     uint64_t instructions[SOFT_MAX_VCPUS];
-    int64_t turn_left;
-    uint64_t padding[12];
 };
 _Static_assert(sizeof(struct core_state) == SOFT_CORE_STATE_SIZE, "announced in soft.h");
 
 static void get_core(struct soft_vm *vm, struct core_state *s)
 {
     memset(s, 0, sizeof *s);
-    s->version = 1;
     s->vcpus = vm->config.vcpus;
     s->turn = vm->turn;
     s->turn_left = vm->turn_left;
@@ -384,7 +433,7 @@ static void get_core(struct soft_vm *vm, struct core_state *s)
 
 static int set_core(struct soft_vm *vm, const struct core_state *s)
 {
-    if (s->version != 1 || s->vcpus != vm->config.vcpus || s->turn >= vm->config.vcpus)
+    if (s->vcpus != vm->config.vcpus || s->turn >= vm->config.vcpus)
         return -EINVAL;
     uint64_t before = soft_now(vm);
     vm->turn = s->turn;
@@ -414,6 +463,7 @@ static size_t vm_state_size(enum soft_vm_state kind)
     case SOFT_VM_PIT: return sizeof(struct kvm_pit_state2);
     case SOFT_VM_CLOCK: return sizeof(struct kvm_clock_data);
     case SOFT_VM_CORE: return sizeof(struct core_state);
+    case SOFT_VM_TSC: return sizeof(uint64_t);
     default: return sizeof(struct kvm_irqchip);
     }
 }
@@ -440,6 +490,9 @@ int soft_vm_get(struct soft_vm *vm, enum soft_vm_state kind, void *data, size_t 
     case SOFT_VM_CORE:
         get_core(vm, data);
         return 0;
+    case SOFT_VM_TSC:
+        memcpy(data, &vm->config.tsc_khz, size);
+        return 0;
     default:
         return -EINVAL;
     }
@@ -465,10 +518,15 @@ int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, s
     case SOFT_VM_CLOCK:
         soft_set_now(vm, soft_now(vm), ((const struct kvm_clock_data *)data)->clock);
         for (uint32_t i = 0; i < vm->config.vcpus; i++)
-            soft_kvmclock_update(vm->vcpus[i]);
+            soft_kvmclock_restore(vm->vcpus[i], vm->vcpus[i]->kvm_system_time);
         return 0;
     case SOFT_VM_CORE:
         return set_core(vm, data);
+    case SOFT_VM_TSC: {
+        uint64_t khz;
+        memcpy(&khz, data, sizeof khz);
+        return soft_set_tsc_khz(vm, khz);
+    }
     default:
         return -EINVAL;
     }

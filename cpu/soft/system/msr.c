@@ -269,7 +269,11 @@ bool soft_msr_restore(struct soft_vcpu *c, uint32_t index, uint64_t value)
     if (index == MSR_TSC) {
         uint64_t offset = value - (soft_tsc_at(c, soft_now(c->vm)) - c->tsc_offset);
         c->tsc_offset = c->vm->config.virtual_clock ? offset : tsc_offset_near(c, offset);
-        soft_kvmclock_update(c);
+        soft_kvmclock_restore(c, c->kvm_system_time);
+        return true;
+    }
+    if (index == MSR_KVM_SYSTEM_TIME || index == MSR_KVM_WALL_CLOCK) {
+        (index == MSR_KVM_SYSTEM_TIME ? soft_kvmclock_restore : soft_wall_clock_restore)(c, value);
         return true;
     }
     if (index == MSR_TSC_ADJUST) {

@@ -42,6 +42,8 @@ struct soft_slot *soft_find_slot(struct soft_vm *vm, uint64_t gpa);
 uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, uint64_t *gpa);
 /* Load the four PDPTEs of PAE paging; false: a reserved bit is set (#GP). */
 bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring);
+/* As they were saved; an entry that the processor would not have loaded becomes 0. */
+void soft_set_pdptes(struct soft_vcpu *c, const uint64_t *entries);
 /* Recompute what the data breakpoints watch (after DR7, DR0-3 or the caller's breakpoints changed). */
 void soft_watch_changed(struct soft_vcpu *c);
 
@@ -115,6 +117,11 @@ void soft_set_now(struct soft_vm *vm, uint64_t before, uint64_t now);
 uint64_t soft_tsc_at(const struct soft_vcpu *c, uint64_t now);
 uint64_t soft_tsc_to_ns(const struct soft_vcpu *c, uint64_t tsc);
 void soft_kvmclock_update(struct soft_vcpu *c);
+/* After a restore: publish only what memory does not have already, so that it stays the same to the last bit. */
+void soft_kvmclock_restore(struct soft_vcpu *c, uint64_t msr);
+void soft_wall_clock_restore(struct soft_vcpu *c, uint64_t msr);
+/* Guests' TSCs tick at this rate from now on, and go on from where they are. -EINVAL: no rate that a TSC has. */
+int soft_set_tsc_khz(struct soft_vm *vm, uint64_t khz);
 void soft_wall_clock_write(struct soft_vcpu *c);
 
 /* events.c: what other threads ask for. */
