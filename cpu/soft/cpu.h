@@ -240,7 +240,7 @@ struct soft_vcpu {
     struct soft_mmu mmu;
     struct fpu fpu;
 
-    struct { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
+    struct soft_cpuid_entry { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
 
     struct soft_jumps jump;

@@ -411,6 +411,29 @@ static void halted_and_nmi(void)
     destroy(g);
 }
 
+/* An NMI that is pending waits for the instruction behind STI or MOV SS (APM vol. 3, STI; SDM vol. 3, 6.8.3). */
+static void nmi_and_shadow(void)
+{
+    static const struct { uint8_t shadow; uint16_t ip; } cases[] = {
+        { 0, 0x1000 }, { KVM_X86_SHADOW_INT_STI, 0x1001 }, { KVM_X86_SHADOW_INT_MOV_SS, 0x1001 },
+    };
+    for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct guest *g = create(1, false, false);
+        uint32_t vcpu;
+        CODE(g, 0x1000, "\x40\x40\x40\xF4"); /* inc ax, three times; hlt */
+        CODE(g, 2 * 4, "\x00\x20\x00\x00");
+        CODE(g, 0x2000, "\xF4");
+        start_at(g, 0, 0x1000, false);
+        const struct kvm_vcpu_events events = { .interrupt.shadow = cases[i].shadow, .nmi.pending = 1,
+            .flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW };
+        CHECK(soft_vcpu_set(g->vm, 0, SOFT_STATE_EVENTS, &events, sizeof events) == 0);
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED);
+        CHECK(rip_of(g) == 0x2001);
+        CHECK(*(uint16_t *)(void *)(g->ram + 0x8000 - 6) == cases[i].ip);
+        destroy(g);
+    }
+}
+
 static void alarms(void)
 {
     struct guest *g = create(1, true, false);
@@ -462,7 +485,7 @@ int main(int argc, char **argv)
     } checks[] = {
         { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
-        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "alarms", alarms },
+        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "alarms", alarms },
         { "state_is_checked", state_is_checked },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {

@@ -90,13 +90,15 @@ HELPER(h_popa)
     }
     set_sp(c, sp + 8 * u->size);
 }
+/* With a 16-bit stack and a 32-bit operand the frame pointer is ESP whole, its upper half unchanged: APM vol. 3, ENTER,
+ * "temp_RBP = RSP" and "RBP.v = temp_RBP". The display is read through BP. */
 HELPER(h_enter)
 {
     unsigned size = u->size, level = u->aux;
-    uint64_t sp = c->gpr[RSP], bp = c->gpr[RBP];
+    uint64_t sp = c->gpr[RSP], bp = c->gpr[RBP], mask = stack_mask(c);
     sp -= size;
     stack_put(c, sp, size, bp);
-    uint64_t frame = sp;
+    uint64_t frame = mask == 0xFFFF ? (c->gpr[RSP] & ~mask) | (sp & mask) : sp & mask;
     if (level) {
         for (unsigned i = 1; i < level; i++) {
             bp -= size;
@@ -110,10 +112,7 @@ HELPER(h_enter)
     sp -= (uint16_t)u->disp;
     soft_probe_write(c, stack_linear(c, sp, size, true), size);
     set_sp(c, sp);
-    if (c->code64 && size == 8)
-        c->gpr[RBP] = frame;
-    else
-        set_reg(c, RBP * 8, size, frame & stack_mask(c));
+    set_reg(c, RBP * 8, size, frame);
 }
 HELPER(h_leave)
 {

@@ -244,11 +244,17 @@ HELPER(h_xsetbv)
     soft_xsetbv(c, REG32(RCX * 8), (uint64_t)REG32(RDX * 8) << 32 | REG32(RAX * 8));
     c->rip = next;
 }
-/* A hypercall as KVM answers it: no call is offered, and CPL 3 may make none. */
+/* A hypercall as KVM answers it (Documentation/virt/kvm/x86/hypercalls.rst): one is offered, and CPL 3 may make none. */
 HELPER(h_vmcall)
 {
-    uint64_t next = next_rip(c, u);
-    c->gpr[RAX] = c->cpl ? (uint64_t)-KVM_EPERM : (uint64_t)-KVM_ENOSYS;
+    uint64_t next = next_rip(c, u), mask = c->code64 ? UINT64_MAX : UINT32_MAX;
+    if (c->cpl)
+        c->gpr[RAX] = (uint64_t)-KVM_EPERM;
+    else if ((c->gpr[RAX] & mask) == KVM_HC_SEND_IPI)
+        c->gpr[RAX] = (uint64_t)irqchip_multicast(c->vm->irqchip, c->gpr[RBX] & mask, c->gpr[RCX] & mask, c->code64 ? 64 : 32,
+                                                  (uint32_t)c->gpr[RDX], (uint32_t)c->gpr[RSI]);
+    else
+        c->gpr[RAX] = (uint64_t)-KVM_ENOSYS;
     if (!c->code64)
         c->gpr[RAX] &= UINT32_MAX;
     c->rip = next;

@@ -32,6 +32,8 @@ void irqchip_without_pit(struct irqchip *chip) { chip->no_pit = true; }
 void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init) { lapic_reset(&chip->lapics[index], init); }
 
 /* ---- routes ---- */
+#define ICR_LOGICAL_OR_SHORTHAND (1u << 11 | 3u << 18)
+
 void irqchip_wake(struct irqchip *chip, uint32_t index) { chip->host.wake(chip->host.ctx, index); }
 
 bool irqchip_accepts_pic(const struct irqchip *chip, const struct lapic *l)
@@ -80,6 +82,21 @@ bool irqchip_send(struct irqchip *chip, const struct apic_message *m)
         if (lapic_matches(&chip->lapics[i], m))
             taken |= lapic_accept(&chip->lapics[i], m->mode, m->vector, m->level);
     return taken;
+}
+
+int irqchip_multicast(struct irqchip *chip, uint64_t low, uint64_t high, unsigned width, uint32_t first, uint32_t icr)
+{
+    uint8_t vector = (uint8_t)icr, mode = (icr >> 8) & 7;
+    int reached = 0;
+    if (icr & ICR_LOGICAL_OR_SHORTHAND)
+        return -EINVAL;
+    for (uint32_t i = 0; i < chip->vcpus; i++) {
+        uint64_t bit = (uint64_t)i - first; /* far out of range below `first` */
+        uint64_t map = bit < width ? low >> bit : bit < 2 * width ? high >> (bit - width) : 0;
+        if (map & 1)
+            reached += lapic_accept(&chip->lapics[i], mode, vector, false);
+    }
+    return reached;
 }
 
 void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t now)

@@ -32,6 +32,9 @@ void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init); /* in
 
 void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t now); /* GSI 0 is the PIT: IOAPIC pin 2 */
 void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
+/* KVM_HC_SEND_IPI: the interrupt of `icr` (vector and delivery mode) for every APIC whose bit is set: bit n of the two maps of
+ * `width` bits each stands for APIC id first + n. How many took it, or -EINVAL. */
+int irqchip_multicast(struct irqchip *chip, uint64_t low, uint64_t high, unsigned width, uint32_t first, uint32_t icr);
 
 /* The highest-priority deliverable vector for the vCPU (LAPIC, or PIC through LINT0/ExtINT), or -1.
  * CR8 is the upper half of the LAPIC's TPR: see irqchip_get_tpr(). */

@@ -254,7 +254,7 @@ static int deliver_events(struct soft_vcpu *c)
         soft_deliver(c, c->pending_vector, (enum soft_event)c->pending_kind, c->pending_has_error, c->pending_error);
     }
     if (c->nmi_pending && !c->nmi_blocked) {
-        if (c->shadow == 2)
+        if (c->shadow) /* APM vol. 3, STI; SDM vol. 3, 6.8.3: NMIs, too */
             return DELIVER_STEP;
         c->nmi_pending = false;
         c->activity = ACT_RUNNING;

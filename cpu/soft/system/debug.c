@@ -78,8 +78,11 @@ bool soft_step_end(struct soft_vcpu *c)
         c->dr[6] = (c->dr[6] & ~15ull) | hits;
         trap = true;
     }
-    if (trap)
+    if (trap) {
+        if (c->activity == ACT_HALTED || c->activity == ACT_MWAIT)
+            c->activity = ACT_RUNNING; /* SDM vol. 2, HLT: "a debug exception [...] will resume execution" */
         soft_deliver(c, VEC_DB, EVENT_EXCEPTION, false, 0);
+    }
     return !caller;
 }
 

@@ -209,8 +209,12 @@ void soft_drop_inner_segments(struct soft_vcpu *c, unsigned cpl)
     for (unsigned i = 0; i < 4; i++) {
         struct soft_seg *s = &c->seg[data[i]];
         bool conforming = (s->attr & (TYPE_CODE | TYPE_EXPAND_DOWN)) == (TYPE_CODE | TYPE_EXPAND_DOWN);
-        if (SEG_P(s) && SEG_DPL(s) < cpl && !conforming)
-            soft_null_seg(s, 0);
+        if (!SEG_P(s) || SEG_DPL(s) >= cpl || conforming)
+            continue;
+        uint64_t base = s->base;
+        soft_null_seg(s, 0);
+        if (c->long_mode)
+            s->base = base; /* it is no load of a null selector: 64-bit code still uses the bases of FS and GS */
     }
 }
 

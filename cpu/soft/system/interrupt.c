@@ -269,6 +269,10 @@ void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_even
         soft_raise_error(c, VEC_GP, 0);
     if (kind == EVENT_INT3 && vector == VEC_BP && (c->guest_debug & GUEST_DEBUG_SW))
         _longjmp(c->fault, JUMP_DEBUG);
+    if (kind == EVENT_ICEBP && c->held_hits) { /* what MOV SS put off is one #DB with this one */
+        c->dr[6] = (c->dr[6] & ~15ull) | c->held_hits;
+        c->held_hits = 0;
+    }
     struct delivery d = { .vector = vector, .kind = kind, .rip = next_rip, .flags = soft_flags(c) & ~F_RF };
     c->vm->stats.interrupts++;
     deliver(c, &d);

@@ -122,6 +122,7 @@ bool soft_msr_read(struct soft_vcpu *c, uint32_t index, uint64_t *value)
     case MSR_OSVW_LENGTH:
     case MSR_OSVW_STATUS:
     case MSR_XSS:
+    case MSR_K7_EVNTSEL0 ... MSR_K7_PERFCTR3: /* counters that count nothing: Linux finds that out and uses none */
         *value = 0;
         return true;
     default:
@@ -182,6 +183,8 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
         return true;
     }
     if (apic_msr(index)) {
+        if (index == MSR_APIC_BASE && value & ~PHYS_MASK)
+            return false; /* APM vol. 2, 16.3.1: beyond the physical address space is reserved */
         bool ok = irqchip_msr_write(c->vm->irqchip, c->index, index, value, soft_now(c->vm));
         soft_irqchip_touched(c);
         return ok;
@@ -231,6 +234,7 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
     case MSR_TW_CFG:
     case MSR_EX_CFG:
     case MSR_EBL_CR_POWERON:
+    case MSR_K7_EVNTSEL0 ... MSR_K7_PERFCTR3:
     case MSR_DEBUGCTL:
     case MSR_PATCH_LEVEL:
     case MSR_UCODE_WRITE:
@@ -283,17 +287,42 @@ bool soft_msr_restore(struct soft_vcpu *c, uint32_t index, uint64_t value)
     return soft_msr_write(c, index, value);
 }
 
+static const struct soft_cpuid_entry *leaf(const struct soft_vcpu *c, uint32_t function)
+{
+    static const struct soft_cpuid_entry none;
+    for (uint32_t i = 0; i < c->cpuid_count; i++)
+        if (c->cpuid[i].function == function && c->cpuid[i].index == 0)
+            return &c->cpuid[i];
+    return &none;
+}
+
+/* Whether the guest's processor has a register that CPUID announces; those that every processor has are there anyway.
+ * (The VMM reaches all of them: soft_msr_read(), soft_msr_restore().) */
+static bool announced(const struct soft_vcpu *c, uint32_t index)
+{
+    switch (index) {
+    case MSR_SPEC_CTRL: /* IBRS STIBP SSBD PSFD; as Intel names them */
+        return (leaf(c, 0x80000008)->ebx & (1u << 14 | 1u << 15 | 1u << 24 | 1u << 28))
+               || (leaf(c, 7)->edx & (1u << 26 | 1u << 27 | 1u << 31));
+    case MSR_PRED_CMD: /* IBPB, SBPB */
+        return (leaf(c, 0x80000008)->ebx & 1u << 12) || (leaf(c, 7)->edx & 1u << 26)
+               || (leaf(c, 0x80000021)->eax & 1u << 27);
+    default:
+        return true;
+    }
+}
+
 uint64_t soft_rdmsr(struct soft_vcpu *c, uint32_t index)
 {
     uint64_t value = 0;
-    if (c->cpl || !soft_msr_read(c, index, &value))
+    if (c->cpl || !announced(c, index) || !soft_msr_read(c, index, &value))
         soft_raise_error(c, VEC_GP, 0);
     return value;
 }
 
 void soft_wrmsr(struct soft_vcpu *c, uint32_t index, uint64_t value)
 {
-    if (c->cpl || !soft_msr_write(c, index, value))
+    if (c->cpl || !announced(c, index) || !soft_msr_write(c, index, value))
         soft_raise_error(c, VEC_GP, 0);
 }
 

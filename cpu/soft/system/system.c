@@ -36,9 +36,22 @@ void soft_syscall(struct soft_vcpu *c, uint64_t next_rip)
     flat_code(c, selector, 0, c->long_mode);
     flat_stack(c, (uint16_t)(selector + 8), 0);
     soft_set_flags(c, flags);
-    c->trap_taken = true;
+    c->trap_taken = !(flags & F_TF);
     soft_mode_changed(c);
     soft_system_flags_changed(c);
+}
+
+/* SYSCALL and SYSRET trap if TF is set at their end: masked by SFMASK the first is no single step of the program's, and
+ * the second ends the step of the SYSCALL that it answers, before the program's next instruction. */
+static void trap_at_end(struct soft_vcpu *c)
+{
+    if (!(c->rflags & F_TF)) {
+        c->trap_taken = true;
+        return;
+    }
+    c->dr[6] |= DR6_BS;
+    soft_deliver(c, VEC_DB, EVENT_EXCEPTION, false, 0);
+    c->trap_taken = true;
 }
 
 void soft_sysret(struct soft_vcpu *c, bool to64)
@@ -61,6 +74,7 @@ void soft_sysret(struct soft_vcpu *c, bool to64)
     }
     flat_stack(c, (uint16_t)((selector + 8) | 3), 3);
     soft_mode_changed(c);
+    trap_at_end(c);
     soft_system_flags_changed(c);
 }
 

@@ -48,7 +48,11 @@ table:
     MSR 0x176, SET, 0xFFFFFFFF81000080
     MSR 0x277, SET, 0x0407050600070106  /* PAT, as Linux has it */
     MSR 0x3B, WRITE                     /* TSC_ADJUST */
-    MSR 0x48, SET, 1                    /* SPEC_CTRL */
+    MSR 0x1B, SET, 0x10000FEE00900      /* APIC base beyond the physical addresses: #GP */
+    MSR 0x48, SET, 1                    /* SPEC_CTRL and PRED_CMD: CPUID does not announce them */
+    MSR 0x49, SET, 1
+    MSR 0xC0010000, WRITE               /* performance counters */
+    MSR 0xC0010007, WRITE
     MSR 0x8B, READ                      /* patch level */
     MSR 0xDA0, WRITE                    /* XSS */
     /* MTRRs: SeaBIOS, FreeBSD, Linux */

@@ -118,6 +118,23 @@ in16:
     REC esp
     movzx eax, bp
     REC eax
+    mov ebp, 0x5678AAA0     /* the upper half of the frame pointer becomes the stack pointer's: APM vol. 3, ENTER */
+    mov dword ptr ss:[0xAA9C], 0x1111AAAA
+    mov dword ptr ss:[0xAA98], 0x2222BBBB
+    data32 enter 8, 3
+    REC esp
+    REC ebp
+    mov eax, [bp]
+    REC eax
+    mov eax, [bp - 4]
+    REC eax
+    mov eax, [bp - 8]
+    REC eax
+    mov eax, [bp - 12]
+    REC eax
+    data32 leave
+    REC esp
+    REC ebp
     /* gates */
     int 0x50
     int 0x51

@@ -502,6 +502,43 @@ TEST(lapic_timer_periodic)
     go(w, 6000); EQUAL(pend(w, 2), -1);
     EQUAL(irqchip_next_event(w->chip), 7000);
 }
+TEST(lapic_timer_changes_mode_late)
+{
+    enable(w);
+    lw(w, 0, 0x3E0, 0xB);
+    lw(w, 0, 0x320, 0x40);
+    lw(w, 0, 0x380, 1000);
+    w->now = 1500; /* the count has come to its end, and nobody has looked yet */
+    lw(w, 0, 0x320, 0x20040);
+    EQUAL(lr(w, 0, 0x390), 0);
+    EQUAL(irqchip_next_event(w->chip), UINT64_MAX);
+    EQUAL(ack(w, 0), 0x40); lw(w, 0, 0xB0, 0);
+    lw(w, 0, 0x320, 0x40);
+    lw(w, 0, 0x380, 1000);
+    w->now = 2000;
+    lw(w, 0, 0x320, 0x20040); /* in time: it counts on, and then for ever */
+    EQUAL(lr(w, 0, 0x390), 500);
+    EQUAL(irqchip_next_event(w->chip), 2500);
+    go(w, 2500);
+    EQUAL(irqchip_next_event(w->chip), 3500);
+    lw(w, 0, 0x320, 0x40);
+    w->now = 4000;
+    lw(w, 0, 0x3E0, 0); /* another divisor is none for a count that has ended */
+    EQUAL(irqchip_next_event(w->chip), UINT64_MAX);
+}
+TEST(multicast)
+{
+    enable(w);
+    EQUAL(irqchip_multicast(w->chip, 0x5, 0, 64, 1, 0x51), 2); /* APIC ids 1 and 3 */
+    EQUAL(pend(w, 0), -1); EQUAL(pend(w, 1), 0x51); EQUAL(pend(w, 2), -1); EQUAL(pend(w, 3), 0x51);
+    EQUAL(irqchip_multicast(w->chip, 0, 1, 2, 0, 0x52), 1); /* the upper map goes on where the lower ends */
+    EQUAL(pend(w, 2), 0x52);
+    EQUAL(irqchip_multicast(w->chip, ~0ull, ~0ull, 64, 0xFFFFFFFF, 0x53), 0);
+    EQUAL(irqchip_multicast(w->chip, 1, 0, 64, 0, 0x400), 1); EQUAL(w->nmis[0], 1);
+    CHECK(irqchip_multicast(w->chip, 1, 0, 64, 0, 0x853) < 0); /* logical */
+    CHECK(irqchip_multicast(w->chip, 1, 0, 64, 0, 0x40053) < 0); /* with a shorthand */
+    EQUAL(pend(w, 0), -1);
+}
 TEST(lapic_timer_deadline)
 {
     uint64_t v;
