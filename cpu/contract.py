@@ -64,8 +64,8 @@ class VmConfig:
     """Time is instructions retired. It stands still, for all vCPUs, while any vCPU is parked (software core)."""
     virtual_ips: int = 1_000_000_000
     """Instructions per second of virtual time."""
-    epoch_ns: int = 0
-    """CLOCK_REALTIME in ns at time 0; 0 means: now."""
+    epoch_ns: int | None = None
+    """CLOCK_REALTIME in ns at time 0, 0 or more; None: now."""
     seed: int | None = None
     """Seeds RDRAND and RDSEED (software core); None: the host's entropy."""
     pit: bool = True
@@ -355,3 +355,5 @@ class Probe:
     capabilities: frozenset[Capability]
     reason: str
     cure: str = ""
+    max_vcpus: int = 64
+    """Of one VM; no core has more."""

@@ -44,10 +44,11 @@ def probe(name: str) -> Probe:
             raise ConfigError(f"no execution core is named {name!r}; there are {', '.join(NAMES)}")
 
 
-def choose(core: str = "auto", needs: frozenset[Capability] = _NONE) -> Choice:
-    """The core for `--core`: "auto" takes the first of NAMES that is available and has what the guest needs.
+def choose(core: str = "auto", needs: frozenset[Capability] = _NONE, vcpus: int = 1) -> Choice:
+    """The core for `--core`: "auto" takes the first of NAMES that is available, has what the guest needs, and so many
+    vCPUs in one VM.
 
-    Raises HostError, with the cure, if there is none.
+    Raises HostError, with the cure, if there is none; ConfigError if it has not so many vCPUs.
     """
     if core != "auto":
         found = probe(core)
@@ -56,15 +57,24 @@ def choose(core: str = "auto", needs: frozenset[Capability] = _NONE) -> Choice:
         missing = needs - found.capabilities
         if missing:
             raise HostError(f"the {core} core here lacks {_list(missing)}: {found.reason}" + _cure(found))
+        if vcpus > found.max_vcpus:
+            raise ConfigError(f"cpus: {vcpus} is more than the {found.max_vcpus} of one machine on the {core} core")
         return Choice(core, found, f"{core} was asked for")
     refused: list[str] = []
+    most = 0
     for name in NAMES:
         found = probe(name)
         missing = needs - found.capabilities
+        if found.available and not missing and vcpus > found.max_vcpus:
+            refused.append(f"{name} has {found.max_vcpus} vCPUs a machine")
+            most = max(most, found.max_vcpus)
+            continue
         if found.available and not missing:
             because = f", as {'; '.join(refused)}" if refused else ""
             return Choice(name, found, f"{name}{because}: {found.reason}")
         refused.append(f"{name} lacks {_list(missing)}" if found.available else found.reason)
+    if most:
+        raise ConfigError(f"cpus: {vcpus} is more than the {most} of one machine on the cores here")
     raise HostError(f"no execution core can run this guest: {'; '.join(refused)}")
 
 
@@ -102,9 +112,10 @@ def _probe_soft() -> Probe:
 
     if "soft" not in _core.CORES:
         return Probe(False, _NONE, "this build has no software core", "build the package with all of its C sources")
-    from cpu.system import SOFT_CAPABILITIES
+    from cpu.system import SOFT_CAPABILITIES, SOFT_MAX_VCPUS
 
-    return Probe(True, SOFT_CAPABILITIES, "the software core runs on any x86-64 host")
+    reason = "the software core runs on any x86-64 host"
+    return Probe(True, SOFT_CAPABILITIES, reason, max_vcpus=SOFT_MAX_VCPUS)
 
 
 def _probe_kvm() -> Probe:
@@ -129,6 +140,7 @@ def _probe_kvm() -> Probe:
         system = KvmSystem()
         try:
             capabilities = system.capabilities()
+            most = system.max_vcpus()
         finally:
             system.close()
     except CpuError as error:
@@ -142,5 +154,6 @@ def _probe_kvm() -> Probe:
             capabilities,
             f"{DEVICE} has no VT-x or SVM below it: small guests run, stock kernels do not",
             "turn on nested virtualization in the host of this virtual machine",
+            most,
         )
-    return Probe(True, capabilities, f"{DEVICE} runs stock kernels")
+    return Probe(True, capabilities, f"{DEVICE} runs stock kernels", max_vcpus=most)

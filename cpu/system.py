@@ -23,6 +23,9 @@ SOFT_CAPABILITIES = frozenset(
     }
 )
 
+SOFT_MAX_VCPUS = 16
+"""cpu/soft/soft.h"""
+
 
 class NativeSystem:
     """An execution core in user space (cpu.contract.System)."""

@@ -7,6 +7,7 @@ states, which are blobs in the layouts of the KVM API for every core. Must not k
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -131,7 +132,7 @@ class CoreVm(_core.Vm):
             vcpus=config.vcpus,
             virtual_clock=config.virtual_clock,
             virtual_ips=config.virtual_ips,
-            epoch_ns=config.epoch_ns,
+            epoch_ns=time.time_ns() if config.epoch_ns is None else config.epoch_ns,
             seed=config.seed,
             system_fd=system_fd,
             pit=config.pit,

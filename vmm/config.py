@@ -299,7 +299,7 @@ class Config(Checked):
     core: CoreName = "auto"
     """The execution core; auto takes the best that this host has for this kernel."""
     cpus: int = 1
-    """Virtual processors."""
+    """Virtual processors: 16 at most on the software core, on KVM as many as the host gives a machine (64 at most)."""
     memory: int = 256 * MIB
     """Bytes, or text such as "512M"."""
     kernel: Path | None = None
@@ -409,11 +409,11 @@ class Config(Checked):
                 raise ConfigError(f"id: {name!r} is given to two devices; make it unique")
 
     @property
-    def epoch_seconds(self) -> int:
-        """What `epoch` comes to; 0 means now."""
+    def epoch_seconds(self) -> int | None:
+        """What `epoch` comes to; None means now."""
         if self.epoch is not None:
             return self.epoch
-        return VIRTUAL_EPOCH if self.clock == "virtual" else 0
+        return VIRTUAL_EPOCH if self.clock == "virtual" else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

@@ -11,6 +11,7 @@ import os
 import struct
 from typing import Final
 
+from cpu._core import MAX_VCPUS
 from cpu.contract import Capability, CpuidEntry, VmConfig
 from cpu.cpuid import ECX1_TSC_DEADLINE, ECX1_X2APIC, without_unsaved
 from cpu.errors import HostError, StateError
@@ -30,6 +31,8 @@ CAP_IRQFD: Final = 32
 CAP_READONLY_MEM: Final = 81
 CAP_TSC_DEADLINE_TIMER: Final = 72
 CAP_IMMEDIATE_EXIT: Final = 136
+CAP_NR_VCPUS: Final = 9
+CAP_MAX_VCPUS: Final = 66
 REQUIRED: Final = {
     0: "irqchip",
     3: "user memory",
@@ -84,6 +87,10 @@ class KvmSystem:
     @property
     def name(self) -> str:
         return "kvm"
+
+    def max_vcpus(self) -> int:
+        """4.7: of one VM."""
+        return min(self._extension(CAP_MAX_VCPUS) or self._extension(CAP_NR_VCPUS) or 4, MAX_VCPUS)
 
     def capabilities(self) -> frozenset[Capability]:
         if self._known is None:

@@ -69,7 +69,7 @@ struct lv_config {
     uint32_t vcpus;
     bool virtual_clock;
     uint64_t virtual_ips;
-    uint64_t epoch_ns;   /* CLOCK_REALTIME at time 0, resolved (never 0) */
+    uint64_t epoch_ns;   /* CLOCK_REALTIME at time 0 */
     bool seeded;
     uint64_t seed;
     int system_fd;       /* KVM: /dev/kvm; others -1 */

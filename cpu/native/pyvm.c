@@ -50,11 +50,6 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_Format(lv_config_error, "a VM has 1 to %d vCPUs, and time must pass", LV_MAX_VCPUS);
         return NULL;
     }
-    if (!epoch) {
-        struct timespec t;
-        clock_gettime(CLOCK_REALTIME, &t);
-        epoch = (unsigned long long)t.tv_sec * 1000000000u + (unsigned long long)t.tv_nsec;
-    }
     struct lv_config config = {.vcpus = vcpus, .virtual_clock = virtual_clock, .virtual_ips = ips, .epoch_ns = epoch,
                                .seeded = seed != Py_None, .system_fd = system_fd, .pit = pit};
     if (config.seeded && !lv_u64(seed, &config.seed))

@@ -14,8 +14,9 @@ from cpu.contract import VmConfig
 from cpu.errors import HostError as CoreHostError
 from cpu.exits import PortOut
 from cpu.scripted import ScriptedVcpu, ScriptedVm
+from cpu.system import soft_system
 from tests.support.scripted import Script, config, until
-from vmm import ConfigError, HostError, State, VirtualMachine
+from vmm import Config, ConfigError, HostError, State, VirtualMachine
 from vmm.machine.hardware import HeadStart, Making, make
 
 EXIT = PortOut(0xF4, 1, 7)
@@ -160,3 +161,15 @@ async def test_a_machine_has_one_beginning(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not both"):
         VirtualMachine(wanted, system=Script(), head_start=head_start)
     head_start.close()
+
+
+@pytest.mark.parametrize(("clock", "epoch"), [("real", 0), ("virtual", 0), ("virtual", 1)])
+def test_the_epoch_is_the_one_given_zero_too(tmp_path: Path, clock: str, epoch: int) -> None:
+    (tmp_path / "code").write_bytes(b"\xf4")
+    config = Config(core="soft", clock=clock, epoch=epoch, memory="1M", flat={"path": tmp_path / "code"})
+    hardware = make(config, soft_system())
+    try:
+        assert hardware.epoch_ns == epoch * 1_000_000_000
+    finally:
+        hardware.vm.close()
+        hardware.memory.close()

@@ -3,8 +3,8 @@
 import pytest
 
 from cpu import select
-from cpu.contract import Capability, Probe
-from cpu.errors import ConfigError, HostError
+from cpu.contract import Capability, Probe, VmConfig
+from cpu.errors import ConfigError, CpuError, HostError
 from cpu.kvm import probe as kvm_probe
 from cpu.kvm import system as kvm_system
 
@@ -48,6 +48,35 @@ def test_a_named_core_must_have_what_is_needed(host):
     host(Probe(True, NOTHING, "small guests only", "nested"), Probe(True, ALL, ""))
     with pytest.raises(HostError, match="virtual-clock"):
         select.choose("kvm", frozenset({Capability.VIRTUAL_CLOCK}))
+
+
+def test_a_core_with_too_few_vcpus_is_told_with_its_limit(host):
+    host(Probe(True, ALL, "fine", max_vcpus=8), Probe(True, ALL, "soft", max_vcpus=16))
+    assert select.choose("auto", vcpus=8).name == "kvm"
+    choice = select.choose("auto", vcpus=16)
+    assert choice.name == "soft"
+    assert "kvm has 8 vCPUs a machine" in choice.reason
+    for core, limit in (("kvm", 8), ("soft", 16), ("auto", 16)):
+        with pytest.raises(ConfigError, match=f"cpus: 17 is more than the {limit} "):
+            select.choose(core, vcpus=17)
+
+
+def test_the_software_cores_limit_is_what_it_says():
+    found = select.probe("soft")
+    system = select.open_system(select.Choice("soft", found, ""))
+    vm = system.create_vm(VmConfig(vcpus=found.max_vcpus))
+    assert len([vm.create_vcpu(index) for index in range(found.max_vcpus)]) == found.max_vcpus
+    vm.close()
+    with pytest.raises(CpuError):
+        system.create_vm(VmConfig(vcpus=found.max_vcpus + 1))
+
+
+@pytest.mark.kvm
+def test_kvms_limit_is_what_the_host_says():
+    found = select.probe("kvm")
+    if not found.available:
+        pytest.skip(found.reason)
+    assert 1 <= found.max_vcpus <= 64
 
 
 def test_an_unknown_core_is_a_configuration_error():

@@ -40,7 +40,8 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
         epoch_ns = origin.epoch_ns
         memory = origin.memory()
     else:
-        epoch_ns = config.epoch_seconds * 1_000_000_000 or time.time_ns()
+        epoch = config.epoch_seconds
+        epoch_ns = time.time_ns() if epoch is None else epoch * 1_000_000_000
         memory = GuestMemory(config.memory, hugepages=config.hugepages)
     vm: Vm | None = None
     try:
