@@ -426,7 +426,8 @@ class Transport:
             raise StateError("the state is another device's")
         if state.features & ~self.features:
             raise StateError(f"the state needs features {state.features & ~self.features:#x}")
-        if state.driver_features & ~state.features:
+        # until FEATURES_OK is asked for a driver may have written anything
+        if state.status & Status.FEATURES_OK and state.driver_features & ~state.features:
             raise StateError("the driver has features that were not offered")
         if len(state.queues) != len(self.queues):
             raise StateError("the state has another number of queues")

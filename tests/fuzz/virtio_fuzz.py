@@ -1,7 +1,8 @@
 """Hostile drivers against every virtio device for a given time: `python -m tests.fuzz.virtio_fuzz SECONDS [SEED]`.
 
 The campaigns are those of tests/support/hostile.py; one that fails is named by its device, transport and seed. Odd
-seeds run on uvloop, even ones on asyncio's own loop. What is left open after a campaign is a failure as well.
+seeds run on uvloop, even ones on asyncio's own loop. Failures as well: what is left open after a campaign, a turn of
+the loop that takes long (STALL), and memory that the process does not give back.
 """
 
 from __future__ import annotations
@@ -16,15 +17,45 @@ import time
 import warnings
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvloop
 
 from tests.property.test_virtio_devices import both_disks
 from tests.support.hostile import WORLDS, campaign
+from tests.support.stalls import milliseconds, resident
+
+T = TypeVar("T")
 
 EVERY = 25
 """Campaigns between two looks for what was left open."""
+
+
+WARM = 100
+"""Campaigns after which the process has grown to its size."""
+GROWTH = 96 << 20
+"""Bytes that it may grow then. A campaign has 16 MiB of guest memory at most, twice that when it moves."""
+
+
+STALL = 0.25
+"""Seconds of processor time that a turn of the loop may take. Most of it is the campaign's own: it builds requests."""
+
+
+class Memory:
+    """What the process has, after each campaign."""
+
+    def __init__(self) -> None:
+        self.base = self.greatest = 0
+
+    def check(self, done: int) -> None:
+        if done > WARM and done % EVERY:
+            return  # looking is dear, since what is garbage is thrown away first
+        now = resident()
+        self.greatest = max(self.greatest, now)
+        if done <= WARM:
+            self.base = max(self.base, now)
+        elif now > self.base + GROWTH:
+            raise AssertionError(f"the process has grown from {self.base >> 20} to {now >> 20} MiB")
 
 
 class Leaks:
@@ -44,10 +75,10 @@ class Leaks:
             raise AssertionError("left open: " + "\n".join(self.seen))
 
 
-def run(work: Coroutine[Any, Any, None], seed: int) -> None:
+def run(work: Coroutine[Any, Any, T], seed: int) -> T:
     """On the loop that is this seed's."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if seed % 2 else asyncio.new_event_loop) as runner:
-        runner.run(work)
+        return runner.run(work)
 
 
 def main() -> int:
@@ -56,16 +87,22 @@ def main() -> int:
     logging.disable(logging.WARNING)
     end = time.monotonic() + seconds
     done = 0
-    leaks = Leaks()
+    leaks, memory, stalls = Leaks(), Memory(), [0.0]
     with tempfile.TemporaryDirectory() as folder:
         for seed in itertools.count(first):
             for name in WORLDS:
                 for kind in ("pci", "mmio"):
                     if time.monotonic() >= end:
-                        sys.stdout.write(f"virtio: {done} campaigns from seed {first}, nothing but GuestError\n")
+                        sys.stdout.write(
+                            f"virtio: {done} campaigns from seed {first}, nothing but GuestError; a turn of the loop "
+                            f"{milliseconds(stalls)}; memory {memory.base >> 20} MiB, later {memory.greatest >> 20}\n"
+                        )
                         return 0
                     try:
-                        run(campaign(name, kind, seed, Path(folder)), seed)
+                        watch = run(campaign(name, kind, seed, Path(folder)), seed)
+                        stalls.append(watch.longest)
+                        assert watch.longest < STALL, f"the loop stood still for {watch.longest:.3f} s\n{watch.stack}"
+                        memory.check(done)
                         if done % EVERY == 0:
                             leaks.check()
                     except BaseException:

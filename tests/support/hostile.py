@@ -1,8 +1,9 @@
 """Hostile drivers against any device: requests that are right, then spoiled; malformed rings; registers accessed at
 random; resets, pauses and moves at any moment.
 
-One invariant: nothing comes out of a register access, the loop or the log but GuestErrors (DEVICE_NEEDS_RESET), and
-after a reset the device works. tests/property/test_virtio_devices.py and tests/fuzz/virtio_fuzz.py run campaigns.
+The invariant: nothing comes out of a register access, the loop or the log but GuestErrors (DEVICE_NEEDS_RESET), the
+loop serves others all the time, and after a reset the device works. tests/property/test_virtio_devices.py and
+tests/fuzz/virtio_fuzz.py run campaigns.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import Any
 
 from tests.support import malformed
 from tests.support.hostile_devices import WORLDS, Source, World
+from tests.support.stalls import StallWatch
 from tests.support.virtio import MEMORY, Driver, MmioDriver, PciDriver
 from virtio.constants import Feature
 from virtio.device import Device
+from virtio.devices.rng import EntropyDevice
 from virtio.driver import AnyDriverQueue, driver_queue
+from virtio.fake import FakeMemory
 from virtio.packed import reference_ring
 
 SECONDS = 20
 """For what ends soon or never."""
-
-
 class Watch(logging.Handler):
     """Collects what must not happen: unhandled errors of the loop, and errors in the log."""
 
@@ -195,6 +197,27 @@ class Campaign:
             with contextlib.suppress(KeyError, IndexError):  # a driver's own confusion about a ring that it spoiled
                 queue.used()
 
+    async def flood(self) -> None:
+        """One kind of request, again and again: with the buffers that happen to be there for its answers, or with none;
+        returned buffers are taken back or not. A reset may come in the midst."""
+        source = self.source
+        after, again = source.getrandbits(64), source.getstate()
+        for count in range(1, source.choice((100, 400)) + 1):
+            source.setstate(again)
+            try:
+                self.world.request(self.driver)
+            except MemoryError:
+                self.collect()
+                if self.driver.allocator.left < MEMORY // 4:
+                    await self.initialize()
+            self.driver.memory.log.clear()
+            if count % 8 == 0:
+                await asyncio.sleep(0)
+        source.seed(after)
+        if source.random() < 0.5:
+            self.driver.write_status(0)
+            await self.initialize()
+
     async def step(self) -> None:
         source, chance = self.source, self.source.random()
         if chance < 0.62:
@@ -210,6 +233,8 @@ class Campaign:
             await asyncio.sleep(0)
         elif chance < 0.94:
             access(self.driver, source)
+        elif chance < 0.945:
+            await self.flood()
         elif chance < 0.96:
             if self.driver.queues:
                 self.driver.notify(source.randrange(len(self.driver.queues)))
@@ -241,8 +266,50 @@ class Campaign:
         await self.world.works(self.driver)
 
 
-async def campaign(name: str, kind: str, seed: int, folder: Path) -> None:
-    """`name` of WORLDS over `kind`, pci or mmio. AssertionError, TimeoutError or what came out if something did."""
+class Neighbour:
+    """A second machine's device in the same loop: an entropy source whose driver asks, and asks again when answered."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.driver = MmioDriver(EntropyDevice(random.Random(0).randbytes), FakeMemory(1 << 16))
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self.driver.initialize()
+        self._task = asyncio.get_running_loop().create_task(self._ask(), name="neighbour")
+
+    async def _ask(self) -> None:
+        room = self.driver.buffer(64)
+        while True:
+            self.driver.submit(0, [], [room])
+            while not self.driver.queues[0].used():
+                await asyncio.sleep(0)
+            self.driver.memory.log.clear()
+            self.answers += 1
+
+    async def end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self.driver.transport.reset()
+        await self.driver.transport.device.aclose()
+
+
+async def campaign(name: str, kind: str, seed: int, folder: Path) -> StallWatch:
+    """`name` of WORLDS over `kind`, pci or mmio; how long the loop stood still in it. AssertionError, TimeoutError or
+    what came out if something did."""
+    async with StallWatch() as stalls:
+        neighbour = Neighbour()
+        neighbour.begin()
+        try:
+            await _campaign(name, kind, seed, folder)
+        finally:
+            await neighbour.end()
+        assert neighbour.answers, "the second machine was not served"
+    return stalls
+
+
+async def _campaign(name: str, kind: str, seed: int, folder: Path) -> None:
     source = random.Random(seed)
     world = WORLDS[name](source, folder)
     watch = Watch()

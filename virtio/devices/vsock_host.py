@@ -12,8 +12,8 @@ import contextlib
 import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from virtio.backends.vsock import Streams
 from virtio.devices.vsock_stream import Connection, Op
@@ -120,8 +120,8 @@ class HostEnds:
             streams[1].close()
             return False
         connection.streams = streams
-        self._pump(connection, self._pump_out(connection, streams[0]), "to-guest")
-        self._pump(connection, self._pump_in(connection, streams[1]), "to-host")
+        self._pump(connection, partial(self._pump_out, connection, streams[0]), "to-guest")
+        self._pump(connection, partial(self._pump_in, connection, streams[1]), "to-host")
         return True
 
     def close_soon(self, connection: Connection) -> None:
@@ -144,16 +144,16 @@ class HostEnds:
 
     # Moving bytes
 
-    def _pump(self, connection: Connection, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _pump(self, connection: Connection, work: Callable[[], Awaitable[None]], name: str) -> None:
         """Not by Device.spawn: a reset would cancel all of them in one turn of the loop."""
         task = asyncio.get_running_loop().create_task(self._guard(connection, work), name=f"VsockDevice.{name}")
         for tasks in (self._pumps, connection.pumps):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    async def _guard(self, connection: Connection, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, connection: Connection, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except OSError:
             self._reset(connection)
         except Exception as error:

@@ -385,6 +385,23 @@ async def test_a_device_in_the_middle_of_its_setting_up(connect: Connect, go: bo
     assert await driver.request(0, [b"abc"], [3]) == b"abc"
 
 
+async def test_features_that_were_not_offered(connect: Connect) -> None:
+    """Until the driver asks for FEATURES_OK it may have written anything; the state moves, and the device refuses them
+    then."""
+
+    async def entropy() -> Device:
+        return EntropyDevice(random.Random(1).randbytes)
+
+    driver = connect(await entropy())
+    driver.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
+    driver.write_features((1 << 64) - 1)
+    other = await move(connect, driver, entropy)
+    other.write_status(other.read_status() | Status.FEATURES_OK)
+    assert not other.read_status() & Status.FEATURES_OK
+    other.initialize()
+    assert await other.request(0, [], [4])
+
+
 async def test_a_device_that_needs_a_reset(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     """Also with chains in flight that will never be returned."""
     caplog.set_level("ERROR")
