@@ -105,6 +105,38 @@ def console(
     attach_console(name, follow=follow, linger=linger)
 
 
+def exec_(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME [--] COMMAND…", autocompletion=complete_machine)
+    ] = None,
+    interactive: Annotated[bool, typer.Option("-i", "--interactive", help="It reads our standard input.")] = False,
+    tty: Annotated[bool, typer.Option("-t", "--tty", help="It runs on a terminal of its own.")] = False,
+    env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="NAME[=VALUE]", help="A variable.")] = None,
+    workdir: Annotated[str, typer.Option("-w", "--workdir", metavar="DIR", help="Where it runs.")] = "",
+    user: Annotated[str, typer.Option("-u", "--user", metavar="USER[:GROUP]", help="As whom; default root.")] = "",
+) -> None:
+    """Run a command in a machine that runs; its exit status is the command's.
+
+    126: the command cannot be run, 127: it is not found, 128 + n: signal n ended it. What is behind COMMAND is its own.
+    """
+    # cli.main reads the command line itself (cli.guestaccess.parse_exec); this is for its help and for completion.
+
+
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="NAME:PATH, a path of this host, or - (tar).")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The other of the two.")],
+    follow: Annotated[bool, typer.Option("-L", "--follow-link", help="Follow a link that SOURCE is.")] = False,
+) -> None:
+    """Copy files and directories into a machine that runs, or out of it.
+
+    Into a directory that is there they go under their own name; NAME:DIR/. means what is in it. With - a tar stream is
+    read from standard input, or written to standard output.
+    """
+    from cli.guestaccess import copy
+
+    copy(source, target, follow=follow)
+
+
 def ps(
     json: Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Counters of exits by reason.")] = False,
@@ -189,7 +221,8 @@ def build() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(vmm)
     app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
-    for command in (console, ps, stop, kill, pause, resume, doctor, daemon):
+    app.command("exec")(exec_)
+    for command in (cp, console, ps, stop, kill, pause, resume, doctor, daemon):
         app.command()(command)
     for name in SUB_APPS:
         try:

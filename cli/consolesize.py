@@ -11,9 +11,14 @@ from vmm.vm import VirtualMachine
 
 
 def terminal_size() -> tuple[int, int]:
-    """(rows, columns) of the terminal on standard output."""
-    size = os.get_terminal_size(1)
-    return size.lines, size.columns
+    """(rows, columns) of the terminal on standard output, else on input or error; 24 and 80 if there is none."""
+    for descriptor in (1, 0, 2):
+        try:
+            size = os.get_terminal_size(descriptor)
+        except OSError:
+            continue
+        return size.lines, size.columns
+    return 24, 80
 
 
 async def follow_size(vm: VirtualMachine) -> None:

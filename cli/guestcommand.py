@@ -23,62 +23,76 @@ if TYPE_CHECKING:
 async def run_command(vm: VirtualMachine, arguments: list[str]) -> int:
     """Run it in a machine that runs; its exit status, or 128 + signal. Raises VmmError if the guest went away."""
     on_terminal = os.isatty(0) and os.isatty(1) and in_foreground(0)
-    raw = RawMode(0)
     words = map(os.fsencode, arguments)  # the bytes that the shell gave us, whatever the locale made of them
-    async with await vm.start_process(*words, terminal=terminal_size() if on_terminal else None) as process:
-        vm.timeline.mark("command")
-        async with _signals(process, on_terminal):
-            feeding = asyncio.create_task(_feed(process), name="stdin")
-            try:
-                if on_terminal:
-                    raw.enter()
-                seen = partial(vm.timeline.mark, "first output")
-                await asyncio.gather(_copy(process.stdout, 1, seen), _copy(process.stderr, 2, seen))
-                return await process.wait()
-            finally:
-                vm.timeline.mark("status")
-                raw.restore()
-                feeding.cancel()
-                await asyncio.gather(feeding, return_exceptions=True)
+    process = await vm.start_process(*words, terminal=terminal_size() if on_terminal else None)
+    vm.timeline.mark("command")
+    try:
+        seen = partial(vm.timeline.mark, "first output")
+        return await attach(process, interactive=True, terminal=on_terminal, seen=seen)
+    finally:
+        vm.timeline.mark("status")
+
+
+async def attach(
+    process: GuestProcess, *, interactive: bool, terminal: bool, seen: Callable[[], None] = lambda: None
+) -> int:
+    """Our standard streams are the program's until it ends: its exit status, or 128 + signal. Leaving early kills it.
+
+    `interactive`: it gets our input. `terminal`: it runs on a terminal whose size follows ours; with both, ours is raw.
+    `seen` is called when output has come. Raises VmmError if the guest went away."""
+    raw = RawMode(0)
+    async with process, _signals(process, terminal):
+        feeding = asyncio.create_task(_feed(process) if interactive else process.close_stdin(), name="stdin")
+        try:
+            if interactive and terminal:
+                raw.enter()
+            await asyncio.gather(_copy(process.stdout, 1, seen), _copy(process.stderr, 2, seen))
+            return await process.wait()
+        finally:
+            raw.restore()
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
 
 
 @asynccontextmanager
 async def _signals(process: GuestProcess, on_terminal: bool) -> AsyncIterator[None]:
-    """Ctrl-C goes to the program, the window's size follows ours."""
+    """Ctrl-C goes to the program, the window's size follows ours. Signals that we were told to ignore stay ignored."""
     loop = asyncio.get_running_loop()
     sending: set[asyncio.Task[None]] = set()
+    handled: list[signal.Signals] = []
 
     def send(work: Coroutine[Any, Any, None]) -> None:
         task = loop.create_task(work, name="signal")
         sending.add(task)
         task.add_done_callback(sending.discard)
 
-    interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # what our parent had us ignore stays ignored
-    if interrupts:
-        loop.add_signal_handler(signal.SIGINT, lambda: send(process.send_signal(signal.SIGINT)))
+    def on(number: signal.Signals, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            handled.append(number)
+            loop.add_signal_handler(number, lambda: send(work()))
+
+    on(signal.SIGINT, lambda: process.send_signal(signal.SIGINT))
     if on_terminal:
-        loop.add_signal_handler(signal.SIGWINCH, lambda: send(process.resize(*terminal_size())))
+        on(signal.SIGWINCH, lambda: process.resize(*terminal_size()))
     try:
         yield
     finally:
-        if interrupts:
-            loop.remove_signal_handler(signal.SIGINT)
-        if on_terminal:
-            loop.remove_signal_handler(signal.SIGWINCH)
+        for number in handled:
+            loop.remove_signal_handler(number)
         await asyncio.gather(*sending, return_exceptions=True)
 
 
 async def _feed(process: GuestProcess) -> None:
     with Input(0) as source:
-        while data := await _read(source):
+        while data := await read_input(source, CHUNK):
             await process.write(data)
     await process.close_stdin()
 
 
-async def _read(source: Input) -> bytes:
+async def read_input(source: Input, limit: int) -> bytes:
     """The next bytes, b"" at the end; without blocking the loop."""
     try:
-        while (data := source.read(CHUNK)) is None:
+        while (data := source.read(limit)) is None:
             await _ready(source.watched)
         return data
     except OSError:
@@ -96,18 +110,30 @@ async def _ready(watched: int) -> None:
 
 
 async def _copy(stream: GuestStream, descriptor: int, seen: Callable[[], None]) -> None:
-    """Everything that the program writes. A reader that went away raises BrokenPipeError, another fault of the
-    descriptor HostError; either ends the command."""
-    output = Output(descriptor)
-    try:
+    """Everything that the program writes."""
+    async with write_all(descriptor) as write:
         async for data in stream:
             seen()
-            while data:
-                count = output.write(data[:CHUNK])
-                if count >= 0:
-                    data = data[count:]
-                else:
-                    await _ready(output.watched)
+            await write(data)
+
+
+@asynccontextmanager
+async def write_all(descriptor: int) -> AsyncIterator[Callable[[bytes], Coroutine[Any, Any, None]]]:
+    """A function that writes all of its bytes to a standard stream. A reader that went away raises BrokenPipeError,
+    another fault of the descriptor HostError."""
+    output = Output(descriptor)
+
+    async def write(data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            count = output.write(data[at : at + CHUNK])
+            if count >= 0:
+                at += count
+            else:
+                await _ready(output.watched)
+
+    try:
+        yield write
     except BrokenPipeError:
         raise
     except OSError as error:

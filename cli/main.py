@@ -31,6 +31,12 @@ def main() -> NoReturn:
                 with suppress(OSError):  # a terminal that went away; say() has seen it already
                     sys.stderr.flush()
                 os._exit(status)
+        if arguments[:1] == ["exec"]:
+            from cli.guestaccess import exec_command, parse_exec
+
+            wanted = parse_exec(arguments[1:])
+            if wanted is not None:
+                sys.exit(exec_command(wanted))
         from cli.app import build
 
         build()(prog_name="vmm")

@@ -285,7 +285,6 @@ async def test_a_full_machine_makes_programs_wait() -> None:
 
 async def test_an_agent_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmm.guest.agent.SILENT_SECONDS", 0.05)
-    monkeypatch.setattr("vmm.guest.agent.BUSY_SECONDS", 0.05)
 
     async def refused() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         raise ConnectionResetError("the guest refused")
@@ -294,8 +293,7 @@ async def test_an_agent_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionRefusedError("no place")
 
     with pytest.raises(GuestError, match="no place for another program in the guest within"):
-        await Agent(full).exec("true")
-    monkeypatch.setattr("vmm.guest.agent.BUSY_SECONDS", 60)
+        await Agent(full, patience=0.05).exec("true")
     with pytest.raises(GuestError, match="the guest's agent has ended: nobody answers"):
         await Agent(refused).exec("true")
     agent = Agent(full)

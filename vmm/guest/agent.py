@@ -32,8 +32,10 @@ Connect = Callable[[], Awaitable[Streams]]
 class Agent:
     """The guest's agent. With `waits`, programs wait until set_ready() says that it listens."""
 
-    def __init__(self, connect: Connect, *, waits: bool = False) -> None:
+    def __init__(self, connect: Connect, *, waits: bool = False, patience: float | None = BUSY_SECONDS) -> None:
+        """`patience`: seconds that a program waits for a connection once the agent listens; None: without end."""
         self._connect = connect
+        self._patience = patience
         self._dials = asyncio.Semaphore(DIALS)
         self._closed = False
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -105,7 +107,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         pause, silent_since = FIRST_PAUSE, 0.0
         try:
-            async with asyncio.timeout(BUSY_SECONDS), self._dials:
+            async with asyncio.timeout(self._patience), self._dials:
                 while True:
                     try:
                         return await self._connect()
@@ -121,7 +123,7 @@ class Agent:
                     pause = min(2 * pause, LONGEST_PAUSE)
         except TimeoutError as error:
             raise GuestError(
-                f"no place for another program in the guest within {BUSY_SECONDS:g} s: too many run there at once"
+                f"no place for another program in the guest within {self._patience:g} s: too many run there at once"
             ) from error
 
     async def exec(

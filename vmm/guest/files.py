@@ -10,6 +10,7 @@ import stat
 import tarfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
@@ -20,24 +21,33 @@ from vmm.guest.process import GuestProcess, GuestStream
 from vmm.guest.untar import UntarError, unpack
 
 CHUNK = 256 << 10
-FILE_IN = 'cat >"$1" && chmod "$2" "$1"'
-DIRECTORY_IN = 'mkdir -p "$1" && tar -x -p -C "$1" -f -'
-OUT = 'if [ -d "$1" ]; then echo d && tar -c -C "$1" -f - .; else stat -L -c "f%a" "$1" && cat <"$1"; fi'
-"""The first line tells which it is, and a file's mode."""
+FILE_IN = 'cat >"$1" && chmod -- "$2" "$1"'
+DIRECTORY_IN = 'mkdir -p -- "$1" && tar -x -p -C "$1" -f -'
+LINK_IN = 'ln -s -f -n -- "$2" "$1"'
+OUT = (
+    'if [ -z "$2" ] && [ -L "$1" ]; then echo l && readlink -n -- "$1"; elif [ -d "$1" ]; then echo d && '
+    'tar -c -C "$1" -f - .; else stat -L -c "f%a" -- "$1" && cat <"$1"; fi'
+)
+"""The first line tells which it is, and a file's mode. The second argument is not empty if a link is to be followed."""
 COMPLAINT = 4096
 """Bytes of standard error that are kept."""
+MAX_LINK = 4096
 
 
-async def copy_in(agent: Agent, source: Path, target: Text) -> None:
-    """A file, or what is in a directory. ConfigError if the host cannot read, GuestError if the guest cannot write."""
+async def copy_in(agent: Agent, source: Path, target: Text, *, cwd: Text = "", follow: bool = True) -> None:
+    """A file, or what is in a directory, or a link that is not to be followed. Paths of the guest begin at `cwd`.
+    ConfigError if the host cannot read, GuestError if the guest cannot write."""
     try:
-        mode = (await asyncio.to_thread(source.stat)).st_mode
+        mode = (await asyncio.to_thread(source.stat if follow else source.lstat)).st_mode
+        send: Callable[[Path, Callable[[bytes], None]], None] | None
         if stat.S_ISDIR(mode):
             words: tuple[Text, ...] = (DIRECTORY_IN, "copy", target)
             send = _send_directory
+        elif stat.S_ISLNK(mode):
+            words, send = (LINK_IN, "copy", target, os.fsencode(source.readlink())), None
         else:
             words, send = (FILE_IN, "copy", target, f"{mode & 0o777:o}"), _send_file
-        async with _program(agent, words, f"{source} to {_shown(target)}") as process:
+        async with script(agent, words, f"{source} to {_shown(target)}", cwd=cwd) as process:
             loop = asyncio.get_running_loop()
 
             def write(data: bytes) -> None:
@@ -45,40 +55,71 @@ async def copy_in(agent: Agent, source: Path, target: Text) -> None:
                 if process.ended:
                     raise BrokenPipeError  # it says why
 
-            with suppress(BrokenPipeError):
-                await _in_thread(process, lambda: send(source, write))
+            if send is not None:
+                with suppress(BrokenPipeError):
+                    await _in_thread(process, partial(send, source, write))
             await process.close_stdin()
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename or source}: {os_reason(error)}") from error
 
 
-async def copy_out(agent: Agent, source: Text, target: Path, limit: int) -> None:
-    """A file, or what is in a directory. GuestError if the guest cannot read it, sends no archive or more than `limit`
-    bytes; ConfigError if the host cannot write."""
-    part = target.with_name(f".{target.name}.{os.getpid()}-{id(target):x}.part")
+async def copy_out(
+    agent: Agent,
+    source: Text,
+    target: Path | Callable[[bool], Path],
+    limit: int,
+    *,
+    cwd: Text = "",
+    follow: bool = True,
+) -> None:
+    """A file, or what is in a directory, or a link that is not to be followed. `target`: where it goes, or a function
+    that says so once it is known whether it is a directory. GuestError if the guest cannot read it, sends no archive or
+    more than `limit` bytes; ConfigError if the host cannot write."""
+    part: Path | None = None
+    end = target if isinstance(target, Path) else Path()
     try:
-        async with _program(agent, (OUT, "copy", source), f"{_shown(source)} to {target}") as process:
+        what = f"{_shown(source)}" if callable(target) else f"{_shown(source)} to {target}"
+        async with script(agent, (OUT, "copy", source, "follow" if follow else ""), what, cwd=cwd) as process:
             await process.close_stdin()
             kind = await _line(process.stdout)
+            if not kind:
+                return  # the program says why
+            end = target(kind == b"d") if callable(target) else target
             stream = _Limited(process.stdout, asyncio.get_running_loop(), limit)
             if kind == b"d":
-                await _in_thread(process, lambda: unpack(stream, target))
+                await _in_thread(process, lambda: unpack(stream, end))
+                return
+            part = end.with_name(f".{end.name[:200]}.{os.getpid()}-{id(end):x}.part")
+            if kind == b"l" and not follow:
+                part.symlink_to(os.fsdecode(await _link_text(process.stdout)))
             elif kind[:1] == b"f" and kind[1:].isdigit():
-                await _in_thread(process, lambda: _receive_file(stream, part, int(kind[1:5], 8) & 0o777))
-            elif kind:
+                mode = int(kind[1:5], 8) & 0o777
+                await _in_thread(process, partial(_receive_file, stream, part, mode))
+            else:
                 raise UntarError("something else than was asked for")
-        if kind != b"d":
-            part.replace(target)  # a file appears when it is whole
+        part.replace(end)  # a file appears when it is whole
     except UntarError as error:
         raise GuestError(f"copying {_shown(source)}: the guest sent {error}") from error
     except ValueError as error:
         raise GuestError(f"copying {_shown(source)}: the guest sent no mode") from error
     except OSError as error:
-        where = target if error.filename in (None, str(part)) else error.filename
+        where = end if error.filename in (None, str(part)) else error.filename
         raise ConfigError(f"cannot write {where}: {os_reason(error)}") from error
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        if part is not None:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+async def _link_text(stream: GuestStream) -> bytes:
+    text = b""
+    while data := await stream.read(MAX_LINK):
+        text += data
+        if len(text) > MAX_LINK:
+            break
+    if not 0 < len(text) <= MAX_LINK or b"\0" in text:
+        raise UntarError("a link to nowhere")
+    return text
 
 
 def _shown(path: Text) -> str:
@@ -86,9 +127,11 @@ def _shown(path: Text) -> str:
 
 
 @asynccontextmanager
-async def _program(agent: Agent, words: tuple[Text, ...], what: str) -> AsyncIterator[GuestProcess]:
+async def script(
+    agent: Agent, words: tuple[Text, ...], what: str, *, cwd: Text = ""
+) -> AsyncIterator[GuestProcess]:
     """A shell script in the guest. GuestError with its last complaint if it has failed when the block ends."""
-    async with await agent.start_process("sh", "-c", *words) as process:
+    async with await agent.start_process("sh", "-c", *words, cwd=cwd) as process:
         complaint = asyncio.create_task(_last(process.stderr), name="complaint")
         try:
             yield process
@@ -150,7 +193,7 @@ def _send_directory(source: Path, write: Callable[[bytes], None]) -> None:
         return member
 
     with tarfile.open(fileobj=cast(IO[bytes], Sink()), mode="w|", bufsize=CHUNK, format=tarfile.GNU_FORMAT) as archive:
-        archive.add(source, ".", filter=as_root)
+        archive.add(source.resolve(), ".", filter=as_root)  # a link to a directory stands for that
 
 
 class _Limited:

@@ -3,6 +3,10 @@
     {"command": "status"}                       -> {"ok": true, "state": "running", …}
     {"command": "stop", "timeout": 30}          -> {"ok": true, "outcome": …} when it has ended
     {"command": "events"}                       -> {"ok": true, …status}, then a line for each event, to the end
+    {"command": "agent", "version": 2}          -> {"ok": true, "ready": true} with a descriptor (SCM_RIGHTS): a
+                                                   connection to the guest's agent, which speaks that version of its
+                                                   protocol; the last request of its connection. "ready": false if the
+                                                   guest's agent does not listen within READY_SECONDS: ask again
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -25,7 +29,7 @@ from vmm.console.hub import ConsoleHub
 from vmm.console.server import ConsoleServer
 from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError, os_reason
 from vmm.events import Ended, Event, EventStream, Rebooted, StateChanged, Warned
-from vmm.lifecycle import Outcome
+from vmm.lifecycle import Outcome, State
 from vmm.management.registry import CONSOLE, CONTROL, Entry, Slot, find
 from vmm.management.sockets import listen
 
@@ -38,6 +42,8 @@ ANSWER_SECONDS = 1.0
 STARTING_SECONDS = 2.0
 """How long a client waits for a machine that has its name and does not listen yet."""
 MAX_STOP_SECONDS = 86_400.0
+READY_SECONDS = 5.0
+"""How long one request waits for the guest's agent to listen."""
 _KINDS: dict[str, type[VmmError]] = {
     "ConfigError": ConfigError, "StateError": StateError, "HostError": HostError, "GuestError": GuestError,
 }  # fmt: skip
@@ -130,7 +136,10 @@ class Registration:
                 self._busy.add(task)
                 try:
                     answer = await self._answer(line)
-                    events = answer.pop("events", None)
+                    events, streams = answer.pop("events", None), answer.pop("streams", None)
+                    if streams is not None:
+                        _hand_over(writer, json.dumps(answer).encode() + b"\n", streams[1])
+                        break
                     writer.write(json.dumps(answer).encode() + b"\n")
                     await writer.drain()
                     if events is not None:
@@ -175,6 +184,21 @@ class Registration:
     async def _events(self, request: dict[str, Any]) -> dict[str, Any]:
         # The stream first: what happens from here on is told as an event, what was before is in the status.
         return {"events": self._vm.events(), **await self._status(request)}
+
+    async def _agent(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.guest.frames import VERSION
+
+        if request.get("version") != VERSION:
+            raise ConfigError(f"this machine's vmm speaks version {VERSION} of the agent's protocol; use the same vmm")
+        if self._vm.state is State.PAUSED:
+            raise StateError(f"is paused; run on with: vmm resume {self._vm.config.name}")
+        agent = self._vm.agent
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await agent.wait_ready()
+        except TimeoutError:
+            return {"ready": False}
+        return {"ready": True, "streams": await agent.dial()}
 
     async def _stats(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"stats": self._vm.stats()}
@@ -235,6 +259,7 @@ class Registration:
 COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Registration._status,
     "events": Registration._events,
+    "agent": Registration._agent,
     "stats": Registration._stats,
     "metrics": Registration._metrics,
     "devices": Registration._devices,
@@ -247,6 +272,18 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "reboot": Registration._reboot,
     "reset": Registration._reset,
 }
+
+
+def _hand_over(writer: asyncio.StreamWriter, line: bytes, given: asyncio.StreamWriter) -> None:
+    """Send a line with a connection that is the client's from now on. OSError if the client does not read."""
+    try:
+        given.transport.pause_reading()  # type: ignore[attr-defined]
+        with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as client:
+            sent = socket.send_fds(client, [line], [given.get_extra_info("socket").fileno()], socket.MSG_DONTWAIT)
+            if sent < len(line):
+                raise BlockingIOError
+    finally:
+        given.close()
 
 
 async def _send_events(events: EventStream, writer: asyncio.StreamWriter) -> None:
@@ -290,10 +327,17 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
         raise HostError(f"{entry.name}: no answer within {patience:g} s{owner}") from error
     except OSError as error:
         raise HostError(f"{entry.name}: {os_reason(error)}") from error
+    return answered(entry, bytes(answer))
+
+
+def answered(entry: Entry, line: bytes) -> dict[str, Any]:
+    """A machine's answer; raises what it says, or HostError if it is none."""
     try:
-        values = json.loads(bytes(answer))
+        values = json.loads(line)
     except ValueError:
         raise HostError(f"{entry.name}: the machine ended before it answered") from None
+    if not isinstance(values, dict):
+        raise HostError(f"{entry.name}: answers something else than asked for")
     if not values.pop("ok", False):
         raise _KINDS.get(str(values.get("kind")), HostError)(f"{entry.name}: {values.get('error')}")
     return values
