@@ -209,8 +209,9 @@ class VirtualMachine:
         """Ask the guest to power off and go on; what it does is its own affair. With `reboot` the machine starts again
         in place once the guest has powered off. StateError if the machine has no power button, or does not run."""
         button = self._built.components.get("power-button") if self._built is not None else None
-        if self.state is not State.RUNNING:
-            raise StateError(f"cannot press the power button of a machine that is {self.state.value}")
+        if self.state is not State.RUNNING or self._end is not None:
+            state = "ending" if self._end is not None else self.state.value
+            raise StateError(f"cannot press the power button of a machine that is {state}")
         if button is None:
             raise StateError("this machine has no power button")
         self._reboot_asked = reboot

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.errors import VmmError
 from vmm.libvirt import rpc
 from vmm.libvirt.errors import Code, From, LibvirtError, translated
-from vmm.libvirt.names import NAMES
+from vmm.libvirt.names import NAMES, api_name
 from vmm.libvirt.procedures import Procedure
 from vmm.libvirt.rpc import Header, Kind, Message, Status
 from vmm.libvirt.stream import Stream
@@ -212,7 +212,7 @@ class Client:
         found = table.get(header.procedure)
         if found is None:
             if header.program == rpc.REMOTE and 0 < header.procedure < len(NAMES):
-                raise LibvirtError(Code.NO_SUPPORT, NAMES[header.procedure])
+                raise LibvirtError(Code.NO_SUPPORT, api_name(header.procedure))
             raise LibvirtError(Code.RPC, f"unknown procedure: {header.procedure}", From.RPC)
         return found
 

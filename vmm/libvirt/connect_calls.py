@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import socket
-from typing import Any
 
 from vmm import __version__
 from vmm.config import MAX_CPUS
@@ -12,7 +11,7 @@ from vmm.libvirt import host
 from vmm.libvirt.client import Call
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.procedures import Procedures
-from vmm.libvirt.wire import Param, Stat
+from vmm.libvirt.wire import Param, Stat, some
 from vmm.libvirt.xmltree import unsupported
 
 calls = Procedures()
@@ -167,7 +166,7 @@ async def node_get_cpu_stats(call: Call, cpu: int, nparams: int, flags: int) -> 
     times = host.cpu_times(cpu)
     if times is None:
         raise LibvirtError(Code.INVALID_ARG, f"Invalid cpuNum in node_get_cpu_stats: {cpu}")
-    return _some([Stat(name, value) for name, value in times.items()], nparams)
+    return some([Stat(name, value) for name, value in times.items()], nparams)
 
 
 @calls.query(228, "node_get_memory_stats", "nparams:int cell:int flags:uint", "params:stat<16> nparams:int")
@@ -176,7 +175,7 @@ async def node_get_memory_stats(call: Call, nparams: int, cell: int, flags: int)
         raise LibvirtError(Code.INVALID_ARG, f"there is no cell {cell}; here is only cell 0")
     memory = host.memory()
     names = {"total": "MemTotal", "free": "MemFree", "buffers": "Buffers", "cached": "Cached"}
-    return _some([Stat(name, memory.get(key, 0)) for name, key in names.items()], nparams)
+    return some([Stat(name, memory.get(key, 0)) for name, key in names.items()], nparams)
 
 
 @calls.query(
@@ -217,8 +216,3 @@ def cpu_map(numbers: list[int]) -> bytes:
     for number in numbers:
         data[number // 8] |= 1 << number % 8
     return bytes(data)
-
-
-def _some(values: list[Any], wanted: int) -> tuple[list[Any], int]:
-    """Clients ask for no parameters first, to hear how many there are."""
-    return (values[:wanted], len(values)) if wanted > 0 else ([], len(values))

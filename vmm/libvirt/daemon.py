@@ -23,7 +23,18 @@ from types import TracebackType
 from typing import Self
 
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
-from vmm.libvirt import connect_calls, domain_calls, event_calls, rpc, stream_calls
+from vmm.libvirt import (
+    connect_calls,
+    device_calls,
+    domain_calls,
+    event_calls,
+    network_calls,
+    rpc,
+    snapshot_calls,
+    statistics_calls,
+    storage_calls,
+    stream_calls,
+)
 from vmm.libvirt.client import Client
 from vmm.libvirt.connect_calls import CONNECTION_CLOSED
 from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domains
@@ -32,6 +43,7 @@ from vmm.libvirt.events import Hub
 from vmm.libvirt.procedures import joined
 from vmm.libvirt.rpc import Budget
 from vmm.libvirt.spec import Spec
+from vmm.libvirt.storage import Pools
 from vmm.libvirt.store import Store
 from vmm.libvirt.wire import Signature
 from vmm.management.registry import runtime_directory
@@ -45,10 +57,18 @@ MESSAGE_MEMORY = 128 << 20
 """Bytes of large messages of all clients together while they arrive."""
 SOCKET, SOCKET_READ_ONLY = "libvirt-sock", "libvirt-sock-ro"
 CLOSED_EVENT, CLOSED_MESSAGE = 362, Signature("reason:int")
-PROGRAMS = {
-    rpc.REMOTE: joined([connect_calls.calls, domain_calls.calls, event_calls.calls, stream_calls.calls]),
-    rpc.QEMU: joined([]),
-}
+MODULES = (
+    connect_calls,
+    domain_calls,
+    device_calls,
+    event_calls,
+    network_calls,
+    snapshot_calls,
+    statistics_calls,
+    storage_calls,
+    stream_calls,
+)
+PROGRAMS = {rpc.REMOTE: joined(module.calls for module in MODULES), rpc.QEMU: joined([])}
 log = logging.getLogger(__name__)
 
 
@@ -88,6 +108,7 @@ class Daemon:
         self.events = Hub()
         self.store = Store(settings.state)
         self.domains = Domains(self.store, self.events, settings.launcher, settings.emulator)
+        self.pools = Pools(self.store, self.events)
         self.socket = settings.socket or runtime_directory() / SOCKET
         self._clients: dict[asyncio.Task[None], Client] = {}
         self._servers: list[asyncio.Server] = []
@@ -100,6 +121,7 @@ class Daemon:
         """Load what is defined, find what runs, start what is marked for it, listen. Raises ConfigError, HostError."""
         try:
             self.domains.load()
+            self.pools.load()
             await self.domains.scan()
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)

@@ -144,6 +144,10 @@ def _interface(item: Reader, found: DeviceList) -> None:
         if source is None:
             raise malformed("<interface type='network'>: <source> is missing")
         network = source.needed("network")
+        if network != "default":
+            raise unsupported(
+                f"<interface>: there is no network {network!r}; here is default, which is user networking"
+            )
         source.ignore("portid", "bridge")
         values["kind"] = "user"
     elif kind == "ethernet":

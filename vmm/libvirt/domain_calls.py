@@ -67,11 +67,11 @@ async def connect_list_all_domains(call: Call, need: int, flags: int) -> tuple[l
     check_flags(flags, 0xFFFF)
     domains = call.daemon.domains
     await domains.scan()
-    found = [domain.ref for domain in domains.all() if _listed(call, domain, flags)]
+    found = [domain.ref for domain in domains.all() if listed(call, domain, flags)]
     return (found if need else []), len(found)
 
 
-def _listed(call: Call, domain: Domain, flags: int) -> bool:
+def listed(call: Call, domain: Domain, flags: int) -> bool:
     """Flags are groups: of each group that is asked for at all, one must fit."""
     active, persistent = domain.active, domain.persistent is not None
     autostart = call.daemon.domains.autostart(domain)

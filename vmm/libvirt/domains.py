@@ -296,7 +296,7 @@ class Domains:
                 raise LibvirtError(Code.NO_DOMAIN, f"no domain with matching name '{domain.name}'")
             spec = spec.with_config(uuid=str(domain.uuid))
             self._prepare(spec)
-            arguments = list(process) if process is not None else self._run_arguments(spec, paused=paused)
+            arguments = list(process) if process is not None else self._run_arguments(spec)
             domain.end = None
             started = Process.start([*self._launcher, *arguments], self._store.file("log", f"{spec.name}.log"))
             self._processes[spec.name] = started
@@ -420,25 +420,19 @@ class Domains:
                 path.unlink(missing_ok=True)
         self._store.write("config", f"{spec.name}.toml", spec.config.to_toml())
 
-    def _run_arguments(self, spec: Spec, *, paused: bool) -> list[str]:
-        return [
-            "run",
-            "--config",
-            str(self._store.file("config", f"{spec.name}.toml")),
-            *(["--paused"] if paused else []),
-        ]
+    def _run_arguments(self, spec: Spec) -> list[str]:
+        return ["run", "--config", str(self._store.file("config", f"{spec.name}.toml")), "--paused"]
 
     async def _started(self, domain: Domain, spec: Spec, process: Process, *, paused: bool) -> None:
-        """Until the machine that a process runs is there. Raises HostError with what the process said."""
+        """Until the machine that a process runs is there, and runs unless it is to stay paused. Every machine begins
+        paused, so that nothing it does goes unheard. Raises HostError with what the process said."""
         control = await self._reach(spec, process)
         try:
             status = await control.ask("events")
-            wanted = "paused" if paused else "running"
-            if status["state"] != wanted:
-                while (event := await control.next_event()) is not None and event.get("state") != wanted:
-                    pass
-                if event is None:
+            while status["state"] != "paused":
+                if (event := await control.next_event()) is None:
                     raise await self._failure(spec, process)
+                status |= {"state": event.get("state", status["state"])}
         except BaseException as error:
             control.close()
             if isinstance(error, HostError):
@@ -456,6 +450,9 @@ class Domains:
         if paused:
             self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
         self._follow(domain, control)
+        if not paused:
+            with suppress(VmmError):  # it may have ended before it answers, which its events tell
+                await ask(entry, "resume")
 
     async def _reach(self, spec: Spec, process: Process) -> Control:
         """A connection to the machine's control socket, as soon as it listens."""

@@ -114,3 +114,9 @@ domain_set_autostart_once domain_set_throttle_group domain_del_throttle_group do
 """
 NAMES = ("", *_WORDS.split())
 """By number; 0 is none."""
+_UPPER = {"xml", "uuid", "id", "nmi", "cpu", "io", "ip", "ssh", "sev", "mac", "os"}
+
+
+def api_name(number: int) -> str:
+    """A procedure as users of libvirt's API know it: virDomainGetXMLDesc."""
+    return "vir" + "".join(word.upper() if word in _UPPER else word.capitalize() for word in NAMES[number].split("_"))

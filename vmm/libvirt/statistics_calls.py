@@ -1,0 +1,285 @@
+"""Procedures about what domains use and how they are limited. Nothing is limited here, which is what they say."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vmm.convert import KIB
+from vmm.libvirt import host
+from vmm.libvirt.client import Call
+from vmm.libvirt.domain_calls import check_flags, listed, spec_for
+from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.procedures import Procedures
+from vmm.libvirt.statistics import (
+    KNOWN,
+    bulk,
+    devices,
+    disk_sizes,
+    find_disk,
+    find_interface,
+    interface_counters,
+)
+from vmm.libvirt.wire import DomainRef, Param, Stat, StatsRecord, llong_param, some, uint_param, ullong_param
+
+calls = Procedures()
+
+ACTUAL_BALLOON, RSS = 6, 7
+"""virDomainMemoryStatTags."""
+UNLIMITED = 9007199254740991
+"""VIR_DOMAIN_MEMORY_PARAM_UNLIMITED."""
+STATS_BACKING, STATS_NOWAIT, STATS_ENFORCE = 1 << 30, 1 << 29, 1 << 31
+STATS_AT_ONCE = 64
+"""Machines that are asked beside each other."""
+IO_TUNE = [
+    f"{which}_{unit}_sec{suffix}"
+    for suffix in ("", "_max", "_max_length")
+    for unit in ("bytes", "iops")
+    for which in ("total", "read", "write")
+]
+BANDWIDTH = [f"{way}.{what}" for way in ("inbound", "outbound") for what in ("average", "peak", "burst")]
+
+
+@calls.query(159, "domain_memory_stats", "dom:domain max:uint flags:uint", "stats:memorystat<1024>")
+async def domain_memory_stats(call: Call, dom: DomainRef, max: int, flags: int) -> list[Stat]:
+    check_flags(flags, 0)
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    found = [Stat(ACTUAL_BALLOON, domain.spec.config.memory // KIB), Stat(RSS, host.resident(domain.pid))]
+    return found[:max]
+
+
+@calls.query(
+    64,
+    "domain_block_stats",
+    "dom:domain path:string",
+    "rd_req:hyper rd_bytes:hyper wr_req:hyper wr_bytes:hyper errs:hyper",
+)
+async def domain_block_stats(call: Call, dom: DomainRef, path: str) -> tuple[int, ...]:
+    found = await _disk_counters(call, dom, path)
+    return tuple(found[name] for name in ("reads", "bytes_read", "writes", "bytes_written", "failures"))
+
+
+async def _disk_counters(call: Call, dom: DomainRef, path: str) -> dict[str, Any]:
+    """Of one disk; of all together for no path. Raises VmmError."""
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    index = find_disk(domain, path) if path else None
+    told = [found or {} for found in (await devices(domain))["disks"]]
+    chosen = told if index is None else [told[index]]
+    names = ("reads", "bytes_read", "writes", "bytes_written", "flushes", "failures")
+    return {name: sum(found.get(name, 0) for found in chosen) for name in names}
+
+
+@calls.query(
+    243, "domain_block_stats_flags", "dom:domain path:string nparams:int flags:uint", "params:param<16> nparams:int"
+)
+async def domain_block_stats_flags(
+    call: Call, dom: DomainRef, path: str, nparams: int, flags: int
+) -> tuple[list[Param], int]:
+    found = await _disk_counters(call, dom, path)
+    names = {"rd_bytes": "bytes_read", "rd_operations": "reads", "wr_bytes": "bytes_written", "wr_operations": "writes",
+             "flush_operations": "flushes", "errs": "failures"}  # fmt: skip
+    return some([llong_param(name, found[key]) for name, key in names.items()], nparams)
+
+
+@calls.query(
+    65,
+    "domain_interface_stats",
+    "dom:domain device:string",
+    "rx_bytes:hyper rx_packets:hyper rx_errs:hyper rx_drop:hyper"
+    " tx_bytes:hyper tx_packets:hyper tx_errs:hyper tx_drop:hyper",
+)
+async def domain_interface_stats(call: Call, dom: DomainRef, device: str) -> tuple[int, ...]:
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    nets = (await devices(domain))["nets"]
+    return tuple(interface_counters(nets[find_interface(domain, device, nets)] or {}).values())
+
+
+@calls.query(
+    194,
+    "domain_get_block_info",
+    "dom:domain path:string flags:uint",
+    "allocation:uhyper capacity:uhyper physical:uhyper",
+)
+async def domain_get_block_info(call: Call, dom: DomainRef, path: str, flags: int) -> tuple[int, ...]:
+    check_flags(flags, 0)
+    domain = call.daemon.domains.of(dom)
+    index = find_disk(domain, path)
+    told = (await devices(domain))["disks"][index] if domain.active else None
+    return tuple(disk_sizes(domain.spec.config.disks[index].path, told["capacity"] if told else None))
+
+
+@calls.query(
+    262,
+    "domain_get_cpu_stats",
+    "dom:domain nparams:uint start:int ncpus:uint flags:uint",
+    "params:param<2048> nparams:int",
+)
+async def domain_get_cpu_stats(
+    call: Call, dom: DomainRef, nparams: int, start: int, ncpus: int, flags: int
+) -> tuple[list[Param], int]:
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    if start != -1:
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED, "the host does not count by processor for one process; ask for the total"
+        )
+    user, system = host.process_times(domain.pid)
+    times = {"cpu_time": user + system, "user_time": user, "system_time": system}
+    return some([ullong_param(name, value) for name, value in times.items()], nparams)
+
+
+@calls.query(
+    344, "connect_get_all_domain_stats", "doms:domain<16384> stats:uint flags:uint", "records:statsrecord<16384>"
+)
+async def connect_get_all_domain_stats(call: Call, doms: list[DomainRef], stats: int, flags: int) -> list[StatsRecord]:
+    if flags & STATS_ENFORCE and stats & ~KNOWN:
+        raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"Stats types bits 0x{stats & ~KNOWN:x} are not supported here")
+    domains = call.daemon.domains
+    if doms:
+        chosen = [domains.of(ref) for ref in doms]
+    else:
+        await domains.scan()
+        wanted = flags & ~(STATS_BACKING | STATS_NOWAIT | STATS_ENFORCE)
+        chosen = [domain for domain in domains.all() if listed(call, domain, wanted)]
+    slots = asyncio.Semaphore(STATS_AT_ONCE)
+
+    async def one(domain: Any) -> StatsRecord:
+        async with slots:
+            return StatsRecord(domain.ref, await bulk(domain, stats or KNOWN))
+
+    return list(await asyncio.gather(*map(one, chosen)))
+
+
+# Limits.
+
+
+@calls.query(56, "domain_get_scheduler_type", "dom:domain", "type:string nparams:int")
+async def domain_get_scheduler_type(call: Call, dom: DomainRef) -> tuple[str, int]:
+    call.daemon.domains.of(dom)
+    return "posix", 0
+
+
+@calls.query(57, "domain_get_scheduler_parameters", "dom:domain nparams:int", "params:param<16>")
+async def domain_get_scheduler_parameters(call: Call, dom: DomainRef, nparams: int) -> list[Param]:
+    call.daemon.domains.of(dom)
+    return []
+
+
+@calls.query(223, "domain_get_scheduler_parameters_flags", "dom:domain nparams:int flags:uint", "params:param<16>")
+async def domain_get_scheduler_parameters_flags(call: Call, dom: DomainRef, nparams: int, flags: int) -> list[Param]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return []
+
+
+@calls.query(198, "domain_get_memory_parameters", "dom:domain nparams:int flags:uint", "params:param<16> nparams:int")
+async def domain_get_memory_parameters(call: Call, dom: DomainRef, nparams: int, flags: int) -> tuple[list[Param], int]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    names = ("hard_limit", "soft_limit", "swap_hard_limit")
+    return some([ullong_param(name, UNLIMITED) for name in names], nparams)
+
+
+@calls.query(206, "domain_get_blkio_parameters", "dom:domain nparams:int flags:uint", "params:param<16> nparams:int")
+async def domain_get_blkio_parameters(call: Call, dom: DomainRef, nparams: int, flags: int) -> tuple[list[Param], int]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return [], 0
+
+
+@calls.query(255, "domain_get_numa_parameters", "dom:domain nparams:int flags:uint", "params:param<16> nparams:int")
+async def domain_get_numa_parameters(call: Call, dom: DomainRef, nparams: int, flags: int) -> tuple[list[Param], int]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return [], 0
+
+
+@calls.query(
+    253, "domain_get_block_io_tune", "dom:domain disk:string? nparams:int flags:uint", "params:param<32> nparams:int"
+)
+async def domain_get_block_io_tune(
+    call: Call, dom: DomainRef, disk: str | None, nparams: int, flags: int
+) -> tuple[list[Param], int]:
+    domain = call.daemon.domains.of(dom)
+    spec_for(call, domain, flags & 3)
+    if disk is not None:
+        find_disk(domain, disk)
+    return some([ullong_param(name, 0) for name in (*IO_TUNE, "size_iops_sec")], nparams)
+
+
+@calls.query(
+    257,
+    "domain_get_interface_parameters",
+    "dom:domain device:string nparams:int flags:uint",
+    "params:param<16> nparams:int",
+)
+async def domain_get_interface_parameters(
+    call: Call, dom: DomainRef, device: str, nparams: int, flags: int
+) -> tuple[list[Param], int]:
+    domain = call.daemon.domains.of(dom)
+    spec_for(call, domain, flags & 3)
+    find_interface(domain, device, (await devices(domain))["nets"] if domain.active else [])
+    return some([uint_param(name, 0) for name in BANDWIDTH], nparams)
+
+
+# What there is never any of.
+
+
+@calls.query(
+    163,
+    "domain_get_job_info",
+    "dom:domain",
+    "type:int elapsed:uhyper remaining:uhyper data_total:uhyper data_processed:uhyper data_remaining:uhyper"
+    " mem_total:uhyper mem_processed:uhyper mem_remaining:uhyper file_total:uhyper file_processed:uhyper"
+    " file_remaining:uhyper",
+)
+async def domain_get_job_info(call: Call, dom: DomainRef) -> tuple[int, ...]:
+    call.daemon.domains.of(dom).running_entry()
+    return (0,) * 12
+
+
+@calls.query(298, "domain_get_job_stats", "dom:domain flags:uint", "type:int params:param<64>")
+async def domain_get_job_stats(call: Call, dom: DomainRef, flags: int) -> tuple[int, list[Param]]:
+    call.daemon.domains.of(dom)
+    return 0, []
+
+
+@calls.query(263, "domain_get_disk_errors", "dom:domain max:uint flags:uint", "errors:diskerror<256> count:int")
+async def domain_get_disk_errors(call: Call, dom: DomainRef, max: int, flags: int) -> tuple[list[Stat], int]:
+    call.daemon.domains.of(dom).running_entry()
+    return [], 0
+
+
+@calls.query(
+    238,
+    "domain_get_block_job_info",
+    "dom:domain path:string flags:uint",
+    "found:int type:int bandwidth:uhyper current:uhyper end:uhyper",
+)
+async def domain_get_block_job_info(call: Call, dom: DomainRef, path: str, flags: int) -> tuple[int, ...]:
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    find_disk(domain, path)
+    return (0,) * 5
+
+
+@calls.query(351, "domain_get_iothread_info", "dom:domain flags:uint", "info:int<16384> count:uint")
+async def domain_get_iothread_info(call: Call, dom: DomainRef, flags: int) -> tuple[list[int], int]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return [], 0
+
+
+@calls.query(365, "domain_get_perf_events", "dom:domain flags:uint", "params:param<64>")
+async def domain_get_perf_events(call: Call, dom: DomainRef, flags: int) -> list[Param]:
+    spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return []
+
+
+@calls.query(121, "domain_get_security_label", "dom:domain", "label:int<4097> enforcing:int")
+async def domain_get_security_label(call: Call, dom: DomainRef) -> tuple[list[int], int]:
+    call.daemon.domains.of(dom)
+    return [0], 0
+
+
+@calls.query(122, "node_get_security_model", "", "model:int<257> doi:int<257>")
+async def node_get_security_model(call: Call) -> tuple[list[int], list[int]]:
+    return list(b"none\0"), list(b"0\0")
