@@ -39,7 +39,7 @@ class DeviceList:
             "nets": self.nets,
             "ports": self.ports,
             "rng": self.rng,
-            "console": self.console or {"kind": "none"},
+            "console": dict(self.console or {"kind": "none"}),
         }
         if self.hvc:
             values["hvc"] = True
@@ -106,6 +106,8 @@ def _disk(item: Reader, found: DeviceList) -> None:
         values["io"] = io if io in ("threads", "io_uring") else "auto"
         if (queues := driver.attribute("queues")) is not None:
             values["queues"] = queues
+        if driver.choice("packed", ("on", "off")) == "on":
+            values["packed"] = True
         driver.choice("discard", ("ignore",))
         driver.choice("detect_zeroes", ("off",))
         driver.choice("error_policy", ("report",))
@@ -169,6 +171,8 @@ def _interface(item: Reader, found: DeviceList) -> None:
         driver.choice("name", ("qemu",))
         if (queues := driver.attribute("queues")) is not None:
             values["queues"] = queues
+        if driver.choice("packed", ("on", "off")) == "on":
+            values["packed"] = True
     if link := item.child("link"):
         link.choice("state", ("up",))
     if backend := item.child("backend"):

@@ -15,21 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmm.config import Config
-from vmm.convert import MIB
+from vmm.config import PAGE, Config
 from vmm.libvirt.devices_xml import DeviceList, read_devices
+from vmm.libvirt.extras import read_extras
 from vmm.libvirt.spec import CORE_OF_TYPE, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
 
-NAMESPACE = "urn:loopvisor:domain:1"
-"""What stands in <loopvisor:machine>."""
 UNITS = {
     "b": 1, "bytes": 1, "kb": 1000, "k": 1 << 10, "kib": 1 << 10, "mb": 1000**2, "m": 1 << 20, "mib": 1 << 20,
     "gb": 1000**3, "g": 1 << 30, "gib": 1 << 30, "tb": 1000**4, "t": 1 << 40, "tib": 1 << 40,
 }  # fmt: skip
 MACHINE = re.compile(r"(pc|q35)(-.*)?|(pc-(i440fx|q35)-.*)")
-EXTRAS = ("agent", "append", "clock", "hvc", "seed", "timeout", "transport", "vsock", "flat")
-"""Attributes of <loopvisor:machine>: fields of the configuration."""
 
 
 def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
@@ -67,21 +63,12 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
     metadata = root.child("metadata")
     if metadata is not None:
         metadata.take_all()
-    extras = root.child("loopvisor:machine")
-    if extras is not None:
-        for key in EXTRAS:
-            if (value := extras.attribute(key)) is not None:
-                values[key] = value
     found = DeviceList(name, channels, notes)
     if devices := root.child("devices"):
         read_devices(devices, found)
-    for net in extras.children("loopvisor:net") if extras is not None else ():
-        index = net.needed("index")
-        if not index.isdecimal() or len(index) > 4 or int(index) >= len(found.nets):
-            raise malformed(f"<loopvisor:net index='{index}'>: there is no such interface")
-        given = {"required": net.choice("required", ("yes", "no")), "pcap": net.attribute("pcap")}
-        found.nets[int(index)] |= {key: value for key, value in given.items() if value is not None}
     values |= found.values()
+    disks = [(target, disk) for target, disk, _ in found.disks]
+    values |= read_extras(root, disks, found.nets, values["console"])
     title, description = _text(root, "title"), _text(root, "description", strip=False)
     if "\n" in title:
         raise malformed("<title> takes no line break")
@@ -136,7 +123,7 @@ def _memory(root: Reader) -> int:
     if memory is None:
         raise malformed("<memory> is missing")
     current = size("currentMemory")
-    rounded = -(-memory // MIB) * MIB if memory > MIB else -(-memory // 4096) * 4096
+    rounded = -(-memory // PAGE) * PAGE
     if current not in (None, memory, rounded):
         raise unsupported(
             f"<currentMemory>: {current} bytes, <memory>: {memory}; this machine has no balloon, so make them equal"

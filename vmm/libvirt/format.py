@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from vmm.convert import KIB
-from vmm.libvirt.domain_xml import EXTRAS, NAMESPACE
+from vmm.libvirt.extras import write_extras
 from vmm.libvirt.spec import TYPE_OF_CORE, Spec
 from vmm.libvirt.xmltree import add, parse, serialise
 
@@ -54,7 +54,7 @@ def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
     add(root, "on_reboot", "restart" if config.reboot else "destroy")
     add(root, "on_crash", "destroy")
     _devices(add(root, "devices"), spec, emulator, live)
-    _extras(root, spec)
+    write_extras(root, spec)
     return serialise(root)
 
 
@@ -83,6 +83,8 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
             driver["io"] = disk.io
         if disk.queues != 1:
             driver["queues"] = str(disk.queues)
+        if disk.packed:
+            driver["packed"] = "on"
         add(element, "driver", **driver)
         add(element, "source", **{"dev" if name.block else "file": str(disk.path)})
         add(element, "target", dev=name.target, bus="virtio")
@@ -109,8 +111,9 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
         if net.kind == "tap":
             add(element, "target", dev=net.target, managed="no")
         add(element, "model", type="virtio")
-        if net.queues != 1:
-            add(element, "driver", name="qemu", queues=net.queues)
+        if net.queues != 1 or net.packed:
+            queues = net.queues if net.queues != 1 else None
+            add(element, "driver", name="qemu", queues=queues, packed="on" if net.packed else None)
         if net.kind == "user":
             add(element, "backend", type="passt")
         for pair in net.forward.split("+") if net.forward else ():
@@ -154,25 +157,3 @@ def _characters(devices: Element, spec: Spec, live: Live | None) -> None:
         element = add(devices, "channel", type="unix")
         add(element, "source", mode="bind", path=str(port.path))
         add(element, "target", type="virtio", name=port.name)
-
-
-def _extras(root: Element, spec: Spec) -> None:
-    """What libvirt has no words for, if there is any."""
-    given = {}
-    plain = spec.config.to_dict()
-    defaults = type(spec.config)
-    for key in EXTRAS:
-        value = getattr(spec.config, key)
-        if key in ("vsock",) or value == getattr(defaults, key):
-            continue
-        if key == "flat":
-            flat = plain["flat"]
-            given[key] = ",".join([flat.pop("path"), *(f"{name}={content}" for name, content in flat.items())])
-        else:
-            given[key] = ("on" if value else "off") if isinstance(value, bool) else str(value)
-    nets = [(index, net) for index, net in enumerate(spec.config.nets) if not net.required or net.pcap is not None]
-    if given or nets:
-        machine = add(root, "loopvisor:machine", **{"xmlns:loopvisor": NAMESPACE, **given})
-        for index, net in nets:
-            pcap = str(net.pcap) if net.pcap is not None else None
-            add(machine, "loopvisor:net", index=index, required="yes" if net.required else "no", pcap=pcap)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.config import Config
+from tests.unit.test_schema import samples
+from vmm.config import Config, Console, Disk, Net
+from vmm.convert import Checked
 from vmm.errors import VmmError
 from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import LibvirtError
@@ -68,6 +70,44 @@ def test_a_configuration_survives_the_way_to_xml_and_back() -> None:
     assert again.config.to_dict() == FULL.to_dict()
     assert again == spec
     assert again.notes == ()
+
+
+NEEDS: dict[tuple[type, str], dict[str, object]] = {
+    (Net, "queues"): {"kind": "tap", "target": "tap0"}, (Net, "target"): {"kind": "unix"}, (Config, "initrd"): {},
+    (Console, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "/t"},
+    (Config, "memory"): {}, (Config, "platform"): {"rng": False},
+}  # fmt: skip
+SPECIAL = {
+    "console": "none,log=/l",
+    "disks": ["/d,format=raw"],
+    "nets": ["user,mac=52:54:00:00:00:01"],
+    "ports": ["a=/b"],
+    "flat": "/f",
+    "name": "g",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in Config._converters if name != "uuid"])
+def test_every_field_of_a_configuration_has_its_words(name: str) -> None:
+    """Whoever adds an option finds it here if its XML does not read back."""
+    base = {"name": "g", "uuid": str(FULL.uuid), "kernel": "/k"}
+    for value in [SPECIAL[name]] if name in SPECIAL else samples(Config, name):
+        config = Config.from_dict({**base, **NEEDS.get((Config, name), {}), name: value})
+        assert read(domain_xml(spec_of(config), "/vmm")).config.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in (Disk, Net, Console) for name in kind._converters])
+def test_every_field_of_a_part_has_its_words(kind: type[Checked], name: str) -> None:
+    base = {Disk: {"path": "/d"}, Net: {"kind": "user", "mac": "52:54:00:00:00:01"}, Console: {"kind": "none"}}[kind]
+    where = {Disk: "disks", Net: "nets", Console: "console"}[kind]
+    for value in samples(kind, name):
+        if (kind, name, value) in ((Console, "kind", "stdio"), (Console, "kind", "socket"), (Net, "kind", "user")):
+            continue  # a domain has no terminal; a path makes a socket; user networking has no target
+        part = kind(**{**base, **NEEDS.get((kind, name), {}), name: value})
+        config = Config.from_dict(
+            {"name": "g", "uuid": str(FULL.uuid), "kernel": "/k", where: part if kind is Console else [part]}
+        )
+        assert read(domain_xml(spec_of(config), "/vmm")).config.to_dict() == config.to_dict()
 
 
 @given(
