@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import lzma
+import os
 import struct
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from tests.support.ram import Ram
 from vmm import boot
 from vmm.boot import coreboot, elf, layouts, linux, multiboot, pvh, unpack
+from vmm.boot.initrd import check_whole
 from vmm.errors import ConfigError
 from vmm.machine import layout
 
@@ -371,3 +374,58 @@ def test_damaged_elf_raises_only_config_error(data: st.DataObject) -> None:
         pvh.load_pvh(memory, image, linux.Request(e820=layout.Layout(4 * MIB).e820()))
     except ConfigError:
         pass
+
+
+def cpio(*members: tuple[str, bytes]) -> bytes:
+    """A newc archive."""
+    out = b""
+    for name, data in (*members, ("TRAILER!!!", b"")):
+        fields = (1, 0o100644, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        out += b"070701" + b"".join(b"%08x" % value for value in fields) + name.encode() + b"\0"
+        out += bytes(-len(out) % 4) + data
+        out += bytes(-len(out) % 4)
+    return out
+
+
+WHOLE = {
+    "cpio": cpio(("a", b"x" * 999), ("b", b"y")),
+    "zstd": zstandard.ZstdCompressor(write_checksum=True).compress(bytes(range(256)) * 5000 + os.urandom(300_000)),
+    "zstd stream": b"".join(zstandard.ZstdCompressor().read_to_iter(os.urandom(300_000) + bytes(300_000))),
+    "microcode before": cpio(("kernel/x86", b"m" * 100)) + bytes(512) + zstandard.compress(os.urandom(1000)),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_an_initrd_that_is_cut_short_is_told(kind: str) -> None:
+    data = WHOLE[kind]
+    check_whole(memoryview(data), "initrd")
+    for size in {len(data) - 5, len(data) - 70, len(data) - len(data) // 3}:
+        if kind != "cpio" or size != len(data) - 5:
+            with pytest.raises(ConfigError, match="initrd: the initrd is cut short"):
+                check_whole(memoryview(data)[:size], "initrd")
+
+
+@given(st.binary(max_size=400), st.sampled_from((b"", b"070701", b"\x28\xb5\x2f\xfd")))
+def test_any_initrd_is_taken_or_told(tail: bytes, head: bytes) -> None:
+    with contextlib.suppress(ConfigError):
+        check_whole(memoryview(head + tail), "initrd")
+
+
+@pytest.mark.parametrize("left", [0.99, 0.5, 0.1])
+def test_a_bzimage_that_is_cut_short_is_told(tmp_path: Path, left: float) -> None:
+    payload = PACKERS["gzip"](bytes(100_000) + os.urandom(100_000))
+    whole = bzimage(payload)
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(whole[: int(len(whole) * left)])
+    with pytest.raises(ConfigError, match=f"cut short: it has .* bytes, its header says {len(whole)}"):
+        boot.load(Ram(32 * MIB), path)
+
+
+def test_a_bzimage_without_a_payload_says_its_size_in_paragraphs(tmp_path: Path) -> None:
+    """syssize; a signature may follow the code."""
+    image = bytearray(bzimage(b""))
+    struct.pack_into("<I", image, 0x1F4, 0x400 // 16)
+    linux.parse(memoryview(bytes(image)), "k")
+    linux.parse(memoryview(bytes(image) + b"signature"), "k")
+    with pytest.raises(ConfigError, match="cut short"):
+        linux.parse(memoryview(bytes(image[:-100])), "k")

@@ -76,6 +76,10 @@ def load(
         cmdline=cmdline, initrd=None if initrd is None else read_file(initrd), initrd_name=str(initrd), rsdp=rsdp,
         e820=Layout(memory.size).e820(),
     )
+    if request.initrd is not None:
+        from vmm.boot.initrd import check_whole
+
+        check_whole(request.initrd, request.initrd_name)
     write_bda(memory)
     kind = _identify(data, name)
     match protocol, kind:

@@ -98,8 +98,12 @@ def parse(data: memoryview, name: str) -> BzImage:
             f"and a bzImage are needed"
         )
     start = ((header.setup_sects or 4) + 1) * 512
-    if start >= len(data):
-        raise ConfigError(f"{name}: the kernel image is cut short")
+    # syssize: "the size of the protected-mode code in units of 16-byte paragraphs"; a signature may follow it.
+    end = start + max(16 * header.syssize - 15, 1)
+    if header.version >= 0x208 and header.payload_length:
+        end = max(end, start + header.payload_offset + header.payload_length)
+    if end > len(data):
+        raise ConfigError(f"{name}: the kernel image is cut short: it has {len(data)} bytes, its header says {end}")
     return BzImage(data, name, header, data[start:])
 
 

@@ -74,6 +74,10 @@ def _by_addresses(memory: LoadMemory, data: memoryview, found: Found, name: str)
     header = HEADER_ADDRESSES.parse(raw)
     start = found.offset - (header.header_addr - header.load_addr)
     size = header.load_end_addr - header.load_addr if header.load_end_addr else len(data) - start
+    if start >= 0 and start + size > len(data):
+        raise ConfigError(
+            f"{name}: the multiboot kernel is cut short: it has {len(data)} bytes, its header says {start + size}"
+        )
     if start < 0 or size < 0 or start + size > len(data) or header.load_addr < layout.KERNEL_BASE:
         raise ConfigError(f"{name}: the addresses in the multiboot header do not fit the file")
     try:
