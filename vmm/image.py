@@ -75,5 +75,5 @@ def config_for(image: ImageLike, **options: Any) -> Config:
         # What the user appends stands last, where it wins.
         values["append"] = f"{image.cmdline} {options.get('append', '')}".rstrip()
     if image.disk is not None:
-        values["disks"] = (Disk(path=image.disk, snapshot=True), *values.get("disks", ()))
+        values["disks"] = (Disk(path=image.disk, format="raw", snapshot=True), *values.get("disks", ()))
     return Config.from_dict(values)

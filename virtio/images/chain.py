@@ -21,7 +21,7 @@ from virtio.backends.file import open_locked
 from virtio.errors import ConfigError, HostError, os_reason
 from virtio.images import unpack as _unpack  # noqa: F401  # tells C how to decompress without a library
 from virtio.images.header import BITMAPS, CORRUPT, DIRTY, RAW_DATA_FILE, Header, is_qcow2, parse
-from virtio.images.snapshots import protected
+from virtio.images.snapshots import find, protected, read_table
 
 Format = Literal["raw", "qcow2"]
 Backing = Literal["dir", "any", "none"]
@@ -133,12 +133,14 @@ def open_chain(
     cache_bytes: int = 32 << 20,
     repair: bool = True,
     alone: bool = False,
+    snapshot: str | None = None,
 ) -> Chain:
     """Open an image and its chain. Without `format` it is found by content.
 
     `direct`: guest clusters of the top image past the page cache. `data`: its external data file. `repair`: refcounts
     of an image whose last writer did not end well are made right before it is written; else that is refused. `alone`:
-    only the image itself; where it has nothing it reads as zeroes.
+    only the image itself; where it has nothing it reads as zeroes. `snapshot`: as it was at that internal snapshot, to
+    be read only.
     """
     layers: list[Layer] = []
     seen: set[tuple[int, int]] = set()
@@ -148,7 +150,7 @@ def open_chain(
             seen,
             os.fspath(path),
             format,
-            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone),
+            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot),
         )
     except BaseException:
         Chain(layers).close()
@@ -165,11 +167,18 @@ class _Wanted:
     cache_bytes: int
     repair: bool
     alone: bool
+    snapshot: str | None
 
 
 def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Format | None, wanted: _Wanted) -> Layer:
     """Open one image below those in `layers`, after what it names, and put it before them."""
     top = not seen
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {os_reason(error) if isinstance(error, OSError) else error}") from error
+    if (status.st_dev, status.st_ino) in seen:  # before it is locked: its first user is this chain
+        raise ConfigError(f"{path}: its chain of backing files comes back to it")
     fd = open_locked(path, read_only=wanted.read_only)
     descriptors = [fd]
     try:
@@ -182,6 +191,8 @@ def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Fo
         seen.add(place)
         found = format or probe(fd)
         if found == "raw":
+            if wanted.snapshot is not None or wanted.data is not None:
+                raise ConfigError(f"{path}: a raw image has neither snapshots nor a data file")
             image = _raw(path, fd, descriptors, wanted, guarded=format is None)
             layer = Layer(path, "raw", fd, image, None, tuple(descriptors[1:]), format is None)
         else:
@@ -229,6 +240,12 @@ def _qcow2(
     header = parse(path, read_start(fd), file_size(fd))
     if not wanted.read_only:
         header = _prepare(path, fd, header, wanted)
+    if wanted.snapshot is not None:
+        snapshots, _ = read_table(path, fd, header)
+        item = snapshots[find(path, snapshots, wanted.snapshot)]
+        header = header.with_(size=item.size, l1_offset=item.l1_offset, l1_entries=item.l1_entries)
+        if header.l1_needed(header.size) > header.l1_entries:
+            raise ConfigError(f"{path}: the L1 table of snapshot {wanted.snapshot!r} is too small for its size")
     data_fd, align = fd, 0
     if header.has_data_file:
         if wanted.data is None:
@@ -270,7 +287,7 @@ def _below(
     if recorded_format not in (None, "raw", "qcow2"):
         raise ConfigError(f"{path}: its backing file has the format {recorded_format!r}; raw and qcow2 are known")
     known: Format | None = "raw" if recorded_format == "raw" else "qcow2" if recorded_format == "qcow2" else None
-    below = _Wanted(True, False, wanted.backing, None, wanted.cache_bytes, False, False)
+    below = _Wanted(True, False, wanted.backing, None, wanted.cache_bytes, False, False, None)
     return _open(layers, seen, where, known, below)
 
 

@@ -147,8 +147,7 @@ def _flags(fd: int, found: Scan, wrong: Callable[[str, int, int], None]) -> None
 def repair(path: str, fd: int, header: Header, progress: Progress | None = None) -> Header:
     """Make refcounts and flags what the tables name; entries that name no place become unallocated. The header as it is
     then. Raises ConfigError if there is no way."""
-    if header.version > 2 and not header.incompatible & DIRTY:
-        _mark(fd, header.incompatible | DIRTY)
+    marked(fd, header)
     found = scan(path, fd, header, progress)
     while found.bad_l1 or found.bad_l2:
         for index in found.bad_l1:
@@ -177,6 +176,40 @@ def _mark(fd: int, incompatible: int) -> None:
     os.fdatasync(fd)
 
 
+def _in_use(fd: int, found: Scan) -> Counts:
+    """What tables name, and the refcount table and blocks as they are."""
+    header, both = found.header, Counts()
+    for cluster, _ in found.counts.used():
+        both.add(cluster)
+    for index in range(header.reftable_clusters):
+        both.add((header.reftable_offset >> header.cluster_bits) + index)
+    for entry in numbers(fd, header.reftable_offset, (header.reftable_clusters << header.cluster_bits) // 8):
+        if entry and entry >> header.cluster_bits < found.clusters:
+            both.add(entry >> header.cluster_bits)
+    return both
+
+
+def place_for(path: str, fd: int, header: Header, size: int, beside: tuple[int, int] = (0, 0)) -> int:
+    """Offset of clusters for `size` bytes that nothing names; the range `beside` (offset, bytes) is taken as well."""
+    both = _in_use(fd, scan(path, fd, header))
+    bits = header.cluster_bits
+    for cluster in range(beside[0] >> bits, (beside[0] + beside[1] + header.cluster_size - 1) >> bits):
+        both.add(cluster)
+    return both.free_run(-(-size // header.cluster_size), both.end) << bits
+
+
+def marked(fd: int, header: Header) -> None:
+    """Mark an image as dirty, where its version can say so."""
+    if header.version > 2:
+        _mark(fd, header.incompatible | DIRTY)
+
+
+def unmark(fd: int, header: Header) -> None:
+    """Nothing was changed after all."""
+    if header.version > 2:
+        _mark(fd, header.incompatible)
+
+
 def write_refcounts(path: str, fd: int, found: Scan) -> Header:
     """Refcounts for what was found, in a free place, and the switch to them. The old ones are free then."""
     header, counts = found.header, found.counts
@@ -187,17 +220,7 @@ def write_refcounts(path: str, fd: int, found: Scan) -> Header:
     for cluster, number in counts.used():
         if number > most:
             raise ConfigError(f"{path}: cluster {cluster} has {number} references; its refcounts go to {most}")
-    # The old table and blocks stay as they are until the switch.
-    kept = Counts()
-    for index in range(header.reftable_clusters):
-        kept.add((header.reftable_offset >> header.cluster_bits) + index)
-    for entry in numbers(fd, header.reftable_offset, (header.reftable_clusters << header.cluster_bits) // 8):
-        if entry >> header.cluster_bits < found.clusters:
-            kept.add(entry >> header.cluster_bits)
-    both = Counts()
-    for source in (counts, kept):
-        for cluster, _ in source.used():
-            both.add(cluster)
+    both = _in_use(fd, found)
     blocks, tables = dict(used), 1
     while True:
         need = tables + len(blocks)

@@ -95,6 +95,15 @@ def read_table(path: str, fd: int, header: Header) -> tuple[list[Snapshot], int]
     return found, at - header.snapshots_offset
 
 
+def find(path: str, snapshots: list[Snapshot], name: str) -> int:
+    """The index of a snapshot by its name, or by its id if none is called so."""
+    for key in ("name", "id"):
+        for index, item in enumerate(snapshots):
+            if getattr(item, key) == name:
+                return index
+    raise ConfigError(f"{path}: has no snapshot {name!r}; vmm disk snapshot {path} lists them")
+
+
 def clusters(offset: int, size: int, cluster_bits: int) -> tuple[int, int]:
     """(first cluster, how many) of a range of the file."""
     first = offset >> cluster_bits
