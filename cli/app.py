@@ -180,6 +180,52 @@ def resume(name: Name, json: Json = False) -> None:
     change_machine(name, "resume", json=json)
 
 
+def snapshot(
+    name: Name,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; replaced if it is a snapshot.")],
+    base: Annotated[Path | None, typer.Option(help="Keep only what differs from this snapshot.")] = None,
+    compress: Annotated[str | None, typer.Option(metavar="zstd", help="Smaller, but slower to restore.")] = None,
+    disks: Annotated[str, typer.Option(metavar="copy|reference", help="What becomes of writable disks.")] = "copy",
+    stop: Annotated[bool, typer.Option("--stop", help="End the machine when it is saved.")] = False,
+    json: Json = False,
+) -> None:
+    """Save a running machine into a directory. It runs on, and stands still for milliseconds only."""
+    from cli.snapshots import save_machine
+
+    save_machine(name, directory, base=base, compress=compress, disks=disks, stop=stop, json=json)
+
+
+def restore(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A snapshot.")],
+    command: Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND…]", help="Run in the guest.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name for vmm ps, console, stop …")] = None,
+    core: Annotated[str | None, typer.Option(metavar="auto|kvm|soft", help="Execution core.")] = None,
+    console: Annotated[str | None, typer.Option(metavar="SPEC", help="stdio, none or socket=PATH.")] = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Run it when vmm resume says so.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Open the files that a foreign snapshot names.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a machine on from a snapshot, in the foreground, as often as wanted: each is a copy of its own."""
+    from cli.snapshots import restore_machine
+
+    sys.exit(
+        restore_machine(
+            directory, command or [], name=name, core=core, console=console, paused=paused, trust=trust, json=json
+        )
+    )
+
+
+def snapshot_info(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A snapshot.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what a snapshot is, and whether it is whole."""
+    from cli.snapshots import show_info
+
+    show_info(directory, verify=verify, json=json)
+
+
 def doctor(json: Json = False) -> None:
     """Say which execution core would run here and why, and what would make it better."""
     from cli.doctor import report
@@ -222,7 +268,9 @@ def build() -> typer.Typer:
     app.callback()(vmm)
     app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
     app.command("exec")(exec_)
-    for command in (cp, console, ps, stop, kill, pause, resume, doctor, daemon):
+    for command in (
+        cp, console, ps, stop, kill, pause, resume, snapshot, restore, snapshot_info, doctor, daemon,
+    ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:
         try:

@@ -20,6 +20,7 @@ from vmm.errors import GuestError, HostError, VmmError, os_reason
 from vmm.events import EventStream, Warned
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine.hardware import HeadStart
+from vmm.machine.origin import Saved
 from vmm.timeline import Timeline
 from vmm.vm import VirtualMachine
 
@@ -30,14 +31,22 @@ TELLING = (Reason.CRASH, Reason.TRIPLE_FAULT, Reason.HALTED, Reason.GUEST_ERROR,
 ENDING_SECONDS = 5.0
 
 
-def run(config: Config, arguments: RunArguments, head_start: HeadStart, *, begin: int, configured: int) -> int:
-    """Run it; the exit status. `begin` and `configured`: when its first two moments were, of time.monotonic_ns().
-    Raises VmmError."""
+def run(
+    config: Config,
+    arguments: RunArguments,
+    head_start: HeadStart,
+    *,
+    begin: int,
+    configured: int,
+    saved: Saved | None = None,
+) -> int:
+    """Run it; the exit status. `saved`: what it goes on from. `begin` and `configured`: when its first two moments
+    were, of time.monotonic_ns(). Raises VmmError."""
     timeline = Timeline()
     timeline.mark("begin", begin)
     timeline.mark("configured", configured)
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
-        outcome, status = runner.run(_run(config, arguments, head_start, timeline))
+        outcome, status = runner.run(_run(config, arguments, head_start, timeline, saved))
     if outcome is not None:
         _report(config, outcome, arguments)
     if arguments.timing or arguments.timing_svg is not None:
@@ -56,11 +65,11 @@ def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | N
 
 
 async def _run(
-    config: Config, arguments: RunArguments, head_start: HeadStart, timeline: Timeline
+    config: Config, arguments: RunArguments, head_start: HeadStart, timeline: Timeline, saved: Saved | None
 ) -> tuple[Outcome | None, int]:
     """(how the machine ended, None if it was ended after a command; exit status)"""
     command = arguments.command
-    vm = VirtualMachine(config, head_start=head_start)
+    vm = VirtualMachine(config, head_start=head_start, saved=saved)
     vm.timeline = timeline
     loop = asyncio.get_running_loop()
     if os.isatty(2) and config.kernel is not None and is_stock_kernel(config):

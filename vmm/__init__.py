@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
     from vmm.guest.process import ExecResult, GuestProcess
-    from vmm.launch import run
+    from vmm.launch import restore, run
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.vm import VirtualMachine
 
@@ -30,7 +30,7 @@ _HOMES = {
     "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
     "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
-    "vmm.launch": ("run",),
+    "vmm.launch": ("restore", "run"),
     "vmm.lifecycle": ("Outcome", "Reason", "State"),
     "vmm.vm": ("VirtualMachine",),
 }
@@ -63,6 +63,7 @@ __all__ = [
     "VirtualMachine",
     "VmmError",
     "Warned",
+    "restore",
     "run",
 ]
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,22 +20,25 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cpu.contract import System
 from vmm.config import Config
-from vmm.console.hub import REPLAY, Console, ConsoleHub, ConsoleLog, FirstOutput
+from vmm.console.hub import REPLAY, Console, ConsoleHub, ConsoleLog, ConsoleRingState, FirstOutput
 from vmm.cores import open_system
 from vmm.errors import StateError, VmmError, core_errors
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.machine.builder import Built
 from vmm.machine.hardware import HeadStart, Making
-from vmm.machine.origin import BOOT, Origin
+from vmm.machine.origin import BOOT, Origin, Saved
 from vmm.machine.resources import Resources
+from vmm.state.payload import encode, parse
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
     from virtio.device import Device
+    from virtio.devices.blk import BlockDevice
     from vmm.guest.agent import Agent
     from vmm.guest.frames import Text
     from vmm.guest.process import ExecResult, GuestProcess
+    from vmm.state.manifest import Manifest
 
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
@@ -52,12 +56,14 @@ class VirtualMachine:
         system: System | None = None,
         devices: Mapping[str, Callable[[], Device]] | None = None,
         head_start: HeadStart | None = None,
+        saved: Saved | None = None,
         **options: Any,
     ) -> None:
         """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
         `config.core`; it stays the caller's. `devices`: virtio devices of the caller's own by name, as functions that
         make them, called once: a device outlives reboots, which reset it. `head_start`: what was begun of this
-        configuration's machine already; entering takes it over. Raises ConfigError."""
+        configuration's machine already; entering takes it over. `saved`: what it goes on from, instead of booting.
+        Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a Config or options, not both")
         if system is not None and head_start is not None:
@@ -79,7 +85,8 @@ class VirtualMachine:
         """Called with what the guest writes to the debug port 0xe9."""
         self._resources: Resources | None = None
         self._built: Built | None = None
-        self._origin: Origin = BOOT
+        self._saved = saved
+        self._origin: Origin = BOOT if saved is None else saved.origin
         self._ending = asyncio.Event()
         self._end: Outcome | None = None
         self._outcome: Outcome | None = None
@@ -109,6 +116,8 @@ class VirtualMachine:
             else:
                 self.config.check_host()
                 self._system = self._given_system or open_system(self.config, self._warn)
+            if self._saved is not None and self._saved.console is not None:
+                self._hub.restore(parse(ConsoleRingState, "console", self._saved.console))
             await self._open_console()
             await self._build()
         except BaseException:
@@ -333,6 +342,52 @@ class VirtualMachine:
         """The last 64 KiB that the guest wrote to the debug port 0xe9."""
         return bytes(self._debug)
 
+    # State.
+
+    @property
+    def machine(self) -> Built:
+        """What the guest sees, in its present incarnation. StateError if there is none."""
+        if self._built is None:
+            raise StateError("the machine is not built, or is between two boots")
+        return self._built
+
+    def disks(self) -> dict[str, BlockDevice]:
+        """Its virtio disks by name."""
+        from virtio.devices.blk import BlockDevice
+
+        pool = self._resources.devices if self._resources is not None else {}
+        return {name: device for name, device in pool.items() if isinstance(device, BlockDevice)}
+
+    def save_console(self) -> dict[str, Any]:
+        """The console's ring, encoded."""
+        return encode(self._hub.save())
+
+    @asynccontextmanager
+    async def standstill(self, why: str) -> AsyncIterator[None]:
+        """The machine stands still, between two instructions and with no virtio request in flight, so that its state
+        may be taken. `why` names the hold. StateError if it ends or reboots meanwhile."""
+        built = self.machine
+        built.dispatcher.hold(why)
+        try:
+            await built.dispatcher.wait_parked()
+            await built.quiesce()
+            self.check_standing(built)
+            yield
+        finally:
+            built.resume_devices()
+            built.dispatcher.release(why)
+
+    def check_standing(self, built: Built) -> None:
+        """StateError if the machine is no longer this incarnation of it, or has ended."""
+        if self._built is not built or built.dispatcher.ended or self._end is not None:
+            raise StateError("the machine ended, or rebooted, meanwhile")
+
+    async def snapshot(self, directory: Path | str, **options: Any) -> Manifest:
+        """Save the running machine into a directory: vmm.state.taking.take."""
+        from vmm.state.taking import take
+
+        return await take(self, Path(directory), **options)
+
     # Inside.
 
     async def _build(self) -> None:
@@ -341,7 +396,12 @@ class VirtualMachine:
         timeline = self.timeline
         if self._resources is None:
             self._resources = Resources(
-                self.config, self._system, devices=self._devices, warn=self._warn, mark=timeline.mark
+                self.config,
+                self._system,
+                devices=self._devices,
+                warn=self._warn,
+                mark=timeline.mark,
+                saved_disks=None if self._saved is None else self._saved.disks,
             )
         origin, self._origin = self._origin, BOOT
         built = Built(

@@ -15,6 +15,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from virtio import _ring
@@ -73,6 +74,8 @@ class FileBlock(BlockBackend):
         self.cache = cache
         self.block_size = block_size
         self.io: Io = "auto"
+        self.path = Path()
+        """The image, as it was named."""
         self._calls: set[asyncio.Future[Any]] = set()
 
     @classmethod
@@ -95,6 +98,7 @@ class FileBlock(BlockBackend):
                     await opened.aclose()
             raise
         backend.io = io
+        backend.path = Path(path)
         return backend
 
     @staticmethod

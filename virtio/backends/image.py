@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from virtio import _ring
@@ -28,7 +29,11 @@ class ImageBlock(FileBlock):
         )
         self.chain = chain
         self._image = chain.image
-        self._overlay = -1
+        self.path = Path(chain.top.path)
+        self.overlay = -1
+        """The file of a private copy (`snapshot`), else -1."""
+        self.written = bytearray()
+        """One bit for each sector that the private copy holds."""
 
     @classmethod
     async def open_image(
@@ -89,10 +94,11 @@ class ImageBlock(FileBlock):
         try:
             with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as overlay:
                 os.truncate(overlay.fileno(), self.capacity)
-                self._overlay = os.dup(overlay.fileno())
+                self.overlay = os.dup(overlay.fileno())
         except OSError as error:
             raise ConfigError(f"snapshot in {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
-        self._image = _ring.Image.overlay(self._overlay, bytearray(-(-self.capacity // (8 * SECTOR))), self.chain.image)
+        self.written = bytearray(-(-self.capacity // (8 * SECTOR)))
+        self._image = _ring.Image.overlay(self.overlay, self.written, self.chain.image)
 
     def image(self) -> _ring.Image:
         return self._image
@@ -119,7 +125,7 @@ class ImageBlock(FileBlock):
         if self.fd < 0:
             return
         self.fd = -1
-        overlay, self._overlay = self._overlay, -1
+        overlay, self.overlay = self.overlay, -1
         if overlay >= 0:
             os.close(overlay)
         await asyncio.to_thread(self.chain.close)

@@ -113,9 +113,9 @@ class UserNet(StreamNet):
         self._complaints = complaints
 
     @classmethod
-    async def start(cls, options: Sequence[str] = ()) -> UserNet:
+    async def start(cls, options: Sequence[str] = (), *, wait: bool = True) -> UserNet:
         """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError with its
-        last message if it fails."""
+        last message if it fails. Without `wait` nobody looks whether it does: for a machine that knows its network."""
         program = shutil.which("passt")
         if program is None:
             raise ConfigError("net user: passt is not installed; apt-get install passt")
@@ -137,6 +137,8 @@ class UserNet(StreamNet):
             os.close(complaints)
             raise
         net = cls(ours, process, complaints)
+        if not wait:
+            return net
         try:
             code = await asyncio.wait_for(process.wait(), START_SECONDS)
         except TimeoutError:

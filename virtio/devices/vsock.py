@@ -71,6 +71,9 @@ class VsockDevice(Device):
         self._ports = itertools.count(FIRST_PORT)
         self._reset_owed = False
         """The driver has not heard yet that its connections are gone."""
+        self._told = asyncio.Event()
+        """It has, and has ended them: a connection that is opened before would end with them."""
+        self._told.set()
 
     def config(self) -> bytes:
         result: bytes = VsockConfig.build({"guest_cid": self.cid})
@@ -83,6 +86,7 @@ class VsockDevice(Device):
     async def open(self, port: int) -> Streams:
         """A connection to the guest's `port`. While all places are taken it waits for one. ConnectionError if the guest
         refuses, or has no driver."""
+        await self._told.wait()
         await self._places.wait(lambda: self.is_active)
         if not self.is_active:
             raise ConnectionRefusedError("the guest does not take vsock connections now")
@@ -112,6 +116,7 @@ class VsockDevice(Device):
 
     def stopped(self) -> bool:
         self._reset_owed = False
+        self._told.set()
         connections, self._connections = self._connections, {}
         for connection in connections.values():
             self._unlist(connection)
@@ -131,13 +136,17 @@ class VsockDevice(Device):
     def restore_device(self, state: VsockState) -> None:
         self.cid = state.cid
         self._reset_owed = True
+        self._told.clear()
 
     async def _transport_reset(self, queue: Queue) -> None:
         # 5.10.6.7: "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET": the guest closes its connections and reads its cid again
         async for chain in queue:
             chain.write(_event.pack(EVENT_TRANSPORT_RESET))
+            queue.want_more()  # the driver makes the buffer available again once it has done what the event says
             queue.complete(chain)
+            await queue.wait()
             self._reset_owed = False
+            self._told.set()
             return
 
     # To the guest

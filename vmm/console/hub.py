@@ -12,9 +12,11 @@ import asyncio
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, ClassVar, Protocol
 
-from vmm.errors import ConfigError, HostError, VmmError, os_reason
+from cpu.values import dataclass
+from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.state.fields import U64
 
 REPLAY = 64 << 10
 """Bytes of recent output that a late watcher gets."""
@@ -74,6 +76,16 @@ class ConsolePort:
             self._hub.on_event(kind)
 
 
+@dataclass(frozen=True, slots=True)
+class ConsoleRingState:
+    """The end of the console's output, and how many bytes there were in all."""
+
+    kind: ClassVar = "console-ring"
+    version: ClassVar = 1
+    total: U64
+    text: Annotated[bytes, range((1 << 16) + 1)]
+
+
 class ConsoleHub:
     """Devices' ports on one side, watchers and input sources on the other.
 
@@ -95,6 +107,19 @@ class ConsoleHub:
         self.on_event: Callable[[str], None] | None = None
         self._pressed = False
         self._relieved = asyncio.Event()
+
+    # State.
+
+    def save(self) -> ConsoleRingState:
+        """What a late watcher would see."""
+        return ConsoleRingState(self.total, bytes(self._ring[-REPLAY:]))
+
+    def restore(self, state: ConsoleRingState) -> None:
+        """Before anything was written."""
+        if state.total < len(state.text):
+            raise StateError("console: fewer bytes were written than are kept")
+        self._ring[:] = state.text
+        self.total = state.total
 
     # The guest's side.
 

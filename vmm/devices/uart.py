@@ -24,7 +24,7 @@ from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine.bus import Register, RegisterMap
 from vmm.machine.interfaces import Assembly, CharacterPort, Machine, TimerHandle
-from vmm.state.fields import U8, U16
+from vmm.state.fields import U8, U16, U64
 
 COM1, COM1_GSI = 0x3F8, 4
 COM2, COM2_GSI = 0x2F8, 3
@@ -87,6 +87,12 @@ class UartState:
     """Characters that were cleared away while no driver listened."""
     polled: bool
     touched: bool
+    polls: Annotated[int, range(1 << 16)]
+    """Looks at the line status since input waits."""
+    burst: U16
+    """Characters taken since the last pause in the input."""
+    gap_ns: U64 | None
+    """When that pause is over, of the machine's clock."""
     msr_delta: Annotated[int, range(0x10)]
     inputs: U8
     throttled: bool
@@ -117,6 +123,7 @@ class Uart:
         """The port has input, as far as we know."""
         self._burst = 0
         self._gap: TimerHandle | None = None
+        self._gap_ns = 0
         self._overrun = 0
         self._thre_pending = False
         self._msr_delta = 0
@@ -339,7 +346,11 @@ class Uart:
 
     def _pause(self) -> None:
         if self._gap is None:
-            self._gap = self._clock.call_at(self._clock.now_ns() + GAP_NS, self._gap_over)
+            self._pause_until(self._clock.now_ns() + GAP_NS)
+
+    def _pause_until(self, deadline_ns: int) -> None:
+        self._gap_ns = deadline_ns
+        self._gap = self._clock.call_at(deadline_ns, self._gap_over)
 
     def _gap_over(self) -> None:
         self._gap = None
@@ -438,7 +449,8 @@ class Uart:
             ier=self._ier, lcr=self._lcr, mcr=self._mcr, scratch=self._scratch, divisor=self._divisor,
             fifos=self._fifos, trigger=self._trigger, received=tuple(self._received), last=self._last,
             overrun=bool(self._overrun), thre_pending=self._thre_pending, kept=self._kept,
-            polled=self._polled, touched=self._touched, msr_delta=self._msr_delta, inputs=self._inputs,
+            polled=self._polled, touched=self._touched, polls=min(self._polls, POLLS), burst=min(self._burst, BURST),
+            gap_ns=None if self._gap is None else self._gap_ns, msr_delta=self._msr_delta, inputs=self._inputs,
             throttled=self._throttled,
         )  # fmt: skip
 
@@ -449,13 +461,12 @@ class Uart:
         self._last, self._overrun = state.last, LSR_OE if state.overrun else 0
         self._thre_pending, self._msr_delta = state.thre_pending, state.msr_delta
         self._kept, self._polled, self._touched = state.kept, state.polled, state.touched
-        self._polls = 0
-        self._burst = BURST  # what waits in the port comes when the machine runs
+        self._polls, self._burst = state.polls, state.burst
         self._inputs, self._throttled = state.inputs & 0xF0, state.throttled
         self._shown.clear()
         self._update()
-        if self._port is not None:
-            self._pause()
+        if state.gap_ns is not None:
+            self._pause_until(state.gap_ns)
 
 
 def attach(assembly: Assembly) -> None:

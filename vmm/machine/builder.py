@@ -34,6 +34,7 @@ from vmm.pci import level_trigger
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
+    from vmm.devices.virtio import VirtioDevices
     from vmm.devices.virtio.pool import DevicePool
 
 PARTS = (
@@ -267,6 +268,21 @@ class Built:
 
     def _fail(self, error: BaseException) -> None:
         self.dispatcher.fail(error)
+
+    async def quiesce(self) -> None:
+        """Have the virtio devices take no more requests, and wait for those in flight."""
+        virtio = self._virtio
+        if virtio is not None:
+            await virtio.quiesce()
+
+    def resume_devices(self) -> None:
+        """After quiesce(), or a restored state."""
+        if self._virtio is not None:
+            self._virtio.resume()
+
+    @property
+    def _virtio(self) -> VirtioDevices | None:
+        return self.components.get("virtio")  # type: ignore[return-value]
 
     def stats(self) -> dict[str, int]:
         """The core's counters and the buses'."""

@@ -121,13 +121,13 @@ class HeadStart:
     """A machine's core, chosen and opened, and its hardware in the making, before there is a loop. A VirtualMachine
     of the same configuration takes it over; without one, close it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, origin: Origin = BOOT) -> None:
         """Raises ConfigError, HostError."""
         config.check_host()
         self.warnings: list[str] = []
         self.system = open_system(config, self.warnings.append)
         try:
-            self.making: Making | None = Making(config, self.system)
+            self.making: Making | None = Making(config, self.system, origin)
         except BaseException:
             self.system.close()
             raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from cpu.values import dataclass
@@ -24,6 +25,25 @@ class Restore:
     """Makes the memory with its content. Called in a thread."""
     epoch_ns: int
     """The guest's wall clock at its core's time 0, ns since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedDisk:
+    """What a restored disk starts from: an overlay's data, and the bitmap of the sectors that it holds."""
+
+    path: Path
+    sectors: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Everything that a machine goes on from."""
+
+    origin: Restore
+    disks: Mapping[str, SavedDisk]
+    """Overlays by the disk's name."""
+    console: Any
+    """vmm.console.hub.ConsoleRingState, encoded; None: an empty console."""
 
 
 Origin = Boot | Restore

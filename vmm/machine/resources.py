@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cpu.contract import System
 from vmm.config import Config
 from vmm.machine.chance import Chance
+from vmm.machine.origin import SavedDisk
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.pool import DevicePool
@@ -30,8 +31,10 @@ class Resources:
         devices: Mapping[str, Callable[[], Any]] | None = None,
         warn: Callable[[str], None] = lambda text: None,
         mark: Callable[[str], None] = lambda name: None,
+        saved_disks: Mapping[str, SavedDisk] | None = None,
     ) -> None:
-        """`devices`: the embedder's own, by name. Raises ConfigError; nothing is opened yet."""
+        """`devices`: the embedder's own, by name. `saved_disks`: overlays of disks by name; None for a machine that
+        boots. Raises ConfigError; nothing is opened yet."""
         self.config = config
         self.system = system
         """The execution core; it is closed by whoever opened it."""
@@ -41,7 +44,7 @@ class Resources:
         if config.platform != "bare":
             from vmm.devices.virtio.pool import DevicePool
 
-            self._pool = DevicePool(config, self.random, devices or {}, warn, mark)
+            self._pool = DevicePool(config, self.random, devices or {}, warn, mark, saved_disks)
 
     @property
     def pool(self) -> DevicePool:
@@ -53,6 +56,11 @@ class Resources:
     def agent(self) -> Agent | None:
         """The way to the guest's agent, if the configuration asks for one."""
         return None if self._pool is None else self._pool.agent
+
+    @property
+    def devices(self) -> Mapping[str, Any]:
+        """The virtio devices by name."""
+        return {} if self._pool is None else self._pool.devices
 
     def device(self, name: str) -> Any:
         """A virtio device. Raises KeyError."""

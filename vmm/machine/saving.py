@@ -123,3 +123,4 @@ def restore(machine: Built, origin: Restore) -> None:
         agent = machine.resources.agent
         if agent is not None and state.agent:
             agent.set_ready()
+        machine.resume_devices()

@@ -7,6 +7,7 @@
                                                    connection to the guest's agent, which speaks that version of its
                                                    protocol; the last request of its connection. "ready": false if the
                                                    guest's agent does not listen within READY_SECONDS: ask again
+    {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -256,6 +257,20 @@ class Registration:
         return {"outcome": outcome_dict(await self._vm.ended())}
 
 
+    async def _snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.state.taking import Progress, options_from
+
+        target, options = options_from(request)
+        progress = Progress()
+        manifest = await self._vm.snapshot(target, progress=progress, **options)
+        return {
+            "identity": manifest.identity,
+            "stored": manifest.memory.stored,
+            "stood_still_ns": progress.stood_still_ns,
+            "seconds": progress.seconds,
+        }
+
+
 COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Registration._status,
     "events": Registration._events,
@@ -271,6 +286,7 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "shutdown": Registration._shutdown,
     "reboot": Registration._reboot,
     "reset": Registration._reset,
+    "snapshot": Registration._snapshot,
 }
 
 

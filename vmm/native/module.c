@@ -6,6 +6,22 @@ static PyMethodDef functions[] = {
      "runs(bitmap, gap=0) -> [(first, count), ...] of the set bits; runs that at most `gap` clear bits part are one."},
     {"nonzero_pages", native_nonzero_pages, METH_VARARGS,
      "nonzero_pages(buffer) -> a bitmap: which of its 4 KiB pages hold anything but zeros."},
+    {"save_pages", native_save_pages, METH_VARARGS,
+     "save_pages(fd, offset, view, bitmap | None, fresh) -> bytes written: pages to a file, page n at offset + 4096 n. "
+     "Pages of zeroes become holes; in a fresh file they are holes already."},
+    {"write_pages", native_write_pages, METH_VARARGS,
+     "write_pages(fd, offset, view, bitmap, packed) -> bytes: pages of the bitmap to a file; packed: the view holds only "
+     "them, one after the other."},
+    {"read_pages", native_read_pages, METH_VARARGS,
+     "read_pages(fd, offset, view, bitmap, packed) -> bytes: the other way round."},
+    {"gather", native_gather, METH_VARARGS,
+     "gather(view, bitmap, out) -> pages: copy those of the bitmap, one after the other, to the start of out."},
+    {"differing", native_differing, METH_VARARGS, "differing(view, other) -> a bitmap of the pages that are not equal."},
+    {"merge", native_merge, METH_VARARGS, "merge(bitmap, other): set in bitmap what is set in other."},
+    {"count", native_count, METH_VARARGS, "count(bitmap) -> number of set bits."},
+    {"crc32c", native_crc32c, METH_VARARGS, "crc32c(data, crc=0) -> CRC-32C (RFC 3720, 12.1), continued from crc."},
+    {"checksums", native_checksums, METH_VARARGS,
+     "checksums(fd, size, chunk) -> CRC-32C of each chunk of a file, 32 bits each; holes are not read."},
     {0},
 };
 

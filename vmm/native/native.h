@@ -17,6 +17,17 @@ extern PyTypeObject native_mapping_type;
 PyObject *native_runs(PyObject *module, PyObject *args);
 PyObject *native_nonzero_pages(PyObject *module, PyObject *args);
 
+/* pages.c: module functions */
+PyObject *native_save_pages(PyObject *module, PyObject *args);
+PyObject *native_write_pages(PyObject *module, PyObject *args);
+PyObject *native_read_pages(PyObject *module, PyObject *args);
+PyObject *native_gather(PyObject *module, PyObject *args);
+PyObject *native_differing(PyObject *module, PyObject *args);
+PyObject *native_merge(PyObject *module, PyObject *args);
+PyObject *native_count(PyObject *module, PyObject *args);
+PyObject *native_crc32c(PyObject *module, PyObject *args);
+PyObject *native_checksums(PyObject *module, PyObject *args);
+
 /* Bit n of a bitmap in 64-bit words of this host. */
 static inline void native_set_bit(uint64_t *words, uint64_t n) { words[n / 64] |= 1ull << n % 64; }
 static inline size_t native_words(uint64_t bits) { return (size_t)((bits + 63) / 64); }

@@ -82,6 +82,8 @@ class _Window:
 class Slot:
     """A function at device number `device` of bus 0."""
 
+    state_type = SlotState
+
     def __init__(self, bus: PciBus, machine: Machine, function: PciFunction, device: int, line: IrqLine | None) -> None:
         self._bus, self._machine, self._line = bus, machine, line
         self.function, self.device = function, device

@@ -65,7 +65,7 @@ def encode(state: Any) -> dict[str, Any]:
 
 
 def _record(state: Any) -> dict[str, Any]:
-    return {name: _plain(getattr(state, name)) for name in _hints(type(state))}
+    return {name: _plain(getattr(state, name)) for name in field_types(type(state))}
 
 
 def _plain(value: Any) -> Any:
@@ -112,7 +112,7 @@ def _payload(state_type: Any, parts: Mapping[str, Any], where: str, data: Any, d
 
 
 def _fields(state_type: Any, parts: Mapping[str, Any], where: str, data: Any, depth: int) -> Any:
-    hints = _hints(state_type)
+    hints = field_types(state_type)
     if not isinstance(data, dict):
         raise StateError(f"{where}: {_short(data)} instead of fields")
     for missing in hints.keys() - data.keys():
@@ -223,7 +223,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _hints(state_type: Any) -> dict[str, Any]:
+def field_types(state_type: Any) -> dict[str, Any]:
     """Field name -> annotation."""
     found = _known.get(state_type)
     if found is None:
@@ -241,7 +241,7 @@ def _read_hints(state_type: Any) -> dict[str, Any]:
 
 def describe(state_type: Any) -> list[tuple[str, str]]:
     """(field, what it may be) of a declaration, for the documentation."""
-    return [(name, _describe(hint)) for name, hint in _hints(state_type).items()]
+    return [(name, _describe(hint)) for name, hint in field_types(state_type).items()]
 
 
 def _describe(hint: Any) -> str:

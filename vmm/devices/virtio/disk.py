@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+
 from virtio.backends.block import BlockBackend
 from virtio.backends.image import ImageBlock
 from virtio.device import Device
@@ -9,22 +12,41 @@ from virtio.devices.blk import BlockDevice
 from virtio.errors import HostError
 from vmm.config import Disk
 from vmm.devices.virtio.pool import Maker, TransportKind
+from vmm.errors import StateError
+from vmm.machine.origin import SavedDisk
+from vmm.state.diskcopy import copy_sparse
+
 
 
 class DiskMaker(Maker):
     """One disk of the configuration."""
 
-    def __init__(self, disk: Disk, serial: str) -> None:
+    def __init__(self, disk: Disk, serial: str, saved: SavedDisk | None = None) -> None:
+        """`saved`: what was written to a snapshot disk before."""
         self.transport: TransportKind = disk.transport
-        self._disk, self._serial = disk, serial
+        self._disk, self._serial, self._saved = disk, serial, saved
 
     async def make(self) -> Device:
         backend = await open_disk(self._disk)
         try:
+            if self._saved is not None and isinstance(backend, ImageBlock):
+                await asyncio.to_thread(_load, backend, self._saved)
             return BlockDevice(backend, serial=self._serial, queues=self._disk.queues)
         except OSError as error:
             await backend.aclose()
             raise HostError(f"{self._disk.path}: {error.strerror}") from error
+
+
+def _load(backend: ImageBlock, saved: SavedDisk) -> None:
+    """Raises OSError."""
+    if backend.overlay < 0 or len(saved.sectors) != len(backend.written):
+        raise StateError(f"{saved.path}: the overlay is of another disk")
+    source = os.open(saved.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        copy_sparse(source, backend.overlay, backend.capacity)
+    finally:
+        os.close(source)
+    backend.written[:] = saved.sectors
 
 
 async def open_disk(disk: Disk) -> BlockBackend:

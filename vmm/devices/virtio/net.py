@@ -18,10 +18,12 @@ class NetMaker(Maker):
 
     slow = True  # passt takes its time
 
-    def __init__(self, net: Net, random: RandomSource) -> None:
+    def __init__(self, net: Net, random: RandomSource, *, restored: bool = False) -> None:
+        """`restored`: the guest has used the card before, and runs on without waiting for the network."""
         self.transport: TransportKind = net.transport
         self.optional = not net.required
         self._net = net
+        self._restored = restored
         # Now, so that with a seed it does not depend on when other devices ask for chance.
         self.mac = parse_mac(net.mac) if net.mac else b"\x52\x54\x00" + random(3)
 
@@ -30,7 +32,7 @@ class NetMaker(Maker):
         backend: NetBackend
         if net.kind == "user":
             ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
-            backend = await UserNet.start(ports)
+            backend = await UserNet.start(ports, wait=not self._restored)
         elif net.kind == "tap":
             backend = TapNet(net.target, queues=net.queues)
         else:

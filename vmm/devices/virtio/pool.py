@@ -19,6 +19,7 @@ from vmm.config import Config
 from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError
 from vmm.machine.interfaces import CharacterPort, RandomSource
+from vmm.machine.origin import SavedDisk
 
 if TYPE_CHECKING:
     from vmm.guest.agent import Agent
@@ -74,8 +75,11 @@ class DevicePool:
         own: Mapping[str, Callable[[], Any]],
         warn: Callable[[str], None],
         mark: Callable[[str], None],
+        saved_disks: Mapping[str, SavedDisk] | None,
     ) -> None:
-        """Raises ConfigError. Nothing is opened yet."""
+        """`saved_disks`: None for a machine that boots. Raises ConfigError. Nothing is opened yet."""
+        self._restored = saved_disks is not None
+        self._saved_disks = saved_disks or {}
         self.makers: dict[str, Maker] = {}
         """In the order in which guests find them."""
         self.devices: dict[str, Device] = {}
@@ -96,12 +100,12 @@ class DevicePool:
 
             for index, disk in enumerate(config.disks):
                 name = disk.id or f"disk{index}"
-                self._want(name, DiskMaker(disk, name), disk.packed)
+                self._want(name, DiskMaker(disk, name, self._saved_disks.get(name)), disk.packed)
         if config.nets:
             from vmm.devices.virtio.net import NetMaker
 
             for index, net in enumerate(config.nets):
-                self._want(net.id or f"net{index}", NetMaker(net, random), net.packed)
+                self._want(net.id or f"net{index}", NetMaker(net, random, restored=self._restored), net.packed)
         if config.hvc or config.ports:
             from vmm.devices.virtio.console import ConsoleMaker
 

@@ -1,0 +1,122 @@
+"""`vmm snapshot, restore, snapshot-info`: machines put down into directories, and taken up from them."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cli.errors import say
+from cli.options import RunArguments
+from vmm.convert import format_size
+from vmm.management.control import request
+from vmm.management.registry import find
+
+PATIENCE = 3600.0
+"""Seconds: writing a large machine to a slow disk takes its time."""
+
+
+def save_machine(
+    name: str, directory: Path, *, base: Path | None, compress: str | None, disks: str, stop: bool, json: bool
+) -> None:
+    """Raises VmmError."""
+    answer = request(
+        find(name),
+        "snapshot",
+        PATIENCE,
+        directory=str(directory.absolute()),
+        base=None if base is None else str(base.absolute()),
+        compress=compress,
+        disks=disks,
+        stop=stop,
+    )
+    if json:
+        sys.stdout.write(json_text.dumps({"directory": str(directory), **answer}) + "\n")
+        return
+    still, took, stored = answer["stood_still_ns"] / 1e6, answer["seconds"], _size(answer["stored"])
+    say(f"{name}: saved to {directory} in {took:.1f} s, {stored}; the machine stood still for {still:.0f} ms")
+
+
+def restore_machine(
+    directory: Path,
+    command: list[str],
+    *,
+    name: str | None,
+    core: str | None,
+    console: str | None,
+    paused: bool,
+    trust: bool,
+    json: bool,
+) -> int:
+    """Run it in the foreground; its exit status. Raises VmmError."""
+    from cli.foreground import run
+    from vmm.machine.hardware import HeadStart
+    from vmm.state.snapshot import Snapshot
+
+    begin = time.monotonic_ns()
+    arguments = RunArguments(command=command)
+    arguments.paused, arguments.json = paused, json
+    snapshot = Snapshot.open(directory)
+    try:
+        stem = "".join(char for char in snapshot.path.name if char.isalnum() or char in "-_").lstrip("-_")
+        changes: dict[str, Any] = {
+            "name": name or f"{(stem or 'vm')[:40]}-{os.getpid()}",
+            "console": console or ("none" if command else "stdio"),
+        }
+        if core is not None:
+            changes["core"] = core
+        config, saved = snapshot.prepare(changes, trusted=trust)
+        configured = time.monotonic_ns()
+        head_start = HeadStart(config, saved.origin)
+        try:
+            return run(config, arguments, head_start, begin=begin, configured=configured, saved=saved)
+        finally:
+            head_start.close()
+    finally:
+        snapshot.close()
+
+
+def show_info(directory: Path, *, verify: bool, json: bool) -> None:
+    """What a snapshot is; with `verify` every byte of it is checked. Raises VmmError."""
+    from vmm.state.snapshot import Snapshot
+
+    snapshot = Snapshot.open(directory)
+    try:
+        snapshot.state()
+        snapshot.disks()
+        if verify:
+            snapshot.verify()
+        manifest = snapshot.manifest
+        facts: dict[str, Any] = {
+            "directory": str(snapshot.path),
+            "identity": manifest.identity,
+            "machine": manifest.name,
+            "taken": datetime.fromtimestamp(manifest.created_ns / 1e9, UTC).isoformat(timespec="seconds"),
+            "program": manifest.program,
+            "core": manifest.core,
+            "memory": manifest.memory.size,
+            "stored": manifest.memory.stored,
+            "compressed": manifest.memory.compressed,
+            "base": None if manifest.base is None else manifest.base.path,
+            "disks": {name: entry.how for name, entry in manifest.disks.items()},
+            "verified": verify,
+        }
+    finally:
+        snapshot.close()
+    if json:
+        sys.stdout.write(json_text.dumps(facts) + "\n")
+        return
+    for key in ("memory", "stored"):
+        facts[key] = _size(facts[key])
+    facts["disks"] = ", ".join(f"{name} ({how})" for name, how in facts["disks"].items()) or "none"
+    for key, value in facts.items():
+        sys.stdout.write(f"{key:<11} {value if value is not None else '-'}\n")
+
+
+def _size(count: int) -> str:
+    """Bytes for people: the next smaller unit that keeps it short."""
+    return format_size(count >> 20 << 20) if count >= 1 << 20 else format_size(count)

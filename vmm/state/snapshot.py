@@ -1,0 +1,336 @@
+"""A snapshot directory, opened to be restored: checked whole before anything starts. *any thread*
+
+Memory is mapped copy-on-write from the file, so that a machine runs at once and clones share the host's page cache. The
+checksums of a snapshot that this user made or verified here before, and whose files have not changed since, are not
+computed again: a record in the user's cache says so. A snapshot from elsewhere may name files of this host only where
+the user allows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from vmm import _native
+from vmm.config import Config
+from vmm.errors import ConfigError, HostError, StateError, os_reason
+from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
+from vmm.machine.origin import Restore, Saved, SavedDisk
+from vmm.state import manifest as manifests
+from vmm.state.manifest import CHUNK, Manifest
+
+PAGE = 4096
+MAX_BASES = 32
+"""Snapshots that stand on each other."""
+
+
+class Snapshot:
+    """An opened snapshot. Close it when the machine runs."""
+
+    def __init__(self, path: Path, manifest: Manifest, digest: str, base: Snapshot | None) -> None:
+        self.path, self.manifest, self.digest, self.base = path, manifest, digest, base
+        self._fd = -1
+
+    @classmethod
+    def open(cls, path: Path | str, *, depth: int = 0) -> Self:
+        """Everything checked but memory's content. Raises StateError, HostError."""
+        folder = Path(path).absolute()
+        if not folder.is_dir():
+            raise StateError(f"{folder}: no snapshot: it is no directory")
+        manifest, digest = manifests.read(folder)
+        base = None
+        if manifest.base is not None:
+            if depth >= MAX_BASES:
+                raise StateError(f"{folder}: more than {MAX_BASES} snapshots stand on each other")
+            base = cls.open(manifest.base.path, depth=depth + 1)
+            if base.manifest.identity != manifest.base.identity:
+                raise StateError(f"{folder}: its base {base.path} is another snapshot by now")
+            if base.manifest.memory.regions != manifest.memory.regions:
+                raise StateError(f"{folder}: its base {base.path} has other memory")
+        snapshot = cls(folder, manifest, digest, base)
+        try:
+            snapshot._open_memory()
+        except BaseException:
+            snapshot.close()
+            raise
+        return snapshot
+
+    def _open_memory(self) -> None:
+        name = "memory.zst" if self.manifest.memory.compressed else "memory"
+        path = self.path / name
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise StateError(f"{path}: {os_reason(error)}") from error
+        size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+        if self.manifest.memory.compressed:
+            self._decompress()
+        elif size != self.manifest.memory.size:
+            raise StateError(f"{path}: {size} bytes instead of {self.manifest.memory.size}")
+
+    def _decompress(self) -> None:
+        """memory.zst into a memfd, which takes its place. Raises StateError."""
+        import zstandard
+
+        total = self.manifest.memory.size
+        chunks = -(-total // CHUNK)
+        index = manifests.read_small(self.path, "memory.index", 16 * chunks)
+        if len(index) != 16 * chunks:
+            raise StateError(f"{self.path / 'memory.index'}: of the wrong length")
+        compressed = os.fstat(self._fd).st_size
+        memory = os.memfd_create("snapshot-memory", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(memory, total)
+            decompressor = zstandard.ZstdDecompressor()
+            for number in range(chunks):
+                at = int.from_bytes(index[16 * number : 16 * number + 8], "little")
+                length = int.from_bytes(index[16 * number + 8 : 16 * number + 16], "little")
+                wanted = min(CHUNK, total - number * CHUNK)
+                if not length:
+                    continue
+                if length > 2 * CHUNK or at + length > compressed:
+                    raise StateError(f"{self.path / 'memory.index'}: chunk {number} is out of bounds")
+                data = decompressor.decompress(os.pread(self._fd, length, at), max_output_size=wanted)
+                if len(data) != wanted:
+                    raise StateError(f"{self.path / 'memory.zst'}: chunk {number} is damaged")
+                os.pwrite(memory, data, number * CHUNK)
+        except BaseException as error:
+            os.close(memory)
+            if isinstance(error, zstandard.ZstdError):
+                raise StateError(f"{self.path / 'memory.zst'}: damaged: {error}") from error
+            if isinstance(error, OSError):
+                raise HostError(f"{self.path / 'memory.zst'}: {os_reason(error)}") from error
+            raise
+        os.close(self._fd)
+        self._fd = memory
+
+    def verify(self) -> None:
+        """Memory against its checksums, and the bases'. Raises StateError."""
+        if self.base is not None:
+            self.base.verify()
+        sums = manifests.read_checked(self.path, self.manifest, "memory.sums", 1 << 24)
+        try:
+            found = _native.checksums(self._fd, self.manifest.memory.size, CHUNK)
+        except OSError as error:
+            raise StateError(f"{self.path / 'memory'}: {os_reason(error)}") from error
+        if found != sums:
+            chunk = next((n for n in range(len(found) // 4) if found[4 * n : 4 * n + 4] != sums[4 * n : 4 * n + 4]), 0)
+            raise StateError(f"{self.path / 'memory'}: damaged (the checksum of MiB {chunk} does not match)")
+        for name in self.manifest.files:
+            manifests.read_checked(self.path, self.manifest, name, 1 << 30)
+
+    def ensure_verified(self) -> None:
+        """verify(), unless it is recorded that these very files were. Raises StateError."""
+        if self._known():
+            return
+        self.verify()
+        self._record()
+
+    # Trust: what this user made or verified here.
+
+    @property
+    def made_here(self) -> bool:
+        """This user took it on this host, or trusted it."""
+        return (_records() / f"{self.digest}.made").exists()
+
+    def _stamp(self) -> str:
+        facts: list[Any] = []
+        for name in sorted([manifests.MANIFEST, "memory", "memory.zst", *self.manifest.files]):
+            try:
+                status = os.stat(self.path / name, follow_symlinks=False)
+            except OSError:
+                continue
+            facts.append((name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def _known(self) -> bool:
+        try:
+            same = (_records() / f"{self.digest}.verified").read_text() == self._stamp()
+        except (OSError, ValueError):
+            return False
+        return same and (self.base is None or self.base._known())
+
+    def _record(self) -> None:
+        _write_record(f"{self.digest}.verified", self._stamp())
+
+    # What a machine is made of.
+
+    def prepare(self, changes: Mapping[str, Any], *, trusted: bool = False) -> tuple[Config, Saved]:
+        """Everything checked that can be before a machine is built: its configuration with `changes`, and what it goes
+        on from. Raises StateError, ConfigError, HostError."""
+        self.check_files(trusted=trusted)
+        self.ensure_verified()
+        config = self.config(changes)
+        return config, self.saved(config)
+
+    def config(self, changes: Mapping[str, Any]) -> Config:
+        """The machine's configuration with `changes` (fields of Config). Raises StateError, ConfigError."""
+        values = manifests.load_json(self.path / manifests.MANIFEST, self.manifest.config.encode())
+        if not isinstance(values, dict):
+            raise StateError(f"{self.path}: manifest: the configuration is no table")
+        try:
+            saved = Config.from_dict(values)
+        except ConfigError as error:
+            raise StateError(f"{self.path}: manifest: configuration: {error}") from error
+        disks = [
+            replace(disk, **self._disk_changes(disk.id or f"disk{index}")) for index, disk in enumerate(saved.disks)
+        ]
+        return Config.from_dict({**saved.to_dict(), "disks": disks, **changes})
+
+    def _disk_changes(self, name: str) -> dict[str, Any]:
+        """A disk that was copied goes on as a private overlay above the copy, which other restores need as it is."""
+        entry = self.manifest.disks.get(name)
+        if entry is None:
+            raise StateError(f"{self.path}: manifest: the disk {name} is missing")
+        if entry.how == "copy":
+            return {"path": self.path / "disks" / f"{name}.raw", "snapshot": True, "readonly": False, "format": "raw"}
+        return {"path": Path(entry.files[0].path)} if entry.files else {}
+
+    def check_files(self, *, trusted: bool) -> None:
+        """The files of this host that it needs are as they were; unless it was made here, only with `trusted` are they
+        opened. Raises StateError."""
+        outside = [identity for entry in self.manifest.disks.values() for identity in entry.files]
+        if outside and not (trusted or self.made_here):
+            raise StateError(
+                f"{self.path}: comes from elsewhere and names {outside[0].path}; add --trust if that file may be opened"
+            )
+        for identity in outside:
+            identity.check()
+
+    def state(self) -> dict[str, Any]:
+        """state.json. Raises StateError."""
+        data = manifests.read_checked(self.path, self.manifest, "state.json", manifests.MAX_STATE)
+        values = manifests.load_json(self.path / "state.json", data)
+        if not isinstance(values, dict) or set(values) != {"machine", "console"}:
+            raise StateError(f"{self.path / 'state.json'}: not the state of a machine and its console")
+        return values
+
+    def disks(self) -> dict[str, SavedDisk]:
+        """The overlays that disks start from, by name. Raises StateError."""
+        found = {}
+        for name, entry in self.manifest.disks.items():
+            if entry.how == "overlay":
+                sectors = manifests.read_checked(self.path, self.manifest, f"disks/{name}.sectors", 1 << 30)
+                if len(sectors) != -(-entry.capacity // 4096):
+                    raise StateError(f"{self.path}: {name}: the overlay's bitmap is of another disk")
+                found[name] = SavedDisk(self.path / "disks" / f"{name}.overlay", sectors)
+        for name, entry in self.manifest.disks.items():
+            if entry.how == "reference":
+                continue
+            path = self.path / "disks" / f"{name}.{'overlay' if entry.how == 'overlay' else 'raw'}"
+            if not path.is_file() or path.is_symlink():
+                raise StateError(f"{path}: missing, or no file")
+            if path.stat().st_size != entry.capacity:
+                raise StateError(f"{path}: of the wrong size")
+        return found
+
+    def make_memory(self) -> GuestMemory:
+        """Guest memory with the snapshot's content, private to its machine. Raises HostError, StateError."""
+        chain: list[Snapshot] = [self]
+        while chain[-1].base is not None:
+            chain.append(chain[-1].base)
+        root = chain[-1]
+        memory = GuestMemory(self.manifest.memory.size, source=CopyOnWrite(root._extents()))
+        try:
+            for delta in reversed(chain[:-1]):
+                delta._apply(memory)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
+
+    def _extents(self) -> tuple[Extent, ...]:
+        found, at = [], 0
+        for start, length in self.manifest.memory.regions:
+            found.append(Extent(start, length, self._fd, at))
+            at += length
+        return tuple(found)
+
+    def _apply(self, memory: GuestMemory) -> None:
+        """The pages of an incremental snapshot, over those of its base."""
+        pages = manifests.read_checked(self.path, self.manifest, "memory.pages", 1 << 30)
+        at = first = 0
+        for (_, view), (_, length) in zip(memory.regions(), self.manifest.memory.regions, strict=True):
+            words = (length // PAGE + 63) // 64 * 8
+            try:
+                _native.read_pages(self._fd, at, view, pages[first : first + words], False)
+            except (OSError, ValueError) as error:
+                raise StateError(f"{self.path}: the pages of the snapshot cannot be read: {error}") from error
+            at += length
+            first += words
+
+    def touched(self) -> bytes | None:
+        """The pages that the first restore touched, if it was recorded: a bitmap over all of RAM."""
+        try:
+            return manifests.read_small(self.path, "touched", self.manifest.memory.size // PAGE // 8 + 64)
+        except StateError:
+            return None
+
+    def record_touched(self, pages: bytes) -> None:
+        """Keep it for later restores. Nothing if it stands there already, or the directory cannot be written."""
+        beside = self.path / f".touched-{os.getpid()}"
+        try:
+            if not (self.path / "touched").exists():
+                beside.write_bytes(pages)
+                os.link(beside, self.path / "touched")
+        except OSError:
+            pass
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def saved(self, config: Config) -> Saved:
+        """What a machine of this configuration goes on from. The wall clock of a machine in real time goes on from the
+        host's now; with the virtual clock, or an epoch of its own, from where it stood."""
+        state = self.state()
+        try:
+            fields = state["machine"]["fields"]
+            epoch = int(fields["epoch_ns"])
+            if config.clock == "real" and config.epoch is None:
+                epoch = time.time_ns() - int(fields["now_ns"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{self.path / 'state.json'}: machine: not a state") from error
+        return Saved(Restore(state["machine"], self.make_memory, epoch), self.disks(), state["console"])
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self.base is not None:
+            self.base.close()
+
+
+def trust(digest: str, path: Path) -> None:
+    """Record that this user made the snapshot `path`, whose manifest has this SHA-256, and that it is whole."""
+    _write_record(f"{digest}.made", str(path))
+    snapshot = Snapshot.open(path)
+    try:
+        snapshot._record()
+    finally:
+        snapshot.close()
+
+
+def _records() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "snapshots"
+
+
+def _write_record(name: str, text: str) -> None:
+    """A record is a convenience: without it a restore takes longer, or asks."""
+    folder = _records()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        beside = folder / f".{name}-{os.getpid()}"
+        beside.write_text(text)
+        os.replace(beside, folder / name)
+    except OSError:
+        pass
+
+
