@@ -17,7 +17,6 @@ from vmm.machine.origin import SavedDisk
 from vmm.state.diskcopy import copy_sparse
 
 
-
 class DiskMaker(Maker):
     """One disk of the configuration."""
 
