@@ -13,7 +13,7 @@ import typer
 
 from cli.options import RUN_OPTIONS, RunArguments, RunOption
 
-SUB_APPS = ("images", "disk", "bench")
+SUB_APPS = ("images", "disk", "tls", "bench")
 """Modules cli.NAME with a typer application `app`."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -239,11 +239,15 @@ def daemon(
     ] = None,
     state: Annotated[Path | None, typer.Option(help="Where definitions are kept.")] = None,
     group: Annotated[str | None, typer.Option(help="A group whose members may connect as well.")] = None,
+    listen_tls: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Also for clients with certificates; the port is 16514.")
+    ] = None,
+    tls: Annotated[Path | None, typer.Option(metavar="DIR", help="Certificates, as vmm tls init makes them.")] = None,
 ) -> None:
     """Serve virsh and whatever else speaks libvirt's protocol. Each machine is a process of its own, which stays."""
     from cli.daemon import run_daemon
 
-    run_daemon(socket=socket, state=state, group=group)
+    run_daemon(socket=socket, state=state, group=group, listen_tls=listen_tls, tls=tls)
 
 
 def _version(wanted: bool) -> None:

@@ -14,7 +14,9 @@ from cli.errors import say
 from vmm.libvirt.daemon import Daemon, Settings, default_state
 
 
-def run_daemon(*, socket: Path | None, state: Path | None, group: str | None) -> None:
+def run_daemon(
+    *, socket: Path | None, state: Path | None, group: str | None, listen_tls: str | None, tls: Path | None
+) -> None:
     """Until SIGTERM or SIGINT. Raises VmmError."""
     import uvloop
 
@@ -26,6 +28,8 @@ def run_daemon(*, socket: Path | None, state: Path | None, group: str | None) ->
         state=(state or default_state()).absolute(),
         socket=socket.absolute() if socket is not None else None,
         group=group,
+        listen_tls=listen_tls,
+        tls=tls.absolute() if tls is not None else None,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
@@ -36,6 +40,9 @@ async def _serve(settings: Settings) -> None:
     async with Daemon(settings, _kinds()) as daemon:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, daemon.stop)
+        loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+        if daemon.tls is not None:
+            say(f"daemon: listening for TLS on port {daemon.tls.port}")
         say(f"daemon: virsh -c 'loopvisor+unix:///system?socket={daemon.socket}'")
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(daemon.autostart())

@@ -40,6 +40,10 @@ class DaemonProcess:
     def socket(self) -> Path:
         return self.path / "loopvisor" / "libvirt-sock"
 
+    def port(self) -> int:
+        """Of TLS, which it was told to listen on."""
+        return int(self.log.read_text().rpartition("for TLS on port ")[2].split()[0])
+
     def uri(self, scheme: str = "loopvisor", *, read_only: bool = False) -> str:
         return f"{scheme}+unix:///system?socket={self.socket}{'-ro' if read_only else ''}"
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.libvirt import (
@@ -85,6 +85,10 @@ class Settings:
     """None: `libvirt-sock` in the runtime directory. Beside it is a read-only one with "-ro" behind its name."""
     group: str | None = None
     """A group whose members may connect as well."""
+    listen_tls: str | None = None
+    """HOST:PORT for clients with certificates."""
+    tls: Path | None = None
+    """The directory of certificates (vmm/libvirt/tls.py); None: libvirt's standard places."""
 
 
 def default_state() -> Path:
@@ -114,6 +118,8 @@ class Daemon:
         self._servers: list[asyncio.Server] = []
         self._paths: list[Path] = []
         self._scanner: asyncio.Task[None] | None = None
+        self.tls: Any = None
+        """The TLS listener, if there is one."""
         self._stopped = asyncio.Event()
         self._notice = asyncio.Condition()
 
@@ -125,6 +131,11 @@ class Daemon:
             await self.domains.scan()
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)
+            if self.settings.listen_tls is not None:
+                from vmm.libvirt.tls import Files, Listener  # OpenSSL takes a while to load
+
+                self.tls = Listener(self.settings.listen_tls, Files(self.settings.tls), self._tls_client)
+                self.tls.start()
             self._scanner = asyncio.create_task(self._scan(), name="scan")
         except BaseException:
             await self.aclose()
@@ -143,6 +154,16 @@ class Daemon:
     def stop(self) -> None:
         """Let `serve` return."""
         self._stopped.set()
+
+    def reload(self) -> None:
+        """Read certificates, revocation list and allowed subjects anew; who is connected stays."""
+        if self.tls is not None:
+            try:
+                self.tls.reload()
+            except ConfigError as error:
+                log.error("%s; the old certificates are used on", error)
+            else:
+                log.info("certificates read anew")
 
     async def autostart(self) -> None:
         """Start the domains that are marked for it; what fails is told."""
@@ -173,6 +194,8 @@ class Daemon:
 
     async def aclose(self) -> None:
         """Send clients away and stop listening; the machines go on. Idempotent."""
+        if self.tls is not None:
+            await self.tls.aclose()
         servers, self._servers = self._servers, []
         for server in servers:
             server.close()
@@ -230,6 +253,9 @@ class Daemon:
         peer: socket.socket = writer.get_extra_info("socket")
         pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         self._accept(reader, writer, who=f"{_user(uid)}, process {pid}", read_only=read_only)
+
+    def _tls_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, who: str) -> None:
+        self._accept(reader, writer, who=who, read_only=False)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, who: str, read_only: bool) -> None:
         greeting = sum(client.uri is None for client in self._clients.values())
