@@ -158,7 +158,12 @@ class ScriptedSystem:
         if self._closed:
             raise StateError("the core is closed")
         # A few architectural MSRs, so that states hold some: TSC, APIC base, STAR, LSTAR.
-        return ScriptedVm("scripted", config, msr_indices=(0x10, 0x1B, 0xC000_0081, 0xC000_0082))
+        return ScriptedVm(
+            "scripted",
+            config,
+            supported_cpuid=self.supported_cpuid,
+            msr_indices=(0x10, 0x1B, 0xC000_0081, 0xC000_0082),
+        )
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -269,7 +269,9 @@ def save_vcpu(vcpu: CoreVcpu) -> VcpuState:
     system, bitmap = unpack_system(get(StateKind.SREGS))
     waiting = sum(word << 64 * at for at, word in enumerate(bitmap))
     count, _, _, _, xcr0 = _XCRS.unpack_from(get(StateKind.XCRS))
-    xsave = get(StateKind.XSAVE).rstrip(b"\0")
+    xsave = bytearray(get(StateKind.XSAVE))
+    # MXCSR_MASK and what is software's: XRSTOR looks at neither (SDM 1, 10.5.1), and both are the host's own.
+    xsave[28:32], xsave[464:512] = bytes(4), bytes(48)
     debug = _DEBUGREGS.unpack(get(StateKind.DEBUGREGS))
     events = _EVENTS.unpack(get(StateKind.EVENTS))
     mp_state = int.from_bytes(get(StateKind.MP), "little")
@@ -280,7 +282,7 @@ def save_vcpu(vcpu: CoreVcpu) -> VcpuState:
         system=system,
         pending_interrupt=waiting.bit_length() - 1 if waiting else None,
         xcr0=xcr0 if count else 1,
-        xsave=xsave.ljust(XSAVE_LEAST, b"\0"),
+        xsave=bytes(xsave).rstrip(b"\0").ljust(XSAVE_LEAST, b"\0"),
         msrs=tuple(Msr(index, value) for index, _, value in MSR_ENTRY.iter_unpack(vcpu.msrs_blob()[MSRS_HEAD.size :])),
         lapic=get(StateKind.LAPIC),
         events=Events(*events),

@@ -50,7 +50,7 @@ class NativeSystem:
     def create_vm(self, config: VmConfig) -> CoreVm:
         if self._closed:
             raise StateError("the core is closed")
-        return CoreVm(self._name, config, msr_indices=self._msrs)
+        return CoreVm(self._name, config, supported_cpuid=self.supported_cpuid, msr_indices=self._msrs)
 
     def close(self) -> None:
         self._closed = True

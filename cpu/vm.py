@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from cpu import _core
@@ -83,8 +83,12 @@ class CoreVcpu(_core.Vcpu):
         return save_vcpu(self)
 
     def set_state(self, state: VcpuState) -> None:
+        from cpu.model import lacking
         from cpu.state import restore_vcpu
 
+        missing = lacking(state.cpuid, self._vm.supported_cpuid()) if state.cpuid else []
+        if missing:
+            raise HostError(f"the guest was told of what this core lacks: {', '.join(missing)}")
         restore_vcpu(self, state)
 
     def msrs_blob(self) -> bytes:
@@ -124,8 +128,19 @@ class CoreVm(_core.Vm):
     """One virtual machine on a native core. Made by System.create_vm()."""
 
     msr_indices: tuple[int, ...]
+    supported_cpuid: Callable[[], Sequence[CpuidEntry]]
+    """What the core can show at most; set by who makes the VM."""
+    _tsc_khz: int
 
-    def __new__(cls, core: str, config: VmConfig, *, system_fd: int = -1, msr_indices: Sequence[int] = ()) -> Self:
+    def __new__(
+        cls,
+        core: str,
+        config: VmConfig,
+        *,
+        supported_cpuid: Callable[[], Sequence[CpuidEntry]],
+        system_fd: int = -1,
+        msr_indices: Sequence[int] = (),
+    ) -> Self:
         self = super().__new__(
             cls,
             core,
@@ -138,12 +153,16 @@ class CoreVm(_core.Vm):
             pit=config.pit,
         )
         self.msr_indices = tuple(msr_indices)
+        self.supported_cpuid = supported_cpuid
+        self._tsc_khz = config.tsc_khz
         return self
 
     def create_vcpu(self, index: int) -> CoreVcpu:
         """ConfigError if the index is not below VmConfig.vcpus or exists."""
         vcpu = CoreVcpu(self, index)
         vcpu._vm = self
+        if self._tsc_khz:
+            self.set_tsc_khz(self._tsc_khz)
         return vcpu
 
     def set_tsc_khz(self, khz: int) -> None:

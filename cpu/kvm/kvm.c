@@ -241,8 +241,12 @@ static int transfer_tsc(struct lv_vm *vm, void *data, size_t size, bool set)
     uint64_t wanted = 0;
     if (size < sizeof wanted || (set && size != sizeof wanted))
         return -EINVAL;
+    /* Without it KVM accepts a higher rate and corrects it at each entry only, and leaves a lower one half set. */
+    bool scales = call(vm_fd(vm), KVM_CHECK_EXTENSION, (void *)KVM_CAP_TSC_CONTROL) > 0;
     if (set)
         memcpy(&wanted, data, sizeof wanted);
+    if (wanted > UINT32_MAX)
+        return -ENOTSUP;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         int khz = vm->vcpus[i] ? call(vcpu_fd(vm->vcpus[i]), KVM_GET_TSC_KHZ, NULL) : -ENOENT;
         if (khz <= 0)
@@ -255,7 +259,7 @@ static int transfer_tsc(struct lv_vm *vm, void *data, size_t size, bool set)
         uint64_t apart = wanted > (uint64_t)khz ? wanted - (uint64_t)khz : (uint64_t)khz - wanted;
         if (apart * 1000000 <= TOLERANCE_PPM * wanted || !vm->vcpus[i])
             continue;
-        if (wanted > UINT32_MAX || call(vcpu_fd(vm->vcpus[i]), KVM_SET_TSC_KHZ, (void *)(uintptr_t)wanted) < 0)
+        if (!scales || call(vcpu_fd(vm->vcpus[i]), KVM_SET_TSC_KHZ, (void *)(uintptr_t)wanted) < 0)
             return -ENOTSUP;
     }
     return (int)sizeof wanted;

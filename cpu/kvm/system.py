@@ -51,6 +51,12 @@ REQUIRED: Final = {
     CAP_IMMEDIATE_EXIT: "immediate exit",
 }
 
+_MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
+"""State that 4.3 does not list."""
+_NO_STATE: Final = {0x11, 0x12, 0x8B, 0xCE, 0x10A, 0x345, *range(0x480, 0x492)}
+"""What 4.3 lists and a VM does not own: old numbers of kvmclock's registers, the microcode's revision, what the
+processor can do."""
+
 _ENTRIES_MAX = 256
 _MSRS_MAX = 1024
 
@@ -120,7 +126,8 @@ class KvmSystem:
             struct.pack_into("<I", buffer, 0, _MSRS_MAX)
             self._fill(GET_MSR_INDEX_LIST, buffer)
             (count,) = struct.unpack_from("<I", buffer)
-            self._msrs = struct.unpack_from(f"<{count}I", buffer, 4)
+            found = dict.fromkeys((*struct.unpack_from(f"<{count}I", buffer, 4), *_MTRRS))
+            self._msrs = tuple(index for index in found if index not in _NO_STATE)
         return self._msrs
 
     def _fill(self, request: int, buffer: bytearray) -> None:
@@ -135,7 +142,13 @@ class KvmSystem:
         """ConfigError for a virtual clock, which KVM has not."""
         if self._fd < 0:
             raise StateError("the core is closed")
-        return CoreVm("kvm", config, system_fd=self._fd, msr_indices=self.msr_indices())
+        return CoreVm(
+            "kvm",
+            config,
+            supported_cpuid=self.supported_cpuid,
+            system_fd=self._fd,
+            msr_indices=self.msr_indices(),
+        )
 
     def close(self) -> None:
         if self._fd >= 0:
