@@ -29,6 +29,7 @@ class RunOption(NamedTuple):
 
 RUN_OPTIONS = (
     RunOption("--core", "core", "text", "Execution core; auto takes the best that this host has.", "auto|kvm|soft"),
+    RunOption("--cpu-model", "cpu_model", "text", "What guests are told of the processor.", "v2|host"),
     RunOption("--cpus", "cpus", "text", "Virtual CPUs.", "N"),
     RunOption("--memory", "memory", "text", "Guest memory.", "SIZE"),
     RunOption("--kernel", "kernel", "text", "bzImage, vmlinux, PVH or multiboot ELF.", "FILE"),

@@ -50,6 +50,7 @@ VIRTUAL_EPOCH = 1_704_067_200
 """2024-01-01T00:00:00Z: where the wall clock of a machine with a virtual clock starts, unless `epoch` says."""
 
 CoreName = Literal["auto", "kvm", "soft"]
+CpuModel = Literal["v2", "host"]
 ClockKind = Literal["real", "virtual"]
 Mode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
@@ -298,6 +299,9 @@ class Config(Checked):
     """What the guest reads in SMBIOS; by default one that belongs to the name."""
     core: CoreName = "auto"
     """The execution core; auto takes the best that this host has for this kernel."""
+    cpu_model: CpuModel = "v2"
+    """What guests are told of the processor: v2 (x86-64-v2) is what all cores can show, so that a saved machine runs on
+    on any; host is all that this host's core has."""
     cpus: int = 1
     """Virtual processors: 16 at most on the software core, on KVM as many as the host gives a machine (64 at most)."""
     memory: int = 256 * MIB
@@ -357,6 +361,7 @@ class Config(Checked):
         "name": to_name,
         "uuid": optional(to_uuid),
         "core": to_choice(CoreName),
+        "cpu_model": to_choice(CpuModel),
         "cpus": to_integer(1, MAX_CPUS),
         "memory": to_size(MIN_MEMORY, MAX_MEMORY, PAGE),
         "kernel": optional(to_path),

@@ -163,7 +163,7 @@ def test_output_to_a_full_disk_is_one_line(runtime: Path, arguments: list[str], 
 
 def test_no_more_descriptors_is_one_line(runtime: Path) -> None:
     """Whatever the first descriptor is that cannot be had."""
-    for limit in range(8, 20):
+    for limit in range(8, 32):
         done = subprocess.run(
             ["prlimit", f"--nofile={limit}", *VMM, "run", "hello"],
             env=environment(runtime), capture_output=True, text=True, timeout=60,

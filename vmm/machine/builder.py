@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cpu import model
 from cpu.contract import Capability, CpuidEntry, Vcpu, Vm
 from cpu.cpuid import for_vcpu
 from vmm import boot
@@ -173,7 +174,7 @@ class Built:
             self._making = Making(config, self.system, self._origin)
         # While the thread makes it:
         parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
-        cpuid = self.system.supported_cpuid()
+        cpuid = model.table(config.cpu_model, self.system.supported_cpuid())
         made = asyncio.Event()
         self._making.when_done(partial(self._call_soon, made.set))
         await made.wait()
