@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import stat
@@ -20,6 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from virtio import _ring
 from virtio.backends.block import BlockBackend
+from virtio.backends.lock import ImageLock
 from virtio.errors import ConfigError, HostError
 
 Cache = Literal["writeback", "writethrough", "none"]
@@ -42,7 +42,8 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
-    """The descriptor of an image file or block device, locked against a second writer. May block. ConfigError."""
+    """The descriptor of an image file or block device, locked (ImageLock) against a second writer, of ours or QEMU's.
+    May block. ConfigError."""
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     try:
         fd = os.open(path, flags)
@@ -54,10 +55,7 @@ def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"{path}: neither a regular file nor a block device")
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{path}: in use by another machine") from error
+        ImageLock(fd, path, read_only=read_only).take()
         return fd
     except BaseException:
         os.close(fd)
@@ -77,6 +75,9 @@ class FileBlock(BlockBackend):
         self.path = Path()
         """The image, as it was named."""
         self._calls: set[asyncio.Future[Any]] = set()
+        self._locks: list[ImageLock] = []
+        self._length = capacity
+        """Bytes of the file as it was opened: its last sector may be only partly there, and reads as zero beyond."""
 
     @classmethod
     async def open(
@@ -116,7 +117,10 @@ class FileBlock(BlockBackend):
             block = 4096 if cache == "none" and cls._needs_4k(fd) else 512
             if size < block:
                 raise ConfigError(f"{path}: smaller than one block")
-            return cls(fd, size // block * block, read_only=read_only, cache=cache, block_size=block)
+            backend = cls(fd, -(-size // block) * block, read_only=read_only, cache=cache, block_size=block)
+            backend._length = size
+            backend._locks = [ImageLock.of(fd, path)]
+            return backend
         except BaseException:
             os.close(fd)
             raise
@@ -133,7 +137,7 @@ class FileBlock(BlockBackend):
     def image(self) -> _ring.Image:
         """Where the bytes stand, for the C path. It uses this backend's descriptors, which are to outlive it."""
         align = self.block_size if self.cache == "none" else 0
-        return _ring.Image.raw(self.fd, self.capacity, align, self.read_only)
+        return _ring.Image.raw(self.fd, self._length, align, self.read_only)
 
     def engine(self, serial: bytes, *, inline: bool = True) -> _ring.BlockEngine:
         """The C path over this image; it is to be closed before the backend. Without `inline` nothing is answered in
@@ -155,9 +159,12 @@ class FileBlock(BlockBackend):
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = self._aligned(length)
-        if os.preadv(self.fd, [buffer], offset) != length:
-            raise HostError("the image became shorter")
+        self._check(offset, length, os.preadv(self.fd, [buffer], offset))
         return bytes(buffer)
+
+    def _check(self, offset: int, length: int, found: int) -> None:
+        if found != length and offset + found < self._length:
+            raise HostError("the image became shorter")
 
     async def write(self, offset: int, data: bytes) -> None:
         await self._in_thread(self._write, offset, data)
@@ -192,11 +199,29 @@ class FileBlock(BlockBackend):
                 continue
         await super().write_zeroes(offset, length, unmap)
 
+    async def deactivate(self) -> None:
+        """Make everything durable and let others use the files: another process that takes the machine over, say. The
+        device is to be quiesced before; nothing may be read or written until `activate`. Raises HostError, OSError."""
+        await self.flush()
+        for lock in self._locks:
+            await self._in_thread(lock.give_up)
+
+    async def activate(self) -> None:
+        """Take the files again. ConfigError if somebody uses them; they are left alone then."""
+        try:
+            for lock in self._locks:
+                await self._in_thread(lock.take)
+        except BaseException:
+            for lock in self._locks:
+                lock.give_up()
+            raise
+
     async def aclose(self) -> None:
         await asyncio.gather(*self._calls, return_exceptions=True)
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            fcntl.flock(fd, fcntl.LOCK_UN)  # at once, although the kernel may have requests to clean up
+            for lock in self._locks:
+                lock.give_up()  # at once, although the kernel may have requests to clean up
             await asyncio.to_thread(os.close, fd)
 
 
@@ -245,9 +270,8 @@ class SnapshotBlock(FileBlock):
         data = b"".join(
             os.pread(self.overlay if dirty else self.fd, part, at) for dirty, at, part in self._runs(offset, length)
         )
-        if len(data) != length:
-            raise HostError("the image became shorter")
-        return data
+        self._check(offset, length, len(data))
+        return data.ljust(length, b"\0")
 
     def _write(self, offset: int, data: bytes) -> None:
         if os.pwrite(self.overlay, data, offset) != len(data):

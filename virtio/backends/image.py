@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from virtio import _ring
 from virtio.backends.file import Cache, FileBlock, Io
-from virtio.errors import ConfigError, os_reason
+from virtio.backends.lock import ImageLock
+from virtio.errors import ConfigError, StateError, os_reason
 from virtio.images.chain import Backing, Chain, Format, open_chain
 
 T = TypeVar("T")
@@ -34,6 +35,10 @@ class ImageBlock(FileBlock):
         """The file of a private copy (`snapshot`), else -1."""
         self.written = bytearray()
         """One bit for each sector that the private copy holds."""
+        for layer in chain.layers:
+            self._locks.append(ImageLock.of(layer.fd, layer.path))
+            if layer.header is not None and layer.header.has_data_file:
+                self._locks.append(ImageLock.of(layer.others[0], layer.path))
 
     @classmethod
     async def open_image(
@@ -102,6 +107,13 @@ class ImageBlock(FileBlock):
 
     def image(self) -> _ring.Image:
         return self._image
+
+    async def activate(self) -> None:
+        """FileBlock.activate. A qcow2 file that others may have written is to be opened anew: StateError, as its
+        tables are known here from before."""
+        if self.chain.top.header is not None and not self.read_only:
+            raise StateError(f"{self.chain.top.path}: a qcow2 image that was given up is to be opened anew")
+        await super().activate()
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = memoryview(mmap.mmap(-1, length))

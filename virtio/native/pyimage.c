@@ -204,7 +204,8 @@ static bool in_range(ImageObject *self, uint64_t offset, uint64_t length)
 {
     if (!image_open(self))
         return false;
-    if (offset <= self->image->length && length <= self->image->length - offset)
+    uint64_t whole = (self->image->length + 511) & ~511ull; /* the last sector may be only partly there */
+    if (offset <= whole && length <= whole - offset)
         return true;
     PyErr_SetString(PyExc_ValueError, "beyond the end of the image");
     return false;
