@@ -27,8 +27,9 @@ ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1", 
 
 def cases(program: Path, seed: int, count: int) -> list[str]:
     """The lines "seed hash" of `count` cases; exits with the program's own report if it fails."""
-    run = subprocess.run([program, "--list", str(seed), str(count)], capture_output=True, text=True, check=False,
-                         env=ENVIRONMENT)
+    run = subprocess.run(
+        [program, "--list", str(seed), str(count)], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     lines = run.stdout.splitlines()
     if run.returncode:
         sys.exit(f"{program} failed with {run.returncode} in case {seed + len(lines)} or near:\n{run.stderr[-6000:]}")
