@@ -14,12 +14,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from virtio import _ring
 from virtio.backends.file import Io
 from virtio.constants import Feature
 from virtio.driver import Allocator, DriverQueue
 from virtio.fake import FakeMemory
+from virtio.images.chain import open_chain
+from virtio.images.copy import convert
+from virtio.images.create import create_qcow2
 
 IMAGE = 64 << 20
 BASE = 0x100000
@@ -43,7 +47,7 @@ class Load:
 class Rig:
     """One queue over one image."""
 
-    def __init__(self, fd: int, load: Load, engine: Io = "auto") -> None:
+    def __init__(self, fd: int, load: Load, engine: Io = "auto", image: _ring.Image | None = None) -> None:
         self.load = load
         self.memory = FakeMemory(load.depth * (load.length + 8192) + (1 << 20), BASE)
         allocator = Allocator(self.memory, BASE, BASE + len(self.memory.bytes))
@@ -51,7 +55,7 @@ class Rig:
         native = _ring.Memory(self.memory.regions())
         queue = self.queue
         self.ring = _ring.Ring(native, 256, queue.desc, queue.driver, queue.device, FEATURES)
-        image = _ring.Image.raw(fd, IMAGE, load.align)
+        image = image or _ring.Image.raw(fd, IMAGE, load.align)
         self.engine = _ring.BlockEngine(image, IMAGE // 512, engine=engine, inline=load.inline)
         self.completed = select.epoll()
         for descriptor in self.engine.descriptors():
@@ -128,6 +132,37 @@ def cached(fd: int, seconds: float) -> Iterator[dict[str, object]]:
         }
 
 
+def formats(seconds: float) -> Iterator[dict[str, object]]:
+    """Cached reads of 4 KiB: raw beside qcow2, whose clusters are its own or its backing file's, by turns."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        folder = Path(name)
+        with open(folder / "raw", "wb") as file:
+            for _ in range(IMAGE >> 20):
+                file.write(os.urandom(1 << 20))
+        convert(str(folder / "raw"), str(folder / "qcow2"))
+        create_qcow2(str(folder / "over"), IMAGE, backing="raw", backing_format="raw")
+        create_qcow2(str(folder / "extended"), IMAGE, backing="qcow2", backing_format="qcow2", extended_l2=True)
+        for depth in (1, 32):
+            load = Load(depth=depth, length=4096)
+            found: dict[str, list[int]] = {"raw": [], "qcow2": [], "over": [], "extended": []}
+            for _ in range(LAPS * 2):
+                for kind, samples in found.items():
+                    with open_chain(folder / kind) as chain:
+                        rig = Rig(chain.top.fd, load, image=chain.image)
+                        samples += [loop for loop, _ in rig.run(seconds / LAPS)]
+            base = median(found["raw"])
+            labels = {"qcow2": "qcow2", "over": "qcow2 over raw", "extended": "extended qcow2 over qcow2"}
+            for kind, label in labels.items():
+                taken = median(found[kind])
+                yield {
+                    "name": f"virtio-blk, device side, 4 KiB read, depth {depth}, {label}",
+                    "value": round(taken / depth * 1e6, 2),
+                    "unit": "µs",
+                    "ratio": round(taken / base, 2),
+                    "note": f"{round(taken / base, 2)} of raw's",
+                }
+
+
 def engines(fd: int, load: Load, label: str, seconds: float) -> Iterator[dict[str, object]]:
     """The same load on both engines by turns."""
     found: dict[Io, list[tuple[int, int]]] = {"io_uring": [], "threads": []}
@@ -157,6 +192,7 @@ def rows(seconds: float = 0.4) -> Iterator[dict[str, object]]:
         image.flush()
         os.fsync(image.fileno())
         yield from cached(image.fileno(), seconds)
+        yield from formats(seconds)
         for depth in (1, 8, 32):
             load = Load(kind=WRITE, depth=depth, length=4096, inline=False)
             yield from engines(image.fileno(), load, f"4 KiB write into the page cache, depth {depth}", seconds)

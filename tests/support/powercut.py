@@ -27,7 +27,7 @@ mark = ctypes.CDLL(None).lv_mark
 mark.argtypes = [ctypes.c_uint64]
 path, seed, count, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] or None
 source = random.Random(seed)
-chain = open_chain(path, format="qcow2", cache_bytes=source.choice((1 << 14, 32 << 20)), data=data)
+chain = open_chain(path, format="qcow2", cache_bytes=source.choice((1 << 12, 32 << 20)), data=data)
 image, sectors = chain.image, chain.size // 512
 with open(path + ".ops", "wb") as ops:
     for number in range(1, count + 1):

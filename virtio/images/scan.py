@@ -117,7 +117,7 @@ class Scan:
 
 def numbers(fd: int, offset: int, count: int) -> array[int]:
     """Big-endian 64-bit numbers from the file; what it does not have is 0."""
-    data = os.pread(fd, count * 8, offset)
+    data = os.pread(fd, count * 8, offset) if offset < 1 << 63 else b""
     found = array("Q", data[: len(data) // 8 * 8])
     if sys.byteorder == "little":
         found.byteswap()

@@ -100,7 +100,7 @@ int qcow2_l2(struct qcow2 *q, uint64_t l1_index, struct table **found)
         pthread_mutex_unlock(&q->lookup);
         if (table)
             break;
-        int error = tries ? ENOMEM : qcow2_flush_locked(q);
+        int error = tries ? ENOMEM : qcow2_write_back(q);
         if (error)
             return error;
     }

@@ -216,6 +216,8 @@ void qcow2_wait_unclaimed(struct qcow2 *q, uint64_t cluster, uint64_t count);
 /* qcow2_flush.c */
 int qcow2_flush(struct image *image);
 int qcow2_flush_locked(struct qcow2 *q);
+/* As a flush, but nothing is given back: so no table is dirty afterwards. */
+int qcow2_write_back(struct qcow2 *q);
 
 /* qcow2_pack.c */
 int qcow2_unpack(struct image *image, uint64_t offset, uint64_t length, void *to);

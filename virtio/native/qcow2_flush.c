@@ -76,7 +76,7 @@ static int release(struct qcow2 *q)
     return 0;
 }
 
-int qcow2_flush_locked(struct qcow2 *q)
+int qcow2_write_back(struct qcow2 *q)
 {
     if (q->broken)
         return q->broken;
@@ -101,7 +101,13 @@ int qcow2_flush_locked(struct qcow2 *q)
     all_clean(&q->l2);
     q->l1_dirty_from = q->l1_dirty_to = 0;
     q->dirty = false;
-    return release(q);
+    return 0;
+}
+
+int qcow2_flush_locked(struct qcow2 *q)
+{
+    int error = qcow2_write_back(q);
+    return error ? error : release(q);
 }
 
 int qcow2_flush(struct image *image)

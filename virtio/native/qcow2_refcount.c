@@ -52,9 +52,9 @@ static int block_of(struct qcow2 *q, uint64_t cluster, struct table **found)
         return 0;
     struct table *table = cache_victim(&q->blocks, q->cluster_size);
     if (!table) {
-        int error = qcow2_flush_locked(q);
-        if (error)
-            return error;
+        int full = qcow2_write_back(q);
+        if (full)
+            return full;
         if (!(table = cache_victim(&q->blocks, q->cluster_size)))
             return ENOMEM;
     }

@@ -90,7 +90,7 @@ int qcow2_l2_for_writing(struct qcow2 *q, uint64_t l1_index, struct table **foun
         }
         pthread_mutex_unlock(&q->lookup);
         if (!table)
-            error = qcow2_flush_locked(q);
+            error = qcow2_write_back(q);
     }
     if (!table) {
         free(copy);
