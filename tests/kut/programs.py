@@ -67,7 +67,10 @@ class Result:
     def skipped(self) -> str:
         """Why the program did nothing, in its own words."""
         found = re.findall(r"^SKIP: (.*)$", self.output, re.MULTILINE)
-        return str(found[-1]) if found else ""
+        if found:
+            return str(found[-1])
+        lines = [line for line in self.output.splitlines() if line.strip() and not line.startswith("SUMMARY:")]
+        return lines[-1][:100] if lines else ""
 
     @property
     def failures(self) -> list[str]:

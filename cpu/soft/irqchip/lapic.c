@@ -329,7 +329,8 @@ static uint32_t read_register(struct lapic *l, uint32_t offset, uint64_t now)
 /* False: no such register, or it cannot be written. */
 static bool write_register(struct lapic *l, uint32_t offset, uint32_t value, uint64_t now)
 {
-    lapic_advance(l, now); /* a count that has come to its end did so under the mode and divisor that it had */
+    if (offset == LVT_TIMER || offset == TIMER_INITIAL || offset == TIMER_DIVIDE)
+        lapic_advance(l, now); /* a count that has come to its end did so under the mode and divisor that it had */
     for (unsigned i = 0; i < LVT_COUNT; i++) {
         if (LVTS[i].offset != offset)
             continue;
