@@ -50,7 +50,9 @@ def take(deb: Path, recipe: dict[str, Any], made: Path) -> Kernel:
             built_in |= {modules.module_name(line) for line in data.decode().splitlines()}
     if not version:
         raise ImageError(f"package {deb.name} has no kernel")
-    order = modules.closure(recipe["kernel"].get("modules", []), files, built_in)
+    order = modules.closure(
+        recipe["kernel"].get("modules", []), files, built_in, recipe["kernel"].get("file_systems", [])
+    )
     return Kernel(version, {path: files[path] for path in order}, order)
 
 

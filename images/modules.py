@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
+from collections.abc import Sequence
 
 from images.errors import ImageError
 
@@ -38,9 +39,17 @@ def hardware(module: bytes) -> list[str]:
     return found
 
 
-def closure(wanted: list[str], files: dict[str, bytes], built_in: set[str]) -> dict[str, list[str]]:
-    """Path -> hardware that needs it (empty: always loaded) of the modules for `wanted`, dependencies first. A name
-    that is built in needs none."""
+def file_systems(module: bytes) -> list[str]:
+    """The types of file system that a module brings, as "fs TYPE"."""
+    return [f"fs {name.decode()}" for name in re.findall(rb"\0alias=fs-(\w+)\0", module)]
+
+
+def closure(
+    wanted: list[str], files: dict[str, bytes], built_in: set[str], for_root: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Path -> what needs it (empty: always loaded) of the modules for `wanted` and `for_root`, dependencies first. What
+    needs a module is hardware, or for those of `for_root` alone a root file system. A name that is built in needs
+    none."""
     by_name = {module_name(path): path for path in files}
     order: dict[str, list[str]] = {}
 
@@ -61,4 +70,6 @@ def closure(wanted: list[str], files: dict[str, bytes], built_in: set[str]) -> d
 
     for name in (name.replace("-", "_") for name in wanted):
         add(name, "the recipe", (), hardware(files[by_name[name]]) if name in by_name else [])
+    for name in (name.replace("-", "_") for name in for_root):
+        add(name, "the recipe", (), (file_systems(files[by_name[name]]) if name in by_name else []) or [f"fs {name}"])
     return order

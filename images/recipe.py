@@ -20,7 +20,7 @@ _ROOTS: dict[str, dict[str, str]] = {
 """What [root] holds, by `kind`."""
 KINDS = tuple(_ROOTS)
 _TABLES: dict[str, dict[str, str]] = {
-    "kernel": {"package": _TEXT, "file": _PATTERN, "modules": _TEXTS},
+    "kernel": {"package": _TEXT, "file": _PATTERN, "modules": _TEXTS, "file_systems": _TEXTS},
     "defaults": {"memory": _TEXT, "cmdline": _TEXT},
 }
 _REQUIRED = ("kernel.package", "kernel.file", "root.size_mib", "root.suite", "root.include")

@@ -2,14 +2,14 @@
  *
  * As /init (of the initramfs): /etc/modules names module files, one a line, loaded in that order. A line that begins with
  * a space, "BUS PREFIX", belongs to the module above: it is loaded only if that bus has a device whose modalias begins
- * so, for each costs the kernel a check of its signature. With root=DEVICE on the
- * kernel command line that file system becomes the root and its /sbin/init runs (this program again, or another init);
- * without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the background, the agent is started, and a shell
- * on each active console; when the shell of the last one ends, or the power button is pressed, the machine powers off.
- * Not as process 1 it is the agent; with the arguments `serve N`, the agent for the one connection on descriptor N. */
+ * so, for each costs the kernel a check of its signature; "fs TYPE": only when that file system is mounted. With root=
+ * on the kernel command line (root.c) that file system becomes the root and its init runs: init=PROGRAM, else /sbin/init
+ * (this program again, or another init). Without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the
+ * background, the agent is started, and a shell on each active console; when the shell of the last one ends, or the power
+ * button is pressed, the machine powers off. single, s, S, 1, rescue or emergency among the arguments: no /etc/rc, and one
+ * shell. Not as process 1 it is the agent; with the arguments `serve N`, the agent for the connection on descriptor N. */
 #include "sys.h"
 
-enum { MS_RDONLY = 1, MS_NOSUID = 2, MS_NODEV = 4, MS_REMOUNT = 32, MS_MOVE = 8192, MS_BIND = 4096 };
 enum { POWER_OFF = 0x4321fedc, RESTART = 0x01234567, HALT = (int)0xcdef0123 };
 enum { TIOCSCTTY = 0x540e };
 
@@ -40,26 +40,6 @@ static void mount_at(const char *type, const char *path, const char *options)
 {
     SYS(__NR_mkdir, path, 0755);
     SYS(__NR_mount, type, path, type, 0, options);
-}
-
-/* The value of KEY= on the kernel command line, into `to` (of several the last, as in the kernel); 0 if it is not there. */
-static int argument(const char *key, char *to, size_t size)
-{
-    static char line[4096];
-    int found = 0;
-    if (!line[0] && read_file("/proc/cmdline", line, sizeof line) < 0) return 0;
-    for (const char *p = line; *p;) {
-        const char *value = text_after(p, key);
-        if (value && *value == '=') {
-            size_t n = 0;
-            for (value++; *value > ' ' && n < size - 1; ) to[n++] = *value++;
-            to[n] = 0;
-            found = 1;
-        }
-        while (*p > ' ') p++;
-        while (*p && *p <= ' ') p++;
-    }
-    return found;
 }
 
 /* A moment for the host's timeline: four letters, written at once to port 0x80. Nothing happens on other hosts. */
@@ -107,72 +87,54 @@ static void load_module(const char *path)
     long error = SYS(__NR_finit_module, fd, "", 0);
     SYS(__NR_close, fd);
     /* A device that is not there (ENODEV) and a module that is built in (EEXIST) are no faults. */
-    if (error < 0 && error != -EEXIST && error != -19) {
+    if (error < 0 && error != -EEXIST && error != -ENODEV) {
         say("init: cannot load ");
         say(path);
         say("\n");
     }
 }
 
-/* Cut the line at `p` off; the next one. */
-static char *next_line(char *p)
-{
-    while (*p && *p != '\n') p++;
-    if (*p) *p++ = 0;
-    return p;
-}
+/* /etc/modules with its lines cut apart. The first letter of a module that was loaded is no slash any more. */
+static char modules[16384];
+static long modules_length;
 
-static void load_modules(void)
+/* Load the modules of a file system, or with NULL those that are needed always or whose hardware is there. What no file
+ * system may need later gives its memory back. */
+static void load_modules(const char *file_system)
 {
-    static char list[16384];
-    if (read_file("/etc/modules", list, sizeof list) <= 0) return;
-    for (char *p = list; *p;) {
-        char *path = p;
-        int wanted = *(p = next_line(p)) != ' ';
-        while (*p == ' ') {
-            char *bus = p + 1, *prefix = bus;
-            p = next_line(p);
-            while (*prefix && *prefix != ' ') prefix++;
-            if (*prefix) *prefix++ = 0;
-            wanted = wanted || present(bus, prefix);
+    for (char *p = modules, *end = modules + modules_length; p < end;) {
+        char *path = p, *entry = p + text_length(p) + 1;
+        int wanted = !file_system && (entry >= end || *entry != ' '), later = 0;
+        for (p = entry; p < end && *p == ' '; p += text_length(p) + 1) {
+            const char *own = text_after(p + 1, "fs ");
+            later |= own != NULL;
+            if (own) wanted |= file_system && text_equal(own, file_system);
+            if (own || file_system) continue;
+            char bus[64], *prefix = p + 1, *to = bus;
+            while (*prefix && *prefix != ' ' && to < bus + sizeof bus - 1) *to++ = *prefix++;
+            *to = 0;
+            wanted |= present(bus, *prefix ? prefix + 1 : prefix);
         }
+        if (*path != '/') continue;
         if (wanted) load_module(path);
-        SYS(__NR_unlink, path);
+        if (wanted || !later) SYS(__NR_unlink, path), *path = '-';
     }
 }
 
-static void switch_root(void)
+void load_file_system(const char *type) { load_modules(type); }
+
+static void read_modules(void)
 {
-    char device[128], type[32] = "ext4";
-    if (!argument("root", device, sizeof device)) return;
-    argument("rootfstype", type, sizeof type);
-    SYS(__NR_mkdir, "/newroot", 0755);
-    long error = 0;
-    for (int tries = 0; tries < 500; tries++) {
-        error = SYS(__NR_mount, device, "/newroot", type, 0, "");
-        if (error == -30) error = SYS(__NR_mount, device, "/newroot", type, MS_RDONLY, "");
-        if (error != -ENOENT && error != -6 && error != -15) break;
-        pause_ms(20);
-    }
-    if (error < 0) {
-        say("init: cannot mount the root file system ");
-        say(device);
-        say("; a shell of the initramfs instead\n");
-        return;
-    }
-    SYS(__NR_chdir, "/newroot");
-    static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
-    for (int i = 0; i < 3; i++) {
-        SYS(__NR_mkdir, move[i][1], 0755);
-        SYS(__NR_mount, move[i][0], move[i][1], 0, MS_MOVE, 0);
-    }
-    SYS(__NR_mount, ".", "/", 0, MS_MOVE, 0);
-    SYS(__NR_chroot, ".");
-    SYS(__NR_chdir, "/");
-    mark("root");
-    static char *arguments[] = {"/sbin/init", 0};
-    SYS(__NR_execve, "/sbin/init", arguments, guest_environment);
-    say("init: the root file system has no /sbin/init\n");
+    long length = read_file("/etc/modules", modules, sizeof modules);
+    modules_length = length > 0 ? length : 0;
+    for (long i = 0; i < modules_length; i++)
+        if (modules[i] == '\n') modules[i] = 0;
+}
+
+static void forget_modules(void)
+{
+    for (char *p = modules; p < modules + modules_length; p += text_length(p) + 1)
+        if (*p == '/') SYS(__NR_unlink, p);
 }
 
 /* Start a program in a new session, with `tty` (or /dev/null) as its terminal. Its process id. */
@@ -192,6 +154,109 @@ static long start(char *const arguments[], const char *tty)
     SYS(__NR_execve, arguments[0], arguments, guest_environment);
     SYS(__NR_exit_group, 127);
     __builtin_unreachable();
+}
+
+static int listed(const char *word, const char *const words[])
+{
+    for (; *words; words++)
+        if (text_equal(word, *words)) return 1;
+    return 0;
+}
+/* The words by which init(8), and systemd, know that a single user wants to repair the system. */
+static int is_rescue(char *const arguments[])
+{
+    static const char *const words[] = {"single", "s", "S", "1", "rescue", "emergency", NULL};
+    for (; *arguments; arguments++)
+        if (listed(*arguments, words)) return 1;
+    return 0;
+}
+
+/* End the machine with status 3, which `vmm run` has for a guest that failed: by the port that ends it, 0xf4, after what
+ * was said is out. Elsewhere process 1 ends, as the kernel does without an init: in a panic. */
+__attribute__((noreturn)) static void fail_machine(void)
+{
+    enum { EXIT_PORT = 0xf4, TCSBRK = 0x5409 };
+    SYS(__NR_ioctl, 2, TCSBRK, 1);
+    if (SYS(__NR_ioperm, EXIT_PORT, 1, 1) >= 0) {
+        __asm__ volatile("outb %0, $0xf4" : : "a"((uint8_t)1));
+        pause_ms(100);
+    }
+    SYS(__NR_exit_group, 1);
+    __builtin_unreachable();
+}
+
+/* There is no way on, and it was said why: a shell, after which it is tried again. Without one, or with panic= on the
+ * command line (which says that nobody is there to type), the machine ends. */
+static void give_up(char *const arguments[])
+{
+    static char *shell[] = {"/bin/sh", NULL};
+    char panic[16] = "0";
+    argument("panic", panic, sizeof panic);
+    long there = open_file(shell[0], O_RDONLY | O_CLOEXEC);
+    if (there < 0 || (!text_equal(panic, "0") && !is_rescue(arguments))) {
+        say(there < 0 ? "init: there is no shell here; the machine ends\n"
+                      : "init: the machine ends; for a shell here add: rescue\n");
+        fail_machine();
+    }
+    SYS(__NR_close, there);
+    say("init: a shell; exit tries again\n");
+    long child = start(shell, "/dev/console"), gone;
+    while ((gone = SYS(__NR_wait4, -1, 0, 0, 0)) != child)
+        if (gone < 0 && gone != -EINTR) break;
+}
+
+static void say_refused(const char *program, long error)
+{
+    say("init: cannot run ");
+    say(program);
+    say(error == -ENOENT ? ": it is not in the root file system, or what it needs is not" :
+        error == -EACCES ? ": permission denied" : error == -ENOEXEC ? ": no program" : ": it does not work");
+    say("\n");
+}
+
+/* Mount what root= names and become its init, with the arguments that the kernel gave us: the words that it did not
+ * know, and those after " -- ". Returns if the command line has no root=. */
+static void switch_root(char **arguments)
+{
+    char root[300], program[256];
+    if (!argument("root", root, sizeof root)) return;
+    while (!mount_root(root)) give_up(arguments + 1);
+    forget_modules();
+    SYS(__NR_chdir, "/newroot");
+    static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
+    for (int i = 0; i < 3; i++) {
+        SYS(__NR_mkdir, move[i][1], 0755);
+        SYS(__NR_mount, move[i][0], move[i][1], 0, MS_MOVE, 0);
+    }
+    SYS(__NR_mount, ".", "/", 0, MS_MOVE, 0);
+    SYS(__NR_chroot, ".");
+    SYS(__NR_chdir, "/");
+    mark("root");
+    for (;; give_up(arguments + 1)) {
+        if (argument("init", program, sizeof program)) {
+            arguments[0] = program;
+            say_refused(program, SYS(__NR_execve, program, arguments, guest_environment));
+            continue;
+        }
+        static char *const usual[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"}; /* as the kernel has them */
+        for (size_t i = 0; i < sizeof usual / sizeof *usual; i++) {
+            arguments[0] = usual[i];
+            long error = SYS(__NR_execve, usual[i], arguments, guest_environment);
+            if (error != -ENOENT) say_refused(usual[i], error);
+        }
+        say("init: the root file system has no /sbin/init, /etc/init, /bin/init or /bin/sh; init= names another\n");
+    }
+}
+
+/* The root file system is mounted read-only unless the command line has rw. An ordinary start makes it writable then, as
+ * others do by their fstab; with ro on the command line it stays as it is. */
+static void make_root_writable(void)
+{
+    static const char *const modes[] = {"ro", "rw", NULL};
+    enum { FLAGS = 10, KEPT = 2 | 4 | 8 | 16 | 1024 | 2048 /* nosuid, nodev, noexec, sync, noatime, nodiratime */ };
+    uint64_t status[15] = {0};
+    if (last_of(modes, -1) == 0 || SYS(__NR_statfs, "/", status) < 0 || !(status[FLAGS] & MS_RDONLY)) return;
+    SYS(__NR_mount, 0, "/", 0, MS_REMOUNT | (status[FLAGS] & KEPT), 0);
 }
 
 static void loopback_up(void)
@@ -236,8 +301,10 @@ static int power_key(int fd)
     return 0;
 }
 
-static void run_system(void)
+static void run_system(char *const arguments[])
 {
+    int rescue = is_rescue(arguments + 1);
+    make_root_writable();
     mount_at("devpts", "/dev/pts", "gid=5,mode=620,ptmxmode=666");
     mount_at("tmpfs", "/run", "mode=755");
     mount_at("tmpfs", "/tmp", "mode=1777");
@@ -264,7 +331,7 @@ static void run_system(void)
         agent(settled[0]);
     }
     static char *rc[] = {"/bin/sh", "/etc/rc", 0};
-    start(rc, NULL);
+    if (!rescue) start(rc, NULL);
     SYS(__NR_close, settled[0]);
     SYS(__NR_close, settled[1]);
 
@@ -282,6 +349,11 @@ static void run_system(void)
     if (!count) {
         memcpy(path[0], "/dev/console", 13);
         count = 1;
+    }
+    if (rescue) {
+        memcpy(path[0], "/dev/console", 13);
+        count = 1;
+        say("init: for a single user: /etc/rc did not run; the end of this shell powers off\n");
     }
     static char *shell[] = {"/bin/sh", "-l", 0};
     for (int i = 0; i < count; i++) shells[i] = start(shell, path[i]);
@@ -334,10 +406,11 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
         if (fd > 2) SYS(__NR_close, fd);
         mount_at("proc", "/proc", "");
         mount_at("sysfs", "/sys", "");
-        load_modules();
-        switch_root();
+        read_modules();
+        load_modules(NULL);
+        switch_root(arguments);
     }
-    run_system();
+    run_system(arguments);
     __builtin_unreachable();
 }
 

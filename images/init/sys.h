@@ -94,6 +94,15 @@ static inline long parse_number(const char *p, const char *end, const char **aft
 void *memcpy(void *to, const void *from, size_t n);
 void *memset(void *to, int value, size_t n);
 int memcmp(const void *a, const void *b, size_t n);
+enum { MS_RDONLY = 1, MS_REMOUNT = 32, MS_MOVE = 8192 };
+/* cmdline.c: the value of NAME= on the kernel command line, into `to` (of several the last); 0 if it is not there. */
+int argument(const char *name, char *to, size_t size);
+/* cmdline.c: which of these words stands last on the kernel command line; `otherwise` if none is there. */
+int last_of(const char *const names[], int otherwise);
+/* root.c: mount what root= names at /newroot; 0, and it was said why, if that cannot be done. */
+int mount_root(const char *root);
+/* init.c: load the module of a file system, if the initramfs has one. */
+void load_file_system(const char *type);
 /* agent.c */
 void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));

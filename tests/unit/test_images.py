@@ -101,6 +101,16 @@ def test_modules_for_hardware_that_may_not_be_there() -> None:
     }  # fmt: skip
 
 
+def test_modules_that_only_a_root_file_system_needs() -> None:
+    """What something else needs as well is loaded with that."""
+    files = {"crc.ko": module(), "xor.ko": module(), "virtio.ko": module("crc"),
+             "btrfs.ko": module("crc", "xor") + b"alias=fs-btrfs\0"}  # fmt: skip
+    assert modules.closure(["virtio"], files, {"ext4"}, ["btrfs", "ext4"]) == {
+        "crc.ko": [], "virtio.ko": [], "xor.ko": ["fs btrfs"], "btrfs.ko": ["fs btrfs"]
+    }  # fmt: skip
+    assert modules.closure(["btrfs"], files, set(), ["btrfs"])["btrfs.ko"] == []
+
+
 def test_a_missing_module_is_named_with_who_needs_it() -> None:
     with pytest.raises(ImageError, match="no module gone, which module a needs"):
         modules.closure(["a"], {"a.ko": module("gone")}, set())
