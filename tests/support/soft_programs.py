@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("cpu/soft", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cpu/soft").iterdir() if path.is_dir()))
 PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_api": "tests/support/soft_api.c",
-            "soft_fuzz": "tests/fuzz/soft_fuzz.c",
+            "soft_fuzz": "tests/fuzz/soft_fuzz.c", "soft_math": "tests/support/soft_math.c",
             "oracle": "tests/support/oracle/*.c"}
 PYTHON_ONLY = {"backend.c"}
 """Files that belong to the extension module, not to the library."""

@@ -23,6 +23,12 @@ extern const size_t vec_move_count, vec_int_count, vec_float_count, vec_text_cou
 #define VEC_UNUSED __attribute__((unused))
 #define VEC_ARGS struct vec_context *ctx VEC_UNUSED, union xmm *dst VEC_UNUSED, const union xmm *src VEC_UNUSED
 
+/* vec_approx.c */
+int vec_rcpps(VEC_ARGS);
+int vec_rcpss(VEC_ARGS);
+int vec_rsqrtps(VEC_ARGS);
+int vec_rsqrtss(VEC_ARGS);
+
 static inline __m128i vec_load(const union xmm *x) { return _mm_load_si128((const __m128i *)x); }
 static inline void vec_store(union xmm *x, __m128i v) { _mm_store_si128((__m128i *)x, v); }
 

@@ -106,16 +106,6 @@ FLOAT(hsubps, tiny_ps) FLOAT(hsubpd, tiny_pd)
 FLOAT(cvtss2sd, never) FLOAT(cvtsd2ss, tiny_ss) FLOAT(cvtps2pd, never) FLOAT(cvtpd2ps, tiny_ps)
 FLOAT(cvtdq2ps, never) FLOAT(cvtdq2pd, never) FLOAT(cvtps2dq, never) FLOAT(cvttps2dq, never)
 FLOAT(cvtpd2dq, never) FLOAT(cvttpd2dq, never)
-/* The approximations raise nothing and do not depend on MXCSR. */
-#define APPROXIMATE(n)                                                                                                 \
-    static int vec_##n(VEC_ARGS)                                                                                       \
-    {                                                                                                                  \
-        __m128i d = vec_load(dst), s = vec_load(src);                                                                  \
-        asm(#n " %1, %0" : "+x"(d) : "x"(s));                                                                          \
-        vec_store(dst, d);                                                                                             \
-        return FPU_OK;                                                                                                 \
-    }
-APPROXIMATE(rcpps) APPROXIMATE(rcpss) APPROXIMATE(rsqrtps) APPROXIMATE(rsqrtss)
 
 /* --- between MMX or general registers and XMM --- */
 /* CVTPI2PS keeps the upper half of dst. */

@@ -77,9 +77,41 @@ static void load_image(const struct fpu *f, struct image *im)
         memcpy(im->st[i], &f->st[(top + i) & 7], 10);
 }
 
-static void take_image(struct fpu *f, const struct image *im)
+static bool empty(const struct fpu *f, unsigned i) { return !(f->tag >> (((f->sw >> 11) + i) & 7) & 1); }
+
+/* The condition codes that the instruction defines (APM 5). The others stay as they were, as on AMD's processors (FFREE
+ * clears C1): a host may do something else. opcode: 0 to 7 for D8 to DF. */
+static unsigned defined_codes(struct fpu *f, unsigned opcode, uint8_t modrm)
 {
-    f->sw = (uint16_t)im->sw;
+    unsigned group = modrm >> 3 & 7, comparison = empty(f, 0) || empty(f, modrm & 7) ? X87_C1 : 0; /* stack underflow */
+    if (modrm < 0xC0)
+        return !(opcode & 1) && (group == 2 || group == 3) ? X87_CC : X87_C1;
+    switch (opcode) {
+    case 0: case 4: case 6: return group == 2 || group == 3 ? X87_CC : X87_C1;
+    case 1:
+        switch (modrm) {
+        case 0xE4: case 0xE5: case 0xF5: case 0xF8: return X87_CC; /* FTST, FXAM, FPREM1, FPREM */
+        case 0xF2: case 0xFB: case 0xFE: case 0xFF: return X87_C1 | X87_C2; /* FPTAN, FSINCOS, FSIN, FCOS */
+        default: return X87_C1;
+        }
+    case 2: return modrm == 0xE9 ? X87_CC : comparison;
+    case 3: return comparison;
+    case 5:
+        if (group)
+            return group < 4 ? X87_C1 : X87_CC;
+        f->sw &= (uint16_t)~X87_C1;
+        return 0;
+    default:
+        if (group)
+            return group > 3 ? comparison : X87_C1;
+        f->sw &= (uint16_t)~X87_C1;
+        return 0;
+    }
+}
+
+static void take_image(struct fpu *f, const struct image *im, unsigned codes)
+{
+    f->sw = (uint16_t)((im->sw & ~(X87_CC & ~codes)) | (f->sw & X87_CC & ~codes));
     fpu_summarise(f);
     unsigned top = f->sw >> 11 & 7;
     f->tag = 0;
@@ -92,25 +124,25 @@ static void take_image(struct fpu *f, const struct image *im)
 
 int fpu_x87_register(struct x87_context *ctx, unsigned opcode)
 {
-    if (fpu_x87_fast_register(ctx, opcode))
+    if (fpu_x87_fast_register(ctx, opcode) || fpu_x87_math_register(ctx, opcode))
         return FPU_OK;
     struct image im;
     load_image(ctx->fpu, &im);
     uint64_t flags = fpu_x87_native(NULL, &im, fpu_x87_register_stubs[opcode][ctx->modrm & 63],
                                     FLAGS_ALWAYS | (ctx->flags & FLAGS_X87));
     ctx->flags = (uint32_t)flags & FLAGS_X87;
-    take_image(ctx->fpu, &im);
+    take_image(ctx->fpu, &im, defined_codes(ctx->fpu, opcode, ctx->modrm));
     return FPU_OK;
 }
 
 int fpu_x87_load(struct x87_context *ctx, unsigned opcode)
 {
-    if (fpu_x87_fast_load(ctx, opcode))
+    if (fpu_x87_fast_load(ctx, opcode) || fpu_x87_math_load(ctx, opcode))
         return FPU_OK;
     struct image im;
     load_image(ctx->fpu, &im);
     fpu_x87_native(ctx->mem, &im, fpu_x87_memory_stubs[opcode][ctx->modrm >> 3 & 7], FLAGS_ALWAYS);
-    take_image(ctx->fpu, &im);
+    take_image(ctx->fpu, &im, defined_codes(ctx->fpu, opcode, ctx->modrm));
     return FPU_OK;
 }
 
@@ -123,7 +155,7 @@ int fpu_x87_store(struct x87_context *ctx, unsigned opcode)
     fpu_x87_native(ctx->mem, &im, fpu_x87_memory_stubs[opcode][ctx->modrm >> 3 & 7], FLAGS_ALWAYS);
     /* Every unmasked exception but precision leaves the destination as it was. */
     if (im.sw & ~im.cw & (EXCEPTIONS & ~X87_PE)) {
-        take_image(ctx->fpu, &im);
+        take_image(ctx->fpu, &im, X87_C1);
         return FPU_NO_STORE;
     }
     memcpy(ctx->scratch, &im, sizeof im);
@@ -136,7 +168,7 @@ void fpu_x87_store_commit(struct x87_context *ctx)
         return;
     struct image im;
     memcpy(&im, ctx->scratch, sizeof im);
-    take_image(ctx->fpu, &im);
+    take_image(ctx->fpu, &im, X87_C1);
 }
 
 /* --- control instructions --- */

@@ -419,8 +419,9 @@ bool vendors_unfit_for_programs(const struct form *x)
 {
     unsigned g = form_group(x);
     if (form_x87(x)) /* conditions and environments, in memory and in AX */
-        return form_memory(x) ? (x->opcode == 0xD9 && (g == 4 || g == 6)) || (x->opcode == 0xDD && (g == 4 || g == 6 || g == 7))
-                              : form_x87_alias(x) || (x->opcode == 0xDF && x->modrm == 0xE0);
+        return form_memory(x) ? (x->opcode == 0xD9 && (g == 4 || g == 6)) || (x->opcode == 0xDD && (g == 4 || g == 6 || g == 7)) ||
+                                    (x->opcode == 0xDF && g == 4) /* FBLD */
+                              : (x->opcode == 0xD9 && (x->modrm == 0xF5 || x->modrm == 0xF8)) /* FPREM */ || form_x87_alias(x) || (x->opcode == 0xDF && x->modrm == 0xE0);
     return x->map == MAP_0F && (x->opcode == 0xBC || x->opcode == 0xBD || x->opcode == 0xB1 || (is_double_shift(x) && x->size == 2));
 }
 

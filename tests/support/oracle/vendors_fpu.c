@@ -6,7 +6,7 @@
 enum {
     FX_SW = 2, FX_TAG = 4, FX_RESERVED = 5, FX_POINTERS = 6, FX_ST = 32, FX_MXCSR = 24, FX_MXCSR_MASK = 28, FX_XMM8 = 288, FX_END = 416,
     FX_FOP = 6, FX_FIP = 8, FX_FDP = 16, FX_AVAILABLE = 464, XSAVE_BV = 512,
-    C0 = 0x100, C1 = 0x200, C2 = 0x400, C3 = 0x4000, CC = C0 | C1 | C2 | C3, ES_AND_B = 0x8080, EXCEPTIONS = 0x3F,
+    C0 = 0x100, C1 = 0x200, C2 = 0x400, C3 = 0x4000, CC = C0 | C1 | C2 | C3, ES_AND_B = 0x8080, PE = 0x20,
 };
 
 static uint16_t sw_of(const struct cpu_state *s) { return (uint16_t)(s->fx[FX_SW] | s->fx[FX_SW + 1] << 8); }
@@ -254,7 +254,92 @@ static void alias_free(const struct event *e, struct freedom *f)
     f->everything |= form_x87_alias(&e->form);
 }
 
+/* ---- results that are the core's own ---- */
+
+static void register_of(const struct cpu_state *s, unsigned i, uint64_t *mantissa, unsigned *exponent)
+{
+    uint16_t e;
+    memcpy(mantissa, s->fx + FX_ST + 16 * i, 8);
+    memcpy(&e, s->fx + FX_ST + 16 * i + 8, 2);
+    *exponent = e & 0x7FFF ? e : e + 1u; /* denormals have the least exponent */
+}
+/* Within two units in the last place, also across a power of two. */
+static bool is_near(const struct event *e, unsigned i)
+{
+    uint64_t a, b;
+    unsigned ae, be;
+    register_of(e->host, i, &a, &ae);
+    register_of(e->core, i, &b, &be);
+    if (ae == be)
+        return (a > b ? a - b : b - a) <= 2;
+    uint64_t low = ae < be ? a : b, high = ae < be ? b : a;
+    return (ae < be ? be - ae : ae - be) == 1 && low >= UINT64_MAX - 1 && high <= (1ull << 63) + 1;
+}
+static void transcendental_free(const struct event *e, struct freedom *f)
+{
+    if (!is_transcendental(&e->form) || is_fault(e->host) || e->insn->program)
+        return;
+    free_sw(f, C1);
+    for (unsigned i = 0; i < 2; i++)
+        if (is_near(e, i))
+            memset(f->fx + FX_ST + 16 * i, 0xFF, 10);
+}
+static bool is_partial(const struct event *e)
+{
+    return e->form.opcode == 0xD9 && e->form.map == MAP_ONE && (e->form.modrm == 0xF5 || e->form.modrm == 0xF8) && (sw_of(e->host) & C2);
+}
+static bool has_wrong_digits(const struct event *e)
+{
+    uint64_t at = e->insn->ea - DATA_BASE;
+    if (!form_x87(&e->form) || e->form.opcode != 0xDF || !form_memory(&e->form) || form_group(&e->form) != 4 || at > DATA_SIZE - 10)
+        return false;
+    for (unsigned i = 0; i < 9; i++)
+        if ((e->before->data[at + i] & 15) > 9 || e->before->data[at + i] >> 4 > 9)
+            return true;
+    return false;
+}
+static void undefined_result_free(const struct event *e, struct freedom *f)
+{
+    const struct form *x = &e->form;
+    if (e->insn->program || is_fault(e->core))
+        return;
+    if (is_transcendental(x)) {
+        free_sw(f, PE);
+        if (!(e->in->fx[0] & PE)) /* an exception that one of them may raise */
+            f->everything = true;
+        uint64_t mantissa;
+        unsigned exponent;
+        register_of(e->in, 0, &mantissa, &exponent);
+        if ((x->modrm == 0xF0 && (exponent & 0x7FFF) >= 0x3FFF) || (x->modrm == 0xF9 && exponent >= 0xBFFD))
+            memset(f->fx + FX_ST, 0xFF, 10);
+    }
+    if (is_partial(e) || has_wrong_digits(e))
+        memset(f->fx + FX_ST, 0xFF, 10);
+    if (is_partial(e))
+        free_sw(f, CC & ~C2);
+}
+/* RCPPS, RSQRTPS and their scalars: both sides within 1.5 * 2^-12 of the exact value, or equal. */
+static void approximation_free(const struct event *e, struct freedom *f)
+{
+    const struct form *x = &e->form;
+    if (x->map != MAP_0F || (x->opcode != 0x52 && x->opcode != 0x53) || is_fault(e->host))
+        return;
+    for (unsigned i = 0; i < (x->f3 ? 1 : 4); i++) {
+        unsigned at = 160 + 16 * x->reg + 4 * i;
+        uint32_t a, b;
+        memcpy(&a, e->host->fx + at, 4);
+        memcpy(&b, e->core->fx + at, 4);
+        bool number = (a & 0x7F800000) != 0x7F800000 && (b & 0x7F800000) != 0x7F800000 && (a & 0x7FFFFFFF) && (b & 0x7FFFFFFF);
+        if (number && (a > b ? a - b : b - a) <= 3 * (1 << 12))
+            memset(f->fx + at, 0xFF, 4);
+        if (((a | b) & 0x7FFFFFFF) <= 0x00801000) /* next to the denormals, which are 0 */
+            memset(f->fx + at, 0xFF, 4);
+    }
+}
+
 const struct difference fpu_differences[] = {
+    {.name = "undefined results of x87", .what = "F2XM1 beyond 1, FYL2XP1 below -1, FBLD of digits that are none, how far an incomplete FPREM comes; PE of a transcendental instruction with an exact result",
+     .intel_source = "SDM 2A F2XM1, FBLD, FPREM, FYL2XP1", .amd_source = "APM 5 F2XM1, FBLD, FPREM, FYL2XP1", .free = undefined_result_free},
     {.name = "x87 pointers", .what = "FIP, FDP, FOP, FCS, FDS unless an exception has just become pending: AMD's save and restore them only with one pending; Intel's always keep FIP, and have FDP and FOP of exceptions alone, FCS and FDS as 0 (CPUID.7.0:EBX[6], [13])",
      .intel_source = "SDM 1, 8.1.8 and 8.1.9; SDM 2A CPUID, FXSAVE", .amd_source = "APM 2, 11.4.4; APM 5 FXSAVE, FXRSTOR", .free = pointers_free, .intel = intel_pointers},
     {.name = "x87 condition codes", .what = "C0 to C3 where a manual says undefined; C1 of comparisons and FCMOV: AMD's keep it after FCOMI, Intel's clear it",
@@ -269,6 +354,8 @@ const struct difference fpu_differences[] = {
     {.name = "CVTPI2PS CVTPI2PD from memory", .what = "AMD's stay out of MMX mode", .intel_source = "SDM 2A CVTPI2PS, CVTPI2PD: Description", .amd_source = "APM 4 CVTPI2PS, CVTPI2PD",
      .free = conversion_free, .intel = intel_conversion},
     {.name = "aliases of x87 instructions", .what = "D9 D8, DC D0, DC D8, DD C8, DE D0, DF C0 to DF D8, DB E0, DB E1, DB E4", .intel_source = "SDM 2D table A-7 onwards has none", .amd_source = "APM 5 appendix A", .free = alias_free},
+    {.name = "transcendental x87 instructions", .what = "the core's are its own (cpu/soft/fpu/x87_math.c); two units in the last place, and C1", .always = true, .free = transcendental_free},
+    {.name = "RCPPS RSQRTPS", .what = "the core's are its own (cpu/soft/fpu/vec_approx.c); within the bound of both manuals", .always = true, .free = approximation_free},
     {.name = "MXCSR_MASK", .what = "the host may have misaligned SSE mode, MXCSR bit 17", .always = true, .free = mxcsr_mask_free},
     {.name = "unmasked underflow", .what = "PE and UE in MXCSR are not exact on the software core when #XM is raised: it runs the operation masked", .always = true, .free = underflow_free},
     {.name = "stages of DPPS and DPPD", .what = "flags in MXCSR when #XM is raised, likewise", .always = true, .free = dot_product_free},
