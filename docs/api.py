@@ -17,6 +17,8 @@ MODULES = (
     "vmm.guest.process",
     "vmm.events",
     "vmm.lifecycle",
+    "vmm.machine.bus",
+    "vmm.machine.peripheral",
     "vmm.timeline",
     "vmm.timelineview",
     "vmm.errors",

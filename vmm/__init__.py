@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vmm.guest.process import ExecResult, GuestProcess
     from vmm.launch import restore, run
     from vmm.lifecycle import Outcome, Reason, State
+    from vmm.machine.bus import Register
+    from vmm.machine.peripheral import Peripheral, Stateless
     from vmm.vm import VirtualMachine
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ _HOMES = {
     "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
     "vmm.launch": ("restore", "run"),
     "vmm.lifecycle": ("Outcome", "Reason", "State"),
+    "vmm.machine.bus": ("Register",),
+    "vmm.machine.peripheral": ("Peripheral", "Stateless"),
     "vmm.vm": ("VirtualMachine",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -55,11 +59,14 @@ __all__ = [
     "HostError",
     "Net",
     "Outcome",
+    "Peripheral",
     "Reason",
     "Rebooted",
+    "Register",
     "State",
     "StateChanged",
     "StateError",
+    "Stateless",
     "VirtualMachine",
     "VmmError",
     "Warned",

@@ -64,18 +64,24 @@ async def run(
 
 @asynccontextmanager
 async def restore(
-    directory: Path | str, *, trust: bool = False, paused: bool = False, **options: Any
+    directory: Path | str,
+    *,
+    trust: bool = False,
+    paused: bool = False,
+    devices: Mapping[str, Callable[[], Any]] | None = None,
+    **options: Any,
 ) -> AsyncIterator[VirtualMachine]:
     """A machine that goes on from a snapshot, as often as wanted, each time as a copy of its own. `options`: fields of
     Config that shall differ (its name above all: copies cannot share one). `trust`: open files of this host that a
-    snapshot from elsewhere names. Ends with the block. Raises StateError for one that is damaged or does not fit."""
+    snapshot from elsewhere names. `devices`: the embedder's own, as the saved machine had them. Ends with the block.
+    Raises StateError for one that is damaged or does not fit."""
     from vmm.state.snapshot import Snapshot
 
     snapshot = await asyncio.to_thread(Snapshot.open, directory)
     try:
         changes = {"name": "", "console": "none", **options}
         config, saved = await asyncio.to_thread(snapshot.prepare, changes, trusted=trust)
-        async with VirtualMachine(config, saved=saved) as vm:
+        async with VirtualMachine(config, saved=saved, devices=devices) as vm:
             snapshot.close()
             if not paused:
                 vm.resume()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.guest.agent import Agent
     from vmm.guest.frames import Text
     from vmm.guest.process import ExecResult, GuestProcess
+    from vmm.machine.peripheral import Peripheral
     from vmm.state.manifest import Manifest
 
 STOP_SECONDS = 30.0
@@ -54,16 +55,16 @@ class VirtualMachine:
         config: Config | None = None,
         *,
         system: System | None = None,
-        devices: Mapping[str, Callable[[], Device]] | None = None,
+        devices: Mapping[str, Callable[[], Device | Peripheral]] | None = None,
         head_start: HeadStart | None = None,
         saved: Saved | None = None,
         **options: Any,
     ) -> None:
         """A Config, or its fields as keyword arguments. `system`: an execution core to use instead of
-        `config.core`; it stays the caller's. `devices`: virtio devices of the caller's own by name, as functions that
-        make them, called once: a device outlives reboots, which reset it. `head_start`: what was begun of this
-        configuration's machine already; entering takes it over. `saved`: what it goes on from, instead of booting.
-        Raises ConfigError."""
+        `config.core`; it stays the caller's. `devices`: devices of the caller's own by name, virtio ones or
+        vmm.Peripheral, as functions that make them, called once: a device outlives reboots, which reset it.
+        `head_start`: what was begun of this configuration's machine already; entering takes it over. `saved`: what it
+        goes on from, instead of booting. Raises ConfigError."""
         if config is not None and options:
             raise TypeError("give a Config or options, not both")
         if system is not None and head_start is not None:
@@ -247,16 +248,16 @@ class VirtualMachine:
         """End it now, with this outcome unless it has ended already."""
         self._finish(outcome)
 
-    def device(self, name: str) -> Device:
-        """A virtio device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng",
-        "vsock", or one of `devices`. StateError if there is none."""
+    def device(self, name: str) -> Any:
+        """A device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng", "vsock"
+        (virtio.device.Device), or one of `devices`. StateError if there is none."""
         resources = self._live()
         try:
             if self._built is None:
                 raise KeyError(name)
-            return resources.device(name)  # type: ignore[no-any-return]
+            return resources.device(name)
         except KeyError:
-            raise StateError(f"this machine has no virtio device {name!r} now") from None
+            raise StateError(f"this machine has no device {name!r} now") from None
 
     async def resize_console(self, rows: int, columns: int) -> None:
         """Tell the guest how large the terminal is that shows its console: by a virtio console and, once it listens, by

@@ -196,6 +196,10 @@ class Built:
             attached = part.attach(self)
             if attached is not None:
                 await attached
+        if self.resources.own is not None:
+            from vmm.machine.peripheral import attach
+
+            attach(self, self.resources.own)
         if Capability.DETECTS_HALT not in self.capabilities:
             from vmm.machine.haltwatch import HaltWatch
 

@@ -22,8 +22,11 @@ _CACHE_LIMIT = 4096
 class Device(Protocol):
     """vmm.machine.interfaces.BusDevice, stated here so that the bus imports nothing above it."""
 
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
+    def read(self, offset: int, size: int) -> int:
+        """The value at `offset`, of 1, 2, 4 or 8 bytes."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take `value` at `offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Bus:
 
     @property
     def ranges(self) -> tuple[Range, ...]:
+        """All of them, by address."""
         return tuple(self._ranges)
 
     def add(self, start: int, size: int, device: Device, name: str) -> None:
@@ -149,6 +153,7 @@ class RegisterMap:
             self._exact[register.offset, register.size] = register
 
     def read(self, offset: int, size: int) -> int:
+        """Device"""
         register = self._exact.get((offset, size))
         if register is not None:
             return ONES[size] if register.read is None else register.read()
@@ -167,6 +172,7 @@ class RegisterMap:
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
+        """Device"""
         register = self._exact.get((offset, size))
         if register is not None:
             if register.write is not None:

@@ -31,7 +31,7 @@ from cpu.exits import (
     Shutdown,
     SystemEvent,
 )
-from vmm.errors import GuestError, StateError
+from vmm.errors import GuestError, HostError, StateError
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine.machine import CoreMachine
 
@@ -143,6 +143,8 @@ class Dispatcher:
         """A device or callback raised: GuestError is the guest's end, anything else the VMM's own failure."""
         if isinstance(error, GuestError):
             self.end(Outcome(Reason.GUEST_ERROR, str(error)))
+        elif isinstance(error, HostError):
+            self.end(Outcome(Reason.HOST_ERROR, str(error)))
         else:
             import traceback
 

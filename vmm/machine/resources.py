@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from cpu.contract import System
 from vmm.config import Config
+from vmm.errors import ConfigError
 from vmm.machine.chance import Chance
 from vmm.machine.origin import SavedDisk
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.pool import DevicePool
     from vmm.guest.agent import Agent
+    from vmm.machine.peripheral import OwnDevices
 
 
 class Resources:
@@ -40,11 +42,20 @@ class Resources:
         """The execution core; it is closed by whoever opened it."""
         self.random = Chance(config.seed, "devices")
         self.warn = warn
+        self.own: OwnDevices | None = None
+        """The embedder's own devices, if there are any."""
+        if devices:
+            from vmm.machine.peripheral import OwnDevices
+
+            self.own = OwnDevices(devices)
         self._pool: DevicePool | None = None
+        virtio = self.own.virtio if self.own is not None else {}
         if config.platform != "bare":
             from vmm.devices.virtio.pool import DevicePool
 
-            self._pool = DevicePool(config, self.random, devices or {}, warn, mark, saved_disks)
+            self._pool = DevicePool(config, self.random, virtio, warn, mark, saved_disks)
+        elif virtio:
+            raise ConfigError(f"devices: {next(iter(virtio))!r}: platform bare has no virtio devices; use pc")
 
     @property
     def pool(self) -> DevicePool:
@@ -63,7 +74,9 @@ class Resources:
         return {} if self._pool is None else self._pool.devices
 
     def device(self, name: str) -> Any:
-        """A virtio device. Raises KeyError."""
+        """A virtio device, or one of the embedder's. Raises KeyError."""
+        if self.own is not None and name in self.own.peripherals:
+            return self.own.peripherals[name]
         if self._pool is None:
             raise KeyError(name)
         return self._pool[name]
@@ -75,5 +88,10 @@ class Resources:
 
     async def aclose(self) -> None:
         """Give everything back. Raises HostError for the first that cannot be. Idempotent."""
-        if self._pool is not None:
-            await self._pool.aclose()
+        pooled = list(self.devices.values())
+        try:
+            if self._pool is not None:
+                await self._pool.aclose()
+        finally:
+            if self.own is not None:
+                await self.own.aclose(pooled)

@@ -57,12 +57,12 @@ class EntropyMaker(Maker):
 class OwnMaker(Maker):
     """A device of the embedder's."""
 
-    def __init__(self, transport: TransportKind, make: Callable[[], Device]) -> None:
+    def __init__(self, transport: TransportKind, device: Device) -> None:
         self.transport = transport
-        self._make = make
+        self._device = device
 
     async def make(self) -> Device:
-        return self._make()
+        return self._device
 
 
 class DevicePool:
@@ -72,7 +72,7 @@ class DevicePool:
         self,
         config: Config,
         random: RandomSource,
-        own: Mapping[str, Callable[[], Any]],
+        own: Mapping[str, Device],
         warn: Callable[[str], None],
         mark: Callable[[str], None],
         saved_disks: Mapping[str, SavedDisk] | None,
@@ -92,7 +92,7 @@ class DevicePool:
         self._describe(config, random, own, mark)
 
     def _describe(
-        self, config: Config, random: RandomSource, own: Mapping[str, Callable[[], Any]], mark: Callable[[str], None]
+        self, config: Config, random: RandomSource, own: Mapping[str, Device], mark: Callable[[str], None]
     ) -> None:
         # Imported here: a machine without such devices starts sooner.
         if config.disks:
@@ -120,8 +120,8 @@ class DevicePool:
             vsock = VsockMaker(config, lambda: mark("agent"))
             self.agent = vsock.agent
             self._want("vsock", vsock)
-        for name, make in own.items():
-            self._want(name, OwnMaker(config.transport, make))
+        for name, device in own.items():
+            self._want(name, OwnMaker(config.transport, device))
 
     def _want(self, name: str, maker: Maker, packed: bool = False) -> None:
         if name in self.makers:
