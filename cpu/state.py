@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 from cpu.contract import CpuidEntry, Registers, Segment, SystemRegisters
-from cpu.errors import ConfigError
+from cpu.errors import ConfigError, HostError
 from cpu.values import I64, U8, U16, U32, U64, dataclass
 from cpu.views import CORE_HEAD, DTABLE, EXTRA, MSR_ENTRY, MSRS_HEAD, REGS, SEGMENT, SREGS_CONTROL, StateKind
 
@@ -223,6 +223,8 @@ _PIT_CHANNEL = struct.Struct("<IH10Bq")
 _PIT_END = struct.Struct("<I9I")  # flags reserved[9]
 _CLOCK = struct.Struct("<QIIQQ16x")
 _U64 = struct.Struct("<Q")
+_TSC = 0x10
+_TSC_TOLERANCE = 1_000_000_000  # ticks: KVM takes TSCs that are less than a second apart for equal ones
 _MWAIT, _PAE, _HELD_SHIFT = 1, 2, 8  # EXTRA_* of cpu/soft/run/state.c
 
 
@@ -311,10 +313,20 @@ def restore_vcpu(vcpu: CoreVcpu, state: VcpuState) -> None:
     put(StateKind.DEBUGREGS, _pack(_DEBUGREGS, *debug.db, debug.dr6, debug.dr7, 0))
     put(StateKind.LAPIC, state.lapic)
     vcpu.set_msrs_of([(msr.index, msr.value) for msr in state.msrs])
+    _check_tsc(vcpu, state)
     put(StateKind.EVENTS, _pack(_EVENTS, *_values(state.events)))
     put(StateKind.MP, MP_STATES.index(state.mp_state).to_bytes(4, "little"))
     if state.extra is not None:
         put(StateKind.EXTRA, _pack_extra(state.extra))
+
+
+def _check_tsc(vcpu: CoreVcpu, state: VcpuState) -> None:
+    """Where guests have the host's own TSC (a KVM without hardware below it), setting it does nothing."""
+    for msr in state.msrs:
+        if msr.index == _TSC and vcpu.msr(_TSC) + _TSC_TOLERANCE < msr.value:
+            raise HostError(
+                f"the guest's TSC is at {msr.value}; this core cannot set it, and its own at {vcpu.msr(_TSC)} is behind"
+            )
 
 
 def _unpack_extra(blob: bytes) -> SoftVcpu:

@@ -400,7 +400,9 @@ int lv_vm_set_alarm(struct lv_vm *vm, uint64_t deadline_ns)
         if (r != -ENOSYS)
             return r;
     }
-    uint64_t at = deadline_ns > UINT64_MAX / 2 ? UINT64_MAX : deadline_ns + vm->start_ns;
+    /* start_ns may be "before 0": a restored VM's time can be more than this host's. */
+    uint64_t now = lv_clock() - vm->start_ns, left = deadline_ns > now ? deadline_ns - now : 0;
+    uint64_t at = deadline_ns > UINT64_MAX / 2 ? UINT64_MAX : lv_clock() + left;
     pthread_mutex_lock(&vm->lock);
     vm->alarm_ns = at;
     uint64_t next = at < vm->moderation_ns ? at : vm->moderation_ns;

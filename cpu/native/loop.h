@@ -205,7 +205,7 @@ struct lv_vm {
     uint32_t engine_count;
     uint32_t generation;             /* of forks, when it was made: see lv_forked() */
     _Atomic bool closing;
-    uint64_t start_ns;               /* CLOCK_MONOTONIC at creation */
+    uint64_t start_ns;               /* CLOCK_MONOTONIC at the VM's time 0 (modulo 2^64) */
 
     pthread_mutex_t lock;            /* everything below; held for well under a microsecond */
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */

@@ -1,7 +1,9 @@
 /* cpu._core.Vm: life, memory slots, the channel of exits, time, state. pyaccess.c and pyirq.c have its other methods. */
+#include "native/loop_internal.h"
 #include "native/py.h"
 
 #include <errno.h>
+#include <linux/kvm.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -477,6 +479,11 @@ static PyObject *vm_set_blob(VmObject *self, PyObject *args)
         r = vm->ops->set_vm(vm, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len);
     else
         r = blob.len ? -EINVAL : 0;
+    if (r >= 0 && kind == LV_STATE_CLOCK && !vm->ops->now) {
+        struct kvm_clock_data clock; /* the core took it, so it has this size */
+        memcpy(&clock, blob.buf, sizeof clock);
+        vm->start_ns = lv_clock() - clock.clock;
+    }
     PyBuffer_Release(&blob);
     return lv_none_or_raise(r, "cannot set the VM's state");
 }

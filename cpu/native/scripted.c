@@ -238,12 +238,32 @@ static int get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t 
     int r = get_blob(((struct scripted_vm *)vm->core)->blobs, (int)kind, data, size);
     if (r > 0 && kind >= LV_STATE_PIC_MASTER && kind <= LV_STATE_IOAPIC)
         ((struct kvm_irqchip *)data)->chip_id = kind - LV_STATE_PIC_MASTER;
+    if (r > 0 && kind == LV_STATE_CLOCK)
+        ((struct kvm_clock_data *)data)->clock = now(vm);
     return r;
+}
+
+/* Time goes on from what is set. */
+static void set_now(struct lv_vm *vm, uint64_t now_ns)
+{
+    struct scripted_vm *s = vm->core;
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    pthread_mutex_lock(&s->lock);
+    s->now_ns = now_ns;
+    vm->start_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec - now_ns;
+    pthread_mutex_unlock(&s->lock);
 }
 
 static int set_vm(struct lv_vm *vm, enum lv_state_kind kind, const void *data, size_t size)
 {
-    return set_blob(((struct scripted_vm *)vm->core)->blobs, (int)kind, data, size);
+    int r = set_blob(((struct scripted_vm *)vm->core)->blobs, (int)kind, data, size);
+    if (r > 0 && kind == LV_STATE_CLOCK) {
+        struct kvm_clock_data clock;
+        memcpy(&clock, data, sizeof clock);
+        set_now(vm, clock.clock);
+    }
+    return r;
 }
 
 /* ---- a vCPU ---- */

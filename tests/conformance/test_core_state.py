@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from dataclasses import fields, is_dataclass, replace
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -10,8 +11,8 @@ import pytest
 import vmm.errors
 from cpu import layouts
 from cpu.contract import Capability, CpuidEntry, Registers, Segment
-from cpu.errors import ConfigError, CpuError, StateError
-from cpu.exits import Interrupted, PortIn, PortOut, Resume
+from cpu.errors import ConfigError, CpuError, HostError, StateError
+from cpu.exits import AlarmDue, Interrupted, PortIn, PortOut, Resume
 from cpu.scripted import Store
 from cpu.state import Msr, VcpuState
 from cpu.views import StateKind
@@ -270,6 +271,36 @@ def test_a_kick_completes_the_read_before_the_state_is_saved(real_core, guests):
     other.go()
     assert (0, PortIn(0x60, 4)) not in other.run()
     assert other.answers == [0x1122_3344]
+
+
+def test_time_goes_on_from_where_it_was(core, guests):
+    """The core's clock, the guest's TSC and the alarm, in a VM whose host was never up for that long."""
+    guest = guests(core)
+    state, vcpu_state = guest.vm.state(), guest.vcpus[0].state()
+    day = 86_400 * 10**9
+    other = guests(core)
+    began = time.monotonic_ns()
+    extra = {"core": replace(state.core, now_ns=10_000 * day)} if state.core is not None else {}
+    other.vm.set_state(replace(state, clock_ns=10_000 * day, **extra))
+    ahead = replace(vcpu_state, msrs=tuple(Msr(m.index, 1 << 50) if m.index == TSC else m for m in vcpu_state.msrs))
+    sets_tsc = True
+    try:
+        other.vcpus[0].set_state(ahead)
+    except HostError as error:  # a KVM without hardware below it
+        assert f"the guest's TSC is at {1 << 50}; this core cannot set it" in str(error)
+        assert core.name == "kvm" and Capability.STOCK_KERNELS not in core.capabilities()
+        sets_tsc = False
+    now, tsc = other.vm.now_ns(), other.vcpus[0].msr(TSC)
+    passed = time.monotonic_ns() - began
+    assert 10_000 * day <= now <= 10_000 * day + passed
+    if not guest.scripted:
+        assert not sets_tsc or 1 << 50 <= tsc <= (1 << 50) + passed * state.tsc_khz // 1_000_000 + 1_000_000
+        assert now <= other.vm.state().clock_ns
+    other.vm.set_alarm(now + 2_000_000)
+    assert other.take() == [AlarmDue()]
+    assert other.vm.now_ns() >= now + 2_000_000
+    other.vm.set_alarm(5)  # long ago
+    assert other.take() == [AlarmDue()]
 
 
 KVMCLOCK = 0x4B56_4D01  # MSR_KVM_SYSTEM_TIME_NEW: the address of struct pvclock_vcpu_time_info, bit 0: in use
