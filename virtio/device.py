@@ -53,6 +53,7 @@ class Device:
     def __init__(self) -> None:
         self._active: Activation | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._due: set[tuple[Callable[..., object], tuple[object, ...]]] = set()
         self._config_listener: Callable[[], None] | None = None
         self._paused = False
         self._halted = False
@@ -147,6 +148,18 @@ class Device:
         except GuestError as error:
             active.fault(error)
 
+    def next_turn(self, call: Callable[..., object], *arguments: object) -> None:
+        """`guarded` in the loop's next turn, while the device is active. However often it is asked for, by a driver
+        that notifies again and again, there is one call."""
+        due = call, arguments
+        if due not in self._due:
+            self._due.add(due)
+            asyncio.get_running_loop().call_soon(self._run_due, self._active, due)
+
+    def is_due(self, call: Callable[..., object], *arguments: object) -> bool:
+        """Whether `next_turn` will call this: then there is nothing to do before."""
+        return (call, arguments) in self._due
+
     def config_changed(self) -> None:
         """Configuration space changed: generation count and configuration change notification (2.5, 2.3)."""
         if self._config_listener is not None:
@@ -177,6 +190,7 @@ class Device:
         """Abandon everything (2.4). True: nothing touches guest memory any more."""
         active, self._active = self._active, None
         self._progress.set()
+        self._due.clear()
         for task in tuple(self._tasks):
             task.cancel()
         if active is None:
@@ -213,6 +227,11 @@ class Device:
     def progressed(self) -> None:
         """A subclass returned chains without `Queue.push`."""
         self._progress.set()
+
+    def _run_due(self, active: Activation | None, due: tuple[Callable[..., object], tuple[object, ...]]) -> None:
+        if self._active is active:
+            self._due.discard(due)
+            self.guarded(due[0], *due[1])
 
     def _task_done(self, active: Activation | None, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -28,6 +28,8 @@ from virtio.packed import reference_ring
 
 SECONDS = 20
 """For what ends soon or never."""
+
+
 class Watch(logging.Handler):
     """Collects what must not happen: unhandled errors of the loop, and errors in the log."""
 

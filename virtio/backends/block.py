@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-CHUNK = 1 << 20
-"""The most bytes that one `read` or `write` is asked for."""
+CHUNK = 256 << 10
+"""The most bytes one call is asked for."""
 
 
 class BlockBackend(Protocol):
@@ -59,7 +59,7 @@ class MemoryBlock(BlockBackend):
 
     async def read(self, offset: int, length: int) -> bytes:
         """BlockBackend.read"""
-        return bytes(self.data[offset : offset + length])
+        return bytes(memoryview(self.data)[offset : offset + length])
 
     async def write(self, offset: int, data: bytes) -> None:
         """BlockBackend.write"""
@@ -69,4 +69,6 @@ class MemoryBlock(BlockBackend):
         self.flushes += 1
 
     async def discard(self, offset: int, length: int) -> None:
-        self.data[offset : offset + length] = bytes(length)
+        for at in range(offset, offset + length, CHUNK):
+            part = min(CHUNK, offset + length - at)
+            self.data[at : at + part] = bytes(part)

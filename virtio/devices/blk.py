@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,13 +46,11 @@ ID_BYTES = 20
 ZEROES_SECTORS = 0x200000
 """max_discard_sectors and max_write_zeroes_sectors: 1 GiB."""
 ZEROES_SEGMENTS = 32
-ZEROES_CHUNK = 16 << 20
-"""Bytes that a BlockBackend is asked to discard or to make zero in one call."""
 SEGMENTS_MAX = 1024
-REQUESTS_MAX = 256
+REQUESTS_MAX = 64
 """Requests to a BlockBackend that run at a time. Those of a driver that has reset the device since are among them, for
 a backend may take its time to end what is cancelled."""
-TURN_BYTES = 2 << 20
+TURN_BYTES = 512 << 10
 """Bytes that all requests to a BlockBackend move in one turn of the loop, or little more."""
 BLOCK_SIZES = (512, 1024, 2048, 4096)
 _MORE, _SIGNAL = 1, 2
@@ -100,7 +99,8 @@ class BlockDevice(Device):
         self._reader: asyncio.AbstractEventLoop | None = None
         self._crowded = False
         self._moved = 0
-        self._next_turn = asyncio.Event()
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        """Requests that wait for a turn, with the bytes that they will move."""
         self._counted = dict.fromkeys(COUNTERS, 0)
 
     def _checked_capacity(self) -> int:
@@ -240,7 +240,7 @@ class BlockDevice(Device):
     # Requests
 
     def queue_notified(self, index: int) -> None:
-        if self.paused:
+        if self.paused or self.is_due(self.queue_notified, index):
             return
         queue = self.active.queues[index]
         if not queue.enabled:
@@ -253,13 +253,7 @@ class BlockDevice(Device):
         if flags & _SIGNAL:
             self.active.interrupts.signal_queue(index)
         if flags & _MORE:
-            self._later(index)
-
-    def _later(self, index: int) -> None:
-        active = self.active
-        asyncio.get_running_loop().call_soon(
-            lambda: self.guarded(self.queue_notified, index) if self._active is active else None
-        )
+            self.next_turn(self.queue_notified, index)
 
     def _reap(self) -> None:
         if self._engine is None:
@@ -283,13 +277,13 @@ class BlockDevice(Device):
                 raise GuestError("block request without header or status")
             self.spawn(self._request(queue, chain), "request").add_done_callback(self._request_ended)
         if len(chains) == room or ring.enable_notification():
-            self._later(queue.index)
+            self.next_turn(self.queue_notified, queue.index)
 
     def _request_ended(self, _: asyncio.Task[None]) -> None:
         if self._crowded and self.is_active:
             self._crowded = False
             for queue in self.active.queues:
-                self._later(queue.index)
+                self.next_turn(self.queue_notified, queue.index)
 
     async def _request(self, queue: Queue, chain: Chain) -> None:
         try:
@@ -305,16 +299,24 @@ class BlockDevice(Device):
     async def _turn(self, length: int) -> None:
         """Called before `length` bytes are moved: wait while this turn of the loop has moved enough, for a backend may
         answer at once, and requests may be many and up to 4 GiB long."""
-        while self._moved >= TURN_BYTES:
-            await self._next_turn.wait()
+        if self._moved >= TURN_BYTES:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((turn, length))
+            await turn
+            return
         if not self._moved:
             asyncio.get_running_loop().call_soon(self._turn_over)
         self._moved += length
 
     def _turn_over(self) -> None:
         self._moved = 0
-        self._next_turn.set()
-        self._next_turn.clear()
+        while self._waiting and self._moved < TURN_BYTES:
+            turn, length = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                self._moved += length
+        if self._moved:
+            asyncio.get_running_loop().call_soon(self._turn_over)
 
     def _count(self, chain: Chain, status: int) -> None:
         kind = _header.unpack(chain.read(_header.size))[0]
@@ -385,8 +387,8 @@ class BlockDevice(Device):
                 return IOERR
         for sector, count, flags in entries:
             end = (sector + count) * SECTOR
-            for at in range(sector * SECTOR, end, ZEROES_CHUNK):
-                part = min(ZEROES_CHUNK, end - at)
+            for at in range(sector * SECTOR, end, CHUNK):
+                part = min(CHUNK, end - at)
                 await self._turn(part)
                 if kind == DISCARD:
                     await self._trusted.call(self.backend.discard, at, part)

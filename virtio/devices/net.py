@@ -301,6 +301,8 @@ class NetDevice(Device):
 
     def _transmit(self, pair: int) -> None:
         queue = self.active.queues[2 * pair + 1]
+        if self.is_due(self._transmit, pair):
+            return
         if self.paused or not queue.enabled or pair >= self.pairs:
             self._watch(pair, self._writing, False, self._transmit)
             return
@@ -329,11 +331,7 @@ class NetDevice(Device):
             log.warning("the network peer is gone: the link is down")
             self.set_link(False)
         elif flags & _MORE:
-            self._soon(call, pair)
-
-    def _soon(self, call: Callable[[int], None], pair: int) -> None:
-        active = self.active
-        asyncio.get_running_loop().call_soon(lambda: self.guarded(call, pair) if self._active is active else None)
+            self.next_turn(call, pair)
 
     def _discard(self, queue: Queue, pair: int) -> None:
         """What is sent while the link is down is lost."""
@@ -341,7 +339,7 @@ class NetDevice(Device):
             queue.push(chain, 0)
         queue.notify()
         if queue.ring.enable_notification():
-            self._soon(self._transmit, pair)  # a driver that sends on must not keep the loop
+            self.next_turn(self._transmit, pair)  # a driver that sends on must not keep the loop
 
     # The path for any backend
 

@@ -244,6 +244,8 @@ class VsockDevice(Device):
             data = chain.read(length, _header.size) if length <= BUFFER else b""
             queue.complete(chain, 0)
             self._packet_from_guest(fields, data)
+            if fields[6] in (Op.REQUEST, Op.RESPONSE):
+                await asyncio.sleep(0)  # what begins a connection costs much more than other packets
 
     def _packet_from_guest(self, fields: tuple[int, ...], data: bytes) -> None:
         src_cid, dst_cid, guest_port, host_port, length, kind, op, flags, alloc, forwarded = fields
@@ -260,7 +262,7 @@ class VsockDevice(Device):
             connection = self._add(host_port, guest_port, by_guest=True)
             connection.peer_alloc, connection.peer_forwarded = alloc, forwarded
             self._to_dial[connection] = None
-            self._dial_next()
+            self.next_turn(self._dial_next)
             return
         if connection is None:
             self._refuse(host_port, guest_port, op)
@@ -306,15 +308,18 @@ class VsockDevice(Device):
     # The guest's connections to the host
 
     def _dial_next(self) -> None:
-        while self._to_dial and self._dials < DIALS_MAX and self.is_active:
+        """One more, for making a connection takes its time, and then the next in the loop's next turn."""
+        if self._to_dial and self._dials < DIALS_MAX:
             connection, _ = self._to_dial.popitem(last=False)
             self._dials += 1
             connection.dialing = self.spawn(self._dial(connection), "dial")
             connection.dialing.add_done_callback(self._dialed)
+            self.next_turn(self._dial_next)
 
     def _dialed(self, _: asyncio.Task[None]) -> None:
         self._dials -= 1
-        self._dial_next()
+        if self.is_active:
+            self.next_turn(self._dial_next)
 
     async def _dial(self, connection: Connection) -> None:
         try:

@@ -136,7 +136,7 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
     bool malformed = false;
     ring_disable_notification(&ring->ring);
     for (;;) {
-        if (taken >= limit || bytes >= INLINE_BYTES) {
+        if (taken >= limit || bytes >= TURN_BYTES) {
             flags |= MORE;
             break;
         }

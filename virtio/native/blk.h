@@ -29,7 +29,8 @@ enum {
     ZEROES_SECTORS = 0x200000, /* max_discard_sectors, max_write_zeroes_sectors */
     THREADS_MAX = 8,
     IOV_LIMIT = IMAGE_IOVS,
-    INLINE_BYTES = 8 << 20, /* what a job that is done in the loop's turn may move at most, so that the turn is bounded */
+    TURN_BYTES = 1 << 20,   /* after so many no more requests are taken in this turn of the loop */
+    INLINE_BYTES = 2 << 20, /* what a job that is done in the loop's turn may move at most: two of Linux' largest reads */
     URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */
 };
 

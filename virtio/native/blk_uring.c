@@ -178,6 +178,7 @@ static enum progress advance(struct request *job, int32_t result)
 /* Hand over what waits, as far as it may be in flight. */
 static void feed(struct blk_uring *uring, struct jobs *elsewhere)
 {
+    uint64_t bytes = 0;
     while (uring->waiting.count && uring->in_flight < URING_DEPTH) {
         struct io_uring_sqe *entry = uring_entry(&uring->ring);
         if (!entry)
@@ -189,8 +190,9 @@ static void feed(struct blk_uring *uring, struct jobs *elsewhere)
             jobs_add(elsewhere, job);
             continue;
         }
-        /* The kernel does at once, in our call, what it can do without waiting. */
-        entry->flags = job->job_length > INLINE_BYTES ? IOSQE_ASYNC : uring->flags;
+        /* The kernel does at once, in our call, what it can do without waiting: no more than a turn of the loop may move. */
+        bytes += is_transfer(job) ? job->job_length : 0;
+        entry->flags = bytes > INLINE_BYTES ? IOSQE_ASYNC : uring->flags;
         uring->in_flight++;
     }
     uint64_t retracted;
