@@ -86,7 +86,8 @@ class CoreVcpu(_core.Vcpu):
         from cpu.model import lacking
         from cpu.state import restore_vcpu
 
-        missing = lacking(state.cpuid, self._vm.supported_cpuid()) if state.cpuid else []
+        supported = self._vm.supported_cpuid
+        missing = lacking(state.cpuid, supported()) if state.cpuid and supported is not None else []
         if missing:
             raise HostError(f"the guest was told of what this core lacks: {', '.join(missing)}")
         restore_vcpu(self, state)
@@ -128,8 +129,8 @@ class CoreVm(_core.Vm):
     """One virtual machine on a native core. Made by System.create_vm()."""
 
     msr_indices: tuple[int, ...]
-    supported_cpuid: Callable[[], Sequence[CpuidEntry]]
-    """What the core can show at most; set by who makes the VM."""
+    supported_cpuid: Callable[[], Sequence[CpuidEntry]] | None
+    """What the core can show at most; None: anything."""
     _tsc_khz: int
 
     def __new__(
@@ -137,7 +138,7 @@ class CoreVm(_core.Vm):
         core: str,
         config: VmConfig,
         *,
-        supported_cpuid: Callable[[], Sequence[CpuidEntry]],
+        supported_cpuid: Callable[[], Sequence[CpuidEntry]] | None = None,
         system_fd: int = -1,
         msr_indices: Sequence[int] = (),
     ) -> Self:
