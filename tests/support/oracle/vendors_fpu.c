@@ -310,8 +310,11 @@ static void undefined_result_free(const struct event *e, struct freedom *f)
         uint64_t mantissa;
         unsigned exponent;
         register_of(e->in, 0, &mantissa, &exponent);
-        if ((x->modrm == 0xF0 && (exponent & 0x7FFF) >= 0x3FFF) || (x->modrm == 0xF9 && exponent >= 0xBFFD))
-            memset(f->fx + FX_ST, 0xFF, 10);
+        exponent &= 0x7FFF;
+        if ((x->modrm == 0xF0 && exponent >= 0x3FFF) || (x->modrm == 0xF9 && exponent >= 0x3FFD))
+            f->everything = true;
+        if ((x->modrm == 0xF2 || x->modrm == 0xFB || x->modrm >= 0xFE) && exponent >= 0x3FFF) /* angles that are reduced */
+            memset(f->fx + FX_ST, 0xFF, 10), memset(f->fx + FX_ST + 16, 0xFF, 10);
     }
     if (is_partial(e) || has_wrong_digits(e))
         memset(f->fx + FX_ST, 0xFF, 10);
@@ -338,16 +341,16 @@ static void approximation_free(const struct event *e, struct freedom *f)
 }
 
 const struct difference fpu_differences[] = {
-    {.name = "undefined results of x87", .what = "F2XM1 beyond 1, FYL2XP1 below -1, FBLD of digits that are none, how far an incomplete FPREM comes; PE of a transcendental instruction with an exact result",
-     .intel_source = "SDM 2A F2XM1, FBLD, FPREM, FYL2XP1", .amd_source = "APM 5 F2XM1, FBLD, FPREM, FYL2XP1", .free = undefined_result_free},
+    {.name = "undefined results of x87", .what = "F2XM1 beyond 1, FYL2XP1 beyond 1 - sqrt(1/2), FBLD of digits that are none, how far an incomplete FPREM comes; the error of angles above 1; PE of a transcendental instruction with an exact result",
+     .intel_source = "SDM 2A F2XM1, FBLD, FPREM, FYL2XP1; SDM 1, 8.3.8 and 8.3.10", .amd_source = "APM 5 F2XM1, FBLD, FPREM, FYL2XP1", .free = undefined_result_free},
     {.name = "x87 pointers", .what = "FIP, FDP, FOP, FCS, FDS unless an exception has just become pending: AMD's save and restore them only with one pending; Intel's always keep FIP, and have FDP and FOP of exceptions alone, FCS and FDS as 0 (CPUID.7.0:EBX[6], [13])",
-     .intel_source = "SDM 1, 8.1.8 and 8.1.9; SDM 2A CPUID, FXSAVE", .amd_source = "APM 2, 11.4.4; APM 5 FXSAVE, FXRSTOR", .free = pointers_free, .intel = intel_pointers},
+     .intel_source = "SDM 1, 8.1.8 and 8.1.9; SDM 2A CPUID, FXSAVE", .amd_source = "APM 5 FXRSTOR: \"does not restore the x87 error pointers ... except in the relatively rare cases in which the exception-summary (ES) bit in the x87 status word is set\"", .free = pointers_free, .intel = intel_pointers},
     {.name = "x87 condition codes", .what = "C0 to C3 where a manual says undefined; C1 of comparisons and FCMOV: AMD's keep it after FCOMI, Intel's clear it",
      .intel_source = "SDM 2A F2XM1 to FYL2XP1: FPU Flags Affected; SDM 1 table 8-1", .amd_source = "APM 5: x87 Condition Code", .free = conditions_free},
     {.name = "reserved fields", .what = "of state images and the control word: AMD's clear, Intel's may keep what is in memory", .intel_source = "SDM 2A FXSAVE table 3-43, FSTENV; SDM 1, 8.1.5",
      .amd_source = "APM 2, 11.4.4; APM 1, 6.2.2", .free = reserved_free},
     {.name = "ES and B of a loaded status word", .what = "taken as loaded, or computed from flags and masks", .intel_source = "SDM 2A FLDENV, FRSTOR, FXRSTOR", .amd_source = "APM 5 FLDENV, FRSTOR", .free = status_load_free},
-    {.name = "initial state in XSAVE", .what = "whether a component that has its initial value counts as in use", .intel_source = "SDM 1, 13.6: \"may ... even though\"", .amd_source = "APM 2, 11.5.2", .free = initial_free},
+    {.name = "initial state in XSAVE", .what = "whether a component that has its initial value counts as in use", .intel_source = "SDM 1, 13.6", .amd_source = "APM 2, 11.5.2", .free = initial_free},
     {.name = "flags of an unmasked SIMD exception", .what = "the other flags in MXCSR, and whether an MMX conversion has entered MMX mode; the stages of DPPS and DPPD",
      .intel_source = "SDM 1, 11.5.2, 11.5.3", .amd_source = "APM 1, 4.10", .free = simd_flags_free},
     {.name = "MASKMOVQ MASKMOVDQU", .what = "whether bytes that the mask leaves out fault", .intel_source = "SDM 2B MASKMOVDQU: \"implementation dependent\"", .amd_source = "APM 4 MASKMOVDQU", .free = mask_move_free},
