@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpu.contract import VmConfig
+from cpu.errors import CpuError
 from vmm._native import Mapping, nonzero_pages, runs
 from vmm.errors import HostError
 from vmm.machine.layout import HIGH_MEMORY, PCI_HOLE
@@ -255,6 +256,45 @@ def test_the_dirty_log_joins_the_core_and_the_vmm(memories: ExitStack) -> None:
         ]  # fmt: skip
         assert [runs(bitmap) for _, bitmap in memory.take_dirty()] == [[], []]
         memory.stop_dirty_log()
+
+
+def test_a_freeze_that_was_prepared_copies_what_was_written_meanwhile(memories: ExitStack) -> None:
+    from cpu.system import soft_system
+
+    memory = make(memories, None, PCI_HOLE + SIZE)
+    before = open_files()
+    with ExitStack() as stack:
+        system = soft_system()
+        stack.callback(system.close)
+        vm = system.create_vm(VmConfig())
+        stack.callback(vm.close)
+        memory.attach(vm)
+        memory.write(0, b"x" * 20 * PAGE)
+        memory.write(HIGH_MEMORY, b"high")
+        memory.prepare_freeze()
+        memory.prepare_freeze()
+        memory.write(3 * PAGE, bytes(PAGE))
+        memory.write(5 * PAGE, b"later")
+        memory.write(100 * PAGE, b"new")
+        memory.write(HIGH_MEMORY + PAGE, b"too")
+        low, high = memory.freeze()
+        with pytest.raises(CpuError):
+            vm.dirty_log(0)  # it is nobody's any more
+        copy = make(memories, CopyOnWrite((low, high)), PCI_HOLE + SIZE)
+        for each in (memory, copy):
+            expected = b"x" * 3 * PAGE + bytes(PAGE) + b"x" * PAGE + b"later" + b"x" * (15 * PAGE - 5)
+            assert each.read(0, 20 * PAGE) == expected
+            assert each.read(100 * PAGE, 3) == b"new"
+            assert each.read(HIGH_MEMORY, 4) + each.read(HIGH_MEMORY + PAGE, 3) == b"hightoo"
+        memory.prepare_freeze()  # nothing to prepare any more
+        unused = make(memories, None)
+        unused.attach(vm2 := system.create_vm(VmConfig()))
+        unused.prepare_freeze()
+        vm2.close()
+        unused.close()
+        copy.close()
+        memory.close()
+    assert open_files() == before
 
 
 def test_populating_is_a_hint_that_stays_in_memory(memories: ExitStack) -> None:
