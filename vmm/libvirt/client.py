@@ -13,7 +13,7 @@ import logging
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vmm.errors import VmmError
 from vmm.libvirt import rpc
@@ -71,6 +71,8 @@ class Client:
         self.subscriptions: Subscriptions = daemon.events.subscriptions(self)
         self._reader, self._writer = reader, writer
         self._calls: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Task[None]] = set()
+        """Those of them that change something: they go on when the client leaves."""
         self._slots = asyncio.Semaphore(MAX_CALLS)
         self._streams: dict[int, Stream] = {}
         self._last_heard = 0.0
@@ -168,6 +170,7 @@ class Client:
 
     def _called(self, task: asyncio.Task[None]) -> None:
         self._calls.discard(task)
+        self._changes.discard(task)
         self._slots.release()
 
     async def _call(self, message: Message) -> None:
@@ -179,6 +182,7 @@ class Client:
                 raise LibvirtError(Code.INTERNAL_ERROR, "connection not open", From.RPC)
             if not procedure.read_only:
                 self.may_change()
+                self._changes.add(cast("asyncio.Task[None]", asyncio.current_task()))
             call = Call(self, header)
             body = procedure.result.write(await procedure.handler(call, **arguments))
         except asyncio.CancelledError:
@@ -247,7 +251,8 @@ class Client:
 
     async def _release(self) -> None:
         self.subscriptions.close()
-        tasks = [*self._calls, *([self._keepalive] if self._keepalive is not None else [])]
+        going = [task for task in self._calls if not (task in self._changes and self.daemon.keep(task))]
+        tasks = [*going, *([self._keepalive] if self._keepalive is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -37,11 +37,12 @@ from vmm.libvirt import (
 )
 from vmm.libvirt.client import Client
 from vmm.libvirt.connect_calls import CONNECTION_CLOSED
-from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domains
+from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domain, Domains
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import Hub
 from vmm.libvirt.procedures import joined
 from vmm.libvirt.rpc import Budget
+from vmm.libvirt.saves import Saves
 from vmm.libvirt.spec import Spec
 from vmm.libvirt.storage import Pools
 from vmm.libvirt.store import Store
@@ -53,6 +54,8 @@ MAX_CLIENTS = 5000
 """As libvirt's max_clients."""
 MAX_GREETING_CLIENTS = 100
 """Clients that have not opened their connection yet."""
+MAX_LEFT = 64
+"""Calls that go on though their clients have left."""
 MESSAGE_MEMORY = 128 << 20
 """Bytes of large messages of all clients together while they arrive."""
 SOCKET, SOCKET_READ_ONLY = "libvirt-sock", "libvirt-sock-ro"
@@ -112,9 +115,11 @@ class Daemon:
         self.events = Hub()
         self.store = Store(settings.state)
         self.domains = Domains(self.store, self.events, settings.launcher, settings.emulator)
+        self.saves = Saves(self.store, self.domains)
         self.pools = Pools(self.store, self.events)
         self.socket = settings.socket or runtime_directory() / SOCKET
         self._clients: dict[asyncio.Task[None], Client] = {}
+        self._left: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
         self._paths: list[Path] = []
         self._scanner: asyncio.Task[None] | None = None
@@ -170,9 +175,24 @@ class Daemon:
         for domain in self.domains.all():
             if domain.persistent is not None and not domain.active and self.domains.autostart(domain):
                 try:
-                    await self.domains.start(domain, paused=False)
+                    await self.start(domain, paused=False)
                 except VmmError as error:
                     log.error("%s: not started: %s", domain.name, error)
+
+    async def start(self, domain: Domain, *, paused: bool) -> None:
+        """A persistent domain, from its managed save if it has one. Raises VmmError."""
+        if not domain.active and self.saves.has_managed(domain):
+            await self.saves.start_managed(domain, paused=paused)
+        else:
+            await self.domains.start(domain, paused=paused)
+
+    def keep(self, task: asyncio.Task[None]) -> bool:
+        """A client left while a call of its changed something: whether that may go on to its end."""
+        if len(self._left) >= MAX_LEFT or self._stopped.is_set():
+            return False
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
+        return True
 
     def checked(self, spec: Spec) -> Spec:
         """A definition that this host can have. Raises LibvirtError."""
@@ -194,6 +214,7 @@ class Daemon:
 
     async def aclose(self) -> None:
         """Send clients away and stop listening; the machines go on. Idempotent."""
+        self._stopped.set()
         if self.tls is not None:
             await self.tls.aclose()
         servers, self._servers = self._servers, []
@@ -212,6 +233,10 @@ class Daemon:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        left = tuple(self._left)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
         await self.domains.aclose()
         self.store.close()
 

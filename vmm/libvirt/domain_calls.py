@@ -21,6 +21,7 @@ START_PAUSED, START_AUTODESTROY, START_BYPASS_CACHE, START_FORCE_BOOT, START_VAL
 AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 VCPU_MAXIMUM, VCPU_GUEST = 4, 8
 MEM_MAXIMUM = 4
+UNDEFINE_MANAGED_SAVE, UNDEFINE_SNAPSHOTS = 1, 2
 UNDEFINE_KNOWN = 1 | 2 | 4 | 8 | 16 | 32 | 64
 SHUTDOWN_DEFAULT, SHUTDOWN_ACPI = 0, 1
 LIST_ACTIVE, LIST_INACTIVE, LIST_PERSISTENT, LIST_TRANSIENT = 1, 2, 4, 8
@@ -75,6 +76,9 @@ def listed(call: Call, domain: Domain, flags: int) -> bool:
     """Flags are groups: of each group that is asked for at all, one must fit."""
     active, persistent = domain.active, domain.persistent is not None
     autostart = call.daemon.domains.autostart(domain)
+    saves = call.daemon.saves
+    saved = bool(flags & (LIST_MANAGEDSAVE | LIST_NO_MANAGEDSAVE)) and saves.has_managed(domain)
+    snapshots = bool(flags & (LIST_HAS_SNAPSHOT | LIST_NO_SNAPSHOT)) and bool(saves.all(domain))
     groups = (
         {LIST_ACTIVE: active, LIST_INACTIVE: not active},
         {LIST_PERSISTENT: persistent, LIST_TRANSIENT: not persistent},
@@ -84,9 +88,9 @@ def listed(call: Call, domain: Domain, flags: int) -> bool:
             LIST_SHUTOFF: domain.state == State.SHUTOFF,
             LIST_OTHER: domain.state not in (State.RUNNING, State.PAUSED, State.SHUTOFF),
         },
-        {LIST_MANAGEDSAVE: False, LIST_NO_MANAGEDSAVE: True},
+        {LIST_MANAGEDSAVE: saved, LIST_NO_MANAGEDSAVE: not saved},
         {LIST_AUTOSTART: autostart, LIST_NO_AUTOSTART: not autostart},
-        {LIST_HAS_SNAPSHOT: False, LIST_NO_SNAPSHOT: True},
+        {LIST_HAS_SNAPSHOT: snapshots, LIST_NO_SNAPSHOT: not snapshots},
         {LIST_HAS_CHECKPOINT: False, LIST_NO_CHECKPOINT: True},
     )
     for group in groups:
@@ -162,14 +166,23 @@ async def domain_undefine(call: Call, dom: DomainRef) -> None:
 @calls.change(231, "domain_undefine_flags", "dom:domain flags:uint")
 async def domain_undefine_flags(call: Call, dom: DomainRef, flags: int) -> None:
     check_flags(flags, UNDEFINE_KNOWN)
-    domains = call.daemon.domains
-    domains.undefine(domains.of(dom))
+    domains, saves = call.daemon.domains, call.daemon.saves
+    domain = domains.of(dom)
+    if domain.persistent is not None:
+        if saves.has_managed(domain) and not flags & UNDEFINE_MANAGED_SAVE:
+            raise LibvirtError(Code.OPERATION_INVALID, "Refusing to undefine while domain managed save image exists")
+        if not domain.active and (count := len(saves.all(domain))) and not flags & UNDEFINE_SNAPSHOTS:
+            raise LibvirtError(Code.OPERATION_INVALID, f"cannot delete inactive domain with {count} snapshots")
+    domains.undefine(domain)
+    await saves.forget(domain)
 
 
 @calls.change(358, "domain_rename", "dom:domain name:string? flags:uint", "result:int")
 async def domain_rename(call: Call, dom: DomainRef, name: str | None, flags: int) -> int:
     check_flags(flags, 0)
     domain = call.daemon.domains.of(dom)
+    if call.daemon.saves.has_managed(domain) or call.daemon.saves.all(domain):
+        raise LibvirtError(Code.OPERATION_INVALID, "cannot rename a domain with a saved state or snapshots")
     if not name:
         raise LibvirtError(Code.INVALID_ARG, "new_name must not be empty")
     call.daemon.domains.rename(domain, name)
@@ -194,7 +207,9 @@ async def domain_set_autostart(call: Call, dom: DomainRef, autostart: int) -> No
 async def start(call: Call, domain: Domain, flags: int) -> None:
     """A persistent domain, from its saved state if it has one. Raises VmmError."""
     check_flags(flags, START_PAUSED | START_BYPASS_CACHE | START_FORCE_BOOT)
-    await call.daemon.domains.start(domain, paused=bool(flags & START_PAUSED))
+    if flags & START_FORCE_BOOT:
+        await call.daemon.saves.drop_managed(domain)
+    await call.daemon.start(domain, paused=bool(flags & START_PAUSED))
 
 
 @calls.change(9, "domain_create", "dom:domain")

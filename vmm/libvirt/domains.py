@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
@@ -61,6 +61,7 @@ class Reason(enum.IntEnum):
     WAS_CRASHED = 3
     WAS_SAVED = 5
     WAS_FAILED = 6
+    WAS_FROM_SNAPSHOT = 7
     WITH_DAEMON = 8
 
 
@@ -77,6 +78,16 @@ ENDS = {
 }
 """By how a machine ended: virDomainShutoffReason and virDomainEventStoppedDetailType. Everything else has failed."""
 FAILED = (Reason.WAS_FAILED, 5)
+
+
+class How(NamedTuple):
+    """How a machine came to run: virDomainRunningReason and virDomainEventStartedDetailType."""
+
+    reason: int
+    detail: int
+
+
+BOOTED, RESTORED, FROM_SNAPSHOT = How(1, 0), How(3, 2), How(4, 3)
 GUEST_SHUTDOWN = 1
 """virDomainEventShutdownDetailType: the guest did it."""
 
@@ -92,7 +103,8 @@ class Domain:
         """What it runs with; None while it does not."""
         self.id = -1
         self.core = ""
-        self.state, self.reason = State.SHUTOFF, Reason.UNKNOWN
+        self.state = State.SHUTOFF
+        self.reason: int = Reason.UNKNOWN
         self.updated = False
         """The definition was changed while it runs."""
         self.entry: Entry | None = None
@@ -269,7 +281,9 @@ class Domains:
 
     # Life.
 
-    async def create(self, spec: Spec, *, paused: bool, process: Sequence[str] | None = None) -> Domain:
+    async def create(
+        self, spec: Spec, *, paused: bool, process: Sequence[str] | None = None, how: How = BOOTED
+    ) -> Domain:
         """Start a transient domain, or a persistent one with another definition for this run. Raises VmmError."""
         domain = self._claim(spec)
         if domain is not None and domain.active:
@@ -277,14 +291,20 @@ class Domains:
         if domain is None:
             domain = self._by_name[spec.name] = Domain(spec.name, spec.uuid)
         try:
-            await self.start(domain, spec, paused=paused, process=process)
+            await self.start(domain, spec, paused=paused, process=process, how=how)
         finally:
             if not domain.active and domain.persistent is None:
                 self._forget(domain)
         return domain
 
     async def start(
-        self, domain: Domain, spec: Spec | None = None, *, paused: bool, process: Sequence[str] | None = None
+        self,
+        domain: Domain,
+        spec: Spec | None = None,
+        *,
+        paused: bool,
+        process: Sequence[str] | None = None,
+        how: How = BOOTED,
     ) -> None:
         """Start it and wait until it runs, or stands ready. `process`: what to run instead of `run` with the
         configuration. Raises VmmError."""
@@ -302,7 +322,7 @@ class Domains:
             self._processes[spec.name] = started
             try:
                 async with asyncio.timeout(START_SECONDS):
-                    await self._started(domain, spec, started, paused=paused)
+                    await self._started(domain, spec, started, paused=paused, how=how)
             except TimeoutError:
                 started.kill()
                 raise HostError(f"{spec.name}: the machine was not ready within {START_SECONDS:g} s") from None
@@ -323,9 +343,10 @@ class Domains:
             if process is None:
                 raise
             process.kill()
-        await self._gone(domain)
+        await self.gone(domain)
 
-    async def _gone(self, domain: Domain) -> None:
+    async def gone(self, domain: Domain) -> None:
+        """Until a machine that ends has ended. Raises HostError."""
         try:
             async with asyncio.timeout(SETTLE_SECONDS):
                 await domain.ended.wait()
@@ -423,7 +444,7 @@ class Domains:
     def _run_arguments(self, spec: Spec) -> list[str]:
         return ["run", "--config", str(self._store.file("config", f"{spec.name}.toml")), "--paused"]
 
-    async def _started(self, domain: Domain, spec: Spec, process: Process, *, paused: bool) -> None:
+    async def _started(self, domain: Domain, spec: Spec, process: Process, *, paused: bool, how: How) -> None:
         """Until the machine that a process runs is there, and runs unless it is to stay paused. Every machine begins
         paused, so that nothing it does goes unheard. Raises HostError with what the process said."""
         control = await self._reach(spec, process)
@@ -444,9 +465,9 @@ class Domains:
             raise await self._failure(spec, process)
         self._activate(domain, spec, entry, status)
         domain.state = State.PAUSED if paused else State.RUNNING
-        domain.reason = Reason.STARTING_UP if paused else Reason.BOOTED
+        domain.reason = Reason.STARTING_UP if paused else how.reason
         self._remember(domain)
-        self._events.lifecycle(domain.ref, Lifecycle.STARTED, 0)
+        self._events.lifecycle(domain.ref, Lifecycle.STARTED, how.detail)
         if paused:
             self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
         self._follow(domain, control)
@@ -523,6 +544,8 @@ class Domains:
         reason, detail = ENDS.get(why, FAILED)
         if domain.extra.get("saved"):
             reason, detail = Reason.WAS_SAVED, 4
+        elif domain.extra.get("reverted"):
+            reason, detail = Reason.WAS_FROM_SNAPSHOT, 6
         ref = domain.ref
         domain.state, domain.reason = State.SHUTOFF, reason
         domain.live = domain.entry = domain.follower = None

@@ -7,7 +7,8 @@
     STATE/config/NAME.toml     what its process was started with
     STATE/log/NAME.log         what that process said
     STATE/channel/NAME/…       sockets of its channels
-    STATE/networks, STATE/pools  as domains
+    STATE/pools                as domains
+    STATE/saves, STATE/snapshots  see vmm/libvirt/saves.py
 Blocking, for a few system calls each.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from vmm.errors import ConfigError, HostError, os_reason
 
-FOLDERS = ("domains", "autostart", "live", "config", "log", "channel", "networks", "pools", "images")
+FOLDERS = ("domains", "autostart", "live", "config", "log", "channel", "pools", "saves", "snapshots")
 
 
 class Store:
