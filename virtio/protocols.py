@@ -34,23 +34,6 @@ class Interrupts(Protocol):
         """Configuration change notification."""
 
 
-class TimerHandle(Protocol):
-    """A call that is to come."""
-
-    def cancel(self) -> None:
-        """It does not come. Idempotent."""
-
-
-class Clock(Protocol):
-    """The VM's clock, in ns."""
-
-    def now_ns(self) -> int:
-        """Since the VM's start."""
-
-    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle:
-        """Call once when the clock has come to `deadline_ns`."""
-
-
 class Chain(Protocol):
     """A descriptor chain (2.7.5): device-readable bytes, then device-writable ones."""
 

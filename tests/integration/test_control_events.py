@@ -1,6 +1,7 @@
 """Events, reset and the power button by the control socket."""
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 import vmm
+from vmm.management import control
 from vmm.management.control import request
 from vmm.management.registry import find
 
@@ -66,3 +68,45 @@ async def test_a_paused_start_and_a_given_uuid() -> None:
         assert vm.config.uuid == "0e7d2a52-0b3c-4a36-9f3c-6a5f1f0b8f60"
         assert (await ask("config"))["config"]["uuid"] == vm.config.uuid
         assert (await ask("status"))["state"] == "paused"
+
+
+async def test_a_client_that_asks_without_end() -> None:
+    """Thousands of requests sent at once keep neither the loop nor other clients; they are all answered, in order."""
+    count = 3000
+    async with vmm.run("echo", name=NAME):
+        reader, writer = await asyncio.open_unix_connection(str(find(NAME).control))
+        writer.write(b'{"command": "nonsense"}\n' * count + b'{"command": "status"}\n')
+        turns = 0
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        turning = asyncio.ensure_future(turn())
+        answers = [json.loads(await asyncio.wait_for(reader.readline(), 60)) for _ in range(count + 1)]
+        assert turns > count, "the loop goes round between two answers"
+        turning.cancel()
+        writer.close()
+    assert not any(answer["ok"] for answer in answers[:-1]) and answers[-1]["ok"]
+
+
+async def test_more_clients_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one beyond is told, and served when another has gone."""
+    monkeypatch.setattr(control, "CLIENTS_MAX", 3)
+    async with vmm.run("echo", name=NAME):
+        clients = [await asyncio.open_unix_connection(str(find(NAME).control)) for _ in range(3)]
+        for reader, writer in clients:
+            writer.write(b'{"command": "status"}\n')
+            assert json.loads(await reader.readline())["ok"]
+        with pytest.raises(vmm.HostError, match="3 clients are connected"):
+            await ask("status")
+        clients.pop()[1].close()
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(vmm.HostError):
+                    assert (await ask("status"))["state"] == "running"
+                    break
+        for _, writer in clients:
+            writer.close()

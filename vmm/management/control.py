@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from vmm.vm import VirtualMachine
 
 LINE_LIMIT = 64 << 10
+CLIENTS_MAX = 256
+"""Connections at a time; one beyond gets an answer that says so."""
 ANSWER_SECONDS = 1.0
 """How long the machine's end waits for clients that are being answered."""
 STARTING_SECONDS = 2.0
@@ -131,6 +133,11 @@ class Registration:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if len(self._clients) >= CLIENTS_MAX:
+            error = f"{CLIENTS_MAX} clients are connected to this machine already; end some of them"
+            writer.write(json.dumps({"ok": False, "kind": "HostError", "error": error}).encode() + b"\n")
+            writer.close()
+            return
         self._clients[task] = writer
         try:
             while not self._closing and (line := await reader.readline()):
@@ -143,6 +150,7 @@ class Registration:
                         break
                     writer.write(json.dumps(answer).encode() + b"\n")
                     await writer.drain()
+                    await asyncio.sleep(0)  # a client that has sent many requests at once must not keep the loop
                     if events is not None:
                         await _send_events(events, writer)
                         break

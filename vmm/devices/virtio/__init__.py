@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from cpu.contract import Space
 from virtio import mmio
@@ -21,10 +21,7 @@ from virtio.transport import Transport
 from vmm.devices.virtio.pool import DevicePool, Maker
 from vmm.errors import StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, PciFunction
-
-if TYPE_CHECKING:
-    from virtio.protocols import GuestMemory
+from vmm.machine.interfaces import Assembly
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +56,12 @@ class VirtioDevices:
             self._plug(name, device, self._pool.makers[name])
 
     def _plug(self, name: str, device: Device, maker: Maker) -> None:
-        memory = cast("GuestMemory", self._assembly.memory)
+        memory = self._assembly.memory
         machine = self._assembly.machine
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
             self.transports[name] = function
-            self._assembly.get("pci").add(cast(PciFunction, function))
+            self._assembly.get("pci").add(function)
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
         line = machine.irq_line(gsi)
