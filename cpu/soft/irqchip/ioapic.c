@@ -81,6 +81,16 @@ bool ioapic_extint(const struct irqchip *chip, const struct lapic *l)
     return lapic_matches(l, &m);
 }
 
+bool ioapic_may_nmi(const struct irqchip *chip)
+{
+    for (unsigned i = 0; i < IOAPIC_PINS; i++) {
+        uint64_t rte = chip->ioapic.rte[i];
+        if (!(rte & RTE_MASK) && (RTE_MODE(rte) == DELIVER_NMI || RTE_MODE(rte) == DELIVER_INIT))
+            return true;
+    }
+    return false;
+}
+
 uint32_t ioapic_read(struct irqchip *chip, uint32_t offset)
 {
     const struct ioapic *io = &chip->ioapic;

@@ -140,6 +140,16 @@ int irqchip_acknowledge(struct irqchip *chip, uint32_t index)
     return from_pic ? pic_acknowledge(chip) : lapic_acknowledge(l);
 }
 
+bool irqchip_may_nmi(const struct irqchip *chip)
+{
+    if (ioapic_may_nmi(chip))
+        return true;
+    for (uint32_t i = 0; i < chip->vcpus; i++)
+        if (lapic_lint0_nmi(&chip->lapics[i]))
+            return true;
+    return false;
+}
+
 uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index) { return lapic_tpr(&chip->lapics[index]); }
 
 void irqchip_set_tpr(struct irqchip *chip, uint32_t index, uint8_t tpr) { lapic_set_tpr(&chip->lapics[index], tpr); }

@@ -42,6 +42,7 @@ int irqchip_pending(struct irqchip *chip, uint32_t index);
 /* Acknowledge what irqchip_pending() reported; returns the vector. If nothing is pending any more: the spurious vector of the
  * LAPIC, or IRQ 7 of the PIC where the LAPIC is disabled. */
 int irqchip_acknowledge(struct irqchip *chip, uint32_t index);
+bool irqchip_may_nmi(const struct irqchip *chip); /* a line of its inputs leads to some processor as NMI or INIT */
 
 /* The whole TPR: CR8 is its bits 4 to 7. */
 uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index);

@@ -160,6 +160,11 @@ bool lapic_lint0_extint(const struct lapic *l)
     return !(R(l, LVT_LINT0) & LVT_MASK) && ((R(l, LVT_LINT0) >> 8) & 7) == DELIVER_EXTINT;
 }
 
+bool lapic_lint0_nmi(const struct lapic *l)
+{
+    return lapic_hw_enabled(l) && !(R(l, LVT_LINT0) & LVT_MASK) && ((R(l, LVT_LINT0) >> 8) & 7) == DELIVER_NMI;
+}
+
 void lapic_lint0_rise(struct lapic *l)
 {
     uint8_t mode = (R(l, LVT_LINT0) >> 8) & 7;
@@ -310,6 +315,8 @@ static bool readable(const struct lapic *l, uint32_t offset)
 
 static uint32_t read_register(struct lapic *l, uint32_t offset, uint64_t now)
 {
+    if (offset == TIMER_CURRENT || (offset >= IRR && offset < ESR))
+        lapic_advance(l, now); /* who sees that the count has come to its end sees its interrupt, too */
     switch (offset) {
     case ID:
         return x2apic(l) ? l->index : l->index << 24;

@@ -355,7 +355,7 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
         if (c->activity == ACT_MWAIT && c->mwait_until < deadline)
             deadline = c->mwait_until;
     }
-    if (dead && !parked) {
+    if (dead && !parked && !irqchip_may_nmi(vm->irqchip)) {
         for (uint32_t i = vm->config.vcpus; i-- > 0;)
             if (vm->vcpus[i]->activity == ACT_HALTED)
                 *vcpu = i;
