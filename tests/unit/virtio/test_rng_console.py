@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from virtio.backends import char
 from virtio.backends.char import MemoryChar, SocketChar
 from virtio.devices.console import ConsoleDevice, Control, Port
 from virtio.devices.rng import EntropyDevice
@@ -250,3 +251,20 @@ async def test_a_client_that_types_on_does_not_outlive_the_console(tmp_path: Pat
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR")
+
+
+async def test_watchers_of_a_socket_are_a_bounded_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one beyond is sent away; a late one gets the last 64 KiB however small the pieces were that they came in."""
+    monkeypatch.setattr(char, "CLIENTS_MAX", 2)
+    backend = await SocketChar(tmp_path / "console").start()
+    for number in range(70_000):
+        await backend.write(b"%d" % (number % 10))
+    clients = [await asyncio.open_unix_connection(tmp_path / "console") for _ in range(2)]
+    for reader, _ in clients:
+        replayed = await asyncio.wait_for(reader.readexactly(65536), 10)
+        assert replayed == b"".join(b"%d" % (number % 10) for number in range(70_000))[-65536:]
+    reader, writer = await asyncio.open_unix_connection(tmp_path / "console")
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    for one in (writer, *(writer for _, writer in clients)):
+        one.close()
+    await backend.aclose()
