@@ -1,4 +1,4 @@
-/* See wide.h. Series for small arguments, to which the others are reduced. */
+/* See wide.h. Power series for small arguments, to which the others are reduced. */
 #include "soft/fpu/wide.h"
 
 #define WORDS(high, low) ((uint128)(high) << 64 | (low))
@@ -54,31 +54,30 @@ struct wide wide_multiply(struct wide a, struct wide b)
     return normal(a.minus != b.minus, a.exp + b.exp + 1, high_product(a.m, b.m));
 }
 
-struct wide wide_divide(struct wide a, struct wide b)
+/* The next 64 bits of rest / divisor, for rest < divisor and bit 127 of the divisor set (Knuth, 4.3.1 algorithm D). */
+static uint64_t next_digit(uint128 *rest, uint128 divisor)
 {
-    int32_t exp = a.exp - b.exp;
-    uint128 rest = a.m, quotient = 0;
-    bool carry = false;
-    if (!a.m)
-        return a;
-    if (rest < b.m) {
-        exp--;
-        carry = true; /* bit 127 of a normal number */
-        rest <<= 1;
+    uint64_t high = (uint64_t)(divisor >> 64), low = (uint64_t)divisor, top = (uint64_t)(*rest >> 64);
+    uint64_t digit = top >= high ? UINT64_MAX : (uint64_t)(*rest / high);
+    uint128 left = *rest - (uint128)digit * high;
+    while (!(left >> 64) && (uint128)digit * low > left << 64) {
+        digit--;
+        left += high;
     }
-    for (unsigned i = 0; i < PRECISION; i++) {
-        quotient <<= 1;
-        if (carry || rest >= b.m) {
-            rest -= b.m;
-            quotient |= 1;
-        }
-        carry = rest >> 127;
-        rest <<= 1;
-    }
-    return (struct wide){a.minus != b.minus, exp, quotient};
+    *rest = (left << 64) - (uint128)digit * low;
+    return digit;
 }
 
-static struct wide divide_small(struct wide a, uint64_t n) { return normal(a.minus, a.exp, a.m / n); }
+struct wide wide_divide(struct wide a, struct wide b)
+{
+    if (!a.m)
+        return a;
+    bool above = a.m >= b.m;
+    uint128 rest = above ? a.m - b.m : a.m;
+    uint64_t first = next_digit(&rest, b.m), second = next_digit(&rest, b.m);
+    uint128 fraction = WORDS(first, second);
+    return (struct wide){a.minus != b.minus, a.exp - b.exp - !above, above ? fraction >> 1 | (uint128)1 << 127 : fraction};
+}
 
 bool wide_less(struct wide a, struct wide b)
 {
@@ -105,30 +104,52 @@ struct wide wide_add(struct wide a, struct wide b)
     return (struct wide){a.minus, a.exp + 1, sum >> 1 | (uint128)1 << 127};
 }
 
-/* Whether a further term of a series no longer counts. */
-static bool is_negligible(struct wide term, struct wide sum) { return !term.m || term.exp < sum.exp - PRECISION; }
+/* ---- series ---- sums of c[k] x^k for 0 <= x < 1 in fixed point: all are below 1, and 128 bits behind the point. */
+
+enum { TERMS = 36 };
+/* 1/(2k+3), 1/(2k+3)!, 1/(2k+2)!, 1/(k+2)! */
+static uint128 odd[TERMS], sine[TERMS], cosine[TERMS], exponential[TERMS];
+
+__attribute__((constructor)) static void make_coefficients(void)
+{
+    uint128 factorial = (uint128)1 << 127; /* 1/2! */
+    for (unsigned k = 0; k < TERMS; k++) {
+        odd[k] = ~(uint128)0 / (2 * k + 3);
+        exponential[k] = factorial;
+        factorial /= k + 3;
+    }
+    for (unsigned k = 0; k < TERMS; k++) {
+        cosine[k] = 2 * k < TERMS ? exponential[2 * k] : 0;
+        sine[k] = 2 * k + 1 < TERMS ? exponential[2 * k + 1] : 0;
+    }
+}
+
+/* The series' value for |x|, with alternating signs if that is wanted. */
+static struct wide series(const uint128 *c, struct wide x, bool alternating)
+{
+    int shift = -(x.exp + 1);
+    if (!x.m || shift >= PRECISION)
+        return wide_integer(false, c[0], -PRECISION);
+    uint128 fixed = x.m >> shift, sum = 0;
+    unsigned terms = shift ? PRECISION / (unsigned)shift + 1 : TERMS; /* x < 2^-shift */
+    for (unsigned k = terms < TERMS ? terms : TERMS; k-- > 0;) {
+        uint128 rest = high_product(sum, fixed);
+        sum = alternating ? c[k] - rest : c[k] + rest;
+    }
+    return wide_integer(false, sum, -PRECISION);
+}
 
 struct wide wide_exp2_minus_1(struct wide x)
 {
-    struct wide t = wide_multiply(x, ln2), term = t, sum = t;
-    for (unsigned k = 2; !is_negligible(term, sum); k++) {
-        term = divide_small(wide_multiply(term, t), k);
-        sum = wide_add(sum, term);
-    }
-    return sum;
+    struct wide t = wide_multiply(x, ln2);
+    return wide_add(t, wide_multiply(wide_multiply(t, t), series(exponential, t, t.minus)));
 }
 
 /* z + z^3/3 + z^5/5..., with alternating signs if that is wanted: artanh, arctan. |z| < 0.18 */
 static struct wide odd_series(struct wide z, bool alternating)
 {
-    struct wide square = wide_multiply(z, z), power = z, term = z, sum = z;
-    square.minus = alternating;
-    for (unsigned k = 3; !is_negligible(term, sum); k += 2) {
-        power = wide_multiply(power, square);
-        term = divide_small(power, k);
-        sum = wide_add(sum, term);
-    }
-    return sum;
+    struct wide square = wide_multiply(z, z), rest = wide_multiply(wide_multiply(z, square), series(odd, square, alternating));
+    return wide_add(z, alternating ? wide_minus(rest) : rest);
 }
 
 struct wide wide_log2(struct wide x)
@@ -152,23 +173,20 @@ struct wide wide_log2_1p(struct wide x)
     return wide_multiply(odd_series(wide_divide(x, wide_add(x, two)), false), two_over_ln2);
 }
 
-/* The series of sine (first = x, k = 1) and cosine (first = 1, k = 0). */
-static struct wide circular(struct wide first, struct wide x, unsigned k)
+struct wide wide_sin(struct wide x)
 {
-    struct wide square = wide_multiply(x, x), term = first, sum = first;
-    square.minus = true;
-    for (; !is_negligible(term, sum); k += 2) {
-        term = divide_small(wide_multiply(term, square), (k + 1) * (k + 2));
-        sum = wide_add(sum, term);
-    }
-    return sum;
+    struct wide square = wide_multiply(x, x);
+    return wide_add(x, wide_minus(wide_multiply(wide_multiply(x, square), series(sine, square, true))));
 }
-struct wide wide_sin(struct wide x) { return circular(x, x, 1); }
-struct wide wide_cos(struct wide x) { return circular(one, x, 0); }
+struct wide wide_cos(struct wide x)
+{
+    struct wide square = wide_multiply(x, x);
+    return wide_add(one, wide_minus(wide_multiply(square, series(cosine, square, true))));
+}
 struct wide wide_tan(struct wide x)
 {
     if (x.m && x.exp < -60) /* x + x^3 / 3: a quotient would lose the second term */
-        return wide_add(x, divide_small(wide_multiply(x, wide_multiply(x, x)), 3));
+        return odd_series(x, false);
     return wide_divide(wide_sin(x), wide_cos(x));
 }
 
