@@ -35,10 +35,33 @@ class ImageBlock(FileBlock):
         """The file of a private copy (`snapshot`), else -1."""
         self.written = bytearray()
         """One bit for each sector that the private copy holds."""
-        for layer in chain.layers:
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """What the chain is now is what this disk is."""
+        self._image = self.chain.image
+        self.fd = self.chain.top.fd
+        self.capacity = -(-self.chain.size // SECTOR) * SECTOR
+        self._locks.clear()
+        for layer in self.chain.layers:
             self._locks.append(ImageLock.of(layer.fd, layer.path))
             if layer.header is not None and layer.header.has_data_file:
                 self._locks.append(ImageLock.of(layer.others[0], layer.path))
+
+    async def change(self, call: Callable[[Chain], None]) -> None:
+        """Let `call`, in a thread, change the files of the chain or the chain itself. Nobody may be using this backend:
+        BlockDevice.exchange sees to that. Raises what `call` does; StateError for a private copy."""
+        if self.overlay >= 0:
+            raise StateError(f"{self.chain.top.path}: what is written to a snapshot disk ends with the machine")
+        chain = self.chain
+
+        def work() -> None:
+            chain.rebuild(lambda: call(chain))
+
+        try:
+            await self._in_thread(work)
+        finally:
+            self._take_over()
 
     @classmethod
     async def open_image(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,6 +97,8 @@ class BlockDevice(Device):
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
         self._engine = make(self.serial) if make else None
         self._reader: asyncio.AbstractEventLoop | None = None
+        self._held = False
+        """The backend is being changed; requests wait in their queues."""
         self._crowded = False
         self._moved = 0
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
@@ -237,10 +239,41 @@ class BlockDevice(Device):
             raise StateError(f"the disk has {self.capacity} bytes, the state expects {state.capacity}")
         self.writeback = state.writeback
 
+    async def exchange(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Hold the driver's requests, let `change` do to the backend what it likes, and go on with what it is then.
+
+        The driver notices a delay, and another size. Nothing is held up but this disk. Errors of `change` are the
+        caller's; the disk goes on then too. One at a time: StateError.
+        """
+        if self._held:
+            raise StateError("another change of this disk is under way")
+        self._held = True
+        try:
+            while self._active is not None and any(queue.in_flight for queue in self._active.queues):
+                for queue in self._active.queues:
+                    queue.on_push = self._progress.set
+                self._progress.clear()
+                await self._progress.wait()
+            await self.settle()
+            try:
+                await change()
+            finally:
+                image: Callable[[], _ring.Image] | None = getattr(self.backend, "image", None)
+                if self._engine is not None and image is not None:
+                    self._engine.set_image(image(), self.backend.capacity // SECTOR)
+                if self.backend.capacity != self.capacity:
+                    self.resized()
+        finally:
+            self._held = False
+            for queue in self._active.queues if self._active is not None else ():
+                queue.on_push = None
+                if queue.enabled and not self.paused:
+                    self.guarded(self.queue_notified, queue.index)
+
     # Requests
 
     def queue_notified(self, index: int) -> None:
-        if self.paused or self.is_due(self.queue_notified, index):
+        if self._held or self.paused or self.is_due(self.queue_notified, index):
             return
         queue = self.active.queues[index]
         if not queue.enabled:

@@ -13,6 +13,7 @@ Everything may block; call from threads. Raises ConfigError.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,10 @@ START = 2 << 20
 """The largest cluster, in which the header is."""
 
 
+CACHE_BYTES = 32 << 20
+"""Of L2 tables of one image that are kept in memory; of refcount blocks an eighth of it."""
+
+
 @dataclass
 class Layer:
     """One image of a chain, open."""
@@ -39,13 +44,60 @@ class Layer:
     path: str
     format: Format
     fd: int
-    image: _ring.Image
-    header: Header | None = None
+    header: Header | None
     """Of a qcow2 image."""
-    others: tuple[int, ...] = ()
+    others: tuple[int, ...]
     """More descriptors."""
+    data_fd: int
+    """Where guest clusters are: `fd` or one of the others."""
+    align: int
+    """Of what is read and written there, bytes; 0: any."""
+    read_only: bool
     probed: bool = False
     """The format was found by content."""
+    _image: _ring.Image | None = None
+
+    @property
+    def image(self) -> _ring.Image:
+        assert self._image is not None
+        return self._image
+
+    def build(self, below: Layer | None, cache_bytes: int = CACHE_BYTES) -> None:
+        """Make the image from what its file says now. May block. Raises ConfigError, OSError."""
+        header = self.header
+        if header is None:
+            size = file_size(self.fd)
+            self._image = _ring.Image.raw(self.data_fd, size, self.align, self.read_only, guarded=self.probed)
+            return
+        try:
+            self._image = _ring.Image.qcow2(
+                self.fd,
+                self.data_fd,
+                header.version,
+                header.cluster_bits,
+                header.refcount_order,
+                -(-header.size // 512) * 512,
+                header.l1_offset,
+                header.l1_entries,
+                header.reftable_offset,
+                header.reftable_clusters,
+                read_only=self.read_only,
+                extended=header.extended,
+                external=header.has_data_file,
+                external_raw=bool(header.autoclear & RAW_DATA_FILE),
+                compression=header.compression,
+                align=self.align,
+                backing=None if below is None else below.image,
+                ranges=[] if self.read_only else protected(self.path, self.fd, header),
+                cache_bytes=cache_bytes,
+            )
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}; try vmm disk check --repair") from error
+
+    def reread(self) -> None:
+        """Take the header as it is in the file now, before `build`. Raises ConfigError."""
+        if self.header is not None:
+            self.header = parse(self.path, read_start(self.fd), file_size(self.fd))
 
 
 class Chain:
@@ -66,6 +118,26 @@ class Chain:
     def size(self) -> int:
         """Of the disk, bytes."""
         return self.image.length
+
+    @property
+    def image_size(self) -> int:
+        """The same from the file, for use while the images are closed."""
+        return file_size(self.top.fd) if self.top.header is None else self.top.header.size
+
+    def rebuild(self, change: Callable[[], None] | None = None) -> None:
+        """Flush, let `change` do what it likes to files and `layers`, and build every image anew from what the files
+        say then. Nobody may be using the images, nor use those of before. Raises ConfigError, OSError."""
+        for layer in self.layers:
+            layer.image.close()
+        try:
+            if change is not None:
+                change()
+        finally:
+            below: Layer | None = None
+            for layer in reversed(self.layers):
+                layer.reread()
+                layer.build(below)
+                below = layer
 
     def close(self) -> None:
         """Flush and close everything. HostError: what was written may not be there."""
@@ -130,7 +202,7 @@ def open_chain(
     direct: bool = False,
     backing: Backing = "dir",
     data: str | os.PathLike[str] | None = None,
-    cache_bytes: int = 32 << 20,
+    cache_bytes: int = CACHE_BYTES,
     repair: bool = True,
     alone: bool = False,
     snapshot: str | None = None,
@@ -193,8 +265,7 @@ def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Fo
         if found == "raw":
             if wanted.snapshot is not None or wanted.data is not None:
                 raise ConfigError(f"{path}: a raw image has neither snapshots nor a data file")
-            image = _raw(path, fd, descriptors, wanted, guarded=format is None)
-            layer = Layer(path, "raw", fd, image, None, tuple(descriptors[1:]), format is None)
+            layer = _raw(path, descriptors, wanted, probed=format is None)
         else:
             layer = _qcow2(layers, seen, path, descriptors, wanted, recorded=top or format is not None)
             layer.probed = format is None
@@ -210,13 +281,15 @@ def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Fo
         raise
 
 
-def _raw(path: str, fd: int, descriptors: list[int], wanted: _Wanted, *, guarded: bool) -> _ring.Image:
-    size = file_size(fd)
+def _raw(path: str, descriptors: list[int], wanted: _Wanted, *, probed: bool) -> Layer:
     align = 0
     if wanted.direct:
         align = 4096
-        descriptors.append(_direct(path, fd, wanted.read_only))
-    return _ring.Image.raw(descriptors[-1], size, align, wanted.read_only, guarded=guarded)
+        descriptors.append(_direct(path, descriptors[0], wanted.read_only))
+    layer = Layer(path, "raw", descriptors[0], None, (), descriptors[-1], align, wanted.read_only, probed)
+    layer.others = tuple(descriptors[1:])
+    layer.build(None)
+    return layer
 
 
 def _direct(path: str, fd: int, read_only: bool) -> int:
@@ -263,8 +336,9 @@ def _qcow2(
     below: Layer | None = None
     if header.backing is not None and not wanted.alone:
         below = _below(layers, seen, path, header, wanted, recorded=recorded)
-    image = _image(path, fd, data_fd, align, header, below, wanted)
-    return Layer(path, "qcow2", fd, image, header, tuple(descriptors[1:]))
+    layer = Layer(path, "qcow2", fd, header, tuple(descriptors[1:]), data_fd, align, wanted.read_only)
+    layer.build(below, wanted.cache_bytes)
+    return layer
 
 
 def _below(
@@ -289,35 +363,6 @@ def _below(
     known: Format | None = "raw" if recorded_format == "raw" else "qcow2" if recorded_format == "qcow2" else None
     below = _Wanted(True, False, wanted.backing, None, wanted.cache_bytes, False, False, None)
     return _open(layers, seen, where, known, below)
-
-
-def _image(
-    path: str, fd: int, data_fd: int, align: int, header: Header, below: Layer | None, wanted: _Wanted
-) -> _ring.Image:
-    try:
-        return _ring.Image.qcow2(
-            fd,
-            data_fd,
-            header.version,
-            header.cluster_bits,
-            header.refcount_order,
-            -(-header.size // 512) * 512,
-            header.l1_offset,
-            header.l1_entries,
-            header.reftable_offset,
-            header.reftable_clusters,
-            read_only=wanted.read_only,
-            extended=header.extended,
-            external=header.has_data_file,
-            external_raw=bool(header.autoclear & RAW_DATA_FILE),
-            compression=header.compression,
-            align=align,
-            backing=None if below is None else below.image,
-            ranges=[] if wanted.read_only else protected(path, fd, header),
-            cache_bytes=wanted.cache_bytes,
-        )
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}; try vmm disk check --repair") from error
 
 
 def _prepare(path: str, fd: int, header: Header, wanted: _Wanted) -> Header:

@@ -343,6 +343,23 @@ static PyObject *block_configure(BlockObject *self, PyObject *args, PyObject *kw
     Py_RETURN_NONE;
 }
 
+static PyObject *block_set_image(BlockObject *self, PyObject *args)
+{
+    ImageObject *image;
+    unsigned long long sectors;
+    if (!PyArg_ParseTuple(args, "O!K", &image_type, &image, &sectors) || !image_holds(image, sectors * SECTOR))
+        return NULL;
+    if (self->in_flight || self->closed) {
+        PyErr_SetString(state_error, self->closed ? "the engine is closed" : "requests are in flight");
+        return NULL;
+    }
+    /* No job is with the threads either: what they have done is reaped. */
+    Py_SETREF(self->image, (ImageObject *)Py_NewRef((PyObject *)image));
+    self->disk.image = image->image;
+    self->disk.sectors = sectors;
+    Py_RETURN_NONE;
+}
+
 static PyObject *block_io_uring_error(PyObject *Py_UNUSED(type), PyObject *Py_UNUSED(unused))
 {
     struct uring ring;
@@ -376,6 +393,8 @@ static PyMethodDef block_methods[] = {
      "cancel() -> whether nothing touches guest memory any more; drops every request, waits for none."},
     {"configure", (PyCFunction)(void (*)(void))block_configure, METH_VARARGS | METH_KEYWORDS,
      "configure(sectors, writeback, discard, write_zeroes)"},
+    {"set_image", (PyCFunction)block_set_image, METH_VARARGS,
+     "set_image(image, sectors): use another one; StateError while requests are in flight."},
     {"close", (PyCFunction)block_close, METH_NOARGS, "Wait for system calls that run, drop the rest, stop."},
     {"descriptors", (PyCFunction)block_descriptors, METH_NOARGS, "One of them is readable when reap() has something."},
     {"io_uring_error", block_io_uring_error, METH_NOARGS | METH_STATIC, "Why there is no io_uring here, an errno; 0: there is."},

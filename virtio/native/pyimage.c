@@ -3,6 +3,7 @@
 
 #include <errno.h>
 
+#include "qcow2_move.h"
 #include "qcow2_open.h"
 #include "qcow2_pack.h"
 
@@ -363,16 +364,32 @@ static PyObject *image_py_write_packed(ImageObject *self, PyObject *args)
     return result_of(error);
 }
 
-static PyObject *image_py_forget(ImageObject *self, PyObject *args)
+/* A call for a range of a qcow2 image. */
+static PyObject *call_range(ImageObject *self, PyObject *args, int (*call)(struct image *, uint64_t, uint64_t))
 {
     unsigned long long offset, length;
     int error;
     if (!is_qcow2(self) || !PyArg_ParseTuple(args, "KK", &offset, &length) || !in_range(self, offset, length))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = qcow2_forget(self->image, offset, length);
+    error = length ? call(self->image, offset, length) : 0;
     Py_END_ALLOW_THREADS
     return result_of(error);
+}
+
+static PyObject *image_py_forget(ImageObject *self, PyObject *args)
+{
+    return call_range(self, args, qcow2_forget);
+}
+
+static PyObject *image_py_populate(ImageObject *self, PyObject *args)
+{
+    return call_range(self, args, qcow2_populate);
+}
+
+static PyObject *image_py_commit(ImageObject *self, PyObject *args)
+{
+    return call_range(self, args, qcow2_commit);
 }
 
 static PyObject *image_length(ImageObject *self, void *Py_UNUSED(unused))
@@ -396,6 +413,10 @@ static PyMethodDef image_methods[] = {
      "write_packed(offset, data): one cluster from its compressed bytes, fewer than a cluster."},
     {"forget", (PyCFunction)image_py_forget, METH_VARARGS,
      "forget(offset, length): whole clusters become unallocated, so that the backing image shows through."},
+    {"populate", (PyCFunction)image_py_populate, METH_VARARGS,
+     "populate(offset, length): copy into the image what it reads from its backing image, while it is used."},
+    {"commit", (PyCFunction)image_py_commit, METH_VARARGS,
+     "commit(offset, length): move what the image holds into its backing image, which has to be writable, while it is used."},
     {"close", (PyCFunction)image_py_close, METH_NOARGS, "Flush, and take no more calls. OSError."},
     {"read", (PyCFunction)image_py_read, METH_VARARGS, "read(offset, buffer): fill the buffer. OSError."},
     {"write", (PyCFunction)image_py_write, METH_VARARGS, "write(offset, data, durable=False). OSError."},

@@ -167,6 +167,9 @@ int qcow2_find(struct qcow2 *q, uint64_t offset, uint64_t length, enum intent in
         return EIO;
     if (intent == FOR_WRITING && (type != TYPE_DATA || !writable_in_place(q, &cell)))
         return NOT_IN_PLACE;
+    if (intent == FOR_WRITING && q->barred.count && cluster < q->barred.cluster + q->barred.count &&
+        q->barred.cluster <= (offset + length - 1) >> q->cluster_bits)
+        return NOT_IN_PLACE;
     uint64_t run = ((uint64_t)(sub + same_from(q, &cell, sub, type)) << q->sub_bits) - inside;
     bool whole = sub + same_from(q, &cell, sub, type) == q->subs;
     while (run < length && whole && type != TYPE_PACKED) {

@@ -6,6 +6,7 @@
  * qcow2_write.c     places for writes, zeroes, discards
  * qcow2_flush.c     the order in which tables reach the file
  * qcow2_pack.c      compressed clusters
+ * qcow2_move.c      between an image and its backing image, while it is used
  *
  * Two locks. `tables` is held by whoever changes tables or loads them, also across system calls. `lookup` is held for a
  * few hundred instructions at most, and by nobody across a system call, so that the loop's thread may take it: it guards
@@ -62,6 +63,7 @@ struct claim {
     uint64_t host;           /* offset of the first in the file */
     uint64_t first, last;    /* bytes of the disk that the place holds afterwards, from and to */
     bool taken;              /* the clusters are new */
+    bool zeroes;             /* nothing but zeroes would be in them: no place is needed after all */
 };
 
 /* Clusters of the file that nothing names any more. */
@@ -118,6 +120,7 @@ struct qcow2 {
     _Atomic bool dirty; /* something is not durable; changed under `tables` */
     _Atomic int broken; /* errno: a table could not be written or makes no sense; nothing more is written */
 
+    struct drop barred; /* clusters of the disk that are not written in place now; changed under `lookup` */
     unsigned epoch; /* of transfers; changed under `lookup` */
     uint32_t pins[2];
     struct drops dropped, waiting; /* not named in memory; not named in the file, and since then an epoch has begun */
@@ -209,6 +212,11 @@ int qcow2_zero(struct image *image, uint64_t offset, uint64_t length, bool unmap
 int qcow2_discard(struct image *image, uint64_t offset, uint64_t length);
 int qcow2_forget(struct image *image, uint64_t offset, uint64_t length);
 int qcow2_l2_for_writing(struct qcow2 *q, uint64_t l1_index, struct table **found);
+/* The first clusters of a range, all unallocated ones, filled with what they read as. `tables` is held, and no claim is on
+ * the range; a place in `*extent`, or `*length` bytes from `offset` on need none. */
+int qcow2_claim_whole(struct qcow2 *q, uint64_t offset, uint64_t *length, struct extent *extent);
+/* Whole clusters of one L2 table become unallocated. `tables` is held; claims are not looked at. */
+int qcow2_forget_locked(struct qcow2 *q, uint64_t cluster, uint64_t count);
 /* The clusters behind a cell's place are not named any more. */
 int qcow2_drop_cell(struct qcow2 *q, const struct cell *cell);
 void qcow2_wait_unclaimed(struct qcow2 *q, uint64_t cluster, uint64_t count);

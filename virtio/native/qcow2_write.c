@@ -115,7 +115,8 @@ int qcow2_end_claim(struct qcow2 *q, struct claim *claim, bool done)
     pthread_mutex_lock(&q->tables);
     struct table *table = NULL;
     int error = done ? qcow2_l2_for_writing(q, claim->cluster >> q->l2_bits, &table) : 0;
-    if (done && !error) {
+    bool placed = done && !error;
+    if (placed) {
         for (uint64_t i = 0; i < claim->count; i++) {
             uint64_t cluster = claim->cluster + i, index = cluster & ((1ull << q->l2_bits) - 1);
             struct cell old = qcow2_cell(q, table, index), cell = old;
@@ -125,6 +126,8 @@ int qcow2_end_claim(struct qcow2 *q, struct claim *claim, bool done)
             cell.host = claim->host + (i << q->cluster_bits);
             cell.allocated = (claim->taken ? 0 : old.allocated) | touched;
             cell.zero = old.packed ? 0 : old.zero & ~touched;
+            if (claim->zeroes)
+                cell = (struct cell){.zero = q->subs == 32 ? UINT32_MAX : 1};
             pthread_mutex_lock(&q->lookup);
             qcow2_set_cell(q, table, index, &cell);
             pthread_mutex_unlock(&q->lookup);
@@ -132,7 +135,8 @@ int qcow2_end_claim(struct qcow2 *q, struct claim *claim, bool done)
                 error = qcow2_drop_cell(q, &old);
         }
         q->dirty = true;
-    } else if (claim->taken) {
+    }
+    if (claim->taken && (!placed || claim->zeroes)) {
         int other = clusters_give(q, claim->host >> q->cluster_bits, claim->count);
         error = error ? error : other;
     }
@@ -233,6 +237,33 @@ static int claim_place(struct qcow2 *q, const struct table *table, uint64_t offs
     return 0;
 }
 
+int qcow2_claim_whole(struct qcow2 *q, uint64_t offset, uint64_t *length, struct extent *extent)
+{
+    uint64_t cluster = offset >> q->cluster_bits, entries = 1ull << q->l2_bits;
+    struct table *table;
+    int error = qcow2_l2(q, cluster >> q->l2_bits, &table);
+    struct cell cell = error ? (struct cell){0} : cell_at(q, table, cluster);
+    *length = q->cluster_size - (offset & (q->cluster_size - 1));
+    if (error)
+        return error;
+    /* What has a place, reads as zeroes or reads from no backing image is as it should be; but a cluster of subclusters may
+     * be so in part. */
+    uint32_t all = q->subs == 32 ? UINT32_MAX : 1;
+    if (cell.packed || (cell.allocated | cell.zero) == all || !backing_reaches(q, cluster << q->cluster_bits)) {
+        while (((cluster + 1) & (entries - 1)) && !table && *length < q->image.length) {
+            *length += q->cluster_size; /* no table, and nothing to be read below: all of it is so */
+            cluster++;
+        }
+        return 0;
+    }
+    error = claim_place(q, table, offset, *length, extent);
+    if (!error) {
+        extent->kind = KIND_DATA;
+        *length = 0;
+    }
+    return error;
+}
+
 int qcow2_allocate(struct image *image, uint64_t offset, uint64_t length, struct extent *extent)
 {
     struct qcow2 *q = qcow2_of(image);
@@ -324,6 +355,8 @@ static int change_part(struct qcow2 *q, uint64_t offset, uint64_t *length, enum 
     uint64_t end = offset + *length, count = ((end + q->cluster_size - 1) >> q->cluster_bits) - cluster;
     if (end == q->image.length)
         end = (cluster + count) << q->cluster_bits; /* the rest of the last cluster is nobody's */
+    /* Of a discard only subclusters that it covers. */
+    uint64_t unit = 1ull << q->sub_bits, from = round_up(offset, unit), to = end & ~(unit - 1);
     struct table *table;
     pthread_mutex_lock(&q->tables);
     qcow2_wait_unclaimed(q, cluster, count);
@@ -338,10 +371,8 @@ static int change_part(struct qcow2 *q, uint64_t offset, uint64_t *length, enum 
     bool writable = false;
     for (uint64_t i = 0; i < count && !error && !nothing; i++) {
         struct cell old = cell_at(q, table, cluster + i), cell;
-        uint32_t touched = subs_between(q, cluster + i, offset, end);
-        if (q->subs == 1 && (offset > (cluster + i) << q->cluster_bits || end < (cluster + i + 1) << q->cluster_bits))
-            continue;
-        if (!change_cell(q, &old, cluster + i, touched, change, &cell))
+        uint32_t touched = subs_between(q, cluster + i, from, to);
+        if (!touched || !change_cell(q, &old, cluster + i, touched, change, &cell))
             continue;
         if (!writable)
             error = qcow2_l2_for_writing(q, cluster >> q->l2_bits, &table);
@@ -356,6 +387,27 @@ static int change_part(struct qcow2 *q, uint64_t offset, uint64_t *length, enum 
             error = qcow2_drop_cell(q, &old);
     }
     pthread_mutex_unlock(&q->tables);
+    return error;
+}
+
+int qcow2_forget_locked(struct qcow2 *q, uint64_t cluster, uint64_t count)
+{
+    struct table *table;
+    int error = qcow2_l2(q, cluster >> q->l2_bits, &table);
+    if (error || !table)
+        return error;
+    error = qcow2_l2_for_writing(q, cluster >> q->l2_bits, &table);
+    for (uint64_t i = 0; i < count && !error; i++) {
+        uint64_t index = (cluster + i) & ((1ull << q->l2_bits) - 1);
+        struct cell old = qcow2_cell(q, table, index), cell = {0};
+        if (!old.packed && !old.has_host && !old.zero)
+            continue;
+        pthread_mutex_lock(&q->lookup);
+        qcow2_set_cell(q, table, index, &cell);
+        pthread_mutex_unlock(&q->lookup);
+        q->dirty = true;
+        error = qcow2_drop_cell(q, &old);
+    }
     return error;
 }
 
@@ -398,12 +450,8 @@ int qcow2_zero(struct image *image, uint64_t offset, uint64_t length, bool unmap
     if (q->subs > 1 && !error) {
         /* Compressed clusters of which only some subclusters were meant are as before. */
         uint64_t first = round_up(from, q->cluster_size), last = to / q->cluster_size * q->cluster_size;
-        if (first > to)
-            first = to;
-        error = zero_edge(image, from, first - from, abandoned);
-        if (!error && last > first && to != image->length)
-            error = zero_edge(image, last, to - last, abandoned);
-        else if (!error && last < first && last > from)
+        error = zero_edge(image, from, (first < to ? first : to) - from, abandoned);
+        if (!error && last >= first && to != image->length)
             error = zero_edge(image, last, to - last, abandoned);
     }
     return error;

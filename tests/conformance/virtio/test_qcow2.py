@@ -23,7 +23,7 @@ SIZE = 6 << 20
 def test_random_operations(parameters: Parameters, tmp_path: Path) -> None:
     """A short run of the campaign tests/fuzz/image_model.py, without QEMU."""
     twin = Twin(tmp_path, parameters, seed=1)
-    for _ in range(80):
+    for _ in range(300):
         twin.step()
     twin.compare(oracle=False)
     twin.chain.close()

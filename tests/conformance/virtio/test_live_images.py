@@ -1,0 +1,253 @@
+"""Changes of a disk beside a driver that goes on: what it reads is what it wrote, before, during and after.
+
+LOOPVISOR_LIVE_ROUNDS is the number of rounds (1,000 for a campaign).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.engines import ENGINES
+from tests.support.qcow2 import our_check
+from tests.support.virtio import PciDriver
+from virtio import _ring
+from virtio.backends import live
+from virtio.backends.file import Io
+from virtio.backends.image import ImageBlock
+from virtio.devices import blk
+from virtio.devices.blk import BlockDevice
+from virtio.errors import ConfigError, StateError
+from virtio.images.chain import open_chain
+from virtio.images.create import create_qcow2
+
+ROUNDS = int(os.environ.get("LOOPVISOR_LIVE_ROUNDS", "2"))
+SIZE = 8 << 20
+
+
+class Guest:
+    """A driver that reads and writes at random, several requests at a time, and knows what its disk holds."""
+
+    def __init__(self, driver: PciDriver, model: bytearray, seed: int) -> None:
+        self.driver, self.model = driver, model
+        self.source = random.Random(seed)
+        self.rounds = 0
+        self.stop = False
+
+    async def work(self) -> None:
+        start = self.driver.allocator._next
+        while not self.stop:
+            self.driver.allocator._next = start
+            await self.round()
+            self.rounds += 1
+
+    async def round(self) -> None:
+        sent, at = [], self.source.randrange(len(self.model) // 1024)
+        for _ in range(6):
+            count = self.source.choice((1, 8, 8, 40, 130))
+            at += self.source.choice((0, 1, 300))
+            if (at + count) * 512 > len(self.model):
+                break
+            kind = self.source.choice((blk.IN, blk.IN, blk.OUT, blk.OUT, blk.OUT, blk.WRITE_ZEROES))
+            sent.append((kind, at, count, *self.send(kind, at, count)))
+            at += count
+        if not sent:
+            return
+        await self.driver.used(0, len(sent), timeout=60)
+        for kind, at, count, data, status in sent:
+            assert self.driver.bytes_at(status) == b"\0", (kind, at, count)
+            part = slice(at * 512, (at + count) * 512)
+            if kind == blk.IN:
+                assert self.driver.bytes_at(data) == self.model[part], (at, count)
+            else:
+                self.model[part] = bytes(count * 512) if kind == blk.WRITE_ZEROES else self.driver.bytes_at(data)
+
+    def send(self, kind: int, sector: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        driver = self.driver
+        status, head = driver.buffer(b"\xee"), driver.buffer(struct.pack("<IIQ", kind, 0, sector))
+        if kind == blk.WRITE_ZEROES:
+            data = driver.buffer(struct.pack("<QII", sector, count, self.source.randrange(2)))
+        else:
+            data = (driver.allocator.take(count * 512, 512), count * 512)
+        if kind == blk.OUT:
+            driver.memory.view(*data)[:] = self.source.randbytes(count * 512)
+        if kind == blk.IN:
+            driver.submit(0, [head], [data, status])
+        else:
+            driver.submit(0, [head, data], [status])
+        return data, status
+
+
+@pytest.fixture(params=ENGINES)
+def io(request: pytest.FixtureRequest) -> Io:
+    if request.param == "io_uring" and _ring.BlockEngine.io_uring_error():
+        pytest.skip("needs io_uring")
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(
+    params=[{}, {"cluster_size": 16384, "extended_l2": True}, {"cluster_size": 1024, "version": 2}], ids=str
+)
+async def guest(request: pytest.FixtureRequest, io: Io, tmp_path: Path) -> AsyncIterator[Guest]:
+    """On a qcow2 image over a raw one with holes, which is shorter than the disk."""
+    source = random.Random(1)
+    base = source.randbytes(3 << 20) + bytes(2 << 20) + source.randbytes(1 << 20)
+    (tmp_path / "base").write_bytes(base)
+    create_qcow2(str(tmp_path / "top"), SIZE, backing="base", backing_format="raw", **request.param)
+    backend = await ImageBlock.open_image(tmp_path / "top", format="qcow2", io=io)
+    driver = PciDriver(BlockDevice(backend))
+    driver.initialize()
+    made = Guest(driver, bytearray(base.ljust(SIZE, b"\0")), 2)
+    yield made
+    driver.transport.reset()
+    await driver.transport.device.aclose()
+
+
+async def beside(guest: Guest, change: Callable[[live.Disk], Awaitable[None]]) -> None:
+    """Make a change while the guest works, which it does before and after as well."""
+    guest.stop = False
+    working = asyncio.create_task(guest.work())
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+    try:
+
+        async def rounds(more: int) -> None:
+            end = guest.rounds + more
+            while guest.rounds < end and not working.done():
+                await asyncio.sleep(0.001)
+
+        await rounds(5)
+        if not working.done():
+            await change(device)
+            await rounds(5)
+    finally:
+        guest.stop = True
+        await working
+
+
+async def finish(guest: Guest, path: Path) -> bytes:
+    """Close the disk; what is in the image then, which is consistent."""
+    guest.driver.transport.reset()
+    await guest.driver.transport.device.aclose()
+    report = our_check(path)
+    assert report.clean, report.problems
+    with open_chain(path, format="qcow2", read_only=True) as chain:
+        data = bytearray(chain.size)
+        chain.image.read(0, data)
+    return bytes(data)
+
+
+async def test_internal_snapshots(guest: Guest, tmp_path: Path) -> None:
+    names: list[str] = []
+    for number in range(ROUNDS):
+
+        async def change(disk: live.Disk, name: str = f"s{number}") -> None:
+            await live.snapshot(disk, name)
+
+        await beside(guest, change)
+        names.append(f"s{number}")
+        if number % 2:
+            await beside(guest, lambda disk: live.delete_snapshot(disk, names.pop(0)))
+    assert await finish(guest, tmp_path / "top") == guest.model
+
+
+async def test_a_snapshot_holds_what_was_there(guest: Guest, tmp_path: Path) -> None:
+    """Taken while nothing is in flight, it is the disk of that moment."""
+    await beside(guest, lambda disk: asyncio.sleep(0))
+    then = bytes(guest.model)
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+    await live.snapshot(device, "then")
+    await beside(guest, lambda disk: asyncio.sleep(0.01))
+    assert await finish(guest, tmp_path / "top") == guest.model
+    with open_chain(tmp_path / "top", format="qcow2", read_only=True, snapshot="then") as chain:
+        data = bytearray(chain.size)
+        chain.image.read(0, data)
+    assert data == then
+
+
+async def test_stream(guest: Guest, tmp_path: Path) -> None:
+    """The image needs its backing file no more, and the file is let go."""
+    steps: list[int] = []
+    await beside(guest, lambda disk: live.stream(disk, lambda done, total: steps.append(done)))
+    assert steps[-1] == SIZE
+    (tmp_path / "base").unlink()
+    assert await finish(guest, tmp_path / "top") == guest.model
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+
+
+async def test_commit(guest: Guest, tmp_path: Path) -> None:
+    """What the image held is in the backing file, which is not written any more afterwards."""
+    for _ in range(ROUNDS):
+        await beside(guest, live.commit)
+    quiet = bytes(guest.model)
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+    await live.commit(device)
+    assert (tmp_path / "base").read_bytes() == quiet
+    await beside(guest, lambda disk: asyncio.sleep(0))
+    assert (tmp_path / "base").read_bytes() == quiet
+    assert await finish(guest, tmp_path / "top") == guest.model
+
+
+async def test_covers_committed_again(guest: Guest, tmp_path: Path) -> None:
+    """An image over the present one: that one stays as it was; then the new one goes into it."""
+    for number in range(ROUNDS):
+        path = tmp_path / f"over{number}"
+        await beside(guest, lambda disk: live.cover(disk, str(path)))  # noqa: B023
+        await beside(guest, live.commit)
+    assert await finish(guest, tmp_path / f"over{ROUNDS - 1}") == guest.model
+
+
+async def test_resize(guest: Guest, tmp_path: Path) -> None:
+    for _ in range(ROUNDS):
+        size = len(guest.model) + (5 << 20)
+        await beside(guest, lambda disk: live.resize(disk, size))  # noqa: B023
+        guest.model.extend(bytes(5 << 20))
+        assert struct.unpack("<Q", guest.driver.transport.device.config()[:8])[0] == size // 512
+        await beside(guest, lambda disk: asyncio.sleep(0))
+    assert await finish(guest, tmp_path / "top") == guest.model
+
+
+async def test_cancelled_in_the_middle(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream and a commit that are cancelled leave the disk right, and can be begun again."""
+    monkeypatch.setattr(live, "STEP", 1 << 20)
+    for call in (live.stream, live.commit):
+
+        async def some(disk: live.Disk) -> None:
+            seen = asyncio.Event()
+            task = asyncio.create_task(call(disk, lambda *_: seen.set()))  # type: ignore[operator]  # noqa: B023
+            await asyncio.wait([asyncio.ensure_future(seen.wait()), task], return_when=asyncio.FIRST_COMPLETED)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        await beside(guest, some)
+    await beside(guest, live.stream)
+    assert await finish(guest, tmp_path / "top") == guest.model
+
+
+async def test_what_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(bytes(SIZE))
+    device = BlockDevice(await ImageBlock.open_image(tmp_path / "raw", format="raw"))
+    for call in (live.stream, live.commit):
+        with pytest.raises(ConfigError, match="raw"):
+            await call(device)
+    with pytest.raises(ConfigError, match="raw"):
+        await live.snapshot(device, "x")
+    with pytest.raises(ConfigError, match="only grows"):
+        await live.resize(device, SIZE // 2)
+    await live.resize(device, 2 * SIZE)
+    assert device.capacity == 2 * SIZE
+    await device.aclose()
+    device = BlockDevice(await ImageBlock.open_image(tmp_path / "raw", snapshot=True))
+    with pytest.raises(StateError, match="snapshot disk"):
+        await live.resize(device, 4 * SIZE)
+    await device.aclose()

@@ -1,0 +1,204 @@
+"""Changes of the disk of a running machine: snapshots, size, another image on top, and moving data along the chain.
+
+Each holds the driver's requests for moments only (BlockDevice.exchange); what takes long goes on beside them, in
+steps. Everything can be cancelled: what was done by then stays done, and the disk is right at every moment, also if the
+process is killed. Loop thread. Raises ConfigError, HostError, StateError. `progress` is called with (bytes done, bytes
+in all).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Protocol
+
+from virtio import _ring
+from virtio.backends.block import BlockBackend
+from virtio.backends.file import open_locked
+from virtio.backends.image import ImageBlock
+from virtio.errors import ConfigError, HostError, StateError, os_reason
+from virtio.images import changes
+from virtio.images.chain import Chain, Layer
+from virtio.images.check import reread
+from virtio.images.create import create_qcow2
+from virtio.images.header import DIRTY
+
+Progress = Callable[[int, int], None]
+STEP = 16 << 20
+"""Bytes that are moved before a cancellation is noticed."""
+
+
+class Disk(Protocol):
+    """The device; virtio.devices.blk.BlockDevice is one."""
+
+    backend: BlockBackend
+
+    async def exchange(self, change: Callable[[], Awaitable[None]]) -> None: ...
+
+
+def _silent(_done: int, _total: int) -> None:
+    return None
+
+
+def _image_of(disk: Disk) -> ImageBlock:
+    if not isinstance(disk.backend, ImageBlock):
+        raise StateError(f"a disk that is {type(disk.backend).__name__} has no images")
+    return disk.backend
+
+
+@contextlib.contextmanager
+def _one_kind(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{path}: {os_reason(error)}") from error
+
+
+async def _change(disk: Disk, call: Callable[[Chain], None]) -> None:
+    backend = _image_of(disk)
+    with _one_kind(backend.chain.top.path):
+        await disk.exchange(lambda: backend.change(call))
+
+
+def _is_qcow2(chain: Chain) -> Layer:
+    if chain.top.format != "qcow2":
+        raise ConfigError(f"{chain.top.path}: a raw image cannot do that; put a qcow2 one over it, or convert it")
+    if chain.top.read_only:
+        raise ConfigError(f"{chain.top.path}: is open for reading only")
+    return chain.top
+
+
+async def snapshot(disk: Disk, name: str) -> None:
+    """Take an internal snapshot. The guest waits meanwhile: seconds for an image of many GiB."""
+
+    def call(chain: Chain) -> None:
+        layer = _is_qcow2(chain)
+        changes.create_snapshot(layer.path, layer.fd, name)
+
+    await _change(disk, call)
+
+
+async def delete_snapshot(disk: Disk, name: str) -> None:
+    """Forget an internal snapshot. The guest waits meanwhile."""
+
+    def call(chain: Chain) -> None:
+        layer = _is_qcow2(chain)
+        changes.delete_snapshot(layer.path, layer.fd, name)
+
+    await _change(disk, call)
+
+
+async def resize(disk: Disk, size: int) -> None:
+    """Make the disk larger, to a multiple of 512 bytes; the guest is told."""
+
+    def call(chain: Chain) -> None:
+        layer = chain.top
+        if layer.read_only:
+            raise ConfigError(f"{layer.path}: is open for reading only")
+        if size < chain.image_size or size % 512:
+            raise ConfigError(
+                f"{layer.path}: has {chain.image_size} bytes; a running disk only grows, by whole sectors"
+            )
+        if layer.format == "raw":
+            os.ftruncate(layer.fd, size)
+        else:
+            changes.set_size(layer.path, layer.fd, size)
+
+    await _change(disk, call)
+
+
+async def cover(disk: Disk, path: str) -> None:
+    """Make a new image at `path`, over the present one, into which the guest writes from now on. The present one stays
+    as it is at this moment: an external snapshot. Whoever starts the machine again has to name the new one."""
+
+    def call(chain: Chain) -> None:
+        below = chain.top
+        if os.path.exists(path):
+            raise ConfigError(f"{path}: is there already")
+        name = os.path.basename(below.path)
+        if os.path.realpath(os.path.dirname(path) or ".") != os.path.realpath(os.path.dirname(below.path) or "."):
+            name = os.path.realpath(below.path)
+        create_qcow2(path, chain.image_size, backing=name, backing_format=below.format)
+        with_lock = open_locked(path, read_only=False)
+        below.read_only = True
+        layer = Layer(path, "qcow2", with_lock, None, (), with_lock, 0, False)
+        layer.header = reread(path, with_lock)
+        chain.layers.insert(0, layer)
+
+    await _change(disk, call)
+
+
+async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress) -> None:
+    """Call for the whole disk, a step at a time, in a thread."""
+    size = image.length
+    for at in range(0, size, STEP):
+        step = asyncio.ensure_future(asyncio.to_thread(call, at, min(STEP, size - at)))
+        try:
+            await asyncio.shield(step)
+        except asyncio.CancelledError:
+            await asyncio.gather(step, return_exceptions=True)  # the image is in use until it ends
+            raise
+        progress(min(at + STEP, size), size)
+
+
+async def stream(disk: Disk, progress: Progress = _silent) -> None:
+    """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
+    backend = _image_of(disk)
+    top = _is_qcow2(backend.chain)
+    if len(backend.chain.layers) == 1:
+        raise ConfigError(f"{top.path}: has no backing file")
+    with _one_kind(top.path):
+        await _steps(backend.image(), backend.image().populate, progress)
+
+    def call(chain: Chain) -> None:
+        changes.set_backing(top.path, top.fd, None, None)
+        below, chain.layers = chain.layers[1:], chain.layers[:1]
+        for layer in below:
+            for fd in (layer.fd, *layer.others):
+                os.close(fd)
+
+    await _change(disk, call)
+
+
+async def commit(disk: Disk, progress: Progress = _silent) -> None:
+    """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
+    the guest has written since."""
+    backend = _image_of(disk)
+    top = _is_qcow2(backend.chain)
+    if len(backend.chain.layers) == 1:
+        raise ConfigError(f"{top.path}: has no backing file to commit to")
+
+    def open_below(chain: Chain) -> None:
+        """The backing file for writing, or for reading again."""
+        below = chain.layers[1]
+        if below.header is not None and below.header.incompatible & DIRTY:
+            raise ConfigError(f"{below.path}: was not closed; vmm disk check --repair makes it right")
+        for fd in (below.fd, *below.others):
+            os.close(fd)
+        for read_only in (not below.read_only, True):
+            try:
+                with_lock = open_locked(below.path, read_only=read_only)
+                break
+            except ConfigError:
+                if read_only:
+                    raise
+                failed.append(below.path)
+        if not read_only and below.format == "raw" and os.fstat(with_lock).st_size < chain.image_size:
+            os.ftruncate(with_lock, chain.image_size)
+        elif not read_only and below.header is not None and below.header.size < chain.image_size:
+            changes.set_size(below.path, with_lock, chain.image_size)
+        below.fd = below.data_fd = with_lock
+        below.others, below.read_only = (), read_only
+
+    failed: list[str] = []
+    await _change(disk, open_below)
+    try:
+        if failed:
+            raise ConfigError(f"{failed[0]}: is used by others, or cannot be written")
+        with _one_kind(top.path):
+            await _steps(backend.image(), backend.image().commit, progress)
+    finally:
+        if not backend.chain.layers[1].read_only:
+            await _change(disk, open_below)
