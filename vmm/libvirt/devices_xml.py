@@ -243,6 +243,8 @@ def _character(item: Reader, found: DeviceList) -> None:
 
 
 def _channel(item: Reader, found: DeviceList) -> None:
+    if item.element.get("type") == "spicevmc":
+        _no_display(item, found)
     if item.choice("type", ("unix",)) is None:
         raise malformed("<channel>: attribute 'type' is missing")
     target = item.child("target")
@@ -299,6 +301,8 @@ def _controller(item: Reader, found: DeviceList) -> None:
 
 
 def _input(item: Reader, found: DeviceList) -> None:
+    if item.element.get("type") not in ("mouse", "keyboard"):
+        _no_display(item, found)
     kind = item.choice("type", ("mouse", "keyboard"))
     item.choice("bus", ("ps2",), "ps2")
     found.notes.append(f"ps2 {kind}: this machine has no display to use it with")
@@ -317,6 +321,13 @@ def _panic(item: Reader, found: DeviceList) -> None:
 
 def _emulator(item: Reader, found: DeviceList) -> None:
     item.text()
+
+
+def _no_display(item: Reader, found: DeviceList) -> None:
+    kind = item.element.get("type") or item.element.get("model") or ""
+    raise unsupported(
+        f"<{item.element.tag} {kind}>: this machine has no display; leave it out, as virt-install --graphics none does"
+    )
 
 
 def _nothing(item: Reader, found: DeviceList) -> None:
@@ -340,6 +351,9 @@ READERS: dict[str, Callable[[Reader, DeviceList], None]] = {
     "input": _input,
     "memballoon": _balloon,
     "panic": _panic,
+    "graphics": _no_display,
+    "sound": _no_display,
+    "redirdev": _no_display,
     "video": _nothing,
     "audio": _nothing,
 }
