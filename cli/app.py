@@ -203,6 +203,9 @@ def restore(
     console: Annotated[str | None, typer.Option(metavar="SPEC", help="stdio, none or socket=PATH.")] = None,
     paused: Annotated[bool, typer.Option("--paused", help="Run it when vmm resume says so.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Open the files that a foreign snapshot names.")] = False,
+    as_copy: Annotated[
+        bool, typer.Option("--as-copy", help="Give it addresses, a host name and a machine id of its own.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a machine on from a snapshot, in the foreground, as often as wanted: each is a copy of its own."""
@@ -210,9 +213,28 @@ def restore(
 
     sys.exit(
         restore_machine(
-            directory, command or [], name=name, core=core, console=console, paused=paused, trust=trust, json=json
+            directory,
+            command or [],
+            name=name,
+            core=core,
+            console=console,
+            paused=paused,
+            trust=trust,
+            as_copy=as_copy,
+            json=json,
         )
     )
+
+
+def fork(
+    name: Name,
+    count: Annotated[int, typer.Option(metavar="N", help="How many copies.")] = 1,
+    as_: Annotated[str | None, typer.Option("--as", metavar="NAME-%d", help="Their names.")] = None,
+) -> None:
+    """Start copies of a running machine, which runs on: processes of their own that share memory until they write."""
+    from cli.snapshots import fork_machine
+
+    fork_machine(name, count, as_)
 
 
 def snapshot_info(
@@ -273,7 +295,7 @@ def build() -> typer.Typer:
     app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
     app.command("exec")(exec_)
     for command in (
-        cp, console, ps, stop, kill, pause, resume, snapshot, restore, snapshot_info, doctor, daemon,
+        cp, console, ps, stop, kill, pause, resume, snapshot, restore, fork, snapshot_info, doctor, daemon,
     ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cli import errors
@@ -92,11 +93,15 @@ async def _run(
                     from cli.consolesize import follow_size
 
                     helpers.append(asyncio.create_task(follow_size(vm), name="size"))
+                if arguments.warm:
+                    helpers.append(asyncio.create_task(_keep_warm(vm), name="warm"))
                 outcome = await (vm.wait() if arguments.paused else vm.run())
                 return outcome, outcome.status
             from cli.guestcommand import run_command
 
             vm.resume()
+            if arguments.warm:
+                await _keep_warm(vm)
             try:
                 return None, await run_command(vm, command)
             except VmmError as error:
@@ -113,6 +118,13 @@ async def _run(
         debug.close()
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+async def _keep_warm(vm: VirtualMachine) -> None:
+    from vmm.launch import keep_warm
+
+    with suppress(VmmError):  # it ended before it was up
+        await keep_warm(vm)
 
 
 async def _ends_soon(vm: VirtualMachine) -> bool:

@@ -60,6 +60,7 @@ RUN_OPTIONS = (
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
     RunOption("--paused", "paused", "switch", "Build the machine, run it when vmm resume says so.", of="command"),
+    RunOption("--warm", "warm", "switch", "Go on from a machine of this kind that was booted before.", of="command"),
     RunOption("--json", "json", "switch", "Print the outcome as JSON on stderr.", of="command"),
     RunOption("--timing", "timing", "switch", "When the machine did what, on stderr.", of="command"),
     RunOption("--timing-svg", "timing_svg", "text", "The same as a picture.", "FILE", "command"),
@@ -80,6 +81,7 @@ class RunArguments:
         self.config: dict[str, Any] = {}
         self.config_file: str | None = None
         self.paused = False
+        self.warm = False
         self.json = False
         self.timing = False
         self.timing_svg: str | None = None

@@ -45,6 +45,10 @@ def execute(arguments: RunArguments) -> int:
         config.check_host()
         sys.stdout.write(effective_cmdline(config, choice(config).probe.capabilities) + "\n")
         return 0
+    if arguments.warm:
+        from cli.snapshots import run_warm
+
+        return run_warm(config, arguments, begin)
     configured = time.monotonic_ns()
     head_start = HeadStart(config)
     try:

@@ -1,21 +1,30 @@
-"""`vmm snapshot, restore, snapshot-info`: machines put down into directories, and taken up from them."""
+"""`vmm snapshot, restore, snapshot-info, fork, run --warm`: machines put down, taken up, and copied."""
 
 from __future__ import annotations
 
 import json as json_text
 import os
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cli.errors import say
 from cli.options import RunArguments
+from vmm.config import Config
 from vmm.convert import format_size
+from vmm.errors import ConfigError, HostError, VmmError
+from vmm.machine.origin import BOOT, Origin
 from vmm.management.control import request
-from vmm.management.registry import find
+from vmm.management.registry import entries, find
 
+MAX_COPIES = 1000
+START_SECONDS = 60.0
 PATIENCE = 3600.0
 """Seconds: writing a large machine to a slow disk takes its time."""
 
@@ -50,6 +59,7 @@ def restore_machine(
     console: str | None,
     paused: bool,
     trust: bool,
+    as_copy: bool,
     json: bool,
 ) -> int:
     """Run it in the foreground; its exit status. Raises VmmError."""
@@ -69,7 +79,7 @@ def restore_machine(
         }
         if core is not None:
             changes["core"] = core
-        config, saved = snapshot.prepare(changes, trusted=trust)
+        config, saved = snapshot.prepare(changes, trusted=trust, as_copy=as_copy)
         configured = time.monotonic_ns()
         head_start = HeadStart(config, saved.origin)
         try:
@@ -78,6 +88,90 @@ def restore_machine(
             head_start.close()
     finally:
         snapshot.close()
+
+
+def run_warm(config: Config, arguments: RunArguments, begin: int) -> int:
+    """`vmm run --warm`: from the kept machine, or by a boot after which it is kept; exit status. Raises VmmError."""
+    from cli.foreground import run
+    from vmm.launch import open_warm
+    from vmm.machine.hardware import HeadStart
+    from vmm.state import warm
+
+    warm.check(config)
+    config.check_host()
+    snapshot, text = open_warm(config)
+    if text:
+        say(text)
+    saved = None
+    origin: Origin = BOOT
+    try:
+        if snapshot is not None:
+            config, saved = snapshot.prepare(warm.changes(config))
+            origin = saved.origin
+        head_start = HeadStart(config, origin)
+        try:
+            return run(config, arguments, head_start, begin=begin, configured=time.monotonic_ns(), saved=saved)
+        finally:
+            head_start.close()
+    finally:
+        if snapshot is not None:
+            snapshot.close()
+
+
+def fork_machine(name: str, count: int, pattern: str | None) -> None:
+    """Start copies of a running machine, each as a process of its own. Raises VmmError."""
+    pattern = pattern or f"{name}-%d"
+    if not 1 <= count <= MAX_COPIES:
+        raise ConfigError(f"count: {count}; 1 to {MAX_COPIES} are possible")
+    if pattern.count("%d") != 1 and (count > 1 or "%" in pattern):
+        raise ConfigError(f"as: {pattern}: write %d once, where the number of the copy goes")
+    names = [pattern.replace("%d", str(number)) for number in range(1, count + 1)]
+    taken = {entry.name for entry in entries()} & set(names)
+    if taken:
+        raise ConfigError(f"as: a machine {sorted(taken)[0]} runs already")
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="loopvisor-", dir=shared if shared.is_dir() else None) as folder:
+        directory = Path(folder) / "fork"
+        answer = request(find(name), "snapshot", PATIENCE, directory=str(directory))
+        with ExitStack() as stack:
+            children = [(copy, stack.enter_context(_start_copy(directory, copy))) for copy in names]
+            for copy, child in children:
+                _wait_running(copy, child)
+    still = answer["stood_still_ns"] / 1e6
+    say(f"{name}: {', '.join(names)} run; {name} stood still for {still:.0f} ms")
+
+
+@contextmanager
+def _start_copy(directory: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a copy. If we fail, it ends."""
+    words = [sys.executable, "-c", "from cli.main import main; main()", "restore", str(directory)]
+    words += ["--name", name, "--console", "none", "--as-copy"]
+    child = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stderr is not None
+    try:
+        yield child
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    finally:
+        child.stderr.close()
+
+
+def _wait_running(name: str, child: subprocess.Popen[bytes]) -> None:
+    assert child.stderr is not None
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            last = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise HostError(f"{name} does not start: {last[0].removeprefix('vmm: ')}")
+        with suppress(VmmError):
+            if request(find(name), "status", 5.0)["state"] == "running":
+                return
+        time.sleep(0.01)
+    raise HostError(f"{name} does not start within {START_SECONDS:g} s")
 
 
 def show_info(directory: Path, *, verify: bool, json: bool) -> None:

@@ -12,12 +12,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm.config import Config
-from vmm.errors import ConfigError, HostError, VmmError
+from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.image import ImageLike, config_for
 from vmm.vm import VirtualMachine
+
+if TYPE_CHECKING:
+    from vmm.state.snapshot import Snapshot
 
 GROUP = "loopvisor.images"
 
@@ -46,20 +49,90 @@ def find_image(name: str) -> ImageLike:
 
 @asynccontextmanager
 async def run(
-    image: str | ImageLike | None = None, *, devices: Mapping[str, Callable[[], Any]] | None = None, **options: Any
+    image: str | ImageLike | None = None,
+    *,
+    devices: Mapping[str, Callable[[], Any]] | None = None,
+    warm: bool = False,
+    **options: Any,
 ) -> AsyncIterator[VirtualMachine]:
     """A running machine: an image by name or by value, or none and Config's fields. Ends with the block. `devices` are
-    VirtualMachine's."""
+    VirtualMachine's. `warm`: a machine of this kind that was booted before goes on from where its agent listened; the
+    first one boots, and is kept for that."""
     asked = time.monotonic_ns()
     if isinstance(image, str):
         image = await asyncio.to_thread(find_image, image)
     config = Config.from_dict(options) if image is None else config_for(image, **options)
-    machine = VirtualMachine(config, devices=devices)
-    machine.timeline.mark("begin", asked)
-    machine.timeline.mark("configured")
-    async with machine as vm:
-        vm.resume()
-        yield vm
+    async with _machine(config, devices, warm) as machine:
+        machine.timeline.mark("begin", asked)
+        machine.timeline.mark("configured")
+        async with machine as vm:
+            vm.resume()
+            if warm:
+                await keep_warm(vm)
+            yield vm
+
+
+@asynccontextmanager
+async def _machine(
+    config: Config, devices: Mapping[str, Callable[[], Any]] | None, warm: bool
+) -> AsyncIterator[VirtualMachine]:
+    """A machine to be entered: a new one, or one that goes on from a kept snapshot."""
+    if not warm:
+        yield VirtualMachine(config, devices=devices)
+        return
+    from vmm.state import warm as kept
+
+    if devices:
+        raise ConfigError("warm: devices of one's own cannot be kept; leave warm out")
+    kept.check(config)
+    snapshot, text = await asyncio.to_thread(open_warm, config)
+    if snapshot is None:
+        machine = VirtualMachine(config)
+        if text:
+            machine.tell(text)
+        yield machine
+        return
+    try:
+        changed, saved = await asyncio.to_thread(snapshot.prepare, kept.changes(config))
+        yield VirtualMachine(changed, saved=saved)
+    finally:
+        snapshot.close()
+
+
+def open_warm(config: Config) -> tuple[Snapshot | None, str]:
+    """The kept snapshot of such a machine; None, and why, if there is none that is of use. Blocks."""
+    from vmm.state import warm as kept
+    from vmm.state.snapshot import Snapshot
+
+    path = kept.folder(config)
+    if not kept.is_there(path):
+        return None, ""
+    snapshot: Snapshot | None = None
+    try:
+        snapshot = Snapshot.open(path)
+        snapshot.check_files(trusted=False)
+        snapshot.ensure_verified()
+    except StateError as error:
+        if snapshot is not None:
+            snapshot.close()
+        return None, kept.forget(path, error)
+    return snapshot, ""
+
+
+async def keep_warm(vm: VirtualMachine) -> None:
+    """Once the agent listens, keep a machine that booted for later warm starts. What goes wrong is a warning."""
+    from vmm.state import warm as kept
+
+    path = kept.folder(vm.config)
+    if vm.restored or kept.is_there(path):
+        return
+    await vm.agent.wait_ready()
+    with kept.making(path) as ours:
+        if ours:
+            try:
+                await vm.snapshot(path)
+            except VmmError as error:
+                vm.tell(f"the machine is not kept for warm starts: {error}")
 
 
 @asynccontextmanager
@@ -68,19 +141,21 @@ async def restore(
     *,
     trust: bool = False,
     paused: bool = False,
+    as_copy: bool = False,
     devices: Mapping[str, Callable[[], Any]] | None = None,
     **options: Any,
 ) -> AsyncIterator[VirtualMachine]:
     """A machine that goes on from a snapshot, as often as wanted, each time as a copy of its own. `options`: fields of
     Config that shall differ (its name above all: copies cannot share one). `trust`: open files of this host that a
-    snapshot from elsewhere names. `devices`: the embedder's own, as the saved machine had them. Ends with the block.
-    Raises StateError for one that is damaged or does not fit."""
+    snapshot from elsewhere names. `as_copy`: it gets addresses, a host name and a machine id of its own, to run beside
+    the original. `devices`: the embedder's own, as the saved machine had them. Ends with the block. Raises StateError
+    for one that is damaged or does not fit."""
     from vmm.state.snapshot import Snapshot
 
     snapshot = await asyncio.to_thread(Snapshot.open, directory)
     try:
         changes = {"name": "", "console": "none", **options}
-        config, saved = await asyncio.to_thread(snapshot.prepare, changes, trusted=trust)
+        config, saved = await asyncio.to_thread(snapshot.prepare, changes, trusted=trust, as_copy=as_copy)
         async with VirtualMachine(config, saved=saved, devices=devices) as vm:
             snapshot.close()
             if not paused:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateC
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.machine.builder import Built
 from vmm.machine.hardware import HeadStart, Making
-from vmm.machine.origin import BOOT, Origin, Saved
+from vmm.machine.origin import BOOT, Origin, Restore, Saved
 from vmm.machine.resources import Resources
 from vmm.state.payload import encode, parse
 from vmm.timeline import Timeline
@@ -87,6 +87,7 @@ class VirtualMachine:
         self._resources: Resources | None = None
         self._built: Built | None = None
         self._saved = saved
+        self._becoming: asyncio.Task[None] | None = None
         self._origin: Origin = BOOT if saved is None else saved.origin
         self._ending = asyncio.Event()
         self._end: Outcome | None = None
@@ -101,6 +102,7 @@ class VirtualMachine:
         self._supervisor: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closers: list[Any] = []
+        self._copies: list[VirtualMachine] = []
 
     # Life.
 
@@ -140,7 +142,10 @@ class VirtualMachine:
         supervisor = self._supervisor
         if supervisor is None:
             return
+        copies, self._copies = self._copies, []
         try:
+            for copy in copies:
+                await copy.aclose()
             await asyncio.shield(supervisor)
         except asyncio.CancelledError:
             self._close_core()
@@ -176,6 +181,8 @@ class VirtualMachine:
         self.timeline.mark("resume")
         if self._built is not None:  # between two boots there is none; the next goes by the state
             self._built.dispatcher.release("pause")
+        if self._becoming is None and self._saved is not None and self._saved.identity is not None:
+            self._becoming = asyncio.create_task(self._identify(), name="identify")
 
     async def pause(self) -> None:
         """Park every vCPU. Raises StateError."""
@@ -352,12 +359,29 @@ class VirtualMachine:
             raise StateError("the machine is not built, or is between two boots")
         return self._built
 
+    @property
+    def own_devices(self) -> Mapping[str, Callable[[], Any]]:
+        """The embedder's devices by name, as functions that make them."""
+        return self._devices
+
+    @property
+    def restored(self) -> bool:
+        """It goes on from a saved state, and did not boot."""
+        return self._saved is not None
+
+    def tell(self, text: str) -> None:
+        """Warn whoever follows the machine's events."""
+        self._warn(text)
+
+    def virtio_devices(self) -> Mapping[str, Device]:
+        """Its virtio devices by name."""
+        return self._resources.devices if self._resources is not None else {}
+
     def disks(self) -> dict[str, BlockDevice]:
         """Its virtio disks by name."""
         from virtio.devices.blk import BlockDevice
 
-        pool = self._resources.devices if self._resources is not None else {}
-        return {name: device for name, device in pool.items() if isinstance(device, BlockDevice)}
+        return {name: device for name, device in self.virtio_devices().items() if isinstance(device, BlockDevice)}
 
     def save_console(self) -> dict[str, Any]:
         """The console's ring, encoded."""
@@ -389,6 +413,30 @@ class VirtualMachine:
 
         return await take(self, Path(directory), **options)
 
+    async def fork(
+        self, count: int = 1, *, names: Sequence[str] = (), seeds: Sequence[int] = (), paused: bool = False
+    ) -> list[VirtualMachine]:
+        """`count` running copies, which share memory with this machine until one of them writes, each with an identity
+        of its own: random numbers, MAC addresses, vsock context id, host name, machine id. This machine runs on. Disks
+        must be snapshots or read-only. `names`: for vmm ps, and their host names; `seeds`: chance of the copies, where
+        it is a function of a seed; `paused`: they wait for resume(). A copy ends by aclose(), or with this machine.
+
+        Raises ConfigError, StateError, HostError, and leaves no copy behind then."""
+        from vmm.state.fork import fork
+
+        copies = await fork(self, count, names=names, seeds=seeds, paused=paused)
+        self._copies.extend(copies)
+        return copies
+
+    async def _identify(self) -> None:
+        """Tell the guest of a copy who it is; whoever asks its agent waits for that."""
+        agent = self._resources.agent if self._resources is not None else None
+        if agent is not None:
+            try:
+                await agent.identify()
+            except VmmError as error:
+                self._warn(f"the guest has not heard that it is a copy: {error}")
+
     # Inside.
 
     async def _build(self) -> None:
@@ -419,6 +467,10 @@ class VirtualMachine:
         await built.build()
         timeline.mark("built")
         self._built = built
+        if isinstance(origin, Restore) and self._saved is not None and self._saved.identity is not None:
+            from vmm.machine.becoming import become
+
+            become(built, self._saved.identity)
         self._hub.on_pressure = self._console_pressure
         if self._hub.pressed:
             built.dispatcher.hold("console")
@@ -505,6 +557,8 @@ class VirtualMachine:
         try:
             if self._timer is not None:
                 self._timer.cancel()
+            if self._becoming is not None:
+                self._becoming.cancel()
             if self._making is not None:  # and nobody took it
                 self._making.close_core()
                 self._making.close_memory()

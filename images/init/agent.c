@@ -10,7 +10,10 @@
  *   guest to host: 0x81 STDOUT  0x82 STDERR  0x83 EXIT kind (1: 0 exited, 1 killed), code (1)  0x84 ERROR text
  *                  0x85 CREDIT bytes (4) of STDIN that were taken, since the last CREDIT
  * The host has at most WINDOW bytes of STDIN on their way, so signals and sizes are never stuck behind input that the
- * program does not read. A connection that begins with RESIZE is about the console's terminal, and ends with that.
+ * program does not read. A connection that begins with RESIZE is about the console's terminal, and ends with that. One that
+ * begins with 7 IDENTITY tells a copy of a machine who it is, and is answered by EXIT: nanoseconds since 1970 (8), 64 random
+ * bytes, then two texts with their lengths (1) before them, host name and machine id (either may be empty), and a number
+ * (1) of pairs of network addresses (6 each), the old and the new one.
  * Programs start when the system is set up (/etc/rc has ended, and with it DHCP), but at most SETTLE_MS after the agent.
  *
  * EXIT comes as soon as the program itself has ended, after everything that it wrote. What it left behind runs on; what
@@ -19,7 +22,7 @@
 #include "sys.h"
 
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 2, BACKLOG = 1024 };
-enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART = 6 };
+enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART = 6, IDENTITY = 7 };
 enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85 };
 enum { HEAD = 5, MAX_FRAME = 65536, MAX_START = (2 << 20) + 65536, PIPE = 256 << 10 };
 enum { WINDOW = 256 << 10, RING = WINDOW + 64 /* a terminal's end of file takes a byte that nobody counts */ };
@@ -143,6 +146,16 @@ static void resize_consoles(int link, unsigned rows, unsigned columns)
     SYS(__NR_exit_group, 0);
 }
 
+__attribute__((noreturn)) static void answer_identity(int link, const uint8_t *payload, uint32_t length)
+{
+    static const int no_output[2] = {-1, -1};
+    uint8_t answer[HEAD + 2] = {0};
+    if (!take_identity(payload, length)) refuse(link, "IDENTITY has the wrong length");
+    put_head(answer, EXIT, 2);
+    write_all(link, answer, sizeof answer);
+    discard(link, no_output);
+}
+
 /* What START asks for: pointers into the memory that holds the frame. */
 struct request { unsigned flags, rows, columns; const char *directory, *user; char **arguments, **environment; };
 
@@ -157,12 +170,14 @@ static struct request receive_start(int link)
         if (!read_all(link, head, HEAD)) SYS(__NR_exit_group, 0);
         uint32_t more = word(head + 1);
         if (head[0] == EXEC_OF_VERSION_1) refuse(link, "the host speaks version 1 of its protocol, this agent version 2");
-        if (head[0] != START && head[0] != PART && !(head[0] == RESIZE && !length && more == 4))
+        if (head[0] != START && head[0] != PART && !(head[0] == RESIZE && !length && more == 4)
+            && !(head[0] == IDENTITY && !length))
             refuse(link, "expected START");
         if (more > MAX_FRAME || length + more > MAX_START) refuse(link, "START is too long");
         if (!read_all(link, start + length, more)) SYS(__NR_exit_group, 0);
         length += more;
         if (head[0] == RESIZE) resize_consoles(link, half(start), half(start + 2));
+        if (head[0] == IDENTITY) answer_identity(link, start, more);
     }
     if (length < 16) refuse(link, "START is too short");
     request.flags = word(start);

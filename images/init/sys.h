@@ -106,6 +106,8 @@ void load_file_system(const char *type);
 /* agent.c */
 void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));
+/* identity.c: 0: the payload is not of the right form. */
+int take_identity(const uint8_t *payload, uint32_t length);
 /* program.c: in the child, become the program. Ends with 126 or 127 if that fails. */
 void become(const char *directory, const char *user, char **arguments, char **given, int terminal)
     __attribute__((noreturn));

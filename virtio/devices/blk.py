@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import select
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -96,6 +97,9 @@ class BlockDevice(Device):
         self.writeback = self._writeback_default
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
         self._engine = make(self.serial) if make else None
+        self.synchronous = False
+        """Requests are answered before the driver runs on, however long the disk takes: for a guest whose time stands
+        still meanwhile, and whose run is to depend on nothing else. Only with an engine."""
         self._reader: asyncio.AbstractEventLoop | None = None
         self._held = False
         """The backend is being changed; requests wait in their queues."""
@@ -283,10 +287,23 @@ class BlockDevice(Device):
             self._drain(queue, ring)
             return
         flags = self._engine.drain(ring)
+        if self.synchronous:
+            flags = self._finish(queue, ring, flags)
         if flags & _SIGNAL:
             self.active.interrupts.signal_queue(index)
         if flags & _MORE:
             self.next_turn(self.queue_notified, index)
+
+    def _finish(self, queue: Queue, ring: _ring.Ring, flags: int) -> int:
+        """Wait, here and now, until every available request is answered; what is left of `flags`."""
+        assert self._engine is not None
+        while queue.in_flight or flags & _MORE:
+            if queue.in_flight:
+                select.select(self._engine.descriptors(), (), ())
+                self._reap()
+            if flags & _MORE:
+                flags = self._engine.drain(ring) | flags & _SIGNAL
+        return flags
 
     def _reap(self) -> None:
         if self._engine is None:

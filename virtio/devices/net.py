@@ -253,6 +253,11 @@ class NetDevice(Device):
         await super().aclose()
         await self.backend.aclose()
 
+    def set_address(self, mac: bytes) -> None:
+        """Another address from now on, also after a reset: 6 bytes."""
+        self.mac = self._mac_default = mac
+        self.config_changed()
+
     def save_device(self) -> NetState:
         return NetState(self.mac, self.link, self.pairs)
 

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmm.errors import GuestError
-from vmm.guest.frames import RESIZE, VERSION, Environment, Text, frame, start
+from vmm.guest.frames import EXIT, HEAD, RESIZE, VERSION, Environment, Text, frame, start
+from vmm.guest.identity import IDENTITY
 from vmm.guest.process import ExecResult, GuestProcess
 
 COPY_LIMIT = 4 << 30
@@ -38,6 +39,8 @@ class Agent:
         self._patience = patience
         self._dials = asyncio.Semaphore(DIALS)
         self._closed = False
+        self._identity: Callable[[], bytes] | None = None
+        self._identifying = asyncio.Lock()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_ready: Callable[[], None] | None = None
         """Called when the guest says that its agent listens."""
@@ -101,8 +104,35 @@ class Agent:
             writer.close()
             await writer.wait_closed()
 
+    def becomes(self, payload: Callable[[], bytes]) -> None:
+        """The machine is a copy: whatever is asked of the agent waits until the guest has taken an IDENTITY with this
+        payload, which is made when it is sent."""
+        self._identity = payload
+
+    async def identify(self) -> None:
+        """Have the guest take its identity, if it has one to take. Raises GuestError."""
+        async with self._identifying:
+            if self._identity is None:
+                return
+            reader, writer = await self._open()
+            try:
+                writer.write(frame(IDENTITY, self._identity()))
+                kind, length = HEAD.unpack(await reader.readexactly(HEAD.size))
+                if (kind, length) != (EXIT, 2):
+                    raise GuestError("the guest's agent does not take an identity; build its image again")
+                self._identity = None
+            except (OSError, asyncio.IncompleteReadError) as error:
+                raise GuestError("the guest's agent ended while it took its identity") from error
+            finally:
+                writer.close()
+
     async def dial(self) -> Streams:
         """A connection to the agent, once it listens. Waits for a place where there is none. Raises GuestError."""
+        if self._identity is not None:
+            await self.identify()
+        return await self._open()
+
+    async def _open(self) -> Streams:
         await self.wait_ready()
         loop = asyncio.get_running_loop()
         pause, silent_since = FIRST_PAUSE, 0.0

@@ -280,6 +280,12 @@ class Built:
         if virtio is not None:
             await virtio.quiesce()
 
+    def save_state(self) -> dict[str, Any]:
+        """vmm.machine.saving.save"""
+        from vmm.machine.saving import save
+
+        return save(self)
+
     def resume_devices(self) -> None:
         """After quiesce(), or a restored state."""
         if self._virtio is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpu.values import dataclass
 from vmm.machine.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmm.guest.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Restore:
     """Makes the memory with its content. Called in a thread."""
     epoch_ns: int
     """The guest's wall clock at its core's time 0, ns since 1970."""
+    seed: int | None = None
+    """Chance goes on from another seed than the saved machine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,8 @@ class Saved:
     """Overlays by the disk's name."""
     console: Any
     """vmm.console.hub.ConsoleRingState, encoded; None: an empty console."""
+    identity: Identity | None = None
+    """Who the machine is as a copy of the saved one; None: it is the same machine to the last bit."""
 
 
 Origin = Boot | Restore

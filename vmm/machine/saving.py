@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cpu.state import VcpuState, VmState
@@ -111,13 +111,17 @@ def restore(machine: Built, origin: Restore) -> None:
     state = parse(machine, origin.state)
     with core_errors():
         # The core first: the lines that devices raise below are high there already, and so make no new edge.
-        machine.vm.set_state(state.vm)
+        core = state.vm.core
+        if origin.seed is not None and core is not None:
+            core = replace(core, seeded=True, seed=origin.seed, position=0)
+        machine.vm.set_state(replace(state.vm, core=core))
         for vcpu, saved in zip(machine.vcpus, state.vcpus, strict=True):
             machine.cpuid[vcpu.index] = list(saved.cpuid)
             vcpu.set_state(saved)
         for index in state.halted:
             machine.dispatcher.restore_halted(index)
-        machine.resources.random.restore(state.chance)
+        if origin.seed is None:
+            machine.resources.random.restore(state.chance)
         for name, part in _Root(machine).stateful.items():
             part.restore(state.components[name])  # type: ignore[attr-defined]
         agent = machine.resources.agent

@@ -77,7 +77,9 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value):
         return encode(value) if hasattr(value, "kind") else _record(value)
-    return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # also an enumeration's
+    return str(value) if isinstance(value, str) else value
 
 
 def decode(component: Any, name: str, data: Any) -> Any:

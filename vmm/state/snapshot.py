@@ -12,18 +12,22 @@ import hashlib
 import os
 import stat
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from virtio.devices.net import NetState
 from vmm import _native
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, os_reason
+from vmm.guest.identity import Identity, hostname_of
 from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
 from vmm.machine.origin import Restore, Saved, SavedDisk
 from vmm.state import manifest as manifests
 from vmm.state.manifest import CHUNK, Manifest
+from vmm.state.payload import parse
 
 PAGE = 4096
 MAX_BASES = 32
@@ -162,13 +166,16 @@ class Snapshot:
 
     # What a machine is made of.
 
-    def prepare(self, changes: Mapping[str, Any], *, trusted: bool = False) -> tuple[Config, Saved]:
+    def prepare(
+        self, changes: Mapping[str, Any], *, trusted: bool = False, as_copy: bool = False
+    ) -> tuple[Config, Saved]:
         """Everything checked that can be before a machine is built: its configuration with `changes`, and what it goes
-        on from. Raises StateError, ConfigError, HostError."""
+        on from. `as_copy`: it runs beside the original, so that it gets addresses, a host name and a machine id of its
+        own. Raises StateError, ConfigError, HostError."""
         self.check_files(trusted=trusted)
         self.ensure_verified()
         config = self.config(changes)
-        return config, self.saved(config)
+        return config, self.saved(config, as_copy=as_copy)
 
     def config(self, changes: Mapping[str, Any]) -> Config:
         """The machine's configuration with `changes` (fields of Config). Raises StateError, ConfigError."""
@@ -285,9 +292,9 @@ class Snapshot:
         finally:
             beside.unlink(missing_ok=True)
 
-    def saved(self, config: Config) -> Saved:
-        """What a machine of this configuration goes on from. The wall clock of a machine in real time goes on from the
-        host's now; with the virtual clock, or an epoch of its own, from where it stood."""
+    def saved(self, config: Config, *, as_copy: bool = False) -> Saved:
+        """What a machine of this configuration goes on from; `as_copy` as in prepare(). The wall clock of a machine in
+        real time goes on from the host's now; with the virtual clock, or an epoch of its own, from where it stood."""
         state = self.state()
         try:
             fields = state["machine"]["fields"]
@@ -296,7 +303,28 @@ class Snapshot:
                 epoch = time.time_ns() - int(fields["now_ns"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"{self.path / 'state.json'}: machine: not a state") from error
-        return Saved(Restore(state["machine"], self.make_memory, epoch), self.disks(), state["console"])
+        # With the virtual clock a restored machine goes on as the saved one would have, to the last bit.
+        identity = Identity("", "", {}) if config.clock == "real" else None
+        if as_copy:
+            identity = Identity(hostname_of(config.name), uuid.uuid4().hex, self._fresh_addresses(state["machine"]))
+            identity.check()
+        return Saved(Restore(state["machine"], self.make_memory, epoch), self.disks(), state["console"], identity)
+
+    def _fresh_addresses(self, machine: dict[str, Any]) -> dict[bytes, bytes]:
+        """A new MAC address for each that a card has. Raises StateError."""
+        found: dict[bytes, bytes] = {}
+
+        def search(value: Any, depth: int) -> None:
+            if not isinstance(value, dict) or depth <= 0:
+                return
+            if value.get("kind") == "virtio-net" and "fields" in value:
+                mac = parse(NetState, "virtio-net", value).mac
+                found[mac] = b"\x52\x54\x00" + os.urandom(3)
+            for item in value.values():
+                search(item, depth - 1)
+
+        search(machine, 12)
+        return found
 
     def close(self) -> None:
         """Idempotent."""

@@ -98,9 +98,10 @@ class DevicePool:
         if config.disks:
             from vmm.devices.virtio.disk import DiskMaker
 
+            virtual = config.clock == "virtual"
             for index, disk in enumerate(config.disks):
                 name = disk.id or f"disk{index}"
-                self._want(name, DiskMaker(disk, name, self._saved_disks.get(name)), disk.packed)
+                self._want(name, DiskMaker(disk, name, self._saved_disks.get(name), synchronous=virtual), disk.packed)
         if config.nets:
             from vmm.devices.virtio.net import NetMaker
 

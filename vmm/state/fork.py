@@ -1,0 +1,185 @@
+"""Copies of a running machine that share its memory with it until one of them writes.
+
+Memory is frozen: what it holds is copied into an unnamed file while the machine runs, the rest while it stands still,
+and the machine and its copies go on as private mappings of that file. The devices' state and what was written to
+snapshot disks are copied while it stands still. Loop thread; worker threads copy memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from virtio.backends.image import ImageBlock
+from virtio.devices.net import NetDevice
+from vmm.config import Config
+from vmm.errors import ConfigError, HostError, core_errors, os_reason
+from vmm.guest.identity import Identity
+from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
+from vmm.machine.origin import Restore, Saved, SavedDisk
+from vmm.machine.saving import save
+from vmm.state.diskcopy import copy_sparse
+
+if TYPE_CHECKING:
+    from vmm.vm import VirtualMachine
+
+MAX_COPIES = 1000
+
+
+@dataclass(slots=True)
+class Frozen:
+    """A machine at one moment, as often as wanted. Close it when every copy has been built."""
+
+    state: dict[str, Any]
+    console: dict[str, Any]
+    size: int
+    extents: tuple[Extent, ...]
+    disks: dict[str, tuple[int, bytes]]
+    """Overlays: a descriptor, and the bitmap of the sectors that it holds."""
+    addresses: tuple[bytes, ...]
+    """MAC addresses of the original's cards."""
+    stood_still_ns: int = 0
+    _files: list[int] = field(default_factory=list)
+
+    def saved(self, identity: Identity | None, seed: int | None = None) -> Saved:
+        """What a copy goes on from, by chance of another `seed` if one is given. Its clock shows the host's time,
+        unless time is virtual."""
+        fields = self.state["fields"]
+        epoch = int(fields["epoch_ns"])
+        if fields["clock"] == "real":
+            epoch = time.time_ns() - int(fields["now_ns"])
+        disks = {name: SavedDisk(Path(f"/proc/self/fd/{fd}"), sectors) for name, (fd, sectors) in self.disks.items()}
+        return Saved(Restore(self.state, self._memory, epoch, seed), disks, self.console, identity)
+
+    def _memory(self) -> GuestMemory:
+        return GuestMemory(self.size, source=CopyOnWrite(self.extents))
+
+    def close(self) -> None:
+        """Idempotent. Copies that were built have descriptors of their own."""
+        files, self._files = self._files, []
+        for descriptor in files:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def freeze(vm: VirtualMachine) -> Frozen:
+    """The machine as it is now; it runs on. Raises ConfigError, StateError, HostError."""
+    for name, device in vm.disks().items():
+        backend = device.backend
+        if not isinstance(backend, ImageBlock) or (backend.overlay < 0 and not backend.read_only):
+            raise ConfigError(f"{name}: a copy would write to the same disk; attach it with snapshot, or read-only")
+    memory = vm.machine.memory
+    with core_errors():
+        await _shielded(memory.prepare_freeze)
+    frozen: Frozen | None = None
+    try:
+        async with vm.standstill("fork"):
+            begun = time.monotonic_ns()
+            machine = vm.machine
+            with core_errors():
+                extents = memory.freeze()
+            frozen = Frozen(save(machine), vm.save_console(), memory.size, (), {}, _addresses(vm))
+            frozen.extents = _own(extents, frozen._files)
+            for name, device in vm.disks().items():
+                if isinstance(device.backend, ImageBlock) and device.backend.overlay >= 0:
+                    frozen.disks[name] = await asyncio.to_thread(_copy, device.backend, frozen._files)
+            vm.check_standing(machine)
+            frozen.stood_still_ns = time.monotonic_ns() - begun
+        return frozen
+    except BaseException:
+        if frozen is not None:
+            frozen.close()
+        raise
+
+
+def _addresses(vm: VirtualMachine) -> tuple[bytes, ...]:
+    return tuple(device.mac for device in vm.virtio_devices().values() if isinstance(device, NetDevice))
+
+
+def _own(extents: Sequence[Extent], files: list[int]) -> tuple[Extent, ...]:
+    """The same extents by descriptors of our own, which are added to `files`."""
+    own: dict[int, int] = {}
+    for extent in extents:
+        if extent.fd not in own:
+            own[extent.fd] = os.dup(extent.fd)
+            files.append(own[extent.fd])
+    return tuple(Extent(extent.gpa, extent.length, own[extent.fd], extent.offset) for extent in extents)
+
+
+def _copy(backend: ImageBlock, files: list[int]) -> tuple[int, bytes]:
+    folder = os.environ.get("TMPDIR", "/var/tmp")
+    try:
+        with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as file:
+            copy_sparse(backend.overlay, file.fileno(), backend.capacity)
+            descriptor = os.dup(file.fileno())
+    except OSError as error:
+        raise HostError(f"fork: {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
+    files.append(descriptor)
+    return descriptor, bytes(backend.written)
+
+
+async def _shielded(call: Any, *arguments: Any) -> None:
+    """A call in a thread that is waited for even when we are cancelled: it reads guest memory."""
+    future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.gather(future, return_exceptions=True)
+        raise
+
+
+def new_identity(hostname: str, addresses: Sequence[bytes], fresh: Mapping[bytes, bytes]) -> Identity:
+    """Who a copy is: this host name, a machine id of its own, and `fresh` addresses for the old ones."""
+    identity = Identity(hostname, uuid.uuid4().hex, {old: fresh[old] for old in addresses})
+    identity.check()
+    return identity
+
+
+async def fork(
+    vm: VirtualMachine, count: int = 1, *, names: Sequence[str] = (), seeds: Sequence[int] = (), paused: bool = False
+) -> list[VirtualMachine]:
+    """`count` running copies of a machine: vmm.vm.VirtualMachine.fork."""
+    from vmm.vm import VirtualMachine
+
+    if not 1 <= count <= MAX_COPIES:
+        raise ConfigError(f"fork: {count} copies; 1 to {MAX_COPIES} are possible")
+    for what, given in (("names", names), ("seeds", seeds)):
+        if given and len(given) != count:
+            raise ConfigError(f"fork: {len(given)} {what} for {count} copies")
+    copies: list[VirtualMachine] = []
+    with await freeze(vm) as frozen:
+        try:
+            for index in range(count):
+                changes: dict[str, Any] = {"name": names[index] if names else "", "console": "none", "vsock": None}
+                if seeds:
+                    changes["seed"] = seeds[index]
+                config = Config.from_dict({**vm.config.to_dict(), **changes})
+                fresh = {old: b"\x52\x54\x00" + os.urandom(3) for old in frozen.addresses}
+                identity = new_identity(names[index] if names else f"copy-{index + 1}", frozen.addresses, fresh)
+                saved = frozen.saved(identity, seeds[index] if seeds else None)
+                copies.append(VirtualMachine(config, saved=saved, devices=vm.own_devices))
+            async with asyncio.TaskGroup() as group:
+                for copy in copies:
+                    group.create_task(copy.__aenter__(), name="fork")
+        except BaseException as error:
+            for copy in copies:
+                copy.kill()
+            await asyncio.gather(*(copy.aclose() for copy in copies), return_exceptions=True)
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+    for copy in copies if not paused else ():
+        copy.resume()
+    return copies

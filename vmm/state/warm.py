@@ -1,0 +1,116 @@
+"""Warm starts: a machine that was booted once is kept as a snapshot, and later ones of its kind go on from that.
+
+The snapshot is taken when the guest's agent first listens. It is found by a hash of everything that went into it: the
+configuration but for what concerns one run alone, the files that it names, the version of this program and its native
+parts. *any thread*
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from vmm.config import Config
+from vmm.errors import ConfigError, StateError
+from vmm.state.manifest import MANIFEST
+
+KEEP = 8
+"""Warm machines that are kept; the one used longest ago goes first."""
+OF_ONE_RUN = ("name", "console", "timeout", "uuid")
+"""Fields of the configuration that a restored machine may have otherwise."""
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a machine that cannot be kept."""
+    if not config.agent:
+        raise ConfigError("warm: only a guest with the agent says when it is up; use an image that has it, as linux")
+    if any(not (disk.snapshot or disk.readonly) for disk in config.disks):
+        raise ConfigError("warm: a disk that is written to cannot be kept; attach it with snapshot, or read-only")
+
+
+def folder(config: Config) -> Path:
+    """Where the snapshot of such a machine is, or will be."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(base if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "warm"
+    return cache / _key(config)
+
+
+def changes(config: Config) -> dict[str, Any]:
+    """What a restored machine takes from this configuration."""
+    values = config.to_dict()
+    return {name: values.get(name) for name in OF_ONE_RUN}
+
+
+def _key(config: Config) -> str:
+    values = {name: value for name, value in config.to_dict().items() if name not in OF_ONE_RUN}
+    return hashlib.sha256(json.dumps([values, _files(config), _program()], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _files(config: Config) -> list[Any]:
+    facts: list[Any] = []
+    for path in (config.kernel, config.initrd, *(disk.path for disk in config.disks)):
+        if path is not None:
+            with suppress(OSError):
+                status = path.stat()
+                facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino])
+    return facts
+
+
+def _program() -> list[Any]:
+    """Another program may have other devices, or another core."""
+    import cpu._core
+    import virtio._ring
+    from vmm import __version__, _native
+
+    facts: list[Any] = [__version__]
+    for module in (cpu._core, virtio._ring, _native):
+        status = os.stat(str(module.__file__))
+        facts.append([status.st_size, status.st_mtime_ns])
+    sources = Path(__file__).parents[1]
+    facts.append(max(path.stat().st_mtime_ns for path in sources.rglob("*.py")))
+    return facts
+
+
+def is_there(path: Path) -> bool:
+    """A snapshot stands there. It is marked as used now."""
+    if not (path / MANIFEST).exists():
+        return False
+    with suppress(OSError):
+        os.utime(path)
+    return True
+
+
+@contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Whether we are the one who makes it; another process may be at it. Old ones are removed afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(path.parent / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield not (path / MANIFEST).exists()
+        _prune(path.parent)
+    finally:
+        os.close(lock)
+
+
+def _prune(cache: Path) -> None:
+    found = [entry for entry in cache.iterdir() if (entry / MANIFEST).exists()]
+    for old in sorted(found, key=lambda entry: entry.stat().st_mtime_ns)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def forget(path: Path, error: StateError) -> str:
+    """Remove one that is no use; a sentence that says so."""
+    shutil.rmtree(path, ignore_errors=True)
+    return f"the machine kept for warm starts is no use and was removed ({error})"
