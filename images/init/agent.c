@@ -18,7 +18,10 @@
  *
  * EXIT comes as soon as the program itself has ended, after everything that it wrote. What it left behind runs on; what
  * that writes later is read and thrown away (on a terminal: the terminal hangs up). The end of the connection before EXIT
- * kills the program's process group. After EXIT input is discarded until the host closes. */
+ * kills the program's process group. After EXIT input is discarded until the host closes.
+ *
+ * A process that served a small program waits for another connection, which the agent hands it, for forking costs a third
+ * of running a program; a few wait so, and a large stream ends its process, which gives its memory back. */
 #include "sys.h"
 
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 2, BACKLOG = 1024 };
@@ -26,6 +29,7 @@ enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART
 enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85 };
 enum { HEAD = 5, MAX_FRAME = 65536, MAX_START = (2 << 20) + 65536, PIPE = 256 << 10 };
 enum { WINDOW = 256 << 10, RING = WINDOW + 64 /* a terminal's end of file takes a byte that nobody counts */ };
+enum { AF_UNIX = 1, MSG_CMSG_CLOEXEC = 0x40000000, SERVERS = 2, SMALL = 256 << 10 };
 enum { SETTLE_MS = 2000, TERMINAL_QUIET_MS = 50, TERMINAL_REST = 65536 };
 enum { TIOCSCTTY = 0x540e, TIOCGWINSZ = 0x5413, TIOCSWINSZ = 0x5414, TIOCSPTLCK = 0x40045431, TIOCGPTN = (int)0x80045430 };
 enum { FIONREAD = 0x541b, MORE_ENVIRONMENT = 80, STANDARD_OUT = 0, STANDARD_ERROR = 1 };
@@ -64,9 +68,9 @@ static void put_head(uint8_t *to, uint8_t type, uint32_t length)
 }
 /* Throw away what comes until the host has closed the connection and what the program left behind has ended. Closing with
  * input unread would reset the connection and take the frames that the host has not read yet along. */
-__attribute__((noreturn)) static void discard(int link, const int output[2])
+static void discard(int link, const int output[2])
 {
-    static uint8_t data[16384];
+    uint8_t data[4096];
     struct pollfd fds[3] = {{link, POLLIN, 0}, {output[0], POLLIN, 0}, {output[1], POLLIN, 0}};
     while (fds[0].fd >= 0 || fds[1].fd >= 0 || fds[2].fd >= 0) {
         if (SYS(__NR_poll, fds, 3, -1) < 0) continue;
@@ -78,8 +82,6 @@ __attribute__((noreturn)) static void discard(int link, const int output[2])
             fds[i].fd = -1;
         }
     }
-    SYS(__NR_exit_group, 0);
-    __builtin_unreachable();
 }
 
 __attribute__((noreturn)) static void refuse(int link, const char *why)
@@ -89,6 +91,8 @@ __attribute__((noreturn)) static void refuse(int link, const char *why)
     put_head(head, ERROR, (uint32_t)text_length(why));
     if (write_all(link, head, HEAD)) write_all(link, why, text_length(why));
     discard(link, no_output);
+    SYS(__NR_exit_group, 0);
+    __builtin_unreachable();
 }
 
 static int open_terminal(int *other)
@@ -157,7 +161,13 @@ __attribute__((noreturn)) static void answer_identity(int link, const uint8_t *p
 }
 
 /* What START asks for: pointers into the memory that holds the frame. */
-struct request { unsigned flags, rows, columns; const char *directory, *user; char **arguments, **environment; };
+struct request {
+    unsigned flags, rows, columns;
+    const char *directory, *user;
+    char **arguments, **environment;
+    void *memory[2];
+    size_t size[2];
+};
 
 /* Read frames up to START, all of it into one piece of memory. Ends the process if it is something else. */
 static struct request receive_start(int link)
@@ -186,8 +196,12 @@ static struct request receive_start(int link)
     uint32_t argc = word(start + 8), envc = word(start + 12);
     /* Each string takes a byte at least, which bounds the table. */
     if (!argc || argc > length || envc > length) refuse(link, "no arguments, or too many");
-    char **strings = new_memory((argc + envc + MORE_ENVIRONMENT) * sizeof *strings);
+    request.size[1] = (argc + envc + MORE_ENVIRONMENT) * sizeof(char *);
+    char **strings = new_memory(request.size[1]);
     if (!strings) refuse(link, "no memory to be had");
+    request.memory[0] = start;
+    request.size[0] = MAX_START + 1;
+    request.memory[1] = strings;
     request.directory = (char *)start + 16;
     request.arguments = strings;
     request.environment = strings + argc + 1;
@@ -299,7 +313,38 @@ static int take(struct incoming *in, const uint8_t *p, uint32_t n, long child, i
     }
 }
 
-/* Start the program: its process id. in, out: our ends of its standard streams, of a terminal both in in[0]. */
+/* What a child needs to become the program. */
+struct start { const struct request *request; int standard[3], slave; };
+
+static void run_child(struct start *start)
+{
+    SYS(__NR_setsid, 0);
+    if (start->slave >= 0) SYS(__NR_ioctl, start->slave, TIOCSCTTY, 1);
+    for (int i = 0; i < 3; i++) SYS(__NR_dup2, start->standard[i], i);
+    if (start->slave > 2) SYS(__NR_close, start->slave);
+    const struct request *request = start->request;
+    become(request->directory, request->user, request->arguments, request->environment, start->slave >= 0);
+}
+
+/* A child that shares our memory, on a stack of its own, until it becomes another program or ends, while we wait: no page
+ * table is copied and no page after it (tests.bench agent). Its process id. */
+static long spawn(struct start *start)
+{
+    enum { CLONE_VM = 0x100, CLONE_VFORK = 0x4000 };
+    static uint8_t stack[32768] __attribute__((aligned(16)));
+    long child;
+    register void *top __asm__("rsi") = stack + sizeof stack;
+    register long parent_id __asm__("rdx") = 0, child_id __asm__("r10") = 0, thread __asm__("r8") = 0;
+    register void *entry __asm__("r12") = (void *)run_child, *argument __asm__("r13") = start;
+    __asm__ volatile("syscall\n test %%rax, %%rax\n jnz 1f\n xor %%ebp, %%ebp\n mov %%r13, %%rdi\n call *%%r12\n ud2\n 1:"
+                     : "=a"(child), "+r"(top), "+r"(parent_id), "+r"(child_id), "+r"(thread)
+                     : "a"((long)__NR_clone), "D"((long)(CLONE_VM | CLONE_VFORK | SIGCHLD)), "r"(entry), "r"(argument)
+                     : "rcx", "r11", "memory");
+    return child;
+}
+
+/* Start the program: its process id. *input, output: our ends of its standard streams; of a terminal, which is *master,
+ * the first two are that. */
 static long start_program(int link, const struct request *request, int *input, int output[2], int *master)
 {
     int in[2] = {-1, -1}, out[2] = {-1, -1}, error[2] = {-1, -1}, slave = -1;
@@ -315,16 +360,9 @@ static long start_program(int link, const struct request *request, int *input, i
         SYS(__NR_fcntl, in[1], F_SETPIPE_SZ, PIPE); /* fewer switches between the program and us; it may be refused */
         SYS(__NR_fcntl, out[0], F_SETPIPE_SZ, PIPE);
     }
-    long child = SYS(__NR_fork, 0);
-    if (child == 0) {
-        SYS(__NR_setsid, 0);
-        if (slave >= 0) SYS(__NR_ioctl, slave, TIOCSCTTY, 1);
-        SYS(__NR_dup2, slave >= 0 ? slave : in[0], 0);
-        SYS(__NR_dup2, slave >= 0 ? slave : out[1], 1);
-        SYS(__NR_dup2, slave >= 0 ? slave : error[1], 2);
-        if (slave > 2) SYS(__NR_close, slave);
-        become(request->directory, request->user, request->arguments, request->environment, slave >= 0);
-    }
+    struct start start = {request, {in[0], out[1], error[1]}, slave};
+    if (slave >= 0) start.standard[0] = start.standard[1] = start.standard[2] = slave;
+    long child = spawn(&start);
     if (child < 0) refuse(link, "no process to be had");
     SYS(__NR_close, slave >= 0 ? slave : in[0]);
     if (slave < 0) {
@@ -338,19 +376,28 @@ static long start_program(int link, const struct request *request, int *input, i
     return child;
 }
 
-void serve(int link)
+/* One connection from its first frame to its end. 1: this process may serve another, as little as it moved. */
+static int serve_one(int link)
 {
+    static int signals = -1;
     struct request request = receive_start(link);
-    if (settled_pipe >= 0) wait_settled();
-    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGPIPE - 1);
+    if (settled_pipe >= 0) {
+        wait_settled();
+        SYS(__NR_close, settled_pipe);
+        settled_pipe = -1;
+    }
+    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGPIPE - 1), moved = 0;
     signal_mask(mask);
-    int signals = (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC | O_NONBLOCK);
+    if (signals < 0) signals = (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC | O_NONBLOCK);
     int output[2], master, status = 0, exited = 0;
     static struct input input;
     static struct incoming incoming;
     static uint8_t came[MAX_FRAME + HEAD], going[MAX_FRAME]; /* a frame is one packet of the socket: head and payload */
     uint32_t going_from = 0, going_to = 0;
     long left[2] = {-1, -1}; /* bytes that the program had written when it ended and that we have not read */
+    input.from = input.count = input.credit = 0;
+    input.ends = 0;
+    incoming.head_got = 0;
     const long child = start_program(link, &request, &input.fd, output, &master);
     SYS(__NR_fcntl, link, F_SETFL, O_RDWR | O_NONBLOCK);
 
@@ -396,6 +443,7 @@ void serve(int link)
             if (got > 0) {
                 put_head(going, i == STANDARD_OUT ? STDOUT : STDERR, (uint32_t)got);
                 going_from = 0, going_to = HEAD + (uint32_t)got;
+                moved += (uint64_t)got;
                 if (left[i] > 0) left[i] -= got;
                 continue;
             }
@@ -411,6 +459,7 @@ void serve(int link)
         if (fds[0].revents & ~POLLOUT) {
             long got = SYS(__NR_read, link, came, sizeof came);
             if (got == -EAGAIN || got == -EINTR) continue;
+            if (got > 0) moved += (uint64_t)got;
             if (got <= 0 || !take(&incoming, came, (uint32_t)got, exited ? 0 : child, master, &input)) goto gone;
         }
     }
@@ -422,10 +471,110 @@ void serve(int link)
     if (input.fd >= 0) SYS(__NR_close, input.fd);
     if (master >= 0) output[STANDARD_OUT] = -1; /* the same descriptor: closed, the terminal hangs up */
     discard(link, output);
+    int again = moved < SMALL && !*request.user; /* looking a user up leaves files mapped */
+    for (int i = 0; i < 2; i++) SYS(__NR_munmap, request.memory[i], request.size[i]);
+    return again;
 gone:
     if (!exited) SYS(__NR_kill, -child, SIGKILL);
     SYS(__NR_exit_group, 0);
     __builtin_unreachable();
+}
+
+void serve(int link)
+{
+    serve_one(link);
+    SYS(__NR_exit_group, 0);
+    __builtin_unreachable();
+}
+
+/* Processes that may serve one connection after another. One that waits says so in is_idle, memory that all share; the
+ * agent alone takes that back, when it hands a connection over. A process that somebody killed is found by the end of its
+ * socket. */
+static struct server { int socket; } servers[SERVERS];
+static int *is_idle;
+
+struct message {
+    struct { void *base; size_t length; } part;
+    struct { size_t length; int level, type, descriptor, padding; } control;
+    struct { void *name; uint32_t name_length; void *parts; size_t count; void *control; size_t control_length; int flags; }
+        header;
+    char byte;
+};
+static void prepare(struct message *message, int descriptor)
+{
+    enum { SOL_SOCKET = 1, SCM_RIGHTS = 1 };
+    memset(message, 0, sizeof *message);
+    message->part.base = &message->byte;
+    message->part.length = 1;
+    message->control.length = sizeof(size_t) + 3 * sizeof(int);
+    message->control.level = SOL_SOCKET;
+    message->control.type = SCM_RIGHTS;
+    message->control.descriptor = descriptor;
+    message->header.parts = &message->part;
+    message->header.count = 1;
+    message->header.control = &message->control;
+    message->header.control_length = sizeof message->control;
+}
+
+/* Serve `link`, then what the agent hands over on `socket`. */
+__attribute__((noreturn)) static void serve_many(int link, int index, int socket)
+{
+    while (serve_one(link) && index >= 0) {
+        struct message message;
+        prepare(&message, -1);
+        __atomic_store_n(&is_idle[index], 1, __ATOMIC_SEQ_CST);
+        long got;
+        while ((got = SYS(__NR_recvmsg, socket, &message.header, MSG_CMSG_CLOEXEC)) == -EINTR);
+        if (got <= 0 || message.control.descriptor < 0) break;
+        link = message.control.descriptor;
+    }
+    SYS(__NR_exit_group, 0);
+    __builtin_unreachable();
+}
+
+static void forget(struct server *server)
+{
+    SYS(__NR_close, server->socket);
+    server->socket = -1;
+}
+
+/* Give the connection to a process that waits for one. 0: there is none. */
+static int hand_over(int link)
+{
+    struct message message;
+    prepare(&message, link);
+    for (int i = 0; i < SERVERS; i++) {
+        if (servers[i].socket < 0 || !__atomic_exchange_n(&is_idle[i], 0, __ATOMIC_SEQ_CST)) continue;
+        if (SYS(__NR_sendmsg, servers[i].socket, &message.header, 0) == 1) return 1;
+        forget(&servers[i]);
+    }
+    return 0;
+}
+
+/* Start a process for the connection, which stays for others if there is room for one more of its kind. */
+static void start_server(int listener, int link)
+{
+    int index = -1, ends[2] = {-1, -1};
+    for (int i = 0; i < SERVERS && index < 0; i++) {
+        struct pollfd end = {servers[i].socket, POLLIN, 0};
+        if (servers[i].socket >= 0 && SYS(__NR_poll, &end, 1, 0) > 0) forget(&servers[i]);
+        if (servers[i].socket < 0) index = i;
+    }
+    if (index >= 0 && SYS(__NR_socketpair, AF_UNIX, SOCK_STREAM | O_CLOEXEC, 0, ends) < 0) index = -1;
+    if (index >= 0) is_idle[index] = 0;
+    if (SYS(__NR_fork, 0) == 0) {
+        uint64_t standard[4] = {0, 0, 0, 0};
+        SYS(__NR_rt_sigaction, SIGCHLD, standard, 0, 8);
+        SYS(__NR_rt_sigaction, SIGPIPE, standard, 0, 8);
+        SYS(__NR_close, listener);
+        for (int i = 0; i < SERVERS; i++)
+            if (servers[i].socket >= 0) SYS(__NR_close, servers[i].socket);
+        if (index >= 0) SYS(__NR_close, ends[0]);
+        serve_many(link, index, ends[1]);
+    }
+    if (index < 0) return;
+    SYS(__NR_close, ends[1]);
+    servers[index].socket = ends[0];
 }
 
 void agent(int settled)
@@ -448,19 +597,16 @@ void agent(int settled)
         SYS(__NR_connect, ready, &address, sizeof address);
         SYS(__NR_close, ready);
     }
+    enum { MAP_SHARED = 1 };
+    is_idle = (int *)SYS(__NR_mmap, 0, SERVERS * sizeof *is_idle, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (int i = 0; i < SERVERS; i++) servers[i].socket = -1;
     for (;;) {
         int link = (int)SYS(__NR_accept4, listener, 0, 0, O_CLOEXEC);
         if (link < 0) {
             if (link != -EINTR) pause_ms(10);
             continue;
         }
-        if (SYS(__NR_fork, 0) == 0) {
-            uint64_t standard[4] = {0, 0, 0, 0};
-            SYS(__NR_rt_sigaction, SIGCHLD, standard, 0, 8);
-            SYS(__NR_rt_sigaction, SIGPIPE, standard, 0, 8);
-            SYS(__NR_close, listener);
-            serve(link);
-        }
+        if (!hand_over(link)) start_server(listener, link);
         SYS(__NR_close, link);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -46,6 +47,35 @@ async def test_many_programs_at_once_and_after_the_end(stock_core: Any) -> None:
         await vmm.VirtualMachine(kernel="x", agent=True).exec("true")
     with pytest.raises(vmm.StateError, match="this machine has no guest agent; set agent=True"):
         await vmm.VirtualMachine(kernel="x").exec("true")
+
+
+async def test_processes_of_the_agent_that_serve_again(stock_core: Any) -> None:
+    """One program's user, environment, directory, terminal and failure are nothing to the next one in that process; who
+    kills such a process harms only what runs there."""
+    async with vmm.run("linux", core=stock_core, nets=(), timeout=4 * BOOT) as vm:
+        show = ("sh", "-c", "id -u; pwd; env | grep -c MINE; echo $PPID")
+        servers = []
+        for _ in range(5):
+            assert (await vm.exec("id", "-u", user="nobody", env={"MINE": "1"}, cwd="/tmp")).text == "65534"
+            assert (await vm.exec("no-such", env={"MINE": "1"})).status == 127
+            async with await vm.start_process("tty", terminal=(5, 5)) as process:
+                assert b"/dev/pts/" in await process.stdout.read_all()
+            with pytest.raises(TimeoutError):
+                await vm.exec("sleep", "1000", timeout=0.05)
+            for _ in range(3):
+                *rest, server = (await vm.exec(*show, timeout=BOOT)).text.split()
+                assert rest == ["0", "/root", "0"]
+                servers.append(server)
+        assert len(set(servers)) < len(servers)
+        for killed in dict.fromkeys(reversed(servers)):  # those that are there still wait, but the one that serves this
+            with contextlib.suppress(vmm.GuestError):
+                await vm.exec("kill", "-9", killed, timeout=BOOT)
+        assert [(await vm.exec("echo", str(n), timeout=BOOT)).text for n in range(5)] == ["0", "1", "2", "3", "4"]
+        agent = (await vm.exec("sh", "-c", "cut -d' ' -f4 /proc/$PPID/stat", timeout=BOOT)).text
+        with contextlib.suppress(vmm.GuestError):
+            await vm.exec("sh", "-c", f"kill -9 {agent} $PPID", timeout=BOOT)
+        with pytest.raises(vmm.GuestError, match="the guest's agent has ended: nobody answers at its port"):
+            await vm.exec("true", timeout=BOOT)
 
 
 def test_a_background_child_does_not_hold_the_command(runtime: Path) -> None:
