@@ -201,6 +201,13 @@ static struct wide arctangent(struct wide t)
     return wide_add(arctangents[n], odd_series(z, true));
 }
 
+struct wide wide_quarters_of_pi(unsigned n)
+{
+    struct wide quarter = pi;
+    quarter.exp -= 2;
+    return wide_multiply(quarter, wide_integer(false, n, 0));
+}
+
 struct wide wide_atan2(struct wide y, struct wide x)
 {
     struct wide a = {false, y.exp, y.m}, b = {false, x.exp, x.m};

@@ -33,5 +33,6 @@ struct wide wide_sin(struct wide x);          /* |x| <= pi/4 */
 struct wide wide_cos(struct wide x);
 struct wide wide_tan(struct wide x);
 struct wide wide_atan2(struct wide y, struct wide x); /* neither is 0 */
+struct wide wide_quarters_of_pi(unsigned n);          /* n * pi / 4 */
 
 #endif

@@ -5,7 +5,7 @@
  * Transcendental results are the 64-bit ones next to the exact values, rounded as the control word says (APM 1, 6.4.5.1
  * and SDM 1, 8.3.10 ask for an error below one unit in the last place). Angles are reduced by a pi of 66 bits, as
  * processors do (SDM 1, 8.3.8). Operands that are zero, infinite, NaN or beyond the range have results that the manuals
- * define: those go the ordinary way (x87.c).
+ * define: those go the ordinary way (x87.c), but for FPATAN's multiples of pi / 4.
  */
 #include "soft/fpu/wide.h"
 #include "soft/fpu/x87.h"
@@ -168,12 +168,43 @@ static bool power(struct fpu *f)
     return true;
 }
 
+static bool is_zero(const struct x87_reg *r) { return !r->mantissa && !(r->exponent & EXPONENT); }
+static bool is_infinite(const struct x87_reg *r) { return (r->exponent & EXPONENT) == EXPONENT && r->mantissa == 1ull << 63; }
+
+/* FPATAN's results for zeros and infinities that are multiples of pi / 4 (SDM 2A FPATAN, table 3-30). */
+static bool special_angle(struct fpu *f, const struct x87_reg *x, struct x87_reg *y)
+{
+    bool minus = x->exponent >> 15, finite_x = is_ordinary(x) || is_zero(x), finite_y = is_ordinary(y) || is_zero(y);
+    unsigned quarters;
+    if ((!finite_x && !is_infinite(x)) || (!finite_y && !is_infinite(y)) || (is_ordinary(x) && is_ordinary(y)))
+        return false;
+    if (is_infinite(y))
+        quarters = !is_infinite(x) ? 2 : minus ? 3 : 1;
+    else if (is_zero(x) && !is_zero(y))
+        quarters = 2;
+    else if (minus)
+        quarters = 4;
+    else
+        return false; /* zero */
+    bool denormal = (is_ordinary(x) && is_denormal(x)) || (is_ordinary(y) && is_denormal(y));
+    f->sw = (uint16_t)((f->sw & ~X87_C1) | (denormal ? X87_DE : 0));
+    if (f->sw & ~f->cw & X87_DE)
+        return true;
+    struct wide v = wide_quarters_of_pi(quarters);
+    v.minus = y->exponent >> 15;
+    *y = result_of(f, v);
+    pop(f);
+    return true;
+}
+
 /* ST(1) and ST(0) to ST(1), and a pop: FYL2X, FYL2XP1, FPATAN. */
 static bool of_two(struct fpu *f, uint8_t modrm)
 {
     struct x87_reg *a = st(f, 0), *b = st(f, 1);
-    if (!valid(f, 0) || !valid(f, 1) || !is_ordinary(a) || !is_ordinary(b))
+    if (!valid(f, 0) || !valid(f, 1))
         return false;
+    if (!is_ordinary(a) || !is_ordinary(b))
+        return modrm == 0xF3 && special_angle(f, a, b);
     struct wide x = value_of(a), y = value_of(b), v;
     bool is_one = x.exp == 0 && x.m << 1 == 0;
     if (modrm == 0xF1 && (x.minus || is_one))
