@@ -110,7 +110,7 @@ def parse(output: str) -> dict[str, float]:
     return found
 
 
-async def ours(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None) -> str:
+async def ours(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None, format: str = "raw") -> str:
     import vmm
 
     async with vmm.VirtualMachine(
@@ -119,7 +119,7 @@ async def ours(kernel: Path, initrd: Path, root: Path, data: Path, net: str | No
         append="root=/dev/vda rw quiet",
         memory="512M",
         core="soft",
-        disks=(str(root), str(data)),
+        disks=(f"{root},format=raw", f"{data},format={format}"),
         nets=(f"tap={net}",) if net else (),
         timeout=TIMEOUT,
     ) as vm:
@@ -132,7 +132,7 @@ async def ours(kernel: Path, initrd: Path, root: Path, data: Path, net: str | No
                 return "\n".join(lines)
 
 
-def qemu(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None) -> str:
+def qemu(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None, format: str = "raw") -> str:
     command = [
         "qemu-system-x86_64",
         "-M",
@@ -149,8 +149,8 @@ def qemu(kernel: Path, initrd: Path, root: Path, data: Path, net: str | None) ->
     ]
     command += ["-nographic", "-kernel", str(kernel), "-initrd", str(initrd), "-nodefaults", "-serial", "stdio"]
     command += ["-append", "root=/dev/vda rw quiet console=ttyS0"]
-    for number, path in enumerate((root, data)):
-        command += ["-drive", f"file={path},if=none,id=d{number},format=raw,cache=writeback"]
+    for number, (path, kind) in enumerate(((root, "raw"), (data, format))):
+        command += ["-drive", f"file={path},if=none,id=d{number},format={kind},cache=writeback"]
         command += ["-device", f"virtio-blk-pci,drive=d{number}"]
     if net:
         command += ["-netdev", f"tap,id=n,ifname={net},script=no,downscript=no,vhost=off"]
