@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from virtio.errors import StateError
 from virtio.protocols import Chain, Interrupts, Ring
 
-TURN = 32
+TURN = 16
 """Chains that one `async for` takes before other tasks get a turn."""
-TURN_BYTES = 512 << 10
+TURN_BYTES = 256 << 10
 """Bytes in them, likewise."""
 
 
