@@ -1,5 +1,6 @@
 """Saved states and snapshots by virsh: what a guest has in memory goes on, its disks with it."""
 
+import json
 import os
 import re
 import socket
@@ -134,11 +135,27 @@ def test_a_linux_guests_disk_and_memory_go_back_together() -> None:
             f"""<domain type='qemu'><name>d</name><memory unit='MiB'>256</memory><os><type>hvm</type>
             <kernel>{image.kernel}</kernel><initrd>{image.initrd}</initrd></os><devices>
             <disk type='file'><source file='{disk}'/><target dev='vda' bus='virtio'/></disk></devices>
-            <loopvisor:machine xmlns:loopvisor='urn:loopvisor:domain:1' append='root=/dev/vda rw quiet'/></domain>"""
+            <loopvisor:machine xmlns:loopvisor='urn:loopvisor:domain:1' agent='on' append='root=/dev/vda rw quiet'/>
+            </domain>"""
         )
         daemon.virsh("start", "d")
         console = Console(daemon)
         console.until(rb":~# ")
+        assert abs(int(daemon.virsh("domtime", "d").split()[-1]) - time.time()) < 60
+        info = daemon.virsh("guestinfo", "d")
+        assert "os.kernel-release" in info and "hostname" in info
+        assert "lo" in daemon.virsh("domifaddr", "d", "--source", "agent", "--full")
+        agent = ["qemu-agent-command", "d"]
+        assert daemon.virsh(*agent, '{"execute": "guest-ping"}') == '{"return": {}}'
+        program = '{"execute": "guest-exec", "arguments": {"path": "/bin/sh", "arg": ["-c", "echo out; exit 3"]}}'
+        number = json.loads(daemon.virsh(*agent, program))["return"]["pid"]
+        status = f'{{"execute": "guest-exec-status", "arguments": {{"pid": {number}}}}}'
+        answer: dict[str, object] = {}
+        deadline = time.monotonic() + 30
+        while not answer.get("exited") and time.monotonic() < deadline:
+            answer = json.loads(daemon.virsh(*agent, status))["return"]
+        assert answer == {"exited": True, "exitcode": 3, "out-data": "b3V0Cg=="}
+        assert "guest-exec-status" in daemon.virsh(*agent, '{"execute": "guest-set-vcpus"}', ok=False)
         console.run(b"echo first >/file; sync; a=in-memory")
         daemon.virsh("snapshot-create-as", "d", "s")
         console.run(b"echo second >/file; sync; a=lost")

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.libvirt import (
+    agent_calls,
     connect_calls,
     device_calls,
     domain_calls,
@@ -70,8 +71,9 @@ MODULES = (
     statistics_calls,
     storage_calls,
     stream_calls,
+    agent_calls,
 )
-PROGRAMS = {rpc.REMOTE: joined(module.calls for module in MODULES), rpc.QEMU: joined([])}
+PROGRAMS = {rpc.REMOTE: joined(module.calls for module in MODULES), rpc.QEMU: joined([agent_calls.qemu])}
 log = logging.getLogger(__name__)
 
 
