@@ -46,8 +46,14 @@ def run(
     timeline = Timeline()
     timeline.mark("begin", begin)
     timeline.mark("configured", configured)
+    # What our parent had us ignore, as nohup does, stays ignored.
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [number for number in endings if signal.getsignal(number) is not signal.SIG_IGN]
+    if signal.SIGINT in signals:
+        # So that the runner sets no handler of its own: replacing that one would describe it at length (lean.py).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
-        outcome, status = runner.run(_run(config, arguments, head_start, timeline, saved))
+        outcome, status = runner.run(_run(config, arguments, head_start, timeline, saved, signals))
     if outcome is not None:
         _report(config, outcome, arguments)
     if arguments.timing or arguments.timing_svg is not None:
@@ -66,9 +72,14 @@ def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | N
 
 
 async def _run(
-    config: Config, arguments: RunArguments, head_start: HeadStart, timeline: Timeline, saved: Saved | None
+    config: Config,
+    arguments: RunArguments,
+    head_start: HeadStart,
+    timeline: Timeline,
+    saved: Saved | None,
+    signals: list[signal.Signals],
 ) -> tuple[Outcome | None, int]:
-    """(how the machine ended, None if it was ended after a command; exit status)"""
+    """(how the machine ended, None if it was ended after a command; exit status). `signals` end it."""
     command = arguments.command
     vm = VirtualMachine(config, head_start=head_start, saved=saved)
     vm.timeline = timeline
@@ -79,9 +90,6 @@ async def _run(
         timeline.on_mark, errors.before_message = boot_progress()
     debug = vm.on_debug = _DebugOutput()
     helpers = [asyncio.create_task(_tell_warnings(vm.events(), config.name), name="warnings")]
-    # What our parent had us ignore, as nohup does, stays ignored.
-    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    signals = [number for number in endings if signal.getsignal(number) is not signal.SIG_IGN]
     try:
         for number in signals:
             loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))

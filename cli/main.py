@@ -22,6 +22,9 @@ def main() -> NoReturn:
             parsed = parse_run(arguments[1:])
             if parsed is not None:
                 gc.disable()  # what imports make is there to stay, and is looked through again and again
+                from cli.lean import prepare
+
+                prepare()
                 from cli.run import execute
 
                 status = execute(parsed)

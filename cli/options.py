@@ -7,19 +7,25 @@ correct command line is read here; for anything else (`--help`, a mistake) typer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 
-class RunOption(NamedTuple):
+class RunOption:
     """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command"). A switch of the
     configuration has its opposite, `--no-…`, for what a file or an image has set."""
 
-    flag: str
-    field: str
-    kind: Literal["text", "switch", "list"]
-    help: str
-    metavar: str = ""
-    of: Literal["config", "command"] = "config"
+    __slots__ = ("field", "flag", "help", "kind", "metavar", "of")
+
+    def __init__(
+        self,
+        flag: str,
+        field: str,
+        kind: Literal["text", "switch", "list"],
+        help: str,
+        metavar: str = "",
+        of: Literal["config", "command"] = "config",
+    ) -> None:
+        self.flag, self.field, self.kind, self.help, self.metavar, self.of = flag, field, kind, help, metavar, of
 
     @property
     def opposite(self) -> str:

@@ -14,10 +14,11 @@ import struct
 import time
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-from cpu.contract import CpuidEntry, Registers, Segment, SystemRegisters
+from cpu.contract import CpuidEntry, Registers, SystemRegisters
 from cpu.errors import ConfigError, HostError
+from cpu.registers import pack_registers, pack_system, pack_values, unpack_system, values_of
 from cpu.values import I64, U8, U16, U32, U64, dataclass
-from cpu.views import CORE_HEAD, DTABLE, EXTRA, MSR_ENTRY, MSRS_HEAD, REGS, SEGMENT, SREGS_CONTROL, StateKind
+from cpu.views import CORE_HEAD, EXTRA, MSR_ENTRY, MSRS_HEAD, REGS, StateKind
 
 if TYPE_CHECKING:
     from cpu.vm import CoreVcpu, CoreVm
@@ -228,43 +229,6 @@ _TSC_TOLERANCE = 1_000_000_000  # ticks: KVM takes TSCs that are less than a sec
 _MWAIT, _PAE, _HELD_SHIFT = 1, 2, 8  # EXTRA_* of cpu/soft/run/state.c
 
 
-def _values(value: object) -> list[int]:
-    return [getattr(value, name) for name in value.__match_args__]  # type: ignore[attr-defined]
-
-
-def _pack(layout: struct.Struct, *values: int) -> bytes:
-    try:
-        return layout.pack(*values)
-    except struct.error as error:
-        raise ConfigError(f"a state holds a number that its field cannot: {error}") from error
-
-
-def pack_registers(registers: Registers) -> bytes:
-    """struct kvm_regs."""
-    return _pack(REGS, *_values(registers))
-
-
-def pack_system(r: SystemRegisters, interrupts: tuple[int, ...]) -> bytes:
-    """struct kvm_sregs."""
-    segments = (r.cs, r.ds, r.es, r.fs, r.gs, r.ss, r.tr, r.ldt)
-    return (
-        b"".join(_pack(SEGMENT, *_values(segment), 0) for segment in segments)
-        + _pack(DTABLE, *r.gdt, 0, 0, 0)
-        + _pack(DTABLE, *r.idt, 0, 0, 0)
-        + _pack(SREGS_CONTROL, r.cr0, r.cr2, r.cr3, r.cr4, r.cr8, r.efer, r.apic_base, *interrupts)
-    )
-
-
-def unpack_system(blob: bytes) -> tuple[SystemRegisters, tuple[int, ...]]:
-    """The registers, and the bitmap of pending interrupts as four words."""
-    cs, ds, es, fs, gs, ss, tr, ldt = (Segment(*SEGMENT.unpack_from(blob, at * SEGMENT.size)[:12]) for at in range(8))
-    gdt = DTABLE.unpack_from(blob, 8 * SEGMENT.size)
-    idt = DTABLE.unpack_from(blob, 8 * SEGMENT.size + DTABLE.size)
-    control = SREGS_CONTROL.unpack_from(blob, 8 * SEGMENT.size + 2 * DTABLE.size)
-    tables = ((gdt[0], gdt[1]), (idt[0], idt[1]))
-    return SystemRegisters(cs, ds, es, fs, gs, ss, tr, ldt, *tables, *control[:7]), control[7:]
-
-
 def save_vcpu(vcpu: CoreVcpu) -> VcpuState:
     """Vcpu.state()"""
     get = vcpu.get_blob
@@ -308,13 +272,13 @@ def restore_vcpu(vcpu: CoreVcpu, state: VcpuState) -> None:
         raise ConfigError(f"no vCPU is {state.mp_state!r}")
     put(StateKind.SREGS, pack_system(state.system, bitmap))
     put(StateKind.REGS, pack_registers(state.registers))
-    put(StateKind.XCRS, _pack(_XCRS, 1, 0, 0, 0, state.xcr0).ljust(_XCRS_BYTES, b"\0"))
+    put(StateKind.XCRS, pack_values(_XCRS, 1, 0, 0, 0, state.xcr0).ljust(_XCRS_BYTES, b"\0"))
     put(StateKind.XSAVE, state.xsave.ljust(XSAVE_BYTES, b"\0"))
-    put(StateKind.DEBUGREGS, _pack(_DEBUGREGS, *debug.db, debug.dr6, debug.dr7, 0))
+    put(StateKind.DEBUGREGS, pack_values(_DEBUGREGS, *debug.db, debug.dr6, debug.dr7, 0))
     put(StateKind.LAPIC, state.lapic)
     vcpu.set_msrs_of([(msr.index, msr.value) for msr in state.msrs])
     _check_tsc(vcpu, state)
-    put(StateKind.EVENTS, _pack(_EVENTS, *_values(state.events)))
+    put(StateKind.EVENTS, pack_values(_EVENTS, *values_of(state.events)))
     put(StateKind.MP, MP_STATES.index(state.mp_state).to_bytes(4, "little"))
     if state.extra is not None:
         put(StateKind.EXTRA, _pack_extra(state.extra))
@@ -344,7 +308,7 @@ def _pack_extra(extra: SoftVcpu) -> bytes:
     flags = (_MWAIT if extra.mwait_until_ns is not None else 0) | (_PAE if extra.pdptes is not None else 0)
     pdptes = extra.pdptes or (0, 0, 0, 0)
     held = extra.held_breakpoints << _HELD_SHIFT
-    return _pack(EXTRA, extra.mwait_until_ns or 0, flags | held, extra.fcs, extra.fds, *pdptes)
+    return pack_values(EXTRA, extra.mwait_until_ns or 0, flags | held, extra.fcs, extra.fds, *pdptes)
 
 
 def save_vm(vm: CoreVm) -> VmState:
@@ -373,17 +337,17 @@ def restore_vm(vm: CoreVm, state: VmState) -> None:
     for chip, (kind, pic) in enumerate(
         ((StateKind.PIC_MASTER, state.pic_master), (StateKind.PIC_SLAVE, state.pic_slave))
     ):
-        put(kind, _pack(_PIC, chip, 0, *_values(pic)).ljust(_IRQCHIP_BYTES, b"\0"))
+        put(kind, pack_values(_PIC, chip, 0, *values_of(pic)).ljust(_IRQCHIP_BYTES, b"\0"))
     put(
         StateKind.IOAPIC,
-        _pack(_IOAPIC, 2, 0, io.base_address, io.register_select, io.id, io.irr, 0, *io.redirections).ljust(
+        pack_values(_IOAPIC, 2, 0, io.base_address, io.register_select, io.id, io.irr, 0, *io.redirections).ljust(
             _IRQCHIP_BYTES, b"\0"
         ),
     )
     if state.tsc_khz:
         vm.set_tsc_khz(state.tsc_khz)
     put(StateKind.PIT, _pack_pit(state.pit) if state.pit is not None else b"")
-    put(StateKind.CLOCK, _pack(_CLOCK, state.clock_ns, 0, 0, 0, 0))
+    put(StateKind.CLOCK, pack_values(_CLOCK, state.clock_ns, 0, 0, 0, 0))
     if state.core is not None:
         put(StateKind.CORE, _pack_core(state.core))
 
@@ -403,9 +367,9 @@ def _unpack_pit(blob: bytes) -> Pit:
 def _pack_pit(pit: Pit) -> bytes:
     blob = b""
     for channel in pit.channels:
-        *fields, age, _ = _values(channel)
-        blob += _pack(_PIT_CHANNEL, *fields, -min(age, (1 << 63) - 1))  # the oldest is as good as an older one
-    return blob + _pack(_PIT_END, pit.flags, *(channel.next_count for channel in pit.channels), *[0] * 6)
+        *fields, age, _ = values_of(channel)
+        blob += pack_values(_PIT_CHANNEL, *fields, -min(age, (1 << 63) - 1))  # the oldest is as good as an older one
+    return blob + pack_values(_PIT_END, pit.flags, *(channel.next_count for channel in pit.channels), *[0] * 6)
 
 
 def _unpack_core(blob: bytes) -> SoftVm:
@@ -418,8 +382,9 @@ def _pack_core(core: SoftVm) -> bytes:
     counts = core.instructions
     if len(counts) > _SOFT_VCPUS:
         raise ConfigError(f"the software core has at most {_SOFT_VCPUS} vCPUs")
-    head = _pack(CORE_HEAD, core.seeded, core.seed, core.position, len(counts), core.turn, core.turn_left)
-    return head + b"".join(_pack(_U64, value) for value in (core.now_ns, *counts, *[0] * (_SOFT_VCPUS - len(counts))))
+    head = pack_values(CORE_HEAD, core.seeded, core.seed, core.position, len(counts), core.turn, core.turn_left)
+    words = (core.now_ns, *counts, *[0] * (_SOFT_VCPUS - len(counts)))
+    return head + b"".join(pack_values(_U64, word) for word in words)
 
 
 _SOFT_VCPUS = 16  # SOFT_MAX_VCPUS

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from cpu import _core
 from cpu.contract import CpuidEntry, Registers, SystemRegisters, VmConfig
 from cpu.errors import ConfigError, HostError
+from cpu.registers import pack_registers, pack_system, unpack_system
 from cpu.views import CPUID_ENTRY, MSR_ENTRY, MSRS_HEAD, REGS, StateKind
 
 if TYPE_CHECKING:
@@ -45,19 +46,13 @@ class CoreVcpu(_core.Vcpu):
         return Registers(*REGS.unpack(self.get_blob(StateKind.REGS)))
 
     def set_registers(self, registers: Registers) -> None:
-        from cpu.state import pack_registers
-
         self.set_blob(StateKind.REGS, pack_registers(registers))
 
     def system_registers(self) -> SystemRegisters:
-        from cpu.state import unpack_system
-
         return unpack_system(self.get_blob(StateKind.SREGS))[0]
 
     def set_system_registers(self, registers: SystemRegisters) -> None:
         """An interrupt that is already on its way into the vCPU stays."""
-        from cpu.state import pack_system, unpack_system
-
         pending = unpack_system(self.get_blob(StateKind.SREGS))[1]
         self.set_blob(StateKind.SREGS, pack_system(registers, pending))
 

@@ -29,7 +29,6 @@ from vmm.machine.builder import Built
 from vmm.machine.hardware import HeadStart, Making
 from vmm.machine.origin import BOOT, Origin, Restore, Saved
 from vmm.machine.resources import Resources
-from vmm.state.payload import encode, parse
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -120,6 +119,8 @@ class VirtualMachine:
                 self.config.check_host()
                 self._system = self._given_system or open_system(self.config, self._warn)
             if self._saved is not None and self._saved.console is not None:
+                from vmm.state.payload import parse
+
                 self._hub.restore(parse(ConsoleRingState, "console", self._saved.console))
             await self._open_console()
             await self._build()
@@ -385,6 +386,8 @@ class VirtualMachine:
 
     def save_console(self) -> dict[str, Any]:
         """The console's ring, encoded."""
+        from vmm.state.payload import encode
+
         return encode(self._hub.save())
 
     @asynccontextmanager

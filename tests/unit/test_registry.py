@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,11 +11,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cli import machines
 from tests.support.command import VMM, environment, wait_for
 from vmm.errors import ConfigError, HostError
-from vmm.management import control
+from vmm.management import control, registry
 from vmm.management.registry import CONTROL, Slot, entries, find, runtime_directory
 from vmm.management.sockets import listen
 
@@ -164,3 +167,13 @@ def test_a_machine_that_ends_while_it_is_asked_is_not_listed(
     monkeypatch.setattr(machines, "entries", lambda: next(looks, []))
     machines.list_machines(json=True, stats=False, metrics=False)
     assert capsys.readouterr().out == "[]\n"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.text(), st.text() | st.integers() | st.floats(-1e300, 1e300) | st.lists(st.text())))
+def test_information_is_json(info: dict[str, object]) -> None:
+    assert json.loads(registry._json(info)) == info
+
+
+def test_information_holds_arguments_that_are_no_text() -> None:
+    assert json.loads(registry._json(["\udcff", 'a"b\\', "\x00\n"])) == ["\udcff", 'a"b\\', "\x00\n"]

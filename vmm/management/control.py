@@ -18,7 +18,6 @@ client side is `request`. Loop thread; a client that sends garbage or never read
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import sys
@@ -50,6 +49,18 @@ READY_SECONDS = 5.0
 _KINDS: dict[str, type[VmmError]] = {
     "ConfigError": ConfigError, "StateError": StateError, "HostError": HostError, "GuestError": GuestError,
 }  # fmt: skip
+
+
+def _dumps(value: Any) -> str:
+    import json  # when a client asks: most machines start and end without one
+
+    return json.dumps(value)
+
+
+def _loads(line: bytes | str) -> Any:
+    import json
+
+    return json.loads(line)
 
 
 def outcome_dict(outcome: Outcome) -> dict[str, Any]:
@@ -135,7 +146,7 @@ class Registration:
         assert task is not None
         if len(self._clients) >= CLIENTS_MAX:
             error = f"{CLIENTS_MAX} clients are connected to this machine already; end some of them"
-            writer.write(json.dumps({"ok": False, "kind": "HostError", "error": error}).encode() + b"\n")
+            writer.write(_dumps({"ok": False, "kind": "HostError", "error": error}).encode() + b"\n")
             writer.close()
             return
         self._clients[task] = writer
@@ -146,9 +157,9 @@ class Registration:
                     answer = await self._answer(line)
                     events, streams = answer.pop("events", None), answer.pop("streams", None)
                     if streams is not None:
-                        _hand_over(writer, json.dumps(answer).encode() + b"\n", streams[1])
+                        _hand_over(writer, _dumps(answer).encode() + b"\n", streams[1])
                         break
-                    writer.write(json.dumps(answer).encode() + b"\n")
+                    writer.write(_dumps(answer).encode() + b"\n")
                     await writer.drain()
                     await asyncio.sleep(0)  # a client that has sent many requests at once must not keep the loop
                     if events is not None:
@@ -165,7 +176,7 @@ class Registration:
     async def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             try:
-                request = json.loads(line)
+                request = _loads(line)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"not JSON: {error}") from error
             if not isinstance(request, dict):
@@ -313,7 +324,7 @@ def _hand_over(writer: asyncio.StreamWriter, line: bytes, given: asyncio.StreamW
 async def _send_events(events: EventStream, writer: asyncio.StreamWriter) -> None:
     """One line each, to the machine's end; a client that does not read waits in the stream's bounded queue."""
     async for event in events:
-        writer.write(json.dumps(event_dict(event)).encode() + b"\n")
+        writer.write(_dumps(event_dict(event)).encode() + b"\n")
         await writer.drain()
 
 
@@ -339,7 +350,7 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(patience)
             _connect(client, entry)
-            client.sendall(json.dumps({"command": command, **values}).encode() + b"\n")
+            client.sendall(_dumps({"command": command, **values}).encode() + b"\n")
             answer = bytearray()
             while not answer.endswith(b"\n"):
                 data = client.recv(1 << 16)
@@ -357,7 +368,7 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
 def answered(entry: Entry, line: bytes) -> dict[str, Any]:
     """A machine's answer; raises what it says, or HostError if it is none."""
     try:
-        values = json.loads(line)
+        values = _loads(line)
     except ValueError:
         raise HostError(f"{entry.name}: the machine ended before it answered") from None
     if not isinstance(values, dict):

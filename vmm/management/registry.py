@@ -12,7 +12,6 @@ with mode 0700. What a killed process left is removed by whoever looks next. Blo
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import stat
 import time
@@ -66,6 +65,24 @@ class Entry:
         return self.path / CONSOLE
 
 
+def _json(value: Any) -> str:
+    """JSON of what info.json holds. The json package would take longer to load than a small guest runs (tests.bench
+    start), and only readers need it."""
+    if isinstance(value, str):
+        escaped = (char if " " <= char <= "~" and char not in '"\\' else _escape(char) for char in value)
+        return '"' + "".join(escaped) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(name)}: {_json(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_json(item) for item in value) + "]"
+    return repr(value)
+
+
+def _escape(char: str) -> str:
+    code = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{code[at]:02x}{code[at + 1]:02x}" for at in range(0, len(code), 2))
+
+
 class Slot:
     """A name held by this process. `release()` removes everything."""
 
@@ -100,7 +117,7 @@ class Slot:
         """Replace the machine's information, whole. Raises HostError."""
         part = self.path / (INFO + ".part")
         try:
-            part.write_text(json.dumps(info))
+            part.write_text(_json(info))
             part.replace(self.path / INFO)
         except OSError as error:
             raise HostError(f"{part}: {os_reason(error)}") from error
@@ -175,6 +192,8 @@ def _clean(path: Path, *, keep_lock: bool) -> None:
 
 def _info(path: Path) -> dict[str, Any]:
     try:
+        import json
+
         value = json.loads((path / INFO).read_text())
     except (OSError, ValueError):
         return {}
