@@ -25,9 +25,9 @@ import ctypes, random, struct, sys
 from virtio.images.chain import open_chain
 mark = ctypes.CDLL(None).lv_mark
 mark.argtypes = [ctypes.c_uint64]
-path, seed, count, data = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] or None
+path, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 source = random.Random(seed)
-chain = open_chain(path, format="qcow2", cache_bytes=source.choice((1 << 12, 32 << 20)), data=data)
+chain = open_chain(path, format="qcow2", cache_bytes=source.choice((1 << 12, 32 << 20)))
 image, sectors = chain.image, chain.size // 512
 with open(path + ".ops", "wb") as ops:
     for number in range(1, count + 1):
@@ -70,8 +70,8 @@ def library(folder: Path) -> Path:
     return made
 
 
-def record(library: Path, image: Path, seed: int, count: int, data: str = "") -> list[Call]:
-    """Run the workload on an image; what it did to the file."""
+def record(library: Path, image: Path, program: str, *arguments: str | Path) -> list[Call]:
+    """Run a program in Python that uses an image; what it did to the file."""
     log = image.with_suffix(".log")
     log.unlink(missing_ok=True)
     environment = {
@@ -80,9 +80,7 @@ def record(library: Path, image: Path, seed: int, count: int, data: str = "") ->
         "WRITELOG_FILE": f"/{image.name}",
         "WRITELOG_OUT": str(log),
     }
-    subprocess.run(
-        [sys.executable, "-c", WORKLOAD, image, str(seed), str(count), data], check=True, env=environment, cwd=ROOT
-    )
+    subprocess.run([sys.executable, "-c", program, image, *arguments], check=True, env=environment, cwd=ROOT)
     calls: list[Call] = []
     with open(log, "rb") as file:
         while head := file.read(32):

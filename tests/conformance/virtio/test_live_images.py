@@ -1,6 +1,6 @@
 """Changes of a disk beside a driver that goes on: what it reads is what it wrote, before, during and after.
 
-LOOPVISOR_LIVE_ROUNDS is the number of rounds (1,000 for a campaign).
+LOOPVISOR_LIVE_ROUNDS is the number of rounds (100: `make soak-images`).
 """
 
 from __future__ import annotations
