@@ -1,5 +1,6 @@
 """Debian's unmodified kernels on KVM, to a shell, beside the software core with the same kernel, initramfs and command
-line in the same run: the same console text, and few exits on both. In tests.rig this is kvm-amd."""
+line in the same run: the same console text, and few exits on both. In tests.rig this is kvm-amd; on a host with VT-x
+the guest's processor is Intel's there."""
 
 from __future__ import annotations
 
@@ -32,6 +33,9 @@ DIFFERENT = {
     r"^(Spectre|Speculative|Spec|Retbleed|RETBleed|SRBDS|MDS|TAA|MMIO|Mitigation|Register|Transient|Meltdown|L1TF|GDS|"
     r"SRSO|ITS|TSA|VMSCAPE|x86/bugs|active return thunk)\b": "CPUID: which of the processor's faults need a cure",
     r"x86/fpu: |^signal: max sigframe size": "CPUID: the processor's register sets",
+    r"^(x86/cpu|x86/tme|x86/split lock detection|ENERGY_PERF_BIAS|intel_pstate|intel_idle|RAPL PMU|microcode|resctrl|"
+    r"CET detected|core: CPUID marked event|process: using mwait)\b":
+        "CPUID: what Intel's processors have; the software core's is AMD's",
     r"kvm-guest: (KVM setup pv remote TLB flush|setup PV (IPIs|sched yield)|PV spinlocks)|^PV qspinlock hash table":
         "what KVM offers beyond kvmclock: help between vCPUs, which take turns on the software core",
     r"^mce: ": "the software core has no machine-check banks",
