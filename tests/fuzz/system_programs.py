@@ -11,6 +11,7 @@ import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 ROMS = Path(__file__).parent.parent / "conformance" / "roms"
 SLOTS = (0x58, 0x60, 0x68, 0x70, 0x78, 0x80)
@@ -562,7 +563,14 @@ class Maker:
         self.add("mov ax, 0x48", "ltr ax", f"mov ax, {LDT_SELECTOR:#x}", "lldt ax")
 
 
-def build(maker: Maker, seed: int, folder: Path) -> Path:
+class Program(Protocol):
+    """What `build` needs of a maker."""
+
+    @property
+    def text(self) -> str: ...
+
+
+def build(maker: Program, seed: int, folder: Path) -> Path:
     """The image of a program: 64 KiB for the top of the first MiB. Raises CalledProcessError if `as` refuses it."""
     source, unlinked, linked = (folder / f"system-{seed}.{end}" for end in ("S", "o", "elf"))
     image = folder / f"system-{seed}.bin"

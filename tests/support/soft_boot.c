@@ -454,7 +454,7 @@ struct vcpu_state {
     struct kvm_vcpu_events events;
     struct kvm_debugregs debugregs;
     struct kvm_mp_state mp;
-    uint8_t extra[SOFT_EXTRA_STATE_SIZE];
+    _Alignas(8) uint8_t extra[SOFT_EXTRA_STATE_SIZE];
     struct {
         struct kvm_msrs header;
         struct kvm_msr_entry entries[128];
