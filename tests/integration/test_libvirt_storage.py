@@ -78,6 +78,25 @@ def test_a_volumes_life(daemon: DaemonProcess, pool: Path, tmp_path: Path) -> No
     assert "no storage vol" in daemon.virsh("vol-info", "v", "--pool", "p", ok=False)
 
 
+def test_qcow2_volumes(daemon: DaemonProcess, pool: Path, tmp_path: Path) -> None:
+    daemon.virsh("vol-create-as", "p", "base", "1M")
+    daemon.virsh("vol-create-as", "p", "q", "64M", "--format", "qcow2", "--backing-vol", "base",
+                 "--backing-vol-format", "raw")  # fmt: skip
+    assert (pool / "q").read_bytes()[:4] == b"QFI\xfb" and (pool / "q").stat().st_mode & 0o777 == 0o600
+    xml = daemon.virsh("vol-dumpxml", "q", "--pool", "p")
+    assert "<format type='qcow2'/>" in xml and "<capacity unit='bytes'>67108864</capacity>" in xml
+    daemon.virsh("vol-resize", "q", "128M", "--pool", "p")
+    assert "134217728" in daemon.virsh("vol-dumpxml", "q", "--pool", "p")
+    outside = tmp_path / "secret.raw"
+    outside.write_bytes(bytes(512))
+    (tmp_path / "v.xml").write_text(
+        "<volume><name>r</name><capacity>512</capacity><target><format type='qcow2'/></target>"
+        f"<backingStore><path>{outside}</path><format type='raw'/></backingStore></volume>"
+    )
+    assert "same pool" in daemon.virsh("vol-create", "p", str(tmp_path / "v.xml"), ok=False)
+    assert not (pool / "r").exists()
+
+
 def test_nothing_outside_the_pool_is_a_volume(daemon: DaemonProcess, pool: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("secret")

@@ -26,6 +26,8 @@ calls = Procedures()
 
 ACTUAL_BALLOON, RSS = 6, 7
 """virDomainMemoryStatTags."""
+QUOTAS = ("vcpu_quota", "emulator_quota", "global_quota")
+"""Scheduler parameters; -1 is no limit."""
 UNLIMITED = 9007199254740991
 """VIR_DOMAIN_MEMORY_PARAM_UNLIMITED."""
 STATS_BACKING, STATS_NOWAIT, STATS_ENFORCE = 1 << 30, 1 << 29, 1 << 31
@@ -159,19 +161,23 @@ async def connect_get_all_domain_stats(call: Call, doms: list[DomainRef], stats:
 @calls.query(56, "domain_get_scheduler_type", "dom:domain", "type:string nparams:int")
 async def domain_get_scheduler_type(call: Call, dom: DomainRef) -> tuple[str, int]:
     call.daemon.domains.of(dom)
-    return "posix", 0
+    return "posix", len(QUOTAS)
 
 
 @calls.query(57, "domain_get_scheduler_parameters", "dom:domain nparams:int", "params:param<16>")
 async def domain_get_scheduler_parameters(call: Call, dom: DomainRef, nparams: int) -> list[Param]:
     call.daemon.domains.of(dom)
-    return []
+    return some(_quotas(), nparams)[0]
 
 
 @calls.query(223, "domain_get_scheduler_parameters_flags", "dom:domain nparams:int flags:uint", "params:param<16>")
 async def domain_get_scheduler_parameters_flags(call: Call, dom: DomainRef, nparams: int, flags: int) -> list[Param]:
     spec_for(call, call.daemon.domains.of(dom), flags & 3)
-    return []
+    return some(_quotas(), nparams)[0]
+
+
+def _quotas() -> list[Param]:
+    return [llong_param(name, -1) for name in QUOTAS]
 
 
 @calls.query(198, "domain_get_memory_parameters", "dom:domain nparams:int flags:uint", "params:param<16> nparams:int")

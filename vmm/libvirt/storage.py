@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from vmm.errors import ConfigError, HostError, os_reason
+from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.libvirt.domain_xml import scaled
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.events import POOL_LIFECYCLE, Hub
@@ -181,6 +181,8 @@ class Wanted:
     allocation: int
     format: str
     mode: int
+    backing: tuple[str, str] | None = None
+    """(path, format) of a qcow2 volume's backing file."""
 
 
 def read_volume(text: str) -> Wanted:
@@ -214,16 +216,29 @@ def read_volume(text: str) -> Wanted:
             for tag in ("owner", "group", "label"):
                 if child := permissions.child(tag):
                     child.take_all()
+    backing = _read_backing(root)
     root.done()
     if "capacity" not in sizes:
         raise malformed("<volume>: <capacity> is missing")
-    return Wanted(name.text(), sizes["capacity"], sizes.get("allocation", sizes["capacity"]), kind, mode)
+    return Wanted(name.text(), sizes["capacity"], sizes.get("allocation", sizes["capacity"]), kind, mode, backing)
+
+
+def _read_backing(root: Reader) -> tuple[str, str] | None:
+    child = root.child("backingStore")
+    path = child.child("path") if child is not None else None
+    if child is None or path is None:
+        return None
+    shape = child.child("format")
+    kind = shape.choice("type", ("raw", "qcow2")) if shape is not None else None
+    if permissions := child.child("permissions"):
+        permissions.take_all()
+    return path.text(), kind or "raw"
 
 
 def create_file(path: Path, wanted: Wanted) -> None:
-    """A new raw file; takes long if it is allocated. Raises LibvirtError, HostError; nothing is left then."""
-    if wanted.format != "raw":
-        raise unsupported(f"volumes of format {wanted.format!r} are not made here; take raw")
+    """A new volume; takes long if it is allocated. Raises VmmError; nothing is left then."""
+    if wanted.backing is not None and wanted.format != "qcow2":
+        raise unsupported("<backingStore>: only a qcow2 volume has a backing file")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, wanted.mode)
     except FileExistsError:
@@ -232,14 +247,54 @@ def create_file(path: Path, wanted: Wanted) -> None:
         raise HostError(f"{path}: {os_reason(error)}") from error
     try:
         try:
-            os.ftruncate(descriptor, wanted.capacity)
-            if wanted.allocation:
-                os.posix_fallocate(descriptor, 0, min(wanted.allocation, wanted.capacity))
+            if wanted.format == "raw":
+                os.ftruncate(descriptor, wanted.capacity)
+                if wanted.allocation:
+                    os.posix_fallocate(descriptor, 0, min(wanted.allocation, wanted.capacity))
+            else:
+                _create_qcow2(path, wanted)
+                path.chmod(wanted.mode)
         finally:
             os.close(descriptor)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise HostError(f"{path}: {os_reason(error)}") from error
+    except VmmError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _create_qcow2(path: Path, wanted: Wanted) -> None:
+    from vmm.disks import create_disk
+
+    options: dict[str, Any] = {}
+    if wanted.backing is not None:
+        name, options["backing_format"] = wanted.backing
+        if Path(name).parent != path.parent or not Path(name).is_file():
+            raise unsupported(f"<backingStore>: {name} is no volume of the same pool")
+        options["backing"] = Path(name).name
+    create_disk(str(path), wanted.capacity, "qcow2", **options)
+
+
+def resize_file(volume: Volume, capacity: int, *, allocate: bool, shrink: bool) -> None:
+    """Another size for the disk in a volume; takes long if it is allocated. Raises VmmError."""
+    from vmm.disks import resize
+
+    if volume.format == "qcow2":
+        if allocate:
+            raise unsupported("a qcow2 volume is allocated as it is written")
+        resize(str(volume.path), capacity, format="qcow2", shrink=shrink)
+        return
+    try:
+        descriptor = os.open(volume.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, capacity)
+            if allocate and capacity:
+                os.posix_fallocate(descriptor, 0, capacity)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HostError(f"{volume.path}: {os_reason(error)}") from error
 
 
 def clone_file(source: Path, path: Path, wanted: Wanted) -> None:

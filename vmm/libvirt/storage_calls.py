@@ -25,6 +25,7 @@ from vmm.libvirt.storage import (
     create_file,
     read_pool,
     read_volume,
+    resize_file,
     volume_xml,
     wipe_file,
 )
@@ -334,8 +335,6 @@ async def storage_vol_delete(call: Call, vol: VolumeRef, flags: int) -> None:
 async def storage_vol_resize(call: Call, vol: VolumeRef, capacity: int, flags: int) -> None:
     check_flags(flags, RESIZE_ALLOCATE | RESIZE_DELTA | RESIZE_SHRINK)
     _, volume = call.daemon.pools.volume(vol)
-    if volume.format != "raw":
-        raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"{volume.format} volumes are not resized here", From.STORAGE)
     if flags & RESIZE_DELTA:
         capacity = volume.capacity + (-capacity if flags & RESIZE_SHRINK else capacity)
     if capacity < volume.capacity and not flags & RESIZE_SHRINK:
@@ -347,16 +346,8 @@ async def storage_vol_resize(call: Call, vol: VolumeRef, capacity: int, flags: i
     if not 0 <= capacity < 1 << 60:
         raise LibvirtError(Code.INVALID_ARG, f"{capacity} bytes", From.STORAGE)
 
-    def resize() -> None:
-        descriptor = os.open(volume.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, capacity)
-            if flags & RESIZE_ALLOCATE and capacity:
-                os.posix_fallocate(descriptor, 0, capacity)
-        finally:
-            os.close(descriptor)
-
-    await asyncio.to_thread(resize)
+    allocate, shrink = bool(flags & RESIZE_ALLOCATE), bool(flags & RESIZE_SHRINK)
+    await asyncio.to_thread(resize_file, volume, capacity, allocate=allocate, shrink=shrink)
 
 
 @calls.change(165, "storage_vol_wipe", "vol:volume flags:uint")
