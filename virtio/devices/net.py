@@ -383,6 +383,9 @@ class NetDevice(Device):
             if frames >= TURN or moved >= TURN_BYTES:
                 frames = moved = 0
                 await asyncio.sleep(0)  # a peer that always has a frame must not keep the loop
+            while queue.paused:  # a frame that is taken now would be lost if the machine moves
+                queue.want_more()
+                await queue.wait()
             try:
                 raw, frame = await self._next_frame()
             except (HostError, OSError) as error:
