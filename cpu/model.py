@@ -17,6 +17,8 @@ VENDOR: Final = (0x6874_7541, 0x444D_4163, 0x6974_6E65)
 """AuthenticAMD, in EBX, ECX, EDX."""
 SIGNATURE: Final = 0x00A1_0F11
 """Family 19h, model 11h, as the software core."""
+PHYSICAL_BITS: Final = 40
+"""Of an address: what servers have at least. 1 TiB is more than most machines use."""
 BRAND: Final = b"loopvisor x86-64-v2".ljust(48, b"\0")
 
 FEATURES: Final[dict[tuple[int, int, str], dict[int, str]]] = {
@@ -100,7 +102,7 @@ V2: Final = (
     CpuidEntry(0x8000_0005, 0, 0, 0xFF48_FF40, 0xFF48_FF40, 0x2008_0140, 0x2008_0140),
     CpuidEntry(0x8000_0006, 0, 0, 0x4800_2200, 0x6800_4200, 0x0400_6140, 0x0100_9140),
     CpuidEntry(0x8000_0007, 0, 0, 0, 0, 0, _bits(8)),
-    CpuidEntry(0x8000_0008, 0, 0, 48 | 48 << 8, _bits(26, 29), 0, 0),
+    CpuidEntry(0x8000_0008, 0, 0, PHYSICAL_BITS | 48 << 8, _bits(26, 29), 0, 0),
     CpuidEntry(0x8000_0021, 0, 0, _bits(0, 2, 6, 8, 29), 0, _bits(1, 2), 0),
 )  # fmt: skip
 """x86-64-v2 and what the software core has beside it: AMD family 19h without AVX."""
@@ -109,10 +111,11 @@ MODELS: Final = {"v2": V2}
 NAMES: Final = (*MODELS, "host")
 
 
-def table(name: str, supported: Sequence[CpuidEntry]) -> list[CpuidEntry]:
+def table(name: str, supported: Sequence[CpuidEntry], *, address_limit: int = 0) -> list[CpuidEntry]:
     """What a guest of the model sees on a core that has `supported` (System.supported_cpuid()): features that both
     have, for cpu.cpuid.for_vcpu(). "host" is all that the core has. On a core of another vendor the vendor, the
-    signature and the caches are the core's. ConfigError for a name that no model has."""
+    signature and the caches are the core's. Addresses have PHYSICAL_BITS, or as many as those below `address_limit` need,
+    if the core has them. ConfigError for a name that no model has."""
     if name == "host":
         return list(supported)
     if name not in MODELS:
@@ -127,6 +130,8 @@ def table(name: str, supported: Sequence[CpuidEntry]) -> list[CpuidEntry]:
             for function, index, register in FEATURES
             if (function, index) == (entry.function, entry.index)
         }
+        if entry.function == 0x8000_0008:
+            features["eax"] = entry.eax & ~0xFF | max(entry.eax & 0xFF, (address_limit - 1).bit_length())
         made.append(replace(entry, **features))
     if foreign:
         made = [_of_core(entry, have) for entry in made]
@@ -192,4 +197,5 @@ def common(*tables: Sequence[CpuidEntry]) -> list[CpuidEntry]:
                 if (function, index) == (entry.function, entry.index)
             }
             made[at] = replace(entry, **features)
+        made = [_sized(entry, have, made) for entry in made]
     return made

@@ -53,9 +53,9 @@ REQUIRED: Final = {
 
 _MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
 """State that 4.3 does not list."""
-_NO_STATE: Final = {0x11, 0x12, 0x8B, 0xCE, 0x10A, 0x345, *range(0x480, 0x492)}
+_NO_STATE: Final = {0x11, 0x12, 0x8B, 0xCE, 0x10A, 0x345, *range(0x480, 0x492), *range(0x4000_0000, 0x4000_0200)}
 """What 4.3 lists and a VM does not own: old numbers of kvmclock's registers, the microcode's revision, what the
-processor can do."""
+processor can do, and Hyper-V's registers, of which no guest is told."""
 
 _ENTRIES_MAX = 256
 _MSRS_MAX = 1024

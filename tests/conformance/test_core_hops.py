@@ -261,6 +261,8 @@ def test_a_models_table_is_the_same_but_for_what_the_core_lacks(name):
         assert lacking(V2, supported) == []
         assert made == list(V2)
     assert table("host", supported) == supported
+    wide = {e.function: e.eax & 0xFF for e in table("v2", supported, address_limit=(1 << 41) + 1)}[0x8000_0008]
+    assert wide == min(42, {e.function: e.eax & 0xFF for e in supported}[0x8000_0008])
     with pytest.raises(ConfigError, match="no CPU model is named 'v9'; there are v2, host"):
         table("v9", supported)
 
@@ -280,9 +282,10 @@ def test_a_model_on_a_core_of_another_vendor():
     assert made[1, 0].eax == 0x000C_06F2
     assert made[4, 0].eax == 0x121
     assert made[0x8000_0008, 0].eax == 39 | 48 << 8
+    assert common(V2, supported)[-2].eax == 39 | 48 << 8
     assert made[0x8000_0021, 0].eax == 0
     assert lacking(list(made.values()), supported) == []
     assert lacking(V2, supported) == [
-        "48-bit physical addresses", "no-nested-data-breakpoints", "lfence-serializing", "null-selector-clears-base",
+        "40-bit physical addresses", "no-nested-data-breakpoints", "lfence-serializing", "null-selector-clears-base",
         "auto-ibrs", "srso-no", "tsa-sq-no", "tsa-l1-no",
     ]  # fmt: skip

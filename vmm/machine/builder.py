@@ -27,6 +27,7 @@ from vmm.lifecycle import Outcome, Reason
 from vmm.machine.dispatch import Dispatcher
 from vmm.machine.hardware import Hardware, Making
 from vmm.machine.interfaces import CharacterPort
+from vmm.machine.layout import Layout
 from vmm.machine.machine import Action, CoreMachine
 from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import BOOT, Boot, Origin, Restore
@@ -174,7 +175,9 @@ class Built:
             self._making = Making(config, self.system, self._origin)
         # While the thread makes it:
         parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
-        cpuid = model.table(config.cpu_model, self.system.supported_cpuid())
+        cpuid = model.table(
+            config.cpu_model, self.system.supported_cpuid(), address_limit=Layout(config.memory).mmio64.end
+        )
         made = asyncio.Event()
         self._making.when_done(partial(self._call_soon, made.set))
         await made.wait()
