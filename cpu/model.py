@@ -114,8 +114,8 @@ NAMES: Final = (*MODELS, "host")
 def table(name: str, supported: Sequence[CpuidEntry], *, address_limit: int = 0) -> list[CpuidEntry]:
     """What a guest of the model sees on a core that has `supported` (System.supported_cpuid()): features that both
     have, for cpu.cpuid.for_vcpu(). "host" is all that the core has. On a core of another vendor the vendor, the
-    signature and the caches are the core's. Addresses have PHYSICAL_BITS, or as many as those below `address_limit` need,
-    if the core has them. ConfigError for a name that no model has."""
+    signature and the caches are the core's. Addresses have PHYSICAL_BITS, or as many as those below `address_limit`
+    need, if the core has them. ConfigError for a name that no model has."""
     if name == "host":
         return list(supported)
     if name not in MODELS:

@@ -224,6 +224,8 @@ _PIT_CHANNEL = struct.Struct("<IH10Bq")
 _PIT_END = struct.Struct("<I9I")  # flags reserved[9]
 _CLOCK = struct.Struct("<QIIQQ16x")
 _U64 = struct.Struct("<Q")
+_X87_INITIAL = b"\x7f\x03" + bytes(22)
+_MXCSR_INITIAL = b"\x80\x1f\0\0"
 _TSC = 0x10
 _TSC_TOLERANCE = 1_000_000_000  # ticks: KVM takes TSCs that are less than a second apart for equal ones
 _MWAIT, _PAE, _HELD_SHIFT = 1, 2, 8  # EXTRA_* of cpu/soft/run/state.c
@@ -238,6 +240,11 @@ def save_vcpu(vcpu: CoreVcpu) -> VcpuState:
     xsave = bytearray(get(StateKind.XSAVE))
     # MXCSR_MASK and what is software's: XRSTOR looks at neither (SDM 1, 10.5.1), and both are the host's own.
     xsave[28:32], xsave[464:512] = bytes(4), bytes(48)
+    # A component in its initial state may be marked as in use or not (13.6). SSE's bit goes with MXCSR, too.
+    if xsave[512] & 1 and xsave[:24] == _X87_INITIAL and not any(xsave[32:160]):
+        xsave[512] &= ~1
+    if xsave[512] & 2 and xsave[24:28] == _MXCSR_INITIAL and not any(xsave[160:416]):
+        xsave[512] &= ~2
     debug = _DEBUGREGS.unpack(get(StateKind.DEBUGREGS))
     events = _EVENTS.unpack(get(StateKind.EVENTS))
     mp_state = int.from_bytes(get(StateKind.MP), "little")

@@ -38,6 +38,7 @@ struct pit_channel {
     uint16_t latched_count;
     uint8_t count_latched, status_latched, status, read_state, write_state, write_latch, rw_mode, mode;
     bool bcd, gate;
+    bool programmed;         /* a mode or a count was written since power-up */
     int64_t load_tick;       /* CLK tick at which `count` was loaded */
     int64_t frozen_tick;     /* while GATE low stops the counter: when it stopped */
 };

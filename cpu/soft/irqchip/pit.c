@@ -6,7 +6,8 @@
  *
  * State: in struct kvm_pit_state2 count_load_time is host time, which means nothing to another host. It is saved here as
  * minus the ns since the load; a positive one (KVM's) reloads the counter, as KVM itself does. reserved[0..2] hold
- * counts that are written but not yet loaded. */
+ * counts that are written but not yet loaded. A counter that was never programmed has mode 0xFF, as in KVM, which gives it a
+ * count of 65536 but does not let it run. */
 #include "soft/irqchip/internal.h"
 
 #include <string.h>
@@ -14,6 +15,7 @@
 #define PIT_HZ 1193182
 #define NS 1000000000
 enum { ACCESS_LSB = 1, ACCESS_MSB, ACCESS_WORD, ACCESS_WORD_MSB }; /* KVM's RW_STATE_* */
+enum { UNPROGRAMMED = 0xFF };
 enum { REFRESH_SHIFT = 14 }; /* port 0x61 bit 4 toggles each 2^14 ns: close to the 15.085 us of DRAM refresh */
 
 static int64_t tick_at(uint64_t ns) { return (int64_t)((unsigned __int128)ns * PIT_HZ / NS); }
@@ -120,6 +122,7 @@ static void write_count(struct irqchip *chip, unsigned n, uint16_t raw, int64_t 
 static void write_channel(struct irqchip *chip, unsigned n, uint8_t value, int64_t tick)
 {
     struct pit_channel *c = &chip->pit.channels[n];
+    c->programmed = true;
     switch (c->write_state) {
     case ACCESS_MSB:
         write_count(chip, n, (uint16_t)(value << 8), tick);
@@ -179,6 +182,7 @@ static void write_control(struct irqchip *chip, uint8_t value, int64_t tick)
         return;
     }
     c->rw_mode = c->read_state = c->write_state = (uint8_t)access;
+    c->programmed = true;
     c->mode = (value >> 1) & 7;
     if (c->mode > 5)
         c->mode &= 3; /* 6 and 7 are 2 and 3 */
@@ -325,7 +329,8 @@ void pit_save(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
         state->channels[i] = (struct kvm_pit_channel_state){
             .count = c->count, .latched_count = c->latched_count, .count_latched = c->count_latched,
             .status_latched = c->status_latched, .status = c->status, .read_state = c->read_state,
-            .write_state = c->write_state, .write_latch = c->write_latch, .rw_mode = c->rw_mode, .mode = c->mode,
+            .write_state = c->write_state, .write_latch = c->write_latch, .rw_mode = c->rw_mode,
+            .mode = c->programmed ? c->mode : UNPROGRAMMED,
             .bcd = c->bcd, .gate = c->gate, .count_load_time = gone > 0 ? -(int64_t)ns_of(gone) : 0,
         };
         state->reserved[i] = c->next_count;
@@ -344,15 +349,16 @@ void pit_load(struct irqchip *chip, const struct kvm_pit_state2 *state, uint64_t
     for (unsigned i = 0; i < 3; i++) {
         const struct kvm_pit_channel_state *s = &state->channels[i];
         struct pit_channel *c = &chip->pit.channels[i];
+        bool programmed = s->mode != UNPROGRAMMED;
         *c = (struct pit_channel){
-            .count = s->count > 0x10000 ? 0x10000 : s->count,
+            .programmed = programmed, .count = !programmed ? 0 : s->count > 0x10000 ? 0x10000 : s->count,
             .next_count = state->reserved[i] > 0x10000 ? 0x10000 : state->reserved[i],
             .latched_count = s->latched_count, .count_latched = in_range(s->count_latched, 0, ACCESS_WORD_MSB, 0),
             .status_latched = s->status_latched != 0, .status = s->status, .write_latch = s->write_latch,
             .read_state = in_range(s->read_state, ACCESS_LSB, ACCESS_WORD_MSB, ACCESS_WORD),
             .write_state = in_range(s->write_state, ACCESS_LSB, ACCESS_WORD_MSB, ACCESS_WORD),
             .rw_mode = in_range(s->rw_mode, ACCESS_LSB, ACCESS_WORD, ACCESS_WORD),
-            .mode = in_range(s->mode, 0, 5, s->mode & 3), .bcd = s->bcd != 0, .gate = i != 2 || s->gate != 0,
+            .mode = !programmed ? 0 : in_range(s->mode, 0, 5, s->mode & 3), .bcd = s->bcd != 0, .gate = i != 2 || s->gate != 0,
         };
         /* Centuries ago is as good as any earlier time, and stays clear of overflow. */
         int64_t gone = s->count_load_time > 0 ? 0 : s->count_load_time < -(INT64_MAX >> 1) ? INT64_MAX >> 1 : -s->count_load_time;
