@@ -284,8 +284,6 @@ bool soft_msr_restore(struct soft_vcpu *c, uint32_t index, uint64_t value)
         c->tsc_adjust = value;
         return true;
     }
-    if (index == MSR_KVM_POLL_CONTROL)
-        return value <= 1; /* KVM has it at 1 for guests that are not told of it too */
     return soft_msr_write(c, index, value);
 }
 
