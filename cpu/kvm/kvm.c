@@ -6,14 +6,11 @@
  * that is not sent leaves close() waiting. SIGSTKFLT is one that nothing sends.
  */
 #define _GNU_SOURCE
-#include "native/loop.h"
+#include "kvm/kvm_core.h"
 
-#include <errno.h>
-#include <linux/kvm.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -30,38 +27,6 @@ enum {
     CLEAR_PAGES = 1 << 18,              /* pages (1 GiB) that one call write-protects, so that none holds KVM's lock for long */
     UNKNOWN_EXIT = 0x10000,             /* InternalError.suberror of an exit reason that we do not know: this + reason */
 };
-
-struct kvm_slot {
-    uint64_t gpa, size;
-    uint8_t *host;
-};
-
-struct kvm_core_vm {
-    int fd;
-    size_t run_size;
-    bool clears_log;      /* KVM_GET_DIRTY_LOG leaves the log, KVM_CLEAR_DIRTY_LOG clears it */
-    _Atomic bool chips;   /* the interrupt controllers and the PIT are there */
-    pthread_mutex_t lock; /* slots: the loop changes them, engines read instruction bytes; the making of the chips */
-    struct kvm_slot slots[LV_MAX_SLOTS];
-};
-
-struct kvm_core_vcpu {
-    int fd;
-    struct kvm_run *run;
-    size_t run_size;
-};
-
-static int call(int fd, unsigned long request, const void *argument)
-{
-    int r;
-    do
-        r = ioctl(fd, request, argument);
-    while (r < 0 && errno == EINTR);
-    return r < 0 ? -errno : r;
-}
-
-static int vm_fd(const struct lv_vm *vm) { return ((struct kvm_core_vm *)vm->core)->fd; }
-static int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core_vcpu *)vcpu->core)->fd; }
 
 /* ---- the VM ---- */
 
@@ -96,7 +61,7 @@ static int load_routes(int fd, const struct lv_route *routes, uint32_t count)
 /* The interrupt controllers, the PIT and their routes, once. Not made with the VM but when the first of them or a vCPU is
  * wanted: a memory slot that is set after them waits 5 to 7 ms for the kernel to reclaim what their registration
  * replaced, one that is set before them 30 us (tests.bench start). */
-static int need_chips(struct lv_vm *vm)
+int lv_kvm_need_chips(struct lv_vm *vm)
 {
     struct kvm_core_vm *k = vm->core;
     if (atomic_load(&k->chips))
@@ -118,7 +83,7 @@ static int need_chips(struct lv_vm *vm)
 
 static int set_routes(struct lv_vm *vm, const struct lv_route *routes, uint32_t count)
 {
-    int r = need_chips(vm);
+    int r = lv_kvm_need_chips(vm);
     return r < 0 ? r : load_routes(vm_fd(vm), routes, count);
 }
 
@@ -201,14 +166,14 @@ static int dirty_log(struct lv_vm *vm, uint32_t slot, uint8_t *bitmap, size_t si
 static int set_irq(struct lv_vm *vm, uint32_t gsi, bool level)
 {
     struct kvm_irq_level line = {.irq = gsi, .level = level};
-    int r = need_chips(vm);
+    int r = lv_kvm_need_chips(vm);
     return r < 0 ? r : call(vm_fd(vm), KVM_IRQ_LINE, &line);
 }
 
 static int signal_msi(struct lv_vm *vm, uint64_t address, uint32_t data)
 {
     struct kvm_msi msi = {.address_lo = (uint32_t)address, .address_hi = (uint32_t)(address >> 32), .data = data};
-    int r = need_chips(vm);
+    int r = lv_kvm_need_chips(vm);
     if (r >= 0)
         r = call(vm_fd(vm), KVM_SIGNAL_MSI, &msi);
     return r < 0 ? r : 0; /* 0: blocked by the guest, 1: delivered */
@@ -221,7 +186,7 @@ static int irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool a
         request.flags |= KVM_IRQFD_FLAG_RESAMPLE;
         request.resamplefd = (uint32_t)resample_fd;
     }
-    int r = need_chips(vm);
+    int r = lv_kvm_need_chips(vm);
     return r < 0 ? r : call(vm_fd(vm), KVM_IRQFD, &request);
 }
 
@@ -232,93 +197,6 @@ static int ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, 
     request.flags = (space == LV_PORT ? KVM_IOEVENTFD_FLAG_PIO : 0) | (has_match ? KVM_IOEVENTFD_FLAG_DATAMATCH : 0) |
                     (add ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN);
     return call(vm_fd(vm), KVM_IOEVENTFD, &request);
-}
-
-/* uint64_t: kHz, of all vCPUs alike. */
-static int transfer_tsc(struct lv_vm *vm, void *data, size_t size, bool set)
-{
-    enum { TOLERANCE_PPM = 250 }; /* what KVM itself takes for the same rate (its parameter tsc_tolerance_ppm) */
-    uint64_t wanted = 0;
-    if (size < sizeof wanted || (set && size != sizeof wanted))
-        return -EINVAL;
-    /* Without it KVM accepts a higher rate and corrects it at each entry only, and leaves a lower one half set. */
-    bool scales = call(vm_fd(vm), KVM_CHECK_EXTENSION, (void *)KVM_CAP_TSC_CONTROL) > 0;
-    if (set)
-        memcpy(&wanted, data, sizeof wanted);
-    if (wanted > UINT32_MAX)
-        return -ENOTSUP;
-    for (uint32_t i = 0; i < vm->config.vcpus; i++) {
-        int khz = vm->vcpus[i] ? call(vcpu_fd(vm->vcpus[i]), KVM_GET_TSC_KHZ, NULL) : -ENOENT;
-        if (khz <= 0)
-            khz = 0;
-        if (!set) {
-            uint64_t found = (uint64_t)khz;
-            memcpy(data, &found, sizeof found);
-            return (int)sizeof found;
-        }
-        uint64_t apart = wanted > (uint64_t)khz ? wanted - (uint64_t)khz : (uint64_t)khz - wanted;
-        if (apart * 1000000 <= TOLERANCE_PPM * wanted || !vm->vcpus[i])
-            continue;
-        if (!scales || call(vcpu_fd(vm->vcpus[i]), KVM_SET_TSC_KHZ, (void *)(uintptr_t)wanted) < 0)
-            return -ENOTSUP;
-    }
-    return (int)sizeof wanted;
-}
-
-static int transfer_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size, bool set)
-{
-    static const uint32_t chips[] = {KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC};
-    unsigned long request;
-    size_t exact;
-    switch ((int)kind) {
-    case LV_STATE_PIC_MASTER:
-    case LV_STATE_PIC_SLAVE:
-    case LV_STATE_IOAPIC:
-        request = set ? KVM_SET_IRQCHIP : KVM_GET_IRQCHIP;
-        exact = sizeof(struct kvm_irqchip);
-        if (!set && size >= exact)
-            ((struct kvm_irqchip *)data)->chip_id = chips[kind - LV_STATE_PIC_MASTER];
-        else if (size == exact && ((struct kvm_irqchip *)data)->chip_id != chips[kind - LV_STATE_PIC_MASTER])
-            return -EINVAL;
-        break;
-    case LV_STATE_PIT:
-        request = set ? KVM_SET_PIT2 : KVM_GET_PIT2;
-        exact = sizeof(struct kvm_pit_state2);
-        break;
-    case LV_STATE_CLOCK:
-        request = set ? KVM_SET_CLOCK : KVM_GET_CLOCK;
-        exact = sizeof(struct kvm_clock_data);
-        break;
-    case LV_STATE_CORE:
-        return 0; /* nothing of its own; another core's turns mean nothing here */
-    case LV_STATE_TSC:
-        return transfer_tsc(vm, data, size, set);
-    default:
-        return -EINVAL;
-    }
-    if (size < exact || (set && size != exact))
-        return -EINVAL;
-    struct kvm_clock_data clock;
-    if (set && kind == LV_STATE_CLOCK) {
-        /* The clock goes on where it stood; host time that passed in between (KVM_CLOCK_REALTIME) is not added. */
-        memcpy(&clock, data, sizeof clock);
-        clock.flags = 0;
-        data = &clock;
-    }
-    int r = need_chips(vm);
-    if (r >= 0)
-        r = call(vm_fd(vm), request, data);
-    return r < 0 ? r : (int)exact;
-}
-
-static int get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size)
-{
-    return transfer_vm(vm, kind, data, size, false);
-}
-
-static int set_vm(struct lv_vm *vm, enum lv_state_kind kind, const void *data, size_t size)
-{
-    return transfer_vm(vm, kind, (void *)data, size, true);
 }
 
 /* ---- a vCPU ---- */
@@ -344,7 +222,7 @@ static int vcpu_create(struct lv_vcpu *vcpu)
         return -ENOMEM;
     vcpu->core = k;
     k->fd = -1;
-    int r = need_chips(vcpu->vm);
+    int r = lv_kvm_need_chips(vcpu->vm);
     if (r >= 0)
         r = k->fd = call(vm->fd, KVM_CREATE_VCPU, (void *)(uintptr_t)vcpu->index);
     if (r >= 0) {
@@ -552,46 +430,6 @@ static void run(struct lv_engine *engine)
     }
 }
 
-static int msrs(struct lv_vcpu *vcpu, unsigned long request, void *data, size_t size)
-{
-    const struct kvm_msrs *head = data;
-    if (size < sizeof *head || size != sizeof *head + (size_t)head->nmsrs * sizeof head->entries[0])
-        return -EINVAL;
-    return call(vcpu_fd(vcpu), request, data);
-}
-
-static int transfer_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, size_t size, bool set)
-{
-    static const struct { unsigned long get, set; size_t size; } table[LV_VCPU_STATES] = {
-        [LV_STATE_REGS] = {KVM_GET_REGS, KVM_SET_REGS, sizeof(struct kvm_regs)},
-        [LV_STATE_SREGS] = {KVM_GET_SREGS, KVM_SET_SREGS, sizeof(struct kvm_sregs)},
-        [LV_STATE_XSAVE] = {KVM_GET_XSAVE, KVM_SET_XSAVE, 4096},
-        [LV_STATE_XCRS] = {KVM_GET_XCRS, KVM_SET_XCRS, sizeof(struct kvm_xcrs)},
-        [LV_STATE_LAPIC] = {KVM_GET_LAPIC, KVM_SET_LAPIC, sizeof(struct kvm_lapic_state)},
-        [LV_STATE_EVENTS] = {KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, sizeof(struct kvm_vcpu_events)},
-        [LV_STATE_DEBUGREGS] = {KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, sizeof(struct kvm_debugregs)},
-        [LV_STATE_MP] = {KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(struct kvm_mp_state)},
-    };
-    if (kind == LV_STATE_EXTRA)
-        return 0; /* nothing of its own; another core's means nothing here */
-    if (kind == LV_STATE_MSRS)
-        return msrs(vcpu, set ? KVM_SET_MSRS : KVM_GET_MSRS, data, size);
-    if ((unsigned)kind >= LV_VCPU_STATES || size < table[kind].size || (set && size != table[kind].size))
-        return -EINVAL;
-    int r = call(vcpu_fd(vcpu), set ? table[kind].set : table[kind].get, data);
-    return r < 0 ? r : (int)table[kind].size;
-}
-
-static int get_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, size_t size)
-{
-    return transfer_vcpu(vcpu, kind, data, size, false);
-}
-
-static int set_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *data, size_t size)
-{
-    return transfer_vcpu(vcpu, kind, (void *)data, size, true);
-}
-
 static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count)
 {
     if (count > CPUID_MAX)
@@ -630,6 +468,6 @@ const struct lv_ops lv_kvm_ops = {
     .run = run, .kick = kick,
     .set_slot = set_slot, .dirty_log = dirty_log,
     .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
-    .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
+    .get_vcpu = lv_kvm_get_vcpu, .set_vcpu = lv_kvm_set_vcpu, .get_vm = lv_kvm_get_vm, .set_vm = lv_kvm_set_vm,
     .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi,
 };

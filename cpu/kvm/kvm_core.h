@@ -1,0 +1,52 @@
+/* What the files of the KVM core share. */
+#ifndef LV_KVM_CORE_H
+#define LV_KVM_CORE_H
+
+#include "native/loop.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <sys/ioctl.h>
+
+struct kvm_slot {
+    uint64_t gpa, size;
+    uint8_t *host;
+};
+
+struct kvm_core_vm {
+    int fd;
+    size_t run_size;
+    bool clears_log;      /* KVM_GET_DIRTY_LOG leaves the log, KVM_CLEAR_DIRTY_LOG clears it */
+    _Atomic bool chips;   /* the interrupt controllers and the PIT are there */
+    pthread_mutex_t lock; /* slots: the loop changes them, engines read instruction bytes; the making of the chips */
+    struct kvm_slot slots[LV_MAX_SLOTS];
+};
+
+struct kvm_core_vcpu {
+    int fd;
+    struct kvm_run *run;
+    size_t run_size;
+};
+
+static inline int call(int fd, unsigned long request, const void *argument)
+{
+    int r;
+    do
+        r = ioctl(fd, request, argument);
+    while (r < 0 && errno == EINTR);
+    return r < 0 ? -errno : r;
+}
+
+static inline int vm_fd(const struct lv_vm *vm) { return ((struct kvm_core_vm *)vm->core)->fd; }
+static inline int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core_vcpu *)vcpu->core)->fd; }
+
+/* The interrupt controllers are made with the first of them that is wanted. */
+int lv_kvm_need_chips(struct lv_vm *vm);
+
+/* state.c: get and set of struct lv_ops */
+int lv_kvm_get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size);
+int lv_kvm_set_vm(struct lv_vm *vm, enum lv_state_kind kind, const void *data, size_t size);
+int lv_kvm_get_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, void *data, size_t size);
+int lv_kvm_set_vcpu(struct lv_vcpu *vcpu, enum lv_state_kind kind, const void *data, size_t size);
+
+#endif
