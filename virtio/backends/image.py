@@ -131,12 +131,21 @@ class ImageBlock(FileBlock):
     def image(self) -> _ring.Image:
         return self._image
 
+    async def deactivate(self) -> None:
+        """FileBlock.deactivate. Nothing is written to the files any more, not even by `aclose`."""
+        await self._in_thread(self._image.flush)
+        for layer in self.chain.layers:
+            await self._in_thread(layer.image.close)
+        for lock in self._locks:
+            await self._in_thread(lock.give_up)
+
     async def activate(self) -> None:
-        """FileBlock.activate. A qcow2 file that others may have written is to be opened anew: StateError, as its
-        tables are known here from before."""
-        if self.chain.top.header is not None and not self.read_only:
-            raise StateError(f"{self.chain.top.path}: a qcow2 image that was given up is to be opened anew")
+        """FileBlock.activate. Tables are read anew, for others may have written them: a device has to take the image as
+        it is then, which `BlockDevice.exchange(backend.activate)` does. StateError for a private copy."""
+        if self.overlay >= 0:
+            raise StateError(f"{self.chain.top.path}: what was written to a snapshot disk is not in its file")
         await super().activate()
+        await self.change(lambda chain: None)
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = memoryview(mmap.mmap(-1, length))

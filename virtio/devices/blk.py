@@ -259,12 +259,13 @@ class BlockDevice(Device):
                 self._progress.clear()
                 await self._progress.wait()
             await self.settle()
+            image: Callable[[], _ring.Image] | None = getattr(self.backend, "image", None)
+            before = image() if image is not None else None
             try:
                 await change()
             finally:
-                image: Callable[[], _ring.Image] | None = getattr(self.backend, "image", None)
-                if self._engine is not None and image is not None:
-                    self._engine.set_image(image(), self.backend.capacity // SECTOR)
+                if self._engine is not None and image is not None and (now := image()) is not before:
+                    self._engine.set_image(now, self.backend.capacity // SECTOR)
                 if self.backend.capacity != self.capacity:
                     self.resized()
         finally:

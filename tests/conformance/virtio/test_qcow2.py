@@ -6,7 +6,9 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,3 +204,55 @@ def test_what_was_flushed_survives_kill_9(options: dict[str, int], tmp_path: Pat
                 data = bytearray(4096)
                 chain.image.read(4096 * (number * 37 % 1500), data)
                 assert data == b"%08d" % number * 512 or int(data[:8]) > flushed, number
+
+
+@pytest.mark.parametrize(
+    "options", [{"cluster_size": 4096}, {"cluster_size": 16384, "extended_l2": True}, {"cluster_size": 512}], ids=str
+)
+def test_many_threads(options: dict[str, Any], tmp_path: Path) -> None:
+    """Eight threads, each with sectors of its own between those of the others, so that they meet in every cluster; one
+    flushes, one discards what nobody owns."""
+    create_qcow2(str(tmp_path / "base"), SIZE)
+    image = tmp_path / "image"
+    create_qcow2(str(image), SIZE, backing="base", backing_format="qcow2", **options)
+    workers, rounds = 8, 60
+    with open_chain(image, format="qcow2", cache_bytes=1 << 14) as chain:
+
+        def work(mine: int) -> dict[int, bytes]:
+            source, held = random.Random(mine), dict[int, bytes]()
+            for _ in range(rounds):
+                sector = source.randrange(SIZE // 2 // 512 // workers) * workers + mine
+                if source.random() < 0.2:
+                    chain.image.zero(sector * 512, 512, source.random() < 0.5)
+                    held[sector] = bytes(512)
+                elif source.random() < 0.2 and held:
+                    sector = source.choice(list(held))
+                    data = bytearray(512)
+                    chain.image.read(sector * 512, data)
+                    assert data == held[sector]
+                else:
+                    held[sector] = source.randbytes(512)
+                    chain.image.write(sector * 512, held[sector])
+            return held
+
+        def disturb(kind: int) -> dict[int, bytes]:
+            source = random.Random(kind)
+            for _ in range(rounds):
+                if kind:
+                    offset = SIZE // 2 + source.randrange(SIZE // 1024 - 300) * 512
+                    chain.image.write(offset, source.randbytes(70_144))
+                    chain.image.discard(offset, 150 * 512)
+                else:
+                    chain.image.flush()
+            return {}
+
+        with ThreadPoolExecutor(workers + 2) as pool:
+            futures = [pool.submit(work, number) for number in range(workers)]
+            futures += [pool.submit(disturb, kind) for kind in range(2)]
+            held = {sector: data for future in futures for sector, data in future.result().items()}
+        data = bytearray(SIZE // 2)
+        chain.image.read(0, data)
+    for sector in range(SIZE // 2 // 512):
+        assert data[sector * 512 : sector * 512 + 512] == held.get(sector, bytes(512)), sector
+    report = our_check(image)
+    assert report.clean, report.problems

@@ -14,7 +14,8 @@ import pytest
 from virtio.backends.file import FileBlock, SnapshotBlock, open_locked
 from virtio.backends.image import ImageBlock
 from virtio.backends.lock import ImageLock
-from virtio.errors import ConfigError, StateError
+from virtio.devices.blk import BlockDevice
+from virtio.errors import ConfigError
 
 MIB = 1 << 20
 
@@ -158,19 +159,27 @@ async def test_an_image_is_given_up_and_taken_again(disk: Path, make: object) ->
     assert not refuses_to_open(disk)
 
 
-async def test_a_qcow2_image_that_was_given_up_is_opened_anew(tmp_path: Path) -> None:
+async def test_a_qcow2_image_is_given_up_and_taken_again(tmp_path: Path) -> None:
+    """What another program writes meanwhile is there then, and what was given up writes nothing meanwhile."""
     disk = tmp_path / "disk.qcow2"
     subprocess.run([qemu("qemu-img"), "create", "-q", "-f", "qcow2", str(disk), "4M"], check=True)
     with qemu_io(disk, format="qcow2"), pytest.raises(ConfigError, match="in use by another program"):
         await ImageBlock.open_image(disk)
     backend = await ImageBlock.open_image(disk)
-    await backend.write(0, b"x" * 512)
+    device = BlockDevice(backend)
+    await backend.write(0, b"x" * 70_144)
+    await backend.discard(0, 65_536)
     await backend.deactivate()
     with qemu_io(disk, format="qcow2"):
-        pass
-    with pytest.raises(StateError, match="opened anew"):
-        await backend.activate()
-    await backend.aclose()
+        with pytest.raises(ConfigError, match="in use"):
+            await device.exchange(backend.activate)
+    theirs = ["-f", "qcow2", "-c", "write -P 7 0 200k", "-c", "write -P 8 2M 100k", str(disk)]
+    subprocess.run([qemu("qemu-io"), *theirs], check=True, stdout=subprocess.DEVNULL)
+    await device.exchange(backend.activate)
+    assert await backend.read(65_536, 512) == b"\7" * 512 and await backend.read(2 << 20, 512) == b"\10" * 512
+    await backend.write(0, b"y" * 512)
+    await device.aclose()
+    subprocess.run([qemu("qemu-img"), "check", "-q", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("mode", ["ro", "rw", "snapshot"])
