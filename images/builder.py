@@ -21,7 +21,7 @@ from images.errors import ImageError
 from images.kernel import guest_init
 from images.packages import Package
 
-FORMAT = 5
+FORMAT = 6
 """Counts up when the builder itself changes what it makes."""
 BUILDING = "builds"
 """The lock that builds share, so that nothing is pruned under them."""
@@ -53,7 +53,8 @@ def build(name: str, progress: Progress | None = None) -> Built:
                 made.mkdir()
                 tell("unpacking the kernel", 1, STEPS)
                 kernel = kernels.take(files[0], recipe, made)
-                (made / "initrd").write_bytes(kernels.initramfs(kernel))
+                shell = busybox.binary(files[1:]) if recipe["kind"] == "busybox" else None
+                (made / "initrd").write_bytes(kernels.initramfs(kernel, shell))
                 tell("making the root file system", 2, STEPS)
                 if recipe["kind"] == "debian":
                     debs = dict(zip(system, files[len(wanted) :], strict=True))

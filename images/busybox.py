@@ -38,6 +38,15 @@ def make(recipe: dict[str, Any], debs: list[Path], image: Path, work: Path) -> N
     tree.ext4(image, recipe["root"]["size_mib"], hostname, work)
 
 
+def binary(debs: list[Path]) -> bytes | None:
+    """The busybox of these packages."""
+    for deb in debs:
+        for member, data in packages.contents(deb):
+            if member.isreg() and member.name.removeprefix("./") in ("bin/busybox", "usr/bin/busybox"):
+                return data
+    return None
+
+
 def _applets(tree: Tree, work: Path) -> list[str]:
     """Where busybox wants its links; asked of the binary itself (it runs on any x86-64 Linux)."""
     if "bin/busybox" not in tree.nodes:

@@ -56,13 +56,16 @@ def take(deb: Path, recipe: dict[str, Any], made: Path) -> Kernel:
     return Kernel(version, {path: files[path] for path in order}, order)
 
 
-def initramfs(kernel: Kernel) -> bytes:
-    """Our init and the modules: it only finds the root."""
+def initramfs(kernel: Kernel, busybox: bytes | None = None) -> bytes:
+    """Our init and the modules: it only finds the root. With a busybox there is a shell for when it does not."""
     tree = Tree()
     for name in ("dev", "proc", "sys", "etc", "newroot", "root", "run", "tmp"):
         tree.directory(name)
     tree.character_device("dev/console", 5, 1)
     tree.file("init", guest_init(), 0o755)
+    if busybox is not None:
+        tree.file("bin/busybox", busybox, 0o755)
+        tree.link("bin/sh", "busybox")
     listed = []
     for path, data in kernel.modules.items():
         short = f"lib/modules/{path.rsplit('/', 1)[-1].removesuffix('.xz').removesuffix('.zst')}"

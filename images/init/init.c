@@ -131,8 +131,10 @@ static void read_modules(void)
         if (modules[i] == '\n') modules[i] = 0;
 }
 
-static void forget_modules(void)
+/* The root is mounted: what is left of the initramfs' large files gives its memory back. */
+static void forget_files(void)
 {
+    SYS(__NR_unlink, "/bin/busybox");
     for (char *p = modules; p < modules + modules_length; p += text_length(p) + 1)
         if (*p == '/') SYS(__NR_unlink, p);
 }
@@ -221,7 +223,7 @@ static void switch_root(char **arguments)
     char root[300], program[256];
     if (!argument("root", root, sizeof root)) return;
     while (!mount_root(root)) give_up(arguments + 1);
-    forget_modules();
+    forget_files();
     SYS(__NR_chdir, "/newroot");
     static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
     for (int i = 0; i < 3; i++) {

@@ -90,7 +90,23 @@ async def test_a_root_that_is_not_there(linux: Built) -> None:
     assert outcome.status == 3, outcome
     assert re.search("init: cannot mount the root file system root=UUID=01234567-.*-456789abcdef: no such device", said)
     assert re.search(r'init:   /dev/vda 65536K TYPE="ext4" UUID="[0-9a-f-]{36}" LABEL="linux"', said), said
-    assert "init: there is no shell here; the machine ends" in said
+    assert "init: the machine ends; for a shell here add: rescue" in said
+
+
+async def test_a_shell_where_there_is_no_root(linux: Built) -> None:
+    """Asked for by a word on the command line; its end tries again, and `rdinit` is the kernel's own way there."""
+    async with vmm.run(
+        "linux", core="soft", nets=(), append="root=LABEL=none rootwait=1 rescue", timeout=2 * BOOT
+    ) as vm:
+        await vm.console.expect(rb"(?s)root=LABEL=none: no such device.*a shell; exit tries again.*# ", timeout=BOOT)
+        await vm.console.write("ls /sys/block; exit\n")
+        await vm.console.expect(rb"(?s)vda.*root=LABEL=none: no such device.*tries again.*# ", timeout=BOOT)
+        vm.kill()
+    async with vmm.run("linux", core="soft", nets=(), append="rdinit=/bin/sh", timeout=2 * BOOT) as vm:
+        await vm.console.expect(rb"# ", timeout=BOOT)
+        await vm.console.write("echo $$ $0\n")
+        await vm.console.expect(rb"1 /bin/sh", timeout=BOOT)
+        vm.kill()
 
 
 async def test_programs_as_init(linux: Built) -> None:
