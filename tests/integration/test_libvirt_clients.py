@@ -82,7 +82,19 @@ stream.send(b"by stream")
 said = b""
 while not said.endswith(b"by stream"):
     said += stream.recv(4096)
-stream.abort()
+try:
+    d.openConsole(None, c.newStream(0), 0)
+except libvirt.libvirtError as error:
+    assert "Active console session" in str(error)
+else:
+    raise SystemExit("two had the console")
+second = c.newStream(0)
+d.openConsole(None, second, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+assert stream.recv(4096) == b""  # who had it hears that there is no more
+said = b""
+while b"by stream" not in said:
+    said += second.recv(4096)
+second.abort()
 d.suspend(); d.resume(); d.destroy(); d.undefine()
 try:
     c.lookupByName("py")
@@ -104,6 +116,53 @@ def test_libvirt_python_with_its_default_loop(daemon: DaemonProcess) -> None:
     heard = json.loads(python(daemon, LIFE, daemon.uri(), tiny("py")))
     # DEFINED, STARTED, SUSPENDED, RESUMED, STOPPED (destroyed), UNDEFINED
     assert heard == [["py", 0, 0], ["py", 2, 0], ["py", 3, 0], ["py", 4, 0], ["py", 5, 1], ["py", 1, 0]]
+
+
+ERRORS = """
+import json, sys, libvirt
+libvirt.registerErrorHandler(lambda *_: None, None)
+c = libvirt.open(sys.argv[1])
+d = c.defineXML(sys.argv[2])
+nobody = "00000000-0000-0000-0000-000000000001"
+calls = {
+    "domain by name": lambda: c.lookupByName("nope"), "domain by uuid": lambda: c.lookupByUUIDString(nobody),
+    "domain by id": lambda: c.lookupByID(99999), "network": lambda: c.networkLookupByName("nope"),
+    "pool": lambda: c.storagePoolLookupByName("nope"), "pool by uuid": lambda: c.storagePoolLookupByUUIDString(nobody),
+    "volume": lambda: c.storageVolLookupByPath("/nope"), "device": lambda: c.nodeDeviceLookupByName("nope"),
+    "interface": lambda: c.interfaceLookupByName("nope"), "secret": lambda: c.secretLookupByUUIDString(nobody),
+    "filter": lambda: c.nwfilterLookupByName("nope"), "no XML": lambda: c.defineXML("<domain"),
+    "another root": lambda: c.defineXML("<network/>"), "no name": lambda: c.defineXML("<domain type='qemu'/>"),
+    "suspend": d.suspend, "resume": d.resume, "destroy": d.destroy, "reset": lambda: d.reset(0), "time": d.getTime,
+    "statistics": lambda: d.blockStats("vda"), "console": lambda: d.openConsole(None, c.newStream(), 0),
+    "snapshot": lambda: d.snapshotLookupByName("nope"), "current": d.snapshotCurrent,
+    "title": lambda: d.metadata(1, None),
+    "live": lambda: d.setVcpusFlags(1, 1), "maximum": d.maxVcpus, "unknown flag": lambda: d.createWithFlags(1 << 20),
+}
+found = {}
+for name, call in calls.items():
+    try:
+        call()
+        found[name] = None
+    except libvirt.libvirtError as error:
+        found[name] = [error.get_error_code(), error.get_error_domain()]
+d.undefine()
+print(json.dumps(found))
+"""
+NOT_RUNNING = [55, 20]
+
+
+@needs_bindings
+def test_errors_are_those_of_libvirtd(daemon: DaemonProcess) -> None:
+    """Codes and domains as libvirtd 9.0 with its QEMU driver answered the same calls."""
+    found = json.loads(python(daemon, ERRORS, daemon.uri("qemu"), tiny("err")))
+    running = ("suspend", "resume", "destroy", "reset", "time", "statistics", "console", "live", "maximum")
+    assert {name: found.pop(name) for name in running} == dict.fromkeys(running, NOT_RUNNING)
+    assert found == {
+        "domain by name": [42, 10], "domain by uuid": [42, 10], "domain by id": [42, 10], "network": [43, 19],
+        "pool": [49, 18], "pool by uuid": [49, 18], "volume": [50, 18], "device": [53, 22], "interface": [57, 26],
+        "secret": [66, 30], "filter": [62, 33], "no XML": [35, 20], "another root": [27, 5], "no name": [21, 20],
+        "snapshot": [72, 10], "current": [72, 10], "title": [80, 20], "unknown flag": [8, 10],
+    }  # fmt: skip
 
 
 ASYNC = """

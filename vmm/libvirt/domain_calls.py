@@ -8,7 +8,7 @@ from vmm.convert import KIB
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
 from vmm.libvirt.domains import Domain, State
-from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.machines import ask
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import Spec
@@ -42,7 +42,7 @@ def wants(call: Call, domain: Domain, flags: int) -> tuple[bool, bool]:
     if not live and not config:
         live, config = domain.active, not domain.active
     if live and not domain.active:
-        raise LibvirtError(Code.OPERATION_INVALID, "domain is not running")
+        raise not_running()
     if config and domain.persistent is None:
         raise LibvirtError(Code.OPERATION_INVALID, "transient domains do not have any persistent config")
     return live, config
@@ -351,7 +351,9 @@ async def domain_get_max_memory(call: Call, dom: DomainRef) -> int:
 
 @calls.query(18, "domain_get_max_vcpus", "dom:domain", "count:int")
 async def domain_get_max_vcpus(call: Call, dom: DomainRef) -> int:
-    return call.daemon.domains.of(dom).spec.config.cpus
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    return domain.spec.config.cpus
 
 
 @calls.query(200, "domain_get_vcpus_flags", "dom:domain flags:uint", "count:int")
@@ -457,7 +459,7 @@ async def domain_get_metadata(call: Call, dom: DomainRef, type: int, uri: str | 
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG)
     found = get_metadata(spec_for(call, call.daemon.domains.of(dom), flags), type, uri)
     if not found:
-        raise LibvirtError(Code.NO_DOMAIN_METADATA, "Requested metadata element is not present")
+        raise LibvirtError(Code.NO_DOMAIN_METADATA, "Requested metadata element is not present", From.DOMAIN)
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vmm.config import PAGE, Config
 from vmm.libvirt.devices_xml import DeviceList, read_devices
+from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.extras import read_extras
 from vmm.libvirt.spec import CORE_OF_TYPE, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
@@ -39,7 +40,7 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
     notes: list[str] = []
     name = _text(root, "name")
     if not name:
-        raise malformed("<name> is missing")
+        raise LibvirtError(Code.NO_NAME, "missing name information", From.DOMAIN)
     values: dict[str, Any] = {"name": name, "core": CORE_OF_TYPE[kind], "uuid": _uuid(_text(root, "uuid"))}
     if genid := root.child("genid"):
         genid.take_all()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.libvirt.domain_xml import read_domain
-from vmm.libvirt.errors import Code, From, LibvirtError
+from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.events import DomainEvent, Hub, Lifecycle
 from vmm.libvirt.format import Live, domain_xml
 from vmm.libvirt.machines import START_SECONDS, Control, Process, ask, last_words
@@ -144,7 +144,7 @@ class Domain:
     def running_entry(self) -> Entry:
         """Raises LibvirtError if it does not run."""
         if self.entry is None or self.live is None:
-            raise LibvirtError(Code.OPERATION_INVALID, "domain is not running")
+            raise not_running()
         return self.entry
 
 

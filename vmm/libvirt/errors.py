@@ -19,9 +19,11 @@ class Code(enum.IntEnum):
     NO_SUPPORT = 3
     INVALID_ARG = 8
     OPERATION_FAILED = 9
+    NO_NAME = 21
     XML_ERROR = 27
     DOM_EXIST = 28
     OPERATION_DENIED = 29
+    XML_DETAIL = 35
     NETWORK_EXIST = 37
     RPC = 39
     NO_DOMAIN = 42
@@ -48,7 +50,9 @@ TEXTS = {
     Code.NO_SUPPORT: "this function is not supported by the connection driver: ",
     Code.INVALID_ARG: "invalid argument: ",
     Code.OPERATION_FAILED: "operation failed: ",
+    Code.NO_NAME: "",
     Code.XML_ERROR: "XML error: ",
+    Code.XML_DETAIL: "",
     Code.DOM_EXIST: "domain already exists: ",
     Code.OPERATION_DENIED: "operation forbidden: ",
     Code.NETWORK_EXIST: "network already exists: ",
@@ -76,6 +80,7 @@ TEXTS = {
 class From(enum.IntEnum):
     """virErrorDomain: who reports it."""
 
+    XML = 5
     RPC = 7
     QEMU = 10
     STORAGE = 18
@@ -85,7 +90,6 @@ class From(enum.IntEnum):
     INTERFACE = 26
     SECRET = 30
     NWFILTER = 33
-    DOMAIN_SNAPSHOT = 35
     STREAMS = 38
 
 
@@ -109,6 +113,11 @@ def translated(error: VmmError) -> LibvirtError:
     if isinstance(error, ConfigError):
         return LibvirtError(Code.CONFIG_UNSUPPORTED, text)
     return LibvirtError(Code.OPERATION_FAILED, text)
+
+
+def not_running() -> LibvirtError:
+    """What needs a machine that runs."""
+    return LibvirtError(Code.OPERATION_INVALID, "domain is not running", From.DOMAIN)
 
 
 def unsupported(what: str) -> LibvirtError:

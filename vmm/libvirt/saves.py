@@ -143,9 +143,7 @@ class Saves:
         for info in self.all(domain):
             if info.name == name:
                 return info
-        raise LibvirtError(
-            Code.NO_DOMAIN_SNAPSHOT, f"no domain snapshot with matching name '{name}'", From.DOMAIN_SNAPSHOT
-        )
+        raise LibvirtError(Code.NO_DOMAIN_SNAPSHOT, f"no domain snapshot with matching name '{name}'", From.QEMU)
 
     def current(self, domain: Domain) -> Info | None:
         """The one that the domain goes on from."""
@@ -158,13 +156,11 @@ class Saves:
     async def create(self, domain: Domain, name: str, description: str) -> Info:
         """Take one; a running machine stands still while its disks are copied. Raises VmmError."""
         if not NAME.fullmatch(name):
-            raise LibvirtError(Code.INVALID_ARG, f"{name!r} is no name for a snapshot", From.DOMAIN_SNAPSHOT)
+            raise LibvirtError(Code.INVALID_ARG, f"{name!r} is no name for a snapshot", From.QEMU)
         async with domain.lock:
             known = self.all(domain)
             if any(info.name == name for info in known):
-                raise LibvirtError(
-                    Code.OPERATION_INVALID, f"domain snapshot {name} already exists", From.DOMAIN_SNAPSHOT
-                )
+                raise LibvirtError(Code.OPERATION_INVALID, f"domain snapshot {name} already exists", From.QEMU)
             if len(known) >= MAX_SNAPSHOTS:
                 raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_SNAPSHOTS} snapshots are as many as a domain may have")
             for index, disk in enumerate(domain.spec.config.disks):

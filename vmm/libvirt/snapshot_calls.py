@@ -209,7 +209,7 @@ async def domain_snapshot_current(call: Call, dom: DomainRef, flags: int) -> Sna
     domain = call.daemon.domains.of(dom)
     info = call.daemon.saves.current(domain)
     if info is None:
-        raise LibvirtError(Code.NO_DOMAIN_SNAPSHOT, "the domain does not have a current snapshot", From.DOMAIN_SNAPSHOT)
+        raise LibvirtError(Code.NO_DOMAIN_SNAPSHOT, "the domain does not have a current snapshot", From.QEMU)
     return call.daemon.saves.ref(domain, info)
 
 
@@ -229,9 +229,7 @@ async def domain_snapshot_has_metadata(call: Call, snap: SnapshotRef, flags: int
 async def domain_snapshot_get_parent(call: Call, snap: SnapshotRef, flags: int) -> SnapshotRef:
     domain, info = _of(call, snap)
     if info.parent is None:
-        raise LibvirtError(
-            Code.NO_DOMAIN_SNAPSHOT, f"snapshot '{info.name}' does not have a parent", From.DOMAIN_SNAPSHOT
-        )
+        raise LibvirtError(Code.NO_DOMAIN_SNAPSHOT, f"snapshot '{info.name}' does not have a parent", From.QEMU)
     return call.daemon.saves.ref(domain, call.daemon.saves.named(domain, info.parent))
 
 

@@ -62,12 +62,13 @@ def parse(text: str, root: str) -> Element:
         parser.Parse(text.encode(), True)
     except ExpatError as error:
         reason = errors.messages.get(error.code, "malformed")
-        raise malformed(f"line {error.lineno}, column {error.offset}: {reason}") from None
+        text = f"({root}):{error.lineno}: column {error.offset + 1}: {reason}"
+        raise LibvirtError(Code.XML_DETAIL, text, From.DOMAIN) from None
     except UnicodeEncodeError:
         raise malformed("text that is not UTF-8") from None
     tree = builder.close()
     if tree.tag != root:
-        raise malformed(f"the root is <{tree.tag}>, not <{root}>")
+        raise LibvirtError(Code.XML_ERROR, f"expecting root element of '{root}', not '{tree.tag}'", From.XML)
     return tree
 
 
