@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engines import ENGINES
 from tests.support.qcow2 import our_check
 from tests.support.virtio import PciDriver
 from virtio import _ring
 from virtio.backends import live
-from virtio.backends.file import Io
 from virtio.backends.image import ImageBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
@@ -84,22 +82,23 @@ class Guest:
         return data, status
 
 
-@pytest.fixture(params=ENGINES)
-def io(request: pytest.FixtureRequest) -> Io:
-    if request.param == "io_uring" and _ring.BlockEngine.io_uring_error():
-        pytest.skip("needs io_uring")
-    return request.param  # type: ignore[no-any-return]
+KINDS = [
+    ("io_uring", {}),
+    ("threads", {"cluster_size": 16384, "extended_l2": True}),
+    ("auto", {"cluster_size": 1024, "version": 2}),
+]
 
 
-@pytest.fixture(
-    params=[{}, {"cluster_size": 16384, "extended_l2": True}, {"cluster_size": 1024, "version": 2}], ids=str
-)
-async def guest(request: pytest.FixtureRequest, io: Io, tmp_path: Path) -> AsyncIterator[Guest]:
+@pytest.fixture(params=KINDS, ids=str)
+async def guest(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Guest]:
     """On a qcow2 image over a raw one with holes, which is shorter than the disk."""
+    io, options = request.param
+    if io == "io_uring" and _ring.BlockEngine.io_uring_error():
+        pytest.skip("needs io_uring")
     source = random.Random(1)
     base = source.randbytes(3 << 20) + bytes(2 << 20) + source.randbytes(1 << 20)
     (tmp_path / "base").write_bytes(base)
-    create_qcow2(str(tmp_path / "top"), SIZE, backing="base", backing_format="raw", **request.param)
+    create_qcow2(str(tmp_path / "top"), SIZE, backing="base", backing_format="raw", **options)
     backend = await ImageBlock.open_image(tmp_path / "top", format="qcow2", io=io)
     driver = PciDriver(BlockDevice(backend))
     driver.initialize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.engines import ENGINES
 from tests.support.qcow2 import SETS, Parameters, Twin, needs_qemu_img, our_check, qemu
+from tests.support.virtio import PciDriver
+from virtio.backends.file import Io
+from virtio.backends.image import ImageBlock
+from virtio.devices import blk
+from virtio.devices.blk import BlockDevice
 from virtio.errors import ConfigError
 from virtio.images.chain import open_chain
 from virtio.images.create import create_qcow2
@@ -256,3 +263,23 @@ def test_many_threads(options: dict[str, Any], tmp_path: Path) -> None:
         assert data[sector * 512 : sector * 512 + 512] == held.get(sector, bytes(512)), sector
     report = our_check(image)
     assert report.clean, report.problems
+
+
+@pytest.mark.parametrize("io", ENGINES)
+async def test_a_guest_cannot_make_its_raw_disk_another_format(io: Io, tmp_path: Path) -> None:
+    """Where the format was found by content: an I/O error for what begins like qcow2, in one piece or in two."""
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    device = BlockDevice(await ImageBlock.open_image(tmp_path / "disk", io=io))
+    driver = PciDriver(device)
+    driver.initialize()
+    header = b"QFI\xfb\0\0\0\3".ljust(8192, b"x")
+
+    async def write(sector: int, *pieces: bytes) -> bytes:
+        return await driver.request(0, [struct.pack("<IIQ", blk.OUT, 0, sector), *pieces], [1])
+
+    assert await write(0, header) == bytes([blk.IOERR])
+    assert await write(0, header[:3], header[3:512]) == bytes([blk.IOERR])
+    assert await write(0, header[8:520]) == await write(1, header) == bytes([blk.OK])
+    driver.transport.reset()
+    await device.aclose()
+    assert (tmp_path / "disk").read_bytes()[: 512 + len(header)] == header[8:520] + header
