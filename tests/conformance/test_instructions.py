@@ -43,6 +43,13 @@ def test_software_core(program: Path, mode: str) -> None:
     assert result.differences == 0, result.report
 
 
+def test_state_images(program: Path) -> None:
+    """FXSAVE, FXRSTOR, XSAVE...: any alignment, contents and headers, of which a sample of every opcode has too few."""
+    result = oracle.run(program, "core", "--map", "1", "--opcode", "0xAE", "--per-slot", "8000")
+    assert result.compared > 8_000
+    assert result.differences == 0, result.report
+
+
 @pytest.mark.kvm
 @pytest.mark.skipif(not kvm_is_an_oracle(), reason="no KVM on a processor that is not emulated itself")
 def test_software_core_beside_kvm(program: Path) -> None:

@@ -300,19 +300,21 @@ HELPER(h_x87)
 
 /* ---- state ---- */
 
-static void state_check(struct soft_vcpu *c, unsigned alignment)
+static void state_check(struct soft_vcpu *c)
 {
     if (c->cr0 & CR0_EM)
         soft_raise(c, VEC_UD);
     if (c->cr0 & CR0_TS)
         soft_raise(c, VEC_NM);
-    if (c->tmp[0] & (alignment - 1))
+    if (c->tmp[0] & 15) {
+        soft_check_alignment(c, c->tmp[0], 4); /* AMD processors: #AC, if that is checked, before #GP */
         soft_raise_error(c, VEC_GP, 0);
+    }
 }
 HELPER(h_fxsave)
 {
     uint8_t image[512];
-    state_check(c, 16);
+    state_check(c);
     /* What is not architectural in the image stays as it is in memory. AMD processors look at its end first. */
     soft_probe_write(c, c->tmp[0] + 511, 1);
     soft_probe_write(c, c->tmp[0], 512);
@@ -323,7 +325,7 @@ HELPER(h_fxsave)
 HELPER(h_fxrstor)
 {
     uint8_t image[512];
-    state_check(c, 16);
+    state_check(c);
     soft_load_bytes(c, c->tmp[0], image, 512);
     if (!fpu_fxrstor(&c->fpu, image, u->aux & 1, c->code64))
         soft_raise_error(c, VEC_GP, 0);
