@@ -429,6 +429,24 @@ async def test_a_cancelled_copy_leaves_nothing(agent: Agent, tmp_path: Path) -> 
         assert not any(name.endswith(("files.py", "untar.py")) for name in files_of(stack))
 
 
+async def test_many_tiny_frames_take_no_more_memory_than_large_ones() -> None:
+    """A guest that sends a byte at a time while nobody reads; then all of it is there."""
+    count = 100_000
+    ours, theirs = socket.socketpair()
+    agent = Agent(lambda: asyncio.open_connection(sock=ours))
+    async with await agent.start_process("true") as process:
+        data = frame(STDOUT, b"x") * count + frame(EXIT, b"\0\0")
+        sending = asyncio.create_task(asyncio.to_thread(theirs.sendall, data))
+        while process.stdout._room.is_set():
+            await asyncio.sleep(0)
+        assert len(process.stdout._parts) < BUFFER // 64 + 1
+        assert await process.stdout.read(1) == b"x"
+        assert len(await process.stdout.read_all()) == count - 1
+        assert await process.wait() == 0 and process.stdout._size == 0
+        await sending
+    theirs.close()
+
+
 async def test_requests_that_cannot_be_sent(agent: Agent) -> None:
     for arguments in ((), ("a\0b",)):
         with pytest.raises(ConfigError):

@@ -33,6 +33,8 @@ from vmm.guest.frames import (
 
 BUFFER = 1 << 20
 """Bytes of a stream that wait for their reader before the link does."""
+OVERHEAD = 64
+"""What a frame takes of that besides its bytes, so that a guest that sends them one at a time takes no more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,9 @@ class GuestStream:
         if len(part) > limit:
             self._parts.appendleft(part[limit:])
             part = part[:limit]
-        self._size -= len(part)
+            self._size -= limit
+        else:
+            self._size -= len(part) + OVERHEAD
         if self._size < BUFFER:
             self._room.set()
         return part
@@ -97,7 +101,7 @@ class GuestStream:
             return
         await self._room.wait()
         self._parts.append(data)
-        self._size += len(data)
+        self._size += len(data) + OVERHEAD
         if self._size >= BUFFER:
             self._room.clear()
         self._changed.set()
