@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import vmm
-from tests.support.libvirtd import DaemonProcess, needs_virsh, wait_for
+from tests.support.libvirtd import DaemonProcess, needs_virsh, tiny, wait_for
+from tests.support.netns import cable, namespaces, need
 
 pytest.importorskip("cryptography")
 from vmm.libvirt import pki  # noqa: E402
@@ -130,6 +131,42 @@ def test_revocation_by_sighup_keeps_who_is_connected(daemon: DaemonProcess, cert
     os.kill(daemon.process.pid, signal.SIGHUP)
     wait_for(lambda: "the old certificates are used on" in daemon.log.read_text(), "not refused")
     assert connect(daemon, certificates / "clients" / "alice", certificates / "cacert.pem")
+
+
+@needs_virsh
+@pytest.mark.root
+def test_two_hosts(tmp_path: Path) -> None:
+    """A console, a volume and a machine's life from another network namespace; without a certificate nothing."""
+    need()
+    directory, here, there = tmp_path / "tls", "10.73.9.1", "10.73.9.2"
+    pki.init(directory, [here], ["alice"])
+    pki.init(tmp_path / "other", [here], ["eve"])
+    with namespaces("h", "c") as (host, client):
+        cable(host, client)
+        host.ip("addr", "add", f"{here}/24", "dev", "eth0")
+        client.ip("addr", "add", f"{there}/24", "dev", "eth0")
+        options = ("--listen-tls", here, "--tls", str(directory))
+        with DaemonProcess(*options, prefix=host.command()) as daemon:
+            (tmp_path / "d.xml").write_text(tiny("far"))
+            uri = f"loopvisor+tls://{here}/system?pkipath={directory / 'clients' / 'alice'}"
+
+            def remote(*arguments: str) -> str:
+                return client.run("virsh", "-q", "-c", uri, *arguments)
+
+            remote("define", str(tmp_path / "d.xml"))
+            remote("start", "far")
+            assert remote("domstate", "far").strip() == "running"
+            assert daemon.virsh("list", "--name") == "far"
+            remote("pool-create-as", "p", "dir", "--target", str(tmp_path))
+            (tmp_path / "data").write_bytes(os.urandom(3 << 20))
+            remote("vol-create-as", "p", "v", "3M")
+            remote("vol-upload", "v", str(tmp_path / "data"), "--pool", "p")
+            assert (tmp_path / "v").read_bytes() == (tmp_path / "data").read_bytes()
+            remote("destroy", "far")
+            stranger = uri.replace(str(directory / "clients" / "alice"), str(tmp_path / "other" / "clients" / "eve"))
+            refused = subprocess.run(client.command("virsh", "-c", stranger, "list"), capture_output=True, timeout=60)
+            assert refused.returncode != 0  # told so, or by SIGPIPE, as the connection ends in its handshake
+            assert not list((daemon.path / "loopvisor").glob("*/control.sock"))
 
 
 def test_plain_text_and_silence_harm_nobody(daemon: DaemonProcess, certificates: Path) -> None:

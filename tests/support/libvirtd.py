@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +31,9 @@ def tiny(name: str, guest: str = "echo", extra: str = "") -> str:
 class DaemonProcess:
     """One daemon with directories of its own; the machines that it left are ended with it."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, prefix: Sequence[str] = ()) -> None:
+        """`prefix`: a command that runs another, as `ip netns exec` does."""
+        self.prefix = list(prefix)
         self.path = Path(tempfile.mkdtemp(prefix="lv"))  # short, for the sake of sockets' paths
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
@@ -55,7 +58,7 @@ class DaemonProcess:
         """Until it listens."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*VMM, "daemon", "--state", str(self.path / "state"), *self.options],
+                [*self.prefix, *VMM, "daemon", "--state", str(self.path / "state"), *self.options],
                 env=environment(self.path), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.path,
             )  # fmt: skip
         before = self.log.read_text().count("virsh -c")
