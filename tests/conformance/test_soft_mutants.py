@@ -36,15 +36,16 @@ MUTANTS = {
         "smc", BLOCK, "if (on && !was)\n            soft_tlb_protect_page(vm, s->gpa + offset);", "",
     ),
     "a replaced translation can still write": (
-        "smc", MMU, "struct soft_vcpu *c = vm->vcpus[n];\n        clear_victims(c);",
-        "struct soft_vcpu *c = vm->vcpus[n];",
+        "smc", MMU, "clear_victims(c);\n        for (unsigned view = 0; view < VIEW_COUNT; view++) {",
+        "for (unsigned view = 0; view < VIEW_COUNT; view++) {",
     ),
     "addresses still lead to the old block": (
         "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(vm);", "b->changed = true;",
     ),
     "INVLPG leaves addresses of code": ("smc", MMU, "soft_jump_cache_flush_page(c, linear);", ""),
     "another processor can still write": (
-        "smc_smp", MMU, "for (unsigned n = 0; n < vm->config.vcpus; n++) {", "for (unsigned n = 0; n < 1; n++) {",
+        "smc_smp", MMU, "if (!host)\n        return;\n    for (unsigned n = 0; n < vm->config.vcpus; n++) {",
+        "if (!host)\n        return;\n    for (unsigned n = 0; n < 1; n++) {",
     ),
     "another processor's addresses": (
         "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (vm->vcpus[i])",
