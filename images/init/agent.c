@@ -468,8 +468,8 @@ static int serve_one(int link)
     going[HEAD] = (status & 127) != 0;
     going[HEAD + 1] = (uint8_t)((status & 127) ? status & 127 : status >> 8);
     write_all(link, going, HEAD + 2);
-    if (input.fd >= 0) SYS(__NR_close, input.fd);
-    if (master >= 0) output[STANDARD_OUT] = -1; /* the same descriptor: closed, the terminal hangs up */
+    if (master >= 0) output[STANDARD_OUT] = -1; /* the same descriptor: once it is closed, the terminal hangs up */
+    if (master >= 0 || input.fd >= 0) SYS(__NR_close, master >= 0 ? master : input.fd);
     discard(link, output);
     int again = moved < SMALL && !*request.user; /* looking a user up leaves files mapped */
     for (int i = 0; i < 2; i++) SYS(__NR_munmap, request.memory[i], request.size[i]);
