@@ -11,6 +11,7 @@ from vmm.libvirt import host
 from vmm.libvirt.client import Call
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.procedures import Procedures
+from vmm.libvirt.spec import CPU_MODEL
 from vmm.libvirt.wire import Param, Stat, some
 from vmm.libvirt.xmltree import unsupported
 
@@ -195,7 +196,7 @@ async def connect_get_sysinfo(call: Call, flags: int) -> str:
 async def connect_get_cpu_model_names(call: Call, arch: str, need: int, flags: int) -> tuple[list[str], int]:
     if arch != "x86_64":
         raise LibvirtError(Code.INVALID_ARG, f"Invalid architecture {arch!r}: here is only x86_64")
-    return [], 0
+    return ([CPU_MODEL] if need else []), 1
 
 
 @calls.query(340, "node_get_free_pages", "pages:uint<1024> start:int cells:uint flags:uint", "counts:uhyper<1024>")

@@ -19,7 +19,7 @@ from vmm.config import PAGE, Config
 from vmm.libvirt.devices_xml import DeviceList, read_devices
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.extras import read_extras
-from vmm.libvirt.spec import CORE_OF_TYPE, Spec
+from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
 
 UNITS = {
@@ -49,7 +49,7 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
     values["cpus"] = _vcpus(root)
     values |= _os(root)
     _features(root)
-    _cpu(root, values["cpus"], notes)
+    values |= _cpu(root, values["cpus"], notes)
     values |= _clock(root)
     values |= _life(root)
     _pm(root)
@@ -190,17 +190,18 @@ def _features(root: Reader) -> None:
             feature.choice("state", FEATURES[feature.element.tag])
 
 
-def _cpu(root: Reader, cpus: int, notes: list[str]) -> None:
+def _cpu(root: Reader, cpus: int, notes: list[str]) -> dict[str, Any]:
     cpu = root.child("cpu")
     if cpu is None:
-        return
+        return {}
     mode = cpu.choice("mode", ("host-passthrough", "host-model", "maximum", "custom"), "custom")
     cpu.ignore("check", "migratable", "match")
     if model := cpu.child("model"):
-        notes.append(f"cpu model {model.text()}: the guest gets what the core offers")
+        if model.text() != CPU_MODEL:
+            notes.append(f"cpu model {model.text()}: the guest is told of {CPU_MODEL}")
         model.ignore("fallback", "vendor_id")
-    elif mode != "custom":
-        notes.append(f"cpu mode {mode}: the guest gets what the core offers")
+    elif mode == "host-model":
+        notes.append(f"cpu mode host-model: the guest is told of {CPU_MODEL}")
     if topology := cpu.child("topology"):
         product = 1
         for key in ("sockets", "dies", "clusters", "cores", "threads"):
@@ -211,6 +212,7 @@ def _cpu(root: Reader, cpus: int, notes: list[str]) -> None:
         if product != cpus:
             raise unsupported(f"<cpu/topology>: {product} processors, <vcpu> says {cpus}")
         notes.append("cpu topology: every processor is a socket of its own")
+    return {"cpu_model": "host" if mode in ("host-passthrough", "maximum") else "v2"}
 
 
 def _clock(root: Reader) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 from vmm.convert import KIB
 from vmm.libvirt.extras import write_extras
-from vmm.libvirt.spec import TYPE_OF_CORE, Spec
+from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec
 from vmm.libvirt.xmltree import add, parse, serialise
 
 
@@ -46,6 +46,10 @@ def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
         features = add(root, "features")
         add(features, "acpi")
         add(features, "apic")
+    if config.cpu_model == "host":
+        add(root, "cpu", mode="host-passthrough")
+    else:
+        add(add(root, "cpu", mode="custom", match="exact"), "model", CPU_MODEL, fallback="forbid")
     if config.epoch is not None:
         add(root, "clock", offset="absolute", start=config.epoch)
     else:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
 from vmm.config import MAX_CPUS
+from vmm.libvirt.spec import CPU_MODEL
 from vmm.libvirt.xmltree import add, serialise
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -166,7 +167,7 @@ def domain_capabilities(emulator: str, kind: str) -> str:
     cpu = add(root, "cpu")
     for mode in ("host-passthrough", "maximum", "host-model"):
         add(cpu, "mode", name=mode, supported="yes")
-    add(cpu, "mode", name="custom", supported="no")
+    add(add(cpu, "mode", name="custom", supported="yes"), "model", CPU_MODEL, usable="yes")
     add(root, "memoryBacking", supported="no")
     devices = add(root, "devices")
     disk = add(devices, "disk", supported="yes")

@@ -145,6 +145,22 @@ def test_what_is_live_is_said_of_the_live_only() -> None:
     assert read(live).config.disks == FULL.disks
 
 
+@pytest.mark.parametrize(
+    ("xml", "model", "note"),
+    [
+        ("<cpu mode='host-passthrough' check='none' migratable='on'/>", "host", ""),
+        ("<cpu mode='custom' match='exact'><model fallback='forbid'>x86-64-v2</model></cpu>", "v2", ""),
+        ("<cpu mode='host-model'/>", "v2", "host-model"),
+        ("<cpu><model>Skylake-Client</model></cpu>", "v2", "Skylake-Client"),
+        ("", "v2", ""),
+    ],
+)
+def test_processors(xml: str, model: str, note: str) -> None:
+    spec = shell(top=xml)
+    assert spec.config.cpu_model == model
+    assert note in " ".join(spec.notes) and bool(spec.notes) == bool(note)
+
+
 def test_libvirts_defaults() -> None:
     spec = shell()
     assert (spec.config.memory, spec.config.cpus, spec.config.reboot, spec.config.rng) == (64 << 20, 1, True, False)
