@@ -311,6 +311,10 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # a path is bytes; TOML is UTF-8
+        raise ConfigError(f"{str(value)!r} is not UTF-8, which a file must be; rename what it names") from None
     escaped = "".join(
         f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else "\\" + char if char in '"\\' else char
         for char in str(value)

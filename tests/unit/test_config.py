@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ def test_host_checks(tmp_path: Path) -> None:
         Config(disks=(Disk(path=tmp_path),)).check_host()
     with pytest.raises(ConfigError, match=r"memory: 3T is more than this host's \d+M; ask for less"):
         Config(memory=3 << 40).check_host()
+
+
+def test_a_path_that_no_file_can_hold() -> None:
+    """It can be run, and not written down."""
+    config = Config(kernel="/k\udcff")
+    assert os.fsencode(config.kernel or "") == b"/k\xff"
+    with pytest.raises(ConfigError, match=r"'/k\\udcff' is not UTF-8, which a file must be"):
+        config.to_toml()
 
 
 def test_not_toml(tmp_path: Path) -> None:
