@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.kut.programs import Result, on_loopvisor, on_qemu, programs
 
 REASONS = {
-    "pmu": "counts events; the processor has the counters' registers, but they count nothing (no virtual PMU)",
-    "vmware_backdoors": "wants VMware's backdoor ports and RDPMC indices, which no CPUID bit announces and we have not",
+    "pmu": "counts events: the counters' registers are there, but count nothing (the suite wants KVM's enable_pmu)",
+    "vmware_backdoors": "wants VMware's backdoor ports and RDPMC indices (the suite wants a KVM parameter for it)",
     "s3": "wants ACPI's S3, which this machine's DSDT does not offer (no \\_S3 object)",
     "intel_iommu": "wants QEMU's intel-iommu and edu devices",
 }
