@@ -242,6 +242,7 @@ struct soft_vcpu {
 
     struct soft_cpuid_entry { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
+    uint64_t phys_mask; /* of the physical addresses that the guest's CPUID announces, at most PHYS_BITS */
 
     struct soft_jumps jump;
     struct soft_replay replay;

@@ -434,6 +434,25 @@ static void nmi_and_shadow(void)
     }
 }
 
+/* What CPUID says of physical addresses decides which bits are reserved: here of the APIC's base. */
+static void physical_addresses(void)
+{
+    for (unsigned bits = 40; bits <= 48; bits += 8) {
+        struct guest *g = create(1, false, false);
+        const struct kvm_cpuid_entry2 entry = { .function = 0x80000008, .eax = 48 << 8 | bits };
+        uint32_t vcpu;
+        CHECK(soft_vcpu_set_cpuid(g->vm, 0, &entry, 1) == 0);
+        /* mov ecx, 1Bh; rdmsr; or edx, 100h; wrmsr; hlt */
+        CODE(g, 0x1000, "\x66\xB9\x1B\x00\x00\x00\x0F\x32\x66\x81\xCA\x00\x01\x00\x00\x0F\x30\xF4");
+        CODE(g, 13 * 4, "\x00\x20\x00\x00");
+        CODE(g, 0x2000, "\xF4");
+        start_at(g, 0, 0x1000, false);
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED);
+        CHECK(rip_of(g) == (bits == 40 ? 0x2001u : 0x1012u));
+        destroy(g);
+    }
+}
+
 static void alarms(void)
 {
     struct guest *g = create(1, true, false);
@@ -485,7 +504,7 @@ int main(int argc, char **argv)
     } checks[] = {
         { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
-        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "alarms", alarms },
+        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "physical_addresses", physical_addresses }, { "alarms", alarms },
         { "state_is_checked", state_is_checked },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {

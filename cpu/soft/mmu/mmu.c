@@ -69,7 +69,7 @@ static bool walk(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum
                           | (kind == ACCESS_EXEC && (nxe || (c->cr4 & CR4_SMEP)) ? PF_I : 0);
     uint64_t reserved = 0;
     if (pae)
-        reserved = (0x000FFFFFFFFFFFFFull & ~PHYS_MASK) | (nxe ? 0 : PTE_NX) | (c->long_mode ? 0 : 0x7FF0000000000000ull);
+        reserved = (0x000FFFFFFFFFFFFFull & ~c->phys_mask) | (nxe ? 0 : PTE_NX) | (c->long_mode ? 0 : 0x7FF0000000000000ull);
 
 again:;
     struct step path[4];
@@ -422,12 +422,15 @@ uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum 
 }
 
 /* SDM 4.4.1: bits 1, 2, 5 to 8 and those above the physical width are reserved in a present entry. */
-static bool pdpte_valid(uint64_t entry) { return !(entry & PTE_P) || !(entry & (0x1E6ull | ~PHYS_MASK)); }
+static bool pdpte_valid(const struct soft_vcpu *c, uint64_t entry)
+{
+    return !(entry & PTE_P) || !(entry & (0x1E6ull | ~c->phys_mask));
+}
 
 void soft_set_pdptes(struct soft_vcpu *c, const uint64_t *entries)
 {
     for (unsigned i = 0; i < 4; i++)
-        c->mmu.pdpte[i] = pdpte_valid(entries[i]) ? entries[i] : 0;
+        c->mmu.pdpte[i] = pdpte_valid(c, entries[i]) ? entries[i] : 0;
     soft_tlb_flush(c, true);
 }
 
@@ -437,7 +440,7 @@ bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring)
     for (unsigned i = 0; i < 4; i++) {
         struct step step;
         entries[i] = load_entry(c, (cr3 & 0xFFFFFFE0u) + i * 8, 8, &step);
-        if (!pdpte_valid(entries[i])) {
+        if (!pdpte_valid(c, entries[i])) {
             if (!restoring)
                 return false;
             entries[i] = 0; /* memory changed since the processor read it */

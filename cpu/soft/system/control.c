@@ -76,7 +76,7 @@ static void write_cr3(struct soft_vcpu *c, uint64_t value)
         keep = (value & CR3_NO_FLUSH) != 0;
         value &= ~CR3_NO_FLUSH;
     }
-    if (c->long_mode ? value & ~PHYS_MASK : 0)
+    if (c->long_mode ? value & ~c->phys_mask : 0)
         refuse(c);
     if (!c->long_mode) {
         value = (uint32_t)value;

@@ -85,6 +85,12 @@ int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpui
         c->cpuid[i].edx = entries[i].edx;
     }
     c->cpuid_count = count;
+    unsigned bits = PHYS_BITS;
+    for (uint32_t i = 0; i < count; i++)
+        if (entries[i].function == 0x80000008)
+            bits = entries[i].eax & 0xFF;
+    c->phys_mask = (1ull << (bits < 36 || bits > PHYS_BITS ? PHYS_BITS : bits)) - 1;
+    soft_tlb_flush(c, true);
     return 0;
 }
 

@@ -162,7 +162,7 @@ static bool write_mtrr(struct soft_vcpu *c, uint32_t index, uint64_t value)
         return true;
     }
     bool mask = index & 1;
-    if (value & ~PHYS_MASK || (value & (mask ? 0x7FF : 0xF00)) || (!mask && (type > 6 || type == 2 || type == 3)))
+    if (value & ~c->phys_mask || (value & (mask ? 0x7FF : 0xF00)) || (!mask && (type > 6 || type == 2 || type == 3)))
         return false;
     c->mtrr_phys[index - MSR_MTRR_PHYS0] = value;
     return true;
@@ -183,7 +183,7 @@ bool soft_msr_write(struct soft_vcpu *c, uint32_t index, uint64_t value)
         return true;
     }
     if (apic_msr(index)) {
-        if (index == MSR_APIC_BASE && value & ~PHYS_MASK)
+        if (index == MSR_APIC_BASE && value & ~c->phys_mask)
             return false; /* APM vol. 2, 16.3.1: beyond the physical address space is reserved */
         bool ok = irqchip_msr_write(c->vm->irqchip, c->index, index, value, soft_now(c->vm));
         soft_irqchip_touched(c);
