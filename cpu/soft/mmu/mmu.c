@@ -291,12 +291,12 @@ void soft_tlb_flush_all_vcpus(struct soft_vm *vm)
 
 void soft_tlb_flush_writes(struct soft_vm *vm)
 {
-    for (unsigned n = 0; n < vm->config.vcpus; n++) {
-        struct soft_vcpu *c = vm->vcpus[n];
-        clear_victims(c);
+    for (unsigned index = 0; index < vm->config.vcpus; index++) {
+        struct soft_vcpu *vcpu = vm->vcpus[index];
         for (unsigned view = 0; view < VIEW_COUNT; view++)
             for (unsigned i = 0; i < TLB_SIZE; i++)
-                c->tlbs[view].e[ACCESS_WRITE][i].tag = 1;
+                vcpu->tlbs[view].e[ACCESS_WRITE][i].tag = 1;
+        clear_victims(vcpu);
     }
 }
 
