@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from virtio.backends.file import open_locked
+from virtio.errors import ConfigError as VirtioConfigError
 from virtio.images import changes, copy, create
 from virtio.images.chain import Format, open_chain, probe, read_start
 from virtio.images.check import Report, reread
@@ -55,13 +56,14 @@ def create_disk(path: str, size: int | None, format: Format = "qcow2", **options
 def info(path: str, *, format: Format | None = None) -> dict[str, Any]:
     """What an image is, as JSON-like values; no other file is opened."""
     with core_errors():
-        fd = open_locked(path, read_only=True)
+        fd, in_use = _open_to_look(path)
         try:
             status = os.fstat(fd)
             found = format or probe(fd)
             facts: dict[str, Any] = {
                 "file": path,
                 "format": found,
+                "in_use": in_use,
                 "size": os.lseek(fd, 0, os.SEEK_END),
                 "file_size": os.lseek(fd, 0, os.SEEK_END),
                 "disk_usage": status.st_blocks * 512,
@@ -99,6 +101,19 @@ def info(path: str, *, format: Format | None = None) -> dict[str, Any]:
             return facts
         finally:
             os.close(fd)
+
+
+def _open_to_look(path: str) -> tuple[int, bool]:
+    """(descriptor, whether somebody writes to the image). Its header may be looked at all the same."""
+    try:
+        return open_locked(path, read_only=True), False
+    except VirtioConfigError:
+        if not os.path.isfile(path):
+            raise
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), True
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
 
 
 def check(path: str, *, repair: bool = False, progress: Progress = _silent) -> tuple[Report, bool]:

@@ -300,6 +300,24 @@ def test_the_command(arguments: list[str], status: int, text: str, tmp_path: Pat
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 1
 
 
+def test_info_of_an_image_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    disks.create_disk(str(path), SIZE)
+    with open_chain(path):
+        assert disks.info(str(path))["in_use"] and disks.info(str(path))["size"] == SIZE
+        for call in (disks.check, disks.commit):
+            with pytest.raises(ConfigError, match="in use"):
+                call(str(path))
+    assert not disks.info(str(path))["in_use"]
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises(ConfigError, match="neither a regular file nor a block device"):
+            disks.info(str(tmp_path / name))
+
+
 def test_info_as_json(tmp_path: Path) -> None:
     disks.create_disk(str(tmp_path / "image"), SIZE, compression="zstd")
     command = [Path(sys.executable).parent / "vmm", "disk", "info", "--json", tmp_path / "image"]

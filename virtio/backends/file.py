@@ -46,6 +46,9 @@ def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
     May block. ConfigError."""
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     try:
+        before = os.stat(path).st_mode
+        if not (stat.S_ISREG(before) or stat.S_ISBLK(before)):  # opening a FIFO would wait for its other end
+            raise ConfigError(f"{path}: neither a regular file nor a block device")
         fd = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.EINVAL and direct:

@@ -28,9 +28,9 @@ int blk_uring_open(struct blk_uring *uring, struct disk *disk)
     /* Before it tries a file that has no RWF_NOWAIT, the kernel polls it, and for FUSE's that asks the server: a worker
      * of the kernel's may wait for the answer, the loop may not. */
     struct statfs system;
-    int flush_fd = disk->image->ops->flush_fd(disk->image);
-    if (flush_fd >= 0 && (fstatfs(flush_fd, &system) || system.f_type == FUSE_SUPER_MAGIC))
-        uring->flags = IOSQE_ASYNC;
+    for (const struct image *image = disk->image; image; image = image->backing)
+        if (fstatfs(image->fd, &system) || system.f_type == FUSE_SUPER_MAGIC)
+            uring->flags = IOSQE_ASYNC;
 #endif
     return error;
 }

@@ -75,6 +75,7 @@ enum { FLUSH_NOTHING = -1, FLUSH_CALL = -2 };
 struct image {
     const struct image_ops *ops;
     uint64_t length;       /* bytes */
+    int fd;                /* a file that it reads, by which its file system is known */
     int flat;              /* offsets of the disk are offsets in this file, and nothing else is to be kept; or -1 */
     bool read_only;
     bool guarded;          /* its format was found by content: writes may not make it look like another one */

@@ -120,7 +120,7 @@ struct image *overlay_open(int fd, uint8_t *dirty, struct image *backing)
     struct overlay *overlay = calloc(1, sizeof *overlay);
     if (!overlay)
         return NULL;
-    overlay->image = (struct image){.ops = &overlay_ops, .length = backing->length, .flat = -1, .backing = backing};
+    overlay->image = (struct image){.ops = &overlay_ops, .length = backing->length, .fd = fd, .flat = -1, .backing = backing};
     overlay->fd = fd;
     overlay->dirty = dirty;
     return &overlay->image;

@@ -67,7 +67,7 @@ struct image *raw_open(int fd, uint64_t length, uint32_t align, bool read_only, 
     struct raw *raw = calloc(1, sizeof *raw);
     if (!raw)
         return NULL;
-    raw->image = (struct image){.ops = &raw_ops, .length = length, .flat = fd, .read_only = read_only,
+    raw->image = (struct image){.ops = &raw_ops, .length = length, .fd = fd, .flat = fd, .read_only = read_only,
                                 .guarded = guarded};
     raw->align = align;
     return &raw->image;

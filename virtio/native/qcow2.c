@@ -342,7 +342,7 @@ struct image *qcow2_open(const struct qcow2_options *options, int *error, const 
     *error = ENOMEM;
     if (!q)
         return NULL;
-    q->image = (struct image){.ops = &qcow2_ops, .length = options->length, .flat = -1, .read_only = options->read_only,
+    q->image = (struct image){.ops = &qcow2_ops, .length = options->length, .fd = options->data_fd, .flat = -1, .read_only = options->read_only,
                               .backing = options->backing};
     q->fd = options->fd;
     q->data_fd = options->data_fd;
