@@ -66,7 +66,7 @@ def test_input_only_with_i(runtime: Path) -> None:
 
 def test_a_terminal_in_the_guest(runtime: Path) -> None:
     """Raw, with a size that follows; Ctrl-C is the program's; our terminal is given back."""
-    script = "tty; stty size; trap 'echo caught' INT; read a; read b; echo $b"
+    script = "trap 'echo caught' INT; tty; stty size; read a; read b; echo $b"
     with Session(runtime, "exec", "-it", "box", "sh", "-c", script) as session:
         session.expect(b"/dev/pts/", BOOT)
         session.expect(b"24 80\r\n")  # ours does not say

@@ -230,7 +230,7 @@ def test_an_error_in_the_block_ends_the_program() -> None:
 
 
 def test_prune_waits_for_nobody_and_takes_nothing_from_a_build(own_cache: Path) -> None:
-    from images import builder
+    from images import builder, built
 
     with cache.lock(builder.BUILDING, shared=True):
         with pytest.raises(ImageError, match="being built just now"):
@@ -241,10 +241,11 @@ def test_prune_waits_for_nobody_and_takes_nothing_from_a_build(own_cache: Path) 
     kept = own_cache / "images" / "new-1"
     kept.mkdir()
     (kept / "manifest.json").write_text('{"key": "1", "recipe": {}, "packages": {"a": "cc"}}')
-    (own_cache / "images" / "new.json").write_text('{"directory": "new-1"}')
+    pointer = built.pointer_name("new")
+    (own_cache / "images" / pointer).write_text('{"directory": "new-1"}')
     (own_cache / "packages" / "cc.deb").write_bytes(b"kept")
     assert builder.prune() >= 30_000
     left = {str(path.relative_to(own_cache)) for path in own_cache.rglob("*") if path.is_file()}
     assert {name for name in left if not name.startswith("locks/")} == {
-        "images/new-1/manifest.json", "images/new.json", "packages/cc.deb",
+        "images/new-1/manifest.json", f"images/{pointer}", "packages/cc.deb",
     }

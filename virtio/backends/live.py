@@ -35,7 +35,8 @@ class Disk(Protocol):
 
     backend: BlockBackend
 
-    async def exchange(self, change: Callable[[], Awaitable[None]]) -> None: ...
+    async def exchange(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Have `change` put another backend in place while no request is in flight."""
 
 
 def _silent(_done: int, _total: int) -> None:
