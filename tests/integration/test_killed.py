@@ -24,6 +24,7 @@ from urllib.parse import unquote
 import pytest
 
 from images import builder, cache
+from images.built import pointer_name
 from tests.support.archive import serve
 from tests.support.command import ROOT, VMM, wait_for
 
@@ -183,7 +184,7 @@ def kill_the_builder(name: str, tmp_path: Path, archive: dict[str, str], kills: 
         check_cache(own)
     victim.whole()
     check_cache(own)
-    place = own / "images" / json.loads((own / "images" / f"{name}.json").read_text())["directory"]
+    place = own / "images" / json.loads((own / "images" / pointer_name(name)).read_text())["directory"]
     made = json.loads((place / "manifest.json").read_text())
     assert made["files"] == wanted["files"], "the same inputs gave other bytes"
     assert not left_over(mark)
