@@ -55,6 +55,9 @@ class Device:
         self._tasks: set[asyncio.Task[None]] = set()
         self._due: set[tuple[Callable[..., object], tuple[object, ...]]] = set()
         self._config_listener: Callable[[], None] | None = None
+        self.synchronous = False
+        """Requests are answered before the driver runs on, however long that takes: for a guest whose time stands still
+        meanwhile, and whose run is to depend on nothing else. Set before the device is active."""
         self._paused = False
         self._halted = False
         self._progress = asyncio.Event()
@@ -177,6 +180,7 @@ class Device:
         self._halted = False
         for queue in active.queues:
             queue.paused = self._paused
+            queue.fair = not self.synchronous
         self.started(active)
 
     def halt(self) -> None:

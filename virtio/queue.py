@@ -32,6 +32,8 @@ class Queue:
         self._stopping = False
         self.paused = False
         """While set nothing is available."""
+        self.fair = True
+        """`async for` gives other tasks a turn now and then."""
         self.on_push: Callable[[], object] | None = None
         """Called after each push, while somebody waits for the queue to drain."""
 
@@ -130,7 +132,7 @@ class Queue:
         return self
 
     async def __anext__(self) -> Chain:
-        if self._taken >= TURN or self._bytes >= TURN_BYTES:
+        if self.fair and (self._taken >= TURN or self._bytes >= TURN_BYTES):
             self._taken = self._bytes = 0
             await asyncio.sleep(0)  # a driver that never stops must not keep the loop
         while True:

@@ -97,9 +97,6 @@ class BlockDevice(Device):
         self.writeback = self._writeback_default
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
         self._engine = make(self.serial) if make else None
-        self.synchronous = False
-        """Requests are answered before the driver runs on, however long the disk takes: for a guest whose time stands
-        still meanwhile, and whose run is to depend on nothing else. Only with an engine."""
         self._reader: asyncio.AbstractEventLoop | None = None
         self._held = False
         """The backend is being changed; requests wait in their queues."""

@@ -20,9 +20,8 @@ from vmm.state.diskcopy import copy_sparse
 class DiskMaker(Maker):
     """One disk of the configuration."""
 
-    def __init__(self, disk: Disk, serial: str, saved: SavedDisk | None = None, *, synchronous: bool = False) -> None:
-        """`saved`: what was written to a snapshot disk before. `synchronous`: BlockDevice.synchronous."""
-        self._synchronous = synchronous
+    def __init__(self, disk: Disk, serial: str, saved: SavedDisk | None = None) -> None:
+        """`saved`: what was written to a snapshot disk before."""
         self.transport: TransportKind = disk.transport
         self._disk, self._serial, self._saved = disk, serial, saved
 
@@ -31,9 +30,7 @@ class DiskMaker(Maker):
         try:
             if self._saved is not None and isinstance(backend, ImageBlock):
                 await asyncio.to_thread(_load, backend, self._saved)
-            device = BlockDevice(backend, serial=self._serial, queues=self._disk.queues)
-            device.synchronous = self._synchronous
-            return device
+            return BlockDevice(backend, serial=self._serial, queues=self._disk.queues)
         except OSError as error:
             await backend.aclose()
             raise HostError(f"{self._disk.path}: {error.strerror}") from error

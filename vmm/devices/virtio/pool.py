@@ -85,6 +85,7 @@ class DevicePool:
         self.devices: dict[str, Device] = {}
         self.agent: Agent | None = None
         self._warn = warn
+        self._synchronous = config.clock == "virtual"
         self._begun: dict[str, asyncio.Task[Device]] = {}
         self._console: Any = None
         self._opened = False
@@ -98,10 +99,9 @@ class DevicePool:
         if config.disks:
             from vmm.devices.virtio.disk import DiskMaker
 
-            virtual = config.clock == "virtual"
             for index, disk in enumerate(config.disks):
                 name = disk.id or f"disk{index}"
-                self._want(name, DiskMaker(disk, name, self._saved_disks.get(name), synchronous=virtual), disk.packed)
+                self._want(name, DiskMaker(disk, name, self._saved_disks.get(name)), disk.packed)
         if config.nets:
             from vmm.devices.virtio.net import NetMaker
 
@@ -154,6 +154,7 @@ class DevicePool:
                     raise
                 self._warn(f"{error}; the machine runs without {name}")
                 continue
+            device.synchronous = self._synchronous
             self.devices[name] = device
             self._begun.pop(name, None)
         self._opened = True
