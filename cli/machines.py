@@ -54,7 +54,8 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
     if json:
         _print_json(found)
         return
-    rows = [("NAME", "STATE", "CORE", "CPUS", "MEMORY", "UPTIME", "PID")]
+    rows: list[tuple[str, ...]] = [("NAME", "STATE", "CORE", "CPUS", "MEMORY", "UPTIME", "PID")]
+    sources = [str(status.get("source") or "-") for status in found]
     for status in found:
         rows.append(
             (
@@ -67,6 +68,8 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
                 str(status.get("pid", "-")),
             )
         )
+    if any(source != "-" for source in sources):  # of machines that did not all boot
+        rows = [(*row, source) for row, source in zip(rows, ["FROM", *sources], strict=True)]
     if not stats:
         print_table(rows)
         return

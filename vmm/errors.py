@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cpu import errors as cpu
+from cpu.errors import CpuError
 from virtio import errors as virtio
+from virtio.errors import VirtioError
 
 
 class VmmError(Exception):
@@ -31,6 +34,15 @@ class StateError(VmmError):
     """The call does not fit the machine's present state."""
 
 
+_OURS: tuple[tuple[tuple[type[Exception], ...], type[VmmError]], ...] = (
+    ((cpu.GuestError, virtio.GuestError), GuestError),
+    ((cpu.HostError, virtio.HostError), HostError),
+    ((cpu.ConfigError, virtio.ConfigError), ConfigError),
+    ((cpu.StateError, virtio.StateError), StateError),
+)
+"""The lower packages' errors, and which of ours says the same."""
+
+
 def os_reason(error: OSError) -> str:
     """'no such file or directory' of an OSError, without its number and file name."""
     return virtio.os_reason(error).lower()
@@ -38,7 +50,7 @@ def os_reason(error: OSError) -> str:
 
 @contextmanager
 def core_errors() -> Iterator[None]:
-    """Re-raise what an execution core or virtio raises as the VmmError of the same name, `from` its cause."""
+    """Re-raise what an execution core or virtio raises as the VmmError that says the same, `from` its cause."""
     try:
         yield
     except VmmError:
@@ -46,15 +58,8 @@ def core_errors() -> Iterator[None]:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         raise HostError(f"{name}{os_reason(error)}") from error
-    except Exception as error:
-        for base in type(error).__mro__:
-            match base.__name__:
-                case "GuestError":
-                    raise GuestError(str(error)) from error
-                case "HostError":
-                    raise HostError(str(error)) from error
-                case "ConfigError":
-                    raise ConfigError(str(error)) from error
-                case "StateError":
-                    raise StateError(str(error)) from error
+    except (CpuError, VirtioError) as error:
+        for kinds, ours in _OURS:
+            if isinstance(error, kinds):
+                raise ours(str(error)) from error
         raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateC
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.machine.builder import Built
 from vmm.machine.hardware import HeadStart, Making
-from vmm.machine.origin import BOOT, Origin, Restore, Saved
+from vmm.machine.origin import BOOT, Origin, Restore, Saved, Touched
 from vmm.machine.resources import Resources
 from vmm.timeline import Timeline
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from vmm.machine.peripheral import Peripheral
     from vmm.state.manifest import Manifest
 
+TOUCHED_SECONDS = 2.0
+"""How long a restored machine is watched for the pages that it uses first."""
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
 KILLED = Outcome(Reason.KILLED, "killed")
@@ -86,7 +88,7 @@ class VirtualMachine:
         self._resources: Resources | None = None
         self._built: Built | None = None
         self._saved = saved
-        self._becoming: asyncio.Task[None] | None = None
+        self._after_restore: list[asyncio.Task[None]] = []
         self._origin: Origin = BOOT if saved is None else saved.origin
         self._ending = asyncio.Event()
         self._end: Outcome | None = None
@@ -182,8 +184,12 @@ class VirtualMachine:
         self.timeline.mark("resume")
         if self._built is not None:  # between two boots there is none; the next goes by the state
             self._built.dispatcher.release("pause")
-        if self._becoming is None and self._saved is not None and self._saved.identity is not None:
-            self._becoming = asyncio.create_task(self._identify(), name="identify")
+        if self._saved is not None and not self._after_restore:
+            if self._saved.identity is not None:
+                self._after_restore.append(asyncio.create_task(self._identify(), name="identify"))
+            if self._saved.touched is not None:
+                watching = self._watch_pages(self._saved.touched)
+                self._after_restore.append(asyncio.create_task(watching, name="touched pages"))
 
     async def pause(self) -> None:
         """Park every vCPU. Raises StateError."""
@@ -440,6 +446,22 @@ class VirtualMachine:
             except VmmError as error:
                 self._warn(f"the guest has not heard that it is a copy: {error}")
 
+    async def _watch_pages(self, touched: Touched) -> None:
+        """Map what such a machine used first, or find out what that is."""
+        memory = self.machine.memory
+        with suppress(VmmError, ValueError):  # it ended meanwhile, and its memory with it
+            if touched.pages is not None:
+                await asyncio.to_thread(memory.populate_pages, touched.pages)
+            else:
+                await asyncio.sleep(TOUCHED_SECONDS)
+                pages = b"".join(bitmap for _, bitmap in memory.present_pages())
+                await asyncio.to_thread(touched.record, pages)
+
+    @property
+    def source(self) -> str:
+        """The snapshot or machine that it goes on from; "" if it booted."""
+        return self._saved.source if self._saved is not None else ""
+
     # Inside.
 
     async def _build(self) -> None:
@@ -560,8 +582,8 @@ class VirtualMachine:
         try:
             if self._timer is not None:
                 self._timer.cancel()
-            if self._becoming is not None:
-                self._becoming.cancel()
+            for task in self._after_restore:
+                task.cancel()
             if self._making is not None:  # and nobody took it
                 self._making.close_core()
                 self._making.close_memory()

@@ -226,6 +226,19 @@ class GuestMemory:
             except OSError:
                 pass
 
+    def populate_pages(self, pages: bytes) -> None:
+        """populate() for the pages of a bitmap: region after region, each in whole 64-bit words. What it has too little
+        or too much of is not looked at. *any thread*"""
+        at = 0
+        for start, view in self.regions():
+            words = (len(view) // PAGE + 63) // 64 * 8
+            bitmap = pages[at : at + words]
+            for first, count in runs(bitmap[: len(bitmap) // 8 * 8], 15):
+                length = min(count * PAGE, len(view) - first * PAGE)
+                if length > 0:
+                    self.populate(start + first * PAGE, length)
+            at += words
+
     def discard(self, gpa: int, length: int) -> None:
         """Give the host's memory behind whole pages of [gpa, gpa + length) back. What a guest reads there afterwards
         is zeros, or what a file of a copy-on-write source held at first. Raises OutsideMemory."""

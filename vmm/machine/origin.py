@@ -41,6 +41,16 @@ class SavedDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class Touched:
+    """Pages that a machine used first after it was taken up: later ones read them ahead."""
+
+    pages: bytes | None
+    """A bitmap over all of RAM, region after region in whole 64-bit words; None: not recorded yet."""
+    record: Callable[[bytes], None]
+    """Keep such a bitmap. Blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """Everything that a machine goes on from."""
 
@@ -51,6 +61,9 @@ class Saved:
     """vmm.console.hub.ConsoleRingState, encoded; None: an empty console."""
     identity: Identity | None = None
     """Who the machine is as a copy of the saved one; None: it is the same machine to the last bit."""
+    source: str = ""
+    """Where it came from, for people."""
+    touched: Touched | None = None
 
 
 Origin = Boot | Restore

@@ -197,6 +197,7 @@ class Registration:
             "cpus": config.cpus,
             "memory": config.memory,
             "pid": os.getpid(),
+            "source": vm.source,
             "started": self._started,
             "uptime": time.time() - self._started,
         }

@@ -37,6 +37,8 @@ MAX_COPIES = 1000
 class Frozen:
     """A machine at one moment, as often as wanted. Close it when every copy has been built."""
 
+    name: str
+    """The original's."""
     state: dict[str, Any]
     console: dict[str, Any]
     size: int
@@ -56,7 +58,8 @@ class Frozen:
         if fields["clock"] == "real":
             epoch = time.time_ns() - int(fields["now_ns"])
         disks = {name: SavedDisk(Path(f"/proc/self/fd/{fd}"), sectors) for name, (fd, sectors) in self.disks.items()}
-        return Saved(Restore(self.state, self._memory, epoch, seed), disks, self.console, identity)
+        restore = Restore(self.state, self._memory, epoch, seed)
+        return Saved(restore, disks, self.console, identity, f"copy of {self.name}" if self.name else "copy")
 
     def _memory(self) -> GuestMemory:
         return GuestMemory(self.size, source=CopyOnWrite(self.extents))
@@ -90,7 +93,7 @@ async def freeze(vm: VirtualMachine) -> Frozen:
             machine = vm.machine
             with core_errors():
                 extents = memory.freeze()
-            frozen = Frozen(save(machine), vm.save_console(), memory.size, (), {}, _addresses(vm))
+            frozen = Frozen(vm.config.name, save(machine), vm.save_console(), memory.size, (), {}, _addresses(vm))
             frozen.extents = _own(extents, frozen._files)
             for name, device in vm.disks().items():
                 if isinstance(device.backend, ImageBlock) and device.backend.overlay >= 0:

@@ -24,12 +24,14 @@ from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, os_reason
 from vmm.guest.identity import Identity, hostname_of
 from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
-from vmm.machine.origin import Restore, Saved, SavedDisk
+from vmm.machine.origin import Restore, Saved, SavedDisk, Touched
 from vmm.state import manifest as manifests
 from vmm.state.manifest import CHUNK, Manifest
 from vmm.state.payload import parse
 
 PAGE = 4096
+MAX_RECORDS = 1000
+"""Records of snapshots that are kept; with more the older half goes."""
 MAX_BASES = 32
 """Snapshots that stand on each other."""
 
@@ -308,7 +310,9 @@ class Snapshot:
         if as_copy:
             identity = Identity(hostname_of(config.name), uuid.uuid4().hex, self._fresh_addresses(state["machine"]))
             identity.check()
-        return Saved(Restore(state["machine"], self.make_memory, epoch), self.disks(), state["console"], identity)
+        touched = Touched(self.touched(), self.record_touched)
+        restore = Restore(state["machine"], self.make_memory, epoch)
+        return Saved(restore, self.disks(), state["console"], identity, str(self.path), touched)
 
     def _fresh_addresses(self, machine: dict[str, Any]) -> dict[bytes, bytes]:
         """A new MAC address for each that a card has. Raises StateError."""
@@ -358,6 +362,10 @@ def _write_record(name: str, text: str) -> None:
         beside = folder / f".{name}-{os.getpid()}"
         beside.write_text(text)
         os.replace(beside, folder / name)
+        records = list(folder.iterdir())
+        if len(records) > MAX_RECORDS:
+            for old in sorted(records, key=lambda path: path.stat().st_mtime_ns)[: len(records) // 2]:
+                old.unlink(missing_ok=True)
     except OSError:
         pass
 
