@@ -228,6 +228,7 @@ def test_a_kernel_of_every_compression_boots(
     setup = (data[0x1F1] + 1) * 512
     offset, _ = struct.unpack_from("<II", data, 0x248)  # payload_offset, payload_length
     struct.pack_into("<I", data, 0x24C, len(payload))
+    struct.pack_into("<I", data, 0x1F4, -(-(offset + len(payload)) // 16))  # syssize
     image = tmp_path / "kernel"
     image.write_bytes(data[: setup + offset] + payload)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
