@@ -126,7 +126,7 @@ async def keep_warm(vm: VirtualMachine) -> None:
     path = kept.folder(vm.config)
     if vm.restored or kept.is_there(path):
         return
-    await vm.agent.wait_ready()
+    await vm.exec("true")  # a first program starts when the system is set up, and its network with it
     with kept.making(path) as ours:
         if ours:
             try:
