@@ -1,7 +1,8 @@
 """Damaged snapshots: `python -m tests.fuzz.state_fuzz SECONDS [SEED]`.
 
-Each round takes a good snapshot of a tiny guest and damages it: bits, cuts, parts swapped with another snapshot's, values
-in the JSON, also with checksums that are right for it, so that what is behind them is reached. It is then restored. What may come: a machine that runs, or one line that says what is wrong, and nothing left open. Anything else
+Each round takes a good snapshot of a tiny guest and damages it: bits, cuts, parts swapped with another snapshot's,
+values in the JSON, also with checksums that are right for it, so that what is behind them is reached. It is then
+restored. What may come: a machine that runs, or one line that says what is wrong, and nothing left open. Anything else
 is printed with its seed, and ends the campaign with status 1.
 """
 
