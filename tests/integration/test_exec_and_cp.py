@@ -76,11 +76,11 @@ def test_a_terminal_in_the_guest(runtime: Path) -> None:
         session.type(b"word\r")
         assert session.wait(BOOT) == 0
         assert session.restored
-    with Session(runtime, "exec", "-it", "box", "sh", "-c", "echo up; read a; stty size; exit 3") as session:
+    script = 'echo up; until [ "$(stty size)" = "44 99" ]; do sleep 0.05; done; echo resized; exit 3'
+    with Session(runtime, "exec", "-it", "box", "sh", "-c", script) as session:
         session.expect(b"up\r\n", BOOT)
         session.resize(44, 99)
-        session.type(b"\r")
-        session.expect(b"44 99")
+        session.expect(b"resized", BOOT)
         assert session.wait(BOOT) == 3
 
 
