@@ -26,6 +26,7 @@ from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
 from vmm.machine.origin import Restore, Saved, SavedDisk
 from vmm.machine.saving import save
 from vmm.state.diskcopy import copy_sparse
+from vmm.state.worker import in_thread
 
 if TYPE_CHECKING:
     from vmm.vm import VirtualMachine
@@ -85,7 +86,7 @@ async def freeze(vm: VirtualMachine) -> Frozen:
             raise ConfigError(f"{name}: a copy would write to the same disk; attach it with snapshot, or read-only")
     memory = vm.machine.memory
     with core_errors():
-        await _shielded(memory.prepare_freeze)
+        await in_thread(memory.prepare_freeze)
     frozen: Frozen | None = None
     try:
         async with vm.standstill("fork"):
@@ -131,16 +132,6 @@ def _copy(backend: ImageBlock, files: list[int]) -> tuple[int, bytes]:
         raise HostError(f"fork: {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
     files.append(descriptor)
     return descriptor, bytes(backend.written)
-
-
-async def _shielded(call: Any, *arguments: Any) -> None:
-    """A call in a thread that is waited for even when we are cancelled: it reads guest memory."""
-    future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
-    try:
-        await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.gather(future, return_exceptions=True)
-        raise
 
 
 def new_identity(hostname: str, addresses: Sequence[bytes], fresh: Mapping[bytes, bytes]) -> Identity:

@@ -34,6 +34,7 @@ from vmm.state import manifest as manifests
 from vmm.state.diskcopy import copy_sparse
 from vmm.state.manifest import CHUNK, BaseEntry, DiskEntry, FileIdentity, Manifest, MemoryEntry
 from vmm.state.snapshot import Snapshot, trust
+from vmm.state.worker import in_thread
 
 if TYPE_CHECKING:
     from vmm.machine.memory import GuestMemory
@@ -135,7 +136,7 @@ class _Taking:
         with core_errors():
             self._memory.start_dirty_log()
         try:
-            await _in_thread(self._copy_all)
+            await in_thread(self._copy_all)
             dirty = await self._rounds()
             standing = AsyncExitStack()
             await standing.enter_async_context(self._vm.standstill("snapshot"))
@@ -147,7 +148,7 @@ class _Taking:
                     last = _merge(dirty, [bitmap for _, bitmap in self._memory.take_dirty()])
                 kept = await self._keep(last)
                 self._state = {"machine": save(self._vm.machine), "console": self._vm.save_console()}
-                await _in_thread(self._copy_disks)
+                await in_thread(self._copy_disks)
                 self._vm.check_standing(self._vm.machine)
                 self._progress.stood_still_ns = time.monotonic_ns() - begun
             finally:
@@ -156,7 +157,7 @@ class _Taking:
         finally:
             with contextlib.suppress(Exception):  # it went with the machine
                 self._memory.stop_dirty_log()
-        await _in_thread(self._write_kept, last, kept)
+        await in_thread(self._write_kept, last, kept)
         return self
 
     # Memory.
@@ -192,7 +193,7 @@ class _Taking:
                 return dirty
             before = count
             self._progress.rounds += 1
-            await _in_thread(self._write_dirty, dirty)
+            await in_thread(self._write_dirty, dirty)
 
     def _write_dirty(self, dirty: Sequence[bytes]) -> None:
         try:
@@ -210,9 +211,9 @@ class _Taking:
         """The last dirty pages, copied within memory; None: they were too many, and are in the file already."""
         counts = [_native.count(bitmap) for bitmap in last]
         if sum(counts) > MOST_KEPT:
-            await _in_thread(self._write_dirty, last)
+            await in_thread(self._write_dirty, last)
             return None
-        kept: list[mmap.mmap] = await _in_thread(self._gather, last, counts)
+        kept: list[mmap.mmap] = await in_thread(self._gather, last, counts)
         return kept
 
     def _gather(self, last: Sequence[bytes], counts: Sequence[int]) -> list[mmap.mmap]:
@@ -439,16 +440,6 @@ def _merge(first: Sequence[bytes], second: Sequence[bytes]) -> list[bytes]:
         _native.merge(both, two)
         merged.append(bytes(both))
     return merged
-
-
-async def _in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A call that writes files. Cancelled, it is waited for: its descriptors are closed afterwards."""
-    future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.gather(future, return_exceptions=True)
-        raise
 
 
 def options_from(request: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
