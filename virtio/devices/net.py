@@ -19,7 +19,7 @@ from virtio.constants import DeviceId
 from virtio.device import Activation, Device
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
-from virtio.protocols import Chain
+from virtio.protocols import Chain, RandomSource
 from virtio.queue import TURN, TURN_BYTES, Queue
 from virtio.state import U16
 from virtio.trust import Backend, Mistake
@@ -99,6 +99,11 @@ def incoming_header(header: bytes, features: int) -> bytes | None:
     if not flags & NEEDS_CSUM:
         start = offset = 0
     return _header.pack(flags, gso_type, hdr_len, gso_size, start, offset, 0)
+
+
+def random_mac(random: RandomSource) -> bytes:
+    """An address for a card that was given none: 52:54:00, which is locally administered, and three random bytes."""
+    return b"\x52\x54\x00" + random(3)
 
 
 def parse_mac(text: str) -> bytes:

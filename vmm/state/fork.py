@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from virtio.backends.image import ImageBlock
-from virtio.devices.net import NetDevice
+from virtio.devices.net import NetDevice, random_mac
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, core_errors, os_reason
 from vmm.guest.identity import Identity
@@ -160,7 +160,7 @@ async def fork(
                 if seeds:
                     changes["seed"] = seeds[index]
                 config = Config.from_dict({**vm.config.to_dict(), **changes})
-                fresh = {old: b"\x52\x54\x00" + os.urandom(3) for old in frozen.addresses}
+                fresh = {old: random_mac(os.urandom) for old in frozen.addresses}
                 identity = new_identity(names[index] if names else f"copy-{index + 1}", frozen.addresses, fresh)
                 saved = frozen.saved(identity, seeds[index] if seeds else None)
                 copies.append(VirtualMachine(config, saved=saved, devices=vm.own_devices))

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from virtio.devices.net import NetState
+from virtio.devices.net import NetState, random_mac
 from vmm import _native
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, os_reason
@@ -323,7 +323,7 @@ class Snapshot:
                 return
             if value.get("kind") == "virtio-net" and "fields" in value:
                 mac = parse(NetState, "virtio-net", value).mac
-                found[mac] = b"\x52\x54\x00" + os.urandom(3)
+                found[mac] = random_mac(os.urandom)
             for item in value.values():
                 search(item, depth - 1)
 

@@ -7,7 +7,7 @@ from virtio.backends.sockets import UserNet
 from virtio.backends.sockets import connect as connect_socket
 from virtio.backends.tap import TapNet
 from virtio.device import Device
-from virtio.devices.net import NetDevice, parse_mac
+from virtio.devices.net import NetDevice, parse_mac, random_mac
 from vmm.config import Net
 from vmm.devices.virtio.pool import Maker, TransportKind
 from vmm.machine.interfaces import RandomSource
@@ -25,7 +25,7 @@ class NetMaker(Maker):
         self._net = net
         self._restored = restored
         # Now, so that with a seed it does not depend on when other devices ask for chance.
-        self.mac = parse_mac(net.mac) if net.mac else b"\x52\x54\x00" + random(3)
+        self.mac = parse_mac(net.mac) if net.mac else random_mac(random)
 
     async def make(self) -> Device:
         net = self._net
