@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ram import Ram
-from vmm.acpi import Acpi, aml, tables
+from vmm.acpi import GENERATION_EVENT, Acpi, aml, tables
 from vmm.errors import ConfigError
 from vmm.machine import layout
 from vmm.machine.layout import Layout
@@ -95,6 +95,17 @@ def test_20_2_2_names() -> None:
     assert aml.eisa_id("PNP0A03") == bytes([0x0C, 0x41, 0xD0, 0x0A, 0x03])
 
 
+def test_parts_describe_events_of_their_own() -> None:
+    acpi = Acpi(Layout(256 * MIB), 1, Ram(2 * MIB).write)
+    acpi.add_terms(aml.name("\\CNT", aml.ZERO))
+    acpi.add_event(layout.PCI_EVENT, aml.store(aml.add(aml.name_string("CNT"), aml.ONE), aml.name_string("CNT")))
+    data = {name: data for name, _, data in acpi.tables()}["DSDT"]
+    assert data.count(b"_E01") == 1 and data.count(b"_E05") == 1
+    for number in (layout.PCI_EVENT, GENERATION_EVENT):
+        with pytest.raises(ConfigError, match=f"event {number} is taken"):
+            acpi.add_event(number)
+
+
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="needs iasl (Debian: acpica-tools)")
 @pytest.mark.parametrize(("size", "cpus"), [(128 * MIB, 1), (6 * GIB, 4)])
 def test_iasl_disassembles_every_table_without_a_word_and_takes_the_result_back(
@@ -117,7 +128,9 @@ def test_iasl_disassembles_every_table_without_a_word_and_takes_the_result_back(
                 assert word not in source.lower(), (name, source)
         result = subprocess.run(
             ["iasl", "-p", str(tmp_path / f"{name}-again"), str(tmp_path / f"{name}.dsl")],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         again = (tmp_path / f"{name}-again.aml").read_bytes()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vmm.acpi import tables
 from vmm.acpi.dsdt import GENERATION_EVENT, dsdt
+from vmm.errors import ConfigError
 from vmm.machine import layout
 from vmm.machine.layout import Layout
 
@@ -26,6 +27,8 @@ class Acpi:
     def __init__(self, memory: Layout, cpus: int, write: Callable[[int, bytes], None]) -> None:
         self._memory, self._cpus, self._write = memory, cpus, write
         self._virtio_mmio: list[int] = []
+        self._terms: list[bytes] = []
+        self._events: dict[int, bytes] = {}
 
     @property
     def rsdp(self) -> int:
@@ -37,9 +40,21 @@ class Acpi:
         layout.virtio_mmio(index)
         self._virtio_mmio.append(index)
 
+    def add_terms(self, *terms: bytes) -> None:
+        """More of the definition block, as vmm.acpi.aml encodes it. Before start()."""
+        self._terms += terms
+
+    def add_event(self, number: int, *body: bytes) -> None:
+        """What the guest does when it hears of general purpose event `number` (vmm.devices.pm.Pm.general_event raises
+        it): the body of \\_GPE._Exx. It runs once for any number of events, so what happened stands in registers.
+        Before start(). Raises ConfigError if the event is taken."""
+        if number in self._events or number == GENERATION_EVENT:
+            raise ConfigError(f"ACPI: general purpose event {number} is taken")
+        self._events[number] = b"".join(body)
+
     def tables(self) -> list[tuple[str, int, bytes]]:
         """(signature, guest-physical address, bytes) of every table."""
-        return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio))
+        return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio, self._terms, self._events))
 
     def populate(self) -> None:
         """Write all tables. The builder calls it when every part is attached."""

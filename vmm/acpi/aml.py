@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from vmm.errors import ConfigError
 
 ZERO, ONE, ONES = b"\x00", b"\x01", b"\xff"
-LOCAL0 = b"\x60"
+LOCAL0, LOCAL1, LOCAL2, LOCAL3 = b"\x60", b"\x61", b"\x62", b"\x63"
 ARG0, ARG1, ARG2, ARG3 = b"\x68", b"\x69", b"\x6a", b"\x6b"
+NOTHING = b"\x00"
+"""A target that takes no result (20.2.2 NullName)."""
 
 
 def package_length(body: int) -> bytes:
@@ -136,6 +138,73 @@ def return_(value: bytes) -> bytes:
 
 def notify(path: str, value: int) -> bytes:
     return b"\x86" + name_string(path) + integer(value)
+
+
+def notify_object(target: bytes, value: int) -> bytes:
+    """Notify an object that is not named here: a local, an argument."""
+    return b"\x86" + target + integer(value)
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    return b"\x70" + value + target
+
+
+def add(left: bytes, right: bytes, target: bytes = NOTHING) -> bytes:
+    return b"\x72" + left + right + target
+
+
+def shift_left(value: bytes, count: bytes, target: bytes = NOTHING) -> bytes:
+    return b"\x79" + value + count + target
+
+
+def shift_right(value: bytes, count: bytes, target: bytes = NOTHING) -> bytes:
+    return b"\x7a" + value + count + target
+
+
+def less(left: bytes, right: bytes) -> bytes:
+    return b"\x95" + left + right
+
+
+def while_(condition: bytes, *terms: bytes) -> bytes:
+    return _packaged(b"\xa2", condition + b"".join(terms))
+
+
+def call(path: str, *arguments: bytes) -> bytes:
+    """20.2.5: a method's invocation; a name is looked up in the scopes outwards."""
+    return name_string(path) + b"".join(arguments)
+
+
+def mutex(path: str) -> bytes:
+    return b"\x5b\x01" + name_string(path) + ZERO
+
+
+def acquire(path: str) -> bytes:
+    """However long it takes."""
+    return b"\x5b\x23" + name_string(path) + b"\xff\xff"
+
+
+def release(path: str) -> bytes:
+    return b"\x5b\x27" + name_string(path)
+
+
+def port_region(path: str, start: int, size: int) -> bytes:
+    """20.2.5.2: an operation region of `size` ports (SystemIO)."""
+    return b"\x5b\x80" + name_string(path) + b"\x01" + integer(start) + integer(size)
+
+
+def fields(region: str, width: int, *named: tuple[str, int]) -> bytes:
+    """Registers of an operation region in their order, as (name, bits); "" leaves bits out. They are accessed `width`
+    bytes at a time, and what is not written is written as zeroes."""
+    access = {1: 1, 2: 2, 4: 3}[width]
+    listed = b"".join((ZERO if not path else name_string(path)) + _bits(bits) for path, bits in named)
+    return _packaged(b"\x5b\x81", name_string(region) + bytes([2 << 5 | access]) + listed)
+
+
+def _bits(count: int) -> bytes:
+    """20.2.5.2: the PkgLength of a field element is its width alone."""
+    if count <= 0x3F:
+        return bytes([count])
+    return bytes([1 << 6 | count & 15, count >> 4])
 
 
 def create_dword_field(source: bytes, index: int, path: str) -> bytes:

@@ -6,7 +6,7 @@ Generation ID (Microsoft, 2012); LNRO0005 is virtio-mmio's identifier on ACPI sy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vmm.acpi import aml
 from vmm.devices.pm import SLEEP_TYPE_S5
@@ -16,7 +16,7 @@ from vmm.machine.layout import Layout
 PRESENT = 0x0F
 """_STA: present, enabled, shown, functioning."""
 GENERATION_EVENT = 5
-"""The general purpose event that says: the generation ID changed."""
+"""The general purpose event (layout.PCI_EVENT and following are others) that says: the generation ID changed."""
 PCI_OSC = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 OSC_UNKNOWN_UUID, OSC_UNKNOWN_REVISION = 1 << 2, 1 << 3
 OSC_GRANTED = 0x1F
@@ -87,6 +87,7 @@ def _motherboard() -> bytes:
             aml.resource_template(
                 aml.memory32_fixed(layout.ECAM.start, layout.ECAM.size),
                 aml.io(layout.PM_BASE, layout.PM_SIZE),
+                aml.io(layout.PCI_HOTPLUG, layout.PCI_HOTPLUG_SIZE + layout.CPU_HOTPLUG_SIZE),
                 aml.io(0x92, 1),
             ),
         ),
@@ -145,13 +146,19 @@ def _fw_cfg() -> bytes:
 
 
 def _processor(index: int) -> bytes:
-    return aml.device(
-        f"C{index:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(index))
-    )
+    return aml.device(f"C{index:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(index)))
 
 
-def dsdt(memory: Layout, cpus: int, virtio_mmio: Sequence[int] = ()) -> bytes:
-    """The definition block's terms. `virtio_mmio`: indices of the windows in use."""
+def dsdt(
+    memory: Layout,
+    cpus: int,
+    virtio_mmio: Sequence[int] = (),
+    terms: Sequence[bytes] = (),
+    events: Mapping[int, bytes] | None = None,
+) -> bytes:
+    """The definition block's terms. `virtio_mmio`: indices of the windows in use. `terms`: what other parts describe.
+    `events`: the body of the method of each general purpose event."""
+    listed = {GENERATION_EVENT: aml.notify("\\_SB.VGEN", 0x80), **(events or {})}
     return b"".join(
         (
             aml.scope(
@@ -167,9 +174,8 @@ def dsdt(memory: Layout, cpus: int, virtio_mmio: Sequence[int] = ()) -> bytes:
                 _fw_cfg(),
                 *(_virtio_mmio(index) for index in virtio_mmio),
             ),
-            aml.scope(
-                "\\_GPE", aml.method(f"_E{GENERATION_EVENT:02X}", 0, aml.notify("\\_SB.VGEN", 0x80))
-            ),
+            *terms,
+            aml.scope("\\_GPE", *(aml.method(f"_E{number:02X}", 0, body) for number, body in sorted(listed.items()))),
             aml.name("\\_S0", aml.package([aml.ZERO] * 4)),
             aml.name("\\_S5", aml.package([aml.integer(SLEEP_TYPE_S5), aml.ZERO, aml.ZERO, aml.ZERO])),
         )

@@ -50,9 +50,17 @@ PCI_IO = Range(0x1000, 0xF000)
 PM_BASE = 0x600
 PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0 = PM_BASE, PM_BASE + 4, PM_BASE + 8, PM_BASE + 0x20
 PM_SIZE = 0x40
+PCI_HOTPLUG, PCI_HOTPLUG_SIZE = 0x640, 0x20
+"""Registers of vmm/pci/hotplug.py."""
+CPU_HOTPLUG, CPU_HOTPLUG_SIZE = 0x660, 0x20
+"""Kept for processors that come and go."""
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 PVPANIC = 0x505
 FW_CFG, FW_CFG_SIZE = 0x510, 12
+
+# General purpose events, with a method each in the DSDT (vmm.acpi.Acpi.add_event).
+PCI_EVENT, CPU_EVENT = 1, 2
+"""Something happened to a PCI slot, or to a processor: registers say what."""
 
 # GSIs. 0-15 reach both the PIC and the IOAPIC.
 COM1_GSI, COM2_GSI, RTC_GSI, SCI_GSI, KEYBOARD_GSI, MOUSE_GSI = 4, 3, 8, 9, 1, 12
