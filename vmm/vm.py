@@ -25,7 +25,7 @@ from vmm.cores import open_system
 from vmm.errors import StateError, VmmError, core_errors
 from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
-from vmm.machine.builder import Built
+from vmm.machine.builder import Machine
 from vmm.machine.hardware import HeadStart, Making
 from vmm.machine.origin import BOOT, Origin, Restore, Saved, Touched
 from vmm.machine.resources import Resources
@@ -86,7 +86,7 @@ class VirtualMachine:
         self.on_debug: Callable[[bytes], None] | None = None
         """Called with what the guest writes to the debug port 0xe9."""
         self._resources: Resources | None = None
-        self._built: Built | None = None
+        self._machine: Machine | None = None
         self._saved = saved
         self._after_restore: list[asyncio.Task[None]] = []
         self._origin: Origin = BOOT if saved is None else saved.origin
@@ -182,8 +182,8 @@ class VirtualMachine:
             outcome = Outcome(Reason.TIMEOUT, f"still running after {self.config.timeout:g} s")
             self._timer = asyncio.get_running_loop().call_later(self.config.timeout, self._finish, outcome)
         self.timeline.mark("resume")
-        if self._built is not None:  # between two boots there is none; the next goes by the state
-            self._built.dispatcher.release("pause")
+        if self._machine is not None:  # between two boots there is none; the next goes by the state
+            self._machine.dispatcher.release("pause")
         if self._saved is not None and not self._after_restore:
             if self._saved.identity is not None:
                 self._after_restore.append(asyncio.create_task(self._identify(), name="identify"))
@@ -194,8 +194,8 @@ class VirtualMachine:
     async def pause(self) -> None:
         """Park every vCPU. Raises StateError."""
         self._change(Change.PAUSE)
-        if self._built is not None:
-            dispatcher = self._built.dispatcher
+        if self._machine is not None:
+            dispatcher = self._machine.dispatcher
             dispatcher.hold("pause")
             await dispatcher.wait_parked()
 
@@ -215,8 +215,8 @@ class VirtualMachine:
             self.resume()
         if not self.ending:
             self._change(Change.ASK)
-            button = self._built.components.get("power-button") if self._built is not None else None
-            if self._built is None or self._end is not None:
+            button = self._machine.components.get("power-button") if self._machine is not None else None
+            if self._machine is None or self._end is not None:
                 self._finish(Outcome(Reason.RESET, "stopped between two boots"))
             elif button is None:
                 self._finish(Outcome(Reason.KILLED, "this machine has no power button"))
@@ -232,7 +232,7 @@ class VirtualMachine:
     def press_power_button(self, *, reboot: bool = False) -> None:
         """Ask the guest to power off and go on; what it does is its own affair. With `reboot` the machine starts again
         in place once the guest has powered off. StateError if the machine has no power button, or does not run."""
-        button = self._built.components.get("power-button") if self._built is not None else None
+        button = self._machine.components.get("power-button") if self._machine is not None else None
         if self.state is not State.RUNNING or self._end is not None:
             state = "ending" if self._end is not None else self.state.value
             raise StateError(f"cannot press the power button of a machine that is {state}")
@@ -267,7 +267,7 @@ class VirtualMachine:
         (virtio.device.Device), or one of `devices`. StateError if there is none."""
         resources = self._live()
         try:
-            if self._built is None:
+            if self._machine is None:
                 raise KeyError(name)
             return resources.device(name)
         except KeyError:
@@ -350,7 +350,7 @@ class VirtualMachine:
     def stats(self) -> dict[str, int]:
         """Counters of exits by class and reason, and of accesses that nothing claimed; the core's go with it when the
         machine ends. Empty before it is built."""
-        return self._built.stats() if self._built is not None else {}
+        return self._machine.stats() if self._machine is not None else {}
 
     @property
     def debug_output(self) -> bytes:
@@ -360,11 +360,11 @@ class VirtualMachine:
     # State.
 
     @property
-    def machine(self) -> Built:
-        """What the guest sees, in its present incarnation. StateError if there is none."""
-        if self._built is None:
+    def machine(self) -> Machine:
+        """What the guest sees since it last booted. StateError if there is nothing now."""
+        if self._machine is None:
             raise StateError("the machine is not built, or is between two boots")
-        return self._built
+        return self._machine
 
     @property
     def own_devices(self) -> Mapping[str, Callable[[], Any]]:
@@ -400,20 +400,20 @@ class VirtualMachine:
     async def standstill(self, why: str) -> AsyncIterator[None]:
         """The machine stands still, between two instructions and with no virtio request in flight, so that its state
         may be taken. `why` names the hold. StateError if it ends or reboots meanwhile."""
-        built = self.machine
-        built.dispatcher.hold(why)
+        machine = self.machine
+        machine.dispatcher.hold(why)
         try:
-            await built.dispatcher.wait_parked()
-            await built.quiesce()
-            self.check_standing(built)
+            await machine.dispatcher.wait_parked()
+            await machine.quiesce()
+            self.check_standing(machine)
             yield
         finally:
-            built.resume_devices()
-            built.dispatcher.release(why)
+            machine.resume_devices()
+            machine.dispatcher.release(why)
 
-    def check_standing(self, built: Built) -> None:
-        """StateError if the machine is no longer this incarnation of it, or has ended."""
-        if self._built is not built or built.dispatcher.ended or self._end is not None:
+    def check_standing(self, machine: Machine) -> None:
+        """StateError if the machine has rebooted since, or has ended."""
+        if self._machine is not machine or machine.dispatcher.ended or self._end is not None:
             raise StateError("the machine ended, or rebooted, meanwhile")
 
     async def snapshot(self, directory: Path | str, **options: Any) -> Manifest:
@@ -478,7 +478,7 @@ class VirtualMachine:
                 saved_disks=None if self._saved is None else self._saved.disks,
             )
         origin, self._origin = self._origin, BOOT
-        built = Built(
+        machine = Machine(
             self._resources,
             self._hub.port,
             self._write_debug,
@@ -489,16 +489,16 @@ class VirtualMachine:
         )
         self._making = None
         FirstOutput(self._hub, partial(timeline.mark, "first console byte"))
-        await built.build()
+        await machine.build()
         timeline.mark("built")
-        self._built = built
+        self._machine = machine
         if isinstance(origin, Restore) and self._saved is not None and self._saved.identity is not None:
             from vmm.machine.becoming import become
 
-            become(built, self._saved.identity)
+            become(machine, self._saved.identity)
         self._hub.on_pressure = self._console_pressure
         if self._hub.pressed:
-            built.dispatcher.hold("console")
+            machine.dispatcher.hold("console")
 
     async def _open_console(self) -> None:
         console = self.config.console
@@ -530,8 +530,8 @@ class VirtualMachine:
         if self._end is None or self._restarts(self._end):
             self._end = outcome
             self._ending.set()
-            if self._built is not None:
-                self._built.dispatcher.end(outcome)
+            if self._machine is not None:
+                self._machine.dispatcher.end(outcome)
 
     async def _supervise(self) -> None:
         """Waits for the end, restarts after a reboot if that is asked for, cleans up."""
@@ -555,11 +555,11 @@ class VirtualMachine:
         return end.reason is Reason.RESET and wanted and self.state is not State.STOPPING
 
     async def _restart(self, end: Outcome) -> None:
-        assert self._built is not None
-        await self._built.aclose()
+        assert self._machine is not None
+        await self._machine.aclose()
         if self._end is not end or not self._restarts(end):
             return  # killed or stopped meanwhile
-        self._built = None
+        self._machine = None
         if self._resources is not None:
             self._resources.restarted()
         self._end = None
@@ -568,17 +568,17 @@ class VirtualMachine:
         await self._build()
         self._tell(Rebooted(end.detail))
         if self._end is None and self.state is not State.PAUSED:
-            assert self._built is not None
-            self._built.dispatcher.release("pause")
+            assert self._machine is not None
+            self._machine.dispatcher.release("pause")
 
     def _close_core(self) -> None:
-        if self._built is not None:
-            self._built.close()
+        if self._machine is not None:
+            self._machine.close()
 
     async def _release(self) -> None:
         """Give everything back, whatever fails; the outcome is known afterwards."""
         self.timeline.mark("end")
-        built = self._built
+        machine = self._machine
         try:
             if self._timer is not None:
                 self._timer.cancel()
@@ -587,9 +587,9 @@ class VirtualMachine:
             if self._making is not None:  # and nobody took it
                 self._making.close_core()
                 self._making.close_memory()
-            if built is not None:
-                built.begin_close()  # the rest goes on meanwhile
-                await built.close_components()
+            if machine is not None:
+                machine.begin_close()  # the rest goes on meanwhile
+                await machine.close_components()
             if self._resources is not None:
                 with core_errors():
                     await self._resources.aclose()
@@ -600,8 +600,8 @@ class VirtualMachine:
             try:
                 await self._close_services()
             finally:
-                if built is not None:
-                    await built.aclose()
+                if machine is not None:
+                    await machine.aclose()
                 self.timeline.mark("closed")
                 self._stopped.set()
 
@@ -647,11 +647,11 @@ class VirtualMachine:
             self._tell(ConsoleBreak())
 
     def _console_pressure(self, pressed: bool) -> None:
-        if self._built is not None:
+        if self._machine is not None:
             if pressed:
-                self._built.dispatcher.hold("console")
+                self._machine.dispatcher.hold("console")
             else:
-                self._built.dispatcher.release("console")
+                self._machine.dispatcher.release("console")
 
     def _write_debug(self, data: bytes) -> None:
         self._debug += data

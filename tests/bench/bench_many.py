@@ -29,9 +29,9 @@ MIB = 1 << 20
 
 def guest_ranges(machine: VirtualMachine) -> list[tuple[int, int]]:
     """[start, end) of the host's addresses of a machine's memory."""
-    assert machine._built is not None
+    assert machine._machine is not None
     found = []
-    for _, buffer in machine._built.memory.regions():
+    for _, buffer in machine._machine.memory.regions():
         start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         found.append((start, start + len(buffer)))
     return found

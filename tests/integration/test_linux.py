@@ -381,8 +381,8 @@ async def test_a_new_generation_id_reseeds_the_guest(tmp_path: Path) -> None:
     kernel, initrd = debian.kernel(GENERIC), debian.initramfs(tmp_path)
     async with vmm.run(core="soft", kernel=kernel, initrd=initrd, memory="512M", append="do=shell") as machine:
         await machine.console.expect(rb"shell# ", timeout=90)
-        assert machine._built is not None
-        machine._built.get("generation-id").renew()
+        assert machine._machine is not None
+        machine._machine.get("generation-id").renew()
         await machine.console.expect(rb"crng reseeded due to virtual machine fork", timeout=60)
         machine.kill()
 

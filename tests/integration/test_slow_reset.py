@@ -36,13 +36,13 @@ class GuestsDriver(MmioDriver):
     """What the guest's driver has done before its vCPU takes the last step itself."""
 
     def __init__(self, vm: VirtualMachine) -> None:
-        assert vm._built is not None
-        memory = vm._built.memory
+        assert vm._machine is not None
+        memory = vm._machine.memory
         self.memory = cast(Any, memory)
         self.allocator = Allocator(memory, BUFFERS, 2 * BUFFERS)
         self.queues = []
         self.interrupted = asyncio.Event()
-        self.mmio = self.transport = vm._built.components["virtio"].transports["disk0"]  # type: ignore[attr-defined]
+        self.mmio = self.transport = vm._machine.components["virtio"].transports["disk0"]  # type: ignore[attr-defined]
         assert isinstance(self.mmio, MmioTransport)
         self.initialize()
 
@@ -84,8 +84,8 @@ async def vm(request: pytest.FixtureRequest, hung: SlowDisk, tmp_path: Path) -> 
 
 def vcpu(vm: VirtualMachine) -> ScriptedVcpu:
     """The one that resets the disk."""
-    assert vm._built is not None
-    return cast(ScriptedVcpu, vm._built.vcpus[0])
+    assert vm._machine is not None
+    return cast(ScriptedVcpu, vm._machine.vcpus[0])
 
 
 async def reset_begun(vm: VirtualMachine) -> None:
@@ -113,7 +113,7 @@ async def test_the_machine_is_paused_and_resumed_meanwhile(vm: VirtualMachine, h
     vm.resume()
     assert vcpu(vm).parked
     await vm.pause()
-    virtio: Any = vm._built.components["virtio"]  # type: ignore[union-attr]
+    virtio: Any = vm._machine.components["virtio"]  # type: ignore[union-attr]
     quiesced = asyncio.ensure_future(virtio.quiesce())
     await asyncio.wait([quiesced], timeout=0.01)
     assert not quiesced.done()

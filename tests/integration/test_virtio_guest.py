@@ -235,9 +235,9 @@ async def test_entropy(stock_core: Any, transport: str) -> None:
 
 def jump(vm: vmm.VirtualMachine, name: str) -> None:
     """Do what a hostile driver of the device would: move the available index too far, and notify."""
-    assert vm._built is not None
-    transport = vm._built.components["virtio"].transports[name]  # type: ignore[attr-defined]
-    index = vm._built.memory.view(transport.queues[0].driver + 2, 2)  # type: ignore[union-attr]
+    assert vm._machine is not None
+    transport = vm._machine.components["virtio"].transports[name]  # type: ignore[attr-defined]
+    index = vm._machine.memory.view(transport.queues[0].driver + 2, 2)  # type: ignore[union-attr]
     index[:] = (int.from_bytes(index, "little") + 1000 & 0xFFFF).to_bytes(2, "little")
     transport.notify(0)
 

@@ -36,7 +36,7 @@ from vmm import (
 )
 from vmm.errors import GuestError
 from vmm.lifecycle import Change, Outcome, Reason
-from vmm.machine.builder import Built
+from vmm.machine.builder import Machine
 
 COM1 = 0x3F8
 EXIT = PortOut(0xF4, 1, 7)
@@ -119,8 +119,8 @@ async def test_pause_parks_and_resume_goes_on(tmp_path: Path) -> None:
         vm.resume()
         await vm.pause()
         assert vm.state is State.PAUSED
-        assert vm._built is not None and vm._built.dispatcher.parked
-        vm._built.vcpus[0].registers()
+        assert vm._machine is not None and vm._machine.dispatcher.parked
+        vm._machine.vcpus[0].registers()
         with pytest.raises(StateError, match="cannot pause a machine that is paused; possible: resume, end"):
             await vm.pause()
         vm.resume()
@@ -134,16 +134,16 @@ class Stalling:
     """A port whose writes keep the vCPU that makes them."""
 
     def __init__(self, vm: VirtualMachine) -> None:
-        assert vm._built is not None
-        self.machine = vm._built.machine
+        assert vm._machine is not None
+        self.board = vm._machine.board
         self.stalls: list[Callable[[], None]] = []
-        self.machine.map(Space.PORT, 0x5000, 1, self, "stalling")
+        self.board.map(Space.PORT, 0x5000, 1, self, "stalling")
 
     def read(self, offset: int, size: int) -> int:
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self.stalls += [self.machine.stall() for _ in range(value)]
+        self.stalls += [self.board.stall() for _ in range(value)]
 
 
 async def test_a_device_keeps_the_vcpu_that_wrote_and_no_other(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ async def test_a_device_keeps_the_vcpu_that_wrote_and_no_other(tmp_path: Path) -
     async with vm, machine(tmp_path, text(b"other")) as other:
         port = Stalling(vm)
         with pytest.raises(StateError, match="no vCPU makes an access"):
-            port.machine.stall()
+            port.board.stall()
         vm.resume()
         await vm.console.expect("a.*1|1.*a")
         await until(lambda: port.stalls)
@@ -159,10 +159,10 @@ async def test_a_device_keeps_the_vcpu_that_wrote_and_no_other(tmp_path: Path) -
         await other.console.expect("other")
         for _ in range(3):
             await vm.pause()
-            vm._built.vcpus[0].state()  # type: ignore[union-attr]
+            vm._machine.vcpus[0].state()  # type: ignore[union-attr]
             vm.resume()
         for go_on in port.stalls:
-            assert vm._built.vcpus[0].parked and "b" not in vm.console.text  # type: ignore[union-attr]
+            assert vm._machine.vcpus[0].parked and "b" not in vm.console.text  # type: ignore[union-attr]
             go_on()
         await vm.console.expect("b")
         port.stalls[0]()
@@ -176,7 +176,7 @@ async def test_a_vcpu_whose_stall_ends_while_paused_stays_parked(tmp_path: Path)
         await until(lambda: port.stalls)
         await vm.pause()
         port.stalls[0]()
-        vm._built.vcpus[0].state()  # type: ignore[union-attr]
+        vm._machine.vcpus[0].state()  # type: ignore[union-attr]
         assert "b" not in vm.console.text
         vm.resume()
         await vm.console.expect("b")
@@ -185,7 +185,7 @@ async def test_a_vcpu_whose_stall_ends_while_paused_stays_parked(tmp_path: Path)
 async def test_a_stall_that_is_over_at_once_and_one_that_never_ends(tmp_path: Path) -> None:
     class Short(Stalling):
         def write(self, offset: int, size: int, value: int) -> None:
-            self.machine.stall()()
+            self.board.stall()()
 
     async with machine(tmp_path, [*[PortOut(0x5000, 1, 1)] * 50, *text(b"b")]) as vm:
         Short(vm)
@@ -265,8 +265,8 @@ async def test_a_slow_lossless_reader_holds_the_guest(tmp_path: Path) -> None:
         reader = vm.console.reader(lossless=True)
         vm.resume()
         await until(lambda: vm._hub._pressed)
-        assert vm._built is not None
-        await vm._built.dispatcher.wait_parked()
+        assert vm._machine is not None
+        await vm._machine.dispatcher.wait_parked()
         held_at = vm._hub.total
         assert held_at < 330_000
         await asyncio.sleep(0)
@@ -284,7 +284,7 @@ async def test_input_reaches_the_guest_and_waits_for_it(tmp_path: Path) -> None:
         await until(lambda: len(hub._input) >= 64 << 10)
         assert not writing.done()
         received = 0
-        uart = vm._built.get("com1")  # type: ignore[union-attr]
+        uart = vm._machine.get("com1")  # type: ignore[union-attr]
         while received < 200_000:
             while uart.read(5, 1) & 1:
                 assert uart.read(0, 1) == ord("p")
@@ -387,18 +387,18 @@ async def restarting(
     The guest would end with EXIT after the restart."""
     system = Script([SystemEvent(2)])
     async with VirtualMachine(config(folder, reboot=True), system=system) as vm:
-        assert vm._built is not None
+        assert vm._machine is not None
         gate = Gate()
         if half == "closing":
-            vm._built.components["gate"] = gate
+            vm._machine.components["gate"] = gate
         else:
-            build = Built.build
+            build = Machine.build
 
-            async def gated(built: Built) -> None:
+            async def gated(present: Machine) -> None:
                 await gate.aclose()
-                await build(built)
+                await build(present)
 
-            monkeypatch.setattr(Built, "build", gated)
+            monkeypatch.setattr(Machine, "build", gated)
         vm.resume()
         await gate.reached.wait()
         system.scripts = ([EXIT],)
@@ -432,7 +432,7 @@ async def test_a_machine_that_is_paused_during_a_restart_starts_paused(
             if isinstance(event, Rebooted):
                 break
         assert vm.state is State.PAUSED
-        assert vm._built is not None and vm._built.dispatcher.held
+        assert vm._machine is not None and vm._machine.dispatcher.held
         assert vm.outcome is None
         assert (await vm.run()).reason is Reason.EXIT
 
@@ -467,8 +467,8 @@ async def test_a_guest_that_resets_when_asked_to_stop_is_not_started_again(tmp_p
     async with machine(tmp_path, [], [SystemEvent(2)], reboot=True) as vm:
         vm._change(Change.RESUME)
         vm._change(Change.ASK)
-        assert vm._built is not None
-        vm._built.dispatcher.release("pause")
+        assert vm._machine is not None
+        vm._machine.dispatcher.release("pause")
         assert (await vm.wait()).reason is Reason.RESET
 
 
@@ -506,8 +506,8 @@ async def test_a_device_that_raises_ends_its_machine_alone(tmp_path: Path, error
     other_folder.mkdir()
     async with machine(tmp_path, [PortIn(0x5000, 1)]) as vm, machine(other_folder, []) as other:
         other.resume()
-        assert vm._built is not None
-        vm._built.machine.map(Space.PORT, 0x5000, 1, Broken(), "broken")
+        assert vm._machine is not None
+        vm._machine.board.map(Space.PORT, 0x5000, 1, Broken(), "broken")
         outcome = await vm.run()
         expected = Reason.GUEST_ERROR if isinstance(error, GuestError) else Reason.HOST_ERROR
         assert outcome.reason is expected
@@ -521,14 +521,14 @@ async def test_a_device_may_interrupt_while_it_closes(tmp_path: Path) -> None:
 
     class Late:
         async def aclose(self) -> None:
-            built.machine.signal_msi(0xFEE00000, 0x31)
+            built.board.signal_msi(0xFEE00000, 0x31)
             line.set(True)
             closed.append(True)
 
     async with machine(tmp_path, []) as vm:
-        built = vm._built
+        built = vm._machine
         assert built is not None
-        line = built.machine.irq_line(5)
+        line = built.board.irq_line(5)
         built.components["late"] = Late()
     assert closed
 
@@ -536,8 +536,8 @@ async def test_a_device_may_interrupt_while_it_closes(tmp_path: Path) -> None:
 async def test_several_vcpus_halt_one_by_one(tmp_path: Path) -> None:
     async with machine(tmp_path, [Halt()], [Halt()], []) as vm:
         vm.resume()
-        assert vm._built is not None
-        dispatcher = vm._built.dispatcher
+        assert vm._machine is not None
+        dispatcher = vm._machine.dispatcher
         await until(lambda: len(dispatcher.halted) == 2)
         assert vm.state is State.RUNNING
         await vm.pause()

@@ -69,7 +69,7 @@ class FakeShadow:
 
 
 class Pc:
-    """vmm.machine.interfaces.Machine; guest accesses by `inp`, `out`, `read` and `write`."""
+    """vmm.machine.interfaces.Board; guest accesses by `inp`, `out`, `read` and `write`."""
 
     def __init__(self, *, queued: bool = False) -> None:
         self.clock = ManualClock()
@@ -93,7 +93,7 @@ class Pc:
         self.levels[gsi] = level
         self.edges.append((gsi, level))
 
-    # vmm.machine.interfaces.Machine
+    # vmm.machine.interfaces.Board
 
     @staticmethod
     def random(count: int) -> bytes:
@@ -196,7 +196,7 @@ class FakeAssembly:
 
     def __init__(self, config: Any, memory: Any, pc: Pc | None = None) -> None:
         self.config, self.memory = config, memory
-        self.machine = pc or Pc()
+        self.board = pc or Pc()
         self.capabilities: frozenset[Any] = frozenset()
         self.console: Any = None
         self.components: dict[str, Any] = {}

@@ -40,7 +40,7 @@ class Guest:
     def __init__(self, **config: Any) -> None:
         self.memory = Memory(MEMORY)
         self.assembly = FakeAssembly(Config(memory=MEMORY, **config), self.memory)
-        self.pc: Pc = self.assembly.machine
+        self.pc: Pc = self.assembly.board
         self.assembly.add("acpi", Acpi(Layout(MEMORY), 1, self.memory.write))
         fwcfg.attach(self.assembly)
         self.device: fwcfg.FwCfg = self.assembly.get("fw_cfg")
@@ -321,7 +321,7 @@ class TestTestDevice:
         memory = Memory(MEMORY)
         assembly = FakeAssembly(Config(memory=MEMORY, testdev=True), memory)
         testdev.attach(assembly)
-        pc: Pc = assembly.machine
+        pc: Pc = assembly.board
         return pc, memory
 
     def test_lines(self) -> None:
@@ -349,7 +349,7 @@ class TestTestDevice:
     def test_without_being_asked_for_it_is_not_there(self) -> None:
         assembly = FakeAssembly(Config(memory=MEMORY), Memory(MEMORY))
         testdev.attach(assembly)
-        assert assembly.machine.inp(0xE0) == 0xFF
+        assert assembly.board.inp(0xE0) == 0xFF
 
     def test_state(self) -> None:
         memory, machines = Memory(MEMORY), [Pc(), Pc()]

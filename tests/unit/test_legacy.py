@@ -214,8 +214,8 @@ def test_four_bytes_at_the_delay_port_mark_the_boot() -> None:
     assembly = FakeAssembly(None, None)
     post.attach(assembly)
     for word in (b"init", b"root", b"evil", b"\0\0\0\0"):
-        assembly.machine.out(0x80, int.from_bytes(word, "little"), 4)
-    posted, offset = assembly.machine.posts[Space.PORT, 0x80, 4]
+        assembly.board.out(0x80, int.from_bytes(word, "little"), 4)
+    posted, offset = assembly.board.posts[Space.PORT, 0x80, 4]
     posted.posted(offset, 4, b"rootinit")
     assert assembly.marks == ["init", "root", "root", "init"]
 
@@ -231,8 +231,8 @@ def test_generation_id_changes_only_when_renewed() -> None:
     memory = Ram(4 << 20)
     assembly = FakeAssembly(None, memory)
     values = iter([b"a" * 16, b"b" * 16])
-    assembly.machine.random = lambda count: next(values)  # type: ignore[method-assign]
-    assembly.add("pm", Pm(assembly.machine))
+    assembly.board.random = lambda count: next(values)  # type: ignore[method-assign]
+    assembly.add("pm", Pm(assembly.board))
     vmgenid.attach(assembly)
     device = assembly.get("generation-id")
     device.populate()

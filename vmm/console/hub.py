@@ -124,7 +124,7 @@ class ConsoleHub:
     # The guest's side.
 
     def port(self) -> ConsolePort:
-        """A new port, for one device of the present incarnation of the machine."""
+        """A new port, for one device of the machine as it last booted."""
         port = ConsolePort(self)
         if self.active is None:
             self.active = port

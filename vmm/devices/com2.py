@@ -8,4 +8,4 @@ from vmm.machine.interfaces import Assembly
 
 
 def attach(assembly: Assembly) -> None:
-    assembly.add("com2", Uart(assembly.machine, layout.COM2, layout.COM2_GSI, None, "com2"))
+    assembly.add("com2", Uart(assembly.board, layout.COM2, layout.COM2_GSI, None, "com2"))

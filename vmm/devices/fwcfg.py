@@ -19,7 +19,7 @@ from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.errors import ConfigError, GuestError, StateError, os_reason
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Board
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,9 +150,9 @@ class FwCfg:
     state_type = FwCfgState
 
     def __init__(
-        self, machine: Machine, memory: GuestMemory, items: Mapping[int, Item], files: Mapping[str, Item]
+        self, board: Board, memory: GuestMemory, items: Mapping[int, Item], files: Mapping[str, Item]
     ) -> None:
-        self._machine, self._memory = machine, memory
+        self._board, self._memory = board, memory
         self._names = sorted(files)
         self._items = dict(items)
         self._items[KEY_SIGNATURE] = Bytes(lambda: SIGNATURE)
@@ -168,7 +168,7 @@ class FwCfg:
         self._turn: asyncio.Handle | None = None
 
     def attach(self) -> None:
-        self._machine.map(Space.PORT, layout.FW_CFG, layout.FW_CFG_SIZE, self, "fw_cfg")
+        self._board.map(Space.PORT, layout.FW_CFG, layout.FW_CFG_SIZE, self, "fw_cfg")
 
     def _directory(self) -> bytes:
         entries = [
@@ -243,7 +243,7 @@ class FwCfg:
             if rest is None:
                 return
             transfer = rest
-        self._transfers.append((transfer, self._machine.stall()))
+        self._transfers.append((transfer, self._board.stall()))
         self._idle.clear()
         self._continue()
 
@@ -379,7 +379,7 @@ def attach(assembly: Assembly) -> None:
         close(items.values())
         close(files.values())
         raise
-    device = FwCfg(assembly.machine, assembly.memory, items, files)
+    device = FwCfg(assembly.board, assembly.memory, items, files)
     device.attach()
     assembly.add("fw_cfg", device)
 

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Board
 from vmm.state.fields import U8
 
 DATA_PORT, COMMAND_PORT = 0x60, 0x64
@@ -66,15 +66,15 @@ class I8042:
 
     state_type = I8042State
 
-    def __init__(self, machine: Machine, reset: Callable[[str], None]) -> None:
-        self._machine = machine
-        self._irq = machine.irq_line(layout.KEYBOARD_GSI)
+    def __init__(self, board: Board, reset: Callable[[str], None]) -> None:
+        self._board = board
+        self._irq = board.irq_line(layout.KEYBOARD_GSI)
         self._reset_machine = reset
         self.reset()
 
     def attach(self) -> None:
-        self._machine.map(Space.PORT, DATA_PORT, 1, _Port(self._read_data, self._write_data), "i8042 data")
-        self._machine.map(Space.PORT, COMMAND_PORT, 1, _Port(self._read_status, self._write_command), "i8042 command")
+        self._board.map(Space.PORT, DATA_PORT, 1, _Port(self._read_data, self._write_data), "i8042 data")
+        self._board.map(Space.PORT, COMMAND_PORT, 1, _Port(self._read_status, self._write_command), "i8042 command")
 
     def reset(self) -> None:
         self._command_byte = COMMAND_BYTE_RESET
@@ -210,6 +210,6 @@ class _Port:
 
 
 def attach(assembly: Assembly) -> None:
-    device = I8042(assembly.machine, assembly.get("reset").trigger)
+    device = I8042(assembly.board, assembly.get("reset").trigger)
     device.attach()
     assembly.add("i8042", device)

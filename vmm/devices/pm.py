@@ -12,7 +12,7 @@ from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine import layout
 from vmm.machine.bus import Register, RegisterMap
-from vmm.machine.interfaces import Assembly, Machine, TimerHandle
+from vmm.machine.interfaces import Assembly, Board, TimerHandle
 from vmm.state.fields import U16
 
 PM_TIMER_HZ = 3_579_545
@@ -52,10 +52,10 @@ class Pm:
 
     state_type = PmState
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._clock = machine.clock
-        self._sci = machine.irq_line(layout.SCI_GSI)
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._clock = board.clock
+        self._sci = board.irq_line(layout.SCI_GSI)
         self._timer: TimerHandle | None = None
         base = layout.PM_BASE
         self._registers = RegisterMap(
@@ -74,7 +74,7 @@ class Pm:
         self.reset()
 
     def attach(self) -> None:
-        self._machine.map(Space.PORT, layout.PM_BASE, layout.PM_SIZE, self, "acpi pm")
+        self._board.map(Space.PORT, layout.PM_BASE, layout.PM_SIZE, self, "acpi pm")
 
     def reset(self) -> None:
         self._status = self._enable = self._control = 0
@@ -131,7 +131,7 @@ class Pm:
     def _write_control(self, value: int) -> None:
         self._control = value & CONTROL_BITS
         if value & SLEEP_ENABLE and value >> SLEEP_TYPE_SHIFT & 7 == SLEEP_TYPE_S5:
-            self._machine.request("shutdown", "the guest powered itself off")
+            self._board.request("shutdown", "the guest powered itself off")
 
     # GPE0
 
@@ -178,7 +178,7 @@ class PowerButton:
 
 
 def attach(assembly: Assembly) -> None:
-    device = Pm(assembly.machine)
+    device = Pm(assembly.board)
     device.attach()
     assembly.add("pm", device)
     assembly.add("power-button", PowerButton(device))

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from cpu.contract import Space
 from cpu.values import dataclass
-from vmm.machine.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Board
 from vmm.state.fields import U8
 
 PORTS = (0x80, 0xED)
@@ -30,15 +30,15 @@ class DelayPortsState:
 class DelayPorts:
     state_type = DelayPortsState
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, board: Board) -> None:
+        self._board = board
         self._last = 0
 
     def attach(self) -> None:
         """Claim the ports."""
         for port in PORTS:
-            self._machine.map(Space.PORT, port, 1, self, f"delay port {port:#x}")
-            self._machine.post(Space.PORT, port, 1, self, 0)
+            self._board.map(Space.PORT, port, 1, self, f"delay port {port:#x}")
+            self._board.post(Space.PORT, port, 1, self, 0)
 
     def read(self, offset: int, size: int) -> int:
         return self._last
@@ -71,7 +71,7 @@ class BootMarks:
 
 def attach(assembly: Assembly) -> None:
     """Both ports, and the marks."""
-    device = DelayPorts(assembly.machine)
+    device = DelayPorts(assembly.board)
     device.attach()
-    assembly.machine.post(Space.PORT, PORTS[0], 4, BootMarks(assembly.mark), 0)
+    assembly.board.post(Space.PORT, PORTS[0], 4, BootMarks(assembly.mark), 0)
     assembly.add("delay-ports", device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from cpu.contract import Space
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Board
 
 PANICKED, CRASH_LOADED = 1 << 0, 1 << 1
 SUPPORTED = PANICKED | CRASH_LOADED
@@ -16,21 +16,21 @@ SUPPORTED = PANICKED | CRASH_LOADED
 class PvPanic:
     """A panic ends the machine as crashed, unless a crash kernel is about to take over. No state."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, board: Board) -> None:
+        self._board = board
 
     def attach(self) -> None:
-        self._machine.map(Space.PORT, layout.PVPANIC, 1, self, "pvpanic")
+        self._board.map(Space.PORT, layout.PVPANIC, 1, self, "pvpanic")
 
     def read(self, offset: int, size: int) -> int:
         return SUPPORTED
 
     def write(self, offset: int, size: int, value: int) -> None:
         if value & PANICKED:
-            self._machine.request("crash", "the guest reported a panic (pvpanic)")
+            self._board.request("crash", "the guest reported a panic (pvpanic)")
 
 
 def attach(assembly: Assembly) -> None:
-    device = PvPanic(assembly.machine)
+    device = PvPanic(assembly.board)
     device.attach()
     assembly.add("pvpanic", device)

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine
+from vmm.machine.interfaces import Assembly, Board
 
 PORT_A = 0x92
 PORT_A_RESET, PORT_A_A20 = 1 << 0, 1 << 1
@@ -36,23 +36,23 @@ class ResetControl:
 
     state_type = ResetState
 
-    def __init__(self, machine: Machine, read_memory: Callable[[int, int], bytes]) -> None:
-        self._machine = machine
+    def __init__(self, board: Board, read_memory: Callable[[int, int], bytes]) -> None:
+        self._board = board
         self._read_memory = read_memory
         self._control = 0
         self._port_a = PORT_A_A20
 
     def attach(self) -> None:
         """Port 0x92. 0xCF9 lies inside PCI's configuration address, which passes byte accesses on to us."""
-        self._machine.map(Space.PORT, PORT_A, 1, _PortA(self), "system control port a")
+        self._board.map(Space.PORT, PORT_A, 1, _PortA(self), "system control port a")
 
     def trigger(self, source: str) -> None:
         """The guest asked for a reset through `source`."""
         flag = int.from_bytes(self._read_memory(layout.WARM_BOOT_FLAG, 2), "little")
         if flag == WARM_BOOT:
-            self._machine.request("crash", f"the guest panicked (reset by {source} with the warm-boot flag)")
+            self._board.request("crash", f"the guest panicked (reset by {source} with the warm-boot flag)")
         else:
-            self._machine.request("reset", f"the guest reset itself by {source}")
+            self._board.request("reset", f"the guest reset itself by {source}")
 
     def read(self, offset: int, size: int) -> int:
         """0xCF9."""
@@ -96,6 +96,6 @@ class _PortA:
 
 
 def attach(assembly: Assembly) -> None:
-    control = ResetControl(assembly.machine, assembly.memory.read)
+    control = ResetControl(assembly.board, assembly.memory.read)
     control.attach()
     assembly.add("reset", control)

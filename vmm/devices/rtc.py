@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, Machine, TimerHandle
+from vmm.machine.interfaces import Assembly, Board, TimerHandle
 from vmm.state.fields import I64, U8
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71
@@ -63,10 +63,10 @@ class Rtc:
 
     state_type = RtcState
 
-    def __init__(self, machine: Machine, gsi: int = layout.RTC_GSI) -> None:
-        self._machine = machine
-        self._clock = machine.clock
-        self._irq = machine.irq_line(gsi)
+    def __init__(self, board: Board, gsi: int = layout.RTC_GSI) -> None:
+        self._board = board
+        self._clock = board.clock
+        self._irq = board.irq_line(gsi)
         self._timer: TimerHandle | None = None
         self._index = 0
         self._ram = bytearray(SIZE)
@@ -83,9 +83,9 @@ class Rtc:
 
     def attach(self) -> None:
         """The index is written by posted writes: only the data port makes a vCPU wait."""
-        self._machine.map(Space.PORT, INDEX_PORT, 1, _Index(self), "rtc index")
-        self._machine.post(Space.PORT, INDEX_PORT, 1, _Index(self), 0)
-        self._machine.map(Space.PORT, DATA_PORT, 1, self, "rtc data")
+        self._board.map(Space.PORT, INDEX_PORT, 1, _Index(self), "rtc index")
+        self._board.post(Space.PORT, INDEX_PORT, 1, _Index(self), 0)
+        self._board.map(Space.PORT, DATA_PORT, 1, self, "rtc data")
 
     def set_memory_size(self, low: int, high: int) -> None:
         """What firmware would have stored: conventional memory, memory above 1 MiB, 16 MiB and 4 GiB (bytes)."""
@@ -364,7 +364,7 @@ class _Index:
 
 
 def attach(assembly: Assembly) -> None:
-    rtc = Rtc(assembly.machine)
+    rtc = Rtc(assembly.board)
     machine_layout = layout.Layout(assembly.memory.size)
     rtc.set_memory_size(machine_layout.low_end, machine_layout.high_end - layout.HIGH_MEMORY)
     rtc.attach()

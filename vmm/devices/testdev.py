@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 from cpu.contract import Space
 from cpu.values import dataclass
-from vmm.machine.interfaces import Assembly, IrqLine, Machine
+from vmm.machine.interfaces import Assembly, Board, IrqLine
 from vmm.machine.lines import GSI_COUNT
 
 LINES = 0x2000
@@ -87,13 +87,13 @@ class TestDevice:
     __test__ = False
     state_type = TestDeviceState
 
-    def __init__(self, machine: Machine, written: Callable[[int, int], None]) -> None:
-        self._lines = _Lines([machine.irq_line(gsi) for gsi in range(GSI_COUNT)])
+    def __init__(self, board: Board, written: Callable[[int, int], None]) -> None:
+        self._lines = _Lines([board.irq_line(gsi) for gsi in range(GSI_COUNT)])
         self._ports, self._memory = Ram(IO_RAM_SIZE), Ram(MEMORY_SIZE)
-        machine.map(Space.PORT, LINES, GSI_COUNT, self._lines, "testdev lines")
-        machine.map(Space.PORT, IO_RAM, IO_RAM_SIZE, self._ports, "testdev I/O RAM")
-        machine.map(Space.PORT, FLUSH, 4, _Flush(written), "testdev flush")
-        machine.map(Space.MMIO, MEMORY, MEMORY_SIZE, self._memory, "testdev memory")
+        board.map(Space.PORT, LINES, GSI_COUNT, self._lines, "testdev lines")
+        board.map(Space.PORT, IO_RAM, IO_RAM_SIZE, self._ports, "testdev I/O RAM")
+        board.map(Space.PORT, FLUSH, 4, _Flush(written), "testdev flush")
+        board.map(Space.MMIO, MEMORY, MEMORY_SIZE, self._memory, "testdev memory")
 
     def reset(self) -> None:
         for offset in range(GSI_COUNT):
@@ -113,4 +113,4 @@ class TestDevice:
 def attach(assembly: Assembly) -> None:
     """Component "testdev", where it was asked for."""
     if assembly.config.testdev:
-        assembly.add("testdev", TestDevice(assembly.machine, assembly.memory.written))
+        assembly.add("testdev", TestDevice(assembly.board, assembly.memory.written))

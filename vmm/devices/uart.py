@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar
 from cpu.contract import Space
 from cpu.values import dataclass
 from vmm.machine.bus import Register, RegisterMap
-from vmm.machine.interfaces import Assembly, CharacterPort, Machine, TimerHandle
+from vmm.machine.interfaces import Assembly, Board, CharacterPort, TimerHandle
 from vmm.state.fields import U8, U16, U64
 
 COM1, COM1_GSI = 0x3F8, 4
@@ -103,10 +103,10 @@ class Uart:
 
     state_type = UartState
 
-    def __init__(self, machine: Machine, base: int, gsi: int, port: CharacterPort | None, name: str) -> None:
+    def __init__(self, board: Board, base: int, gsi: int, port: CharacterPort | None, name: str) -> None:
         self._port = port
-        self._clock = machine.clock
-        self._irq = machine.irq_line(gsi)
+        self._clock = board.clock
+        self._irq = board.irq_line(gsi)
         self._ier = self._lcr = self._mcr = self._scratch = 0
         self._divisor = 12
         self._fifos = False
@@ -144,11 +144,11 @@ class Uart:
         )
         self.read = registers.read
         self.write = registers.write
-        machine.map(Space.PORT, base, 8, self, name)
-        machine.post(Space.PORT, base, 1, self, 0)
+        board.map(Space.PORT, base, 8, self, name)
+        board.post(Space.PORT, base, 1, self, 0)
 
         def shadow(offset: int, notice: Callable[[], None] | None = None) -> Callable[[int, int | None], None]:
-            return machine.shadow(Space.PORT, base + offset, 1, notice).set
+            return board.shadow(Space.PORT, base + offset, 1, notice).set
 
         self._shadow_ier = shadow(1)
         self._shadow_iir = shadow(2, self._thre_seen)
@@ -471,4 +471,4 @@ class Uart:
 
 def attach(assembly: Assembly) -> None:
     """COM1, connected to the console."""
-    assembly.add("com1", Uart(assembly.machine, COM1, COM1_GSI, assembly.console, "com1"))
+    assembly.add("com1", Uart(assembly.board, COM1, COM1_GSI, assembly.console, "com1"))

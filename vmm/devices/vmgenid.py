@@ -57,5 +57,5 @@ class GenerationId:
 
 
 def attach(assembly: Assembly) -> None:
-    device = GenerationId(assembly.memory.write, assembly.machine.random, assembly.get("pm"))
+    device = GenerationId(assembly.memory.write, assembly.board.random, assembly.get("pm"))
     assembly.add("generation-id", device)

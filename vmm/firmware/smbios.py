@@ -117,4 +117,4 @@ class Smbios:
 def attach(assembly: Assembly) -> None:
     # With a seed a run is a function of its inputs, and a name made up by the command line has a process id in it.
     name = assembly.config.name if assembly.config.seed is None else ""
-    assembly.add("smbios", Smbios(assembly.memory.write, name, assembly.machine.random, assembly.config.uuid))
+    assembly.add("smbios", Smbios(assembly.memory.write, name, assembly.board.random, assembly.config.uuid))

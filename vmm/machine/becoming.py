@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from vmm.guest.identity import ENTROPY, Identity, payload
 
 if TYPE_CHECKING:
-    from vmm.machine.builder import Built
+    from vmm.machine.builder import Machine
 
 FIRST_CID = 3
 
 
-def become(machine: Built, identity: Identity) -> None:
+def become(machine: Machine, identity: Identity) -> None:
     """Give the devices what tells this machine from the original, and have the guest's agent told, before the machine
     runs on. The kernel hears of it by the VM generation ID, and mixes it into its random numbers."""
     generation: Any = machine.components.get("generation-id")
@@ -31,7 +31,7 @@ def become(machine: Built, identity: Identity) -> None:
         resources.agent.becomes(partial(_payload, machine, identity))
 
 
-def _payload(machine: Built, identity: Identity) -> bytes:
+def _payload(machine: Machine, identity: Identity) -> bytes:
     virtual = machine.config.clock == "virtual"
     entropy = machine.resources.random(ENTROPY) if virtual else os.urandom(ENTROPY)
-    return payload(identity, machine.machine.clock.wall_ns(), entropy)
+    return payload(identity, machine.board.clock.wall_ns(), entropy)

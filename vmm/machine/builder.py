@@ -24,11 +24,11 @@ from vmm.config import Config
 from vmm.cores import SMALL_KERNEL
 from vmm.errors import ConfigError, HostError, core_errors
 from vmm.lifecycle import Outcome, Reason
+from vmm.machine.board import Action, MachineBoard
 from vmm.machine.dispatch import Dispatcher
 from vmm.machine.hardware import Hardware, Making
 from vmm.machine.interfaces import CharacterPort
 from vmm.machine.layout import Layout
-from vmm.machine.machine import Action, CoreMachine
 from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import BOOT, Boot, Origin, Restore
 from vmm.machine.resources import Resources
@@ -75,9 +75,9 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
     return f"{base} {config.append}".strip()
 
 
-class Built:
-    """One incarnation of a machine, from its core up, around its resources. vmm.machine.interfaces.Assembly for the
-    parts. Loop thread."""
+class Machine:
+    """What the guest sees, from one boot or restore to its end: memory, vCPUs, board and components. A reboot makes the
+    next one around the same resources. To the parts it is vmm.machine.interfaces.Assembly. Loop thread."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Built:
         self._core_closed = asyncio.Event()
         self._making = making
         self._hardware: Hardware | None = None
-        self._machine: CoreMachine | None = None
+        self._board: MachineBoard | None = None
         self._dispatcher: Dispatcher | None = None
         self.rsdp: int | None = None
         """Guest-physical address of the ACPI root pointer, set by the part that builds the tables."""
@@ -121,9 +121,9 @@ class Built:
         return self._console_port()
 
     @property
-    def machine(self) -> CoreMachine:
-        assert self._machine is not None
-        return self._machine
+    def board(self) -> MachineBoard:
+        assert self._board is not None
+        return self._board
 
     @property
     def memory(self) -> GuestMemory:
@@ -185,7 +185,7 @@ class Built:
         for index, vcpu in enumerate(hardware.vcpus):
             self.cpuid.append(for_vcpu(cpuid, index, config.cpus))
             vcpu.set_cpuid(self.cpuid[index])
-        machine = self._machine = CoreMachine(
+        board = self._board = MachineBoard(
             hardware.vm,
             self._loop,
             epoch_ns=hardware.epoch_ns,
@@ -194,7 +194,7 @@ class Built:
             request=self._request,
             fail=self._fail,
         )
-        self._dispatcher = Dispatcher(hardware.vm, hardware.vcpus, machine, self._finish)
+        self._dispatcher = Dispatcher(hardware.vm, hardware.vcpus, board, self._finish)
         for part in parts:
             attached = part.attach(self)
             if attached is not None:
@@ -267,7 +267,7 @@ class Built:
         )
 
     def _request(self, action: Action, detail: str, status: int | None = None) -> None:
-        """vmm.machine.interfaces.Machine.request"""
+        """vmm.machine.interfaces.Board.request"""
         if status is not None:
             self.dispatcher.end(Outcome(Reason.EXIT, detail, code=status))
         else:
@@ -301,7 +301,7 @@ class Built:
     def stats(self) -> dict[str, int]:
         """The core's counters and the buses'."""
         counters = dict(self.vm.stats()) if self._closer is None else {}
-        counters["unclaimed"] = self.machine.ports.unclaimed + self.machine.mmio.unclaimed
+        counters["unclaimed"] = self.board.ports.unclaimed + self.board.mmio.unclaimed
         return counters
 
     def begin_close(self) -> None:
@@ -311,8 +311,8 @@ class Built:
             return
         if self._reading >= 0:
             self._loop.remove_reader(self._reading)
-        if self._machine is not None:
-            self._machine.close()
+        if self._board is not None:
+            self._board.close()
         if self._hardware is not None:
             self._hardware.memory.on_written = self._hardware.memory.on_written_ranges = None
         self._closer = threading.Thread(target=self._close_core, name="close-vm")

@@ -33,7 +33,7 @@ from cpu.exits import (
 )
 from vmm.errors import GuestError, HostError, StateError
 from vmm.lifecycle import Outcome, Reason
-from vmm.machine.machine import CoreMachine
+from vmm.machine.board import MachineBoard
 
 RESUME = Resume()
 STANDSTILL = 1.0
@@ -49,12 +49,12 @@ _SYSTEM_EVENTS = {
 class Dispatcher:
     """Runs one machine's vCPUs. `finish(outcome)` is called once, from within `drain`, when the machine ended."""
 
-    def __init__(self, vm: Vm, vcpus: Sequence[Vcpu], machine: CoreMachine, finish: Callable[[Outcome], None]) -> None:
+    def __init__(self, vm: Vm, vcpus: Sequence[Vcpu], board: MachineBoard, finish: Callable[[Outcome], None]) -> None:
         self._vm = vm
         self._take, self._linger = vm.take, vm.linger
         self._vcpus = tuple(vcpus)
-        self._machine = machine
-        self._posted = machine.posted
+        self._board = board
+        self._posted = board.posted
         self._finish = finish
         self._holds = {"pause"}
         self._held: dict[int, Entry] = dict.fromkeys(range(len(self._vcpus)), RESUME)
@@ -68,7 +68,7 @@ class Dispatcher:
         """vCPUs that halted with interrupts off; they never run again."""
         self._waiters: list[asyncio.Future[None]] = []
         self.ended = False
-        machine.stall = self.stall
+        board.stall = self.stall
 
     @property
     def parked(self) -> bool:
@@ -99,7 +99,7 @@ class Dispatcher:
         self._go_on()
 
     def stall(self) -> Callable[[], None]:
-        """vmm.machine.interfaces.Machine.stall"""
+        """vmm.machine.interfaces.Board.stall"""
         if self._asking is None:
             raise StateError("no vCPU makes an access")
         stall = object()
@@ -156,8 +156,8 @@ class Dispatcher:
         """Handle everything that happened (the loop's reader of Vm.fileno())."""
         if self.ended:
             return
-        machine = self._machine
-        ports, mmio = machine.ports, machine.mmio
+        board = self._board
+        ports, mmio = board.ports, board.mmio
         try:
             for item in self._take():
                 if self.ended:
@@ -193,7 +193,7 @@ class Dispatcher:
                     if handler is not None:
                         handler(item.size, item.data)
                 else:
-                    machine.clock.expire()
+                    board.clock.expire()
             if not (self._held or self.ended):
                 self._linger()
         except Exception as error:

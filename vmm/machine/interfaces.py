@@ -68,8 +68,8 @@ class IrqLine(Protocol):
         """Raise or lower this owner's part of the line."""
 
 
-class Machine(Protocol):
-    """What a device gets from its machine when it is attached."""
+class Board(Protocol):
+    """What a device is plugged into: the machine's address spaces, interrupt lines, clock and chance."""
 
     @property
     def clock(self) -> Clock:
@@ -127,8 +127,8 @@ class Assembly(Protocol):
         """What was asked for."""
 
     @property
-    def machine(self) -> Machine:
-        """What devices are attached to."""
+    def board(self) -> Board:
+        """What devices are plugged into."""
 
     @property
     def memory(self) -> GuestMemory:
@@ -144,7 +144,7 @@ class Assembly(Protocol):
 
     @property
     def pool(self) -> DevicePool:
-        """The machine's virtio devices, which outlive this incarnation of it."""
+        """The machine's virtio devices, which stay over its reboots."""
 
     rsdp: int | None
     """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""
@@ -227,7 +227,7 @@ class PciHost(Protocol):
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
     ) -> Callable[[], None]:
-        """Machine.ioeventfd, for an address within a BAR."""
+        """Board.ioeventfd, for an address within a BAR."""
 
 
 class PciFunction(Protocol):

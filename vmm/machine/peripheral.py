@@ -18,7 +18,7 @@ from vmm.machine.bus import ONES, Register, RegisterMap
 
 if TYPE_CHECKING:
     from virtio.device import Device
-    from vmm.machine.interfaces import IrqLine, Machine
+    from vmm.machine.interfaces import Board, IrqLine
 
 SPACES = {"port": Space.PORT, "mmio": Space.MMIO}
 SIZES = (1, 2, 4, 8)
@@ -54,8 +54,9 @@ class Peripheral:
     """A dataclass as vmm/state/payload.py describes it, for machines that are saved; Stateless if there is nothing to
     save. None: a machine with this device cannot be saved."""
 
-    machine: Machine
-    """The machine, from `attached` on: its clock, its source of chance, `request` to end it, `stall` to take time."""
+    board: Board
+    """What it is plugged into, from `attached` on: the machine's clock and chance, `request` to end it, `stall` to
+    take time."""
     _line: IrqLine | None = None
     _shadows: Mapping[tuple[int, int], Shadow]
 
@@ -116,32 +117,32 @@ def told(error: Exception) -> str:
 
 
 class Seat:
-    """A peripheral's place in one incarnation of a machine: on its bus, with its line, its shadows and its state."""
+    """A peripheral's place in a machine until the next reboot: on its bus, with its line, its shadows and its state."""
 
-    def __init__(self, machine: Machine, name: str, device: Peripheral) -> None:
+    def __init__(self, board: Board, name: str, device: Peripheral) -> None:
         """Raises ConfigError."""
         self.name, self.device = name, device
         self._title = f"device {name!r} ({type(device).__name__})"
         self.state_type = device.state_type or Stateless
-        self._space = self._checked(machine)
+        self._space = self._checked(board)
         registers = tuple(self._call(device.registers))
         if registers:
-            board = RegisterMap(device.size, registers)
-            self._read, self._write = board.read, board.write
+            declared = RegisterMap(device.size, registers)
+            self._read, self._write = declared.read, declared.write
         else:
             self._read, self._write = device.read, device.write
-        machine.map(self._space, device.address, device.size, self, f"{name} ({type(device).__name__})")
+        board.map(self._space, device.address, device.size, self, f"{name} ({type(device).__name__})")
         for offset, size in device.posted:
-            machine.post(self._space, device.address + offset, size, self, offset)
+            board.post(self._space, device.address + offset, size, self, offset)
         device._shadows = {
-            (offset, size): machine.shadow(self._space, device.address + offset, size, self._notice(offset, size))
+            (offset, size): board.shadow(self._space, device.address + offset, size, self._notice(offset, size))
             for offset, size in device.shadowed
         }
-        device._line = None if device.gsi is None else machine.irq_line(device.gsi)
-        device.machine = machine
+        device._line = None if device.gsi is None else board.irq_line(device.gsi)
+        device.board = board
         self._call(device.attached)
 
-    def _checked(self, machine: Machine) -> Space:
+    def _checked(self, board: Board) -> Space:
         device = self.device
         space = SPACES.get(device.space)
         if space is None:
@@ -253,5 +254,5 @@ def attach(assembly: Any, own: OwnDevices) -> None:
     for name, device in own.peripherals.items():
         if own.seated:
             device.reset()
-        assembly.add(name, Seat(assembly.machine, name, device))
+        assembly.add(name, Seat(assembly.board, name, device))
     own.seated = True

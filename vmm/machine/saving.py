@@ -19,7 +19,7 @@ from vmm.state.fields import I64, U32, U64
 from vmm.state.payload import decode, encode
 
 if TYPE_CHECKING:
-    from vmm.machine.builder import Built
+    from vmm.machine.builder import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class _Root:
 
     state_type = MachineState
 
-    def __init__(self, machine: Built) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.stateful = {
             name: part for name, part in machine.components.items() if getattr(part, "state_type", None) is not None
         }
@@ -62,7 +62,7 @@ class _Root:
         return {"components": self.stateful}
 
 
-def save(machine: Built) -> dict[str, Any]:
+def save(machine: Machine) -> dict[str, Any]:
     """The state of a machine whose vCPUs are parked and whose virtio devices are quiet, encoded. Raises StateError,
     HostError."""
     dispatcher = machine.dispatcher
@@ -75,8 +75,8 @@ def save(machine: Built) -> dict[str, Any]:
             memory=machine.memory.size,
             platform=machine.config.platform,
             clock=machine.config.clock,
-            now_ns=machine.machine.clock.now_ns(),
-            epoch_ns=machine.machine.clock.epoch_ns,
+            now_ns=machine.board.clock.now_ns(),
+            epoch_ns=machine.board.clock.epoch_ns,
             saved_ns=time.time_ns(),
             vm=vm,
             vcpus=tuple(vcpu.state() for vcpu in machine.vcpus),
@@ -88,7 +88,7 @@ def save(machine: Built) -> dict[str, Any]:
         return encode(state)
 
 
-def parse(machine: Built, data: Any) -> MachineState:
+def parse(machine: Machine, data: Any) -> MachineState:
     """A state checked against a machine that is built like it. Raises StateError."""
     state = decode(_Root(machine), "machine", data)
     assert isinstance(state, MachineState)
@@ -106,7 +106,7 @@ def parse(machine: Built, data: Any) -> MachineState:
     return state
 
 
-def restore(machine: Built, origin: Restore) -> None:
+def restore(machine: Machine, origin: Restore) -> None:
     """Give a machine that is built, and has not run, the state of its origin. Raises StateError, HostError."""
     state = parse(machine, origin.state)
     with core_errors():

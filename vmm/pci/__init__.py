@@ -26,6 +26,6 @@ def attach(assembly: Assembly) -> None:
     """The bus, as component "pci"; later parts add their functions to it with `get("pci").add(function)`."""
     from vmm.pci.bus import PciBus
 
-    bus = PciBus(assembly.machine)
+    bus = PciBus(assembly.board)
     bus.attach(assembly.get("reset"))
     assembly.add("pci", bus)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import BarSpec, BusDevice, Machine, MsixSpec, PciFunction, PciHost
+from vmm.machine.interfaces import BarSpec, Board, BusDevice, MsixSpec, PciFunction, PciHost
 from vmm.pci import config as cfg
 from vmm.pci.slot import Slot, SlotState
 from vmm.state.fields import U32
@@ -125,8 +125,8 @@ class PciBus:
 
     state_type = PciState
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, board: Board) -> None:
+        self._board = board
         self._slots: dict[int, Slot] = {}
         self._address = _Address()
         self.add(HostBridge(), device=0)
@@ -144,19 +144,19 @@ class PciBus:
             raise ConfigError("PCI: no free slot; a machine has 31 for devices, use the mmio transport for the others")
         line = None
         if device:
-            line = self._machine.irq_line(layout.intx_gsi(device, 0))
-        self._slots[device] = Slot(self, self._machine, function, device, line)
+            line = self._board.irq_line(layout.intx_gsi(device, 0))
+        self._slots[device] = Slot(self, self._board, function, device, line)
         self._assign()
         return device
 
     def attach(self, reset: BusDevice | None = None) -> None:
         """Put the configuration mechanisms on the machine's buses. `reset`: the one-byte device at 0xCF9."""
         self._address.reset = reset
-        machine = self._machine
-        machine.map(Space.PORT, CONFIG_ADDRESS, 4, self._address, "pci configuration address")
-        machine.post(Space.PORT, CONFIG_ADDRESS, 4, self._address, 0)
-        machine.map(Space.PORT, CONFIG_DATA, 4, _Data(self, self._address), "pci configuration data")
-        machine.map(Space.MMIO, layout.ECAM.start, layout.ECAM.size, _Ecam(self), "pci ecam")
+        board = self._board
+        board.map(Space.PORT, CONFIG_ADDRESS, 4, self._address, "pci configuration address")
+        board.post(Space.PORT, CONFIG_ADDRESS, 4, self._address, 0)
+        board.map(Space.PORT, CONFIG_DATA, 4, _Data(self, self._address), "pci configuration data")
+        board.map(Space.MMIO, layout.ECAM.start, layout.ECAM.size, _Ecam(self), "pci ecam")
 
     def _assign(self) -> None:
         """What firmware does: addresses for all BARs (largest first), interrupt lines; decoding stays off."""

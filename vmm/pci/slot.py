@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
-from vmm.machine.interfaces import BarSpec, IrqLine, Machine, PciFunction
+from vmm.machine.interfaces import BarSpec, Board, IrqLine, PciFunction
 from vmm.pci import config as cfg
 from vmm.pci.config import ConfigSpace, Identity
 from vmm.pci.msi import Msi, Msix, MsixState
@@ -84,8 +84,8 @@ class Slot:
 
     state_type = SlotState
 
-    def __init__(self, bus: PciBus, machine: Machine, function: PciFunction, device: int, line: IrqLine | None) -> None:
-        self._bus, self._machine, self._line = bus, machine, line
+    def __init__(self, bus: PciBus, board: Board, function: PciFunction, device: int, line: IrqLine | None) -> None:
+        self._bus, self._board, self._line = bus, board, line
         self.function, self.device = function, device
         self._stateful: Any = function if hasattr(function, "state_type") else None
         identity = Identity(
@@ -113,7 +113,7 @@ class Slot:
         # 6.2.2: without bus mastering a function may not send messages either, but software (Linux included) always
         # sets it; a message is a memory write.
         if self.config.get(cfg.COMMAND, 2) & cfg.COMMAND_MASTER:
-            self._machine.signal_msi(address, data)
+            self._board.signal_msi(address, data)
 
     # PciHost: what the function calls.
 
@@ -143,7 +143,7 @@ class Slot:
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
     ) -> Callable[[], None]:
-        return self._machine.ioeventfd(space, address, size, match, callback)
+        return self._board.ioeventfd(space, address, size, match, callback)
 
     # What the bus calls.
 
@@ -189,7 +189,7 @@ class Slot:
         changed = False
         for bar in self.bars:
             if bar.mapped is not None and bar.mapped != self.wanted(bar):
-                self._machine.unmap(bar.space, bar.mapped)
+                self._board.unmap(bar.space, bar.mapped)
                 bar.mapped = None
                 changed = True
         return changed
@@ -203,7 +203,7 @@ class Slot:
                 continue
             name = f"pci 00:{self.device:02x}.0 bar {bar.spec.index}"
             try:
-                self._machine.map(bar.space, wanted, bar.spec.size, self._windows[bar.spec.index], name)
+                self._board.map(bar.space, wanted, bar.spec.size, self._windows[bar.spec.index], name)
             except ConfigError:
                 continue
             bar.mapped = wanted

@@ -1,4 +1,4 @@
-"""The virtio devices of one incarnation of the machine, each on its transport. A part of the builder.
+"""The virtio devices of a machine, each on its transport, from one boot to the next. A part of the builder.
 
 PCI functions go to the component "pci"; virtio-mmio devices get a window of layout.virtio_mmio and are described by the
 component "acpi". The devices themselves are the machine's resources (pool.py). Loop thread.
@@ -57,20 +57,20 @@ class VirtioDevices:
 
     def _plug(self, name: str, device: Device, maker: Maker) -> None:
         memory = self._assembly.memory
-        machine = self._assembly.machine
+        board = self._assembly.board
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
             self.transports[name] = function
             self._assembly.get("pci").add(function)
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
-        line = machine.irq_line(gsi)
-        transport = MmioTransport(device, memory, line.set, stall=machine.stall, packed=maker.packed)
+        line = board.irq_line(gsi)
+        transport = MmioTransport(device, memory, line.set, stall=board.stall, packed=maker.packed)
         self.transports[name] = transport
-        machine.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
+        board.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
         for index in range(len(device.queue_sizes)):
             self._undo.append(
-                machine.ioeventfd(
+                board.ioeventfd(
                     Space.MMIO,
                     window.start + mmio.QUEUE_NOTIFY,
                     4,

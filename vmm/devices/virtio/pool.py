@@ -1,7 +1,7 @@
 """The virtio devices of a machine with what the host gave them: files, taps, sockets, processes.
 
 They are opened once, before the first instruction, and live until the machine is closed. A reboot plugs the same
-devices into a new incarnation of the machine, as it finds the same hardware: so MAC addresses, the private copies of
+devices into the new machine, as a reboot finds the same hardware: so MAC addresses, the private copies of
 snapshot disks, passt and sockets stay. Found by name: a disk's or net's id (else disk0, net0, …), "console", "rng",
 "vsock", or one of the embedder's. Loop thread.
 """

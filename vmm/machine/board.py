@@ -1,4 +1,4 @@
-"""What devices see of their machine (vmm.machine.interfaces.Machine): buses, interrupts, clock, chance, requests.
+"""What devices are plugged into (vmm.machine.interfaces.Board): buses, interrupts, clock, chance, requests.
 
 Hands the three kinds of access to the core and keeps the tags by which posted writes come back. An exception in any
 callback that starts here ends this machine alone, through `fail`. Loop thread.
@@ -24,8 +24,8 @@ PostedHandler = Callable[[int, bytes], None]
 RequestHandler = Callable[[Action, str, int | None], None]
 
 
-class CoreMachine:
-    """The machine around one core VM."""
+class MachineBoard:
+    """The board around one core VM."""
 
     def __init__(
         self,
