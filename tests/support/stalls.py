@@ -22,13 +22,16 @@ class StallWatch:
     """In `async with`: asks the loop for a sign of life every 2 ms, from a thread of its own.
 
     `longest` is the loop's own work, in seconds of its thread's processor time, so that it does not tell of other
-    processes of a busy host; `longest_wall` is what a clock on the wall shows."""
+    processes of a busy host; `longest_wall` is what a clock on the wall shows. The loop's thread itself notes when it
+    answers: the watching thread may wait 5 ms (sys.getswitchinterval) for the interpreter's lock before it hears of the
+    answer, and the loop does many turns meanwhile."""
 
     def __init__(self) -> None:
         self.longest = self.longest_wall = 0.0
         self.stack = ""
         """What the loop was doing in a stall of more than STUCK seconds."""
         self._answered = threading.Event()
+        self._answer = 0.0, 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
 
@@ -52,12 +55,17 @@ class StallWatch:
         self.longest = self.longest_wall = 0.0
         return found
 
+    def _respond(self) -> None:
+        """In the loop's thread: what its clocks show, (monotonic, processor time)."""
+        self._answer = time.monotonic(), time.thread_time()
+        self._answered.set()
+
     def _watch(self) -> None:
         while not self._over.wait(PERIOD):
             self._answered.clear()
             began, worked = time.monotonic(), time.clock_gettime(self._clock)
             try:
-                self._loop.call_soon_threadsafe(self._answered.set)
+                self._loop.call_soon_threadsafe(self._respond)
             except RuntimeError:  # the loop is closed
                 return
             while not self._answered.wait(STUCK):
@@ -65,8 +73,8 @@ class StallWatch:
                     return
                 frame = sys._current_frames().get(self._id)
                 self.stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-            self.longest = max(self.longest, time.clock_gettime(self._clock) - worked)
-            self.longest_wall = max(self.longest_wall, time.monotonic() - began)
+            self.longest = max(self.longest, self._answer[1] - worked)
+            self.longest_wall = max(self.longest_wall, self._answer[0] - began)
 
 
 def resident(*, collect: bool = True) -> int:
