@@ -23,10 +23,14 @@ from typing import Any
 
 import vmm
 from vmm.errors import ConfigError, GuestError, HostError, StateError
+from vmm.image import config_for
+from vmm.launch import find_image
 from vmm.lifecycle import Reason
 from vmm.state.manifest import MANIFEST
 
 ROUND_SECONDS = 30.0
+CORE_GIVES_UP = ("internal error", "the core cannot execute the instruction")
+"""How a machine may end whose registers are allowed but senseless: KVM cannot go on with every one of them."""
 SMALL = ("manifest.json", "state.json", "memory.sums")
 JUNK: tuple[Any, ...] = (None, True, -1, 0, 1, 255, 1 << 32, 1 << 63, 1 << 70, "", "x", "AAAA", [], {}, [0], 1.5)
 
@@ -34,11 +38,11 @@ JUNK: tuple[Any, ...] = (None, True, -1, 0, 1, 255, 1 << 32, 1 << 63, 1 << 70, "
 async def _make(folder: Path) -> None:
     """Two snapshots of different guests."""
     for name in ("echo", "hello"):
-        async with vmm.run(name, memory="16M") as vm:
-            if name == "echo":
+        image = await asyncio.to_thread(find_image, name)
+        async with vmm.VirtualMachine(config_for(image, memory="16M")) as vm:
+            if name == "echo":  # the other one has not begun: it would end at once
+                vm.resume()
                 await vm.console.expect(rb"Ctrl-D ends\n", timeout=30)
-            else:
-                await vm.pause()
             await vm.snapshot(folder / name)
 
 
@@ -110,7 +114,7 @@ async def _round(source: random.Random, good: Path, other: Path, folder: Path) -
         async with vmm.restore(folder, trust=True, timeout=2.0) as vm:
             await vm.console.write(b"x\x04")
             outcome = await vm.wait()
-            if outcome.reason is Reason.HOST_ERROR and "internal error" not in outcome.detail:
+            if outcome.reason is Reason.HOST_ERROR and not any(each in outcome.detail for each in CORE_GIVES_UP):
                 raise AssertionError(f"a host error: {outcome.detail}")
             return "ran"
     except (StateError, ConfigError, HostError, GuestError) as error:

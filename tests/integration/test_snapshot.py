@@ -211,6 +211,14 @@ async def test_targets_that_are_no_snapshots_stay_as_they_are(saved: Path, tmp_p
     assert (tmp_path / "full" / "letter").read_text() == "mine"
 
 
+async def test_a_machine_that_ended_is_refused_by_name(tmp_path: Path) -> None:
+    async with vmm.run("hello") as vm:
+        await vm.wait()
+        with pytest.raises(StateError, match="the machine ended"):
+            await vm.snapshot(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 KILLED = """
 import asyncio, sys
 import vmm

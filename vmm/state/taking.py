@@ -107,7 +107,9 @@ class _Taking:
     ) -> None:
         self._vm, self._folder, self._base, self._how = vm, folder, base, disks
         self._progress = progress
-        self._memory: GuestMemory = vm.machine.memory
+        self._machine = vm.machine
+        """The incarnation that is saved."""
+        self._memory: GuestMemory = self._machine.memory
         self._regions = [(start, len(view)) for start, view in self._memory.regions()]
         self._offsets: list[int] = []
         at = 0
@@ -133,6 +135,7 @@ class _Taking:
             os.ftruncate(self._file, self._size)
         except OSError as error:
             raise HostError(f"{self._folder}: {os_reason(error)}") from error
+        self._vm.check_standing(self._machine)
         with core_errors():
             self._memory.start_dirty_log()
         try:
@@ -149,7 +152,7 @@ class _Taking:
                 kept = await self._keep(last)
                 self._state = {"machine": save(self._vm.machine), "console": self._vm.save_console()}
                 await in_thread(self._copy_disks)
-                self._vm.check_standing(self._vm.machine)
+                self._vm.check_standing(self._machine)
                 self._progress.stood_still_ns = time.monotonic_ns() - begun
             finally:
                 if not stop:
@@ -185,6 +188,7 @@ class _Taking:
         """Copy what was written meanwhile until little is left; what that is."""
         before = 1 << 62
         while True:
+            self._vm.check_standing(self._machine)
             with core_errors():
                 dirty = [bitmap for _, bitmap in self._memory.take_dirty()]
             count = sum(map(_native.count, dirty))
