@@ -17,7 +17,8 @@ from virtio.images.unpack import pack
 
 SIZE = 2 << 20
 GROWTH = 256 << 20
-"""Bytes by which an image may be larger afterwards: a table may name a place far behind, but only inside the file."""
+"""Bytes of disk by which an image may be larger afterwards. Its length may be more: refcounts may say that all up to a
+place far behind is taken."""
 INTERESTING = (0, 1, 2, 7, 511, 512, 513, 0x7F, 0x80, 0xFF, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40)
 INTERESTING += (1 << 55, (1 << 56) - 512, 1 << 62, 1 << 63, (1 << 63) | 512, (1 << 64) - 1, (1 << 63) | (1 << 16) | 1)
 

@@ -129,17 +129,17 @@ class Domain:
 
     @property
     def spec(self) -> Spec:
-        """What it runs with, else what is defined."""
+        """What it runs with, else what is defined. Raises LibvirtError: a transient domain that ended meanwhile."""
         spec = self.live or self.persistent
-        assert spec is not None
+        if spec is None:
+            raise LibvirtError(Code.NO_DOMAIN, f"no domain with matching name '{self.name}': it has ended")
         return spec
 
     def xml(self, emulator: str, *, inactive: bool = False) -> str:
-        """Its XML; `inactive`: what the next start will use."""
+        """Its XML; `inactive`: what the next start will use. Raises LibvirtError: it is gone."""
         if self.live is not None and not (inactive and self.persistent is not None):
             return domain_xml(self.live, emulator, None if inactive else Live(self.id, self.core))
-        assert self.persistent is not None
-        return domain_xml(self.persistent, emulator)
+        return domain_xml(self.spec, emulator)
 
     def running_entry(self) -> Entry:
         """Raises LibvirtError if it does not run."""

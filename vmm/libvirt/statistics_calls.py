@@ -9,6 +9,7 @@ from vmm.convert import KIB
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain_calls import check_flags, listed, spec_for
+from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.statistics import (
@@ -148,11 +149,16 @@ async def connect_get_all_domain_stats(call: Call, doms: list[DomainRef], stats:
         chosen = [domain for domain in domains.all() if listed(call, domain, wanted)]
     slots = asyncio.Semaphore(STATS_AT_ONCE)
 
-    async def one(domain: Any) -> StatsRecord:
+    async def one(domain: Domain) -> StatsRecord | None:
         async with slots:
-            return StatsRecord(domain.ref, await bulk(domain, stats or KNOWN))
+            try:
+                return StatsRecord(domain.ref, await bulk(domain, stats or KNOWN))
+            except LibvirtError as error:
+                if error.code != Code.NO_DOMAIN:
+                    raise
+                return None  # It ended while the others were asked, and clients expect the others.
 
-    return list(await asyncio.gather(*map(one, chosen)))
+    return [record for record in await asyncio.gather(*map(one, chosen)) if record is not None]
 
 
 # Limits.
