@@ -18,6 +18,7 @@ from cpu.exits import AlarmDue, Entry, Exit, Posted
 from cpu.values import U8, U16, U32, U64, dataclass
 
 if TYPE_CHECKING:
+    from cpu.debug import Debugging, PastExit, TraceEntry
     from cpu.state import VcpuState, VmState
 
 
@@ -33,6 +34,11 @@ class Capability(enum.StrEnum):
     NMI = "nmi"
     INSTRUCTION_COUNT = "instruction-count"
     DETECTS_HALT = "detects-halt"
+    DEBUG = "debug"
+    """Vcpu.set_debug() and translate()."""
+    BREAKPOINTS = "breakpoints"
+    """Any number of points (cpu.debug.MAX_POINTS) of any length. Without it: four, of 1, 2, 4 or 8 bytes, aligned."""
+    TRACE = "trace"
 
 
 class Space(enum.IntEnum):
@@ -208,6 +214,23 @@ class Vcpu(Protocol):
     def nmi(self) -> None:
         """Deliver a non-maskable interrupt. *any thread*"""
 
+    # For debuggers. Neither guest memory nor what the guest sees of its registers is touched. (KVM: the guest's own
+    # debug registers do nothing while there are points.)
+    def set_debug(self, debugging: Debugging) -> None:
+        """Replace what a parked vCPU is debugged with; Debugging(): nothing. It parks with `Debug` exits then, and with
+        the same one again when it is resumed at a point of execution. Not part of its state. ConfigError if a point is
+        of a kind, length or number that this core does not have; HostError without Capability.DEBUG."""
+
+    def translate(self, linear: int) -> int | None:
+        """The guest-physical address to which the page tables of a parked vCPU lead; None: nowhere. Rights are not
+        looked at."""
+
+    def trace(self) -> list[TraceEntry]:
+        """What a parked vCPU executed since Vm.set_trace(), the oldest first; nothing without Capability.TRACE."""
+
+    def past_exits(self) -> list[PastExit]:
+        """The last exits of a parked vCPU, the oldest first. Always kept."""
+
 
 class Shadow(Protocol):
     """One shadow-read register: the guest reads `value` without an exit while it is valid."""
@@ -324,6 +347,10 @@ class Vm(Protocol):
 
     def stats(self) -> dict[str, int]:
         """Counters: exits by class ('exit.port-in'...), 'posted', 'shadow', 'ioeventfd', and the core's own."""
+
+    def set_trace(self, entries: int) -> None:
+        """Keep the last `entries` (at most 2^20; 0: none) blocks and events of each vCPU, while all of them are parked.
+        The guest runs slower. HostError without Capability.TRACE."""
 
     def close(self) -> None:
         """Stop and join every thread, release slots, close descriptors. Idempotent."""

@@ -84,11 +84,15 @@ class InternalError:
 
 @dataclass(frozen=True, slots=True)
 class Debug:
-    """A breakpoint or single step that the VMM asked for."""
+    """A breakpoint or single step that the VMM asked for (Vcpu.set_debug)."""
 
     rip: int
     dr6: int
+    """Bit 14: a step ended. Bits 0 to 3: a breakpoint or a watched range was hit."""
     exception: int
+    """1 (#DB), or 3: an INT3 stands at `rip`."""
+    address: int = 0
+    """With one of dr6's bits 0 to 3: the breakpoint, or the linear address that was touched (KVM: of the range)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def _pack(step: Step) -> bytes:
             pass
         case InternalError(code, rip, instruction, data):
             code &= (1 << 64) - 1
-        case Debug(rip, code, extra):
+        case Debug(rip, code, extra, address):
             pass
     if len(instruction) > 15:
         raise ConfigError("an instruction has at most 15 bytes")

@@ -20,6 +20,9 @@ SOFT_CAPABILITIES = frozenset(
         Capability.NMI,
         Capability.INSTRUCTION_COUNT,
         Capability.DETECTS_HALT,
+        Capability.DEBUG,
+        Capability.BREAKPOINTS,
+        Capability.TRACE,
     }
 )
 

@@ -18,6 +18,7 @@ from cpu.registers import pack_registers, pack_system, unpack_system
 from cpu.views import CPUID_ENTRY, MSR_ENTRY, MSRS_HEAD, REGS, StateKind
 
 if TYPE_CHECKING:
+    from cpu.debug import Debugging, PastExit, TraceEntry
     from cpu.state import VcpuState, VmState
 
 _MSRS_A_CALL = 500  # cpu/native/pyvcpu.c's buffer
@@ -73,6 +74,19 @@ class CoreVcpu(_core.Vcpu):
         """ConfigError if the vCPU has no such MSR or refuses the value."""
         if self.set_blob(StateKind.MSRS, MSRS_HEAD.pack(1, 0) + MSR_ENTRY.pack(index, 0, value)) != 1:
             raise ConfigError(f"MSR {index:#x} cannot be set to {value:#x}")
+
+    def set_debug(self, debugging: Debugging) -> None:
+        self.set_debug_blob(debugging.pack())
+
+    def trace(self) -> list[TraceEntry]:
+        from cpu.debug import unpack_trace
+
+        return unpack_trace(self.trace_blob())
+
+    def past_exits(self) -> list[PastExit]:
+        from cpu.debug import unpack_past
+
+        return unpack_past(*self.past_blob())
 
     def state(self) -> VcpuState:
         from cpu.state import save_vcpu

@@ -351,13 +351,6 @@ static void do_mmio(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
     }
 }
 
-static void park_debug(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
-{
-    struct lv_exit exit = {.kind = LV_DEBUG, .rip = k->run->debug.arch.pc, .code = k->run->debug.arch.dr6,
-                           .extra = k->run->debug.arch.exception};
-    lv_park(vcpu, &exit);
-}
-
 static void park_system_event(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
 {
     struct lv_exit exit = {.kind = LV_SYSTEM_EVENT, .code = k->run->system_event.type};
@@ -391,8 +384,8 @@ static void handle(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
         park_system_event(vcpu, k);
         return;
     case KVM_EXIT_DEBUG:
-        park_debug(vcpu, k);
-        return;
+        exit = lv_kvm_debug_exit(k);
+        break;
     case KVM_EXIT_INTERNAL_ERROR:
         park_internal_error(vcpu, k->run->internal.suberror);
         return;
@@ -412,6 +405,11 @@ static void run(struct lv_engine *engine)
     struct lv_vcpu *vcpu = engine->vcpus[0];
     struct kvm_core_vcpu *k = vcpu->core;
     while (!lv_closing(vcpu->vm)) {
+        uint32_t seq = atomic_load(&engine->seq);
+        if (k->frozen && !atomic_load(&vcpu->kicked)) {
+            lv_engine_wait(engine, seq);
+            continue;
+        }
         /* With immediate_exit KVM_RUN still completes the instruction that the last exit was in (API 5, kvm_run). */
         k->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
         if (ioctl(k->fd, KVM_RUN, NULL) >= 0) {
@@ -444,11 +442,6 @@ static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entrie
     return r;
 }
 
-static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
-{
-    return call(vcpu_fd(vcpu), KVM_SET_GUEST_DEBUG, debug);
-}
-
 static int stood_still(struct lv_vcpu *vcpu)
 {
     int r = call(vcpu_fd(vcpu), KVM_KVMCLOCK_CTRL, NULL);
@@ -469,5 +462,6 @@ const struct lv_ops lv_kvm_ops = {
     .set_slot = set_slot, .dirty_log = dirty_log,
     .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
     .get_vcpu = lv_kvm_get_vcpu, .set_vcpu = lv_kvm_set_vcpu, .get_vm = lv_kvm_get_vm, .set_vm = lv_kvm_set_vm,
-    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi,
+    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = lv_kvm_set_debug, .translate = lv_kvm_translate,
+    .nmi = nmi,
 };

@@ -26,6 +26,8 @@ struct kvm_core_vcpu {
     int fd;
     struct kvm_run *run;
     size_t run_size;
+    bool frozen;        /* resumed, but not to enter the guest; set while parked */
+    uint64_t points[4]; /* what the VMM's debug registers hold */
 };
 
 static inline int call(int fd, unsigned long request, const void *argument)
@@ -42,6 +44,11 @@ static inline int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core
 
 /* The interrupt controllers are made with the first of them that is wanted. */
 int lv_kvm_need_chips(struct lv_vm *vm);
+
+/* debug.c */
+int lv_kvm_set_debug(struct lv_vcpu *vcpu, const struct lv_debug *debug);
+int lv_kvm_translate(struct lv_vcpu *vcpu, uint64_t linear, uint64_t *gpa);
+struct lv_exit lv_kvm_debug_exit(const struct kvm_core_vcpu *k);
 
 /* state.c: get and set of struct lv_ops */
 int lv_kvm_get_vm(struct lv_vm *vm, enum lv_state_kind kind, void *data, size_t size);

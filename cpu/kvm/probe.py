@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PORT = 0xF4
 DEADLINE_S = 2.0
 _CODE = 0x2000
-_ALWAYS = frozenset({Capability.REAL_MODE, Capability.DIRTY_LOG, Capability.IRQFD, Capability.NMI})
+_ALWAYS = frozenset({Capability.REAL_MODE, Capability.DIRTY_LOG, Capability.IRQFD, Capability.NMI, Capability.DEBUG})
 
 # fninit; fld1; fadd st, st0; out 0xf4, al: x87 arithmetic in supervisor mode, as kernels' own checks do it.
 _FPU = bytes.fromhex("dbe3 d9e8 d8c0 e6f4")

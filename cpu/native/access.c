@@ -241,6 +241,12 @@ static bool read_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a, ui
     return true;
 }
 
+static uint8_t kind_of(const struct lv_access *a)
+{
+    static const uint8_t kinds[2][2] = {{LV_PORT_IN, LV_PORT_OUT}, {LV_MMIO_READ, LV_MMIO_WRITE}};
+    return kinds[a->space != 0][a->write];
+}
+
 bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *value)
 {
     struct lv_vm *vm = vcpu->vm;
@@ -256,13 +262,14 @@ bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *va
             pthread_mutex_unlock(&vm->lock);
         vcpu->engine->waiting = outer;
     }
+    if (done)
+        lv_remember(vcpu, kind_of(a), a->size, a->address, a->write ? a->value & mask(a->size) : *value, LV_PAST_ON_THE_SPOT);
     return done;
 }
 
 struct lv_exit lv_access_exit(const struct lv_access *a)
 {
-    static const uint8_t kinds[2][2] = {{LV_PORT_IN, LV_PORT_OUT}, {LV_MMIO_READ, LV_MMIO_WRITE}};
-    return (struct lv_exit){.kind = kinds[a->space != 0][a->write], .size = a->size, .address = a->address,
+    return (struct lv_exit){.kind = kind_of(a), .size = a->size, .address = a->address,
                             .value = a->write ? a->value & mask(a->size) : 0};
 }
 

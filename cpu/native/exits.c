@@ -24,7 +24,7 @@ static struct exit_class classes[LV_EXIT_KINDS] = {
     [LV_SYSTEM_EVENT] = {.name = "SystemEvent", .fields = {"kind", "data"}},
     [LV_FAIL_ENTRY] = {.name = "FailEntry", .fields = {"reason", "cpu"}},
     [LV_INTERNAL_ERROR] = {.name = "InternalError", .fields = {"suberror", "rip", "instruction", "data"}},
-    [LV_DEBUG] = {.name = "Debug", .fields = {"rip", "dr6", "exception"}},
+    [LV_DEBUG] = {.name = "Debug", .fields = {"rip", "dr6", "exception", "address"}},
     [LV_INTERRUPTED] = {.name = "Interrupted"},
 };
 static struct exit_class posted_class = {.name = "Posted", .fields = {"tag", "size", "data"}};
@@ -132,6 +132,7 @@ PyObject *lv_exit_object(const struct lv_exit *exit)
         v[0] = PyLong_FromUnsignedLongLong(exit->rip);
         v[1] = PyLong_FromUnsignedLongLong(exit->code);
         v[2] = PyLong_FromUnsignedLong(exit->extra);
+        v[3] = PyLong_FromUnsignedLongLong(exit->address);
         break;
     default:
         return Py_NewRef(classes[exit->kind].single);

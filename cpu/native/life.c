@@ -67,6 +67,7 @@ int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer, bool park)
     vcpu->answer = answer;
     if (vcpu->has_exit && vcpu->exit.size < 8)
         vcpu->answer &= (1ull << (8 * vcpu->exit.size)) - 1;
+    lv_remember_answer(vcpu, vcpu->answer);
     vcpu->has_exit = true; /* from now on there has been one before each park */
     vcpu->wants_value = false;
     if (park) {
@@ -115,7 +116,8 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     }
     vm->ops = ops;
     vm->config = *config;
-    vm->start_ns = lv_clock();
+    vm->start_ns = vm->made_ns = lv_clock();
+    vm->made_tsc = __builtin_ia32_rdtsc();
     vm->generation = lv_generation;
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
     vm->linger_ns = LV_LINGER_MAX_NS;

@@ -298,6 +298,9 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit)
     vcpu->exit = *exit;
     vcpu->wants_value = exit->kind == LV_PORT_IN || exit->kind == LV_MMIO_READ;
     lv_count(vm, exit->kind);
+    if (exit->kind != LV_INTERRUPTED)
+        lv_remember(vcpu, (uint8_t)exit->kind, (uint8_t)exit->size, exit->kind <= LV_MMIO_WRITE ? exit->address : exit->rip,
+                    exit->kind <= LV_MMIO_WRITE ? exit->value : exit->code, LV_PAST_WAITS);
     pthread_mutex_lock(&vm->lock);
     atomic_store(&vcpu->state, LV_QUEUED);
     lv_push_locked(vcpu->engine, &event);

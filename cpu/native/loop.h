@@ -35,7 +35,7 @@ enum lv_exit_kind {
 struct lv_exit {
     uint32_t kind;      /* enum lv_exit_kind */
     uint32_t size;      /* accesses: 1, 2, 4, 8 bytes */
-    uint64_t address;   /* accesses: port or guest-physical address */
+    uint64_t address;   /* accesses: port or guest-physical address; DEBUG: the point, or what was touched (linear) */
     uint64_t value;     /* writes: the value */
     uint64_t rip;       /* INTERNAL_ERROR, DEBUG */
     uint64_t code;      /* SYSTEM_EVENT kind; FAIL_ENTRY reason; INTERNAL_ERROR suberror; DEBUG dr6 */
@@ -65,6 +65,41 @@ enum lv_state_kind {
     LV_STATE_TSC,  /* uint64_t: kHz of the guests' TSC; 0: unknown */
 };
 
+/* What the VMM debugs a vCPU with; cpu/debug.py packs it, and has what each means. */
+enum lv_point_kind { LV_POINT_EXECUTE, LV_POINT_WRITE, LV_POINT_READ, LV_POINT_ACCESS };
+struct lv_point {
+    uint64_t address; /* linear */
+    uint32_t length;
+    uint32_t kind;    /* enum lv_point_kind */
+};
+enum { LV_DEBUG_STEP = 1, LV_DEBUG_FROZEN = 2, LV_DEBUG_HOLD_INTERRUPTS = 4, LV_DEBUG_INT3 = 8, LV_DEBUG_GIVE_INT3 = 16 };
+struct lv_debug {
+    uint32_t flags, count;
+    struct lv_point points[];
+};
+enum { LV_MAX_POINTS = 1024 };
+/* DEBUG exits: `code` is what DR6 would say of the VMM's own debugging (hardware points in the order that they were given). */
+enum { LV_DR6_STEP = 1 << 14 };
+
+/* What a core that keeps a trace knows of a vCPU's past: struct soft_trace_entry. */
+struct lv_trace_entry {
+    uint64_t address, instructions;
+    uint32_t count, kind;
+};
+
+/* An exit that was: an access, or what parked a vCPU. */
+struct lv_past_exit {
+    uint64_t tsc;      /* the host's, when it happened last */
+    uint64_t address, value;
+    uint32_t repeats;  /* how often it happened in a row */
+    uint8_t kind;      /* enum lv_exit_kind */
+    uint8_t size;
+    uint8_t done;      /* enum lv_past_done */
+    uint8_t unused;
+};
+enum lv_past_done { LV_PAST_WAITS, LV_PAST_ANSWERED, LV_PAST_ON_THE_SPOT };
+enum { LV_PAST_EXITS = 64 };
+
 struct lv_config {
     uint32_t vcpus;
     bool virtual_clock;
@@ -90,7 +125,6 @@ struct lv_vm;
 struct lv_vcpu;
 struct lv_engine;
 struct kvm_cpuid_entry2;
-struct kvm_guest_debug;
 
 /* What a core implements. [loop] where not said; NULL is allowed where said. */
 struct lv_ops {
@@ -138,7 +172,11 @@ struct lv_ops {
     /* The vCPU is PARKED: have the guest's watchdogs told that it stood still. May be NULL. */
     int (*stood_still)(struct lv_vcpu *vcpu);
     int (*set_cpuid)(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
-    int (*set_debug)(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug);
+    int (*set_debug)(struct lv_vcpu *vcpu, const struct lv_debug *debug); /* count is at most LV_MAX_POINTS; may be NULL */
+    int (*translate)(struct lv_vcpu *vcpu, uint64_t linear, uint64_t *gpa); /* -EFAULT: not mapped; may be NULL */
+    /* [loop] Keep the last `entries` of what each vCPU executes (0: none); copy them, returning how many. May be NULL. */
+    int (*set_trace)(struct lv_vm *vm, uint32_t entries);
+    uint32_t (*trace)(struct lv_vm *vm, uint32_t vcpu, struct lv_trace_entry *out, uint32_t max);
     int (*nmi)(struct lv_vcpu *vcpu);
     /* Without a VM, any may be NULL (KVM: Python asks /dev/kvm). Both return how many they wrote, at most max. */
     uint32_t (*supported_cpuid)(struct kvm_cpuid_entry2 *entries, uint32_t max);
@@ -173,6 +211,8 @@ struct lv_vcpu {
     bool unfinished;           /* [engine] inside an instruction, although the thread is not: must not park for a kick */
     bool wants_value;          /* the exit is answered by CompleteRead */
     uint64_t answer;
+    struct lv_past_exit past[LV_PAST_EXITS]; /* a ring; [engine], and by resume(); read while PARKED */
+    uint64_t past_count;
     void *core;                /* the core's own, per vCPU */
 };
 
@@ -206,6 +246,7 @@ struct lv_vm {
     uint32_t generation;             /* of forks, when it was made: see lv_forked() */
     _Atomic bool closing;
     uint64_t start_ns;               /* CLOCK_MONOTONIC at the VM's time 0 (modulo 2^64) */
+    uint64_t made_ns, made_tsc;      /* CLOCK_MONOTONIC and the host's TSC when it was made */
 
     pthread_mutex_t lock;            /* everything below; held for well under a microsecond */
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */
@@ -230,6 +271,7 @@ struct lv_vm {
     struct lv_irqfd *irqfds;
     struct lv_route *routes;
     uint32_t route_count;
+    uint32_t trace_entries;          /* of set_trace() */
     _Atomic uint64_t stats[LV_STATS];
 };
 

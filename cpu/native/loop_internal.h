@@ -19,6 +19,31 @@ static inline void lv_count(struct lv_vm *vm, uint32_t stat)
     atomic_fetch_add_explicit(&vm->stats[stat], 1, memory_order_relaxed);
 }
 
+/* Keep what happened among the vCPU's last exits: about 10 ns, beside the 50 and more of any access. [engine] */
+static inline void lv_remember(struct lv_vcpu *vcpu, uint8_t kind, uint8_t size, uint64_t address, uint64_t value, uint8_t done)
+{
+    struct lv_past_exit *last = &vcpu->past[(vcpu->past_count - 1) % LV_PAST_EXITS];
+    uint64_t now = __builtin_ia32_rdtsc();
+    if (vcpu->past_count && last->kind == kind && last->address == address && last->value == value && last->size == size &&
+        last->done == done && done == LV_PAST_ON_THE_SPOT && last->repeats < UINT32_MAX) {
+        last->repeats++;
+        last->tsc = now;
+        return;
+    }
+    vcpu->past[vcpu->past_count++ % LV_PAST_EXITS] = (struct lv_past_exit){
+        .tsc = now, .address = address, .value = value, .repeats = 1, .kind = kind, .size = size, .done = done};
+}
+/* The last exit is answered: a read by `value`. [loop] */
+static inline void lv_remember_answer(struct lv_vcpu *vcpu, uint64_t value)
+{
+    struct lv_past_exit *last = &vcpu->past[(vcpu->past_count - 1) % LV_PAST_EXITS];
+    if (!vcpu->past_count || last->done != LV_PAST_WAITS)
+        return;
+    last->done = LV_PAST_ANSWERED;
+    if (vcpu->wants_value)
+        last->value = value;
+}
+
 uint64_t lv_clock(void); /* CLOCK_MONOTONIC, ns */
 void lv_signal(struct lv_vm *vm);
 /* Queue `event` and wake the loop as needed. Called with vm->lock held; returns with it released; may wait (room in the

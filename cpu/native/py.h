@@ -43,6 +43,8 @@ PyObject *lv_raise(int error, const char *what);
 /* The open VM, or NULL with StateError. After arguments are parsed: their __index__ and the like may close it. */
 struct lv_vm *lv_open(VmObject *self);
 struct lv_vcpu *lv_open_vcpu(VcpuObject *self);
+/* The vCPU, which must be parked; NULL with StateError. */
+struct lv_vcpu *lv_parked_vcpu(VcpuObject *self);
 /* An unsigned integer; false with an exception. */
 bool lv_u64(PyObject *object, uint64_t *value);
 
@@ -61,6 +63,13 @@ PyObject *lv_vm_signal_msi(VmObject *self, PyObject *const *args, Py_ssize_t cou
 PyObject *lv_vm_set_msi_routes(VmObject *self, PyObject *sequence);
 PyObject *lv_vm_add_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
 PyObject *lv_vm_remove_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
+
+/* Methods of Vcpu and Vm in pydebug.c. */
+PyObject *lv_vcpu_set_debug_blob(VcpuObject *self, PyObject *args);
+PyObject *lv_vcpu_translate(VcpuObject *self, PyObject *address);
+PyObject *lv_vcpu_trace_blob(VcpuObject *self, PyObject *ignored);
+PyObject *lv_vcpu_past_blob(VcpuObject *self, PyObject *ignored);
+PyObject *lv_vm_set_trace(VmObject *self, PyObject *entries);
 
 /* exits.c: the classes of cpu.exits, made without running Python code. */
 int lv_exits_init(void);

@@ -10,8 +10,7 @@ struct lv_vcpu *lv_open_vcpu(VcpuObject *self)
     return lv_open(self->owner) ? self->vcpu : NULL;
 }
 
-/* The vCPU, which must be parked; NULL with StateError. */
-static struct lv_vcpu *parked(VcpuObject *self)
+struct lv_vcpu *lv_parked_vcpu(VcpuObject *self)
 {
     struct lv_vcpu *vcpu = lv_open_vcpu(self);
     if (vcpu && atomic_load(&vcpu->state) != LV_PARKED) {
@@ -76,7 +75,7 @@ static PyObject *answer(VcpuObject *self, PyObject *entry, bool park)
 {
     bool is_read;
     uint64_t value;
-    struct lv_vcpu *vcpu = parked(self);
+    struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     if (!vcpu || !lv_entry_value(entry, &is_read, &value))
         return NULL;
     if (is_read != vcpu->wants_value) {
@@ -114,7 +113,7 @@ static PyObject *vcpu_get_blob(VcpuObject *self, PyObject *args)
     unsigned char data[8192];
     if (!PyArg_ParseTuple(args, "i|y*:get_blob", &kind, &initial))
         return NULL;
-    struct lv_vcpu *vcpu = parked(self);
+    struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     PyObject *result = NULL;
     size_t size = initial.obj ? (size_t)initial.len : sizeof data;
     if (vcpu && size > sizeof data) {
@@ -142,7 +141,7 @@ static PyObject *vcpu_set_blob(VcpuObject *self, PyObject *args)
     Py_buffer blob;
     if (!PyArg_ParseTuple(args, "iy*:set_blob", &kind, &blob))
         return NULL;
-    struct lv_vcpu *vcpu = parked(self);
+    struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     int r = vcpu ? vcpu->vm->ops->set_vcpu(vcpu, (enum lv_state_kind)kind, blob.buf, (size_t)blob.len) : 0;
     PyBuffer_Release(&blob);
     if (!vcpu)
@@ -155,7 +154,7 @@ static PyObject *vcpu_set_cpuid_blob(VcpuObject *self, PyObject *args)
     Py_buffer blob;
     if (!PyArg_ParseTuple(args, "y*:set_cpuid_blob", &blob))
         return NULL;
-    struct lv_vcpu *vcpu = parked(self);
+    struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     int r = 0;
     size_t each = sizeof(struct kvm_cpuid_entry2);
     if (vcpu)
@@ -169,28 +168,9 @@ static PyObject *vcpu_set_cpuid_blob(VcpuObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *vcpu_set_debug_blob(VcpuObject *self, PyObject *args)
-{
-    Py_buffer blob;
-    if (!PyArg_ParseTuple(args, "y*:set_debug_blob", &blob))
-        return NULL;
-    struct lv_vcpu *vcpu = parked(self);
-    int r = 0;
-    if (vcpu && (size_t)blob.len != sizeof(struct kvm_guest_debug))
-        r = -EINVAL;
-    else if (vcpu)
-        r = vcpu->vm->ops->set_debug ? vcpu->vm->ops->set_debug(vcpu, blob.buf) : -ENOTSUP;
-    PyBuffer_Release(&blob);
-    if (!vcpu)
-        return NULL;
-    if (r < 0)
-        return lv_raise(r, "cannot set breakpoints");
-    Py_RETURN_NONE;
-}
-
 static PyObject *vcpu_stood_still(VcpuObject *self, PyObject *Py_UNUSED(ignored))
 {
-    struct lv_vcpu *vcpu = parked(self);
+    struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     if (!vcpu)
         return NULL;
     int r = vcpu->vm->ops->stood_still ? vcpu->vm->ops->stood_still(vcpu) : 0;
@@ -227,7 +207,10 @@ static PyMethodDef vcpu_methods[] = {
     {"get_blob", (PyCFunction)vcpu_get_blob, METH_VARARGS, "get_blob(kind[, initial]) -> bytes; MSRS: (count, bytes)."},
     {"set_blob", (PyCFunction)vcpu_set_blob, METH_VARARGS, "set_blob(kind, data) -> bytes or MSRs done."},
     {"set_cpuid_blob", (PyCFunction)vcpu_set_cpuid_blob, METH_VARARGS, "An array of struct kvm_cpuid_entry2."},
-    {"set_debug_blob", (PyCFunction)vcpu_set_debug_blob, METH_VARARGS, "A struct kvm_guest_debug."},
+    {"set_debug_blob", (PyCFunction)lv_vcpu_set_debug_blob, METH_VARARGS, "A struct lv_debug."},
+    {"translate", (PyCFunction)lv_vcpu_translate, METH_O, "The guest-physical address of a linear one, or None."},
+    {"trace_blob", (PyCFunction)lv_vcpu_trace_blob, METH_NOARGS, "An array of struct lv_trace_entry, the oldest first."},
+    {"past_blob", (PyCFunction)lv_vcpu_past_blob, METH_NOARGS, "(kHz of the host's TSC, TSC now, array of struct lv_past_exit)."},
     {"stood_still", (PyCFunction)vcpu_stood_still, METH_NOARGS, "Have the guest's watchdogs told that it stood still."},
     {"nmi", (PyCFunction)vcpu_nmi, METH_NOARGS, "Inject an NMI."},
     {NULL, NULL, 0, NULL},

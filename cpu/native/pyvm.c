@@ -543,6 +543,7 @@ static PyMethodDef vm_methods[] = {
     {"get_blob", (PyCFunction)vm_get_blob, METH_VARARGS, "get_blob(kind) -> bytes"},
     {"set_blob", (PyCFunction)vm_set_blob, METH_VARARGS, "set_blob(kind, data)"},
     {"stats", (PyCFunction)vm_stats, METH_NOARGS, NULL},
+    {"set_trace", (PyCFunction)lv_vm_set_trace, METH_O, "Keep the last n of what each vCPU executes."},
     {"close", (PyCFunction)vm_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -423,7 +423,7 @@ static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entrie
     return 0;
 }
 
-static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
+static int set_debug(struct lv_vcpu *vcpu, const struct lv_debug *debug)
 {
     (void)vcpu, (void)debug;
     return 0;

@@ -4,7 +4,7 @@
  * linear address), exec_*.c and string.c (micro-op handlers and instruction helpers), translate*.c (host code for hot
  * blocks), flags.h (lazy flags), mmu.c, memory.c (slots, page walk, TLBs, slow loads and stores, dirty log), segment.c
  * (segment loads, stacks), far.c (far transfers, gates), interrupt.c (exceptions, interrupt delivery, IRET), system.c,
- * control.c, msr.c, cpuid.c, debug.c (control, debug and model-specific registers, CPUID, SYSCALL...), state.c (get/set in
+ * control.c, msr.c, cpuid.c, debug.c, breakpoint.c (control, debug and model-specific registers, CPUID, SYSCALL...), state.c (get/set in
  * KVM layouts), vm.c, events.c, clock.c (scheduler, clock, events from other threads, public interface).
  *
  * Faults: soft_raise() and what calls it do not return: they longjmp to the run loop. A handler must therefore
@@ -172,6 +172,22 @@ struct soft_replay {
     uint64_t results[SOFT_REPLAY];
 };
 
+/* breakpoint.c's own: what the caller debugs this vCPU with, and the trace. */
+struct soft_caller {
+    bool step, frozen, hold_interrupts, int3;
+    bool active;             /* `step`, or a trace: event delivery has to tell */
+    bool stepped;            /* an instruction or event delivery ended since the last stop */
+    bool retry;              /* the instruction at retry_rip touches what is watched: step it */
+    bool touched;            /* what is watched was touched, at `address` */
+    uint8_t reason;          /* enum soft_debug_reason */
+    uint64_t address, retry_rip;
+    struct soft_point *points; /* those of execution first, by address */
+    uint32_t executes, count;
+    struct soft_trace_entry *trace;
+    uint32_t trace_size;
+    uint64_t trace_count;    /* entries ever made */
+};
+
 struct soft_vcpu {
     /* --- hot: touched by every handler --- */
     uint64_t gpr[16];
@@ -233,10 +249,8 @@ struct soft_vcpu {
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
     bool in_step;            /* soft_step() is under way; step_flags: RFLAGS before it */
     bool trap_taken;         /* the instruction entered a handler by itself (INT n, SYSCALL): no single-step trap */
-    bool skip_breakpoint;    /* the caller was told of the breakpoint at rip */
     uint32_t step_flags;
-    uint32_t guest_debug;    /* struct kvm_guest_debug: control */
-    uint64_t guest_dr[8];
+    struct soft_caller caller; /* breakpoint.c: the caller's debugging */
     struct soft_mmu mmu;
     struct fpu fpu;
 
@@ -268,6 +282,7 @@ struct soft_vm {
     uint64_t turn_limit_ns;     /* the turn under way ends no later: the next timer event */
     bool turn_over;             /* end the turn under way: the timers or the turn order need a look */
     uint64_t start_ns, alarm_ns, tsc_base;
+    uint64_t stops[64];         /* breakpoint.c: offsets in pages at which blocks end */
 };
 
 /* Instructions retired by this vCPU. Exact between instructions and in every call out of a handler (there: without
@@ -409,6 +424,16 @@ void soft_irqchip_touched(struct soft_vcpu *c);
 /* ---- flags.h holds these, inline ---- uint32_t soft_flags(const struct soft_vcpu *) -> full RFLAGS;
  * void soft_set_flags(struct soft_vcpu *, uint32_t) (all bits taken as given). */
 
+/* ---- breakpoint.c ---- */
+/* Whether the caller has a breakpoint at c->cs:rip; it is told then. */
+bool soft_breakpoint_here(struct soft_vcpu *c, uint64_t rip);
+/* The same of code that is entered from another block; if so, does not return. */
+void soft_stop_at_breakpoint(struct soft_vcpu *c, uint64_t rip);
+/* An access of the caller's watched ranges by an instruction is undone, and stepped; others are noted. */
+void soft_watch_caller(struct soft_vcpu *c, uint64_t linear, unsigned size, bool write);
+bool soft_page_watched(const struct soft_vcpu *c, uint64_t page);
+void soft_trace(struct soft_vcpu *c, unsigned kind, uint64_t rip, uint64_t instructions, uint32_t count);
+
 /* ---- block.c / exec.c ---- */
 /* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
 void soft_execute(struct soft_vcpu *c);
@@ -419,6 +444,8 @@ struct block_cache *soft_blocks_create(bool shares); /* memory, with the other V
 void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
 void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
+/* At these offsets in every page (a bit each) blocks end, and soft_stop_at_breakpoint() is asked. Flushes. */
+void soft_blocks_set_stops(struct soft_vm *vm, const uint64_t stops[64]);
 void soft_blocks_rest(struct soft_vm *vm); /* the VM sleeps, no block runs: give back what exceeds its share of memory */
 /* ---- jump.c ---- */
 void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too);       /* mmu.c: with every TLB flush */

@@ -146,8 +146,43 @@ enum { SOFT_CORE_STATE_SIZE = 24 + 8 * SOFT_MAX_VCPUS, SOFT_EXTRA_STATE_SIZE = 4
 int soft_vm_get(struct soft_vm *vm, enum soft_vm_state kind, void *data, size_t size);
 int soft_vm_set(struct soft_vm *vm, enum soft_vm_state kind, const void *data, size_t size);
 
-/* struct kvm_guest_debug: single step, hardware breakpoints for the caller. */
-struct kvm_guest_debug;
-int soft_vcpu_set_debug(struct soft_vm *vm, uint32_t vcpu, const struct kvm_guest_debug *debug);
+/* ---- debugging, for the caller; the guest's own debug registers and memory are left alone ---- */
+
+enum soft_point_kind { SOFT_POINT_EXECUTE, SOFT_POINT_WRITE, SOFT_POINT_READ, SOFT_POINT_ACCESS };
+struct soft_point {
+    uint64_t address; /* linear */
+    uint32_t length;  /* bytes watched, at most SOFT_POINT_LENGTH; execution: ignored */
+    uint32_t kind;    /* enum soft_point_kind */
+};
+enum { SOFT_MAX_POINTS = 1024, SOFT_POINT_LENGTH = 1 << 20 };
+struct soft_debug {
+    bool step;            /* stop after an instruction, or when an interrupt or exception was delivered */
+    bool frozen;          /* execute nothing, although not parked */
+    bool hold_interrupts; /* deliver neither interrupts nor NMIs to a vCPU that does not sleep */
+    bool int3;            /* INT3 stops instead of raising #BP */
+    uint32_t count;
+    const struct soft_point *points;
+};
+/* Replace what a vCPU is debugged with (all zeroes: nothing any more). SOFT_STOP_DEBUG comes before an instruction that a
+ * point of execution stands at (unless it is stepped), and after one that touched what is watched. -EINVAL, -E2BIG, -ENOMEM. */
+int soft_vcpu_set_debug(struct soft_vm *vm, uint32_t vcpu, const struct soft_debug *debug);
+enum soft_debug_reason { SOFT_DEBUG_STEP, SOFT_DEBUG_EXECUTE, SOFT_DEBUG_WATCH, SOFT_DEBUG_INT3 };
+/* Why the vCPU stopped last; *address: the point of execution, or what was touched. */
+enum soft_debug_reason soft_vcpu_debug_reason(const struct soft_vm *vm, uint32_t vcpu, uint64_t *address);
+/* Where the vCPU's page tables lead: no rights are checked, no bits of the tables change. -EFAULT: nowhere. */
+int soft_vcpu_translate(struct soft_vm *vm, uint32_t vcpu, uint64_t linear, uint64_t *gpa);
+
+/* What a vCPU executed: blocks, and what was delivered in between. */
+enum { SOFT_TRACE_BLOCK, SOFT_TRACE_STEP, SOFT_TRACE_EVENT };
+struct soft_trace_entry {
+    uint64_t address;      /* linear, of the first instruction; EVENT: of the one that was interrupted */
+    uint64_t instructions; /* that this vCPU had retired before */
+    uint32_t count;        /* how often in a row; EVENT: the vector */
+    uint32_t kind;
+};
+/* Keep the last `entries` of each vCPU from now on (0: none, and what was kept is gone). 0, -EINVAL, -ENOMEM. */
+int soft_vm_set_trace(struct soft_vm *vm, uint32_t entries);
+/* Copy what is kept, the oldest first; returns how many (at most max). */
+uint32_t soft_vcpu_trace(const struct soft_vm *vm, uint32_t vcpu, struct soft_trace_entry *out, uint32_t max);
 
 #endif

@@ -378,20 +378,86 @@ static void caller_debug(void)
     uint32_t vcpu;
     CODE(g, 0x1000, "\x90\x90\x90\xA2\x00\x50\x90\xCC\x90\xF4");
     start_at(g, 0, 0x1000, false);
-    struct kvm_guest_debug d = { .control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP };
+    struct soft_debug d = { .step = true };
+    uint64_t at;
     CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
     CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1001);
     CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1002);
-    d.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP | KVM_GUESTDBG_USE_SW_BP;
-    d.arch.debugreg[0] = 0x1003;
-    d.arch.debugreg[1] = 0x5000;
-    d.arch.debugreg[7] = 1 << 0 | 1 << 2 | 1 << 20; /* DR0: execute; DR1: write, 1 byte */
+    CHECK(soft_vcpu_debug_reason(g->vm, 0, &at) == SOFT_DEBUG_STEP);
+    struct soft_point points[] = { { 0x5000, 1, SOFT_POINT_WRITE }, { 0x1003, 0, SOFT_POINT_EXECUTE } };
+    d = (struct soft_debug){ .int3 = true, .count = 2, .points = points };
     CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
     CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1003);
-    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1006);
-    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1007); /* at INT3 */
-    d = (struct kvm_guest_debug){ 0 };
+    CHECK(soft_vcpu_debug_reason(g->vm, 0, &at) == SOFT_DEBUG_EXECUTE && at == 0x1003);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1003); /* until it is stepped over */
+    d.step = true;
     CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1006);
+    CHECK(soft_vcpu_debug_reason(g->vm, 0, &at) == SOFT_DEBUG_WATCH && at == 0x5000);
+    d.step = false;
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1007); /* at INT3 */
+    CHECK(soft_vcpu_debug_reason(g->vm, 0, &at) == SOFT_DEBUG_INT3);
+    points[1].address = 0xFFFFFFFFFFFFFFFF;
+    points[1].kind = 9;
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == -EINVAL);
+    d = (struct soft_debug){ .count = SOFT_MAX_POINTS + 1 };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == -E2BIG);
+    d = (struct soft_debug){ 0 };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    destroy(g);
+}
+
+/* A loop that runs translated stops at a breakpoint that is set later, in its middle, at each turn; what is watched is
+ * reported from translated code, with the store done; without either it runs on. */
+static void caller_points(void)
+{
+    struct guest *g = create(1, false, false);
+    uint32_t vcpu;
+    uint64_t at, gpa;
+    CODE(g, 0x1000, "\xFF\x06\x00\x30\x40\x43\xFF\x06\x10\x30\xEB\xF4"); /* inc [3000]; inc ax; inc bx; inc [3010]; jmp */
+    start_at(g, 0, 0x1000, false);
+    run(g);
+    wait_count(g->ram + 0x3000, 1000);
+    stop(g);
+    struct soft_point points[] = { { 0x1005, 1, SOFT_POINT_EXECUTE }, { 0x3011, 1, SOFT_POINT_ACCESS } };
+    struct soft_debug d = { .count = 1, .points = points };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    struct soft_debug over = { .step = true };
+    for (unsigned i = 0; i < 3; i++) {
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1005);
+        CHECK(soft_vcpu_set_debug(g->vm, 0, &over) == 0);
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x1006);
+        CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    }
+    uint16_t before = *(uint16_t *)(void *)(g->ram + 0x3010);
+    d = (struct soft_debug){ .count = 1, .points = points + 1 };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    for (unsigned i = 1; i <= 3; i++) {
+        CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG && rip_of(g) == 0x100A);
+        CHECK(soft_vcpu_debug_reason(g->vm, 0, &at) == SOFT_DEBUG_WATCH && at == 0x3011);
+        CHECK(*(uint16_t *)(void *)(g->ram + 0x3010) == (uint16_t)(before + i));
+    }
+    CHECK(soft_vm_set_trace(g->vm, 4) == 0);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_DEBUG);
+    struct soft_trace_entry t[8];
+    uint32_t n = soft_vcpu_trace(g->vm, 0, t, 8);
+    CHECK(n >= 2 && n <= 4 && t[n - 1].address == 0x1006 && t[n - 1].kind == SOFT_TRACE_STEP);
+    CHECK(soft_vm_set_trace(g->vm, 0) == 0);
+    CHECK(soft_vcpu_translate(g->vm, 0, 0x1234, &gpa) == 0 && gpa == 0x1234);
+    CHECK(soft_vcpu_translate(g->vm, 0, 1ull << 40, &gpa) == -EFAULT);
+    d = (struct soft_debug){ .frozen = true };
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    before = *(uint16_t *)(void *)(g->ram + 0x3010);
+    soft_vm_wake(g->vm);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_WAKE);
+    CHECK(*(uint16_t *)(void *)(g->ram + 0x3010) == before);
+    d.frozen = false;
+    CHECK(soft_vcpu_set_debug(g->vm, 0, &d) == 0);
+    memset(g->ram + 0x3010, 0, 2);
+    run(g);
+    wait_count(g->ram + 0x3010, 1000);
+    stop(g);
     destroy(g);
 }
 
@@ -504,7 +570,7 @@ int main(int argc, char **argv)
     } checks[] = {
         { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
-        { "parking", parking }, { "caller_debug", caller_debug }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "physical_addresses", physical_addresses }, { "alarms", alarms },
+        { "parking", parking }, { "caller_debug", caller_debug }, { "caller_points", caller_points }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "physical_addresses", physical_addresses }, { "alarms", alarms },
         { "state_is_checked", state_is_checked },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {

@@ -141,18 +141,18 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
 /* Record which data breakpoints an access touches (SDM vol. 3, 17.2.5). */
 static void watch(struct soft_vcpu *c, uint64_t linear, unsigned size, bool write)
 {
-    for (unsigned set = 0; set < 2; set++) {
-        const uint64_t *dr = set ? c->guest_dr : c->dr;
-        for (unsigned i = 0; i < 4; i++) {
-            unsigned control = (unsigned)(dr[7] >> (16 + i * 4)) & 15, type = control & 3;
-            unsigned length = control >> 2 == 2 ? 8 : (control >> 2) + 1;
-            if (!(dr[7] >> (i * 2) & 3) || !(type == 3 || (type == 1 && write)))
-                continue;
-            uint64_t start = dr[i] & ~(uint64_t)(length - 1);
-            if (linear < start + length && start < linear + size)
-                c->data_hits |= (uint8_t)(1u << (i + set * 4));
-        }
+    const uint64_t *dr = c->dr;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned control = (unsigned)(dr[7] >> (16 + i * 4)) & 15, type = control & 3;
+        unsigned length = control >> 2 == 2 ? 8 : (control >> 2) + 1;
+        if (!(dr[7] >> (i * 2) & 3) || !(type == 3 || (type == 1 && write)))
+            continue;
+        uint64_t start = dr[i] & ~(uint64_t)(length - 1);
+        if (linear < start + length && start < linear + size)
+            c->data_hits |= (uint8_t)(1u << i);
     }
+    if (c->caller.count > c->caller.executes)
+        soft_watch_caller(c, linear, size, write);
 }
 
 static uint64_t wrap(const struct soft_vcpu *c, uint64_t linear)
@@ -341,17 +341,12 @@ uint8_t *soft_rmw_pointer(struct soft_vcpu *c, uint64_t linear, unsigned size)
 void soft_watch_changed(struct soft_vcpu *c)
 {
     memset(c->mmu.watched, 0, sizeof c->mmu.watched);
-    bool watching = false;
-    for (unsigned set = 0; set < 2; set++) {
-        const uint64_t *dr = set ? c->guest_dr : c->dr;
-        for (unsigned i = 0; i < 4; i++) {
-            if (!(dr[7] >> (i * 2) & 3) || !(dr[7] >> (16 + i * 4) & 1))
-                continue;
-            watching = true;
-            if (c->mmu.watched[i] && c->mmu.watched[i] != ((dr[i] & PAGE_MASK) | 1))
-                continue; /* the caller's breakpoints come second; a page clash leaves them the guest's slot */
-            c->mmu.watched[i] = (dr[i] & PAGE_MASK) | 1;
-        }
+    bool watching = c->caller.count > c->caller.executes;
+    for (unsigned i = 0; i < 4; i++) {
+        if (!(c->dr[7] >> (i * 2) & 3) || !(c->dr[7] >> (16 + i * 4) & 1))
+            continue;
+        watching = true;
+        c->mmu.watched[i] = (c->dr[i] & PAGE_MASK) | 1;
     }
     if (watching || c->mmu.watching)
         soft_tlb_flush(c, true);

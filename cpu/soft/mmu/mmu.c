@@ -2,6 +2,8 @@
  *
  * Knows guest-physical memory only through soft_phys(), which alone makes host pointers.
  */
+#include <errno.h>
+
 #include "soft/system/system.h"
 
 enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x80, PTE_G = 0x100 };
@@ -11,7 +13,7 @@ enum { PTE_P = 1, PTE_W = 2, PTE_U = 4, PTE_A = 0x20, PTE_D = 0x40, PTE_PS = 0x8
 struct page {
     uint64_t gpa; /* of the 4 KiB page that holds the address */
     unsigned shift; /* 12, 21, 22, 30 or UNPAGED */
-    bool global, dirty;
+    bool global, dirty, quiet;
 };
 
 struct step {
@@ -58,7 +60,7 @@ static bool mark(struct soft_vcpu *c, struct step *step, unsigned size, uint64_t
     return true;
 }
 
-/* Walk the tables for one access. false: *error is the #PF error code. */
+/* Walk the tables for one access. false: *error is the #PF error code. out->quiet: no entry gets A or D. */
 static bool walk(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, struct page *out,
                  uint32_t *error)
 {
@@ -133,7 +135,7 @@ again:;
         *error = code | PF_P;
         return false;
     }
-    for (unsigned i = 0; i < depth; i++) {
+    for (unsigned i = 0; i < depth && !out->quiet; i++) {
         uint64_t want = PTE_A | (i == depth - 1 && kind == ACCESS_WRITE ? PTE_D : 0);
         if (!mark(c, &path[i], size, want))
             goto again;
@@ -336,7 +338,7 @@ static bool page_watched(const struct soft_vcpu *c, uint64_t linear)
     for (unsigned i = 0; i < 4; i++)
         if (c->mmu.watched[i] == ((linear & PAGE_MASK) | 1))
             return true;
-    return false;
+    return soft_page_watched(c, linear & PAGE_MASK);
 }
 
 /* Walk and install the entry. As soft_mmu_lookup(); the caller has *page in any case, *slot unless NULL is returned. */
@@ -385,6 +387,20 @@ uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind
     uint8_t *host = fill(c, linear, kind, view, &page, &slot);
     *gpa = page.gpa | (linear & ~PAGE_MASK);
     return host;
+}
+
+int soft_vcpu_translate(struct soft_vm *vm, uint32_t vcpu, uint64_t linear, uint64_t *gpa)
+{
+    struct soft_vcpu *c = vcpu < vm->config.vcpus ? vm->vcpus[vcpu] : NULL;
+    if (!c || (c->long_mode ? !soft_canonical(linear) : linear >> 32 != 0))
+        return -EFAULT;
+    struct page page = { .gpa = linear & PAGE_MASK, .quiet = true };
+    uint32_t error;
+    /* VIEW_SUPERVISOR_AC may read whatever is mapped. */
+    if ((c->cr0 & CR0_PG) && !walk(c, linear, ACCESS_READ, VIEW_SUPERVISOR_AC, &page, &error))
+        return -EFAULT;
+    *gpa = page.gpa | (linear & ~PAGE_MASK);
+    return 0;
 }
 
 uint8_t *soft_mmu_lookup(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, uint64_t *gpa)

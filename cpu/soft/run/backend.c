@@ -12,6 +12,7 @@
 #include "soft/run/entropy.h"
 #include "soft/soft.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <linux/kvm.h>
 #include <sched.h>
@@ -135,11 +136,16 @@ static void post(struct lv_engine *engine, uint32_t index, struct lv_exit exit)
 
 static struct lv_exit debug_exit(struct backend *b, uint32_t index)
 {
+    struct lv_exit exit = {.kind = LV_DEBUG, .extra = 1 /* #DB */};
     struct kvm_regs regs = {0};
-    struct kvm_debugregs debug = {0};
     soft_vcpu_get(b->soft, index, SOFT_STATE_REGS, &regs, sizeof regs);
-    soft_vcpu_get(b->soft, index, SOFT_STATE_DEBUGREGS, &debug, sizeof debug);
-    return (struct lv_exit){.kind = LV_DEBUG, .rip = regs.rip, .code = debug.dr6, .extra = 1 /* #DB */};
+    exit.rip = regs.rip;
+    switch (soft_vcpu_debug_reason(b->soft, index, &exit.address)) {
+    case SOFT_DEBUG_STEP: exit.code = LV_DR6_STEP, exit.address = 0; break;
+    case SOFT_DEBUG_INT3: exit.extra = 3 /* #BP */, exit.address = 0; break;
+    case SOFT_DEBUG_EXECUTE: case SOFT_DEBUG_WATCH: exit.code = 1; break;
+    }
+    return exit;
 }
 
 /* All vCPUs halted with interrupts off, or wait for SIPI. Tell it once, of each, then sleep until something happens that
@@ -485,13 +491,50 @@ static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entrie
     return r;
 }
 
-static int set_debug(struct lv_vcpu *vcpu, const struct kvm_guest_debug *debug)
+static int set_debug(struct lv_vcpu *vcpu, const struct lv_debug *debug)
+{
+    struct backend *b = of(vcpu->vm);
+    struct soft_point *points = calloc(debug->count ? debug->count : 1, sizeof *points);
+    if (!points)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < debug->count; i++)
+        points[i] = (struct soft_point){debug->points[i].address, debug->points[i].length, debug->points[i].kind};
+    struct soft_debug own = {.step = debug->flags & LV_DEBUG_STEP, .frozen = debug->flags & LV_DEBUG_FROZEN,
+                             .hold_interrupts = debug->flags & LV_DEBUG_HOLD_INTERRUPTS,
+                             .int3 = debug->flags & LV_DEBUG_INT3, .count = debug->count, .points = points};
+    enter(b);
+    int r = soft_vcpu_set_debug(b->soft, vcpu->index, &own);
+    leave(b);
+    free(points);
+    return r;
+}
+
+static int translate(struct lv_vcpu *vcpu, uint64_t linear, uint64_t *gpa)
 {
     struct backend *b = of(vcpu->vm);
     enter(b);
-    int r = soft_vcpu_set_debug(b->soft, vcpu->index, debug);
+    int r = soft_vcpu_translate(b->soft, vcpu->index, linear, gpa);
     leave(b);
     return r;
+}
+
+static int set_trace(struct lv_vm *vm, uint32_t entries)
+{
+    struct backend *b = of(vm);
+    enter(b);
+    int r = soft_vm_set_trace(b->soft, entries);
+    leave(b);
+    return r;
+}
+
+static uint32_t trace(struct lv_vm *vm, uint32_t vcpu, struct lv_trace_entry *out, uint32_t max)
+{
+    struct backend *b = of(vm);
+    static_assert(sizeof *out == sizeof(struct soft_trace_entry), "the same structure");
+    enter(b);
+    uint32_t n = soft_vcpu_trace(b->soft, vcpu, (struct soft_trace_entry *)(void *)out, max);
+    leave(b);
+    return n;
 }
 
 static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
@@ -520,6 +563,7 @@ const struct lv_ops lv_soft_ops = {
     .set_irq = set_irq, .signal_msi = signal_msi,
     .now = now, .set_alarm = set_alarm,
     .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
-    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .nmi = nmi, .stats = stats,
+    .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .translate = translate,
+    .set_trace = set_trace, .trace = trace, .nmi = nmi, .stats = stats,
     .supported_cpuid = soft_supported_cpuid, .msr_list = soft_msr_list,
 };

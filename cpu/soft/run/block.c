@@ -43,6 +43,8 @@ struct block_cache {
     struct host_code *host_code;
     bool reset;       /* everything is dead: the arena can be used from its start */
     bool changed;     /* see block_code_changed() */
+    uint64_t stops[64]; /* soft_blocks_set_stops() */
+    bool any_stops;
     struct decoded scratch;
     struct uop single[BLOCK_MAX_UOPS + 1]; /* code that is not kept */
 };
@@ -247,6 +249,26 @@ bool block_code_changed(struct soft_vcpu *c)
     return changed;
 }
 
+void soft_blocks_set_stops(struct soft_vm *vm, const uint64_t stops[64])
+{
+    memcpy(vm->blocks->stops, stops, sizeof vm->blocks->stops);
+    vm->blocks->any_stops = false;
+    for (unsigned i = 0; i < 64; i++)
+        vm->blocks->any_stops |= stops[i] != 0;
+    soft_blocks_flush(vm);
+}
+
+static bool stops_at(const struct block_cache *b, unsigned offset) { return b->stops[offset >> 6] >> (offset & 63) & 1; }
+
+/* How many of the `rest` bytes from an offset in a page on are before the next stop. */
+static unsigned until_stop(const struct block_cache *b, unsigned offset, unsigned rest)
+{
+    for (unsigned n = 1; b->any_stops && n < rest && n < BLOCK_MAX_INSNS * 15; n++)
+        if (stops_at(b, offset + n))
+            return n;
+    return rest;
+}
+
 void soft_vm_wake_now(struct soft_vm *vm)
 {
     vm->blocks->changed = true; /* makes a store leave its block */
@@ -329,6 +351,14 @@ static HANDLER(count_entry)
     return k->first(c, u, rip);
 }
 
+/* The first handler of a block at which the caller may have a breakpoint. */
+static HANDLER(stop_entry)
+{
+    struct block *k = (struct block *)((char *)u - offsetof(struct block, code));
+    soft_stop_at_breakpoint(c, rip);
+    return k->first(c, u, rip);
+}
+
 static void mark_granules(struct code_page *p, unsigned low, unsigned high)
 {
     p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
@@ -345,7 +375,7 @@ static struct block *make_block(struct soft_vm *vm, const struct decoded *d, con
     memcpy(k->code, d->uops, d->count * sizeof(struct uop));
     k->first = k->code[0].fn;
     if (!(mode & MODE_SINGLE))
-        k->code[0].fn = count_entry;
+        k->code[0].fn = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF)) ? stop_entry : count_entry;
     if (d->links >= 0) {
         k->links = (struct uop_links *)&k->code[d->links];
         k->links->block = k;
@@ -381,6 +411,8 @@ static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned 
     struct block_cache *b = c->vm->blocks;
     uint8_t bytes[16];
     unsigned n = limit < 15 ? (unsigned)limit : 15;
+    if (SOFT_UNLIKELY(stops_at(b, (unsigned)(linear & 0xFFF))) && !(mode & MODE_SINGLE))
+        soft_stop_at_breakpoint(c, c->rip);
     for (unsigned i = 1; i <= n; i++) {
         uint64_t at = linear + i - 1, gpa = 0;
         if (!c->code64)
@@ -438,7 +470,10 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
         const uint8_t *host2 = NULL;
         reserve(vm);
         struct code_page *p = make_page(vm, page_of(host)), *q = NULL;
-        decode_block(&b->scratch, host, rest, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
+        unsigned until = until_stop(b, (unsigned)(linear & 0xFFF), rest);
+        decode_block(&b->scratch, host, until, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
+        if (b->scratch.need_more && until < rest) /* a stop inside of the first instruction */
+            decode_block(&b->scratch, host, rest, mode, 1);
         if (b->scratch.need_more) {
             uint8_t bytes[32];
             uint64_t page2 = (linear & ~0xFFFull) + 4096;
@@ -538,9 +573,26 @@ static void release_budget(struct soft_vcpu *c)
     c->budget_held = 0;
 }
 
+/* Block by block: with a budget of one each leaves at its end. */
+static __attribute__((noinline, cold)) void execute_traced(struct soft_vcpu *c)
+{
+    while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED)) {
+        uint64_t rip = c->rip, before = soft_instructions(c);
+        soft_trace(c, SOFT_TRACE_BLOCK, rip, before, 1);
+        c->budget_held = c->budget - 1;
+        c->budget = 1;
+        host_enter(c, &empty_jump, rip);
+        release_budget(c);
+    }
+}
+
 void soft_execute(struct soft_vcpu *c)
 {
     release_budget(c);
+    if (SOFT_UNLIKELY(c->caller.trace != NULL)) {
+        execute_traced(c);
+        return;
+    }
     while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED))
         host_enter(c, &empty_jump, c->rip);
 }
@@ -549,6 +601,8 @@ void soft_step(struct soft_vcpu *c)
 {
     /* With a budget of one the instruction leaves at its end, wherever it goes. */
     release_budget(c);
+    if (SOFT_UNLIKELY(c->caller.trace != NULL))
+        soft_trace(c, SOFT_TRACE_STEP, c->rip, soft_instructions(c), 1);
     c->budget_held = c->budget - 1;
     c->budget = 1;
     struct uop *u = find_code(c, current_mode(c) | MODE_SINGLE, false);

@@ -49,7 +49,7 @@ static uint64_t ask(struct soft_vcpu *c, const struct soft_access *access)
 
 uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access)
 {
-    if (c->vm->config.vcpus == 1)
+    if (c->vm->config.vcpus == 1 && !c->mmu.watching) /* soft_watch_caller() abandons instructions, too */
         return ask(c, access);
     struct soft_replay *r = record_of(c);
     if (r->next < r->count)

@@ -36,7 +36,7 @@ static void set_regs(struct soft_vcpu *c, const struct kvm_regs *regs)
         c->cpl = 3;
     else if (was_vm86)
         c->cpl = SEG_DPL(&c->seg[SEG_SS]);
-    c->skip_breakpoint = false;
+    c->caller.retry = false;
     soft_mode_changed(c);
     soft_attend(c);
 }

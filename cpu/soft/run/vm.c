@@ -141,8 +141,11 @@ void soft_vm_destroy(struct soft_vm *vm)
     if (vm->blocks)
         soft_blocks_destroy(vm->blocks);
     soft_events_destroy(vm->events);
-    for (uint32_t i = 0; i < SOFT_MAX_VCPUS; i++)
+    for (uint32_t i = 0; i < SOFT_MAX_VCPUS; i++) {
+        if (vm->vcpus[i])
+            soft_caller_free(vm->vcpus[i]);
         free(vm->vcpus[i]);
+    }
     for (uint32_t i = 0; i < SOFT_MAX_SLOTS; i++) {
         free(vm->slots[i].dirty);
         free(vm->slots[i].code_pages);
@@ -176,7 +179,7 @@ void soft_irqchip_touched(struct soft_vcpu *c)
 
 static bool can_run(struct soft_vcpu *c, uint64_t now)
 {
-    if (c->parked)
+    if (c->parked || c->caller.frozen)
         return false;
     if (c->activity == ACT_RUNNING || c->init_pending)
         return true;
@@ -194,7 +197,7 @@ void soft_pause(struct soft_vcpu *c)
     struct soft_vm *vm = c->vm;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct soft_vcpu *other = vm->vcpus[i];
-        if (other == c || other->parked)
+        if (other == c || other->parked || other->caller.frozen)
             continue;
         if (other->activity == ACT_RUNNING || __atomic_load_n(&other->attention, __ATOMIC_RELAXED)) {
             vm->turn_over = true;
@@ -253,7 +256,8 @@ static int deliver_events(struct soft_vcpu *c)
         c->activity = ACT_RUNNING;
         soft_deliver(c, c->pending_vector, (enum soft_event)c->pending_kind, c->pending_has_error, c->pending_error);
     }
-    if (c->nmi_pending && !c->nmi_blocked) {
+    bool held = c->caller.hold_interrupts && c->activity == ACT_RUNNING;
+    if (c->nmi_pending && !c->nmi_blocked && !held) {
         if (c->shadow) /* APM vol. 3, STI; SDM vol. 3, 6.8.3: NMIs, too */
             return DELIVER_STEP;
         c->nmi_pending = false;
@@ -264,7 +268,7 @@ static int deliver_events(struct soft_vcpu *c)
     c->irq_waiting = vector >= 0;
     if (vector >= 0 && c->activity == ACT_MWAIT)
         c->activity = ACT_RUNNING;
-    if (vector >= 0 && (c->rflags & F_IF)) {
+    if (vector >= 0 && (c->rflags & F_IF) && !held) {
         if (c->shadow)
             return DELIVER_STEP;
         vector = irqchip_acknowledge(c->vm->irqchip, c->index);
@@ -287,7 +291,7 @@ static int run_turn(struct soft_vcpu *c)
     c->replay.allowed = false;
     switch (jump) {
     case JUMP_FAULT:
-        c->in_step = false;
+        c->in_step = c->caller.touched = false;
         soft_drop_deferred(c);
         c->budget--; /* so that a guest which does nothing but fault cannot keep its turn */
         soft_deliver_pending_fault(c);
@@ -315,6 +319,8 @@ static int run_turn(struct soft_vcpu *c)
             break;
         /* The instruction whose access was put off comes first: an interrupt now would make it another run of it. */
         int delivered = c->replay.retry ? DELIVER_STEP : deliver_events(c);
+        if (SOFT_UNLIKELY(c->caller.stepped || c->caller.touched) && soft_caller_stops(c))
+            return SOFT_STOP_DEBUG;
         if (delivered == DELIVER_IDLE)
             break;
         c->replay.allowed = true;
@@ -349,8 +355,8 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
     bool parked = false, all_parked = true, dead = true;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         const struct soft_vcpu *c = vm->vcpus[i];
-        parked |= c->parked;
-        all_parked &= c->parked;
+        parked |= c->parked || c->caller.frozen;
+        all_parked &= c->parked || c->caller.frozen;
         dead &= c->activity == ACT_WAIT_SIPI || (c->activity == ACT_HALTED && !(c->rflags & F_IF));
         if (c->activity == ACT_MWAIT && c->mwait_until < deadline)
             deadline = c->mwait_until;

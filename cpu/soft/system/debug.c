@@ -1,16 +1,13 @@
-/* Single step and breakpoints, the guest's own (TF, DR0-7) and the caller's (struct kvm_guest_debug).
+/* Single step and breakpoints: the guest's own (TF, DR0-7), and the ends of the caller's steps (breakpoint.c).
  * Intel SDM vol. 3 chapter 17.
  *
  * While any is active the run loop executes instruction by instruction: soft_step_begin(), soft_step(), soft_step_end().
  */
-#include <errno.h>
-#include <linux/kvm.h>
-
 #include "soft/system/system.h"
 
 bool soft_stepping(const struct soft_vcpu *c)
 {
-    return (c->rflags & F_TF) || (c->dr[7] & 0xFF) || c->guest_debug;
+    return (c->rflags & F_TF) || (c->dr[7] & 0xFF) || c->caller.step || c->caller.retry;
 }
 
 /* Which enabled instruction breakpoints of a set of debug registers lie at the next instruction. */
@@ -38,12 +35,10 @@ void soft_watch_port(struct soft_vcpu *c, uint16_t port, unsigned size)
 
 bool soft_step_begin(struct soft_vcpu *c)
 {
-    bool skip = c->skip_breakpoint;
-    c->skip_breakpoint = false;
-    if (!skip && (c->guest_debug & GUEST_DEBUG_HW) && instruction_hits(c, c->guest_dr)) {
-        c->skip_breakpoint = true;
+    bool passed = c->caller.retry && c->caller.retry_rip == c->rip;
+    c->caller.retry = false;
+    if (!passed && !c->caller.step && soft_breakpoint_here(c, c->rip))
         return false;
-    }
     if (!(c->rflags & F_RF) && (c->dr[7] & 0xFF)) {
         unsigned hits = instruction_hits(c, c->dr);
         if (hits) {
@@ -69,8 +64,8 @@ bool soft_step_end(struct soft_vcpu *c)
         c->dr[6] |= DR6_BS;
         trap = true;
     }
-    bool caller = (c->guest_debug & GUEST_DEBUG_STEP) || c->data_hits >> 4;
-    unsigned hits = (c->data_hits | c->held_hits) & 15;
+    c->replay.allowed = false; /* a #DB that is delivered now makes accesses of its own */
+    unsigned hits = c->data_hits | c->held_hits;
     c->data_hits = c->held_hits = 0;
     if (hits && c->shadow == 2) { /* the stack pointer comes first: SDM vol. 3, 6.8.3 */
         c->held_hits = (uint8_t)hits;
@@ -83,22 +78,7 @@ bool soft_step_end(struct soft_vcpu *c)
             c->activity = ACT_RUNNING; /* SDM vol. 2, HLT: "a debug exception [...] will resume execution" */
         soft_deliver(c, VEC_DB, EVENT_EXCEPTION, false, 0);
     }
-    return !caller;
-}
-
-int soft_vcpu_set_debug(struct soft_vm *vm, uint32_t vcpu, const struct kvm_guest_debug *debug)
-{
-    if (vcpu >= vm->config.vcpus)
-        return -EINVAL;
-    struct soft_vcpu *c = vm->vcpus[vcpu];
-    bool enable = (debug->control & KVM_GUESTDBG_ENABLE) != 0;
-    c->guest_debug = enable ? debug->control & (GUEST_DEBUG_STEP | GUEST_DEBUG_SW | GUEST_DEBUG_HW | KVM_GUESTDBG_ENABLE) : 0;
-    memset(c->guest_dr, 0, sizeof c->guest_dr);
-    if (c->guest_debug & GUEST_DEBUG_HW)
-        for (unsigned i = 0; i < 8; i++)
-            c->guest_dr[i] = debug->arch.debugreg[i];
-    c->skip_breakpoint = false;
-    soft_watch_changed(c);
-    soft_attend(c);
-    return 0;
+    if (c->caller.step)
+        c->caller.stepped = true;
+    return !soft_caller_stops(c);
 }

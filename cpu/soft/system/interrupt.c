@@ -260,6 +260,8 @@ void soft_deliver(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, boo
     c->shadow = 0;
     if (kind == EVENT_NMI)
         c->nmi_blocked = true;
+    if (SOFT_UNLIKELY(c->caller.active))
+        soft_caller_event(c, vector, d.rip);
 }
 
 void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, uint64_t next_rip)
@@ -267,8 +269,10 @@ void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_even
     /* VM86 without VME: INT n needs IOPL 3; INT3 and INTO do not. */
     if ((c->rflags & F_VM) && kind == EVENT_SOFTWARE && (c->rflags & F_IOPL) != F_IOPL)
         soft_raise_error(c, VEC_GP, 0);
-    if (kind == EVENT_INT3 && vector == VEC_BP && (c->guest_debug & GUEST_DEBUG_SW))
+    if (kind == EVENT_INT3 && vector == VEC_BP && c->caller.int3) {
+        c->caller.reason = SOFT_DEBUG_INT3;
         _longjmp(c->fault, JUMP_DEBUG);
+    }
     if (kind == EVENT_ICEBP && c->held_hits) { /* what MOV SS put off is one #DB with this one */
         c->dr[6] = (c->dr[6] & ~15ull) | c->held_hits;
         c->held_hits = 0;

@@ -25,9 +25,6 @@ enum { TYPE_ACCESSED = 1, TYPE_WRITABLE = 2 /* code: readable */, TYPE_EXPAND_DO
 enum { SYS_TSS16 = 1, SYS_LDT = 2, SYS_TSS16_BUSY = 3, SYS_CALL16 = 4, SYS_TASK = 5, SYS_INT16 = 6, SYS_TRAP16 = 7,
        SYS_TSS = 9, SYS_TSS_BUSY = 11, SYS_CALL = 12, SYS_INT = 14, SYS_TRAP = 15 };
 
-/* struct kvm_guest_debug: control */
-enum { GUEST_DEBUG_STEP = 2, GUEST_DEBUG_SW = 0x10000, GUEST_DEBUG_HW = 0x20000 };
-
 #define DR6_FIXED 0xFFFF0FF0u
 #define DR6_BS (1u << 14)
 #define DR6_BD (1u << 13)
@@ -108,6 +105,12 @@ bool soft_stepping(const struct soft_vcpu *c);
 void soft_watch_port(struct soft_vcpu *c, uint16_t port, unsigned size); /* record port breakpoints (CR4.DE) */
 bool soft_step_begin(struct soft_vcpu *c); /* false: stop, the caller has a breakpoint here; may raise #DB */
 bool soft_step_end(struct soft_vcpu *c);   /* false: stop for the caller; may deliver #DB */
+
+/* breakpoint.c: whether the caller has to be told now, between instructions; *reason is set then. */
+bool soft_caller_stops(struct soft_vcpu *c);
+/* An event was delivered at `rip`. */
+void soft_caller_event(struct soft_vcpu *c, uint8_t vector, uint64_t rip);
+void soft_caller_free(struct soft_vcpu *c);
 
 /* clock.c: TSC of `c` at a time of the VM's clock and back, kvmclock pages; instructions left until a time. */
 uint64_t soft_host_now(void);
