@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from cli.progress import Progress
+from cli.progress import ProgressLine
 from cli.table import print_table
 
 app = typer.Typer(help="Create, check, convert and change disk images that no machine uses.", no_args_is_help=True)
@@ -60,9 +60,9 @@ def _rule(value: str) -> Any:
     return _choice("--allow-backing", value, "dir", "any", "none")
 
 
-def _shown(what: str) -> tuple[Callable[[int, int], None], Progress]:
+def _shown(what: str) -> tuple[Callable[[int, int], None], ProgressLine]:
     """(a progress function that may be called often, the line)"""
-    line, last = Progress(), 0.0
+    line, last = ProgressLine(), 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last

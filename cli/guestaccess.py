@@ -16,7 +16,7 @@ from typing import Any
 from cli.errors import say
 from vmm.convert import NAME
 from vmm.errors import ConfigError, HostError, os_reason
-from vmm.management.registry import Entry, find
+from vmm.management.registry import RegistryEntry, find
 
 SWITCHES = {"-i": "interactive", "--interactive": "interactive", "-t": "terminal", "--tty": "terminal"}
 VALUES = {
@@ -186,7 +186,7 @@ async def _input() -> AsyncIterator[bytes]:
 def _agent(name: str) -> Any:
     from vmm.management.agentlink import agent_of
 
-    entry: Entry = find(name)
+    entry: RegistryEntry = find(name)
     return agent_of(entry, lambda: say(f"{name}: waiting for the guest's agent"))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.errors import EXIT_CONFIG, EXIT_HOST
-from cli.progress import Progress
+from cli.progress import ProgressLine
 from cli.table import print_table
 
 app = typer.Typer(help="Build and manage guest images.", no_args_is_help=True)
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 @contextmanager
-def _one_line_errors(progress: Progress | None = None) -> Iterator[None]:
+def _one_line_errors(progress: ProgressLine | None = None) -> Iterator[None]:
     from images.errors import ImageError
 
     try:
@@ -41,7 +41,7 @@ def build(names: Annotated[list[str], typer.Argument(help="Recipes, by name or b
     """Build images; what is up to date stays. A download that was interrupted goes on where it stopped."""
     from images import builder
 
-    progress = Progress()
+    progress = ProgressLine()
     with _one_line_errors(progress):
         for name in names:
             typer.echo(str(builder.build(name, progress).directory))

@@ -27,7 +27,7 @@ def width(descriptor: int) -> int:
         return 0
 
 
-class Progress:
+class ProgressLine:
     """One line that is drawn again and again."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Progress:
 
 def boot_progress() -> tuple[Callable[[str], None], Callable[[], None]]:
     """(what a timeline's `on_mark` may be, the line's removal)"""
-    line, steps, over = Progress(), list(BOOT), False
+    line, steps, over = ProgressLine(), list(BOOT), False
 
     def marked(name: str) -> None:
         nonlocal over

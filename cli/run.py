@@ -20,7 +20,7 @@ from vmm.image import config_for
 from vmm.machine.hardware import HeadStart
 
 if TYPE_CHECKING:
-    from cli.progress import Progress
+    from cli.progress import ProgressLine
     from images.catalog import Image
 
 
@@ -115,13 +115,13 @@ class _Progress:
     """The image builder's progress on a terminal; loaded when something is built, which is seldom."""
 
     def __init__(self) -> None:
-        self._line: Progress | None = None
+        self._line: ProgressLine | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._line is None:
-            from cli.progress import Progress
+            from cli.progress import ProgressLine
 
-            self._line = Progress()
+            self._line = ProgressLine()
         self._line(what, done, total)
 
     def clear(self) -> None:

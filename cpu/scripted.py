@@ -36,7 +36,7 @@ _STORE = len(_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class StoreStep:
     """A step that is no exit: the vCPU writes `value` (1, 2, 4 or 8 bytes) to guest memory."""
 
     address: int
@@ -53,14 +53,14 @@ class LineChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class MsiMessage:
     """signal_msi(address, data) as the core received it; an NMI arrives as the message that would send it."""
 
     address: int
     data: int
 
 
-Step = Exit | Store
+Step = Exit | StoreStep
 
 
 def _words(data: Sequence[int]) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ def _pack(step: Step) -> bytes:
     data: tuple[int, ...] = ()
     instruction = b""
     match step:
-        case Store(address, size, value):
+        case StoreStep(address, size, value):
             return EXIT.pack(_STORE, size, address, value, 0, 0, 0, 0, *_words(()), 0, b"")
         case PortIn(address, size) | MmioRead(address, size):
             pass
@@ -118,10 +118,10 @@ class ScriptedVm(CoreVm):
         return vcpu
 
     @property
-    def interrupts(self) -> list[LineChange | Message]:
+    def interrupts(self) -> list[LineChange | MsiMessage]:
         """Everything signalled so far, in order."""
         return [
-            Message(first, second) if msi else LineChange(second, bool(first))
+            MsiMessage(first, second) if msi else LineChange(second, bool(first))
             for msi, first, second in _core.script_interrupts(self)
         ]
 

@@ -26,13 +26,13 @@ FORMAT = 6
 BUILDING = "builds"
 """The lock that builds share, so that nothing is pruned under them."""
 
-Progress = Callable[[str, int, int], None]
+BuildProgress = Callable[[str, int, int], None]
 """progress(what, done, total): steps of STEPS, or bytes of a download."""
 STEPS = 4
 
 
 @cache.host_errors()
-def build(name: str, progress: Progress | None = None) -> Built:
+def build(name: str, progress: BuildProgress | None = None) -> Built:
     """Build a recipe, or find that its build is up to date. A name that is no recipe of ours is that of an image built
     before, whose recipe is kept with it. Safe when several run at once or one is killed. Raises ImageError."""
     cache.sweep()

@@ -10,7 +10,7 @@ from images import guests
 from images.errors import ImageError
 
 if TYPE_CHECKING:
-    from images.builder import Progress
+    from images.builder import BuildProgress
     from images.built import Built
 
 
@@ -48,7 +48,7 @@ def names() -> list[tuple[str, str, bool]]:
     return found + [(name, guests.description(name), True) for name in guests.names()]
 
 
-def resolve(name: str, *, build: bool = False, progress: Progress | None = None) -> Image:
+def resolve(name: str, *, build: bool = False, progress: BuildProgress | None = None) -> Image:
     """The image of that name, or a kernel file by its path (anything with a slash, or an existing file).
 
     A recipe that was never built, or only with another version of our init, is built when `build` is set; otherwise

@@ -40,7 +40,7 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AptSource:
     """A part of an archive that the host's apt knows, as in sources.list(5)."""
 
     uri: str
@@ -81,13 +81,13 @@ def resolve_all(names: Sequence[str]) -> list[Package]:
     return [found.get(name) or resolve(name) for name in names]
 
 
-def sources(suite: str) -> list[Source]:
+def sources(suite: str) -> list[AptSource]:
     """The host's own sources for a release of Debian and its updates; empty if it has none."""
     form = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
     known = {suite, f"{suite}-updates", f"{suite}-security"}
     found = []
     for line in _apt("apt-get", "indextargets", "--format", form, "Created-By: Packages").splitlines():
-        source = Source(*line.split("|", 2))
+        source = AptSource(*line.split("|", 2))
         if source.suite in known and source.component == "main" and source not in found:
             found.append(source)
     return found

@@ -4,7 +4,7 @@ virtio._ring.Chain."""
 from __future__ import annotations
 
 from virtio.errors import GuestError, StateError
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 
 INDIRECT_MAX = 1024
 """Entries of an indirect table at most, if the Queue Size is smaller."""
@@ -13,7 +13,7 @@ INDIRECT_MAX = 1024
 class ReferenceChain:
     """One chain while it is walked, then while the device has it."""
 
-    def __init__(self, memory: GuestMemory, order: int, longest: int) -> None:
+    def __init__(self, memory: DmaMemory, order: int, longest: int) -> None:
         self.memory = memory
         self.order = order
         self.id = 0

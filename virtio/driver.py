@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from virtio.constants import Feature
 from virtio.layouts import PackedDescriptor, SplitDescriptor, fast
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
 F_AVAIL, F_USED = 1 << 7, 1 << 15
@@ -24,7 +24,7 @@ _packed = fast(PackedDescriptor)
 class Allocator:
     """Guest memory handed out in order; `free_all` begins anew."""
 
-    def __init__(self, memory: GuestMemory, start: int, end: int) -> None:
+    def __init__(self, memory: DmaMemory, start: int, end: int) -> None:
         self.memory = memory
         self.start = start
         self.end = end
@@ -49,7 +49,7 @@ class Allocator:
         self.memory.view(gpa, len(data))[:] = data
         return gpa
 
-    def moved(self, memory: GuestMemory) -> Allocator:
+    def moved(self, memory: DmaMemory) -> Allocator:
         """The same allocations in a copy of the memory."""
         other = Allocator(memory, self.start, self.end)
         other._next = self._next

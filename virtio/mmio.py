@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from virtio.device import Device
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 from virtio.state import U32, TransportState
 from virtio.transport import Transport
 
@@ -84,7 +84,7 @@ class MmioTransport(Transport):
     def __init__(
         self,
         device: Device,
-        memory: GuestMemory,
+        memory: DmaMemory,
         irq: Callable[[bool], None],
         *,
         stall: Callable[[], Callable[[], None]] | None = None,

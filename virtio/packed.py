@@ -12,7 +12,7 @@ from virtio.chain import ReferenceChain
 from virtio.constants import QUEUE_SIZE_MAX, Feature
 from virtio.errors import GuestError, StateError
 from virtio.layouts import PackedDescriptor, fast
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 from virtio.split import F_INDIRECT, F_NEXT, F_WRITE, ReferenceRing, SplitRing, area, indirect_table
 
 F_AVAIL, F_USED = 1 << 7, 1 << 15
@@ -23,7 +23,7 @@ _descriptor = fast(PackedDescriptor)
 class PackedRing(ReferenceRing):
     """Arguments as virtio._ring.Ring; GuestError if an area is misaligned or outside memory."""
 
-    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int = 0) -> None:
+    def __init__(self, memory: DmaMemory, size: int, desc: int, driver: int, device: int, features: int = 0) -> None:
         if not 0 < size <= QUEUE_SIZE_MAX:
             raise GuestError("queue size is not valid")
         super().__init__(memory, size, features)
@@ -159,7 +159,7 @@ class PackedRing(ReferenceRing):
 
 
 def reference_ring(
-    memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int = 0
+    memory: DmaMemory, size: int, desc: int, driver: int, device: int, features: int = 0
 ) -> SplitRing | PackedRing:
     """The ring in Python that was negotiated."""
     kind = PackedRing if features & Feature.RING_PACKED else SplitRing

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 from virtio.constants import DeviceId
 from virtio.device import Device
 from virtio.layouts import PciCapability, PciCommonConfig, fields
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 from virtio.state import U8, U16, TransportState
 from virtio.transport import Transport
 
@@ -69,7 +69,7 @@ class MsixSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PciState(TransportState):
+class PciTransportState(TransportState):
     """A virtio-pci function; configuration space, BARs and MSI-X are the bus's."""
 
     kind: ClassVar = "virtio-pci"
@@ -98,9 +98,9 @@ class PciTransport(Transport):
     vendor_id = VENDOR
     revision = 1  # 4.1.2.1: "Non-transitional devices SHOULD have a PCI Revision ID of 1 or higher."
     subsystem_vendor_id = VENDOR
-    state_type = PciState
+    state_type = PciTransportState
 
-    def __init__(self, device: Device, memory: GuestMemory, **options: Any) -> None:
+    def __init__(self, device: Device, memory: DmaMemory, **options: Any) -> None:
         self._host: PciHost | None = None
         self._undo: list[Callable[[], None]] = []
         self._isr = 0
@@ -395,7 +395,7 @@ class PciTransport(Transport):
         return {"isr": self._isr, "config_vector": self._config_vector, "window": bytes(self._window)}
 
     def restore(self, state: TransportState) -> None:
-        assert isinstance(state, PciState)
+        assert isinstance(state, PciTransportState)
         super().restore(state)
         self._isr = state.isr
         self._config_vector = state.config_vector

@@ -9,7 +9,7 @@ RandomSource = Callable[[int], bytes]
 """random(n) -> n bytes. The only source of chance a device may use."""
 
 
-class GuestMemory(Protocol):
+class DmaMemory(Protocol):
     """Guest RAM as devices see it."""
 
     def regions(self) -> Sequence[tuple[int, memoryview]]:

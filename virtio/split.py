@@ -14,14 +14,14 @@ from virtio.chain import INDIRECT_MAX, ReferenceChain
 from virtio.constants import QUEUE_SIZE_MAX, Feature
 from virtio.errors import GuestError, StateError
 from virtio.layouts import SplitDescriptor, fast
-from virtio.protocols import GuestMemory
+from virtio.protocols import DmaMemory
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
 AVAIL_F_NO_INTERRUPT = USED_F_NO_NOTIFY = 1
 _descriptor = fast(SplitDescriptor)
 
 
-def area(memory: GuestMemory, gpa: int, length: int, alignment: int) -> memoryview:
+def area(memory: DmaMemory, gpa: int, length: int, alignment: int) -> memoryview:
     """A queue area; GuestError if it is misaligned or not RAM."""
     if gpa % alignment:
         raise GuestError("queue area is not aligned")
@@ -34,7 +34,7 @@ def area(memory: GuestMemory, gpa: int, length: int, alignment: int) -> memoryvi
 class ReferenceRing:
     """What split and packed rings share: latching, order, the set of chains in flight."""
 
-    def __init__(self, memory: GuestMemory, size: int, features: int) -> None:
+    def __init__(self, memory: DmaMemory, size: int, features: int) -> None:
         self.memory = memory
         self.size = size
         self.features = features
@@ -141,7 +141,7 @@ class ReferenceRing:
 class SplitRing(ReferenceRing):
     """Arguments as virtio._ring.Ring; GuestError if an area is misaligned or outside memory."""
 
-    def __init__(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int = 0) -> None:
+    def __init__(self, memory: DmaMemory, size: int, desc: int, driver: int, device: int, features: int = 0) -> None:
         if not 0 < size <= QUEUE_SIZE_MAX or size & (size - 1):
             raise GuestError("queue size is not valid")
         super().__init__(memory, size, features)

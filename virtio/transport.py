@@ -16,13 +16,13 @@ from virtio import _ring
 from virtio.constants import DEVICE_FEATURES, QUEUE_SIZE_MAX, RING_FEATURES, Feature, Status
 from virtio.device import FAULTS_LOGGED, Activation, Device
 from virtio.errors import ConfigError, GuestError, HostError, StateError
-from virtio.protocols import GuestMemory, Ring
+from virtio.protocols import DmaMemory, Ring
 from virtio.queue import Queue
 from virtio.state import QueueState, RingState, TransportState
 
 log = logging.getLogger(__name__)
 
-RingFactory = Callable[[GuestMemory, int, int, int, int, int], Ring]
+RingFactory = Callable[[DmaMemory, int, int, int, int, int], Ring]
 """(memory, size, descriptor area, driver area, device area, features) -> ring."""
 
 
@@ -56,7 +56,7 @@ class Transport:
     def __init__(
         self,
         device: Device,
-        memory: GuestMemory,
+        memory: DmaMemory,
         *,
         packed: bool = False,
         in_order: bool = False,
@@ -172,7 +172,7 @@ class Transport:
             self._memory, config.size, config.desc, config.driver, config.device, self.driver_features
         )
 
-    def _native_ring(self, memory: GuestMemory, size: int, desc: int, driver: int, device: int, features: int) -> Ring:
+    def _native_ring(self, memory: DmaMemory, size: int, desc: int, driver: int, device: int, features: int) -> Ring:
         if self._native is None:
             self._native = _ring.Memory(
                 list(memory.regions()), getattr(memory, "written", None), getattr(memory, "written_ranges", None)

@@ -12,8 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmm.config import Config, Disk, FlatImage, Net
-    from vmm.config import Console as ConsoleConfig
+    from vmm.config import Config, ConsoleConfig, Disk, FlatImage, Net
     from vmm.console.hub import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
@@ -28,7 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "vmm.guest.process": ("ExecResult", "GuestProcess"),
-    "vmm.config": ("Config", "Disk", "FlatImage", "Net"),
+    "vmm.config": ("Config", "ConsoleConfig", "Disk", "FlatImage", "Net"),
     "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
     "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
@@ -76,8 +75,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ConsoleConfig":
-        return import_module("vmm.config").Console
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'vmm' has no attribute {name!r}")

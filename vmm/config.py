@@ -52,7 +52,7 @@ VIRTUAL_EPOCH = 1_704_067_200
 CoreName = Literal["auto", "kvm", "soft"]
 CpuModel = Literal["v2", "host"]
 ClockKind = Literal["real", "virtual"]
-Mode = Literal["real", "protected", "long"]
+EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
 ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
@@ -67,7 +67,7 @@ class FlatImage(Checked):
     """Guest-physical address of its first byte."""
     entry: int | None = None
     """Guest-physical address of the first instruction; by default the first byte."""
-    mode: Mode = "real"
+    mode: EntryMode = "real"
     """The processor's mode at the first instruction."""
 
     _where = "flat"
@@ -75,7 +75,7 @@ class FlatImage(Checked):
         "path": to_path,
         "load": to_integer(0, MAX_MEMORY),
         "entry": optional(to_integer(0, MAX_MEMORY)),
-        "mode": to_choice(Mode),
+        "mode": to_choice(EntryMode),
     }
 
     @classmethod
@@ -208,7 +208,7 @@ class Net(Checked):
         return from_mapping(cls, "net", {"kind": kind, "target": target, **values})
 
 
-class Console(Checked):
+class ConsoleConfig(Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
     kind: ConsoleKind = "none"
@@ -233,14 +233,14 @@ class Console(Checked):
             raise ConfigError("console: a path belongs to kind socket, and to no other; write socket=PATH")
 
     @classmethod
-    def parse(cls, text: str) -> Console:
+    def parse(cls, text: str) -> ConsoleConfig:
         """stdio | none | socket=PATH, then [,log=FILE][,log_limit=SIZE]"""
         first, values = split("console", text, {})
         kind, _, path = first.partition("=")
         return from_mapping(cls, "console", {"kind": kind, "path": path or None, **values})
 
 
-class Port(Checked):
+class PortConfig(Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
     name: str
@@ -252,7 +252,7 @@ class Port(Checked):
     _converters = {"name": to_name, "path": to_path}
 
     @classmethod
-    def parse(cls, text: str) -> Port:
+    def parse(cls, text: str) -> PortConfig:
         """NAME=PATH"""
         name, equals, path = text.partition("=")
         if not (name and equals and path):
@@ -320,11 +320,11 @@ class Config(Checked):
     """virtio block devices, in the order in which the guest names them."""
     nets: tuple[Net, ...] = ()
     """virtio network devices."""
-    console: Console = Console()
+    console: ConsoleConfig = ConsoleConfig()
     """Where the first serial port leads."""
     hvc: bool = False
     """A virtio console (hvc0) beside the serial port; its output joins the machine's console."""
-    ports: tuple[Port, ...] = ()
+    ports: tuple[PortConfig, ...] = ()
     """Named ports of the virtio console."""
     vsock: Path | None = None
     """Base of the vsock sockets: the host connects to it and writes "CONNECT port"; the guest's connections to the host
@@ -371,9 +371,9 @@ class Config(Checked):
         "flat": optional(to_part(FlatImage)),
         "disks": to_parts(Disk),
         "nets": to_parts(Net),
-        "console": to_part(Console),
+        "console": to_part(ConsoleConfig),
         "hvc": to_boolean,
-        "ports": to_parts(Port),
+        "ports": to_parts(PortConfig),
         "vsock": optional(to_path),
         "agent": to_boolean,
         "rng": to_boolean,

@@ -22,7 +22,7 @@ from virtio.images.header import DIRTY, LAZY_REFCOUNTS, RAW_DATA_FILE, ZSTD, par
 from vmm.errors import ConfigError, core_errors
 
 Progress = Callable[[int, int], None]
-Action = Literal["create", "apply", "delete"]
+SnapshotAction = Literal["create", "apply", "delete"]
 SECTOR = 512
 
 
@@ -149,7 +149,7 @@ def size_of(path: str, *, format: Format | None = None) -> int:
     return int(info(path, format=format)["size"])
 
 
-def snapshot(path: str, action: Action, name: str) -> None:
+def snapshot(path: str, action: SnapshotAction, name: str) -> None:
     """Take, go back to, or forget an internal snapshot."""
     with core_errors():
         fd = open_locked(path, read_only=False)

@@ -23,7 +23,7 @@ from typing import Any
 import uvloop
 
 import vmm
-from vmm.state.taking import Progress
+from vmm.state.taking import SnapshotProgress
 
 Row = Mapping[str, object]
 ROUNDS = 7
@@ -62,7 +62,7 @@ async def _measure(folder: Path) -> dict[str, Any]:
         await asyncio.sleep(1)
         still = []
         for number in range(3):
-            progress = Progress()
+            progress = SnapshotProgress()
             await vm.snapshot(folder / f"busy{number}", progress=progress)
             still.append(progress.stood_still_ns / 1e6)
         found["busy"] = still

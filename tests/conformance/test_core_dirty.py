@@ -10,7 +10,7 @@ import pytest
 from cpu.contract import Registers
 from cpu.errors import ConfigError, CpuError, StateError
 from cpu.exits import InternalError, MmioRead, MmioWrite, PortOut
-from cpu.scripted import Store
+from cpu.scripted import StoreStep
 from tests.support.cores import CODE, DEADLINE_S, DONE, RAM, RESUME, SCRATCH, set_long
 
 PAGE = 4096
@@ -136,7 +136,7 @@ def test_a_copy_that_follows_the_log_of_a_running_guest_equals_its_memory(core, 
     """As a live migration does it."""
     guest = guests(core)
     if guest.scripted:
-        guest.load([Store(LOAD + at * 0x3004 % 0x8_0000 & ~3, 4, at) for at in range(1, 3000)])
+        guest.load([StoreStep(LOAD + at * 0x3004 % 0x8_0000 & ~3, 4, at) for at in range(1, 3000)])
     else:
         guest.load_code(SCATTER)
     guest.vm.start_dirty_log()

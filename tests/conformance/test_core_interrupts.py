@@ -9,7 +9,7 @@ import pytest
 from cpu.contract import Capability, MsiRoute
 from cpu.errors import ConfigError
 from cpu.exits import PortOut
-from cpu.scripted import LineChange, Message
+from cpu.scripted import LineChange, MsiMessage
 from tests.support.cores import DEADLINE_S, RESUME
 from tests.support.interrupts import (
     EOI_LAPIC,
@@ -195,6 +195,6 @@ def test_the_scripted_core_records_what_was_signalled(guests, eventfds):
     assert guest.vm.interrupts == [
         LineChange(4, True),
         LineChange(4, False),
-        Message(LAPIC, 0x31),
-        Message(LAPIC, VECTOR),
+        MsiMessage(LAPIC, 0x31),
+        MsiMessage(LAPIC, VECTOR),
     ]

@@ -13,7 +13,7 @@ from cpu import layouts
 from cpu.contract import Capability, CpuidEntry, Registers, Segment
 from cpu.errors import ConfigError, CpuError, HostError, StateError
 from cpu.exits import AlarmDue, Interrupted, PortIn, PortOut, Resume
-from cpu.scripted import Store
+from cpu.scripted import StoreStep
 from cpu.state import Msr, VcpuState
 from cpu.views import StateKind
 from tests.support.cores import CODE, DONE, RAM, RESUME, SCRATCH, open_core
@@ -367,7 +367,13 @@ def test_the_dirty_log_holds_what_vcpus_wrote_since_it_was_read(core, guests):
     guest = guests(core, log_dirty=True)
     dirty_pages(guest)
     guest.load(
-        [Store(0x20000, 4, 1), Store(0x42FFE, 2, 2), PortOut(0x10, 1, 1), Store(0x50000, 1, 3), Store(0x20000, 1, 9)]
+        [
+            StoreStep(0x20000, 4, 1),
+            StoreStep(0x42FFE, 2, 2),
+            PortOut(0x10, 1, 1),
+            StoreStep(0x50000, 1, 3),
+            StoreStep(0x20000, 1, 9),
+        ]
     )
     dirty_pages(guest)  # loading is not the guest's doing, but a core may have seen its own accesses
     guest.go()
@@ -385,7 +391,7 @@ def test_the_dirty_log_can_be_turned_on_and_off(core, guests):
         guest.vm.dirty_log(0)
     view = memoryview(guest.memory)
     guest.vm.set_memory_slot(0, 0, view, log_dirty=True)
-    guest.load([Store(0x30000, 4, 1)])
+    guest.load([StoreStep(0x30000, 4, 1)])
     dirty_pages(guest)
     guest.go()
     assert guest.run() == []

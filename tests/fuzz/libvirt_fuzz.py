@@ -25,7 +25,7 @@ from tests.support.rpc import Generator, RpcClient
 from tests.support.stalls import resident
 from vmm.libvirt import rpc
 from vmm.libvirt.daemon import Daemon, Settings
-from vmm.libvirt.rpc import Header, Kind, Status
+from vmm.libvirt.rpc import Kind, RpcHeader, RpcStatus
 from vmm.libvirt.storage import Pool
 
 ROUNDS_WARM = 200
@@ -124,19 +124,21 @@ async def one_client(daemon: Daemon, source: random.Random, generator: Generator
             elif what < 0.8:
                 whole.add(client.send(procedure.number, generator.broken(body)))
             elif what < 0.9:
-                status = source.choice((Status.OK, Status.ERROR, Status.CONTINUE))
+                status = source.choice((RpcStatus.OK, RpcStatus.ERROR, RpcStatus.CONTINUE))
                 serial = source.choice((client.serial, 0, 1, 77))
-                header = Header(
+                header = RpcHeader(
                     rpc.REMOTE, 1, procedure.number, source.choice((Kind.STREAM, Kind.HOLE)), serial, status
                 )
                 client.writer.write(rpc.pack(header, body[:1000]))
             elif what < 0.95:
                 program = source.choice((0, 1, rpc.REMOTE, rpc.QEMU, rpc.ADMIN, rpc.KEEPALIVE, 0xFFFF))
                 version, number, kind = source.choice((0, 1, 7)), source.randrange(-5, 500), source.randrange(9)
-                header = Header(program, version, number, kind, 1 << 20, source.randrange(5))
+                header = RpcHeader(program, version, number, kind, 1 << 20, source.randrange(5))
                 client.writer.write(rpc.pack(header, body))
             else:
-                client.writer.write(generator.broken(rpc.pack(Header(rpc.REMOTE, 1, procedure.number, 0, 1, 0), body)))
+                client.writer.write(
+                    generator.broken(rpc.pack(RpcHeader(rpc.REMOTE, 1, procedure.number, 0, 1, 0), body))
+                )
                 return  # whatever is read from here on is nothing in particular
         if source.random() < 0.2:
             return  # leave without reading
@@ -157,9 +159,9 @@ async def a_good_client(daemon: Daemon) -> None:
     try:
         for _ in range(3):
             reply = await asyncio.wait_for(client.call(273, struct.pack(">iI", 1, 0)), ANSWER_SECONDS)
-            assert reply.header.status == Status.OK
+            assert reply.header.status == RpcStatus.OK
             reply = await asyncio.wait_for(client.call(59), ANSWER_SECONDS)
-            assert reply.header.status == Status.OK
+            assert reply.header.status == RpcStatus.OK
     finally:
         client.close()
 

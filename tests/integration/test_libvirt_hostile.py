@@ -14,8 +14,8 @@ from tests.support.rpc import RpcClient
 from vmm.libvirt import rpc
 from vmm.libvirt.client import MAX_CALLS
 from vmm.libvirt.daemon import MAX_GREETING_CLIENTS, Daemon, Settings
-from vmm.libvirt.events import Lifecycle
-from vmm.libvirt.rpc import Header, Kind, Status
+from vmm.libvirt.events import LifecycleEvent
+from vmm.libvirt.rpc import Kind, RpcHeader, RpcStatus
 from vmm.libvirt.wire import DomainRef, Signature
 
 HOSTNAME, REGISTER = 59, 316
@@ -38,7 +38,7 @@ async def served(daemon: Daemon) -> None:
     client = await (await connect(daemon)).open()
     reply = await asyncio.wait_for(client.call(HOSTNAME), 20)
     client.close()
-    assert reply.header.status == Status.OK
+    assert reply.header.status == RpcStatus.OK
 
 
 async def until(condition: object, seconds: float = 20.0) -> None:
@@ -75,7 +75,7 @@ async def test_garbage_ends_the_connection(daemon: Daemon, data: bytes) -> None:
 async def test_nothing_is_served_before_the_greeting(daemon: Daemon) -> None:
     client = await connect(daemon)
     reply = await client.call(HOSTNAME)
-    assert reply.header.status == Status.ERROR and b"connection not open" in reply.body
+    assert reply.header.status == RpcStatus.ERROR and b"connection not open" in reply.body
     client.close()
 
 
@@ -147,10 +147,10 @@ async def test_who_does_not_read_answers_is_not_read_from(daemon: Daemon) -> Non
 async def test_who_does_not_read_events_is_cut_off(daemon: Daemon) -> None:
     client = await (await connect(daemon)).open()
     reply = await client.call(REGISTER, Signature("event:int dom:domain?").write((0, None)))
-    assert reply.header.status == Status.OK
+    assert reply.header.status == RpcStatus.OK
     ref = DomainRef("x" * 100_000, bytes(16), -1)
     for _ in range(400):
-        daemon.events.lifecycle(ref, Lifecycle.DEFINED, 0)
+        daemon.events.lifecycle(ref, LifecycleEvent.DEFINED, 0)
         await asyncio.sleep(0)
     await until(lambda: not daemon._clients)
     await served(daemon)
@@ -162,7 +162,7 @@ async def test_large_messages_share_a_budget(daemon: Daemon) -> None:
     clients = [await (await connect(daemon)).open() for _ in range(12)]
     for client in clients:
         client.writer.write(struct.pack(">I", rpc.MAX_MESSAGE))
-        client.writer.write(rpc.pack(Header(rpc.REMOTE, 1, HOSTNAME, Kind.CALL, 9, 0), bytes(100_000))[4:])
+        client.writer.write(rpc.pack(RpcHeader(rpc.REMOTE, 1, HOSTNAME, Kind.CALL, 9, 0), bytes(100_000))[4:])
     await served(daemon)
     for client in clients:
         client.close()
@@ -173,7 +173,7 @@ async def test_large_messages_share_a_budget(daemon: Daemon) -> None:
 
 async def test_a_keepalive_ping_is_answered(daemon: Daemon) -> None:
     client = await (await connect(daemon)).open()
-    client.writer.write(rpc.pack(Header(rpc.KEEPALIVE, 1, rpc.PING, Kind.EVENT, 0, 0)))
+    client.writer.write(rpc.pack(RpcHeader(rpc.KEEPALIVE, 1, rpc.PING, Kind.EVENT, 0, 0)))
     header = (await asyncio.wait_for(client.message(), 20)).header
     assert (header.program, header.procedure, header.kind) == (rpc.KEEPALIVE, rpc.PONG, Kind.EVENT)
     client.close()
@@ -182,12 +182,12 @@ async def test_a_keepalive_ping_is_answered(daemon: Daemon) -> None:
 async def test_unknown_programs_versions_and_procedures_are_named(daemon: Daemon) -> None:
     client = await (await connect(daemon)).open()
     for header, text in (
-        (Header(0x1234, 1, 1, 0, 50, 0), b"Cannot find program"),
-        (Header(rpc.REMOTE, 2, 1, 0, 51, 0), b"program version 2"),
-        (Header(rpc.REMOTE, 1, 9999, 0, 52, 0), b"unknown procedure: 9999"),
-        (Header(rpc.REMOTE, 1, 453, 0, 53, 0), b"not supported by the connection driver: vir"),
+        (RpcHeader(0x1234, 1, 1, 0, 50, 0), b"Cannot find program"),
+        (RpcHeader(rpc.REMOTE, 2, 1, 0, 51, 0), b"program version 2"),
+        (RpcHeader(rpc.REMOTE, 1, 9999, 0, 52, 0), b"unknown procedure: 9999"),
+        (RpcHeader(rpc.REMOTE, 1, 453, 0, 53, 0), b"not supported by the connection driver: vir"),
     ):
         client.writer.write(rpc.pack(header))
         reply = await asyncio.wait_for(client.message(), 20)
-        assert reply.header.status == Status.ERROR and text in reply.body
+        assert reply.header.status == RpcStatus.ERROR and text in reply.body
     client.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.progress import Progress, boot_progress
+from cli.progress import ProgressLine, boot_progress
 from images import builder
 from tests.support.command import Background, Session, vmm, wait_for
 
@@ -121,7 +121,7 @@ def test_a_bar_counts_bytes_or_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
         monkeypatch.setattr("cli.progress.width", lambda descriptor: os.get_terminal_size(slave).columns)
-        line = Progress()
+        line = ProgressLine()
         line("downloading a package with a name that is too long for this line", 5 << 20, 10 << 20)
         line("second", 2, 4)
         seen = written(master)

@@ -19,7 +19,7 @@ import vmm
 from tests.support.command import VMM, environment
 from vmm.errors import ConfigError, StateError
 from vmm.state.snapshot import Snapshot
-from vmm.state.taking import Progress
+from vmm.state.taking import SnapshotProgress
 
 OPTIONS: dict[str, Any] = {"nets": [], "memory": "128M"}
 
@@ -49,7 +49,7 @@ async def test_a_machine_runs_on_and_goes_on_elsewhere(linux: Any, tmp_path: Pat
     async with vmm.run("linux", **OPTIONS) as vm:
         await text(vm, "echo one >/first; mkdir -p /ram; mount -t tmpfs none /ram; echo kept >/ram/file")
         await text(vm, "(while :; do echo x >>/ram/ticks; sleep 0.05; done) >/dev/null 2>&1 &")
-        progress = Progress()
+        progress = SnapshotProgress()
         manifest = await vm.snapshot(whole, progress=progress)
         assert progress.stood_still_ns and manifest.memory.size == 128 << 20
         await text(vm, "echo two >/second")

@@ -20,7 +20,7 @@ from images.errors import ImageError
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import static
 from virtio.devices.console import ConsoleDevice
-from vmm.config import Disk, Port
+from vmm.config import Disk, PortConfig
 
 pytestmark = [pytest.mark.debian]
 TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
@@ -126,7 +126,7 @@ async def test_named_ports(tmp_path: Path, stock_core: Any, transport: str) -> N
     """hvc0 joins the console; each named port is a socket, both ways; the size of the terminal follows."""
     image()
     names = ("org.test.one", "org.test.two")
-    ports = tuple(Port(name=name, path=tmp_path / name) for name in names)
+    ports = tuple(PortConfig(name=name, path=tmp_path / name) for name in names)
     async with vmm.run(
         "linux", core=stock_core, hvc=True, ports=ports, transport=transport, timeout=SECONDS
     ) as vm:

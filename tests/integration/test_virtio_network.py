@@ -25,7 +25,7 @@ from tests.support import netns, passt, pcap
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import install
 from tests.support.netns import Namespace
-from virtio.devices.net import Feature, NetDevice
+from virtio.devices.net import NetDevice, NetFeature
 from vmm.config import Net
 
 pytestmark = [pytest.mark.debian]
@@ -134,7 +134,13 @@ async def test_tap(tmp_path: Path, stock_core: str, transport: Transport) -> Non
         assert "3 packets received" in await sh(vm, f"ping -c 3 -i 0.1 {HOST}")
         assert "3 received" in await host.arun("ping", "-c", "3", "-i", "0.1", GUEST)
         await Files(tmp_path, 4 << 20).both_ways(vm, host, HOST, GUEST, 80)
-        wanted = Feature.CSUM | Feature.GUEST_CSUM | Feature.HOST_TSO4 | Feature.GUEST_TSO4 | Feature.MRG_RXBUF
+        wanted = (
+            NetFeature.CSUM
+            | NetFeature.GUEST_CSUM
+            | NetFeature.HOST_TSO4
+            | NetFeature.GUEST_TSO4
+            | NetFeature.MRG_RXBUF
+        )
         assert card(vm).active.features & wanted == wanted
         await host.listen(5201, "iperf3", "-s", "-B", HOST)
         call = await install(vm, "iperf3")
@@ -156,7 +162,7 @@ async def test_tap_with_two_queues(stock_core: str, transport: Transport) -> Non
     async with tap_guest(stock_core, transport, cpus=2, queues=2) as (vm, host, _):
         found = await sh(vm, "ls /sys/class/net/eth0/queues")
         assert found.split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
-        assert card(vm).active.features & Feature.MQ and card(vm).pairs == 2
+        assert card(vm).active.features & NetFeature.MQ and card(vm).pairs == 2
         await host.listen(5201, "iperf3", "-s", "-B", HOST)
         call = await install(vm, "iperf3")
         for back in ("", "-R"):

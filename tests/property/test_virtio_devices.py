@@ -53,7 +53,7 @@ async def both_disks(seed: int, folder: Path) -> None:
     memory.data[:] = content
     drivers = [PciDriver(BlockDevice(backend)) for backend in (await FileBlock.open(folder / "disk"), memory)]
     try:
-        wanted = source.choice((-1, ~blk.Feature.DISCARD, ~blk.Feature.FLUSH))
+        wanted = source.choice((-1, ~blk.BlockFeature.DISCARD, ~blk.BlockFeature.FLUSH))
         for driver in drivers:
             driver.initialize(wanted)
         for _ in range(20):

@@ -32,7 +32,7 @@ from cpu.exits import (
     Resume,
     Shutdown,
 )
-from cpu.scripted import ScriptedVcpu, Store
+from cpu.scripted import ScriptedVcpu, StoreStep
 from cpu.vm import CoreVcpu, CoreVm
 from tests.support.patience import PATIENCE
 
@@ -47,7 +47,7 @@ DONE = 0xFF0
 DEADLINE_S = 20.0 * PATIENCE
 
 RESUME = Resume()
-Step = PortIn | PortOut | MmioRead | MmioWrite | Store | Shutdown
+Step = PortIn | PortOut | MmioRead | MmioWrite | StoreStep | Shutdown
 Item = tuple[int, Exit] | Posted | AlarmDue
 
 CORES = [
@@ -78,7 +78,7 @@ def assemble(steps: Sequence[Step]) -> bytes:
             case PortIn(port, size):
                 code += b"\xba" + struct.pack("<I", port) + b"\x31\xc0"  # xor eax, eax
                 code += {1: b"\xec", 2: b"\x66\xed", 4: b"\xed"}[size] + keep
-            case MmioWrite(address, size, value) | Store(address, size, value):
+            case MmioWrite(address, size, value) | StoreStep(address, size, value):
                 code += b"\xb8" + struct.pack("<I", value)
                 code += {1: b"\xa2", 2: b"\x66\xa3", 4: b"\xa3"}[size] + struct.pack("<I", address)
             case MmioRead(address, size):

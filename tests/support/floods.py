@@ -21,7 +21,7 @@ from virtio.backends.vsock import MemoryVsock
 from virtio.device import Device
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
-from virtio.devices.console import ConsoleDevice, Control, Port
+from virtio.devices.console import ConsoleDevice, ControlEvent, Port
 from virtio.devices.net import NetDevice
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
@@ -211,13 +211,13 @@ CONSOLES: dict[str, Kind] = {
     "4 MiB": console_kind(4 * MIB),
     "input of a byte": console_kind(1, receive=[1]),
 }
-OPEN = [control((port, Control.PORT_OPEN, 1)) for port in range(3)]
+OPEN = [control((port, ControlEvent.PORT_OPEN, 1)) for port in range(3)]
 PORTS = CONSOLES | {
     "a port's bytes": console_kind(1, 100, queue=5, messages=OPEN),
     "messages": console_kind(
-        messages=[control((0, Control.DEVICE_READY, 1)), *OPEN, control((1, Control.PORT_READY, 1))]
+        messages=[control((0, ControlEvent.DEVICE_READY, 1)), *OPEN, control((1, ControlEvent.PORT_READY, 1))]
     ),
-    "open and close": console_kind(messages=[*OPEN, control((1, Control.PORT_OPEN, 0))]),
+    "open and close": console_kind(messages=[*OPEN, control((1, ControlEvent.PORT_OPEN, 0))]),
     "wrong messages": console_kind(messages=[b"x", control((99, 99, 99)), bytes(4096)]),
 }
 

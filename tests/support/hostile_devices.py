@@ -25,7 +25,7 @@ from virtio.backends.vsock import MemoryVsock
 from virtio.device import Device
 from virtio.devices import blk, net
 from virtio.devices.blk import BlockDevice
-from virtio.devices.console import ConsoleDevice, Control, Port
+from virtio.devices.console import ConsoleDevice, ControlEvent, Port
 from virtio.devices.net import NetDevice
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
@@ -272,7 +272,7 @@ class Network(World):
                 (b"\1\1" + source.randbytes(6), b"\4\0" + struct.pack("<H", source.choice((0, 1, 1, 2, 2, 3, 65535))),
                  b"\0\0\1", b"\1\0" + bytes(8), b"\x63\1", b"")
             )  # fmt: skip
-            multi = driver.features & net.Feature.MQ
+            multi = driver.features & net.NetFeature.MQ
             self.put(driver, len(driver.queues) - 1 if multi else 2, blur(command, source), [source.choice((1, 1, 9))])
 
     async def host(self, device: Device) -> None:
@@ -350,7 +350,9 @@ class Terminal(World):
             if source.random() < 0.4:
                 self.put(driver, 2, b"", [source.choice((64, 64, 300, 8, 3))])
                 return
-            event = source.choice((Control.DEVICE_READY, Control.PORT_READY, Control.PORT_OPEN, Control.RESIZE, 77))
+            event = source.choice(
+                (ControlEvent.DEVICE_READY, ControlEvent.PORT_READY, ControlEvent.PORT_OPEN, ControlEvent.RESIZE, 77)
+            )
             message = struct.pack("<IHH", source.choice((0, 0, 1, 2, 3, 2**32 - 1)), event, source.choice((0, 1, 1, 2)))
             self.put(driver, 3, blur(message, source), [])
             return

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from virtio.images.chain import Chain, open_chain
+from virtio.images.chain import ImageChain, open_chain
 from virtio.images.check import Report, check, reread
 from virtio.images.create import create_qcow2
 from virtio.images.unpack import pack
@@ -98,7 +98,7 @@ class Twin:
         create_qcow2(str(self.path), size, backing=below, backing_format=format, **parameters.options)
         self.chain = self.open()
 
-    def open(self) -> Chain:
+    def open(self) -> ImageChain:
         """The image open for writing."""
         return open_chain(self.path, format="qcow2", cache_bytes=self.source.choice((1 << 16, 32 << 20)))
 

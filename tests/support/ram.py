@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 
 from vmm.errors import GuestError
-from vmm.machine.layout import Layout, Range
+from vmm.machine.layout import AddressRange, Layout
 
 
 class Ram:
@@ -13,7 +13,9 @@ class Ram:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._parts: list[tuple[Range, mmap.mmap]] = [(part, mmap.mmap(-1, part.size)) for part in Layout(size).ram]
+        self._parts: list[tuple[AddressRange, mmap.mmap]] = [
+            (part, mmap.mmap(-1, part.size)) for part in Layout(size).ram
+        ]
 
     def _find(self, gpa: int, length: int) -> tuple[mmap.mmap, int]:
         for part, memory in self._parts:

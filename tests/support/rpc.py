@@ -9,7 +9,7 @@ from typing import Any
 
 from vmm.libvirt import rpc, xdr
 from vmm.libvirt.procedures import Procedure
-from vmm.libvirt.rpc import Header, Kind, Message, Status
+from vmm.libvirt.rpc import Kind, RpcHeader, RpcMessage, RpcStatus
 from vmm.libvirt.wire import Signature
 
 
@@ -24,7 +24,7 @@ class RpcClient:
     async def connect(cls, path: str) -> RpcClient:
         return cls(*await asyncio.open_unix_connection(path, limit=1 << 22))
 
-    async def message(self) -> Message:
+    async def message(self) -> RpcMessage:
         """The next one of any kind."""
         (length,) = struct.unpack(">I", await self.reader.readexactly(4))
         return rpc.unpack(await self.reader.readexactly(length - 4))
@@ -32,10 +32,10 @@ class RpcClient:
     def send(self, procedure: int, body: bytes = b"", *, program: int = rpc.REMOTE, kind: int = Kind.CALL) -> int:
         """A call; its serial."""
         self.serial += 1
-        self.writer.write(rpc.pack(Header(program, rpc.VERSION, procedure, kind, self.serial, Status.OK), body))
+        self.writer.write(rpc.pack(RpcHeader(program, rpc.VERSION, procedure, kind, self.serial, RpcStatus.OK), body))
         return self.serial
 
-    async def call(self, procedure: int, body: bytes = b"", **how: Any) -> Message:
+    async def call(self, procedure: int, body: bytes = b"", **how: Any) -> RpcMessage:
         """A call's reply; what else comes meanwhile is left out."""
         serial = self.send(procedure, body, **how)
         while True:
@@ -45,9 +45,9 @@ class RpcClient:
 
     async def open(self, flags: int = 0) -> RpcClient:
         """Greet as libvirt's clients do."""
-        assert (await self.call(66)).header.status == Status.OK
+        assert (await self.call(66)).header.status == RpcStatus.OK
         body = Signature("name:string? flags:uint").write(("loopvisor:///system", flags))
-        assert (await self.call(1, body)).header.status == Status.OK
+        assert (await self.call(1, body)).header.status == RpcStatus.OK
         return self
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Generator:
                          xdr.UHYPER: (0, 2**64 - 1)}[kind]  # fmt: skip
             near = source.choice((0, 1, 2, 3, 16, 4096, 1 << 16, 1 << 31))
             return max(low, min(high, source.choice((0, 0, near, near, -near, low, high, source.randrange(1 << 64)))))
-        if isinstance(kind, xdr.Text):
+        if isinstance(kind, xdr.String):
             return source.choice(self.texts)
         if isinstance(kind, xdr.Fixed):
             return source.choice([blob for blob in self.blobs if len(blob) == kind._length])
@@ -82,7 +82,7 @@ class Generator:
             return [self.value(kind._item) for _ in range(min(source.choice((0, 1, 1, 3)), kind._limit))]
         if isinstance(kind, xdr.Optional):
             return self.value(kind._item) if source.random() < 0.6 else None
-        if isinstance(kind, xdr.Choice):
+        if isinstance(kind, xdr.DiscriminatedUnion):
             which = source.choice(list(kind._arms))
             return which, self.value(kind._arms[which])
         assert isinstance(kind, xdr.Record), kind

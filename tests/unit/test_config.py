@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.options import parse_run
-from vmm.config import Config, Console, Disk, FlatImage, Net
+from vmm.config import Config, ConsoleConfig, Disk, FlatImage, Net
 from vmm.convert import format_size, parse_size
 from vmm.errors import ConfigError
 from vmm.schema import schema
@@ -31,7 +31,7 @@ def test_python_toml_and_command_line_agree(tmp_path: Path) -> None:
         kernel=Path("/boot/vmlinuz"),
         disks=(Disk(path=Path("/srv/root.img"), id="root"), Disk(path=Path("/srv/cd.iso"), readonly=True)),
         nets=(Net(kind="tap", target="tap0", mac="52:54:00:00:00:01"),),
-        console=Console(kind="socket", path=Path("/run/c.sock"), log=Path("/tmp/log"), log_limit=1 << 20),
+        console=ConsoleConfig(kind="socket", path=Path("/run/c.sock"), log=Path("/tmp/log"), log_limit=1 << 20),
         timeout=2.5,
         seed=7,
     )

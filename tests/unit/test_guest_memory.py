@@ -23,9 +23,9 @@ from vmm.machine.memory import (
     CopyOnWrite,
     Extent,
     GuestMemory,
+    MemorySource,
     OutsideMemory,
     Shared,
-    Source,
     _without,
 )
 
@@ -39,7 +39,7 @@ def memories() -> Iterator[ExitStack]:
         yield stack
 
 
-def make(stack: ExitStack, source: Source | None = None, size: int = SIZE) -> GuestMemory:
+def make(stack: ExitStack, source: MemorySource | None = None, size: int = SIZE) -> GuestMemory:
     memory = GuestMemory(size, source=source)
     stack.callback(memory.close)
     return memory
@@ -61,7 +61,7 @@ def temporary(stack: ExitStack, data: bytes) -> int:
 
 
 @pytest.mark.parametrize("source", [None, Anonymous(), Shared(), CopyOnWrite(())])
-def test_memory_begins_as_zeros_and_keeps_what_is_written(memories: ExitStack, source: Source | None) -> None:
+def test_memory_begins_as_zeros_and_keeps_what_is_written(memories: ExitStack, source: MemorySource | None) -> None:
     memory = make(memories, source)
     assert contents(memory) == bytes(SIZE)
     memory.write(SIZE - 3, b"end")

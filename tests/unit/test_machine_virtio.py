@@ -13,7 +13,7 @@ from tests.support.virtio import MmioDriver
 from virtio.backends.file import FileBlock
 from virtio.devices.console import ConsoleDevice
 from virtio.errors import ConfigError, HostError
-from vmm.config import Config, Disk, Port
+from vmm.config import Config, Disk, PortConfig
 from vmm.console.hub import PRESSURE_HIGH, ConsoleHub, ConsoleReader
 from vmm.devices.virtio.console import ConsoleMaker, HubChar
 from vmm.devices.virtio.disk import DiskMaker, open_disk
@@ -65,7 +65,7 @@ async def test_output_of_a_console_that_was_closed_goes_nowhere() -> None:
 
 async def test_ports_that_cannot_all_be_bound_leave_none(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "missing" / "second"
-    config = Config(ports=(Port(path=first, name="first"), Port(path=second, name="second")))
+    config = Config(ports=(PortConfig(path=first, name="first"), PortConfig(path=second, name="second")))
     with pytest.raises(ConfigError):
         await ConsoleMaker(config).make()
     assert not first.exists()

@@ -18,7 +18,7 @@ from cli import machines
 from tests.support.command import VMM, environment, wait_for
 from vmm.errors import ConfigError, HostError
 from vmm.management import control, registry
-from vmm.management.registry import CONTROL, Slot, entries, find, runtime_directory
+from vmm.management.registry import CONTROL, HeldName, entries, find, runtime_directory
 from vmm.management.sockets import listen
 
 
@@ -29,17 +29,17 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_has_one_owner(runtime: Path) -> None:
-    slot = Slot("box")
+    slot = HeldName("box")
     slot.write_info({"pid": 4711})
     with pytest.raises(ConfigError, match="'box' is in use by process 4711; choose another --name"):
-        Slot("box")
+        HeldName("box")
     assert [entry.name for entry in entries()] == ["box"]
     assert find("box").info == {"pid": 4711}
     slot.release()
     slot.release()
     assert entries() == []
     assert not list(runtime.iterdir())
-    Slot("box").release()
+    HeldName("box").release()
 
 
 def test_racing_owners(runtime: Path) -> None:
@@ -53,7 +53,7 @@ def test_racing_owners(runtime: Path) -> None:
         nonlocal holding, most
         for _ in range(60):
             try:
-                slot = Slot("same")
+                slot = HeldName("same")
             except ConfigError:
                 entries()
                 continue
@@ -76,7 +76,7 @@ def test_racing_owners(runtime: Path) -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    slots = [Slot("a"), Slot("b")]
+    slots = [HeldName("a"), HeldName("b")]
     with pytest.raises(ConfigError, match="no machine is called 'c'; running: a, b"):
         find("c")
     for slot in slots:
@@ -96,7 +96,7 @@ def test_an_open_directory_is_closed(runtime: Path) -> None:
 
 
 def test_damaged_information_is_ignored(runtime: Path) -> None:
-    slot = Slot("x")
+    slot = HeldName("x")
     (runtime / "x/info.json").write_text("{")
     assert find("x").info == {}
     slot.release()
@@ -131,7 +131,7 @@ def test_killed_at_any_moment_leaves_nothing_after_the_next_command(runtime: Pat
 
 
 def test_a_machine_that_does_not_listen_yet_is_waited_for(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot = Slot("starting")
+    slot = HeldName("starting")
     listener = socket.socket(socket.AF_UNIX)
 
     def serve() -> None:
@@ -158,7 +158,7 @@ def test_a_machine_that_does_not_listen_yet_is_waited_for(runtime: Path, monkeyp
 def test_a_machine_that_ends_while_it_is_asked_is_not_listed(
     runtime: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slot = Slot("ending")
+    slot = HeldName("ending")
     entry = find("ending")
     slot.release()
     with pytest.raises(ConfigError, match="no machine is called 'ending'"):

@@ -17,7 +17,7 @@ from cli.options import RUN_OPTIONS, parse_run
 from cli.run import configure
 from tests.support.command import vmm
 from vmm import convert
-from vmm.config import Config, Console, Disk, FlatImage, FwCfgItem, Net, Port
+from vmm.config import Config, ConsoleConfig, Disk, FlatImage, FwCfgItem, Net, PortConfig
 from vmm.convert import Checked, format_size
 from vmm.errors import ConfigError
 from vmm.schema import descriptions, schema
@@ -45,14 +45,14 @@ SAMPLES: dict[Any, Any] = {
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (Config, "initrd"): {"kernel": "/k"}, (Net, "target"): {"kind": "unix"},
     (Net, "queues"): {"kind": "tap", "target": "tap0"},
-    (Console, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
+    (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
 }
 # How a part begins on the command line: what stands before the first comma.
 HEADS: dict[type, Any] = {
     FlatImage: lambda part: str(part.pop("path")), Disk: lambda part: str(part.pop("path")),
     Net: lambda part: f"{part.pop('kind')}={part.pop('target', '')}".rstrip("="),
-    Console: lambda part: f"{part.pop('kind', 'none')}={part.pop('path', '')}".rstrip("="),
-    Port: lambda part: f"{part.pop('name')}={part.pop('path')}",
+    ConsoleConfig: lambda part: f"{part.pop('kind', 'none')}={part.pop('path', '')}".rstrip("="),
+    PortConfig: lambda part: f"{part.pop('name')}={part.pop('path')}",
     FwCfgItem: lambda part: f"name={part.pop('name')}",
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ def tables(kind: type[Checked]) -> list[dict[str, Any]]:
             table = {**needed, **NEEDS.get((kind, field.name), {}), field.name: value}
             if kind is FwCfgItem and not table.keys() & {"file", "string"}:
                 table["string"] = "some text"
-            if (kind, table.get("kind")) == (Console, "socket"):
+            if (kind, table.get("kind")) == (ConsoleConfig, "socket"):
                 table.setdefault("path", "/s")
             if kind is Net and table["kind"] != "user":
                 table.setdefault("target", "t")
@@ -133,7 +133,7 @@ def test_none_takes_away_what_the_file_has(name: str, flag: str, tmp_path: Path)
 
 
 def test_every_field_is_described() -> None:
-    for kind in (Config, Disk, Net, Console, Port, FlatImage, FwCfgItem):
+    for kind in (Config, Disk, Net, ConsoleConfig, PortConfig, FlatImage, FwCfgItem):
         assert set(descriptions(kind)) >= {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from virtio import _ring
 from virtio.backends.file import Cache, FileBlock, Io
 from virtio.backends.lock import ImageLock
 from virtio.errors import ConfigError, StateError, os_reason
-from virtio.images.chain import Backing, Chain, Format, open_chain
+from virtio.images.chain import Backing, Format, ImageChain, open_chain
 
 T = TypeVar("T")
 SECTOR = 512
@@ -24,7 +24,7 @@ SECTOR = 512
 class ImageBlock(FileBlock):
     """A disk in an image file, of whatever format, with what is below it. Use `await ImageBlock.open_image(path)`."""
 
-    def __init__(self, chain: Chain, *, read_only: bool, cache: Cache, block_size: int = SECTOR) -> None:
+    def __init__(self, chain: ImageChain, *, read_only: bool, cache: Cache, block_size: int = SECTOR) -> None:
         super().__init__(
             chain.top.fd, -(-chain.size // SECTOR) * SECTOR, read_only=read_only, cache=cache, block_size=block_size
         )
@@ -48,7 +48,7 @@ class ImageBlock(FileBlock):
             if layer.header is not None and layer.header.has_data_file:
                 self._locks.append(ImageLock.of(layer.others[0], layer.path))
 
-    async def change(self, call: Callable[[Chain], None]) -> None:
+    async def change(self, call: Callable[[ImageChain], None]) -> None:
         """Let `call`, in a thread, change the files of the chain or the chain itself. Nobody may be using this backend:
         BlockDevice.exchange sees to that. Raises what `call` does; StateError for a private copy."""
         if self.overlay >= 0:
@@ -100,7 +100,7 @@ class ImageBlock(FileBlock):
         return backend
 
     @classmethod
-    def _opened(cls, call: Callable[[], Chain], read_only: bool, snapshot: bool, cache: Cache) -> ImageBlock:
+    def _opened(cls, call: Callable[[], ImageChain], read_only: bool, snapshot: bool, cache: Cache) -> ImageBlock:
         chain = call()
         try:
             if chain.size < SECTOR:

@@ -20,7 +20,7 @@ from virtio.backends.file import open_locked
 from virtio.backends.image import ImageBlock
 from virtio.errors import ConfigError, HostError, StateError, os_reason
 from virtio.images import changes
-from virtio.images.chain import Chain, Layer
+from virtio.images.chain import ImageChain, Layer
 from virtio.images.check import reread
 from virtio.images.create import create_qcow2
 from virtio.images.header import DIRTY
@@ -30,7 +30,7 @@ STEP = 16 << 20
 """Bytes that are moved before a cancellation is noticed."""
 
 
-class Disk(Protocol):
+class LiveDisk(Protocol):
     """The device; virtio.devices.blk.BlockDevice is one."""
 
     backend: BlockBackend
@@ -43,7 +43,7 @@ def _silent(_done: int, _total: int) -> None:
     return None
 
 
-def _image_of(disk: Disk) -> ImageBlock:
+def _image_of(disk: LiveDisk) -> ImageBlock:
     if not isinstance(disk.backend, ImageBlock):
         raise StateError(f"a disk that is {type(disk.backend).__name__} has no images")
     return disk.backend
@@ -57,13 +57,13 @@ def _one_kind(path: str) -> Iterator[None]:
         raise HostError(f"{path}: {os_reason(error)}") from error
 
 
-async def _change(disk: Disk, call: Callable[[Chain], None]) -> None:
+async def _change(disk: LiveDisk, call: Callable[[ImageChain], None]) -> None:
     backend = _image_of(disk)
     with _one_kind(backend.chain.top.path):
         await disk.exchange(lambda: backend.change(call))
 
 
-def _is_qcow2(chain: Chain) -> Layer:
+def _is_qcow2(chain: ImageChain) -> Layer:
     if chain.top.format != "qcow2":
         raise ConfigError(f"{chain.top.path}: a raw image cannot do that; put a qcow2 one over it, or convert it")
     if chain.top.read_only:
@@ -71,30 +71,30 @@ def _is_qcow2(chain: Chain) -> Layer:
     return chain.top
 
 
-async def snapshot(disk: Disk, name: str) -> None:
+async def snapshot(disk: LiveDisk, name: str) -> None:
     """Take an internal snapshot. The guest waits meanwhile: seconds for an image of many GiB."""
 
-    def call(chain: Chain) -> None:
+    def call(chain: ImageChain) -> None:
         layer = _is_qcow2(chain)
         changes.create_snapshot(layer.path, layer.fd, name)
 
     await _change(disk, call)
 
 
-async def delete_snapshot(disk: Disk, name: str) -> None:
+async def delete_snapshot(disk: LiveDisk, name: str) -> None:
     """Forget an internal snapshot. The guest waits meanwhile."""
 
-    def call(chain: Chain) -> None:
+    def call(chain: ImageChain) -> None:
         layer = _is_qcow2(chain)
         changes.delete_snapshot(layer.path, layer.fd, name)
 
     await _change(disk, call)
 
 
-async def resize(disk: Disk, size: int) -> None:
+async def resize(disk: LiveDisk, size: int) -> None:
     """Make the disk larger, to a multiple of 512 bytes; the guest is told."""
 
-    def call(chain: Chain) -> None:
+    def call(chain: ImageChain) -> None:
         layer = chain.top
         if layer.read_only:
             raise ConfigError(f"{layer.path}: is open for reading only")
@@ -110,11 +110,11 @@ async def resize(disk: Disk, size: int) -> None:
     await _change(disk, call)
 
 
-async def cover(disk: Disk, path: str) -> None:
+async def cover(disk: LiveDisk, path: str) -> None:
     """Make a new image at `path`, over the present one, into which the guest writes from now on. The present one stays
     as it is at this moment: an external snapshot. Whoever starts the machine again has to name the new one."""
 
-    def call(chain: Chain) -> None:
+    def call(chain: ImageChain) -> None:
         below = chain.top
         if os.path.exists(path):
             raise ConfigError(f"{path}: is there already")
@@ -144,7 +144,7 @@ async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress:
         progress(min(at + STEP, size), size)
 
 
-async def stream(disk: Disk, progress: Progress = _silent) -> None:
+async def stream(disk: LiveDisk, progress: Progress = _silent) -> None:
     """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
     backend = _image_of(disk)
     top = _is_qcow2(backend.chain)
@@ -153,7 +153,7 @@ async def stream(disk: Disk, progress: Progress = _silent) -> None:
     with _one_kind(top.path):
         await _steps(backend.image(), backend.image().populate, progress)
 
-    def call(chain: Chain) -> None:
+    def call(chain: ImageChain) -> None:
         changes.set_backing(top.path, top.fd, None, None)
         below, chain.layers = chain.layers[1:], chain.layers[:1]
         for layer in below:
@@ -163,7 +163,7 @@ async def stream(disk: Disk, progress: Progress = _silent) -> None:
     await _change(disk, call)
 
 
-async def commit(disk: Disk, progress: Progress = _silent) -> None:
+async def commit(disk: LiveDisk, progress: Progress = _silent) -> None:
     """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
     the guest has written since."""
     backend = _image_of(disk)
@@ -171,7 +171,7 @@ async def commit(disk: Disk, progress: Progress = _silent) -> None:
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file to commit to")
 
-    def open_below(chain: Chain) -> None:
+    def open_below(chain: ImageChain) -> None:
         """The backing file for writing, or for reading again."""
         below = chain.layers[1]
         if below.header is not None and below.header.incompatible & DIRTY:

@@ -12,7 +12,7 @@ import os
 import struct
 
 from virtio.backends.net import FdNet, Framing
-from virtio.devices.net import Feature
+from virtio.devices.net import NetFeature
 from virtio.errors import ConfigError, HostError
 
 # linux/if_tun.h
@@ -21,19 +21,19 @@ TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x0002, 0x1000, 0x4000, 0x0100
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 1, 2, 4
-_OFFLOAD = {Feature.GUEST_CSUM: TUN_F_CSUM, Feature.GUEST_TSO4: TUN_F_TSO4, Feature.GUEST_TSO6: TUN_F_TSO6}
+_OFFLOAD = {NetFeature.GUEST_CSUM: TUN_F_CSUM, NetFeature.GUEST_TSO4: TUN_F_TSO4, NetFeature.GUEST_TSO6: TUN_F_TSO6}
 
 
 class TapNet(FdNet):
     """A tap interface with `queues` pairs of queues."""
 
     offloads = int(
-        Feature.CSUM
-        | Feature.GUEST_CSUM
-        | Feature.GUEST_TSO4
-        | Feature.GUEST_TSO6
-        | Feature.HOST_TSO4
-        | Feature.HOST_TSO6
+        NetFeature.CSUM
+        | NetFeature.GUEST_CSUM
+        | NetFeature.GUEST_TSO4
+        | NetFeature.GUEST_TSO6
+        | NetFeature.HOST_TSO4
+        | NetFeature.HOST_TSO6
     )
 
     def __init__(self, name: str, *, queues: int = 1) -> None:
@@ -60,7 +60,7 @@ class TapNet(FdNet):
 
     def set_offloads(self, features: int) -> None:
         flags = 0
-        if features & Feature.GUEST_CSUM:  # the others mean nothing without it (5.1.3.1)
+        if features & NetFeature.GUEST_CSUM:  # the others mean nothing without it (5.1.3.1)
             for feature, flag in _OFFLOAD.items():
                 flags |= flag if features & feature else 0
         for channel in self.channels:

@@ -19,7 +19,7 @@ from virtio.errors import ConfigError, os_reason
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Open = Callable[[int], Awaitable[Streams]]
 """open(port) -> a connection to the guest's port; OSError if it is refused."""
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+ConnectionHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LINE_MAX = 32
 PORT_MAX = 0xFFFFFFFF
 HANDSHAKE_SECONDS = 10
@@ -65,11 +65,11 @@ class MemoryVsock(VsockBackend):
     """Within this process: `listen` for the guest's connections, `open` one to the guest."""
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[int, ConnectionHandler] = {}
         self._tasks: set[asyncio.Future[None]] = set()
         self._open: Open | None = None
 
-    def listen(self, port: int, handler: Handler) -> None:
+    def listen(self, port: int, handler: ConnectionHandler) -> None:
         """`handler(reader, writer)` serves each connection of the guest to this port."""
         self._handlers[port] = handler
 

@@ -26,7 +26,7 @@ from virtio.state import U64
 from virtio.trust import Backend
 
 
-class Feature(enum.IntFlag):
+class BlockFeature(enum.IntFlag):
     """5.2.3"""
 
     SEG_MAX = 1 << 2
@@ -85,14 +85,18 @@ class BlockDevice(Device):
         self.serial = serial.encode()[:ID_BYTES]
         self.queue_sizes = (queue_size,) * queues
         self.device_features = (
-            Feature.SEG_MAX | Feature.BLK_SIZE | Feature.FLUSH | Feature.TOPOLOGY | Feature.CONFIG_WCE
+            BlockFeature.SEG_MAX
+            | BlockFeature.BLK_SIZE
+            | BlockFeature.FLUSH
+            | BlockFeature.TOPOLOGY
+            | BlockFeature.CONFIG_WCE
         )
         if queues > 1:
-            self.device_features |= Feature.MQ
+            self.device_features |= BlockFeature.MQ
         if backend.read_only:
-            self.device_features |= Feature.RO
+            self.device_features |= BlockFeature.RO
         else:
-            self.device_features |= Feature.DISCARD | Feature.WRITE_ZEROES
+            self.device_features |= BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES
         self._writeback_default = getattr(backend, "cache", "writeback") != "writethrough"
         self.writeback = self._writeback_default
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
@@ -159,12 +163,12 @@ class BlockDevice(Device):
     def negotiated(self, features: int) -> None:
         # 5.2.5.2: "If VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not, the device MUST initialize
         # writeback to 0."
-        unflushed = features & Feature.CONFIG_WCE and not features & Feature.FLUSH
+        unflushed = features & BlockFeature.CONFIG_WCE and not features & BlockFeature.FLUSH
         self.writeback = self._writeback_default and not unflushed
 
     def config_written(self, offset: int, data: bytes) -> None:
         # 5.2.4: writeback is the one field a driver may write, if CONFIG_WCE was negotiated
-        if offset == _WRITEBACK_AT and self.is_active and self.active.features & Feature.CONFIG_WCE:
+        if offset == _WRITEBACK_AT and self.is_active and self.active.features & BlockFeature.CONFIG_WCE:
             self.writeback = bool(data[0])
             self._configure()
 
@@ -173,15 +177,15 @@ class BlockDevice(Device):
         # 5.2.6.2: a driver that did not negotiate FLUSH cannot make writes durable: they are so when they
         # complete
         """Writes complete before they are durable."""
-        return self.writeback and bool(self.active.features & Feature.FLUSH)
+        return self.writeback and bool(self.active.features & BlockFeature.FLUSH)
 
     def _configure(self) -> None:
         if self._engine is not None:
             self._engine.configure(
                 sectors=self.capacity // SECTOR,
                 writeback=self.effective_writeback,
-                discard=bool(self.active.features & Feature.DISCARD),
-                write_zeroes=bool(self.active.features & Feature.WRITE_ZEROES),
+                discard=bool(self.active.features & BlockFeature.DISCARD),
+                write_zeroes=bool(self.active.features & BlockFeature.WRITE_ZEROES),
             )
 
     def resized(self) -> None:
@@ -417,7 +421,7 @@ class BlockDevice(Device):
         return UNSUPP  # 5.2.6: "UNSUPP for a request unsupported by device"
 
     async def _zeroes(self, kind: int, chain: Chain, payload: int, sectors: int) -> int:
-        feature = Feature.DISCARD if kind == DISCARD else Feature.WRITE_ZEROES
+        feature = BlockFeature.DISCARD if kind == DISCARD else BlockFeature.WRITE_ZEROES
         if not self.active.features & feature:
             return UNSUPP
         if self.backend.read_only or not payload or payload % _zeroes.size:

@@ -20,14 +20,14 @@ from virtio.state import U16
 from virtio.trust import Backend
 
 
-class Feature(enum.IntFlag):
+class ConsoleFeature(enum.IntFlag):
     """5.3.3"""
 
     SIZE = 1 << 0
     MULTIPORT = 1 << 1
 
 
-class Control(enum.IntEnum):
+class ControlEvent(enum.IntEnum):
     """5.3.6.2: events of the control queues."""
 
     DEVICE_READY = 0
@@ -92,7 +92,7 @@ class ConsoleDevice(Device):
         self._backends = {id(port): Backend(port.backend, "console backend") for port in self.ports}
         self.columns, self.rows = columns, rows
         self.multiport = len(self.ports) > 1 or bool(self.ports[0].name) or not self.ports[0].console
-        self.device_features = Feature.SIZE | (Feature.MULTIPORT if self.multiport else 0)
+        self.device_features = ConsoleFeature.SIZE | (ConsoleFeature.MULTIPORT if self.multiport else 0)
         self.queue_sizes = (128, 128) + ((64, 64) + (128, 128) * (len(self.ports) - 1) if self.multiport else ())
         self._messages: deque[bytes] = deque()
         self._message = asyncio.Event()
@@ -109,13 +109,13 @@ class ConsoleDevice(Device):
         """The terminal changed its size (characters)."""
         self.columns, self.rows = columns, rows
         self.config_changed()
-        if self.is_active and self.active.features & Feature.MULTIPORT:
+        if self.is_active and self.active.features & ConsoleFeature.MULTIPORT:
             for index, port in enumerate(self.ports):
                 if port.console:
-                    self._send(index, Control.RESIZE, 0, _resize.pack(columns, rows))
+                    self._send(index, ControlEvent.RESIZE, 0, _resize.pack(columns, rows))
 
     def started(self, active: Activation) -> None:
-        multiport = bool(active.features & Feature.MULTIPORT)
+        multiport = bool(active.features & ConsoleFeature.MULTIPORT)
         if multiport:
             self.spawn(self._send_control(active.queues[2]), "control-receive")
             self.spawn(self._control(active.queues[3]), "control-transmit")
@@ -203,7 +203,7 @@ class ConsoleDevice(Device):
 
     # Control (5.3.6.2)
 
-    def _send(self, port: int, event: Control, value: int, data: bytes = b"") -> None:
+    def _send(self, port: int, event: ControlEvent, value: int, data: bytes = b"") -> None:
         if len(self._messages) >= MESSAGES_MAX:
             return  # the driver asks and asks, and takes no answers
         self._messages.append(_control.pack(port, event, value) + data)
@@ -226,26 +226,26 @@ class ConsoleDevice(Device):
                 self._control_message(*_control.unpack(message))
 
     def _control_message(self, index: int, event: int, value: int) -> None:
-        if event == Control.DEVICE_READY:
+        if event == ControlEvent.DEVICE_READY:
             # 5.3.6.2.1: "The device MUST NOT specify a port which exists in a VIRTIO_CONSOLE_DEVICE_ADD message, nor a
             # port which is equal or greater than max_nr_ports."
             if value and not self._announced:
                 self._announced = True
                 for number in range(len(self.ports)):
-                    self._send(number, Control.DEVICE_ADD, 1)
+                    self._send(number, ControlEvent.DEVICE_ADD, 1)
             return
         if index >= len(self.ports):
             return
         port = self.ports[index]
-        if event == Control.PORT_READY and value:
+        if event == ControlEvent.PORT_READY and value:
             if port.console:
-                self._send(index, Control.CONSOLE_PORT, 1)
-                self._send(index, Control.RESIZE, 0, _resize.pack(self.columns, self.rows))
+                self._send(index, ControlEvent.CONSOLE_PORT, 1)
+                self._send(index, ControlEvent.RESIZE, 0, _resize.pack(self.columns, self.rows))
             if port.name:
                 # 5.3.6.2: "the UTF-8 name of the port for identification within the guest (without a NUL terminator)"
-                self._send(index, Control.PORT_NAME, 1, port.name.encode())
-            self._send(index, Control.PORT_OPEN, 1)
-        elif event == Control.PORT_OPEN:
+                self._send(index, ControlEvent.PORT_NAME, 1, port.name.encode())
+            self._send(index, ControlEvent.PORT_OPEN, 1)
+        elif event == ControlEvent.PORT_OPEN:
             port.open = bool(value)
             if port.open:
                 self._opened.set()

@@ -27,7 +27,7 @@ from virtio.trust import Backend, Mistake
 log = logging.getLogger(__name__)
 
 
-class Feature(enum.IntFlag):
+class NetFeature(enum.IntFlag):
     """5.1.3"""
 
     CSUM = 1 << 0
@@ -46,12 +46,12 @@ class Feature(enum.IntFlag):
 
 
 REQUIREMENTS: dict[int, int] = {
-    Feature.GUEST_TSO4: Feature.GUEST_CSUM,
-    Feature.GUEST_TSO6: Feature.GUEST_CSUM,
-    Feature.HOST_TSO4: Feature.CSUM,
-    Feature.HOST_TSO6: Feature.CSUM,
-    Feature.MQ: Feature.CTRL_VQ,
-    Feature.CTRL_MAC_ADDR: Feature.CTRL_VQ,
+    NetFeature.GUEST_TSO4: NetFeature.GUEST_CSUM,
+    NetFeature.GUEST_TSO6: NetFeature.GUEST_CSUM,
+    NetFeature.HOST_TSO4: NetFeature.CSUM,
+    NetFeature.HOST_TSO6: NetFeature.CSUM,
+    NetFeature.MQ: NetFeature.CTRL_VQ,
+    NetFeature.CTRL_MAC_ADDR: NetFeature.CTRL_VQ,
 }
 """5.1.3.1"""
 
@@ -72,7 +72,7 @@ MERGE_MAX = 64
 
 NEEDS_CSUM, DATA_VALID = 1, 2
 GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
-_GSO_NEEDS = {GSO_TCPV4: Feature.GUEST_TSO4, GSO_TCPV6: Feature.GUEST_TSO6}
+_GSO_NEEDS = {GSO_TCPV4: NetFeature.GUEST_TSO4, GSO_TCPV6: NetFeature.GUEST_TSO6}
 
 
 def outgoing_header(header: bytes, length: int) -> bytes:
@@ -89,7 +89,7 @@ def outgoing_header(header: bytes, length: int) -> bytes:
 def incoming_header(header: bytes, features: int) -> bytes | None:
     """A backend's virtio_net_hdr (5.1.6.4.1) as this driver gets it; None: it does not take such a frame."""
     flags, gso_type, hdr_len, gso_size, start, offset, _ = _header.unpack(header)
-    checksum = bool(features & Feature.GUEST_CSUM)
+    checksum = bool(features & NetFeature.GUEST_CSUM)
     if flags & NEEDS_CSUM and not checksum:
         return None
     if gso_type != GSO_NONE and not (flags & NEEDS_CSUM and features & _GSO_NEEDS.get(gso_type, 0)):
@@ -148,11 +148,13 @@ class NetDevice(Device):
         self.link = True
         self.pairs_max = max(len(backend.channels), 1)
         self.pairs = 1
-        features = Feature.MAC | Feature.STATUS | Feature.MRG_RXBUF | Feature.CTRL_VQ | Feature.CTRL_MAC_ADDR
+        features = (
+            NetFeature.MAC | NetFeature.STATUS | NetFeature.MRG_RXBUF | NetFeature.CTRL_VQ | NetFeature.CTRL_MAC_ADDR
+        )
         if self._mtu is not None:
-            features |= Feature.MTU
+            features |= NetFeature.MTU
         if self.pairs_max > 1:
-            features |= Feature.MQ
+            features |= NetFeature.MQ
         self.device_features = int(features) | backend.offloads
         self.queue_sizes = (queue_size, queue_size) * self.pairs_max + (64,)
         self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
@@ -211,9 +213,9 @@ class NetDevice(Device):
     # Life
 
     def started(self, active: Activation) -> None:
-        multi = bool(active.features & Feature.MQ)
+        multi = bool(active.features & NetFeature.MQ)
         self.backend.set_offloads(active.features & self.backend.offloads)
-        if active.features & Feature.CTRL_VQ:
+        if active.features & NetFeature.CTRL_VQ:
             # 5.1.2: "controlq ... 2N": N is 1 unless VIRTIO_NET_F_MQ was negotiated, else max_virtqueue_pairs
             self.spawn(self._control(active.queues[2 * self.pairs_max if multi else 2]), "control")
         self._native = bool(self._engines) and all(
@@ -222,7 +224,7 @@ class NetDevice(Device):
         if self._native:
             for engine in self._engines:
                 engine.configure(
-                    bool(active.features & Feature.MRG_RXBUF), self._longest(active.features), active.features
+                    bool(active.features & NetFeature.MRG_RXBUF), self._longest(active.features), active.features
                 )
             self._set_pairs(self.pairs)
             return
@@ -233,7 +235,7 @@ class NetDevice(Device):
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
         # size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated."
-        if features & Feature.MTU and self._mtu is not None:
+        if features & NetFeature.MTU and self._mtu is not None:
             return self._mtu + ETHERNET_HEADER
         return FRAME_MAX
 
@@ -297,7 +299,7 @@ class NetDevice(Device):
                 self._receive(channel)
 
     def _is_control(self, index: int) -> bool:
-        return index == (2 * self.pairs_max if self.active.features & Feature.MQ else 2)
+        return index == (2 * self.pairs_max if self.active.features & NetFeature.MQ else 2)
 
     def _watch(self, pair: int, kind: set[int], wanted: bool, call: Callable[[int], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -402,7 +404,7 @@ class NetDevice(Device):
                 continue
             if header[1] in (GSO_NONE, GSO_ECN) and len(frame) > self._longest(features):
                 continue
-            mergeable = bool(features & Feature.MRG_RXBUF)
+            mergeable = bool(features & NetFeature.MRG_RXBUF)
             while not self._deliver(queue, header, frame, mergeable):
                 queue.want_more()
                 if self._deliver(queue, header, frame, mergeable):
@@ -453,7 +455,7 @@ class NetDevice(Device):
         if (kind, number) == (_CTRL_MQ, _CTRL_MQ_PAIRS_SET) and len(data) == 2:
             pairs = int.from_bytes(data, "little")
             # 5.1.6.5.5.2: the value is 1 to max_virtqueue_pairs
-            if self.active.features & Feature.MQ and 1 <= pairs <= self.pairs_max:
+            if self.active.features & NetFeature.MQ and 1 <= pairs <= self.pairs_max:
                 self._set_pairs(pairs)
                 return _OK
         return _ERR

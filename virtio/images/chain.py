@@ -21,7 +21,7 @@ from virtio import _ring
 from virtio.backends.file import open_locked
 from virtio.errors import ConfigError, HostError, os_reason
 from virtio.images import unpack as _unpack  # noqa: F401  # tells C how to decompress without a library
-from virtio.images.header import BITMAPS, CORRUPT, DIRTY, RAW_DATA_FILE, Header, is_qcow2, parse
+from virtio.images.header import BITMAPS, CORRUPT, DIRTY, RAW_DATA_FILE, Qcow2Header, is_qcow2, parse
 from virtio.images.snapshots import find, protected, read_table
 
 Format = Literal["raw", "qcow2"]
@@ -44,7 +44,7 @@ class Layer:
     path: str
     format: Format
     fd: int
-    header: Header | None
+    header: Qcow2Header | None
     """Of a qcow2 image."""
     others: tuple[int, ...]
     """More descriptors."""
@@ -100,7 +100,7 @@ class Layer:
             self.header = parse(self.path, read_start(self.fd), file_size(self.fd))
 
 
-class Chain:
+class ImageChain:
     """An image and what is read where it has nothing. `close` it, or lose what was not flushed."""
 
     def __init__(self, layers: list[Layer]) -> None:
@@ -153,7 +153,7 @@ class Chain:
         if failure is not None:
             raise HostError(f"{layers[0].path}: {os_reason(failure)}") from failure
 
-    def __enter__(self) -> Chain:
+    def __enter__(self) -> ImageChain:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -206,7 +206,7 @@ def open_chain(
     repair: bool = True,
     alone: bool = False,
     snapshot: str | None = None,
-) -> Chain:
+) -> ImageChain:
     """Open an image and its chain. Without `format` it is found by content.
 
     `direct`: guest clusters of the top image past the page cache. `data`: its external data file. `repair`: refcounts
@@ -225,9 +225,9 @@ def open_chain(
             _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot),
         )
     except BaseException:
-        Chain(layers).close()
+        ImageChain(layers).close()
         raise
-    return Chain(layers)
+    return ImageChain(layers)
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def _qcow2(
 
 
 def _below(
-    layers: list[Layer], seen: set[tuple[int, int]], path: str, header: Header, wanted: _Wanted, *, recorded: bool
+    layers: list[Layer], seen: set[tuple[int, int]], path: str, header: Qcow2Header, wanted: _Wanted, *, recorded: bool
 ) -> Layer:
     assert header.backing is not None
     where = backing_path(path, header.backing)
@@ -365,7 +365,7 @@ def _below(
     return _open(layers, seen, where, known, below)
 
 
-def _prepare(path: str, fd: int, header: Header, wanted: _Wanted) -> Header:
+def _prepare(path: str, fd: int, header: Qcow2Header, wanted: _Wanted) -> Qcow2Header:
     """Before an image is written: repaired if it has to be, and without features that we would make untrue."""
     if header.incompatible & CORRUPT:
         raise ConfigError(f"{path}: is marked as corrupt; try vmm disk check --repair, or open it read-only")

@@ -13,14 +13,14 @@ import time
 
 from virtio.errors import ConfigError
 from virtio.images.check import marked, place_for, repair, reread, unmark
-from virtio.images.header import CORRUPT, DIRTY, L1_BYTES_MAX, SIZE_MAX, SNAPSHOTS_MAX, Header
+from virtio.images.header import CORRUPT, DIRTY, L1_BYTES_MAX, SIZE_MAX, SNAPSHOTS_MAX, Qcow2Header
 from virtio.images.scan import COPIED, numbers, scan
-from virtio.images.snapshots import Snapshot, find, read_table
+from virtio.images.snapshots import InternalSnapshot, find, read_table
 
 _SIZE_AT, _SNAPSHOTS_AT = 24, 60
 
 
-def _ready(path: str, fd: int) -> Header:
+def _ready(path: str, fd: int) -> Qcow2Header:
     """The header of an image that may be changed, repaired first if its last writer did not end well."""
     header = reread(path, fd)
     if header.incompatible & CORRUPT:
@@ -28,7 +28,7 @@ def _ready(path: str, fd: int) -> Header:
     return repair(path, fd, header) if header.incompatible & DIRTY else header
 
 
-def _switch(path: str, fd: int, header: Header, wanted: Header, at: int, data: bytes) -> None:
+def _switch(path: str, fd: int, header: Qcow2Header, wanted: Qcow2Header, at: int, data: bytes) -> None:
     """Write `data` into the header at `at`, which makes it `wanted`, if refcounts can say so; and write those."""
     os.fdatasync(fd)
     most = (1 << (1 << header.refcount_order)) - 1
@@ -43,7 +43,7 @@ def _switch(path: str, fd: int, header: Header, wanted: Header, at: int, data: b
     repair(path, fd, reread(path, fd))
 
 
-def list_snapshots(path: str, fd: int) -> list[Snapshot]:
+def list_snapshots(path: str, fd: int) -> list[InternalSnapshot]:
     """The internal snapshots, the oldest first."""
     return read_table(path, fd, reread(path, fd))[0]
 
@@ -67,7 +67,7 @@ def create_snapshot(path: str, fd: int, name: str, *, now: float | None = None) 
     marked(fd, header)
     where = place_for(path, fd, header, len(packed))
     os.pwrite(fd, packed, where)
-    entry = Snapshot(
+    entry = InternalSnapshot(
         where,
         len(l1),
         str(max(ids, default=0) + 1),
@@ -90,7 +90,7 @@ def delete_snapshot(path: str, fd: int, name: str) -> None:
 
 
 def _write_table(
-    path: str, fd: int, header: Header, snapshots: list[Snapshot], beside: tuple[int, int] = (0, 0)
+    path: str, fd: int, header: Qcow2Header, snapshots: list[InternalSnapshot], beside: tuple[int, int] = (0, 0)
 ) -> None:
     table = b"".join(item.pack() for item in snapshots)
     where = place_for(path, fd, header, len(table), beside) if table else 0
@@ -111,7 +111,7 @@ def apply_snapshot(path: str, fd: int, name: str) -> None:
     _new_l1(path, fd, header, item.size, list(numbers(fd, item.l1_offset, item.l1_entries)), needed)
 
 
-def _new_l1(path: str, fd: int, header: Header, size: int, entries: list[int], count: int) -> None:
+def _new_l1(path: str, fd: int, header: Qcow2Header, size: int, entries: list[int], count: int) -> None:
     l1 = [*entries, *[0] * (count - len(entries))]
     packed = struct.pack(f">{len(l1)}Q", *l1)
     where = place_for(path, fd, header, len(packed)) if packed else header.l1_offset

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from virtio.errors import ConfigError
-from virtio.images.header import CORRUPT, DIRTY, REFTABLE_BYTES_MAX, Header, parse
+from virtio.images.header import CORRUPT, DIRTY, REFTABLE_BYTES_MAX, Qcow2Header, parse
 from virtio.images.scan import COPIED, OFFSET, PACKED, PROBLEMS_MAX, Counts, Scan, numbers, scan
 
 Progress = Callable[[int, int], None]
@@ -43,7 +43,7 @@ class Report:
         return not self.corruptions and not self.leaks
 
 
-def check(path: str, fd: int, header: Header, progress: Progress | None = None) -> Report:
+def check(path: str, fd: int, header: Qcow2Header, progress: Progress | None = None) -> Report:
     """Compare refcounts and flags with what the tables name. Reads only. Raises ConfigError."""
     found = scan(path, fd, header, progress)
     report = Report(found.corruptions, 0, list(found.problems))
@@ -144,7 +144,7 @@ def _flags(fd: int, found: Scan, wrong: Callable[[str, int, int], None]) -> None
                 wrong(f"L2 table {table}: the flag of entry {at} is wrong", table + at * 8, mended)
 
 
-def repair(path: str, fd: int, header: Header, progress: Progress | None = None) -> Header:
+def repair(path: str, fd: int, header: Qcow2Header, progress: Progress | None = None) -> Qcow2Header:
     """Make refcounts and flags what the tables name; entries that name no place become unallocated. The header as it is
     then. Raises ConfigError if there is no way."""
     marked(fd, header)
@@ -189,7 +189,7 @@ def _in_use(fd: int, found: Scan) -> Counts:
     return both
 
 
-def place_for(path: str, fd: int, header: Header, size: int, beside: tuple[int, int] = (0, 0)) -> int:
+def place_for(path: str, fd: int, header: Qcow2Header, size: int, beside: tuple[int, int] = (0, 0)) -> int:
     """Offset of clusters for `size` bytes that nothing names; the range `beside` (offset, bytes) is taken as well."""
     both = _in_use(fd, scan(path, fd, header))
     bits = header.cluster_bits
@@ -198,19 +198,19 @@ def place_for(path: str, fd: int, header: Header, size: int, beside: tuple[int, 
     return both.free_run(-(-size // header.cluster_size), both.end) << bits
 
 
-def marked(fd: int, header: Header) -> None:
+def marked(fd: int, header: Qcow2Header) -> None:
     """Mark an image as dirty, where its version can say so."""
     if header.version > 2:
         _mark(fd, header.incompatible | DIRTY)
 
 
-def unmark(fd: int, header: Header) -> None:
+def unmark(fd: int, header: Qcow2Header) -> None:
     """Nothing was changed after all."""
     if header.version > 2:
         _mark(fd, header.incompatible)
 
 
-def write_refcounts(path: str, fd: int, found: Scan) -> Header:
+def write_refcounts(path: str, fd: int, found: Scan) -> Qcow2Header:
     """Refcounts for what was found, in a free place, and the switch to them. The old ones are free then."""
     header, counts = found.header, found.counts
     bits, size = 1 << header.refcount_order, header.cluster_size
@@ -260,6 +260,6 @@ def pack_block(values: list[int], bits: int) -> bytes:
     )
 
 
-def reread(path: str, fd: int) -> Header:
+def reread(path: str, fd: int) -> Qcow2Header:
     """The header as it is in the file now."""
     return parse(path, os.pread(fd, 2 << 20, 0), os.lseek(fd, 0, os.SEEK_END))

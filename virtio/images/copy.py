@@ -15,7 +15,7 @@ from typing import Any
 from virtio import _ring
 from virtio.backends.file import open_locked
 from virtio.errors import ConfigError, HostError, os_reason
-from virtio.images.chain import Backing, Chain, Format, backing_path, file_size, open_chain
+from virtio.images.chain import Backing, Format, ImageChain, backing_path, file_size, open_chain
 from virtio.images.changes import set_backing, set_size
 from virtio.images.create import create_qcow2, create_raw
 from virtio.images.unpack import pack
@@ -32,7 +32,7 @@ def _silent(_done: int, _total: int) -> None:
     return None
 
 
-def data_of(chain: Chain) -> Iterator[tuple[int, int, str, int]]:
+def data_of(chain: ImageChain) -> Iterator[tuple[int, int, str, int]]:
     """(offset, length, kind, depth in the chain) of every part of the disk. A raw file's holes are looked up."""
     image, at = chain.image, 0
     while at < chain.size:
@@ -63,7 +63,7 @@ def _holes(fd: int, offset: int, length: int) -> Iterator[tuple[int, int, bool]]
         offset = data
 
 
-def _pieces(chain: Chain, step: int) -> Iterator[tuple[int, int]]:
+def _pieces(chain: ImageChain, step: int) -> Iterator[tuple[int, int]]:
     """What of a disk may hold something, in multiples of `step` where that can be: (offset, length <= STEP)."""
     done = 0
     for offset, length, kind, _ in data_of(chain):
@@ -162,7 +162,7 @@ def convert(
     progress(size, size)
 
 
-def _compressed(image: _ring.Image, made: Chain, pieces: Iterator[tuple[int, int]], progress: Progress) -> None:
+def _compressed(image: _ring.Image, made: ImageChain, pieces: Iterator[tuple[int, int]], progress: Progress) -> None:
     header = made.top.header
     assert header is not None
     cluster, kind = header.cluster_size, header.compression
@@ -218,7 +218,7 @@ def commit(path: str, *, backing: Backing = "dir", keep: bool = False, progress:
     return where
 
 
-def _own(top: Chain, base: Chain) -> Iterator[tuple[int, int]]:
+def _own(top: ImageChain, base: ImageChain) -> Iterator[tuple[int, int]]:
     """What an image itself holds, as (offset, length <= STEP); where it says zeroes, the base gets them at once."""
     for offset, length, kind, _ in data_of(top):
         if kind == "zero":
@@ -275,7 +275,7 @@ def _take_over(path: str, where: str | None, format: Format | None, backing: Bac
                 new.close()
 
 
-def _differing(chain: Chain, new: Chain | None, at: int, length: int, unit: int, *, old_zero: bool) -> None:
+def _differing(chain: ImageChain, new: ImageChain | None, at: int, length: int, unit: int, *, old_zero: bool) -> None:
     there = 0 if new is None else max(0, min(length, new.size - at))
     if old_zero and not there:
         return

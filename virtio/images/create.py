@@ -19,7 +19,7 @@ from virtio.images.header import (
     RAW_DATA_FILE,
     SIZE_MAX,
     ZSTD,
-    Header,
+    Qcow2Header,
     feature_names,
 )
 
@@ -98,7 +98,7 @@ def _plan(
     extended_l2: bool,
     lazy_refcounts: bool,
     compression: str,
-) -> Header:
+) -> Qcow2Header:
     bits = cluster_size.bit_length() - 1
     if cluster_size != 1 << max(bits, 0) or not 9 <= bits <= 21:
         raise ConfigError(f"cluster_size={cluster_size}: not a power of two from 512 to 2M")
@@ -122,7 +122,7 @@ def _plan(
     incompatible = (EXTENDED if extended_l2 else 0) | (DATA_FILE if data is not None else 0)
     if compression != "zlib":
         incompatible |= COMPRESSION
-    header = Header(
+    header = Qcow2Header(
         version,
         bits,
         size,
@@ -143,7 +143,7 @@ def _plan(
     return header.with_(l1_entries=entries)
 
 
-def _write_empty(fd: int, header: Header) -> None:
+def _write_empty(fd: int, header: Qcow2Header) -> None:
     """Header, refcount table, refcount blocks and an L1 table, one after the other."""
     size = header.cluster_size
     l1_clusters = -(-header.l1_entries * 8 // size)
@@ -200,7 +200,7 @@ def _reserve(fd: int, offset: int, size: int, preallocation: Preallocation) -> N
 def _preallocate(
     path: str,
     data: str | None,
-    header: Header,
+    header: Qcow2Header,
     preallocation: Preallocation,
     progress: Callable[[int, int], None] | None,
 ) -> None:

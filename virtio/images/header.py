@@ -42,7 +42,7 @@ _FEATURE_NAMES = (
 
 
 @dataclass(frozen=True)
-class Header:
+class Qcow2Header:
     """The fields of a header; offsets and sizes in bytes unless said otherwise."""
 
     version: int = 3
@@ -92,7 +92,7 @@ class Header:
         """What stands at byte 24, in one piece: size and L1 table."""
         return _TABLES.pack(self.size, self.encryption, self.l1_entries, self.l1_offset)
 
-    def with_(self, **changes: object) -> Header:
+    def with_(self, **changes: object) -> Qcow2Header:
         """A copy with other values."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ def is_qcow2(start: bytes) -> bool:
     return start[:4] == MAGIC and start[4:8] in (b"\0\0\0\2", b"\0\0\0\3")
 
 
-def parse(path: str, start: bytes, file_size: int) -> Header:
+def parse(path: str, start: bytes, file_size: int) -> Qcow2Header:
     """The header from the first bytes of a file: 64 KiB, or all there is. Raises ConfigError."""
     if len(start) < _V2.size or start[:4] != MAGIC:
         raise ConfigError(f"{path}: not a qcow2 image; say format=raw if it is a raw one")
@@ -156,7 +156,7 @@ def parse(path: str, start: bytes, file_size: int) -> Header:
         raise ConfigError(f"{path}: qcow2 of version {version}; 2 and 3 are known")
     if cluster_bits not in CLUSTER_BITS:
         raise ConfigError(f"{path}: clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are possible")
-    found = Header(version, cluster_bits, fields[5], None, None, None, fields[6], *fields[7:13])
+    found = Qcow2Header(version, cluster_bits, fields[5], None, None, None, fields[6], *fields[7:13])
     length = 72
     if version == 3:
         if len(start) < 104:
@@ -187,7 +187,7 @@ def parse(path: str, start: bytes, file_size: int) -> Header:
     return found
 
 
-def _extensions(path: str, found: Header, start: bytes, at: int, name_at: int) -> Header:
+def _extensions(path: str, found: Qcow2Header, start: bytes, at: int, name_at: int) -> Qcow2Header:
     others: list[tuple[int, bytes]] = []
     limit = name_at if at <= name_at <= len(start) else len(start)
     while at + 8 <= limit:
@@ -207,7 +207,7 @@ def _extensions(path: str, found: Header, start: bytes, at: int, name_at: int) -
     return found.with_(extensions=tuple(others))
 
 
-def _check(path: str, header: Header, file_size: int) -> None:
+def _check(path: str, header: Qcow2Header, file_size: int) -> None:
     if header.encryption or any(kind == EXTENSION_ENCRYPTION for kind, _ in header.extensions):
         raise ConfigError(f"{path}: encrypted; decrypt it first: qemu-img convert -O qcow2 with its secret")
     if unknown := header.incompatible & ~KNOWN:
@@ -245,7 +245,7 @@ def _check(path: str, header: Header, file_size: int) -> None:
         raise ConfigError(f"{path}: has no refcount table")
 
 
-def _unknown(header: Header, bits: int) -> list[str]:
+def _unknown(header: Qcow2Header, bits: int) -> list[str]:
     """What the file itself calls features that are not known here."""
     names = {}
     for kind, data in header.extensions:

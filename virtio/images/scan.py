@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from virtio.images.header import BITMAPS, EXTENSION_BITMAPS, Header
+from virtio.images.header import BITMAPS, EXTENSION_BITMAPS, Qcow2Header
 from virtio.images.snapshots import read_table
 
 OFFSET = 0x00FFFFFFFFFFFE00
@@ -68,7 +68,7 @@ class Counts:
 class Scan:
     """What was found."""
 
-    header: Header
+    header: Qcow2Header
     file_size: int
     counts: Counts = field(default_factory=Counts)
     problems: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ def numbers(fd: int, offset: int, count: int) -> array[int]:
     return found
 
 
-def scan(path: str, fd: int, header: Header, progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan(path: str, fd: int, header: Qcow2Header, progress: Callable[[int, int], None] | None = None) -> Scan:
     """Follow every table but those of refcounts. Raises ConfigError for a snapshot table that makes no sense."""
     found = Scan(header, os.lseek(fd, 0, os.SEEK_END))
     found.name("the header", 0, 1)

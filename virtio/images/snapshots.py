@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from virtio.errors import ConfigError
-from virtio.images.header import EXTENSION_BITMAPS, L1_BYTES_MAX, Header
+from virtio.images.header import EXTENSION_BITMAPS, L1_BYTES_MAX, Qcow2Header
 
 _ENTRY = struct.Struct(">QIHHIIQII")
 TABLE_MAX = 64 << 20
@@ -16,7 +16,7 @@ _RANGES_MAX = 40
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class InternalSnapshot:
     """One entry."""
 
     l1_offset: int
@@ -54,9 +54,9 @@ class Snapshot:
         return whole + bytes(-len(whole) % 8)
 
 
-def read_table(path: str, fd: int, header: Header) -> tuple[list[Snapshot], int]:
+def read_table(path: str, fd: int, header: Qcow2Header) -> tuple[list[InternalSnapshot], int]:
     """The snapshots and the bytes that their table takes. Raises ConfigError."""
-    found: list[Snapshot] = []
+    found: list[InternalSnapshot] = []
     at = header.snapshots_offset
     for _ in range(header.snapshots):
         entry = os.pread(fd, _ENTRY.size, at)
@@ -78,7 +78,7 @@ def read_table(path: str, fd: int, header: Header) -> tuple[list[Snapshot], int]
         if len(extra) >= 16:
             (size,) = struct.unpack_from(">Q", extra, 8)
         found.append(
-            Snapshot(
+            InternalSnapshot(
                 l1_offset,
                 l1_entries,
                 os.fsdecode(identity),
@@ -95,7 +95,7 @@ def read_table(path: str, fd: int, header: Header) -> tuple[list[Snapshot], int]
     return found, at - header.snapshots_offset
 
 
-def find(path: str, snapshots: list[Snapshot], name: str) -> int:
+def find(path: str, snapshots: list[InternalSnapshot], name: str) -> int:
     """The index of a snapshot by its name, or by its id if none is called so."""
     for key in ("name", "id"):
         for index, item in enumerate(snapshots):
@@ -110,7 +110,7 @@ def clusters(offset: int, size: int, cluster_bits: int) -> tuple[int, int]:
     return first, ((offset + size + (1 << cluster_bits) - 1) >> cluster_bits) - first
 
 
-def protected(path: str, fd: int, header: Header) -> list[tuple[int, int]]:
+def protected(path: str, fd: int, header: Qcow2Header) -> list[tuple[int, int]]:
     """Clusters, as (first, how many), that no guest cluster may be in, beside those that C finds itself."""
     found: list[tuple[int, int]] = []
     if header.snapshots:

@@ -27,7 +27,7 @@ PROGRAMS = {32: struct.Struct("<IIIIIIII"), 64: struct.Struct("<IIQQQQQQ")}
 NOTE = struct.Struct("<III")
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ProgramSegment:
     type: int
     offset: int
     vaddr: int
@@ -46,10 +46,10 @@ class Elf:
     machine: int
     entry: int
     """Virtual, as in the header."""
-    segments: tuple[Segment, ...]
+    segments: tuple[ProgramSegment, ...]
 
     @property
-    def loads(self) -> tuple[Segment, ...]:
+    def loads(self) -> tuple[ProgramSegment, ...]:
         return tuple(item for item in self.segments if item.type == PT_LOAD and item.memsz)
 
     @property
@@ -144,7 +144,7 @@ def parse(data: bytes | memoryview, name: str) -> Elf:
     return elf
 
 
-def _segment(view: memoryview, bits: int, at: int, index: int, name: str) -> Segment:
+def _segment(view: memoryview, bits: int, at: int, index: int, name: str) -> ProgramSegment:
     """The program header at `at`, checked. Raises ConfigError, struct.error."""
     if bits == 64:
         kind, _, offset, vaddr, paddr, filesz, memsz, _ = PROGRAMS[64].unpack(view[at : at + PROGRAMS[64].size])
@@ -154,4 +154,4 @@ def _segment(view: memoryview, bits: int, at: int, index: int, name: str) -> Seg
         raise ConfigError(f"{name}: the ELF file is cut short: segment {index} ends beyond it")
     if kind == PT_LOAD and filesz > memsz:
         raise ConfigError(f"{name}: ELF segment {index} has more bytes in the file than in memory")
-    return Segment(kind, offset, vaddr, paddr, filesz, memsz)
+    return ProgramSegment(kind, offset, vaddr, paddr, filesz, memsz)

@@ -89,7 +89,7 @@ class Bytes:
         return self.data[offset : offset + length]
 
 
-class File:
+class FileItem:
     """A part of a file of the host, open as long as the machine lives. Raises ConfigError naming `where`."""
 
     def __init__(self, where: str, path: Path) -> None:
@@ -351,13 +351,13 @@ def add_kernel(items: dict[int, Item], config: Config, cmdline: Callable[[], str
     items[KEY_CMDLINE_DATA] = line
     initrd = (0, 0)
     if config.initrd is not None:
-        file = File("initrd", config.initrd)
+        file = FileItem("initrd", config.initrd)
         initrd = ((layout.Layout(config.memory).low_end - file.size) & ~0xFFF, file.size)
         items[KEY_INITRD_DATA] = file
     items[KEY_INITRD_ADDRESS], items[KEY_INITRD_SIZE] = number(initrd[0], 4), number(initrd[1], 4)
     if config.kernel is None:
         return
-    items[KEY_KERNEL_DATA] = kernel = File("kernel", config.kernel)
+    items[KEY_KERNEL_DATA] = kernel = FileItem("kernel", config.kernel)
     from vmm.boot.request import is_bzimage
 
     head = kernel.read(0, MAX_SETUP)
@@ -386,7 +386,7 @@ def attach(assembly: Assembly) -> None:
 
 def close(items: Iterable[Item]) -> None:
     for item in items:
-        if isinstance(item, File):
+        if isinstance(item, FileItem):
             item.close()
 
 
@@ -430,7 +430,7 @@ def fill(items: dict[int, Item], files: dict[str, Item], assembly: Assembly) -> 
     for own in config.fw_cfg:
         if own.name in files:
             raise ConfigError(f"fw_cfg: {own.name!r} is there already; give the item another name, as opt/…")
-        files[own.name] = File("fw_cfg", own.file) if own.file is not None else _text(own.string or "")
+        files[own.name] = FileItem("fw_cfg", own.file) if own.file is not None else _text(own.string or "")
 
 
 def _text(text: str) -> Bytes:

@@ -28,7 +28,7 @@ class UntarError(Exception):
     """The stream is no archive, or one that would reach outside. One sentence."""
 
 
-class Source(Protocol):
+class ArchiveStream(Protocol):
     """What is read: like a file, but each read may give less than asked for."""
 
     def read(self, size: int, /) -> bytes:
@@ -38,7 +38,7 @@ class Source(Protocol):
 class _Exactly:
     """The body of one member."""
 
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: ArchiveStream, size: int) -> None:
         self._source, self.left, self._padding = source, size, -size % BLOCK
 
     def read(self, size: int = CHUNK) -> bytes:
@@ -64,7 +64,7 @@ class _Exactly:
             pass
 
 
-def members(source: Source) -> Iterator[tuple[tarfile.TarInfo, _Exactly]]:
+def members(source: ArchiveStream) -> Iterator[tuple[tarfile.TarInfo, _Exactly]]:
     """Every member with its body. Raises UntarError."""
     override: dict[str, str] = {}
     for _ in range(MAX_MEMBERS):
@@ -112,7 +112,7 @@ def _records(data: bytes) -> dict[str, str]:
     return found
 
 
-def unpack(source: Source, target: Path) -> None:
+def unpack(source: ArchiveStream, target: Path) -> None:
     """Make what the stream holds below `target`, which may be there already. Raises UntarError, OSError."""
     links: list[tuple[Path, str]] = []
     modes: list[tuple[Path, int]] = []

@@ -20,7 +20,7 @@ from vmm.libvirt import rpc
 from vmm.libvirt.errors import Code, From, LibvirtError, translated
 from vmm.libvirt.names import NAMES, api_name
 from vmm.libvirt.procedures import Procedure
-from vmm.libvirt.rpc import Header, Kind, Message, Status
+from vmm.libvirt.rpc import Kind, RpcHeader, RpcMessage, RpcStatus
 from vmm.libvirt.stream import Stream
 from vmm.libvirt.wire import Signature, encode_error
 from vmm.libvirt.xdr import XdrError
@@ -111,9 +111,9 @@ class Client:
     ) -> None:
         """An event's message; a client that does not read them is cut off."""
         body = message.write(values[0] if len(values) == 1 else values)
-        self._send(Header(program, rpc.VERSION, procedure, Kind.EVENT, 0, Status.OK), body)
+        self._send(RpcHeader(program, rpc.VERSION, procedure, Kind.EVENT, 0, RpcStatus.OK), body)
 
-    def send_stream(self, header: Header, data: bytes) -> None:
+    def send_stream(self, header: RpcHeader, data: bytes) -> None:
         """A message of a stream."""
         self._send(header, data)
 
@@ -125,7 +125,7 @@ class Client:
         """The stream is over."""
         self._streams.pop(serial, None)
 
-    def open_stream(self, header: Header, stream: Stream) -> None:
+    def open_stream(self, header: RpcHeader, stream: Stream) -> None:
         """Called by a handler: data of this call's serial belongs to the stream from now on. Raises LibvirtError."""
         if len(self._streams) >= MAX_STREAMS:
             raise LibvirtError(Code.OPERATION_FAILED, f"this client has {MAX_STREAMS} streams open", From.STREAMS)
@@ -143,7 +143,7 @@ class Client:
 
     # Inside.
 
-    async def _next(self) -> Message:
+    async def _next(self) -> RpcMessage:
         limit = rpc.MAX_MESSAGE if self.uri is not None else rpc.MAX_GREETING
         message = await rpc.read_message(self._reader, limit, self.daemon.budget, MESSAGE_SECONDS)
         self._last_heard = asyncio.get_running_loop().time()
@@ -153,7 +153,7 @@ class Client:
         if self.uri is None:
             self.abort()
 
-    def _send(self, header: Header, body: bytes) -> None:
+    def _send(self, header: RpcHeader, body: bytes) -> None:
         transport = self._writer.transport
         if transport.is_closing():
             return
@@ -163,7 +163,7 @@ class Client:
             return
         self._writer.write(rpc.pack(header, body))
 
-    def _start(self, message: Message) -> None:
+    def _start(self, message: RpcMessage) -> None:
         task = asyncio.create_task(self._call(message), name=f"call {message.header.procedure} of {self.who}")
         self._calls.add(task)
         task.add_done_callback(self._called)
@@ -173,7 +173,7 @@ class Client:
         self._changes.discard(task)
         self._slots.release()
 
-    async def _call(self, message: Message) -> None:
+    async def _call(self, message: RpcMessage) -> None:
         header = message.header
         try:
             procedure = self._find(header)
@@ -198,14 +198,14 @@ class Client:
             self._refuse(header, LibvirtError(Code.INTERNAL_ERROR, "the daemon failed; its log says how", From.RPC))
             return
         try:
-            self._send(header._replace(kind=Kind.REPLY, status=Status.OK), body)
+            self._send(header._replace(kind=Kind.REPLY, status=RpcStatus.OK), body)
         except XdrError as error:
             self._refuse(header, translated(error))
             return
         for then in call.afterwards:
             then()
 
-    def _find(self, header: Header) -> Procedure:
+    def _find(self, header: RpcHeader) -> Procedure:
         if header.kind != Kind.CALL:
             raise LibvirtError(Code.RPC, f"message type {header.kind} is not supported", From.RPC)
         if header.version != rpc.VERSION:
@@ -220,10 +220,10 @@ class Client:
             raise LibvirtError(Code.RPC, f"unknown procedure: {header.procedure}", From.RPC)
         return found
 
-    def _refuse(self, header: Header, error: LibvirtError) -> None:
-        self._send(header._replace(kind=Kind.REPLY, status=Status.ERROR), encode_error(error))
+    def _refuse(self, header: RpcHeader, error: LibvirtError) -> None:
+        self._send(header._replace(kind=Kind.REPLY, status=RpcStatus.ERROR), encode_error(error))
 
-    async def _to_stream(self, message: Message) -> None:
+    async def _to_stream(self, message: RpcMessage) -> None:
         stream = self._streams.get(message.header.serial)
         if stream is None:
             return  # it ended while this was on its way
@@ -233,9 +233,9 @@ class Client:
         else:
             await stream.received(message.header.status, message.body)
 
-    def _answer_keepalive(self, header: Header) -> None:
+    def _answer_keepalive(self, header: RpcHeader) -> None:
         if header.procedure == rpc.PING:
-            self._send(Header(rpc.KEEPALIVE, rpc.VERSION, rpc.PONG, Kind.EVENT, 0, Status.OK), b"")
+            self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PONG, Kind.EVENT, 0, RpcStatus.OK), b"")
 
     async def _watch_silence(self) -> None:
         loop = asyncio.get_running_loop()
@@ -247,7 +247,7 @@ class Client:
                 self.abort()
                 return
             if silence >= KEEPALIVE_SECONDS:
-                self._send(Header(rpc.KEEPALIVE, rpc.VERSION, rpc.PING, Kind.EVENT, 0, Status.OK), b"")
+                self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PING, Kind.EVENT, 0, RpcStatus.OK), b"")
 
     async def _release(self) -> None:
         self.subscriptions.close()
@@ -269,7 +269,7 @@ class Client:
 class Call:
     """What a handler is given beside its arguments: who calls."""
 
-    def __init__(self, client: Client, header: Header) -> None:
+    def __init__(self, client: Client, header: RpcHeader) -> None:
         self.client = client
         self.header = header
         self.daemon = client.daemon

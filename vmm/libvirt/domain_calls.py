@@ -7,7 +7,7 @@ from typing import Any
 from vmm.convert import KIB
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
-from vmm.libvirt.domains import Domain, State
+from vmm.libvirt.domains import Domain, DomainState
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.machines import ask
 from vmm.libvirt.procedures import Procedures
@@ -83,10 +83,10 @@ def listed(call: Call, domain: Domain, flags: int) -> bool:
         {LIST_ACTIVE: active, LIST_INACTIVE: not active},
         {LIST_PERSISTENT: persistent, LIST_TRANSIENT: not persistent},
         {
-            LIST_RUNNING: domain.state == State.RUNNING,
-            LIST_PAUSED: domain.state == State.PAUSED,
-            LIST_SHUTOFF: domain.state == State.SHUTOFF,
-            LIST_OTHER: domain.state not in (State.RUNNING, State.PAUSED, State.SHUTOFF),
+            LIST_RUNNING: domain.state == DomainState.RUNNING,
+            LIST_PAUSED: domain.state == DomainState.PAUSED,
+            LIST_SHUTOFF: domain.state == DomainState.SHUTOFF,
+            LIST_OTHER: domain.state not in (DomainState.RUNNING, DomainState.PAUSED, DomainState.SHUTOFF),
         },
         {LIST_MANAGEDSAVE: saved, LIST_NO_MANAGEDSAVE: not saved},
         {LIST_AUTOSTART: autostart, LIST_NO_AUTOSTART: not autostart},
@@ -276,19 +276,19 @@ async def domain_destroy_flags(call: Call, dom: DomainRef, flags: int) -> None:
 async def domain_suspend(call: Call, dom: DomainRef) -> None:
     domain = call.daemon.domains.of(dom)
     entry = domain.running_entry()
-    if domain.state != State.PAUSED:
+    if domain.state != DomainState.PAUSED:
         await ask(entry, "pause")
-        await call.daemon.settled(lambda: domain.state == State.PAUSED or not domain.active)
+        await call.daemon.settled(lambda: domain.state == DomainState.PAUSED or not domain.active)
 
 
 @calls.change(28, "domain_resume", "dom:domain")
 async def domain_resume(call: Call, dom: DomainRef) -> None:
     domain = call.daemon.domains.of(dom)
     entry = domain.running_entry()
-    if domain.state == State.RUNNING:
+    if domain.state == DomainState.RUNNING:
         raise LibvirtError(Code.OPERATION_INVALID, "domain is already running")
     await ask(entry, "resume")
-    await call.daemon.settled(lambda: domain.state == State.RUNNING or not domain.active)
+    await call.daemon.settled(lambda: domain.state == DomainState.RUNNING or not domain.active)
 
 
 # What they are.

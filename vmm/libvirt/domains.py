@@ -23,13 +23,13 @@ from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
-from vmm.libvirt.events import DomainEvent, Hub, Lifecycle
+from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import Live, domain_xml
-from vmm.libvirt.machines import START_SECONDS, Control, Process, ask, last_words
+from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, last_words
 from vmm.libvirt.spec import Spec, spec_of
 from vmm.libvirt.store import Store
 from vmm.libvirt.wire import DomainRef
-from vmm.management.registry import Entry, entries
+from vmm.management.registry import RegistryEntry, entries
 
 MAX_DOMAINS = 10_000
 SCAN_SECONDS = 1.0
@@ -37,7 +37,7 @@ SETTLE_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-class State(enum.IntEnum):
+class DomainState(enum.IntEnum):
     """virDomainState."""
 
     RUNNING = 1
@@ -47,7 +47,7 @@ class State(enum.IntEnum):
     CRASHED = 6
 
 
-class Reason(enum.IntEnum):
+class DomainReason(enum.IntEnum):
     """virDomainRunningReason, virDomainPausedReason and virDomainShutoffReason, as far as they happen here."""
 
     UNKNOWN = 0
@@ -66,18 +66,18 @@ class Reason(enum.IntEnum):
 
 
 ENDS = {
-    "shutdown": (Reason.WAS_SHUTDOWN, 0),
-    "reset": (Reason.WAS_SHUTDOWN, 0),
-    "exit": (Reason.WAS_SHUTDOWN, 0),
-    "halted": (Reason.WAS_SHUTDOWN, 0),
-    "killed": (Reason.WAS_DESTROYED, 1),
-    "signal": (Reason.WAS_DESTROYED, 1),
-    "crash": (Reason.WAS_CRASHED, 2),
-    "triple-fault": (Reason.WAS_CRASHED, 2),
-    "guest-error": (Reason.WAS_CRASHED, 2),
+    "shutdown": (DomainReason.WAS_SHUTDOWN, 0),
+    "reset": (DomainReason.WAS_SHUTDOWN, 0),
+    "exit": (DomainReason.WAS_SHUTDOWN, 0),
+    "halted": (DomainReason.WAS_SHUTDOWN, 0),
+    "killed": (DomainReason.WAS_DESTROYED, 1),
+    "signal": (DomainReason.WAS_DESTROYED, 1),
+    "crash": (DomainReason.WAS_CRASHED, 2),
+    "triple-fault": (DomainReason.WAS_CRASHED, 2),
+    "guest-error": (DomainReason.WAS_CRASHED, 2),
 }
 """By how a machine ended: virDomainShutoffReason and virDomainEventStoppedDetailType. Everything else has failed."""
-FAILED = (Reason.WAS_FAILED, 5)
+FAILED = (DomainReason.WAS_FAILED, 5)
 
 
 class How(NamedTuple):
@@ -103,11 +103,11 @@ class Domain:
         """What it runs with; None while it does not."""
         self.id = -1
         self.core = ""
-        self.state = State.SHUTOFF
-        self.reason: int = Reason.UNKNOWN
+        self.state = DomainState.SHUTOFF
+        self.reason: int = DomainReason.UNKNOWN
         self.updated = False
         """The definition was changed while it runs."""
-        self.entry: Entry | None = None
+        self.entry: RegistryEntry | None = None
         self.pid = 0
         self.end: str | None = None
         """Why it ended last."""
@@ -141,7 +141,7 @@ class Domain:
             return domain_xml(self.live, emulator, None if inactive else Live(self.id, self.core))
         return domain_xml(self.spec, emulator)
 
-    def running_entry(self) -> Entry:
+    def running_entry(self) -> RegistryEntry:
         """Raises LibvirtError if it does not run."""
         if self.entry is None or self.live is None:
             raise not_running()
@@ -223,7 +223,7 @@ class Domains:
         domain.persistent = spec
         domain.updated = domain.active
         self._by_name[spec.name] = domain
-        self._events.lifecycle(domain.ref, Lifecycle.DEFINED, 0 if new or not was_persistent else 1)
+        self._events.lifecycle(domain.ref, LifecycleEvent.DEFINED, 0 if new or not was_persistent else 1)
         return domain
 
     def undefine(self, domain: Domain) -> None:
@@ -235,7 +235,7 @@ class Domains:
         domain.persistent = None
         if not domain.active:
             self._forget(domain)
-        self._events.lifecycle(domain.ref, Lifecycle.UNDEFINED, 0)
+        self._events.lifecycle(domain.ref, LifecycleEvent.UNDEFINED, 0)
 
     def rename(self, domain: Domain, name: str) -> None:
         """Raises LibvirtError, HostError, ConfigError."""
@@ -248,14 +248,14 @@ class Domains:
         autostart = self.autostart(domain)
         self._store.write("domains", f"{name}.xml", domain_xml(spec, self.emulator))
         self._store.remove("domains", f"{domain.name}.xml")
-        self._events.lifecycle(domain.ref, Lifecycle.UNDEFINED, 1)
+        self._events.lifecycle(domain.ref, LifecycleEvent.UNDEFINED, 1)
         del self._by_name[domain.name]
         self._store.remove("autostart", domain.name)
         domain.name, domain.persistent = name, spec
         self._by_name[name] = domain
         if autostart:
             self.set_autostart(domain, on=True)
-        self._events.lifecycle(domain.ref, Lifecycle.DEFINED, 2)
+        self._events.lifecycle(domain.ref, LifecycleEvent.DEFINED, 2)
 
     def autostart(self, domain: Domain) -> bool:
         return self._store.exists("autostart", domain.name)
@@ -376,8 +376,8 @@ class Domains:
                 with suppress(OSError, VmmError):
                     await self._adopt(entry, domain)
 
-    async def _adopt(self, entry: Entry, domain: Domain | None) -> None:
-        control = await Control.connect(entry)
+    async def _adopt(self, entry: RegistryEntry, domain: Domain | None) -> None:
+        control = await ControlClient.connect(entry)
         try:
             status = await control.ask("events")
             if status["state"] in ("created", "stopped"):
@@ -404,11 +404,11 @@ class Domains:
             domain.id = number
         self._activate(domain, spec, entry, status)
         paused = status["state"] == "paused"
-        domain.state = State.PAUSED if paused else State.RUNNING
-        domain.reason = Reason.UNKNOWN
+        domain.state = DomainState.PAUSED if paused else DomainState.RUNNING
+        domain.reason = DomainReason.UNKNOWN
         if number is None:
             self._remember(domain)
-            self._events.lifecycle(domain.ref, Lifecycle.STARTED, 0)
+            self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, 0)
         self._follow(domain, control)
 
     # Inside.
@@ -464,24 +464,24 @@ class Domains:
             control.close()
             raise await self._failure(spec, process)
         self._activate(domain, spec, entry, status)
-        domain.state = State.PAUSED if paused else State.RUNNING
-        domain.reason = Reason.STARTING_UP if paused else how.reason
+        domain.state = DomainState.PAUSED if paused else DomainState.RUNNING
+        domain.reason = DomainReason.STARTING_UP if paused else how.reason
         self._remember(domain)
-        self._events.lifecycle(domain.ref, Lifecycle.STARTED, how.detail)
+        self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, how.detail)
         if paused:
-            self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
+            self._events.lifecycle(domain.ref, LifecycleEvent.SUSPENDED, 0)
         self._follow(domain, control)
         if not paused:
             with suppress(VmmError):  # it may have ended before it answers, which its events tell
                 await ask(entry, "resume")
 
-    async def _reach(self, spec: Spec, process: Process) -> Control:
+    async def _reach(self, spec: Spec, process: Process) -> ControlClient:
         """A connection to the machine's control socket, as soon as it listens."""
         while not process.ended.is_set():
             for entry in entries():
                 if entry.name == spec.name and entry.info.get("pid") == process.pid:
                     with suppress(OSError):
-                        return await Control.connect(entry)
+                        return await ControlClient.connect(entry)
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.ended.wait(), 0.01)
         raise await self._failure(spec, process)
@@ -492,7 +492,7 @@ class Domains:
         said = last_words(self._store.file("log", f"{spec.name}.log"))
         return HostError(f"{spec.name}: {said or 'the machine ended at once'}")
 
-    def _activate(self, domain: Domain, spec: Spec, entry: Entry, status: dict[str, Any]) -> None:
+    def _activate(self, domain: Domain, spec: Spec, entry: RegistryEntry, status: dict[str, Any]) -> None:
         domain.live, domain.entry = spec, entry
         domain.core, domain.pid = str(status.get("core", "")), int(status["pid"])
         if domain.id < 0:
@@ -506,10 +506,10 @@ class Domains:
         self._store.write("live", f"{domain.name}.xml", domain_xml(domain.live, self.emulator))
         self._store.write("live", f"{domain.name}.json", json.dumps({"id": domain.id, "pid": domain.pid}))
 
-    def _follow(self, domain: Domain, control: Control) -> None:
+    def _follow(self, domain: Domain, control: ControlClient) -> None:
         domain.follower = asyncio.create_task(self._hear(domain, control), name=f"follow {domain.name}")
 
-    async def _hear(self, domain: Domain, control: Control) -> None:
+    async def _hear(self, domain: Domain, control: ControlClient) -> None:
         """The machine's events, to its end."""
         outcome = None
         try:
@@ -526,12 +526,12 @@ class Domains:
         await self._ended(domain, outcome if isinstance(outcome, dict) else None)
 
     def _state_changed(self, domain: Domain, state: str) -> None:
-        if state == "paused" and domain.state != State.PAUSED:
-            domain.state, domain.reason = State.PAUSED, Reason.BY_USER
-            self._events.lifecycle(domain.ref, Lifecycle.SUSPENDED, 0)
-        elif state == "running" and domain.state != State.RUNNING:
-            domain.state, domain.reason = State.RUNNING, Reason.UNPAUSED
-            self._events.lifecycle(domain.ref, Lifecycle.RESUMED, 0)
+        if state == "paused" and domain.state != DomainState.PAUSED:
+            domain.state, domain.reason = DomainState.PAUSED, DomainReason.BY_USER
+            self._events.lifecycle(domain.ref, LifecycleEvent.SUSPENDED, 0)
+        elif state == "running" and domain.state != DomainState.RUNNING:
+            domain.state, domain.reason = DomainState.RUNNING, DomainReason.UNPAUSED
+            self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 0)
 
     async def _ended(self, domain: Domain, outcome: dict[str, Any] | None) -> None:
         process = self._processes.pop(domain.name, None)
@@ -543,11 +543,11 @@ class Domains:
         why = str(outcome.get("reason")) if outcome is not None else ""
         reason, detail = ENDS.get(why, FAILED)
         if domain.extra.get("saved"):
-            reason, detail = Reason.WAS_SAVED, 4
+            reason, detail = DomainReason.WAS_SAVED, 4
         elif domain.extra.get("reverted"):
-            reason, detail = Reason.WAS_FROM_SNAPSHOT, 6
+            reason, detail = DomainReason.WAS_FROM_SNAPSHOT, 6
         ref = domain.ref
-        domain.state, domain.reason = State.SHUTOFF, reason
+        domain.state, domain.reason = DomainState.SHUTOFF, reason
         domain.live = domain.entry = domain.follower = None
         domain.id, domain.pid, domain.updated = -1, 0, False
         domain.end = f"{why}: {outcome.get('detail')}" if outcome is not None else "its process ended unexpectedly"
@@ -556,9 +556,9 @@ class Domains:
                 self._store.remove("live", name)
         if domain.persistent is None:
             self._forget(domain)
-        if reason == Reason.WAS_SHUTDOWN:
-            self._events.lifecycle(ref, Lifecycle.SHUTDOWN, GUEST_SHUTDOWN)
-        self._events.lifecycle(ref._replace(id=-1), Lifecycle.STOPPED, detail)
+        if reason == DomainReason.WAS_SHUTDOWN:
+            self._events.lifecycle(ref, LifecycleEvent.SHUTDOWN, GUEST_SHUTDOWN)
+        self._events.lifecycle(ref._replace(id=-1), LifecycleEvent.STOPPED, detail)
         domain.ended.set()
 
     async def _released(self, domain: Domain) -> None:

@@ -53,7 +53,7 @@ class DomainEvent(enum.IntEnum):
     NIC_MAC_CHANGE = 27
 
 
-class Lifecycle(enum.IntEnum):
+class LifecycleEvent(enum.IntEnum):
     """virDomainEventType."""
 
     DEFINED = 0
@@ -166,7 +166,7 @@ class Hub:
         """Something happened to a domain."""
         self._tell(kind, _DOMAIN_MESSAGES[kind], dom, details)
 
-    def lifecycle(self, dom: DomainRef, event: Lifecycle, detail: int = 0) -> None:
+    def lifecycle(self, dom: DomainRef, event: LifecycleEvent, detail: int = 0) -> None:
         """A domain's life took a turn."""
         self.domain(DomainEvent.LIFECYCLE, dom, int(event), detail)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from vmm.config import Config, Console, Disk, Net
+from vmm.config import Config, ConsoleConfig, Disk, Net
 from vmm.convert import Checked, parts, plain, takes
 from vmm.libvirt.spec import Spec
 from vmm.libvirt.xmltree import Reader, add, malformed
@@ -39,7 +39,7 @@ WORDS: dict[type[Checked], frozenset[str]] = {
     ),  # fmt: skip
     Disk: frozenset({"path", "readonly", "id", "transport", "snapshot", "cache", "io", "queues", "packed"}),
     Net: frozenset({"kind", "target", "mac", "id", "transport", "queues", "forward", "packed"}),
-    Console: frozenset({"kind", "path", "log"}),
+    ConsoleConfig: frozenset({"kind", "path", "log"}),
 }
 """Fields that libvirt's elements say."""
 
@@ -126,7 +126,7 @@ def read_extras(
             raise malformed(f"<loopvisor:net index='{index}'>: there is no such interface")
         nets[int(index)] |= _read(net, Net, "id")
     for one in machine.children("loopvisor:console"):
-        console |= _read(one, Console)
+        console |= _read(one, ConsoleConfig)
     values = _read(machine, Config)
     for name, kind in _lists(Config).items():
         items = [_read(one, kind) for one in machine.children(f"loopvisor:{name}")]

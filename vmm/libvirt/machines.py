@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
-from vmm.management.registry import Entry
+from vmm.management.registry import RegistryEntry
 
 LINE_LIMIT = 1 << 20
 ANSWER_SECONDS = 15.0
@@ -25,14 +25,14 @@ START_SECONDS = 120.0
 _KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
 
 
-class Control:
+class ControlClient:
     """One connection to a machine's control socket."""
 
     def __init__(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._name, self._reader, self._writer = name, reader, writer
 
     @classmethod
-    async def connect(cls, entry: Entry) -> Control:
+    async def connect(cls, entry: RegistryEntry) -> ControlClient:
         """Raises OSError."""
         reader, writer = await asyncio.open_unix_connection(str(entry.control), limit=LINE_LIMIT)
         return cls(entry.name, reader, writer)
@@ -70,10 +70,10 @@ class Control:
         self._writer.close()
 
 
-async def ask(entry: Entry, command: str, patience: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+async def ask(entry: RegistryEntry, command: str, patience: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
     """One question on a connection of its own. Raises VmmError."""
     try:
-        control = await Control.connect(entry)
+        control = await ControlClient.connect(entry)
     except OSError as error:
         raise HostError(f"{entry.name}: {os_reason(error)}") from error
     try:

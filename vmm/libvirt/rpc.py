@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
     HOLE = 6
 
 
-class Status(enum.IntEnum):
+class RpcStatus(enum.IntEnum):
     """How a message is meant: CONTINUE is used in streams only, where OK ends and ERROR aborts."""
 
     OK = 0
@@ -48,7 +48,7 @@ class Status(enum.IntEnum):
     CONTINUE = 2
 
 
-class Header(NamedTuple):
+class RpcHeader(NamedTuple):
     """Of a message; `status` and `kind` are numbers that may be none of the above."""
 
     program: int
@@ -59,8 +59,8 @@ class Header(NamedTuple):
     status: int
 
 
-class Message(NamedTuple):
-    header: Header
+class RpcMessage(NamedTuple):
+    header: RpcHeader
     body: bytes
 
 
@@ -68,7 +68,7 @@ _HEADER = struct.Struct(">IIiIII")
 SMALLEST = 4 + _HEADER.size
 
 
-def pack(header: Header, body: bytes = b"") -> bytes:
+def pack(header: RpcHeader, body: bytes = b"") -> bytes:
     """A message as bytes. Raises XdrError if it is larger than a client takes."""
     length = SMALLEST + len(body)
     if length > MAX_MESSAGE:
@@ -84,9 +84,9 @@ def message_length(prefix: bytes, limit: int) -> int:
     return int(length) - 4
 
 
-def unpack(data: bytes) -> Message:
+def unpack(data: bytes) -> RpcMessage:
     """What follows the length: at least a header's bytes."""
-    return Message(Header(*_HEADER.unpack_from(data)), data[_HEADER.size :])
+    return RpcMessage(RpcHeader(*_HEADER.unpack_from(data)), data[_HEADER.size :])
 
 
 class Budget:
@@ -115,7 +115,7 @@ class Budget:
                     freed.set_result(None)
 
 
-async def read_message(reader: asyncio.StreamReader, limit: int, budget: Budget, seconds: float) -> Message:
+async def read_message(reader: asyncio.StreamReader, limit: int, budget: Budget, seconds: float) -> RpcMessage:
     """The next message. A large one takes memory as it arrives, of the common budget, and must be whole within
     `seconds`. Raises XdrError, TimeoutError, asyncio.IncompleteReadError."""
     length = message_length(await reader.readexactly(4), limit)

@@ -22,7 +22,7 @@ from xml.etree.ElementTree import Element
 
 from vmm.config import Config
 from vmm.errors import HostError, StateError, os_reason
-from vmm.libvirt.domains import BOOTED, FROM_SNAPSHOT, RESTORED, Domain, Domains, State
+from vmm.libvirt.domains import BOOTED, FROM_SNAPSHOT, RESTORED, Domain, Domains, DomainState
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.format import domain_xml
 from vmm.libvirt.machines import ask
@@ -74,7 +74,7 @@ class Saves:
         Raises VmmError, and the machine runs on."""
         entry = domain.running_entry()
         assert domain.live is not None
-        was_paused = domain.state == State.PAUSED if paused is None else paused
+        was_paused = domain.state == DomainState.PAUSED if paused is None else paused
         text = domain_xml(domain.live, self._domains.emulator)
         domain.extra["saved"] = True
         try:
@@ -174,7 +174,7 @@ class Saves:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / DISKS).mkdir(mode=0o700, parents=True)
             try:
-                state = {State.RUNNING: "running", State.PAUSED: "paused"}.get(domain.state, "shutoff")
+                state = {DomainState.RUNNING: "running", DomainState.PAUSED: "paused"}.get(domain.state, "shutoff")
                 sizes = await self._take(domain, folder, state)
                 info = Info(name, state, int(time.time()), description, before.name if before else None, sizes)
                 _write(folder / XML, domain_xml(domain.spec, self._domains.emulator))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmm.errors import VmmError
 from vmm.libvirt.errors import Code, From, LibvirtError, translated
-from vmm.libvirt.rpc import STREAM_CHUNK, Header, Kind, Status
+from vmm.libvirt.rpc import STREAM_CHUNK, Kind, RpcHeader, RpcStatus
 from vmm.libvirt.wire import encode_error
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Endpoint(Protocol):
 class Stream:
     """One stream of one client."""
 
-    def __init__(self, client: Client, header: Header, endpoint: Endpoint) -> None:
+    def __init__(self, client: Client, header: RpcHeader, endpoint: Endpoint) -> None:
         self._client = client
         self._header = header._replace(kind=Kind.STREAM)
         self._endpoint = endpoint
@@ -64,14 +64,14 @@ class Stream:
         if self._over:
             return
         try:
-            if status == Status.CONTINUE:
+            if status == RpcStatus.CONTINUE:
                 if data:
                     await self._endpoint.write(data)
-            elif status == Status.OK:
+            elif status == RpcStatus.OK:
                 await self._endpoint.finish()
-                await self._end(Status.OK)
+                await self._end(RpcStatus.OK)
             else:
-                await self._end(Status.OK)
+                await self._end(RpcStatus.OK)
         except (VmmError, OSError) as error:
             await self._fail(error)
 
@@ -83,7 +83,7 @@ class Stream:
     async def disconnect(self) -> None:
         """Another client takes what this one had: it hears that there is no more."""
         if not self._over:
-            self._client.send_stream(self._header._replace(status=Status.CONTINUE), b"")
+            self._client.send_stream(self._header._replace(status=RpcStatus.CONTINUE), b"")
             self._client.forget_stream(self._header.serial)
             await self.aclose()
 
@@ -101,17 +101,17 @@ class Stream:
         client = self._client
         try:
             while data := await self._endpoint.read(STREAM_CHUNK):
-                client.send_stream(self._header._replace(status=Status.CONTINUE), data)
+                client.send_stream(self._header._replace(status=RpcStatus.CONTINUE), data)
                 await client.drained()
-            client.send_stream(self._header._replace(status=Status.CONTINUE), b"")
+            client.send_stream(self._header._replace(status=RpcStatus.CONTINUE), b"")
         except (VmmError, OSError) as error:
             await self._fail(error)
 
-    async def _end(self, status: Status, body: bytes = b"") -> None:
+    async def _end(self, status: RpcStatus, body: bytes = b"") -> None:
         self._client.forget_stream(self._header.serial)
         await self.aclose()
         self._client.send_stream(self._header._replace(status=status), body)
 
     async def _fail(self, error: VmmError | OSError) -> None:
         failure = translated(error) if isinstance(error, VmmError) else LibvirtError(Code.OPERATION_FAILED, str(error))
-        await self._end(Status.ERROR, encode_error(failure))
+        await self._end(RpcStatus.ERROR, encode_error(failure))

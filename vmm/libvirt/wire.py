@@ -20,12 +20,12 @@ from vmm.libvirt.xdr import (
     UINT,
     Array,
     CharArray,
-    Choice,
+    DiscriminatedUnion,
     Fixed,
     Opaque,
     Optional,
     Record,
-    Text,
+    String,
     Type,
 )
 
@@ -156,7 +156,7 @@ def some(values: list[Any], wanted: int) -> tuple[list[Any], int]:
     return (values[:wanted], len(values)) if wanted > 0 else ([], len(values))
 
 
-_STRING = Text(STRING_MAX)
+_STRING = String(STRING_MAX)
 _UUID = Fixed(16)
 _DOMAIN = Record(DomainRef, (_STRING, _UUID, INT))
 _NETWORK = Record(NetworkRef, (_STRING, _UUID))
@@ -164,7 +164,7 @@ _PARAM = Record(
     Param,
     (
         _STRING,
-        Choice(
+        DiscriminatedUnion(
             {
                 PARAM_INT: INT,
                 PARAM_UINT: UINT,

@@ -111,7 +111,7 @@ class Opaque:
         out += value + bytes(-len(value) % 4)
 
 
-class Text:
+class String:
     """A string (RFC 4506, 4.11) up to `limit` bytes, in UTF-8 here and without zero bytes."""
 
     smallest = 4
@@ -212,7 +212,7 @@ class Record:
             field.write(out, content)
 
 
-class Choice:
+class DiscriminatedUnion:
     """A discriminated union (RFC 4506, 4.15): a pair (discriminant, value)."""
 
     def __init__(self, arms: dict[int, Type]) -> None:

@@ -19,7 +19,7 @@ ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 _CACHE_LIMIT = 4096
 
 
-class Device(Protocol):
+class BusDevice(Protocol):
     """vmm.machine.interfaces.BusDevice, stated here so that the bus imports nothing above it."""
 
     def read(self, offset: int, size: int) -> int:
@@ -30,12 +30,12 @@ class Device(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class BusRange:
     """`device` answers [start, end)."""
 
     start: int
     end: int
-    device: Device
+    device: BusDevice
     name: str
 
 
@@ -46,17 +46,17 @@ class Bus:
         self.name = name
         self.limit = limit
         self._starts: list[int] = []
-        self._ranges: list[Range] = []
-        self._cache: dict[int, Range | None] = {}
+        self._ranges: list[BusRange] = []
+        self._cache: dict[int, BusRange | None] = {}
         self.unclaimed = 0
         """Accesses that no range claimed."""
 
     @property
-    def ranges(self) -> tuple[Range, ...]:
+    def ranges(self) -> tuple[BusRange, ...]:
         """All of them, by address."""
         return tuple(self._ranges)
 
-    def add(self, start: int, size: int, device: Device, name: str) -> None:
+    def add(self, start: int, size: int, device: BusDevice, name: str) -> None:
         """Put a device at [start, start + size). Raises ConfigError if that is taken or outside the space."""
         end = start + size
         if size <= 0 or start < 0 or end > self.limit:
@@ -69,7 +69,7 @@ class Bus:
                     f"{other.start:#x}+{other.end - other.start:#x}"
                 )
         self._starts.insert(index, start)
-        self._ranges.insert(index, Range(start, end, device, name))
+        self._ranges.insert(index, BusRange(start, end, device, name))
         self._cache.clear()
 
     def remove(self, start: int) -> None:
@@ -80,7 +80,7 @@ class Bus:
         del self._starts[index], self._ranges[index]
         self._cache.clear()
 
-    def find(self, address: int) -> Range | None:
+    def find(self, address: int) -> BusRange | None:
         """The range that claims an address."""
         try:
             return self._cache[address]

@@ -17,7 +17,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class AddressRange:
     """[start, start + size), guest-physical."""
 
     start: int
@@ -31,21 +31,21 @@ class Range:
 # The hole below 4 GiB.
 PCI_HOLE = 0xC000_0000
 HIGH_MEMORY = 1 << 32
-MMIO32 = Range(0xC000_0000, 512 * MIB)
+MMIO32 = AddressRange(0xC000_0000, 512 * MIB)
 """Window of 32-bit BARs."""
-ECAM = Range(0xE000_0000, 1 * MIB)
+ECAM = AddressRange(0xE000_0000, 1 * MIB)
 """PCI Express enhanced configuration access (PCI Firmware Specification 4.1). Bus 0 is all there is; if more were
 declared, Linux would look for peer bridges on every bus, by 8192 synchronous port reads."""
 LAST_BUS = ECAM.size // MIB - 1
-VIRTIO_MMIO = Range(0xFEB0_0000, 32 * 4096)
+VIRTIO_MMIO = AddressRange(0xFEB0_0000, 32 * 4096)
 VIRTIO_MMIO_STRIDE = 4096
-IOAPIC = Range(0xFEC0_0000, 4096)
-LAPIC = Range(0xFEE0_0000, 4096)
+IOAPIC = AddressRange(0xFEC0_0000, 4096)
+LAPIC = AddressRange(0xFEE0_0000, 4096)
 MMIO64_ALIGN = 1 << 35
 
 # Ports.
 COM1, COM2 = 0x3F8, 0x2F8
-PCI_IO = Range(0x1000, 0xF000)
+PCI_IO = AddressRange(0x1000, 0xF000)
 """Window of I/O BARs."""
 PM_BASE = 0x600
 PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0 = PM_BASE, PM_BASE + 4, PM_BASE + 8, PM_BASE + 0x20
@@ -73,25 +73,25 @@ VIRTIO_MMIO_MAX = VIRTIO_MMIO.size // VIRTIO_MMIO_STRIDE
 BDA = 0x400
 WARM_BOOT_FLAG = 0x472
 """BIOS data area: 0x1234 before a reset asks for a warm boot."""
-COREBOOT_TABLE = Range(0x500, 256)
+COREBOOT_TABLE = AddressRange(0x500, 256)
 BOOT_GDT, BOOT_IDT = 0x600, 0x6A0
 BOOT_INFO = 0x7000
 """Linux zero page, hvm_start_info or multiboot information; 8 KiB."""
 BOOT_PAGE_TABLES = 0x9000
 """PML4, one PDPT, four page directories: 24 KiB."""
 BOOT_STACK = 0x8FF0
-CMDLINE = Range(0x2_0000, 64 * KIB)
+CMDLINE = AddressRange(0x2_0000, 64 * KIB)
 MODULE_CMDLINE = 0x2_8000
 """The second half of it, where a boot module has a command line of its own."""
-EBDA = Range(0x9_FC00, 1 * KIB)
+EBDA = AddressRange(0x9_FC00, 1 * KIB)
 LOW_RAM_END = 0xA_0000
-ROM = Range(0xE_0000, 128 * KIB)
+ROM = AddressRange(0xE_0000, 128 * KIB)
 """Where a PC has its BIOS: reserved in the memory map, writable by us."""
-ACPI = Range(0xE_0000, 64 * KIB)
+ACPI = AddressRange(0xE_0000, 64 * KIB)
 """RSDP (on a 16-byte boundary, at the start) and all tables."""
-SMBIOS = Range(0xF_0000, 4 * KIB)
+SMBIOS = AddressRange(0xF_0000, 4 * KIB)
 """Entry point (found by its anchor from 0xF0000 on) and structures."""
-MP_TABLE = Range(0xF_1000, 4 * KIB)
+MP_TABLE = AddressRange(0xF_1000, 4 * KIB)
 VM_GENERATION_ID = 0xF_F000
 DUMMY_HANDLER, RESET_VECTOR = 0xF_FF53, 0xF_FFF0
 """F000:FF53 and F000:FFF0: where a PC's BIOS has its IRET for unused interrupts, and where a processor begins."""
@@ -135,14 +135,14 @@ class Layout:
         return HIGH_MEMORY + max(self.memory - PCI_HOLE, 0)
 
     @property
-    def mmio64(self) -> Range:
+    def mmio64(self) -> AddressRange:
         """Window of 64-bit BARs: 32 GiB, above all RAM."""
-        return Range(-(-self.high_end // MMIO64_ALIGN) * MMIO64_ALIGN, MMIO64_ALIGN)
+        return AddressRange(-(-self.high_end // MMIO64_ALIGN) * MMIO64_ALIGN, MMIO64_ALIGN)
 
     @property
-    def ram(self) -> tuple[Range, ...]:
-        low = Range(0, self.low_end)
-        return (low, Range(HIGH_MEMORY, self.memory - PCI_HOLE)) if self.memory > PCI_HOLE else (low,)
+    def ram(self) -> tuple[AddressRange, ...]:
+        low = AddressRange(0, self.low_end)
+        return (low, AddressRange(HIGH_MEMORY, self.memory - PCI_HOLE)) if self.memory > PCI_HOLE else (low,)
 
     def e820(self) -> list[E820Entry]:
         """The memory map that firmware would report, by address. Raises ConfigError below 2 MiB of RAM."""
@@ -165,9 +165,9 @@ def intx_gsi(device: int, pin: int) -> int:
     return PCI_INTX_GSIS[(device + pin) % len(PCI_INTX_GSIS)]
 
 
-def virtio_mmio(index: int) -> tuple[Range, int]:
+def virtio_mmio(index: int) -> tuple[AddressRange, int]:
     """Registers and GSI of the `index`-th virtio-mmio device. Raises ConfigError beyond the window."""
     if not 0 <= index < VIRTIO_MMIO_MAX:
         raise ConfigError(f"virtio-mmio: {VIRTIO_MMIO_MAX} devices fit; use the pci transport for the others")
     start = VIRTIO_MMIO.start + index * VIRTIO_MMIO_STRIDE
-    return Range(start, VIRTIO_MMIO_STRIDE), VIRTIO_MMIO_GSIS[index % len(VIRTIO_MMIO_GSIS)]
+    return AddressRange(start, VIRTIO_MMIO_STRIDE), VIRTIO_MMIO_GSIS[index % len(VIRTIO_MMIO_GSIS)]

@@ -67,7 +67,7 @@ class CopyOnWrite:
     extents: tuple[Extent, ...]
 
 
-Source = Anonymous | Shared | CopyOnWrite
+MemorySource = Anonymous | Shared | CopyOnWrite
 
 
 class MemoryCore(Protocol):
@@ -98,11 +98,11 @@ class GuestMemory:
     `on_written` and `on_written_ranges`, set by attach(), tell the core about writes by the VMM (Vm.memory_written).
     """
 
-    def __init__(self, size: int, *, hugepages: bool = False, source: Source | None = None) -> None:
+    def __init__(self, size: int, *, hugepages: bool = False, source: MemorySource | None = None) -> None:
         """`size` in bytes, a multiple of 4 KiB; `hugepages` is short for the source of that name. Raises HostError if
         the host refuses, or an extent's file is too short or not in RAM."""
         self.size = size
-        self.source: Source = source if source is not None else Anonymous(hugepages)
+        self.source: MemorySource = source if source is not None else Anonymous(hugepages)
         self.on_written: Callable[[int, int], None] | None = None
         self.on_written_ranges: Callable[[bytes], None] | None = None
         self._core: MemoryCore | None = None

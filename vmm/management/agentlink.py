@@ -21,14 +21,14 @@ from vmm.errors import HostError, os_reason
 from vmm.guest.agent import Agent, Streams
 from vmm.guest.frames import VERSION
 from vmm.management.control import LINE_LIMIT, STARTING_SECONDS, answered
-from vmm.management.registry import Entry, find
+from vmm.management.registry import RegistryEntry, find
 
 MAX_DESCRIPTORS = 4
 QUIET_SECONDS = 2.0
 """How long the guest's agent may take before `on_wait` is called."""
 
 
-def agent_of(entry: Entry, on_wait: Callable[[], None] | None = None) -> Agent:
+def agent_of(entry: RegistryEntry, on_wait: Callable[[], None] | None = None) -> Agent:
     """The agent of a machine's guest. `on_wait` is called once if the agent does not listen yet."""
 
     async def connect() -> Streams:
@@ -41,7 +41,7 @@ def agent_of(entry: Entry, on_wait: Callable[[], None] | None = None) -> Agent:
     return Agent(connect, patience=None)
 
 
-async def _connect(entry: Entry, on_wait: Callable[[], None] | None) -> Streams:
+async def _connect(entry: RegistryEntry, on_wait: Callable[[], None] | None) -> Streams:
     begin = time.monotonic()
     while True:
         answer, descriptor = await _ask(entry)
@@ -54,7 +54,7 @@ async def _connect(entry: Entry, on_wait: Callable[[], None] | None) -> Streams:
             on_wait = None
 
 
-async def _ask(entry: Entry) -> tuple[dict[str, Any], int | None]:
+async def _ask(entry: RegistryEntry) -> tuple[dict[str, Any], int | None]:
     """The answer, and the descriptor that came with it. Raises what the machine answers."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
@@ -81,7 +81,7 @@ async def _ask(entry: Entry) -> tuple[dict[str, Any], int | None]:
                 os.close(descriptor)
 
 
-async def _reach(client: socket.socket, entry: Entry) -> None:
+async def _reach(client: socket.socket, entry: RegistryEntry) -> None:
     """Connect; wait for a machine that only starts, and for one whose queue is full."""
     deadline = time.monotonic() + STARTING_SECONDS
     while True:

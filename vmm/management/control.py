@@ -30,7 +30,7 @@ from vmm.console.server import ConsoleServer
 from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError, os_reason
 from vmm.events import Ended, Event, EventStream, Rebooted, StateChanged, Warned
 from vmm.lifecycle import Outcome, State
-from vmm.management.registry import CONSOLE, CONTROL, Entry, Slot, find
+from vmm.management.registry import CONSOLE, CONTROL, HeldName, RegistryEntry, find
 from vmm.management.sockets import listen
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Registration:
 
     def __init__(self, vm: VirtualMachine, hub: ConsoleHub) -> None:
         self._vm = vm
-        self._slot = Slot(vm.config.name)
+        self._slot = HeldName(vm.config.name)
         self._console = ConsoleServer(hub, self._slot.path / CONSOLE)
         self._server: asyncio.Server | None = None
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -278,10 +278,10 @@ class Registration:
 
 
     async def _snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
-        from vmm.state.taking import Progress, options_from
+        from vmm.state.taking import SnapshotProgress, options_from
 
         target, options = options_from(request)
-        progress = Progress()
+        progress = SnapshotProgress()
         manifest = await self._vm.snapshot(target, progress=progress, **options)
         return {
             "identity": manifest.identity,
@@ -344,7 +344,7 @@ def event_dict(event: Event) -> dict[str, Any]:
             return {"event": "break"}
 
 
-def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
+def request(entry: RegistryEntry, command: str, patience: float = 10.0, **values: Any) -> dict[str, Any]:
     """Ask a machine, wait up to `patience` seconds (blocking). Raises what it answers, HostError if it does not,
     ConfigError if it has ended."""
     try:
@@ -366,7 +366,7 @@ def request(entry: Entry, command: str, patience: float = 10.0, **values: Any) -
     return answered(entry, bytes(answer))
 
 
-def answered(entry: Entry, line: bytes) -> dict[str, Any]:
+def answered(entry: RegistryEntry, line: bytes) -> dict[str, Any]:
     """A machine's answer; raises what it says, or HostError if it is none."""
     try:
         values = _loads(line)
@@ -379,7 +379,7 @@ def answered(entry: Entry, line: bytes) -> dict[str, Any]:
     return values
 
 
-def _connect(client: socket.socket, entry: Entry) -> None:
+def _connect(client: socket.socket, entry: RegistryEntry) -> None:
     """Waits for a machine that only starts, and as long as the socket's timeout for one whose queue is full."""
     deadline = time.monotonic() + STARTING_SECONDS
     patience = time.monotonic() + (client.gettimeout() or 0.0)

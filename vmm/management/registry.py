@@ -47,7 +47,7 @@ def runtime_directory() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RegistryEntry:
     """A machine that lives."""
 
     name: str
@@ -83,7 +83,7 @@ def _escape(char: str) -> str:
     return "".join(f"\\u{code[at]:02x}{code[at + 1]:02x}" for at in range(0, len(code), 2))
 
 
-class Slot:
+class HeldName:
     """A name held by this process. `release()` removes everything."""
 
     def __init__(self, name: str) -> None:
@@ -130,7 +130,7 @@ class Slot:
             os.close(lock)
 
 
-def entries() -> list[Entry]:
+def entries() -> list[RegistryEntry]:
     """The machines that live, by name; what dead ones left is removed."""
     found = []
     for path in sorted(runtime_directory().iterdir()):
@@ -144,11 +144,11 @@ def entries() -> list[Entry]:
             _clean(path, keep_lock=False)
             os.close(lock)
         elif path.exists():
-            found.append(Entry(path.name, path, _info(path)))
+            found.append(RegistryEntry(path.name, path, _info(path)))
     return found
 
 
-def find(name: str) -> Entry:
+def find(name: str) -> RegistryEntry:
     """A live machine by name. Raises ConfigError that lists those there are."""
     known = entries()
     for entry in known:

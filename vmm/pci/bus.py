@@ -111,7 +111,7 @@ class _Ecam:
 
 
 @dataclass(frozen=True, slots=True)
-class PciState:
+class PciBusState:
     """The configuration address register, and every function by its device number."""
 
     kind: ClassVar = "pci"
@@ -123,7 +123,7 @@ class PciState:
 class PciBus:
     """Bus 0. `add` functions, then `attach`; both before the first vCPU runs."""
 
-    state_type = PciState
+    state_type = PciBusState
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -208,10 +208,10 @@ class PciBus:
         """The components behind the `object` fields of its state."""
         return {"slots": {str(slot.device): slot for slot in self.slots}}
 
-    def save(self) -> PciState:
-        return PciState(self._address.address, {str(slot.device): slot.save() for slot in self.slots})
+    def save(self) -> PciBusState:
+        return PciBusState(self._address.address, {str(slot.device): slot.save() for slot in self.slots})
 
-    def restore(self, state: PciState) -> None:
+    def restore(self, state: PciBusState) -> None:
         """StateError, before anything changes, if the state is of other devices."""
         pairs: list[tuple[Slot, SlotState]] = []
         if set(state.slots) != {str(slot.device) for slot in self.slots}:

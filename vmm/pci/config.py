@@ -37,7 +37,7 @@ HEADER = Struct(
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class FunctionIdentity:
     """The read-only registers of a function's header."""
 
     vendor_id: int
@@ -53,7 +53,7 @@ class Identity:
 class ConfigSpace:
     """256 bytes with a write mask for each bit."""
 
-    def __init__(self, identity: Identity, bars: Sequence[BarSpec]) -> None:
+    def __init__(self, identity: FunctionIdentity, bars: Sequence[BarSpec]) -> None:
         self.data = bytearray(SIZE)
         self.mask = bytearray(SIZE)
         self._next = FIRST_CAPABILITY

@@ -13,7 +13,7 @@ from cpu.contract import Space
 from vmm.errors import ConfigError, StateError
 from vmm.machine.interfaces import BarSpec, Board, IrqLine, PciFunction
 from vmm.pci import config as cfg
-from vmm.pci.config import ConfigSpace, Identity
+from vmm.pci.config import ConfigSpace, FunctionIdentity
 from vmm.pci.msi import Msi, Msix, MsixState
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Slot:
         self._bus, self._board, self._line = bus, board, line
         self.function, self.device = function, device
         self._stateful: Any = function if hasattr(function, "state_type") else None
-        identity = Identity(
+        identity = FunctionIdentity(
             function.vendor_id, function.device_id, function.revision, function.class_code,
             function.subsystem_vendor_id, function.subsystem_id, 0 if line is None else 1,
         )

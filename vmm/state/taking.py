@@ -54,7 +54,7 @@ SAVED = Outcome(Reason.SHUTDOWN, "saved")
 
 
 @dataclass(slots=True)
-class Progress:
+class SnapshotProgress:
     """How far a snapshot has come, and what it took."""
 
     pages: int = 0
@@ -64,7 +64,7 @@ class Progress:
     rounds: int = 0
     stood_still_ns: int = 0
     seconds: float = 0.0
-    tell: Callable[[Progress], None] = field(default=lambda progress: None, repr=False)
+    tell: Callable[[SnapshotProgress], None] = field(default=lambda progress: None, repr=False)
 
 
 async def take(
@@ -75,13 +75,13 @@ async def take(
     compress: Literal["zstd"] | None = None,
     disks: Literal["copy", "reference"] = "copy",
     stop: bool = False,
-    progress: Progress | None = None,
+    progress: SnapshotProgress | None = None,
 ) -> Manifest:
     """Save `vm` into the directory `target`, which is made, or replaced if it is a snapshot. `stop`: the machine stands
     still until the files are whole, and is ended then. Raises ConfigError, StateError, HostError; then the machine runs
     on, and `target` is what it was."""
     began = time.monotonic()
-    progress = progress or Progress()
+    progress = progress or SnapshotProgress()
     target = target.absolute()
     _check_target(target)
     under = await asyncio.to_thread(Snapshot.open, base) if base is not None else None
@@ -103,7 +103,7 @@ class _Taking:
     """One snapshot on its way."""
 
     def __init__(
-        self, vm: VirtualMachine, folder: Path, base: Snapshot | None, disks: str, progress: Progress
+        self, vm: VirtualMachine, folder: Path, base: Snapshot | None, disks: str, progress: SnapshotProgress
     ) -> None:
         self._vm, self._folder, self._base, self._how = vm, folder, base, disks
         self._progress = progress

@@ -108,7 +108,7 @@ async def guest(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await driver.transport.device.aclose()
 
 
-async def beside(guest: Guest, change: Callable[[live.Disk], Awaitable[None]]) -> None:
+async def beside(guest: Guest, change: Callable[[live.LiveDisk], Awaitable[None]]) -> None:
     """Make a change while the guest works, which it does before and after as well."""
     guest.stop = False
     working = asyncio.create_task(guest.work())
@@ -146,7 +146,7 @@ async def test_internal_snapshots(guest: Guest, tmp_path: Path) -> None:
     names: list[str] = []
     for number in range(ROUNDS):
 
-        async def change(disk: live.Disk, name: str = f"s{number}") -> None:
+        async def change(disk: live.LiveDisk, name: str = f"s{number}") -> None:
             await live.snapshot(disk, name)
 
         await beside(guest, change)
@@ -220,7 +220,7 @@ async def test_cancelled_in_the_middle(guest: Guest, tmp_path: Path, monkeypatch
     monkeypatch.setattr(live, "STEP", 1 << 20)
     for call in (live.stream, live.commit):
 
-        async def some(disk: live.Disk) -> None:
+        async def some(disk: live.LiveDisk) -> None:
             seen = asyncio.Event()
             task = asyncio.create_task(call(disk, lambda *_: seen.set()))  # type: ignore[operator]  # noqa: B023
             await asyncio.wait([asyncio.ensure_future(seen.wait()), task], return_when=asyncio.FIRST_COMPLETED)

@@ -337,7 +337,7 @@ async def test_a_flush_ends_after_the_disk_has_flushed(device: BlockDevice, slow
 @pytest.mark.parametrize("io", ENGINES)
 async def test_write_through_ends_after_the_disk_has_flushed(io: Io, slow: SlowDisk) -> None:
     """Each write, without a flush: by configuration, and because the driver did not negotiate FLUSH (5.2.6.2)."""
-    for cache, features in (("writethrough", -1), ("writeback", ~blk.Feature.FLUSH)):
+    for cache, features in (("writethrough", -1), ("writeback", ~blk.BlockFeature.FLUSH)):
         try:
             device = BlockDevice(await FileBlock.open(slow.path, cache=cache, io=io))  # type: ignore[arg-type]
         except ConfigError as error:

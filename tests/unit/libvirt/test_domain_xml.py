@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_schema import samples
-from vmm.config import Config, Console, Disk, Net
+from vmm.config import Config, ConsoleConfig, Disk, Net
 from vmm.convert import Checked
 from vmm.errors import VmmError
 from vmm.libvirt.domain_xml import read_domain
@@ -74,7 +74,7 @@ def test_a_configuration_survives_the_way_to_xml_and_back() -> None:
 
 NEEDS: dict[tuple[type, str], dict[str, object]] = {
     (Net, "queues"): {"kind": "tap", "target": "tap0"}, (Net, "target"): {"kind": "unix"}, (Config, "initrd"): {},
-    (Console, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "/t"},
+    (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "/t"},
     (Config, "memory"): {}, (Config, "platform"): {"rng": False},
 }  # fmt: skip
 SPECIAL = {
@@ -96,16 +96,24 @@ def test_every_field_of_a_configuration_has_its_words(name: str) -> None:
         assert read(domain_xml(spec_of(config), "/vmm")).config.to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in (Disk, Net, Console) for name in kind._converters])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in (Disk, Net, ConsoleConfig) for name in kind._converters]
+)
 def test_every_field_of_a_part_has_its_words(kind: type[Checked], name: str) -> None:
-    base = {Disk: {"path": "/d"}, Net: {"kind": "user", "mac": "52:54:00:00:00:01"}, Console: {"kind": "none"}}[kind]
-    where = {Disk: "disks", Net: "nets", Console: "console"}[kind]
+    base = {Disk: {"path": "/d"}, Net: {"kind": "user", "mac": "52:54:00:00:00:01"}, ConsoleConfig: {"kind": "none"}}[
+        kind
+    ]
+    where = {Disk: "disks", Net: "nets", ConsoleConfig: "console"}[kind]
     for value in samples(kind, name):
-        if (kind, name, value) in ((Console, "kind", "stdio"), (Console, "kind", "socket"), (Net, "kind", "user")):
+        if (kind, name, value) in (
+            (ConsoleConfig, "kind", "stdio"),
+            (ConsoleConfig, "kind", "socket"),
+            (Net, "kind", "user"),
+        ):
             continue  # a domain has no terminal; a path makes a socket; user networking has no target
         part = kind(**{**base, **NEEDS.get((kind, name), {}), name: value})
         config = Config.from_dict(
-            {"name": "g", "uuid": str(FULL.uuid), "kernel": "/k", where: part if kind is Console else [part]}
+            {"name": "g", "uuid": str(FULL.uuid), "kernel": "/k", where: part if kind is ConsoleConfig else [part]}
         )
         assert read(domain_xml(spec_of(config), "/vmm")).config.to_dict() == config.to_dict()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vmm.libvirt import rpc
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.wire import TYPES, DomainRef, Signature, encode_error, llong_param, string_param, uint_param
-from vmm.libvirt.xdr import Array, CharArray, Opaque, Optional, Text, XdrError, decode, encode
+from vmm.libvirt.xdr import Array, CharArray, Opaque, Optional, String, XdrError, decode, encode
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
 
@@ -24,7 +24,7 @@ def test_a_domain_is_read_back(name: str, uuid: bytes, number: int) -> None:
 
 
 def test_forms_of_rfc_4506() -> None:
-    assert encode(Text(10), "sillyprog") == b"\0\0\0\x09sillyprog\0\0\0"  # the example of section 7
+    assert encode(String(10), "sillyprog") == b"\0\0\0\x09sillyprog\0\0\0"  # the example of section 7
     assert encode(Optional(TYPES["int"]), None) == bytes(4)
     assert encode(Optional(TYPES["int"]), -1) == b"\0\0\0\1\xff\xff\xff\xff"
     assert encode(Array(TYPES["hyper"], 2), [1]) == b"\0\0\0\1" + bytes(7) + b"\1"
@@ -38,10 +38,10 @@ def test_forms_of_rfc_4506() -> None:
 @pytest.mark.parametrize(
     ("kind", "data"),
     [
-        (Text(4), b"\0\0\0\5abcde\0\0\0"),
-        (Text(4), b"\0\0\0\4abc"),
-        (Text(4), b"\0\0\0\1\xff\0\0\0"),
-        (Text(4), b"\0\0\0\2a\0\0\0"),
+        (String(4), b"\0\0\0\5abcde\0\0\0"),
+        (String(4), b"\0\0\0\4abc"),
+        (String(4), b"\0\0\0\1\xff\0\0\0"),
+        (String(4), b"\0\0\0\2a\0\0\0"),
         (Optional(TYPES["int"]), b"\0\0\0\2\0\0\0\0"),
         (Array(TYPES["int"], 2), b"\0\0\0\3" + bytes(12)),
         (TYPES["param"], b"\0\0\0\1a\0\0\0\0\0\0\x08\0\0\0\0"),
@@ -65,7 +65,7 @@ def test_garbage_is_a_value_or_an_xdr_error(name: str, data: bytes) -> None:
 def test_an_announced_length_takes_no_memory() -> None:
     data = struct.pack(">I", 0x0FFF_FFFF) + bytes(64)
     tracemalloc.start()
-    for kind in (Array(TYPES["domain"], 1 << 30), Opaque(1 << 30), Text(1 << 30)):
+    for kind in (Array(TYPES["domain"], 1 << 30), Opaque(1 << 30), String(1 << 30)):
         with pytest.raises(XdrError):
             decode(kind, data)
     assert tracemalloc.get_traced_memory()[1] < 100_000

@@ -133,7 +133,7 @@ async def test_discard_and_write_zeroes(connect: Connect, backend: BlockBackend)
 
 async def test_discard_needs_its_feature(connect: Connect, backend: BlockBackend) -> None:
     driver = connect(BlockDevice(backend))
-    driver.initialize(~(blk.Feature.DISCARD | blk.Feature.WRITE_ZEROES))
+    driver.initialize(~(blk.BlockFeature.DISCARD | blk.BlockFeature.WRITE_ZEROES))
     for kind in (blk.DISCARD, blk.WRITE_ZEROES):
         assert (await transfer(driver, kind, 0, struct.pack("<QII", 0, 1, 0)))[0] == blk.UNSUPP
 
@@ -151,7 +151,7 @@ async def test_read_only(connect: Connect, native: bool, tmp_path: Path) -> None
         backend = MemoryBlock(SECTORS * 512, read_only=True)
     driver = connect(BlockDevice(backend))
     driver.initialize()
-    assert driver.read_features() & blk.Feature.RO
+    assert driver.read_features() & blk.BlockFeature.RO
     assert (await transfer(driver, blk.OUT, 0, b"x" * 512))[0] == blk.IOERR
     assert (await transfer(driver, blk.IN, 0, space=512))[0] == blk.OK
     assert (tmp_path / "disk").read_bytes() == content
@@ -193,7 +193,7 @@ async def test_configuration_space(connect: Connect, backend: BlockBackend) -> N
     """5.2.4"""
     driver = connect(BlockDevice(backend))
     driver.initialize()
-    assert driver.features & blk.Feature.CONFIG_WCE and driver.features & blk.Feature.FLUSH
+    assert driver.features & blk.BlockFeature.CONFIG_WCE and driver.features & blk.BlockFeature.FLUSH
     assert driver.config_read(33, 1) == 0 and [driver.config_read(at, 1) for at in (57, 58, 59)] == [0, 0, 0]
     assert driver.config_read(0, 8) == SECTORS
     assert driver.config_read(12, 4) == 254, "seg_max leaves room for header and status"
@@ -214,7 +214,7 @@ async def test_configuration_space(connect: Connect, backend: BlockBackend) -> N
 async def test_writeback_needs_flush(connect: Connect, backend: BlockBackend) -> None:
     """5.2.5.2: it starts as 0, for as long as the driver does without; it can be read from FEATURES_OK on."""
     driver = connect(BlockDevice(backend))
-    for wanted, expected in ((~blk.Feature.FLUSH, 0), (-1, 1), (~blk.Feature.FLUSH, 0)):
+    for wanted, expected in ((~blk.BlockFeature.FLUSH, 0), (-1, 1), (~blk.BlockFeature.FLUSH, 0)):
         driver.initialize(wanted, go=False)
         assert driver.config_read(32, 1) == expected
 
@@ -225,7 +225,7 @@ async def test_what_is_stable_was_flushed(connect: Connect, case: str) -> None:
     """5.2.6.2, over the coroutines: a write that is to be stable completes after the backend's flush."""
     backend = MemoryBlock(SECTORS * 512)
     driver = connect(BlockDevice(backend))
-    driver.initialize(~(blk.Feature.FLUSH | blk.Feature.CONFIG_WCE) if case == "neither" else -1)
+    driver.initialize(~(blk.BlockFeature.FLUSH | blk.BlockFeature.CONFIG_WCE) if case == "neither" else -1)
     if case == "writethrough":
         driver.config_write(32, 1, 0)
     assert await transfer(driver, blk.OUT, 1, b"w" * 512) == (blk.OK, b"")
@@ -258,7 +258,7 @@ async def test_what_is_stable_has_left_the_host(connect: Connect, loop_device: P
         return int(fields[4]), int(fields[15])
 
     driver = connect(BlockDevice(await FileBlock.open(loop_device)))
-    driver.initialize(~(blk.Feature.FLUSH | blk.Feature.CONFIG_WCE) if case == "neither" else -1)
+    driver.initialize(~(blk.BlockFeature.FLUSH | blk.BlockFeature.CONFIG_WCE) if case == "neither" else -1)
     if case == "writethrough":
         driver.config_write(32, 1, 0)
     before = counted()

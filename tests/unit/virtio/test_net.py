@@ -135,7 +135,7 @@ async def test_mergeable_buffers(connect: Connect, peer: Peer) -> None:
 @pytest.mark.clause("5.1.6.3.2-b", "5.1.6.4.1-a")
 async def test_without_mergeable_buffers_a_frame_too_large_is_lost(connect: Connect, peer: Peer) -> None:
     driver = connect(NetDevice(peer.backend, MAC))
-    driver.initialize(~net.Feature.MRG_RXBUF)
+    driver.initialize(~net.NetFeature.MRG_RXBUF)
     (room,) = offer(driver, 1, 100)
     await peer.send(frame(1, 1000))
     await peer.send(frame(2, 60))

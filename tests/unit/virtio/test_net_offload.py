@@ -16,7 +16,7 @@ import pytest
 from virtio.backends.net import FdNet, Framing
 from virtio.backends.tap import TapNet
 from virtio.devices import net
-from virtio.devices.net import DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, Feature, NetDevice, parse_mac
+from virtio.devices.net import DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, NetDevice, NetFeature, parse_mac
 from virtio.errors import ConfigError
 from virtio.packed import reference_ring
 
@@ -147,10 +147,15 @@ async def test_the_drivers_header_is_taken_as_far_as_it_means_something(
 )
 @pytest.mark.parametrize(
     "without",
-    [Feature(0), Feature.GUEST_TSO4, Feature.GUEST_TSO6, Feature.GUEST_CSUM | Feature.GUEST_TSO4 | Feature.GUEST_TSO6],
+    [
+        NetFeature(0),
+        NetFeature.GUEST_TSO4,
+        NetFeature.GUEST_TSO6,
+        NetFeature.GUEST_CSUM | NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6,
+    ],
 )
 async def test_the_driver_gets_no_header_that_it_did_not_agree_to(
-    connect: Connect, options: dict[str, Any], without: Feature
+    connect: Connect, options: dict[str, Any], without: NetFeature
 ) -> None:
     """Whatever a backend says: a frame is cleaned of what is informative, and lost if it needs the rest."""
     tap = FakeTap()
@@ -160,7 +165,7 @@ async def test_the_driver_gets_no_header_that_it_did_not_agree_to(
     loop = asyncio.get_running_loop()
     rooms = offer(driver, 16)
     plain, four, six = tcp(b"plain"), tcp(b"4" * 4000, partial=True), tcp(b"6" * 4000, 6, partial=True)
-    checksum = not without & Feature.GUEST_CSUM
+    checksum = not without & NetFeature.GUEST_CSUM
     sent = [
         (Header(), plain, Header()),
         (Header(DATA_VALID | 4 | 0x80, csum_start=3), plain, Header(DATA_VALID if checksum else 0)),
@@ -168,12 +173,12 @@ async def test_the_driver_gets_no_header_that_it_did_not_agree_to(
         (
             Header(NEEDS_CSUM, GSO_TCPV4, 54, 1000, 34, 16),
             four,
-            None if without & Feature.GUEST_TSO4 else Header(NEEDS_CSUM, GSO_TCPV4, 54, 1000, 34, 16),
+            None if without & NetFeature.GUEST_TSO4 else Header(NEEDS_CSUM, GSO_TCPV4, 54, 1000, 34, 16),
         ),
         (
             Header(NEEDS_CSUM, GSO_TCPV6, 74, 1000, 54, 16),
             six,
-            None if without & Feature.GUEST_TSO6 else Header(NEEDS_CSUM, GSO_TCPV6, 74, 1000, 54, 16),
+            None if without & NetFeature.GUEST_TSO6 else Header(NEEDS_CSUM, GSO_TCPV6, 74, 1000, 54, 16),
         ),
         (Header(0, GSO_TCPV4, 54, 1000), four, None),  # no segmentation without a checksum to complete
         (Header(NEEDS_CSUM, 3, 42, 1000, 34, 6), plain, None),  # UFO, which is not offered
@@ -335,7 +340,7 @@ async def test_without_segmentation_offload_the_host_cuts(
     """And completes the checksums, if the driver does not do that either."""
     backend, far = tap
     driver = connect(NetDevice(backend, MAC), **options)
-    driver.initialize(~(Feature.GUEST_TSO4 | Feature.GUEST_TSO6 | (0 if checksum else Feature.GUEST_CSUM)))
+    driver.initialize(~(NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6 | (0 if checksum else NetFeature.GUEST_CSUM)))
     rooms = offer(driver, 16, 2000)
     start, kind = (34, GSO_TCPV4) if version == 4 else (54, GSO_TCPV6)
     payload = os.urandom(7000)

@@ -11,7 +11,7 @@ import pytest
 
 from virtio.backends import char
 from virtio.backends.char import MemoryChar, SocketChar
-from virtio.devices.console import ConsoleDevice, Control, Port
+from virtio.devices.console import ConsoleDevice, ControlEvent, Port
 from virtio.devices.rng import EntropyDevice
 
 from .conftest import Connect
@@ -117,34 +117,34 @@ async def test_multiport(connect: Connect) -> None:
     driver = connect(device)
     driver.initialize()
     assert len(driver.queues) == 6
-    send(driver, 0, Control.DEVICE_READY, 1)
+    send(driver, 0, ControlEvent.DEVICE_READY, 1)
     assert [message[:3] for message in await control(driver, 2)] == [
-        (0, Control.DEVICE_ADD, 1),
-        (1, Control.DEVICE_ADD, 1),
+        (0, ControlEvent.DEVICE_ADD, 1),
+        (1, ControlEvent.DEVICE_ADD, 1),
     ]
-    send(driver, 0, Control.PORT_READY, 1)
+    send(driver, 0, ControlEvent.PORT_READY, 1)
     assert await control(driver, 3) == [
-        (0, Control.CONSOLE_PORT, 1, b""),
-        (0, Control.RESIZE, 0, struct.pack("<HH", 80, 25)),
-        (0, Control.PORT_OPEN, 1, b""),
+        (0, ControlEvent.CONSOLE_PORT, 1, b""),
+        (0, ControlEvent.RESIZE, 0, struct.pack("<HH", 80, 25)),
+        (0, ControlEvent.PORT_OPEN, 1, b""),
     ]
-    send(driver, 1, Control.PORT_READY, 1)
+    send(driver, 1, ControlEvent.PORT_READY, 1)
     assert await control(driver, 2) == [
-        (1, Control.PORT_NAME, 1, b"org.test.agent"),
-        (1, Control.PORT_OPEN, 1, b""),
+        (1, ControlEvent.PORT_NAME, 1, b"org.test.agent"),
+        (1, ControlEvent.PORT_OPEN, 1, b""),
     ]
     agent.feed(b"to the guest")
     room = driver.buffer(32)
     driver.submit(4, [], [room])
     await asyncio.sleep(0)
     assert driver.queues[4].used() == [], "the port is not open yet"
-    send(driver, 1, Control.PORT_OPEN, 1)
+    send(driver, 1, ControlEvent.PORT_OPEN, 1)
     await driver.used(4)
     assert driver.bytes_at(room)[:12] == b"to the guest"
     driver.submit(5, [driver.buffer(b"from the guest")])
     await agent.wait_output(b"from the guest")
     device.resize(90, 30)
-    assert await control(driver, 1) == [(0, Control.RESIZE, 0, struct.pack("<HH", 90, 30))]
+    assert await control(driver, 1) == [(0, ControlEvent.RESIZE, 0, struct.pack("<HH", 90, 30))]
     state = device.save_device()
     assert [port.open for port in state.ports] == [False, True]
 
@@ -158,14 +158,14 @@ async def test_input_waits_for_a_port_that_is_closed(connect: Connect) -> None:
     driver.submit(4, [], [room])
     for _ in range(2):
         for value in (1, 0):
-            send(driver, 1, Control.PORT_OPEN, value)
+            send(driver, 1, ControlEvent.PORT_OPEN, value)
             for _ in range(5):
                 await asyncio.sleep(0)
         char.feed(b"typed")
         for _ in range(5):
             await asyncio.sleep(0)
         assert driver.queues[4].used() == []
-        send(driver, 1, Control.PORT_OPEN, 1)
+        send(driver, 1, ControlEvent.PORT_OPEN, 1)
         (used,) = await driver.used(4)
         assert driver.bytes_at(room)[: used.length] == b"typed"
         driver.submit(4, [], [room])
@@ -173,9 +173,9 @@ async def test_input_waits_for_a_port_that_is_closed(connect: Connect) -> None:
 
 async def messages(driver: Any, rooms: list[Any]) -> list[tuple[int, int, int, bytes]]:
     """What came into the control receive buffers `rooms` once the device has nothing more to say."""
-    send(driver, 0, Control.PORT_READY, 1)
+    send(driver, 0, ControlEvent.PORT_READY, 1)
     found: list[tuple[int, int, int, bytes]] = []
-    while not found or found[-1][:3] != (0, Control.PORT_OPEN, 1):
+    while not found or found[-1][:3] != (0, ControlEvent.PORT_OPEN, 1):
         for used in await driver.used(2):
             data = driver.bytes_at(rooms.pop(0))[: used.length]
             found.append((*struct.unpack("<IHH", data[:8]), data[8:]))
@@ -194,24 +194,24 @@ async def test_each_port_is_added_once(connect: Connect) -> None:
         for room in rooms:
             driver.submit(2, [], [room])
         for value in (0, 1, 1, 0, 1):
-            send(driver, 0, Control.DEVICE_READY, value)
+            send(driver, 0, ControlEvent.DEVICE_READY, value)
         found = await messages(driver, rooms)
-        assert [message[0] for message in found if message[1] == Control.DEVICE_ADD] == [0, 1, 2, 3]
-        assert Control.DEVICE_REMOVE not in [message[1] for message in found]
+        assert [message[0] for message in found if message[1] == ControlEvent.DEVICE_ADD] == [0, 1, 2, 3]
+        assert ControlEvent.DEVICE_REMOVE not in [message[1] for message in found]
 
 
 async def test_control_messages_that_make_no_sense(connect: Connect) -> None:
     device = ConsoleDevice([Port(MemoryChar()), Port(MemoryChar(), "b", console=False)])
     driver = connect(device)
     driver.initialize()
-    for port, event, value in ((9, Control.PORT_READY, 1), (0, 77, 1), (2**32 - 1, Control.PORT_OPEN, 1)):
+    for port, event, value in ((9, ControlEvent.PORT_READY, 1), (0, 77, 1), (2**32 - 1, ControlEvent.PORT_OPEN, 1)):
         send(driver, port, event, value)
     driver.submit(3, [driver.buffer(b"short")])
     for _ in range(300):
-        send(driver, 1, Control.PORT_READY, 1)
+        send(driver, 1, ControlEvent.PORT_READY, 1)
         await driver.used(3)
     assert len(device.save_device().messages) == 256, "a driver that asks and takes no answers"
-    assert (await control(driver, 1))[0][:3] == (1, Control.PORT_NAME, 1)
+    assert (await control(driver, 1))[0][:3] == (1, ControlEvent.PORT_NAME, 1)
     assert not driver.needs_reset
 
 

@@ -29,7 +29,7 @@ from virtio.constants import Status
 from virtio.device import Device
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
-from virtio.devices.console import ConsoleDevice, Control, Port
+from virtio.devices.console import ConsoleDevice, ControlEvent, Port
 from virtio.devices.net import NetDevice, parse_mac
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
@@ -200,10 +200,10 @@ async def test_console(connect: Connect) -> None:
 
     driver = connect(await fresh())
     driver.initialize()
-    send(0, Control.DEVICE_READY, 1)
+    send(0, ControlEvent.DEVICE_READY, 1)
     for port in range(2):
-        send(port, Control.PORT_READY, 1)
-        send(port, Control.PORT_OPEN, 1)
+        send(port, ControlEvent.PORT_READY, 1)
+        send(port, ControlEvent.PORT_OPEN, 1)
     seen = []
     sent, typed, read = bytearray(), bytearray(), bytearray()
     for hop in range(7):
@@ -220,18 +220,21 @@ async def test_console(connect: Connect) -> None:
             read += await driver.request(4, [], [9])
         driver = await move(connect, driver, fresh)
     assert seen == [
-        (0, Control.DEVICE_ADD), (1, Control.DEVICE_ADD), (0, Control.CONSOLE_PORT), (0, Control.RESIZE),
-        (0, Control.PORT_OPEN), (1, Control.PORT_NAME), (1, Control.PORT_OPEN),
+        (0, ControlEvent.DEVICE_ADD), (1, ControlEvent.DEVICE_ADD), (0, ControlEvent.CONSOLE_PORT),
+        (0, ControlEvent.RESIZE),
+        (0, ControlEvent.PORT_OPEN), (1, ControlEvent.PORT_NAME), (1, ControlEvent.PORT_OPEN),
     ]  # fmt: skip
     while len(read) < len(typed):
         read += await driver.request(4, [], [50])
     assert read == typed
     await driver.wait(lambda: len(chars[1].output) == len(sent))
     assert chars[1].output == sent
-    send(0, Control.DEVICE_READY, 1)
-    send(0, Control.PORT_READY, 1)
+    send(0, ControlEvent.DEVICE_READY, 1)
+    send(0, ControlEvent.PORT_READY, 1)
     message = await driver.request(2, [], [64])
-    assert struct.unpack("<IHH", message[:8])[1] == Control.CONSOLE_PORT, "the ports exist on the other side as well"
+    assert struct.unpack("<IHH", message[:8])[1] == ControlEvent.CONSOLE_PORT, (
+        "the ports exist on the other side as well"
+    )
 
 
 # Entropy
@@ -468,7 +471,7 @@ async def test_a_fault_after_quiesce_leaves_no_ports_open(connect: Connect) -> N
 
     driver = connect(await fresh())
     driver.initialize()
-    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, Control.DEVICE_READY, 1))])
+    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, ControlEvent.DEVICE_READY, 1))])
     await driver.used(3)
     await driver.transport.quiesce()
     driver.transport.active.fault(HostError("the backend is gone"))  # type: ignore[union-attr]
@@ -476,9 +479,9 @@ async def test_a_fault_after_quiesce_leaves_no_ports_open(connect: Connect) -> N
     driver.initialize()
     room = driver.buffer(8)
     driver.submit(2, [], [room])
-    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, Control.DEVICE_READY, 1))])
+    driver.submit(3, [driver.buffer(struct.pack("<IHH", 0, ControlEvent.DEVICE_READY, 1))])
     await driver.used(2)
-    assert driver.bytes_at(room) == struct.pack("<IHH", 0, Control.DEVICE_ADD, 1)
+    assert driver.bytes_at(room) == struct.pack("<IHH", 0, ControlEvent.DEVICE_ADD, 1)
 
 
 async def test_interrupts_that_wait(connect: Connect) -> None:

@@ -14,8 +14,7 @@ from tests.support.virtio import Driver, MmioDriver, PciDriver
 from virtio.backends.net import MemoryNet
 from virtio.constants import Feature, Status
 from virtio.device import Activation, Device
-from virtio.devices.net import Feature as Net
-from virtio.devices.net import NetDevice
+from virtio.devices.net import NetDevice, NetFeature
 from virtio.driver import F_NEXT
 from virtio.errors import ConfigError, GuestError, HostError, StateError
 from virtio.packed import reference_ring
@@ -481,13 +480,16 @@ async def test_a_driver_stops_one_queue(packed: bool) -> None:
 @pytest.mark.clause("2.2.2-a")
 async def test_features_that_need_others_come_with_them(connect: Connect) -> None:
     """5.1.3.1: the network device offers none without the one it requires, whatever its backend says."""
-    for offloads in (Net.CSUM | Net.HOST_TSO4 | Net.GUEST_CSUM | Net.GUEST_TSO4, Net(0)):
+    for offloads in (
+        NetFeature.CSUM | NetFeature.HOST_TSO4 | NetFeature.GUEST_CSUM | NetFeature.GUEST_TSO4,
+        NetFeature(0),
+    ):
         backend = MemoryNet()
         backend.offloads = int(offloads)
         offered = connect(NetDevice(backend, b"\x52\x54\0\0\0\1")).read_features()
         for feature, needed in NetDevice.feature_requirements.items():
             assert not offered & feature or offered & needed
-    for offloads in (Net.HOST_TSO4, Net.GUEST_TSO6):
+    for offloads in (NetFeature.HOST_TSO4, NetFeature.GUEST_TSO6):
         backend.offloads = int(offloads)
         with pytest.raises(ConfigError):
             connect(NetDevice(backend, b"\x52\x54\0\0\0\1"))
