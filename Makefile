@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images soak-state clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -66,6 +66,9 @@ test-matrix: venv ## kernels x ACPI x vCPUs x memory beside QEMU, all 36; `make 
 
 sanitize: venv   ## C code under ASan and UBSan
 	.ci/sanitize
+
+soak-state: venv ## a working Debian guest saved, killed and taken up again, ROUNDS (1000) times
+	$(VENV)/bin/python -m tests.soak.state $${ROUNDS:-1000}
 
 soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power cuts on each of 9, 100 rounds of live changes
 	$(VENV)/bin/python -m tests.fuzz.image_model $${OPERATIONS:-10000}
