@@ -1,8 +1,7 @@
 """virtio over PCI, modern (virtio 1.2, 4.1): one PCI function, described to a PCI layer by structure.
 
 BAR 4 holds the common, ISR, device and notification structures, each on its own page; BAR 1 the MSI-X table,
-which the PCI layer emulates. The shape of the class is what a PCI layer calls a function; nothing is imported
-from one. Loop thread only.
+which the PCI layer emulates. The transport is a pci_function.PciFunction. Loop thread only.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 from virtio.constants import DeviceId
 from virtio.device import Device
 from virtio.layouts import PciCapability, PciCommonConfig, fields
+from virtio.pci_function import BarSpec, MsixSpec, PciHost
 from virtio.protocols import DmaMemory
 from virtio.state import U8, U16, TransportState
 from virtio.transport import Transport
@@ -47,27 +47,6 @@ _CAPABILITY = fields(PciCapability)
 _WINDOW_FIXED = range(_CAPABILITY["id"][0], _CAPABILITY["offset"][0])
 
 
-@dataclass(frozen=True, slots=True)
-class BarSpec:
-    """One base address register: kind and size (bytes)."""
-
-    index: int
-    size: int
-    kind: str = "mem32"
-    prefetchable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MsixSpec:
-    """Where the MSI-X table and pending bits are."""
-
-    vectors: int
-    table_bar: int
-    table_offset: int
-    pba_bar: int
-    pba_offset: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PciTransportState(TransportState):
     """A virtio-pci function; configuration space, BARs and MSI-X are the bus's."""
@@ -77,19 +56,6 @@ class PciTransportState(TransportState):
     isr: U8
     config_vector: U16
     window: Annotated[bytes, range(4 + WINDOW_DATA, 5 + WINDOW_DATA)]
-
-
-class PciHost(Protocol):
-    """What the function gets from the bus it sits on."""
-
-    def signal_msix(self, vector: int) -> None: ...
-    @property
-    def msix_enabled(self) -> bool: ...
-    def set_intx(self, level: bool) -> None: ...
-    def bar_address(self, index: int) -> int | None: ...
-    def ioeventfd(
-        self, space: Any, address: int, size: int, match: int | None, callback: Callable[[], None]
-    ) -> Callable[[], None]: ...
 
 
 class PciTransport(Transport):

@@ -7,7 +7,6 @@ Every function blocks, also for long; call from a thread. Raises ConfigError, Ho
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +18,11 @@ from virtio.images.check import Report, reread
 from virtio.images.check import check as check_image
 from virtio.images.check import repair as repair_image
 from virtio.images.header import DIRTY, LAZY_REFCOUNTS, RAW_DATA_FILE, ZSTD, parse
+from virtio.images.progress import Progress, silent
 from vmm.errors import ConfigError, core_errors
 
-Progress = Callable[[int, int], None]
 SnapshotAction = Literal["create", "apply", "delete"]
 SECTOR = 512
-
-
-def _silent(_done: int, _total: int) -> None:
-    return None
 
 
 def create_disk(path: str, size: int | None, format: Format = "qcow2", **options: Any) -> None:
@@ -116,7 +111,7 @@ def _open_to_look(path: str) -> tuple[int, bool]:
             raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def check(path: str, *, repair: bool = False, progress: Progress = _silent) -> tuple[Report, bool]:
+def check(path: str, *, repair: bool = False, progress: Progress = silent) -> tuple[Report, bool]:
     """Whether a qcow2 image is consistent, and whether it was repaired. The report is of the time before."""
     with core_errors():
         fd = open_locked(path, read_only=not repair)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.pc import Pc
+from virtio.pci_function import BarSpec, MsixSpec, PciHost
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import BarSpec, MsixSpec, PciHost
 from vmm.pci.bus import PciBus
 from vmm.pci.msi import Msi
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from cpu.contract import Space
-from vmm.machine.bus import Bus
+from vmm.machine.bus import Bus, BusDevice
 from vmm.machine.clock import MachineClock
-from vmm.machine.interfaces import BusDevice, PostedDevice
+from vmm.machine.interfaces import PostedDevice
 from vmm.machine.lines import InterruptLines, Line
 
 SECOND = 1_000_000_000

@@ -24,8 +24,8 @@ from virtio.images.chain import ImageChain, Layer
 from virtio.images.check import reread
 from virtio.images.create import create_qcow2
 from virtio.images.header import DIRTY
+from virtio.images.progress import Progress, silent
 
-Progress = Callable[[int, int], None]
 STEP = 16 << 20
 """Bytes that are moved before a cancellation is noticed."""
 
@@ -37,10 +37,6 @@ class LiveDisk(Protocol):
 
     async def exchange(self, change: Callable[[], Awaitable[None]]) -> None:
         """Have `change` put another backend in place while no request is in flight."""
-
-
-def _silent(_done: int, _total: int) -> None:
-    return None
 
 
 def _image_of(disk: LiveDisk) -> ImageBlock:
@@ -144,7 +140,7 @@ async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress:
         progress(min(at + STEP, size), size)
 
 
-async def stream(disk: LiveDisk, progress: Progress = _silent) -> None:
+async def stream(disk: LiveDisk, progress: Progress = silent) -> None:
     """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
     backend = _image_of(disk)
     top = _is_qcow2(backend.chain)
@@ -163,7 +159,7 @@ async def stream(disk: LiveDisk, progress: Progress = _silent) -> None:
     await _change(disk, call)
 
 
-async def commit(disk: LiveDisk, progress: Progress = _silent) -> None:
+async def commit(disk: LiveDisk, progress: Progress = silent) -> None:
     """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
     the guest has written since."""
     backend = _image_of(disk)

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 from virtio.errors import ConfigError
 from virtio.images.header import CORRUPT, DIRTY, REFTABLE_BYTES_MAX, Qcow2Header, parse
+from virtio.images.progress import Progress
 from virtio.images.scan import COPIED, OFFSET, PACKED, PROBLEMS_MAX, Counts, Scan, numbers, scan
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

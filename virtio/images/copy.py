@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,18 +18,14 @@ from virtio.errors import ConfigError, HostError, os_reason
 from virtio.images.chain import Backing, Format, ImageChain, backing_path, file_size, open_chain
 from virtio.images.changes import set_backing, set_size
 from virtio.images.create import create_qcow2, create_raw
+from virtio.images.progress import Progress, silent
 from virtio.images.unpack import pack
 
-Progress = Callable[[int, int], None]
 STEP = 2 << 20
 """Bytes of one read or write."""
 MAPPED = 1 << 30
 """Bytes that are asked for in one look into the tables."""
 _ZEROES = bytes(STEP)
-
-
-def _silent(_done: int, _total: int) -> None:
-    return None
 
 
 def data_of(chain: ImageChain) -> Iterator[tuple[int, int, str, int]]:
@@ -126,7 +122,7 @@ def convert(
     snapshot: str | None = None,
     compress: bool = False,
     options: dict[str, Any] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Write the disk in `source` into a new image at `target`. `options` are those of create_qcow2 or create_raw.
     `snapshot`: as it was then. Raises ConfigError, HostError."""
@@ -192,7 +188,7 @@ def _compressed(image: _ring.Image, made: ImageChain, pieces: Iterator[tuple[int
             store(*waiting.popleft())
 
 
-def commit(path: str, *, backing: Backing = "dir", keep: bool = False, progress: Progress = _silent) -> str:
+def commit(path: str, *, backing: Backing = "dir", keep: bool = False, progress: Progress = silent) -> str:
     """Write what an image holds into its backing file, and empty it unless `keep`. Other images over that file see the
     change. Returns the backing file's path. Raises ConfigError, HostError."""
     with open_chain(path, read_only=True, backing=backing) as chain:
@@ -235,7 +231,7 @@ def rebase(
     *,
     backing: Backing = "dir",
     unsafe: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Give an image another backing file, `name` as it is to be recorded, or none; the disk stays what it is. `unsafe`:
     only the name is changed. Raises ConfigError, HostError."""

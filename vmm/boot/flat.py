@@ -7,18 +7,19 @@ BOOT_STACK otherwise) and, in real mode, DL = 0x80 (the first fixed disk, as a b
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from cpu.contract import Registers
 from vmm.boot.state import BootState, LoadMemory, long_mode, protected_mode, real_mode, write_bda
 from vmm.errors import ConfigError, GuestError, os_reason
 from vmm.machine import layout
 
-Mode = Literal["real", "protected", "long"]
+if TYPE_CHECKING:
+    from vmm.config import EntryMode
 
 
 def load_flat(
-    memory: LoadMemory, path: Path, *, load: int = 0x7C00, entry: int | None = None, mode: Mode = "real"
+    memory: LoadMemory, path: Path, *, load: int = 0x7C00, entry: int | None = None, mode: EntryMode = "real"
 ) -> BootState:
     """Put the file at `load` and enter at `entry` (default `load`). Raises ConfigError."""
     try:
@@ -29,7 +30,7 @@ def load_flat(
 
 
 def place_flat(
-    memory: LoadMemory, image: bytes, name: str, *, load: int, entry: int | None = None, mode: Mode = "real"
+    memory: LoadMemory, image: bytes, name: str, *, load: int, entry: int | None = None, mode: EntryMode = "real"
 ) -> BootState:
     """The same for bytes; `name` is for messages."""
     start = load if entry is None else entry

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from cpu.values import dataclass
+from virtio.protocols import RandomSource
 from vmm.acpi.dsdt import GENERATION_EVENT
 from vmm.devices.pm import Pm
 from vmm.machine import layout
-from vmm.machine.interfaces import Assembly, RandomSource
+from vmm.machine.interfaces import Assembly
 
 SIZE = 16
 

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from virtio.backends.vsock import Streams
 from vmm.errors import GuestError
 from vmm.guest.frames import EXIT, HEAD, RESIZE, VERSION, Environment, Text, frame, start
 from vmm.guest.identity import IDENTITY
@@ -25,7 +26,6 @@ SILENT_SECONDS = 2.0
 """How long an agent that listened may refuse connections: a service manager starts it again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.2
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Streams]]
 """A connection to the agent. ConnectionRefusedError: no place for it now. Another OSError: nobody answers."""
 

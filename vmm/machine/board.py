@@ -13,10 +13,11 @@ from functools import partial
 from typing import Literal
 
 from cpu.contract import Shadow, Space, Vm
+from virtio.protocols import RandomSource
 from vmm.errors import StateError
-from vmm.machine.bus import Bus
+from vmm.machine.bus import Bus, BusDevice
 from vmm.machine.clock import MachineClock
-from vmm.machine.interfaces import BusDevice, PostedDevice, RandomSource
+from vmm.machine.interfaces import PostedDevice
 from vmm.machine.lines import InterruptLines, Line
 
 Action = Literal["shutdown", "reset", "crash"]

@@ -20,10 +20,14 @@ _CACHE_LIMIT = 4096
 
 
 class BusDevice(Protocol):
-    """vmm.machine.interfaces.BusDevice, stated here so that the bus imports nothing above it."""
+    """What a bus range leads to. `offset` is relative to the range; size 1, 2, 4 or 8 bytes; values little-endian.
+
+    A read returns a value of `size` bytes; an access that the device does not define reads as all ones and is
+    ignored when written. Guest input must raise nothing but GuestError.
+    """
 
     def read(self, offset: int, size: int) -> int:
-        """The value at `offset`, of 1, 2, 4 or 8 bytes."""
+        """The value at `offset`."""
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take `value` at `offset`."""

@@ -5,33 +5,17 @@ All of it is confined to the loop thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cpu.contract import Capability, Shadow, Space
-from cpu.values import dataclass
 from vmm.config import Config
 from vmm.machine.memory import GuestMemory
 
 if TYPE_CHECKING:
+    from virtio.protocols import RandomSource
     from vmm.devices.virtio.pool import DevicePool
-
-RandomSource = Callable[[int], bytes]
-"""random(n) -> n bytes. The only source of chance a device may use."""
-
-
-class BusDevice(Protocol):
-    """What a bus range leads to. `offset` is relative to the range; size 1, 2, 4 or 8 bytes; values little-endian.
-
-    A read returns a value of `size` bytes; an access that the device does not define reads as all ones and is
-    ignored when written. Guest input must raise nothing but GuestError.
-    """
-
-    def read(self, offset: int, size: int) -> int:
-        """The value at `offset`."""
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Take `value` at `offset`."""
+    from vmm.machine.bus import BusDevice
 
 
 class PostedDevice(Protocol):
@@ -185,88 +169,3 @@ class CharacterPort(Protocol):
 
     def event(self, kind: str) -> None:
         """Something other than data: "break"."""
-
-
-@dataclass(frozen=True, slots=True)
-class BarSpec:
-    """One base address register: kind and size (a power of two, bytes)."""
-
-    index: int
-    size: int
-    kind: Literal["mem32", "mem64", "io"] = "mem32"
-    prefetchable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MsixSpec:
-    """Where a function's MSI-X table and pending bits are. The PCI layer emulates both."""
-
-    vectors: int
-    table_bar: int
-    table_offset: int
-    pba_bar: int
-    pba_offset: int
-
-
-class PciHost(Protocol):
-    """What a PCI function gets from the bus it sits on."""
-
-    def signal_msix(self, vector: int) -> None:
-        """Send, or set pending if the vector or the function is masked; nothing while MSI-X is off."""
-
-    @property
-    def msix_enabled(self) -> bool:
-        """The guest has switched MSI-X on."""
-
-    def set_intx(self, level: bool) -> None:
-        """Raise or lower the function's interrupt pin."""
-
-    def bar_address(self, index: int) -> int | None:
-        """Where the BAR decodes now; None while decoding is off."""
-
-    def ioeventfd(
-        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
-    ) -> Callable[[], None]:
-        """Board.ioeventfd, for an address within a BAR."""
-
-
-class PciFunction(Protocol):
-    """One PCI function, as a device describes itself. virtio's PCI transport has this shape without importing it.
-
-    One with a state is vmm.state.payload.Stateful besides."""
-
-    vendor_id: int
-    device_id: int
-    revision: int
-    class_code: int
-    """24 bits: class, subclass, programming interface."""
-    subsystem_vendor_id: int
-    subsystem_id: int
-    bars: Sequence[BarSpec]
-    capabilities: Sequence[bytes]
-    """Bodies: capability id, a byte for the next pointer (filled by the PCI layer), the rest."""
-    msix: MsixSpec | None
-
-    def attach(self, host: PciHost) -> None:
-        """The function is on this bus from now on."""
-
-    def bar_read(self, index: int, offset: int, size: int) -> int:
-        """BusDevice.read, relative to the BAR."""
-
-    def bar_write(self, index: int, offset: int, size: int, value: int) -> None:
-        """BusDevice.write, relative to the BAR."""
-
-    def bars_changed(self) -> None:
-        """A BAR moved, or decoding went on or off (drop and redo ioeventfds)."""
-
-    def config_read(self, offset: int, size: int) -> int | None:
-        """A capability register with behaviour (virtio's PCI access window); None: plain configuration space."""
-
-    def config_write(self, offset: int, size: int, value: int) -> bool:
-        """True: consumed."""
-
-    def capability_placed(self, capability: int, offset: int) -> None:
-        """Capability number `capability` stands at this configuration-space offset."""
-
-    def reset(self) -> None:
-        """The bus was reset."""

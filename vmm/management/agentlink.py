@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from virtio.backends.vsock import Streams
 from vmm.errors import HostError, os_reason
-from vmm.guest.agent import Agent, Streams
+from vmm.guest.agent import Agent
 from vmm.guest.frames import VERSION
 from vmm.management.control import LINE_LIMIT, STARTING_SECONDS, answered
 from vmm.management.registry import RegistryEntry, find

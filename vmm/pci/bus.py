@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cpu.contract import Space
+from virtio.pci_function import BarSpec, MsixSpec, PciFunction, PciHost
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.machine.interfaces import BarSpec, Board, BusDevice, MsixSpec, PciFunction, PciHost
+from vmm.machine.bus import BusDevice
+from vmm.machine.interfaces import Board
 from vmm.pci import config as cfg
 from vmm.pci.slot import Slot, SlotState
 from vmm.state.fields import U32

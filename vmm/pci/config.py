@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from construct import Bytes, Int8ul, Int16ul, Int24ul, Int32ul, Padding, Struct
 
 from cpu.values import dataclass
+from virtio.pci_function import BarSpec
 from vmm.errors import ConfigError
-from vmm.machine.interfaces import BarSpec
 
 SIZE = 256
 EXTENDED_SIZE = 4096

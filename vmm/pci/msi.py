@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+from virtio.pci_function import MsixSpec
 from vmm.errors import ConfigError, StateError
-from vmm.machine.interfaces import MsixSpec
 from vmm.pci.config import CAP_MSI, CAP_MSIX, ConfigSpace
 
 Send = Callable[[int, int], None]

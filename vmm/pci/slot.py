@@ -1,4 +1,4 @@
-"""One function in its slot: what the guest sees of it, and what it sees of the bus (vmm.machine.interfaces.PciHost).
+"""One function in its slot: what the guest sees of it, and what it sees of the bus (virtio.pci_function.PciHost).
 
 Joins configuration space, BAR decoding, MSI-X, MSI and INTx. Loop thread.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cpu.contract import Space
+from virtio.pci_function import BarSpec, PciFunction
 from vmm.errors import ConfigError, StateError
-from vmm.machine.interfaces import BarSpec, Board, IrqLine, PciFunction
+from vmm.machine.interfaces import Board, IrqLine
 from vmm.pci import config as cfg
 from vmm.pci.config import ConfigSpace, FunctionIdentity
 from vmm.pci.msi import Msi, Msix, MsixState

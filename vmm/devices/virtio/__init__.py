@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from cpu.contract import Space
 from virtio import mmio
@@ -109,7 +109,8 @@ class VirtioDevices:
         if set(state.mmio) != set(self._plugged_windows()):
             raise StateError("virtio: the saved state is of a machine with other devices")
         for name, saved in state.mmio.items():
-            self.transports[name].restore(cast(TransportState, saved))
+            assert isinstance(saved, TransportState)
+            self.transports[name].restore(saved)
 
     async def aclose(self) -> None:
         """Take the devices off: they drive no interrupt and touch no memory afterwards. The pool keeps them."""

@@ -8,9 +8,9 @@ from virtio.backends.sockets import connect as connect_socket
 from virtio.backends.tap import TapNet
 from virtio.device import Device
 from virtio.devices.net import NetDevice, parse_mac, random_mac
+from virtio.protocols import RandomSource
 from vmm.config import Net
 from vmm.devices.virtio.pool import Maker, TransportKind
-from vmm.machine.interfaces import RandomSource
 
 
 class NetMaker(Maker):

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from virtio.device import Device
 from virtio.devices.rng import EntropyDevice
 from virtio.errors import VirtioError
+from virtio.protocols import RandomSource
 from vmm.config import Config
 from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError
-from vmm.machine.interfaces import CharacterPort, RandomSource
+from vmm.machine.interfaces import CharacterPort
 from vmm.machine.origin import SavedDisk
 
 if TYPE_CHECKING:
