@@ -1,11 +1,10 @@
 /* State of a vCPU of the software core, and the functions its files offer each other.
  *
- * Files: decode*.c (bytes to micro-ops), block.c (block cache, linking, invalidation by physical page), jump.c (code by
- * linear address), exec_*.c and string.c (micro-op handlers and instruction helpers), translate*.c (host code for hot
- * blocks), flags.h (lazy flags), mmu.c, memory.c (slots, page walk, TLBs, slow loads and stores, dirty log), segment.c
- * (segment loads, stacks), far.c (far transfers, gates), interrupt.c (exceptions, interrupt delivery, IRET), system.c,
- * control.c, msr.c, cpuid.c, debug.c, breakpoint.c (control, debug and model-specific registers, CPUID, SYSCALL...), state.c (get/set in
- * KVM layouts), vm.c, events.c, clock.c (scheduler, clock, events from other threads, public interface).
+ * Folders: decode (bytes to micro-ops), ops (what micro-ops are and can do: the table of operations, lazy flags), interp
+ * (their handlers, instruction helpers), jit (host code for hot blocks), mmu (slots, page walk, TLBs, slow loads and
+ * stores, dirty log), system (segments, far transfers, exceptions, interrupt delivery, control, debug and model-specific
+ * registers, CPUID), run (block cache, code by linear address, scheduler, clock, events from other threads, state in KVM's
+ * layouts, public interface), fpu, irqchip.
  *
  * Faults: soft_raise() and what calls it do not return: they longjmp to the run loop. A handler must therefore
  * not have changed architectural state before its last access that can fault, and must have stored c->rip
@@ -256,6 +255,7 @@ struct soft_vcpu {
 
     struct soft_cpuid_entry { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
+    uint16_t features;  /* MODE_FEATURE(): those of its CPUID that decide how bytes are decoded */
     uint64_t phys_mask; /* of the physical addresses that the guest's CPUID announces, at most PHYS_BITS */
 
     struct soft_jumps jump;

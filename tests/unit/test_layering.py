@@ -1,6 +1,7 @@
 """The arrows between packages (ARCHITECTURE.md), held by reading imports."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,46 @@ def test_each_import_name_has_one_owner() -> None:
     for name, owners in packages_distributions().items():
         if name in OWN:
             assert set(owners) == {"loopvisor"}, f"{name} is also provided by {owners}"
+
+
+SOFT = ROOT / "cpu" / "soft"
+SOFT_ARROWS: dict[str, set[str]] = {
+    "fpu": set(),
+    "irqchip": set(),
+    "": {"fpu", "irqchip"},
+    "ops": {""},
+    "decode": {"ops"},
+    "system": {"ops", ""},
+    "mmu": {"ops", "system"},
+    "interp": {"ops", "mmu"},
+    "jit": {"ops", "mmu"},
+    "run": {"ops", "mmu", "system", "jit", ""},
+}
+"""Folders of the software core -> those whose headers they may include, besides their own. "" is cpu.h, the state of a
+vCPU and what the folders offer each other, and soft.h; the decoder, the interpreter and the translator know operations
+(ops/) and not one another."""
+
+
+def soft_includes(path: Path) -> set[str]:
+    """The folders that a C file of the software core includes headers of."""
+    found = re.findall(r'^#include "soft/(?:(\w+)/)?\w+\.h"', path.read_text(), re.MULTILINE)
+    return set(found)
+
+
+@pytest.mark.parametrize("path", sorted(SOFT.rglob("*.[ch]")), ids=lambda path: str(path.relative_to(SOFT)))
+def test_software_core_follows_its_arrows(path: Path) -> None:
+    folder = path.parent.name if path.parent != SOFT else ""
+    hidden = re.findall(r'^#include "(?!soft/|native/).*', path.read_text(), re.MULTILINE)
+    assert not hidden, f"{path} hides the folder in {hidden}"
+    used = soft_includes(path) - {folder}
+    assert used <= SOFT_ARROWS[folder], f"{path} includes headers of {sorted(used - SOFT_ARROWS[folder])}"
+
+
+def test_software_core_has_no_circle() -> None:
+    """The arrows have an order, so each folder can be read after those it knows."""
+    left = dict(SOFT_ARROWS)
+    while left:
+        free = [folder for folder, to in left.items() if not to & set(left)]
+        assert free, f"a circle among {sorted(left)}"
+        for folder in free:
+            del left[folder]

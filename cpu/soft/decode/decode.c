@@ -34,14 +34,14 @@ int64_t dec_imm(struct dec *d, unsigned size)
 
 /* ---- emission ---- */
 
-struct uop *emit(struct dec *d, uop_fn fn)
+struct uop *emit(struct dec *d, unsigned op)
 {
     struct decoded *o = d->out;
     struct uop *u = &o->uops[o->count];
     memset(u, 0, sizeof *u);
     memset(&d->meta[o->count], 0, sizeof d->meta[0]);
     o->count++;
-    u->fn = fn;
+    u->op = op;
     u->base = u->index = OFF_ZERO;
     u->idx = (uint8_t)d->insn;
     u->off = (uint16_t)d->start;
@@ -50,11 +50,11 @@ struct uop *emit(struct dec *d, uop_fn fn)
     return u;
 }
 
-struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effects, unsigned kills, unsigned reads)
+struct uop *emit_flags(struct dec *d, unsigned op, unsigned without, unsigned effects, unsigned kills, unsigned reads)
 {
-    struct uop *u = emit(d, fn);
+    struct uop *u = emit(d, op);
     struct uop_meta *m = &d->meta[d->out->count - 1];
-    m->without = without;
+    m->without = (uint16_t)without;
     m->effects = (uint8_t)effects;
     m->kills = (uint8_t)kills;
     m->reads = (uint8_t)reads;
@@ -62,7 +62,7 @@ struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effect
     return u;
 }
 
-struct uop *emit_pure(struct dec *d, uop_fn fn) { return emit_flags(d, fn, NULL, 0, 0, 0); }
+struct uop *emit_pure(struct dec *d, unsigned op) { return emit_flags(d, op, OP_NONE, 0, 0, 0); }
 
 struct uop *impure(struct dec *d, struct uop *u)
 {
@@ -70,24 +70,24 @@ struct uop *impure(struct dec *d, struct uop *u)
     return u;
 }
 
-static struct uop *emit_call(struct dec *d, uop_fn how, helper_fn helper)
+static struct uop *emit_call(struct dec *d, unsigned how, helper_fn helper)
 {
-    struct uop *u = impure(d, emit_flags(d, how, NULL, FLAGS_ALL, 0, FLAGS_ALL));
+    struct uop *u = impure(d, emit_flags(d, how, OP_NONE, FLAGS_ALL, 0, FLAGS_ALL));
     u->ptr = (const void *)helper;
     u->seg = d->mem ? d->ea_seg : SEG_DS;
     return u;
 }
-struct uop *emit_helper(struct dec *d, helper_fn helper) { return emit_call(d, call_helper, helper); }
-struct uop *emit_helper_store(struct dec *d, helper_fn helper) { return emit_call(d, call_helper_store, helper); }
+struct uop *emit_helper(struct dec *d, helper_fn helper) { return emit_call(d, OP_call_helper, helper); }
+struct uop *emit_helper_store(struct dec *d, helper_fn helper) { return emit_call(d, OP_call_helper_store, helper); }
 struct uop *emit_helper_end(struct dec *d, helper_fn helper)
 {
     d->end = true;
-    return emit_call(d, call_helper_end, helper);
+    return emit_call(d, OP_call_helper_end, helper);
 }
 
 void emit_links(struct dec *d, int64_t delta)
 {
-    struct uop *u = emit(d, NULL);
+    struct uop *u = emit(d, OP_NONE);
     struct uop_links *l = (struct uop_links *)u;
     memset(l, 0, sizeof *l);
     l->delta = delta;
@@ -190,23 +190,23 @@ void emit_address(struct dec *d, unsigned size, bool write)
     bool based = d->ea_seg >= SEG_FS;
     struct uop *u;
     if (!d->c64) {
-        u = emit(d, ea_legacy);
+        u = emit(d, OP_ea_legacy);
         set_address(d, u);
         u->imm = d->adsize == 2 ? 0xFFFF : UINT32_MAX;
         u->size = (uint8_t)size;
         u->aux = write;
     } else if (d->ea_rip) {
-        u = emit_pure(d, d->adsize == 4 ? ea_a32_rip : based ? ea_a64_rip : ea_rip);
+        u = emit_pure(d, d->adsize == 4 ? OP_ea_a32_rip : based ? OP_ea_a64_rip : OP_ea_rip);
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         u->seg = d->ea_seg;
         u->aux = based;
         d->rip_fix = (int)d->out->count - 1;
     } else if (d->adsize == 4) {
-        u = emit_pure(d, ea_a32);
+        u = emit_pure(d, OP_ea_a32);
         set_address(d, u);
         u->aux = based;
     } else {
-        u = emit_pure(d, based ? ea_seg : d->ea_index != OFF_ZERO ? ea_bi : ea_bd);
+        u = emit_pure(d, based ? OP_ea_seg : d->ea_index != OFF_ZERO ? OP_ea_bi : OP_ea_bd);
         set_address(d, u);
     }
 }
@@ -248,12 +248,12 @@ void emit_load(struct dec *d, unsigned size, unsigned to)
 {
     struct uop *u;
     if (d->c64 && d->ea_rip && d->adsize == 8 && d->ea_seg < SEG_FS) {
-        u = emit(d, load_rip[LOG2(size)]);
+        u = emit(d, OP_SIZED(load_rip, LOG2(size)));
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         d->rip_fix = (int)d->out->count - 1;
     } else {
         int form = address_form(d, size, false);
-        u = emit(d, load_r[LOG2(size)][form]);
+        u = emit(d, OP_FORMED(load_r, LOG2(size), form));
         operand(d, u);
     }
     u->r0 = (uint8_t)to;
@@ -263,12 +263,12 @@ void emit_store(struct dec *d, unsigned size, unsigned from)
 {
     struct uop *u;
     if (d->c64 && d->ea_rip && d->adsize == 8 && d->ea_seg < SEG_FS) {
-        u = emit(d, store_rip[LOG2(size)]);
+        u = emit(d, OP_SIZED(store_rip, LOG2(size)));
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         d->rip_fix = (int)d->out->count - 1;
     } else {
         int form = address_form(d, size, true);
-        u = emit(d, store_r[LOG2(size)][form]);
+        u = emit(d, OP_FORMED(store_r, LOG2(size), form));
         operand(d, u);
     }
     u->r1 = (uint8_t)from;
@@ -281,7 +281,7 @@ unsigned rmw_begin(struct dec *d, unsigned size)
         return reg_off(d, d->rm, size);
     d->lock_ok = true;
     emit_address(d, size, true);
-    struct uop *u = emit(d, rmw_load);
+    struct uop *u = emit(d, OP_rmw_load);
     u->size = (uint8_t)size;
     u->seg = d->ea_seg;
     return OFF_T1;
@@ -290,7 +290,7 @@ void rmw_end(struct dec *d, unsigned size)
 {
     if (!d->mem)
         return;
-    struct uop *u = emit(d, rmw_store);
+    struct uop *u = emit(d, OP_rmw_store);
     u->size = (uint8_t)size;
     u->seg = d->ea_seg;
 }
@@ -371,7 +371,7 @@ static bool decode_one(struct dec *d)
         emit_helper_end(d, len > 15 ? h_gp : h_ud);
         len = len > 15 ? 15 : len;
     } else if (d->lock && !d->end) {
-        emit(d, fence);
+        emit(d, OP_fence);
     }
     if (d->rip_fix >= 0)
         o->uops[d->rip_fix].imm += d->pos;
@@ -388,7 +388,7 @@ static void drop_dead_flags(struct dec *d)
     for (unsigned i = d->out->count; i-- > 0;) {
         const struct uop_meta *m = &d->meta[i];
         if (m->without && !(m->effects & live))
-            d->out->uops[i].fn = m->without;
+            d->out->uops[i].op = m->without;
         if (m->mark && !(m->effects & live))
             d->out->uops[i].aux = 1;
         /* A fault shows the flags as they are before its instruction. */
@@ -431,7 +431,7 @@ void decode_block(struct decoded *out, const uint8_t *bytes, unsigned available,
         d->mem = false;
         struct uop *u;
         if (d->c64) {
-            u = emit(d, jmp_fall);
+            u = emit(d, OP_jmp_fall);
             emit_links(d, 0);
         } else {
             u = emit_helper_end(d, h_fall);

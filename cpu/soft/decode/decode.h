@@ -2,14 +2,14 @@
 #ifndef SOFT_DECODE_H
 #define SOFT_DECODE_H
 
-#include "soft/interp/exec.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
+#include "soft/ops/operations.h"
 
 /* Flags as dead-flag elimination sees them. */
 enum { FLAG_C = 1, FLAGS_REST = 2, FLAGS_ALL = 3 };
 
 struct uop_meta {
-    uop_fn without;  /* variant that sets no flags, or NULL */
+    uint16_t without; /* variant that sets no flags, or OP_NONE */
     uint8_t effects; /* flags it may change */
     uint8_t kills;   /* flags it always overwrites */
     uint8_t reads;
@@ -56,9 +56,9 @@ uint64_t dec_u64(struct dec *d);
 int64_t dec_imm(struct dec *d, unsigned size);
 void dec_modrm(struct dec *d);
 
-struct uop *emit(struct dec *d, uop_fn fn);
-struct uop *emit_flags(struct dec *d, uop_fn fn, uop_fn without, unsigned effects, unsigned kills, unsigned reads);
-struct uop *emit_pure(struct dec *d, uop_fn fn);
+struct uop *emit(struct dec *d, unsigned op); /* OP_* */
+struct uop *emit_flags(struct dec *d, unsigned op, unsigned without, unsigned effects, unsigned kills, unsigned reads);
+struct uop *emit_pure(struct dec *d, unsigned op);
 struct uop *impure(struct dec *d, struct uop *u); /* the one just emitted with emit_flags() can fault */
 struct uop *emit_helper(struct dec *d, helper_fn helper);
 struct uop *emit_helper_store(struct dec *d, helper_fn helper);

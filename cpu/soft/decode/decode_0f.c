@@ -7,7 +7,7 @@ void emit_fpu_check(struct dec *d, unsigned kind)
     if (d->fpu_checked >> kind & 1)
         return;
     d->fpu_checked |= (uint8_t)(1u << kind);
-    emit(d, fpu_available)->aux = (uint8_t)kind;
+    emit(d, OP_fpu_available)->aux = (uint8_t)kind;
 }
 
 static unsigned flags_of_condition(unsigned cc)
@@ -24,10 +24,10 @@ static unsigned flags_of_condition(unsigned cc)
 static bool decode_vector_fast(struct dec *d, const struct vec_op *op, uint8_t imm, unsigned size, bool store)
 {
     bool wide = d->rex & 8;
-    if (!vec_fast(op, d->mem, wide, 0))
+    if (!op_handler(OP_OF(vec_fast, op->id, 0, 0, d->mem ? 2 : wide)))
         return false;
-    int form = d->mem ? address_form(d, size, store) : 0;
-    struct uop *u = emit(d, vec_fast(op, d->mem, wide, form));
+    unsigned form = d->mem ? 2 + (unsigned)address_form(d, size, store) : wide;
+    struct uop *u = emit(d, OP_OF(vec_fast, op->id, 0, 0, form));
     if (d->mem)
         operand(d, u);
     u->r0 = d->reg;
@@ -84,7 +84,7 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
         emit_fpu_check(d, 1);
         u = emit_helper(d, h_vector);
         u->scale = true;
-        emit(d, nop)->ptr = op;
+        emit(d, OP_nop)->ptr = op;
         return true;
     }
     dec_modrm(d);
@@ -100,7 +100,7 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     if (d->mem)
         emit_address(d, size, store);
     if (op->form == VEC_XMM_XMMM && !d->mem) {
-        u = emit(d, op->copy ? vec_copy : vec_rr);
+        u = emit(d, op->copy ? OP_vec_copy : OP_vec_rr);
         if (!op->copy)
             d->meta[d->out->count - 1].reads = FLAGS_ALL;
     } else {
@@ -121,8 +121,8 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     u->size = (uint8_t)size;
     if (op->form == VEC_MASKMOV || op->form == VEC_MM_MASKMOV)
         u->seg = (uint8_t)(d->seg >= 0 ? d->seg : SEG_DS);
-    emit(d, nop)->ptr = op;
-    if (u->fn == vec_rr || u->fn == vec_copy)
+    emit(d, OP_nop)->ptr = op;
+    if (u->op == OP_vec_rr || u->op == OP_vec_copy)
         d->out->count--, u->ptr = op;
     return true;
 }
@@ -226,7 +226,7 @@ static void group15(struct dec *d)
             return;
         }
         if (n >= 5 && !d->rep && !d->p66) {
-            emit(d, fence);
+            emit(d, OP_fence);
             return;
         }
         d->bad = true;
@@ -279,7 +279,7 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
     if (by_imm) {
         uint8_t imm = dec_u8(d);
         unsigned r = op == 0 ? source_rm(d, size) : rmw_begin(d, size);
-        u = emit_flags(d, bt_ri, NULL, FLAG_C, FLAG_C, 0);
+        u = emit_flags(d, OP_bt_ri, OP_NONE, FLAG_C, FLAG_C, 0);
         u->r0 = (uint8_t)r;
         u->imm = imm & (size * 8 - 1);
         u->aux = (uint8_t)op;
@@ -293,7 +293,7 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
         u = emit_helper_store(d, h_bt_m);
         u->base = (uint8_t)d->adsize;
     } else {
-        u = emit_flags(d, bt_rr, NULL, FLAG_C, FLAG_C, 0);
+        u = emit_flags(d, OP_bt_rr, OP_NONE, FLAG_C, FLAG_C, 0);
         u->r0 = (uint8_t)(d->rm * 8);
     }
     u->r1 = (uint8_t)(d->reg * 8);
@@ -306,33 +306,58 @@ static void extend(struct dec *d, bool sign, unsigned from)
     struct uop *u;
     if (s == f) { /* 16 to 16 */
         unsigned r = source_rm(d, from);
-        u = emit_pure(d, mov_rr[f]);
+        u = emit_pure(d, OP_SIZED(mov_rr, f));
         u->r1 = (uint8_t)r;
         u->r0 = (uint8_t)(d->reg * 8);
         return;
     }
     if (d->mem) {
         int form = address_form(d, from, false);
-        u = emit(d, sign ? movsx_rm[f][s][form] : s == 1 ? movzx8_16[1 + form] : movzx_rm[f][form]);
+        u = emit(d, sign ? OP_OF(movsx_rm, f, s, 0, form) : s == 1 ? OP_OF(movzx8_16, 1 + form, 0, 0, 0) : OP_OF(movzx_rm, f, 0, 0, form));
         operand(d, u);
     } else {
-        u = emit_pure(d, sign ? movsx_rr[f][s] : s == 1 ? movzx8_16[0] : movzx_rr[f]);
+        u = emit_pure(d, sign ? OP_OF(movsx_rr, f, s, 0, 0) : s == 1 ? OP_OF(movzx8_16, 0, 0, 0, 0) : OP_OF(movzx_rr, f, 0, 0, 0));
         u->r1 = (uint8_t)reg_off(d, d->rm, from);
     }
     u->r0 = (uint8_t)(d->reg * 8);
 }
 
-static void two_operands(struct dec *d, uop_fn fn, unsigned effects, unsigned kills)
+static void two_operands(struct dec *d, unsigned op, unsigned effects, unsigned kills)
 {
     unsigned r = source_rm(d, d->opsize);
-    struct uop *u = emit_flags(d, fn, NULL, effects, kills, 0);
+    struct uop *u = emit_flags(d, op, OP_NONE, effects, kills, 0);
     u->r0 = (uint8_t)(d->reg * 8);
     u->r1 = (uint8_t)r;
 }
 
+/* The instructions that have a row in the table of operations. */
+static const struct row {
+    uint16_t op;
+    uint8_t map, prefix, opcode, feature, flags;
+} rows[] = {
+#define INSTRUCTION(name, map, prefix, opcode, feature, flags, emitter, ...)                                            \
+    {OP_##name, map, prefix, opcode, FEATURE_##feature, flags},
+#include "soft/ops/table.h"
+};
+
+/* False: no row has that opcode with these prefixes, or the guest does not have the feature. */
+static bool decode_row(struct dec *d, unsigned map, uint8_t opcode)
+{
+    const struct row *found = NULL;
+    for (const struct row *r = rows; r < rows + sizeof rows / sizeof rows[0]; r++)
+        if (r->map == map && r->opcode == opcode && (d->mode & MODE_FEATURE(r->feature)) &&
+            (r->prefix ? r->prefix == d->rep : !found))
+            found = r;
+    if (!found)
+        return false;
+    dec_modrm(d);
+    two_operands(d, found->op, found->flags, found->flags);
+    return true;
+}
+
 static void movbe(struct dec *d, bool is_store)
 {
-    static const uop_fn swap[4] = {0, movbe16, movbe32, movbe64};
+    static const uint16_t swap[4] = {0, OP_movbe16, OP_movbe32, OP_movbe64};
     struct uop *u;
     if (is_store) {
         u = emit_pure(d, swap[LOG2(d->opsize)]);
@@ -366,7 +391,7 @@ static void map_38(struct dec *d)
         return;
     }
     if (b > 0xF1) {
-        d->bad = true;
+        d->bad = !decode_row(d, 0x38, b);
         return;
     }
     dec_modrm(d);
@@ -416,9 +441,9 @@ void decode_two_byte(struct dec *d)
         dec_modrm(d);
         if (!d->mem)
             break;
-        emit(d, nop);
+        emit(d, OP_nop);
         return;
-    case 0x18 ... 0x1F: dec_modrm(d); emit_pure(d, nop); return; /* hints: PREFETCHh, ENDBR, NOP */
+    case 0x18 ... 0x1F: dec_modrm(d); emit_pure(d, OP_nop); return; /* hints: PREFETCHh, ENDBR, NOP */
     case 0x20: case 0x21: case 0x22: case 0x23: {
         static const helper_fn table[4] = {h_mov_from_cr, h_mov_from_dr, h_mov_to_cr, h_mov_to_dr};
         dec_modrm(d);
@@ -443,7 +468,7 @@ void decode_two_byte(struct dec *d)
     case 0x40 ... 0x4F: {
         dec_modrm(d);
         unsigned r = source_rm(d, d->opsize);
-        u = emit_flags(d, cmov_rr[b & 15][LOG2(d->opsize)], NULL, 0, 0, flags_of_condition(b & 15));
+        u = emit_flags(d, OP_OF(cmov_rr, b & 15, LOG2(d->opsize), 0, 0), OP_NONE, 0, 0, flags_of_condition(b & 15));
         u->r0 = (uint8_t)(d->reg * 8);
         u->r1 = (uint8_t)r;
         return;
@@ -456,7 +481,7 @@ void decode_two_byte(struct dec *d)
     case 0x90 ... 0x9F: {
         dec_modrm(d);
         unsigned r = d->mem ? (unsigned)OFF_T1 : reg_off(d, d->rm, 1);
-        u = emit_flags(d, setcc_r[b & 15], NULL, 0, 0, flags_of_condition(b & 15));
+        u = emit_flags(d, OP_OF(setcc_r, b & 15, 0, 0, 0), OP_NONE, 0, 0, flags_of_condition(b & 15));
         u->r0 = (uint8_t)r;
         if (d->mem)
             emit_store(d, 1, OFF_T1);
@@ -482,8 +507,8 @@ void decode_two_byte(struct dec *d)
         uint8_t count = b & 1 ? 0 : dec_u8(d);
         unsigned r = rmw_begin(d, d->opsize);
         d->lock_ok = false;
-        uop_fn fn = b & 8 ? b & 1 ? shrd_rc : shrd_ri : b & 1 ? shld_rc : shld_ri;
-        u = emit_flags(d, fn, NULL, FLAGS_ALL, 0, 0);
+        unsigned op = b & 8 ? b & 1 ? OP_shrd_rc : OP_shrd_ri : b & 1 ? OP_shld_rc : OP_shld_ri;
+        u = emit_flags(d, op, OP_NONE, FLAGS_ALL, 0, 0);
         u->r0 = (uint8_t)r;
         u->r1 = (uint8_t)(d->reg * 8);
         u->imm = count;
@@ -492,7 +517,7 @@ void decode_two_byte(struct dec *d)
     }
     case 0xAE: dec_modrm(d); group15(d); return;
     case 0xAF: dec_modrm(d); 
-        two_operands(d, imul_rr[LOG2(d->opsize)], FLAGS_ALL, FLAG_C);
+        two_operands(d, OP_SIZED(imul_rr, LOG2(d->opsize)), FLAGS_ALL, FLAG_C);
         d->meta[d->out->count - 1].mark = true;
         return;
     case 0xB0: case 0xB1: {
@@ -526,20 +551,12 @@ void decode_two_byte(struct dec *d)
     case 0xB7: dec_modrm(d); extend(d, false, 2); return;
     case 0xBE: dec_modrm(d); extend(d, true, 1); return;
     case 0xBF: dec_modrm(d); extend(d, true, 2); return;
-    case 0xB8:
-        if (d->rep != 0xF3)
-            break;
-        dec_modrm(d);
-        two_operands(d, popcnt_rr, FLAGS_ALL, FLAGS_ALL);
-        return;
-    case 0xBC: dec_modrm(d); two_operands(d, bsf_rr, FLAGS_ALL, FLAGS_ALL); return;
-    case 0xBD: dec_modrm(d); two_operands(d, bsr_rr, FLAGS_ALL, FLAGS_ALL); return;
     case 0xC0: case 0xC1: {
         unsigned size = b & 1 ? d->opsize : 1;
         dec_modrm(d);
         unsigned r = rmw_begin(d, size);
         /* The register gets the old value only when the store can no longer fault: rmw_begin has probed it. */
-        u = emit_flags(d, xadd, NULL, FLAGS_ALL, FLAGS_ALL, 0);
+        u = emit_flags(d, OP_xadd, OP_NONE, FLAGS_ALL, FLAGS_ALL, 0);
         u->r0 = (uint8_t)r;
         u->r1 = (uint8_t)reg_off(d, d->reg, size);
         u->size = (uint8_t)size;
@@ -554,10 +571,10 @@ void decode_two_byte(struct dec *d)
         return;
     case 0xC7: dec_modrm(d); group9(d); return;
     case 0xC8 ... 0xCF:
-        u = emit_pure(d, d->opsize == 8 ? bswap64 : d->opsize == 4 ? bswap32 : bswap16);
+        u = emit_pure(d, d->opsize == 8 ? OP_bswap64 : d->opsize == 4 ? OP_bswap32 : OP_bswap16);
         u->r0 = (uint8_t)(((b & 7) | (d->rex & 1) << 3) * 8);
         return;
-    default: break; /* UD0, UD1, UD2, RSM, FEMMS, INVD's like and everything unknown */
+    default: break; /* a row of its own, or UD0, UD1, UD2, RSM, FEMMS, INVD's like and everything unknown */
     }
-    d->bad = true;
+    d->bad = !decode_row(d, 0x0F, b);
 }

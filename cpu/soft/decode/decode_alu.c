@@ -1,7 +1,7 @@
 /* Decoder: arithmetic of the one-byte opcode map (Intel SDM vol. 2, appendix A). */
 #include "soft/decode/decode.h"
 
-static struct uop *emit_alu(struct dec *d, unsigned op, const uop_fn with, const uop_fn without)
+static struct uop *emit_alu(struct dec *d, unsigned op, unsigned with, unsigned without)
 {
     unsigned reads = op == ALU_ADC || op == ALU_SBB ? FLAG_C : 0;
     struct uop *u = emit_flags(d, with, without, FLAGS_ALL, FLAGS_ALL, reads);
@@ -25,7 +25,7 @@ void decode_alu_rm_reg(struct dec *d, unsigned op, unsigned size)
     unsigned s = LOG2(size), reg = reg_off(d, d->reg, size);
     struct uop *u;
     if (!d->mem) {
-        u = emit_alu(d, op, alu_rr[op][s][0], alu_rr[op][s][1]);
+        u = emit_alu(d, op, OP_OF(alu_rr, op, s, 0, 0), OP_OF(alu_rr, op, s, 1, 0));
         u->r0 = (uint8_t)reg_off(d, d->rm, size);
         u->size = (uint8_t)size;
         u->r1 = (uint8_t)reg;
@@ -34,7 +34,7 @@ void decode_alu_rm_reg(struct dec *d, unsigned op, unsigned size)
     }
     d->lock_ok = op < ALU_CMP;
     int form = address_form(d, size, op < ALU_CMP);
-    u = emit_alu(d, op, alu_mr[op][s][0][form], alu_mr[op][s][1][form]);
+    u = emit_alu(d, op, OP_OF(alu_mr, op, s, 0, form), OP_OF(alu_mr, op, s, 1, form));
     operand(d, u);
     u->r1 = (uint8_t)reg;
 }
@@ -45,7 +45,7 @@ void decode_alu_reg_rm(struct dec *d, unsigned op, unsigned size)
     unsigned s = LOG2(size), reg = reg_off(d, d->reg, size);
     struct uop *u;
     if (!d->mem) {
-        u = emit_alu(d, op, alu_rr[op][s][0], alu_rr[op][s][1]);
+        u = emit_alu(d, op, OP_OF(alu_rr, op, s, 0, 0), OP_OF(alu_rr, op, s, 1, 0));
         u->r0 = (uint8_t)reg;
         u->size = (uint8_t)size;
         u->r1 = (uint8_t)reg_off(d, d->rm, size);
@@ -53,7 +53,7 @@ void decode_alu_reg_rm(struct dec *d, unsigned op, unsigned size)
         return;
     }
     int form = address_form(d, size, false);
-    u = emit_alu(d, op, alu_rm[op][s][0][form], alu_rm[op][s][1][form]);
+    u = emit_alu(d, op, OP_OF(alu_rm, op, s, 0, form), OP_OF(alu_rm, op, s, 1, form));
     operand(d, u);
     u->r0 = (uint8_t)reg;
 }
@@ -61,7 +61,7 @@ void decode_alu_reg_rm(struct dec *d, unsigned op, unsigned size)
 void decode_alu_reg_imm(struct dec *d, unsigned op, unsigned size, unsigned reg, int64_t imm)
 {
     unsigned s = LOG2(size);
-    struct uop *u = emit_alu(d, op, alu_ri[op][s][0], alu_ri[op][s][1]);
+    struct uop *u = emit_alu(d, op, OP_OF(alu_ri, op, s, 0, 0), OP_OF(alu_ri, op, s, 1, 0));
     u->r0 = (uint8_t)reg;
     u->size = (uint8_t)size;
     u->imm = (uint64_t)imm;
@@ -77,7 +77,7 @@ void decode_alu_rm_imm(struct dec *d, unsigned op, unsigned size, int64_t imm)
     unsigned s = LOG2(size);
     d->lock_ok = op < ALU_CMP;
     int form = address_form(d, size, op < ALU_CMP);
-    struct uop *u = emit_alu(d, op, alu_mi[op][s][0][form], alu_mi[op][s][1][form]);
+    struct uop *u = emit_alu(d, op, OP_OF(alu_mi, op, s, 0, form), OP_OF(alu_mi, op, s, 1, form));
     operand(d, u);
     u->imm = (uint64_t)imm;
 }
@@ -90,7 +90,7 @@ void decode_shift(struct dec *d, unsigned size, int count) /* count -1: CL */
         if (count == 0) {
             /* Memory is written all the same; 32-bit registers are zero-extended. */
             unsigned r = rmw_begin(d, size);
-            struct uop *u = emit_pure(d, mov_rr[s]);
+            struct uop *u = emit_pure(d, OP_SIZED(mov_rr, s));
             u->r0 = u->r1 = (uint8_t)r;
             rmw_end(d, size);
             d->lock_ok = false;
@@ -101,10 +101,10 @@ void decode_shift(struct dec *d, unsigned size, int count) /* count -1: CL */
     struct uop *u;
     bool rotate = op < SH_SHL, carry = op == SH_RCL || op == SH_RCR;
     if (count >= 0) {
-        u = emit_flags(d, shift_ri[op][s][0], shift_ri[op][s][1], FLAGS_ALL, rotate ? FLAG_C : FLAGS_ALL, carry ? FLAG_C : 0);
+        u = emit_flags(d, OP_OF(shift_ri, op, s, 0, 0), OP_OF(shift_ri, op, s, 1, 0), FLAGS_ALL, rotate ? FLAG_C : FLAGS_ALL, carry ? FLAG_C : 0);
         u->imm = (uint64_t)count;
     } else {
-        u = emit_flags(d, shift_rc[op][s], NULL, FLAGS_ALL, 0, carry ? FLAG_C : 0);
+        u = emit_flags(d, OP_OF(shift_rc, op, s, 0, 0), OP_NONE, FLAGS_ALL, 0, carry ? FLAG_C : 0);
     }
     u->r0 = (uint8_t)r;
     rmw_end(d, size);
@@ -124,10 +124,10 @@ void decode_group3(struct dec *d)
         if (d->mem) {
             d->lock_ok = true;
             int form = address_form(d, size, true);
-            u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], effects, effects, 0));
+            u = impure(d, emit_flags(d, OP_OF(unary_m, op, s, 0, form), OP_OF(unary_m, op, s, 1, form), effects, effects, 0));
             operand(d, u);
         } else {
-            u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], effects, effects, 0);
+            u = emit_flags(d, OP_OF(unary_r, op, s, 0, 0), OP_OF(unary_r, op, s, 1, 0), effects, effects, 0);
             d->meta[d->out->count - 1].mark = effects != 0;
             u->r0 = (uint8_t)reg_off(d, d->rm, size);
         }
@@ -135,8 +135,8 @@ void decode_group3(struct dec *d)
     }
     default: {
         unsigned op = d->reg & 7, r = source_rm(d, size);
-        static const uop_fn *const table[4] = {mul_r, imul_r, div_r, idiv_r};
-        u = emit_flags(d, table[op - 4][s], NULL, op < 6 ? FLAGS_ALL : FLAGS_REST, op < 6 ? FLAG_C : FLAGS_REST, 0);
+        static const uint16_t table[4] = {OP_mul_r, OP_imul_r, OP_div_r, OP_idiv_r};
+        u = emit_flags(d, table[op - 4] + s, OP_NONE, op < 6 ? FLAGS_ALL : FLAGS_REST, op < 6 ? FLAG_C : FLAGS_REST, 0);
         if (op >= 6)
             impure(d, u);
         u->r1 = (uint8_t)r;
@@ -152,10 +152,10 @@ void decode_inc_dec(struct dec *d, unsigned op, unsigned size)
     if (d->mem) {
         d->lock_ok = true;
         int form = address_form(d, size, true);
-        u = impure(d, emit_flags(d, unary_m[op][s][0][form], unary_m[op][s][1][form], FLAGS_REST, FLAGS_REST, 0));
+        u = impure(d, emit_flags(d, OP_OF(unary_m, op, s, 0, form), OP_OF(unary_m, op, s, 1, form), FLAGS_REST, FLAGS_REST, 0));
         operand(d, u);
     } else {
-        u = emit_flags(d, unary_r[op][s][0], unary_r[op][s][1], FLAGS_REST, FLAGS_REST, 0);
+        u = emit_flags(d, OP_OF(unary_r, op, s, 0, 0), OP_OF(unary_r, op, s, 1, 0), FLAGS_REST, FLAGS_REST, 0);
         d->meta[d->out->count - 1].mark = true;
         u->r0 = (uint8_t)reg_off(d, d->rm, size);
     }
@@ -168,7 +168,7 @@ void decode_imul3(struct dec *d, bool byte)
         /* The immediate follows the address, whose micro-ops are emitted first. */
         unsigned r = source_rm(d, d->opsize);
         imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
-        struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
+        struct uop *u = emit_flags(d, OP_SIZED(imul_rri, LOG2(d->opsize)), OP_NONE, FLAGS_ALL, FLAG_C, 0);
         d->meta[d->out->count - 1].mark = true;
         u->r0 = (uint8_t)(d->reg * 8);
         u->r1 = (uint8_t)r;
@@ -176,7 +176,7 @@ void decode_imul3(struct dec *d, bool byte)
         return;
     }
     imm = byte ? (int8_t)dec_u8(d) : dec_imm(d, d->opsize);
-    struct uop *u = emit_flags(d, imul_rri[LOG2(d->opsize)], NULL, FLAGS_ALL, FLAG_C, 0);
+    struct uop *u = emit_flags(d, OP_SIZED(imul_rri, LOG2(d->opsize)), OP_NONE, FLAGS_ALL, FLAG_C, 0);
     d->meta[d->out->count - 1].mark = true;
     u->r0 = (uint8_t)(d->reg * 8);
     u->r1 = (uint8_t)(d->rm * 8);

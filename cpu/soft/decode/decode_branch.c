@@ -15,7 +15,7 @@ int64_t decode_displacement(struct dec *d, bool byte)
 void decode_jump_rel(struct dec *d, int64_t rel)
 {
     if (near64(d)) {
-        emit(d, jmp_rel);
+        emit(d, OP_jmp_rel);
         emit_links(d, d->pos + rel);
     } else {
         emit_helper_end(d, h_jmp_rel)->disp = (int32_t)rel;
@@ -36,26 +36,27 @@ void decode_jcc(struct dec *d, unsigned cc, int64_t rel)
         struct uop *last = &d->out->uops[d->out->count - 1];
         struct uop_meta *m = &d->meta[d->out->count - 1];
         if (m->fuse && last->idx == d->insn - 1) {
-            uop_fn fn = (m->fuse_imm ? fused_ri : fused_rr)[m->fuse - 1][cc][LOG2(last->size)];
-            if (fn) {
-                last->fn = fn;
+            unsigned both = (m->fuse - 1u) << 4 | cc, size = LOG2(last->size);
+            unsigned op = m->fuse_imm ? OP_OF(fused_ri, both, size, 0, 0) : OP_OF(fused_rr, both, size, 0, 0);
+            if (op_handler(op)) {
+                last->op = op;
                 last->idx = (uint8_t)d->insn;
                 last->off = (uint16_t)d->start;
-                m->without = NULL;
+                m->without = OP_NONE;
                 d->fused = true;
                 emit_links(d, d->pos + rel);
                 return;
             }
         }
     }
-    emit_flags(d, jcc_rel[cc], NULL, 0, 0, FLAGS_ALL);
+    emit_flags(d, OP_OF(jcc_rel, cc, 0, 0, 0), OP_NONE, 0, 0, FLAGS_ALL);
     emit_links(d, d->pos + rel);
 }
 
 void decode_call_rel(struct dec *d, int64_t rel)
 {
     if (near64(d)) {
-        emit(d, call_rel)->seg = SEG_SS;
+        emit(d, OP_call_rel)->seg = SEG_SS;
         emit_links(d, d->pos + rel);
     } else {
         emit_helper_end(d, h_call_rel)->disp = (int32_t)rel;
@@ -65,7 +66,7 @@ void decode_call_rel(struct dec *d, int64_t rel)
 void decode_ret(struct dec *d, unsigned pop)
 {
     if (near64(d)) {
-        struct uop *u = emit(d, ret64);
+        struct uop *u = emit(d, OP_ret64);
         u->imm = pop;
         u->seg = SEG_SS;
         d->end = true;
@@ -79,7 +80,7 @@ void decode_branch_rm(struct dec *d, bool call)
     struct uop *u;
     unsigned size = near64(d) ? 8 : d->opsize, r = source_rm(d, size);
     if (near64(d)) {
-        u = emit(d, call ? call_r : jmp_r);
+        u = emit(d, call ? OP_call_r : OP_jmp_r);
         d->end = true;
         u->seg = SEG_SS;
     } else {

@@ -3,7 +3,7 @@
 
 static void mov_reg_imm(struct dec *d, unsigned size, unsigned reg, uint64_t imm)
 {
-    struct uop *u = emit_pure(d, mov_ri[LOG2(size)]);
+    struct uop *u = emit_pure(d, OP_SIZED(mov_ri, LOG2(size)));
     u->r0 = (uint8_t)reg;
     u->imm = imm;
 }
@@ -11,7 +11,7 @@ static void mov_reg_imm(struct dec *d, unsigned size, unsigned reg, uint64_t imm
 static void push_imm(struct dec *d, int64_t imm)
 {
     if (d->stack_size == 8) {
-        struct uop *u = emit(d, push64_i);
+        struct uop *u = emit(d, OP_push64_i);
         u->imm = (uint64_t)imm;
         u->seg = SEG_SS;
     } else {
@@ -25,7 +25,7 @@ static void push_reg(struct dec *d, unsigned reg)
 {
     struct uop *u;
     if (d->stack_size == 8) {
-        u = emit(d, push64_r);
+        u = emit(d, OP_push64_r);
         u->seg = SEG_SS;
     } else {
         u = emit_helper_store(d, h_push_r);
@@ -38,7 +38,7 @@ static void pop_reg(struct dec *d, unsigned reg)
 {
     struct uop *u;
     if (d->stack_size == 8) {
-        u = emit(d, pop64_r);
+        u = emit(d, OP_pop64_r);
         u->seg = SEG_SS;
     } else {
         u = emit_helper(d, h_pop_r);
@@ -71,7 +71,7 @@ static void string_op(struct dec *d, unsigned op, unsigned size)
     u->seg = (uint8_t)(d->seg >= 0 ? d->seg : SEG_DS);
     /* A repeated one may stop half-way, so it ends the block. */
     if (d->rep || op == STR_INS || op == STR_OUTS) {
-        u->fn = call_helper_end;
+        u->op = OP_call_helper_end;
         d->end = true;
         u->r1 = 1;
     }
@@ -108,18 +108,18 @@ static void mov_offset(struct dec *d)
     d->ea_seg = (uint8_t)(d->seg >= 0 ? d->seg : SEG_DS);
     struct uop *u;
     if (d->c64) {
-        u = emit(d, ea_abs);
+        u = emit(d, OP_ea_abs);
         u->imm = offset;
         u->aux = d->ea_seg >= SEG_FS;
     } else {
-        u = emit(d, ea_legacy);
+        u = emit(d, OP_ea_legacy);
         u->disp = (int32_t)offset;
         u->imm = UINT32_MAX;
         u->size = (uint8_t)size;
         u->aux = is_store;
     }
     u->seg = d->ea_seg;
-    u = emit(d, (is_store ? store_r : load_r)[LOG2(size)][0]);
+    u = emit(d, is_store ? OP_FORMED(store_r, LOG2(size), 0) : OP_FORMED(load_r, LOG2(size), 0));
     u->base = OFF_T0;
     u->seg = d->ea_seg;
     u->r0 = u->r1 = RAX * 8;
@@ -135,7 +135,7 @@ static void xchg(struct dec *d, unsigned size)
         u->size = (uint8_t)size;
         return;
     }
-    struct uop *u = emit_pure(d, xchg_rr[LOG2(size)]);
+    struct uop *u = emit_pure(d, OP_SIZED(xchg_rr, LOG2(size)));
     u->r0 = (uint8_t)reg_off(d, d->rm, size);
     u->r1 = (uint8_t)reg_off(d, d->reg, size);
 }
@@ -149,19 +149,19 @@ static void lea(struct dec *d)
     struct uop *u;
     unsigned to = reg_off(d, d->reg, d->opsize);
     if (d->ea_rip && d->adsize == 8) {
-        u = emit_pure(d, lea_rip);
+        u = emit_pure(d, OP_lea_rip);
         u->imm = (uint64_t)(int64_t)d->ea_disp;
         d->rip_fix = (int)d->out->count - 1;
     } else if (d->ea_rip) {
         emit_address(d, 1, false);
         d->out->uops[d->out->count - 1].aux = 0;
-        u = emit_pure(d, mov_rr[LOG2(d->opsize)]);
+        u = emit_pure(d, OP_SIZED(mov_rr, LOG2(d->opsize)));
         u->r1 = OFF_T0;
     } else {
         if (d->adsize == 8) {
-            u = emit_pure(d, lea_r[LOG2(d->opsize)][d->ea_index != OFF_ZERO]);
+            u = emit_pure(d, OP_FORMED(lea_r, LOG2(d->opsize), d->ea_index != OFF_ZERO));
         } else {
-            u = emit_pure(d, lea_mask);
+            u = emit_pure(d, OP_lea_mask);
             u->imm = d->adsize == 4 ? UINT32_MAX : 0xFFFF;
         }
         u->base = d->ea_base;
@@ -224,7 +224,7 @@ static void x87(struct dec *d)
     u->r1 = d->modrm;
     u->aux = d->opsize == 2;
     u->base = d->mem;
-    u = emit(d, nop);
+    u = emit(d, OP_nop);
     u->ptr = op;
 }
 
@@ -260,7 +260,7 @@ void decode_opcode(struct dec *d)
         return;
     }
     case 0x40 ... 0x4F:
-        u = emit_flags(d, unary_r[b & 8 ? UN_DEC : UN_INC][LOG2(d->opsize)][0], unary_r[b & 8 ? UN_DEC : UN_INC][LOG2(d->opsize)][1],
+        u = emit_flags(d, OP_OF(unary_r, b & 8 ? UN_DEC : UN_INC, LOG2(d->opsize), 0, 0), OP_OF(unary_r, b & 8 ? UN_DEC : UN_INC, LOG2(d->opsize), 1, 0),
                        FLAGS_REST, FLAGS_REST, 0);
         u->r0 = (uint8_t)((b & 7) * 8);
         return;
@@ -294,10 +294,10 @@ void decode_opcode(struct dec *d)
         if (d->opsize == 8) {
             if (d->mem) {
                 int form = address_form(d, 4, false);
-                u = emit(d, movsx_rm[2][3][form]);
+                u = emit(d, OP_OF(movsx_rm, 2, 3, 0, form));
                 operand(d, u);
             } else {
-                u = emit_pure(d, movsx_rr[2][3]);
+                u = emit_pure(d, OP_OF(movsx_rr, 2, 3, 0, 0));
                 u->r1 = (uint8_t)(d->rm * 8);
             }
             u->r0 = (uint8_t)(d->reg * 8);
@@ -305,7 +305,7 @@ void decode_opcode(struct dec *d)
             /* MOVSXD without REX.W. AMD processors read four bytes, whatever the operand size. */
             if (d->mem)
                 emit_load(d, 4, OFF_T1);
-            u = emit_pure(d, mov_rr[LOG2(d->opsize)]);
+            u = emit_pure(d, OP_SIZED(mov_rr, LOG2(d->opsize)));
             u->r0 = (uint8_t)(d->reg * 8);
             u->r1 = d->mem ? OFF_T1 : (uint8_t)(d->rm * 8);
         }
@@ -338,7 +338,7 @@ void decode_opcode(struct dec *d)
         if (d->mem) {
             emit_store(d, size, reg_off(d, d->reg, size));
         } else {
-            u = emit_pure(d, mov_rr[LOG2(size)]);
+            u = emit_pure(d, OP_SIZED(mov_rr, LOG2(size)));
             u->r0 = (uint8_t)reg_off(d, d->rm, size);
             u->r1 = (uint8_t)reg_off(d, d->reg, size);
         }
@@ -350,7 +350,7 @@ void decode_opcode(struct dec *d)
         if (d->mem) {
             emit_load(d, size, reg_off(d, d->reg, size));
         } else {
-            u = emit_pure(d, mov_rr[LOG2(size)]);
+            u = emit_pure(d, OP_SIZED(mov_rr, LOG2(size)));
             u->r0 = (uint8_t)reg_off(d, d->reg, size);
             u->r1 = (uint8_t)reg_off(d, d->rm, size);
         }
@@ -379,17 +379,17 @@ void decode_opcode(struct dec *d)
             if (d->rep == 0xF3)
                 emit_helper_end(d, h_pause);
             else
-                emit_pure(d, nop);
+                emit_pure(d, OP_nop);
             return;
         }
         /* fall through */
     case 0x91 ... 0x97:
-        u = emit_pure(d, xchg_rr[LOG2(d->opsize)]);
+        u = emit_pure(d, OP_SIZED(xchg_rr, LOG2(d->opsize)));
         u->r0 = RAX * 8;
         u->r1 = (uint8_t)(((b & 7u) | (d->rex & 1u) << 3) * 8);
         return;
-    case 0x98: emit_pure(d, d->opsize == 8 ? cdqe : d->opsize == 4 ? cwde : cbw); return;
-    case 0x99: emit_pure(d, d->opsize == 8 ? cqo : d->opsize == 4 ? cdq : cwd); return;
+    case 0x98: emit_pure(d, d->opsize == 8 ? OP_cdqe : d->opsize == 4 ? OP_cwde : OP_cbw); return;
+    case 0x99: emit_pure(d, d->opsize == 8 ? OP_cqo : d->opsize == 4 ? OP_cdq : OP_cwd); return;
     case 0x9A:
         if (d->c64)
             break;
@@ -449,7 +449,7 @@ void decode_opcode(struct dec *d)
             return;
         }
         int form = address_form(d, size, true);
-        u = emit(d, store_i[LOG2(size)][form]);
+        u = emit(d, OP_FORMED(store_i, LOG2(size), form));
         operand(d, u);
         u->imm = (uint64_t)imm;
         return;
@@ -465,7 +465,7 @@ void decode_opcode(struct dec *d)
     }
     case 0xC9:
         if (d->stack_size == 8) {
-            emit(d, leave64)->seg = SEG_SS;
+            emit(d, OP_leave64)->seg = SEG_SS;
         } else {
             emit_helper(d, h_leave)->size = (uint8_t)d->stack_size;
         }

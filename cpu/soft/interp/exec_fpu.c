@@ -1,7 +1,7 @@
 /* Execution of x87, MMX and SSE instructions: operands and faults here, the operations in fpu/. */
 #include "soft/mmu/access.h"
 #include "soft/interp/exec.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 HELPER(h_fpu_check)
 {

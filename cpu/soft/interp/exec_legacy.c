@@ -1,7 +1,7 @@
 /* Instruction helpers: stack, branches, far transfers, segment registers, interrupts and flags, in every mode.
  * The common forms of 64-bit mode have handlers of their own in exec_mem.c and exec_branch.c. */
 #include "soft/mmu/access.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 /* ---- stack ---- */
 

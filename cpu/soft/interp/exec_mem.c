@@ -142,11 +142,10 @@ HANDLER(rmw_store)
 }
 
 /* The stack in 64-bit mode. */
-STORE_HANDLER(push64_r_, 64, REG64(RSP * 8) - 8, REG64(u->r1), REG64(RSP * 8) -= 8)
-STORE_HANDLER(push64_i_, 64, REG64(RSP * 8) - 8, u->imm, REG64(RSP * 8) -= 8)
-LOAD_HANDLER(pop64_r_, 64, REG64(RSP * 8), REG64(RSP * 8) += 8; REG64(u->r0) = m)
-LOAD_HANDLER(leave64_, 64, REG64(RBP * 8), REG64(RSP * 8) = REG64(RBP * 8) + 8; REG64(RBP * 8) = m)
-const uop_fn push64_r = push64_r_, push64_i = push64_i_, pop64_r = pop64_r_, leave64 = leave64_;
+STORE_HANDLER(push64_r, 64, REG64(RSP * 8) - 8, REG64(u->r1), REG64(RSP * 8) -= 8)
+STORE_HANDLER(push64_i, 64, REG64(RSP * 8) - 8, u->imm, REG64(RSP * 8) -= 8)
+LOAD_HANDLER(pop64_r, 64, REG64(RSP * 8), REG64(RSP * 8) += 8; REG64(u->r0) = m)
+LOAD_HANDLER(leave64, 64, REG64(RBP * 8), REG64(RSP * 8) = REG64(RBP * 8) + 8; REG64(RBP * 8) = m)
 
 #define CMOV_SIZE(cc, bits)                                                                                            \
     static HANDLER(cmov##cc##_##bits)                                                                                  \

@@ -1,7 +1,7 @@
 /* The micro-ops that call helpers; bit operations, compare-and-exchange, decimal arithmetic, CRC32, CPUID and time. */
 #include "soft/mmu/access.h"
 #include "soft/interp/exec.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 HANDLER(call_helper)
 {
@@ -76,38 +76,6 @@ static inline void set_zf_only(struct soft_vcpu *c, bool zf)
 {
     uint32_t f = flags_arith(c) & ~F_ZF;
     flags_set_arith(c, zf ? f | F_ZF : f);
-}
-/* ZF tells whether the source was zero; the destination is then unchanged. The other flags are undefined: AMD processors
- * compute PF from the result and clear the rest (0x100 keeps the lazy ZF clear without touching PF). */
-static inline void bit_scan_flags(struct soft_vcpu *c, uint64_t v, uint64_t r)
-{
-    c->lf[0] = v ? r | 0x100 : 0;
-    c->lf[1] = c->lf[2] = 0;
-}
-HANDLER(bsf_rr)
-{
-    uint64_t v = get_reg(c, u->r1, u->size), r = v ? (uint64_t)__builtin_ctzll(v) : 0;
-    bit_scan_flags(c, v, r);
-    if (v)
-        set_reg(c, u->r0, u->size, r);
-    NEXT;
-}
-HANDLER(bsr_rr)
-{
-    uint64_t v = get_reg(c, u->r1, u->size), r = v ? 63u - (uint64_t)__builtin_clzll(v) : 0;
-    bit_scan_flags(c, v, r);
-    if (v)
-        set_reg(c, u->r0, u->size, r);
-    NEXT;
-}
-HANDLER(popcnt_rr)
-{
-    uint64_t v = get_reg(c, u->r1, u->size), n = v - (v >> 1 & 0x5555555555555555);
-    n = (n & 0x3333333333333333) + (n >> 2 & 0x3333333333333333);
-    n = ((n + (n >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101 >> 56;
-    flags_set_arith(c, v ? 0 : F_ZF);
-    set_reg(c, u->r0, u->size, n);
-    NEXT;
 }
 HELPER(h_crc32)
 {

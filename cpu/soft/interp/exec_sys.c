@@ -4,7 +4,7 @@
 #include <linux/kvm_para.h>
 
 #include "soft/mmu/access.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 static void need_cpl0(struct soft_vcpu *c)
 {

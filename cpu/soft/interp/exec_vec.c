@@ -12,7 +12,7 @@
 
 #include "soft/mmu/access.h"
 #include "soft/interp/exec.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 #define VEC_UNUSED __attribute__((unused))
 #define XMM(n) (c->fpu.xmm[n])
@@ -312,7 +312,15 @@ static const struct fast store_table[4] = {
     {"4", {0, 0}, {store4_bd, store4_bi}, 0}, {"8", {0, 0}, {store8_bd, store8_bi}, 0},
     {"16", {load16_rr, load16_rr}, {store16_bd, store16_bi}, 0}, {"16a", {load16_rr, load16_rr}, {store16a_bd, store16a_bi}, 0}};
 
-static const struct fast *by_id[FPU_VECTOR_OPS];
+uop_fn vec_fast[FPU_VECTOR_OPS][4]; /* of registers without and with REX.W, of memory by form */
+
+static void enter(unsigned id, const struct fast *f)
+{
+    vec_fast[id][0] = f->rr[0];
+    vec_fast[id][1] = f->rr[1];
+    vec_fast[id][2] = f->memory[0];
+    vec_fast[id][3] = f->memory[1];
+}
 
 /* After vector.c's own constructor. */
 __attribute__((constructor(FPU_VECTOR_PRIORITY + 1))) static void index_by_operation(void)
@@ -321,19 +329,11 @@ __attribute__((constructor(FPU_VECTOR_PRIORITY + 1))) static void index_by_opera
     for (unsigned id = 0; (op = fpu_vector_operation(id)) != NULL; id++) {
         if (op->copy && (op->form == VEC_XMM_XMMM || op->form == VEC_STORE)) {
             unsigned n = op->mem_size == 4 ? 0 : op->mem_size == 8 ? 1 : op->aligned ? 3 : 2;
-            by_id[id] = op->form == VEC_STORE ? &store_table[n] : &load_table[n];
+            enter(id, op->form == VEC_STORE ? &store_table[n] : &load_table[n]);
             continue;
         }
         for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
             if (table[i].form == op->form && strcmp(table[i].name, op->name) == 0)
-                by_id[id] = &table[i];
+                enter(id, &table[i]);
     }
-}
-
-uop_fn vec_fast(const struct vec_op *op, bool memory, bool wide, int form)
-{
-    const struct fast *f = by_id[op->id];
-    if (!f)
-        return NULL;
-    return memory ? f->memory[form] : f->rr[wide];
 }

@@ -2,7 +2,7 @@
  * up to CHUNK; python -m tests.bench soft, movs), through host pointers; RSI, RDI and RCX are exact whenever something can
  * raise, and events are looked for between chunks. */
 #include "soft/mmu/access.h"
-#include "soft/interp/helpers.h"
+#include "soft/ops/helpers.h"
 
 struct string_op {
     struct soft_vcpu *c;

@@ -6,7 +6,7 @@
 #ifndef SOFT_TRANSLATE_GEN_H
 #define SOFT_TRANSLATE_GEN_H
 
-#include "soft/ops/uop.h"
+#include "soft/ops/operations.h"
 
 enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
 enum { GUESTS = 20, STUBS = 256 };
@@ -23,7 +23,8 @@ struct stub {
 };
 struct gen {
     uint8_t *start, *p, *end;
-    struct uop *code;          /* the block's micro-ops */
+    struct uop *code;          /* the block's micro-ops, and their operations */
+    const uint16_t *ops;
     unsigned uop;
     int8_t where[GUESTS];      /* host register of a guest register, or -1 */
     int8_t holds[16];          /* guest register in a host register, or -1 */
@@ -33,7 +34,7 @@ struct gen {
     bool host_flags;           /* the host's flags are the guest's */
     bool pending;              /* CF, OF and AF of them are not stored yet */
     bool pending_keep_cf;      /* INC, DEC: CF is the stored one */
-    bool failed;
+    bool failed, ended;        /* no room; the block's last micro-op was translated */
     struct stub stubs[STUBS];
     unsigned stub_count;
 };

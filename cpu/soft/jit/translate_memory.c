@@ -8,7 +8,6 @@
 
 #include "soft/jit/translate.h"
 #include "soft/jit/translate_memory.h"
-#include "soft/jit/translate_ops.h"
 
 #ifndef MFD_EXEC
 #define MFD_EXEC 0x10u
@@ -49,7 +48,6 @@ struct host_code *host_code_create(bool shares)
 #ifdef __SANITIZE_ADDRESS__
     return &none; /* handlers call each other there, and so need the callee-saved registers */
 #endif
-    meanings_learn();
     struct host_code *code = malloc(sizeof *code);
     if (!code)
         return &none;

@@ -175,7 +175,7 @@ static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, un
         BODY;                                                                                                          \
         NEXT;                                                                                                          \
     }                                                                                                                  \
-    static HANDLER(name)                                                                                               \
+    HANDLER(name)                                                                                                      \
     {                                                                                                                  \
         FAST_LOAD(name, bits, EA)                                                                                      \
         BODY;                                                                                                          \
@@ -192,7 +192,7 @@ static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, un
         AFTER_SLOW_STORE();                                                                                            \
         NEXT;                                                                                                          \
     }                                                                                                                  \
-    static HANDLER(name)                                                                                               \
+    HANDLER(name)                                                                                                      \
     {                                                                                                                  \
         uint64_t ea = EA;                                                                                              \
         uint8_t *p;                                                                                                    \

@@ -1,4 +1,4 @@
-/* Micro-ops: what decode.c makes of instructions, block.c keeps and exec_*.c runs.
+/* Micro-ops: what decode/ makes of instructions, block.c keeps and interp/ and jit/ run.
  *
  * A micro-op's `fn` does its work and ends with a tail call to the next one's, so that a block runs without returning
  * and without using the host's stack. `rip` (a host register throughout) is the address of the block's first
@@ -14,12 +14,15 @@
 #define SOFT_UOP_H
 
 #include "soft/cpu.h"
-#include "soft/interp/flags.h"
+#include "soft/ops/flags.h"
 
 typedef void (*uop_fn)(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 
 struct uop {
-    uop_fn fn;
+    union {
+        uop_fn fn;
+        uint64_t op;     /* until block.c has it: what decode.c made it, OP_* (operations.h) */
+    };
     uint8_t r0, r1;      /* byte offsets of register operands in struct soft_vcpu (AH is RAX + 1) */
     uint8_t base, index; /* of the address: byte offsets of 64-bit registers, or OFF_ZERO */
     uint8_t scale;       /* 0 to 3 */
@@ -29,7 +32,6 @@ struct uop {
     union {
         uint64_t imm;
         const void *ptr;
-        uop_fn end;
     };
     int32_t disp;
     uint16_t off;        /* of the instruction from the block's start, bytes */
@@ -55,7 +57,8 @@ enum {
 };
 _Static_assert(offsetof(struct soft_vcpu, gpr) == 0 && OFF_T2 < 256, "register operands are byte offsets");
 
-/* How block code depends on the processor's mode; part of a block's key. */
+/* How block code depends on the processor's mode, and on its CPUID (FEATURE_*, operations.h); part of a block's key. */
+#define MODE_FEATURE(n) (1u << (8 + (n)))
 enum { MODE_CODE64 = 1, MODE_DB = 2 /* CS.D */, MODE_SS32 = 4 /* SS.B */, MODE_USER = 8 /* jump cache only */,
        MODE_SINGLE = 16 /* blocks of one instruction */ };
 enum { BLOCK_MAX_INSNS = 48, BLOCK_MAX_UOPS = 160, INSN_MAX_UOPS = 12 };
@@ -66,10 +69,11 @@ struct block {
     const uint8_t *host2;   /* page-crossing instruction: start of the second page */
     struct uop_links *links;/* of the last micro-op, or NULL */
     uop_fn first;           /* the first micro-op's own handler */
+    uint16_t *ops;          /* operations of the micro-ops, for the translator */
     uint16_t bytes;
     uint16_t count;         /* micro-ops */
     uint16_t entered;       /* times, until it is translated */
-    uint8_t mode;
+    uint16_t mode;
     uint8_t insns;
     bool flags_in;          /* it may read arithmetic flags that it has not set */
     struct uop code[];

@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 
 #include "soft/mmu/access.h"
-#include "soft/interp/exec.h"
+#include "soft/ops/operations.h"
 #include "soft/jit/translate.h"
 
 enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, HUGE = 2 << 20, SHARERS_MAX = 20 };
@@ -114,7 +114,7 @@ static unsigned current_mode(struct soft_vcpu *c)
         soft_jump_cache_flush(c, true);
     if (c->code64) {
         c->jumps = c->jump.table[c->view == VIEW_USER];
-        return MODE_CODE64;
+        return MODE_CODE64 | c->features;
     }
     unsigned mode = (SEG_DB(&c->seg[SEG_CS]) ? MODE_DB : 0) | (SEG_DB(&c->seg[SEG_SS]) ? MODE_SS32 : 0);
     unsigned key = mode | (c->view == VIEW_USER ? MODE_USER : 0);
@@ -123,7 +123,7 @@ static unsigned current_mode(struct soft_vcpu *c)
         c->jump.mode = key;
         soft_jump_cache_flush(c, true);
     }
-    return mode;
+    return mode | c->features;
 }
 
 /* ---- invalidation ---- */
@@ -304,7 +304,7 @@ static void reserve(struct soft_vm *vm)
 {
     const struct block_cache *b = vm->blocks;
     size_t share = soft_share(ARENA_SIZE, b->shares);
-    size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * sizeof(struct uop) + 4096;
+    size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * (sizeof(struct uop) + sizeof(uint16_t)) + 4096;
     if (b->used > share || share - b->used < size)
         soft_blocks_flush(vm);
 }
@@ -364,15 +364,29 @@ static void mark_granules(struct code_page *p, unsigned low, unsigned high)
     p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
 }
 
+/* Copy what was decoded, with the handlers of its operations; ops: NULL, or where the operations themselves are kept. */
+static void bind_handlers(struct uop *code, uint16_t *ops, const struct decoded *d)
+{
+    memcpy(code, d->uops, d->count * sizeof(struct uop));
+    for (int i = 0; i < (int)d->count; i++) {
+        unsigned op = i == d->links ? OP_NONE : (unsigned)code[i].op;
+        if (ops)
+            ops[i] = (uint16_t)op;
+        if (op != OP_NONE)
+            code[i].fn = op_handler(op);
+    }
+}
+
 /* Keep what was decoded from page p. host2, q: NULL unless the block is one instruction that crosses a page. */
 static struct block *make_block(struct soft_vm *vm, const struct decoded *d, const uint8_t *host, struct code_page *p,
                                 const uint8_t *host2, struct code_page *q, unsigned mode)
 {
     struct block_cache *b = vm->blocks;
-    struct block *k = allocate(vm, sizeof(struct block) + d->count * sizeof(struct uop));
-    *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint8_t)mode,
+    struct block *k = allocate(vm, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
+    *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint16_t)mode,
                         .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
-    memcpy(k->code, d->uops, d->count * sizeof(struct uop));
+    k->ops = (uint16_t *)(k->code + d->count);
+    bind_handlers(k->code, k->ops, d);
     k->first = k->code[0].fn;
     if (!(mode & MODE_SINGLE))
         k->code[0].fn = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF)) ? stop_entry : count_entry;
@@ -421,7 +435,7 @@ static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned 
         bytes[i - 1] = p ? *p : (uint8_t)soft_phys_load(c, gpa, 1);
         decode_block(&b->scratch, bytes, i, mode, 1);
         if (!b->scratch.need_more) {
-            memcpy(b->single, b->scratch.uops, b->scratch.count * sizeof(struct uop));
+            bind_handlers(b->single, NULL, &b->scratch);
             return b->single;
         }
     }
@@ -461,7 +475,7 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
             while (*at != k)
                 at = &(*at)->hash_next;
             *at = k->hash_next;
-            k->mode = UINT8_MAX; /* still in its page's list, found by nobody */
+            k->mode = UINT16_MAX; /* still in its page's list, found by nobody */
             k = NULL;
         }
     }

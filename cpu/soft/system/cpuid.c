@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <linux/kvm.h>
 
+#include "soft/ops/operations.h"
 #include "soft/system/system.h"
 
 #define BIT(n) (1u << (n))
@@ -17,8 +18,22 @@ enum {
     SIGNATURE = 0x00A10F11,
 };
 
+/* The features that decide how bytes are decoded. */
+static const struct { uint32_t leaf, index; size_t offset; unsigned bit; } features[] = {
+#define FEATURE(name, leaf, index, register, bit) {leaf, index, offsetof(struct kvm_cpuid_entry2, register), bit},
+#include "soft/ops/table.h"
+};
+enum { FEATURE_COUNT = sizeof features / sizeof features[0] };
+static uint32_t *feature_word(struct kvm_cpuid_entry2 *e, unsigned n)
+{
+    return e->function == features[n].leaf && e->index == features[n].index ? (uint32_t *)((char *)e + features[n].offset) : NULL;
+}
+
 static void put(struct kvm_cpuid_entry2 *entries, uint32_t max, uint32_t *count, struct kvm_cpuid_entry2 e)
 {
+    for (unsigned n = 0; n < FEATURE_COUNT; n++)
+        if (feature_word(&e, n))
+            *feature_word(&e, n) |= BIT(features[n].bit);
     if (*count < max)
         entries[*count] = e;
     if (*count < max)
@@ -37,8 +52,8 @@ uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max)
                                    .ebx = (b), .ecx = (c_), .edx = (d) })
     PUT(0, 0xD, 0x68747541, 0x444D4163, 0x69746E65); /* AuthenticAMD */
     PUT(1, SIGNATURE, 8 << 8 | BIT(16),
-        BIT(0) | BIT(9) | BIT(13) | BIT(17) | BIT(19) | BIT(20) | BIT(21) | BIT(22) | BIT(23) | BIT(24) | BIT(26) | BIT(30)
-            | BIT(31), /* SSE3 SSSE3 CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE POPCNT TSC_DEADLINE XSAVE RDRAND HYPERVISOR */
+        BIT(0) | BIT(9) | BIT(13) | BIT(17) | BIT(19) | BIT(20) | BIT(21) | BIT(22) | BIT(24) | BIT(26) | BIT(30)
+            | BIT(31), /* SSE3 SSSE3 CX16 PCID SSE4.1 SSE4.2 X2APIC MOVBE TSC_DEADLINE XSAVE RDRAND HYPERVISOR */
         LEAF1_EDX_COMMON | BIT(11) | BIT(19) | BIT(25) | BIT(26)); /* SEP CLFSH SSE SSE2 */
     PUT(6, BIT(2), 0, 0, 0); /* ARAT */
     PUT_INDEX(7, 0, 0, BIT(0) | BIT(1) | BIT(7) | BIT(9) | BIT(10) | BIT(18) | BIT(20), BIT(2), 0);
@@ -89,6 +104,14 @@ int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpui
     for (uint32_t i = 0; i < count; i++)
         if (entries[i].function == 0x80000008)
             bits = entries[i].eax & 0xFF;
+    c->features = MODE_FEATURE(FEATURE_ALWAYS);
+    for (uint32_t i = 0; i < count; i++)
+        for (unsigned n = 0; n < FEATURE_COUNT; n++) {
+            struct kvm_cpuid_entry2 e = entries[i];
+            const uint32_t *word = feature_word(&e, n);
+            if (word && (*word & BIT(features[n].bit)))
+                c->features |= (uint16_t)MODE_FEATURE(FEATURE_ALWAYS + 1 + n);
+        }
     c->phys_mask = (1ull << (bits < 36 || bits > PHYS_BITS ? PHYS_BITS : bits)) - 1;
     soft_tlb_flush(c, true);
     return 0;

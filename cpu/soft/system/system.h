@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "soft/cpu.h"
-#include "soft/interp/flags.h"
+#include "soft/ops/flags.h"
 
 enum { PHYS_BITS = 48, LINEAR_BITS = 48 };
 #define PHYS_MASK ((1ull << PHYS_BITS) - 1)

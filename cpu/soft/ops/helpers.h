@@ -6,6 +6,7 @@
 
 #include "soft/ops/uop.h"
 
+typedef void (*helper_fn)(struct soft_vcpu *c, struct uop *u);
 #define HELPER(name) void name(struct soft_vcpu *c, __attribute__((unused)) struct uop *u)
 
 static inline uint64_t next_rip(const struct soft_vcpu *c, const struct uop *u)
@@ -30,8 +31,8 @@ HELPER(h_lahf); HELPER(h_sahf); HELPER(h_bound); HELPER(h_arpl_r); HELPER(h_arpl
 
 /* exec_misc.c */
 HELPER(h_daa); HELPER(h_das); HELPER(h_aaa); HELPER(h_aas); HELPER(h_aam); HELPER(h_aad); HELPER(h_salc); HELPER(h_xlat);
-HELPER(h_bt); HELPER(h_bt_m);              /* aux: 0 BT, 1 BTS, 2 BTR, 3 BTC; h_bt: register r0 by r1; _m: bit string */
-HELPER(h_bsf); HELPER(h_bsr); HELPER(h_popcnt); HELPER(h_crc32);
+ HELPER(h_bt_m);              /* aux: 0 BT, 1 BTS, 2 BTR, 3 BTC; h_bt: register r0 by r1; _m: bit string */
+HELPER(h_crc32);
 HELPER(h_xadd); HELPER(h_cmpxchg); HELPER(h_cmpxchg_m); HELPER(h_cmpxchg8b); HELPER(h_cmpxchg16b); HELPER(h_xchg_m);
 HELPER(h_rdrand); HELPER(h_cpuid); HELPER(h_rdtsc); HELPER(h_rdtscp); HELPER(h_rdpmc);
 

@@ -1,0 +1,214 @@
+/* Host code of conditions and near branches. */
+#include <string.h>
+
+#include "soft/jit/emitters.h"
+
+/* Conditions whose inputs the host's flags have. */
+static bool host_condition(const struct gen *g, unsigned cc)
+{
+    bool carry = (cc >> 1) == 1 || (cc >> 1) == 3;
+    return g->host_flags && !(g->pending_keep_cf && carry);
+}
+
+/* Host code that puts the stored condition into ZF (set: it does not hold); false: not a simple one. */
+static bool stored_condition(struct gen *g, unsigned cc, unsigned *host_cc)
+{
+    switch (cc) {
+    case 4: case 5: /* ZF */
+        gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(lf[0])), gen_b1(g, 0); /* cmp lf0, 0 */
+        *host_cc = cc;
+        return true;
+    case 2: case 3: /* CF */
+        gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(lf[1])), gen_b1(g, 0); /* cmp lf1, 0: sign */
+        *host_cc = cc == 2 ? 8 : 9;
+        return true;
+    default: return false;
+    }
+}
+
+EMITTER(cmov_rr)
+{
+    unsigned cc = v.op;
+    if (!ok_reg(u->r0) || !ok_reg(u->r1))
+        return false;
+    unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, true);
+    if (!host_condition(g, cc)) {
+        gen_settle(g);
+        if (!stored_condition(g, v.op, &cc))
+            return false;
+    }
+    g->dirty[h] = true;
+    gen_op_0f_rr(g, v.size, 0x40 | cc, h, from);
+    return true;
+}
+EMITTER(setcc_r)
+{
+    unsigned cc = v.op;
+    if (!ok_reg(u->r0))
+        return false;
+    unsigned h = gen_reg_of(g, u->r0, true);
+    if (!host_condition(g, cc)) {
+        gen_settle(g);
+        if (!stored_condition(g, v.op, &cc))
+            return false;
+    }
+    g->dirty[h] = true;
+    gen_prefix(g, 2, 0, 0, h), gen_b1(g, 0x0F), gen_b1(g, 0x90 | cc), gen_b1(g, 0xC0 | (h & 7));
+    return true;
+}
+
+EMITTER(jmp_rel)
+{
+    gen_settle(g);
+    gen_go(g, u, true, false);
+    return g->ended = true;
+}
+EMITTER(jmp_fall)
+{
+    gen_settle(g);
+    gen_go(g, u, false, false);
+    return g->ended = true;
+}
+EMITTER(call_rel)
+{
+    gen_settle(g);
+    if (!LINKS((struct uop *)u)->taken) { /* the probe comes before anything is changed */
+        gen_add_rip(g, H_RCX, LINKS((struct uop *)u)->delta);
+        gen_probe(g);
+    }
+    unsigned h = gen_reg_of(g, RSP * 8, true);
+    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
+    gen_tlb(g, 8, ACCESS_WRITE);
+    gen_add_rip(g, H_RAX, u->off + u->len);
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
+    gen_op_imm(g, 3, 5, h, 8);
+    g->dirty[h] = true;
+    if (LINKS((struct uop *)u)->taken) {
+        gen_go(g, u, true, false);
+    } else {
+        int64_t delta = LINKS((struct uop *)u)->delta;
+        gen_write_back(g);
+        gen_due(g, u, delta, false);
+        gen_add_rip(g, H_RDX, delta);
+        gen_op_rr(g, 3, 0x8B, H_RAX, H_RDX);
+        gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12);
+        gen_op_rr(g, 2, 0x33, H_RAX, H_RDX);
+        gen_op_imm(g, 2, 4, H_RAX, JUMP_SIZE - 1);
+        gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);
+        gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(jumps));
+        gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+        gen_jump_rsi(g);
+    }
+    return g->ended = true;
+}
+EMITTER(ret64)
+{
+    gen_settle(g);
+    unsigned h = gen_reg_of(g, RSP * 8, true);
+    gen_op_rr(g, 3, 0x8B, H_RSI, h);
+    gen_tlb(g, 8, ACCESS_READ);
+    gen_op_rm(g, 3, 0x8B, H_RCX, H_RSI, 0);
+    gen_probe(g);
+    gen_op_imm(g, 3, 0, h, (int64_t)(8 + u->imm));
+    g->dirty[h] = true;
+    gen_write_back(g);
+    gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
+    gen_due(g, u, 0, false);
+    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+    gen_jump_rsi(g);
+    return g->ended = true;
+}
+
+/* The comparison of a fused micro-op: host flags, and nothing else changed. */
+static void compare(struct gen *g, const struct uop *u, struct variant v, bool imm)
+{
+    bool test = v.op >> 4 == FUSE_TEST;
+    unsigned a = gen_reg_of(g, u->r0, true);
+    if (!imm) {
+        gen_op_rr(g, v.size, test ? 0x85 : 0x3B, test ? gen_reg_of(g, u->r1, true) : a, test ? a : gen_reg_of(g, u->r1, true));
+    } else if (test) {
+        gen_prefix(g, v.size, 0, 0, a);
+        gen_b1(g, v.size ? 0xF7 : 0xF6);
+        gen_b1(g, 0xC0 | (a & 7));
+        if (v.size == 0)
+            gen_b1(g, (uint8_t)u->imm);
+        else if (v.size == 1)
+            gen_b1(g, (uint8_t)u->imm), gen_b1(g, (uint8_t)(u->imm >> 8));
+        else
+            gen_b4(g, (uint32_t)u->imm);
+    } else {
+        gen_op_imm(g, v.size, 7, a, v.size == 1 ? (int16_t)u->imm : v.size == 2 ? (int32_t)u->imm : (int64_t)u->imm);
+    }
+}
+void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
+{
+    struct variant v = op_variant(op);
+    bool imm = op_family(op) == FAMILY_fused_ri;
+    unsigned a = gen_reg_of(g, u->r0, true);
+    bool test = v.op >> 4 == FUSE_TEST;
+    gen_op_rr(g, 3, 0x8B, H_RAX, a);
+    if (!imm) {
+        gen_op_rr(g, v.size, test ? 0x23 : 0x2B, H_RAX, gen_reg_of(g, u->r1, true));
+    } else {
+        gen_op_imm(g, v.size, test ? 4 : 5, H_RAX, v.size == 1 ? (int16_t)u->imm : v.size == 2 ? (int32_t)u->imm : (int64_t)u->imm);
+    }
+    if (test) {
+        gen_logic_flags(g, v.size, H_RAX);
+    } else {
+        gen_result_flags(g, v.size, H_RAX);
+        gen_store_carries(g, false);
+    }
+}
+
+/* Both ways out of a block, after the host's jump on `cc`. fused: flags are the comparison's, not stored yet. */
+static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool pending, bool keep_cf, bool fused)
+{
+    struct uop_links *l = LINKS((struct uop *)u);
+    gen_b1(g, 0x0F), gen_b1(g, 0x80 | cc);
+    uint8_t *patch = g->p;
+    gen_b4(g, 0);
+    for (unsigned taken = 0; taken < 2; taken++) {
+        bool dead = fused && gen_flags_dead_at(taken ? l->taken : l->next);
+        if (taken && !g->failed) {
+            uint32_t distance = (uint32_t)(g->p - patch - 4);
+            memcpy(patch, &distance, 4);
+        }
+        if (pending)
+            gen_store_carries(g, keep_cf);
+        if (fused && !dead)
+            emit_compare_flags(g, u, g->ops[g->uop]);
+        gen_go(g, u, taken, dead);
+    }
+    return g->ended = true;
+}
+EMITTER(jcc_rel)
+{
+    unsigned cc = v.op;
+    bool pending = false, keep_cf = g->pending_keep_cf;
+    if (host_condition(g, cc)) {
+        pending = g->pending;
+        gen_write_back(g);
+        g->pending = g->host_flags = false;
+    } else {
+        gen_settle(g);
+        gen_write_back(g);
+        if (!stored_condition(g, v.op, &cc))
+            return false;
+    }
+    return two_ways(g, u, cc, pending, keep_cf, false);
+}
+static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm)
+{
+    if (!ok_reg(u->r0) || (!imm && !ok_reg(u->r1)) || (imm && v.size == 3 && u->imm != (uint64_t)(int64_t)(int32_t)u->imm))
+        return false;
+    gen_settle(g);
+    /* Both paths start from the same registers. */
+    gen_reg_of(g, u->r0, true);
+    if (!imm)
+        gen_reg_of(g, u->r1, true);
+    gen_write_back(g);
+    compare(g, u, v, imm);
+    return two_ways(g, u, v.op & 15, false, false, true);
+}
+EMITTER(fused_rr) { return fused(g, u, v, false); }
+EMITTER(fused_ri) { return fused(g, u, v, true); }

@@ -1,0 +1,55 @@
+"""The software core decodes an instruction only for a guest whose CPUID has it (FEATURE in cpu/soft/ops/table.h).
+
+Interpreted and translated: the program runs its instruction often enough for host code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cpu import _core
+from cpu.contract import CpuidEntry, Registers
+from cpu.exits import Shutdown
+from cpu.system import soft_system
+from tests.support.bare import Bare
+
+pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core")
+
+ROUNDS = 200
+CODE = 0x10000
+
+
+def without(entries: list[CpuidEntry], function: int, register: str, bit: int) -> list[CpuidEntry]:
+    """The table with one bit clear."""
+    return [
+        replace(entry, **{register: getattr(entry, register) & ~(1 << bit)}) if entry.function == function else entry
+        for entry in entries
+    ]
+
+
+def outcome(instruction: str, source: int, cpuid: list[CpuidEntry]) -> tuple[int, int] | None:
+    """(EAX, EFLAGS) after the instruction on EBX; None: it was #UD, of which this machine without an IDT dies."""
+    loop = bytes.fromhex(instruction) + bytes.fromhex("9c5a")  # ...; pushf; pop edx
+    loop += bytes.fromhex("49") + b"\x75" + (-len(loop) - 3).to_bytes(1, "little", signed=True)  # dec ecx; jnz
+    with Bare(soft_system()) as machine:
+        machine.vcpus[0].set_cpuid(cpuid)
+        machine.code(CODE, loop + bytes.fromhex("e6f4"))  # out 0xf4, al
+        registers = machine.vcpus[0].registers()
+        machine.vcpus[0].set_registers(replace(registers, rax=0xDEAD, rbx=source, rcx=ROUNDS))
+        machine.start()
+        machine.run(timeout=30)
+        if machine.ended is None or machine.ended == -1:
+            assert [type(exit) for _, exit in machine.exits] == [Shutdown]
+            return None
+        after: Registers = machine.vcpus[0].registers()
+        assert after.rcx == 0
+        return after.rax, after.rdx & 0x8D5
+
+
+def test_popcnt_is_undefined_without_its_bit() -> None:
+    """SDM 2B POPCNT: "#UD If CPUID.01H:ECX.POPCNT [Bit 23] = 0"."""
+    cpuid = list(soft_system().supported_cpuid())
+    assert outcome("f30fb8c3", 0x8000_0F01, cpuid) == (6, 0)
+    assert outcome("f30fb8c3", 0x8000_0F01, without(cpuid, 1, "ecx", 23)) is None
