@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vmm
-from vmm.state.taking import Progress
+from vmm.state.taking import SnapshotProgress
 
 IMAGE = "debian-work"
 GUEST = Path(__file__).parent / "state_guest"
@@ -145,7 +145,7 @@ async def main(orders: Orders) -> None:
         facts.after = _counters(counts)
         if orders.freeze:
             await vm.exec("sh", "-c", "sync; fsfreeze -f /", timeout=EXEC_SECONDS, check=True)
-        progress = Progress()
+        progress = SnapshotProgress()
         await vm.snapshot(orders.target, base=Path(orders.base) if orders.base else None, progress=progress)
         facts.stood_still_ms = progress.stood_still_ns / 1e6
         facts.received = end.received
