@@ -180,6 +180,24 @@ def resume(name: Name, json: Json = False) -> None:
     change_machine(name, "resume", json=json)
 
 
+def set_(
+    name: Name,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID,LIMIT=N…", help="A disk's limits, as vda,iops=500,bps=20M; 0 takes one away."),
+    ] = None,
+    net: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID,LIMIT=N…", help="A card's limits, as net0,bps-in=1M,pps-out=2000."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Change a machine while it runs."""
+    from cli.setting import set_machine
+
+    set_machine(name, disks=disk or [], nets=net or [], json=json)
+
+
 def snapshot(
     name: Name,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; replaced if it is a snapshot.")],
@@ -294,6 +312,7 @@ def build() -> typer.Typer:
     app.callback()(vmm)
     app.command("run", context_settings={"allow_interspersed_args": True})(_run_command())
     app.command("exec")(exec_)
+    app.command("set")(set_)
     for command in (
         cp, console, ps, stop, kill, pause, resume, snapshot, restore, fork, snapshot_info, doctor, daemon,
     ):  # fmt: skip

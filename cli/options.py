@@ -43,7 +43,7 @@ RUN_OPTIONS = (
     RunOption("--cmdline", "cmdline", "text", "Kernel command line in place of the default.", "TEXT"),
     RunOption("--append", "append", "text", "Added to the kernel command line.", "TEXT"),
     RunOption("--flat", "flat", "text", "Raw code: FILE[,load=ADDRESS][,entry=ADDRESS][,mode=real|…].", "SPEC"),
-    RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,cache=…][,io=…][,queues=N][,…].", "SPEC"),
+    RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,cache=…][,iops=N][,bps=SIZE][,…].", "SPEC"),
     RunOption("--net", "nets", "list", "none, user, tap=NAME, unix=PATH[,optional][,mac=…][,pcap=…][,…].", "SPEC"),
     RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),

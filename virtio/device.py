@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from virtio.errors import GuestError, HostError, StateError
-from virtio.protocols import Interrupts
+from virtio.limits import LoopClock
+from virtio.protocols import DeviceClock, Interrupts
 from virtio.queue import Queue
 from virtio.state import NoState
 
@@ -58,6 +59,8 @@ class Device:
         self.synchronous = False
         """Requests are answered before the driver runs on, however long that takes: for a guest whose time stands still
         meanwhile, and whose run is to depend on nothing else. Set before the device is active."""
+        self.clock: DeviceClock = LoopClock()
+        """The time by which a device does what it does later. Set before the device is active."""
         self._paused = False
         self._halted = False
         self._progress = asyncio.Event()

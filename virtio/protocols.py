@@ -9,6 +9,23 @@ RandomSource = Callable[[int], bytes]
 """random(n) -> n bytes. The only source of chance a device may use."""
 
 
+class DeviceTimer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """It does not come. Idempotent."""
+
+
+class DeviceClock(Protocol):
+    """The machine's time."""
+
+    def now_ns(self) -> int:
+        """ns since some moment."""
+
+    def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> DeviceTimer:
+        """Call once when the clock has come to `deadline_ns`."""
+
+
 class DmaMemory(Protocol):
     """Guest RAM as devices see it."""
 

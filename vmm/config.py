@@ -18,6 +18,7 @@ from vmm.convert import (
     MIB,
     TIB,
     Checked,
+    Converter,
     format_size,
     from_mapping,
     optional,
@@ -56,6 +57,27 @@ EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
 ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
+
+
+MAX_RATE = TIB
+"""Operations or bytes a second, and in a burst (virtio.limits.RATE_MAX)."""
+
+
+def _limits(*names: str) -> dict[str, Converter]:
+    """Converters of what may be limited a second, and of its bursts: bytes are sizes."""
+    convert = to_size(0, MAX_RATE) if names[0].startswith("bps") else to_integer(0, MAX_RATE)
+    return dict.fromkeys([*names, *(f"{name}_burst" for name in names)], convert)
+
+
+def _check_bursts(part: Checked) -> None:
+    for name in limit_names(type(part)):
+        if name.endswith("_burst") and getattr(part, name) and not getattr(part, name.removesuffix("_burst")):
+            raise ConfigError(f"{part._where}.{name}: a burst needs its limit; give {name.removesuffix('_burst')} too")
+
+
+def limit_names(kind: type[Checked]) -> list[str]:
+    """The fields of a Disk or Net that limit it, which may be changed while the machine runs."""
+    return [name for name in kind._converters if name.startswith(("iops", "bps", "pps"))]
 
 
 class FlatImage(Checked):
@@ -113,6 +135,31 @@ class Disk(Checked):
     packed: bool = False
     """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
+    iops: int = 0
+    """Requests a second, reads and writes together; 0: no limit."""
+    iops_read: int = 0
+    """Reads a second."""
+    iops_write: int = 0
+    """Writes, flushes and discards a second."""
+    bps: int = 0
+    """Bytes a second, read and written together; 0: no limit."""
+    bps_read: int = 0
+    """Bytes read a second."""
+    bps_write: int = 0
+    """Bytes written a second."""
+    iops_burst: int = 0
+    """What iops lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    iops_read_burst: int = 0
+    """What iops_read lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    iops_write_burst: int = 0
+    """What iops_write lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    bps_burst: int = 0
+    """What bps lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    bps_read_burst: int = 0
+    """What bps_read lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    bps_write_burst: int = 0
+    """What bps_write lets pass at once after a pause; 0: a twentieth of a second's worth."""
+
     _where = "disk"
     _converters = {
         "path": to_path,
@@ -127,16 +174,20 @@ class Disk(Checked):
         "io": to_choice(Literal["auto", "io_uring", "threads"]),
         "queues": to_integer(1, 16),
         "packed": to_boolean,
+        **_limits("iops", "iops_read", "iops_write"),
+        **_limits("bps", "bps_read", "bps_write"),
     }
 
     def _check(self) -> None:
+        _check_bursts(self)
         if self.snapshot and self.readonly:
             raise ConfigError("disk: ro and snapshot exclude each other; give one of them")
 
     @classmethod
     def parse(cls, text: str) -> Disk:
         """FILE[,ro][,snapshot][,id=NAME][,cache=writeback|writethrough|none][,format=raw|qcow2][,backing=dir|any|none]
-        [,data=FILE][,transport=pci|mmio][,io=auto|io_uring|threads][,queues=N][,packed]"""
+        [,data=FILE][,transport=pci|mmio][,io=auto|io_uring|threads][,queues=N][,packed]
+        [,iops[-read|-write][-burst]=N][,bps[-read|-write][-burst]=SIZE]"""
         flags = {
             "ro": ("readonly", True),
             "rw": ("readonly", False),
@@ -171,6 +222,23 @@ class Net(Checked):
     packed: bool = False
     """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
+    pps_in: int = 0
+    """Frames a second that the guest receives; 0: no limit."""
+    pps_out: int = 0
+    """Frames a second that the guest sends."""
+    bps_in: int = 0
+    """Bytes (not bits) a second that the guest receives; 0: no limit."""
+    bps_out: int = 0
+    """Bytes a second that the guest sends."""
+    pps_in_burst: int = 0
+    """What pps_in lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    pps_out_burst: int = 0
+    """What pps_out lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    bps_in_burst: int = 0
+    """What bps_in lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    bps_out_burst: int = 0
+    """What bps_out lets pass at once after a pause; 0: a twentieth of a second's worth."""
+
     _where = "net"
     _converters = {
         "kind": to_choice(NetKind),
@@ -183,9 +251,12 @@ class Net(Checked):
         "forward": to_forwards,
         "required": to_boolean,
         "packed": to_boolean,
+        **_limits("pps_in", "pps_out"),
+        **_limits("bps_in", "bps_out"),
     }
 
     def _check(self) -> None:
+        _check_bursts(self)
         if self.kind == "user" and self.target:
             raise ConfigError("net: user networking takes no target")
         if self.kind != "user" and not self.target:
@@ -200,7 +271,7 @@ class Net(Checked):
     @classmethod
     def parse(cls, text: str) -> Net:
         """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
-        [,forward=HOSTPORT:GUESTPORT+…][,packed]"""
+        [,forward=HOSTPORT:GUESTPORT+…][,packed][,pps-in|pps-out[-burst]=N][,bps-in|bps-out[-burst]=SIZE]"""
         first, values = split("net", text, {"optional": ("required", False), "packed": ("packed", True)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:

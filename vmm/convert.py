@@ -213,7 +213,7 @@ def from_mapping(kind: type[T], where: str, values: Mapping[str, Any]) -> T:
 
 
 def split(where: str, text: str, flags: Mapping[str, tuple[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """'first,flag,key=value' -> ('first', {...}); `flags` maps a bare word to (key, value)."""
+    """'first,flag,key=value' -> ('first', {...}); `flags` maps a bare word to (key, value). - in keys is _."""
     first, *rest = text.split(",")
     values: dict[str, Any] = {}
     for item in rest:
@@ -222,7 +222,7 @@ def split(where: str, text: str, flags: Mapping[str, tuple[str, Any]]) -> tuple[
             key, content = flags[item]
             values[key] = content
         elif equals:
-            values[key] = value
+            values[key.replace("-", "_")] = value
         else:
             raise ConfigError(f"{where}: {item!r} in {text!r} is not understood; write key=value")
     return first, values

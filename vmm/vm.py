@@ -34,6 +34,7 @@ from vmm.timeline import Timeline
 if TYPE_CHECKING:
     from virtio.device import Device
     from virtio.devices.blk import BlockDevice
+    from virtio.devices.net import NetDevice
     from vmm.guest.agent import Agent
     from vmm.guest.frames import Text
     from vmm.guest.process import ExecResult, GuestProcess
@@ -389,6 +390,19 @@ class VirtualMachine:
         from virtio.devices.blk import BlockDevice
 
         return {name: device for name, device in self.virtio_devices().items() if isinstance(device, BlockDevice)}
+
+    def nets(self) -> dict[str, NetDevice]:
+        """Its virtio network cards by name."""
+        from virtio.devices.net import NetDevice
+
+        return {name: device for name, device in self.virtio_devices().items() if isinstance(device, NetDevice)}
+
+    async def set(self, **values: Any) -> None:
+        """Change the machine while it runs: vmm.changes.change. Raises ConfigError, StateError, GuestError."""
+        from vmm.changes import change
+
+        self._live()
+        await change(self, **values)
 
     def save_console(self) -> dict[str, Any]:
         """The console's ring, encoded."""

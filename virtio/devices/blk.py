@@ -10,9 +10,9 @@ import asyncio
 import enum
 import select
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from virtio import _ring
 from virtio.backends.block import CHUNK, BlockBackend
@@ -20,6 +20,7 @@ from virtio.constants import DeviceId
 from virtio.device import Activation, Device
 from virtio.errors import ConfigError, GuestError, HostError, StateError
 from virtio.layouts import BlkConfig, BlkHeader, BlkZeroes, fast, fields
+from virtio.limits import DISK, READ, WRITE, Alarm, Buckets, Gate, LimitState
 from virtio.protocols import Chain, Ring
 from virtio.queue import TURN, Queue
 from virtio.state import U64
@@ -50,11 +51,11 @@ ZEROES_SEGMENTS = 32
 SEGMENTS_MAX = 1024
 REQUESTS_MAX = 64
 """Requests to a BlockBackend that run at a time. Those of a driver that has reset the device since are among them, for
-a backend may take its time to end what is cancelled."""
+a backend may take its time to end what is cancelled; those that wait for tokens are not."""
 TURN_BYTES = 512 << 10
 """Bytes that all requests to a BlockBackend move in one turn of the loop, or little more."""
 BLOCK_SIZES = (512, 1024, 2048, 4096)
-_MORE, _SIGNAL = 1, 2
+_MORE, _SIGNAL, _GATED = 1, 2, 4
 COUNTERS = ("reads", "bytes_read", "writes", "bytes_written", "flushes", "failures")
 _header = fast(BlkHeader)
 _zeroes = fast(BlkZeroes)
@@ -62,13 +63,30 @@ _WRITEBACK_AT = fields(BlkConfig)["writeback"][0]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockState:
-    """A disk: the cache mode that the driver chose, and its size in bytes."""
+class BlockStateV1:
+    """A disk that has no limits of its own."""
 
     kind: ClassVar = "virtio-blk"
     version: ClassVar = 1
     writeback: bool
     capacity: U64
+
+
+@dataclass(frozen=True, slots=True)
+class BlockState:
+    """A disk: the cache mode that the driver chose, its size in bytes, and its limits in the order of limits.DISK."""
+
+    kind: ClassVar = "virtio-blk"
+    version: ClassVar = 2
+    previous: ClassVar = BlockStateV1
+    writeback: bool
+    capacity: U64
+    limits: Annotated[tuple[LimitState, ...], range(len(DISK), len(DISK) + 1)] | None
+    """None: those of the configuration."""
+
+    @classmethod
+    def upgrade(cls, old: BlockStateV1) -> Self:
+        return cls(old.writeback, old.capacity, None)
 
 
 class BlockDevice(Device):
@@ -101,6 +119,12 @@ class BlockDevice(Device):
         self.writeback = self._writeback_default
         make: Callable[[bytes], _ring.BlockEngine] | None = getattr(backend, "engine", None)
         self._engine = make(self.serial) if make else None
+        self.limits = Buckets(DISK)
+        self._gate = Gate(self.limits, lambda: self.clock)
+        """Of coroutines; the engine has one of its own."""
+        self._alarm = Alarm(lambda: self.clock, self._tokens_due)
+        if self._engine is not None:
+            self._engine.limit(self.limits.native)
         self._reader: asyncio.AbstractEventLoop | None = None
         self._held = False
         """The backend is being changed; requests wait in their queues."""
@@ -109,6 +133,12 @@ class BlockDevice(Device):
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         """Requests that wait for a turn, with the bytes that they will move."""
         self._counted = dict.fromkeys(COUNTERS, 0)
+
+    def set_limits(self, values: Mapping[str, int]) -> None:
+        """Change what it may do a second, at any time: limits.Buckets.set. ConfigError."""
+        self.limits.set(values)
+        self._gate.run()
+        self._tokens_due()
 
     def _checked_capacity(self) -> int:
         """The backend's, in bytes, and its block size is one. ConfigError."""
@@ -209,6 +239,8 @@ class BlockDevice(Device):
 
     def stopped(self) -> bool:
         self.writeback = self._writeback_default
+        self._alarm.cancel()
+        self._gate.close()
         if self._engine is None:
             return True
         if self._reader is not None:
@@ -237,12 +269,28 @@ class BlockDevice(Device):
         await self.backend.aclose()
 
     def save_device(self) -> BlockState:
-        return BlockState(self.writeback, self.capacity)
+        return BlockState(self.writeback, self.capacity, self.limits.save())
 
     def restore_device(self, state: BlockState) -> None:
         if state.capacity != self.capacity:
             raise StateError(f"the disk has {self.capacity} bytes, the state expects {state.capacity}")
         self.writeback = state.writeback
+        if state.limits is not None:
+            self.limits.restore(state.limits)
+
+    async def quiesce(self) -> None:
+        """Device.quiesce. What waits for tokens does not wait any more: they are owed."""
+        self.pause()
+        self._gate.open = True
+        try:
+            self._open_gates()
+            await super().quiesce()
+        finally:
+            self._gate.open = False
+
+    def _open_gates(self) -> None:
+        self._gate.run()
+        self._tokens_due()
 
     async def exchange(self, change: Callable[[], Awaitable[None]]) -> None:
         """Hold the driver's requests, let `change` do to the backend what it likes, and go on with what it is then.
@@ -252,8 +300,9 @@ class BlockDevice(Device):
         """
         if self._held:
             raise StateError("another change of this disk is under way")
-        self._held = True
+        self._held = self._gate.open = True
         try:
+            self._open_gates()
             while self._active is not None and any(queue.in_flight for queue in self._active.queues):
                 for queue in self._active.queues:
                     queue.on_push = self._progress.set
@@ -270,7 +319,7 @@ class BlockDevice(Device):
                 if self.backend.capacity != self.capacity:
                     self.resized()
         finally:
-            self._held = False
+            self._held = self._gate.open = False
             for queue in self._active.queues if self._active is not None else ():
                 queue.on_push = None
                 if queue.enabled and not self.paused:
@@ -289,36 +338,62 @@ class BlockDevice(Device):
             self._drain(queue, ring)
             return
         flags = self._engine.drain(ring)
-        if self.synchronous:
-            flags = self._finish(queue, ring, flags)
+        while self.synchronous and flags & _MORE:
+            self._finish()
+            flags = self._engine.drain(ring) | flags & _SIGNAL
         if flags & _SIGNAL:
             self.active.interrupts.signal_queue(index)
         if flags & _MORE:
             self.next_turn(self.queue_notified, index)
+        if flags & _GATED:
+            self._pass_gate()
+        elif self.synchronous:
+            self._finish()
 
-    def _finish(self, queue: Queue, ring: _ring.Ring, flags: int) -> int:
-        """Wait, here and now, until every available request is answered; what is left of `flags`."""
+    def _finish(self) -> None:
+        """Wait, here and now, until every request is answered that does not wait for tokens."""
         assert self._engine is not None
-        while queue.in_flight or flags & _MORE:
-            if queue.in_flight:
-                select.select(self._engine.descriptors(), (), ())
-                self._reap()
-            if flags & _MORE:
-                flags = self._engine.drain(ring) | flags & _SIGNAL
-        return flags
+        while self._engine.in_flight > self._engine.waiting:
+            select.select(self._engine.descriptors(), (), ())
+            self._reap()
+
+    def _tokens_due(self) -> None:
+        if self.is_active and self._engine is not None:
+            self.guarded(self._pass_gate)
+
+    def _pass_gate(self) -> None:
+        """Go on with requests that waited for tokens, as far as there are some, and see to the others when it is time.
+        While the device is to become quiet none waits."""
+        assert self._engine is not None
+        if self.is_due(self._pass_gate):
+            return
+        rings, wait = self._engine.release(self.clock.now_ns(), self.paused or self._held)
+        if self.synchronous:
+            self._finish()
+        self._signal(rings)
+        self.progressed()
+        if wait > 0:
+            self._alarm.arm(wait)
+            return
+        self._alarm.cancel()
+        if not wait:
+            self.next_turn(self._pass_gate)
 
     def _reap(self) -> None:
         if self._engine is None:
             return
-        rings: list[Any] = self._engine.reap()
-        for queue in self.active.queues:
+        self._signal(self._engine.reap())
+        self.progressed()
+
+    def _signal(self, rings: list[Any]) -> None:
+        """Tell the driver of the queues whose rings these are."""
+        for queue in self.active.queues if rings else ():
             if any(map(queue.uses, rings)):
                 self.active.interrupts.signal_queue(queue.index)
-        self.progressed()
 
     def _drain(self, queue: Queue, ring: Ring) -> None:
         ring.disable_notification()
-        room = min(REQUESTS_MAX - len(self._tasks), TURN)
+        room = min(REQUESTS_MAX - len(self._tasks) + self._gate.waiting, TURN)
         if room <= 0:
             self._crowded = True
             return
@@ -339,7 +414,7 @@ class BlockDevice(Device):
 
     async def _request(self, queue: Queue, chain: Chain) -> None:
         try:
-            status = await self._answer(chain)
+            status = await self._answer(queue.index, chain)
         except (OSError, HostError) as error:
             self._trusted.warn(error)
             status = IOERR
@@ -384,7 +459,7 @@ class BlockDevice(Device):
         elif kind == FLUSH:
             counted["flushes"] += 1
 
-    async def _answer(self, chain: Chain) -> int:
+    async def _answer(self, queue: int, chain: Chain) -> int:
         kind, _, sector = _header.unpack(chain.read(_header.size))
         space, payload = chain.writable_length - 1, chain.readable_length - _header.size
         sectors = self.capacity // SECTOR
@@ -396,6 +471,7 @@ class BlockDevice(Device):
                 return IOERR
             if not length or length % SECTOR or sector + length // SECTOR > sectors:
                 return IOERR
+            await self._gate.admit(queue, READ if kind == IN else WRITE, length)
             for at in range(0, length, CHUNK):
                 part = min(CHUNK, length - at)
                 await self._turn(part)
@@ -409,6 +485,7 @@ class BlockDevice(Device):
                 await self._trusted.call(self.backend.flush)
             return OK
         if kind == FLUSH:
+            await self._gate.admit(queue, WRITE, 0)
             await self._trusted.call(self.backend.flush)
             return OK
         if kind == GET_ID:
@@ -417,10 +494,10 @@ class BlockDevice(Device):
             chain.write(self.serial.ljust(ID_BYTES, b"\0"), 0)
             return OK
         if kind in (DISCARD, WRITE_ZEROES):
-            return await self._zeroes(kind, chain, payload, sectors)
+            return await self._zeroes(queue, kind, chain, payload, sectors)
         return UNSUPP  # 5.2.6: "UNSUPP for a request unsupported by device"
 
-    async def _zeroes(self, kind: int, chain: Chain, payload: int, sectors: int) -> int:
+    async def _zeroes(self, queue: int, kind: int, chain: Chain, payload: int, sectors: int) -> int:
         feature = BlockFeature.DISCARD if kind == DISCARD else BlockFeature.WRITE_ZEROES
         if not self.active.features & feature:
             return UNSUPP
@@ -437,6 +514,7 @@ class BlockDevice(Device):
                 return UNSUPP
             if count > ZEROES_SECTORS or sector + count > sectors:
                 return IOERR
+        await self._gate.admit(queue, WRITE, 0)
         for sector, count, flags in entries:
             end = (sector + count) * SECTOR
             for at in range(sector * SECTOR, end, CHUNK):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from virtio import _ring
 from virtio.backends.net import FRAME_MAX, NetBackend
@@ -19,6 +19,7 @@ from virtio.constants import DeviceId
 from virtio.device import Activation, Device
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
+from virtio.limits import CARD, Flow, LimitState
 from virtio.protocols import Chain, RandomSource
 from virtio.queue import TURN, TURN_BYTES, Queue
 from virtio.state import U16
@@ -65,7 +66,7 @@ _control = fast(NetControl)
 _CTRL_MAC, _CTRL_MAC_ADDR_SET = 1, 1
 _CTRL_MQ, _CTRL_MQ_PAIRS_SET = 4, 0
 _OK, _ERR = b"\0", b"\1"
-_MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED = 1, 2, 4, 8, 16
+_MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED, _LIMITED = 1, 2, 4, 8, 16, 32
 MERGE_MAX = 64
 """Buffers that one packet is spread over at most."""
 
@@ -118,14 +119,37 @@ def parse_mac(text: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class NetState:
-    """A network card: its address, whether its cable is in, the queue pairs that the driver uses."""
+class NetStateV1:
+    """A network card that has no limits of its own."""
 
     kind: ClassVar = "virtio-net"
     version: ClassVar = 1
     mac: Annotated[bytes, range(6, 7)]
     link: bool
     pairs: U16
+
+
+Limits = Annotated[tuple[LimitState, ...], range(len(CARD), len(CARD) + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class NetState:
+    """A network card: its address, whether its cable is in, the queue pairs that the driver uses, and the limits of
+    frames that come in and go out, in the order of limits.CARD."""
+
+    kind: ClassVar = "virtio-net"
+    version: ClassVar = 2
+    previous: ClassVar = NetStateV1
+    mac: Annotated[bytes, range(6, 7)]
+    link: bool
+    pairs: U16
+    limits_in: Limits | None
+    """None: those of the configuration."""
+    limits_out: Limits | None
+
+    @classmethod
+    def upgrade(cls, old: NetStateV1) -> Self:
+        return cls(old.mac, old.link, old.pairs, None, None)
 
 
 class NetDevice(Device):
@@ -158,6 +182,12 @@ class NetDevice(Device):
         self.device_features = int(features) | backend.offloads
         self.queue_sizes = (queue_size, queue_size) * self.pairs_max + (64,)
         self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
+        self._flows = {
+            "in": Flow(lambda: self.clock, lambda channel: self.guarded(self._receive, channel)),
+            "out": Flow(lambda: self.clock, lambda pair: self.guarded(self._transmit, pair)),
+        }
+        for engine in self._engines:
+            engine.limit(self._flows["out"].buckets.native, self._flows["in"].buckets.native)
         self._native = False
         """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
         self._counted = dict.fromkeys(COUNTERS, 0)
@@ -188,6 +218,31 @@ class NetDevice(Device):
         self.config_changed()
         if self.is_active and self._native:
             self._kick()
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What is limited, as `set_limits` takes it."""
+        return {
+            key.replace("ps", f"ps_{way}"): value
+            for way, flow in self._flows.items()
+            for key, value in flow.buckets.as_dict().items()
+        }
+
+    def set_limits(self, values: Mapping[str, int]) -> None:
+        """Change what it may move a second, at any time: frames by pps_in and pps_out, bytes of them by bps_in and
+        bps_out, the same with _burst behind; in is what the guest receives. limits.Buckets.set. ConfigError."""
+        ways: dict[str, dict[str, int]] = {way: {} for way in self._flows}
+        for key, value in values.items():
+            kind, _, way = key.removesuffix("_burst").partition("_")
+            if way not in ways or kind not in CARD:
+                known = ", ".join(f"{kind}_{way}" for kind in CARD for way in ways)
+                raise ConfigError(f"{key}: no limit is called so; known are {known}, each with _burst")
+            ways[way][f"{kind}_burst" if key.endswith("_burst") else kind] = value
+        for way, flow in self._flows.items():
+            flow.buckets.check(ways[way])
+        for way, flow in self._flows.items():
+            flow.buckets.set(ways[way])
+            flow.go_on()
 
     @property
     def frames(self) -> list[tuple[int, int]]:
@@ -241,6 +296,8 @@ class NetDevice(Device):
 
     def stopped(self) -> bool:
         self._unregister()
+        for flow in self._flows.values():
+            flow.close()
         self.mac = self._mac_default
         self.pairs = 1
         return True
@@ -266,12 +323,24 @@ class NetDevice(Device):
         self.config_changed()
 
     def save_device(self) -> NetState:
-        return NetState(self.mac, self.link, self.pairs)
+        limits = (flow.buckets.save() for flow in self._flows.values())
+        return NetState(self.mac, self.link, self.pairs, *limits)
 
     def restore_device(self, state: NetState) -> None:
         if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
             raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
         self.mac, self.link, self.pairs = state.mac, state.link, state.pairs
+        for flow, limits in zip(self._flows.values(), (state.limits_in, state.limits_out), strict=True):
+            if limits is not None:
+                flow.buckets.restore(limits)
+
+    async def quiesce(self) -> None:
+        """Device.quiesce. A frame that was taken does not wait for tokens any more: they are owed."""
+        self._flows["out"].set_open(True)
+        try:
+            await super().quiesce()
+        finally:
+            self._flows["out"].set_open(False)
 
     def _set_pairs(self, pairs: int) -> None:
         self.pairs = pairs
@@ -321,7 +390,13 @@ class NetDevice(Device):
         if not self.link:
             self._discard(queue, pair)
             return
-        flags = self._engines[pair].transmit(queue.ring)  # type: ignore[arg-type]
+        flow, engine = self._flows["out"], self._engines[pair]
+        if flow.must_wait(pair):
+            return
+        before = engine.sent
+        flags = engine.transmit(queue.ring, flow.share, flow.now_ns())  # type: ignore[arg-type]
+        if flags & _LIMITED:
+            flow.wait(pair, engine.wait, engine.sent != before)
         self._after(queue, flags, self._transmit, pair)
         self._watch(pair, self._writing, bool(flags & _BLOCKED) and not flags & _CLOSED, self._transmit)
 
@@ -331,10 +406,17 @@ class NetDevice(Device):
         if self.paused or not queue.enabled or not self.link:
             self._watch(channel, self._reading, False, self._receive)
             return
-        flags = self._engines[channel].receive(queue.ring)  # type: ignore[arg-type]
-        self._after(queue, flags & ~_MORE, self._receive, channel)
-        # while the guest has no buffers the frames stay in the socket; with MORE the descriptor is readable again
-        self._watch(channel, self._reading, not flags & (_STARVED | _CLOSED), self._receive)
+        flow, engine = self._flows["in"], self._engines[channel]
+        if flow.must_wait(channel):
+            self._watch(channel, self._reading, False, self._receive)
+            return
+        before = engine.received
+        flags = engine.receive(queue.ring, flow.share, flow.now_ns())  # type: ignore[arg-type]
+        if flags & _LIMITED:
+            flow.wait(channel, engine.wait, engine.received != before)
+        self._after(queue, flags, self._receive, channel)
+        # while the guest has no buffers, or there are no tokens, the frames stay in the socket
+        self._watch(channel, self._reading, not flags & (_STARVED | _CLOSED | _LIMITED), self._receive)
 
     def _after(self, queue: Queue, flags: int, call: Callable[[int], None], pair: int) -> None:
         if flags & _SIGNAL:
@@ -359,6 +441,9 @@ class NetDevice(Device):
         async for chain in queue:
             header = chain.read(HEADER)
             frame = chain.read(FRAME_MAX, HEADER) if chain.readable_length - HEADER <= FRAME_MAX else b""
+            if frame and self.link:
+                await self._flows["out"].admit(len(frame))
+                self._flows["out"].charge(len(frame))
             queue.complete(chain, 0)
             if frame and self.link:
                 send = self.backend.send_offloaded
@@ -390,6 +475,7 @@ class NetDevice(Device):
             if frames >= TURN or moved >= TURN_BYTES:
                 frames = moved = 0
                 await asyncio.sleep(0)  # a peer that always has a frame must not keep the loop
+            await self._flows["in"].admit(1)
             while queue.paused:  # a frame that is taken now would be lost if the machine moves
                 queue.want_more()
                 await queue.wait()
@@ -435,6 +521,7 @@ class NetDevice(Device):
         queue.push_batch([(chain, chain.written) for chain in chains])
         queue.notify()
         self._count("received", frame)
+        self._flows["in"].charge(len(frame))
         return True
 
     # Control virtqueue (5.1.6.5)

@@ -6,13 +6,14 @@
  * Benchmark: tests/bench/bench_virtio.py.
  */
 #include "blk.h"
+#include "blk_gate.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    MORE = 1, SIGNAL = 2
+    MORE = 1, SIGNAL = 2, GATED = 4
 };
 
 /* What is counted of requests. */
@@ -26,6 +27,7 @@ typedef struct {
     ImageObject *image;
     struct pool pool;
     struct blk_uring uring; /* not open: everything goes to the threads */
+    struct gate gate;       /* of what is limited */
     uint32_t in_flight;     /* requests between pop and push */
     bool closed;
     uint64_t requests[COUNTERS], bytes[COUNTERS]; /* returned to the driver so far */
@@ -83,8 +85,24 @@ static bool merge(struct request *job, struct request *request)
     return true;
 }
 
+/* The ring is among those with used buffers. 0, or -1 with an exception. */
+static int remember_ring(PyObject *rings, RingObject *ring)
+{
+    int known = ring->closed ? 1 : PySequence_Contains(rings, (PyObject *)ring);
+    return known < 0 || (!known && PyList_Append(rings, (PyObject *)ring)) ? -1 : 0;
+}
+
+/* job_return(); with `rings`, the job's are remembered there. */
+static int job_finish(BlockObject *self, struct request *job, PyObject *rings)
+{
+    int failed = 0;
+    for (const struct request *part = rings ? job : NULL; part; part = part->merged)
+        failed |= remember_ring(rings, part->ring);
+    return job_return(self, job) | failed;
+}
+
 /* Begin what may block. Returns 0, or -1 with an exception. */
-static int begin(BlockObject *self, struct jobs *jobs)
+static int begin(BlockObject *self, struct jobs *jobs, PyObject *rings)
 {
     struct jobs threads = {0};
     int failed = 0;
@@ -95,7 +113,7 @@ static int begin(BlockObject *self, struct jobs *jobs)
     if (threads.count && !pool_submit(&self->pool, &threads)) {
         for (struct request *job; (job = jobs_take(&threads));) {
             blk_run(&self->disk, job);
-            failed |= job_return(self, job);
+            failed |= job_finish(self, job, rings);
         }
     }
     return failed;
@@ -120,10 +138,54 @@ static struct request *request_new(RingObject *ring, const struct chain *chain)
     return request;
 }
 
+/* A request that may pass joins the job before it, or is one of its own. */
+static void add_request(struct jobs *jobs, struct request *request)
+{
+    if (merge(jobs->last, request))
+        return;
+    request->last = request;
+    request->job_length = request->length;
+    request->job_iovs = request->iovs;
+    jobs_add(jobs, request);
+}
+
+/* Add what may pass the gate to `jobs`, as much as belongs into a turn of the loop. Whether more might pass. */
+static bool pass_gate(BlockObject *self, struct jobs *jobs, int64_t now, bool open)
+{
+    uint64_t bytes = 0;
+    for (int taken = 0; self->gate.waiting; taken++) {
+        if (taken >= TURN_REQUESTS || bytes >= TURN_BYTES)
+            return true;
+        struct request *request = gate_take(&self->gate, now, open);
+        if (!request)
+            return false;
+        bytes += request->length;
+        add_request(jobs, request);
+    }
+    return false;
+}
+
+/* Do in this turn what needs no waiting, begin the rest. With `rings`, those of what is done are added. 0, or -1 with an
+ * exception. */
+static int execute(BlockObject *self, struct jobs *jobs, PyObject *rings)
+{
+    struct jobs later = {0};
+    int failed = 0;
+    for (struct request *job; (job = jobs_take(jobs));) {
+        if (blk_try_now(&self->disk, job))
+            failed |= job_finish(self, job, rings);
+        else
+            jobs_add(&later, job);
+    }
+    if (later.count)
+        failed |= begin(self, &later, rings);
+    return failed;
+}
+
 static PyObject *block_drain(BlockObject *self, PyObject *args)
 {
     RingObject *ring;
-    int limit = 128;
+    int limit = TURN_REQUESTS;
     if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, &limit))
         return NULL;
     if (ring->closed || self->closed) {
@@ -133,7 +195,7 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
     struct jobs jobs = {0};
     uint64_t bytes = 0;
     int taken = 0, failed = 0, flags = 0;
-    bool malformed = false;
+    bool malformed = false, gated = gate_closed(&self->gate);
     ring_disable_notification(&ring->ring);
     for (;;) {
         if (taken >= limit || bytes >= TURN_BYTES) {
@@ -171,29 +233,64 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
             continue;
         }
         bytes += request->length;
-        if (merge(jobs.last, request))
-            continue;
-        request->last = request;
-        request->job_length = request->length;
-        request->job_iovs = request->iovs;
-        jobs_add(&jobs, request);
+        if (!gated) {
+            add_request(&jobs, request);
+        } else if (!gate_add(&self->gate, request)) {
+            job_free(self, request);
+            PyErr_NoMemory();
+            failed = 1;
+            break;
+        }
     }
-    struct jobs later = {0};
-    for (struct request *job; (job = jobs_take(&jobs));) {
-        if (blk_try_now(&self->disk, job))
-            failed |= job_return(self, job);
-        else
-            jobs_add(&later, job);
-    }
-    if (later.count)
-        failed |= begin(self, &later);
+    failed |= execute(self, &jobs, NULL);
     if (failed || ring_notify_area(ring))
         return NULL;
     if (malformed)
         return ring_raise(ring);
     if (ring_needs_notification(&ring->ring))
         flags |= SIGNAL;
+    if (self->gate.waiting)
+        flags |= GATED;
     return PyLong_FromLong(flags);
+}
+
+/* Of `rings`, which is given up, those whose drivers want a notification; NULL with an exception. */
+static PyObject *to_notify(PyObject *rings)
+{
+    for (Py_ssize_t i = PyList_GET_SIZE(rings) - 1; i >= 0; i--) {
+        RingObject *ring = (RingObject *)PyList_GET_ITEM(rings, i);
+        if (ring_notify_area(ring) ||
+            (!ring_needs_notification(&ring->ring) && PyList_SetSlice(rings, i, i + 1, NULL))) {
+            Py_DECREF(rings);
+            return NULL;
+        }
+    }
+    return rings;
+}
+
+static PyObject *block_release(BlockObject *self, PyObject *args)
+{
+    long long now;
+    int open = 0;
+    if (!PyArg_ParseTuple(args, "L|p", &now, &open))
+        return NULL;
+    PyObject *rings = PyList_New(0);
+    if (!rings)
+        return NULL;
+    struct jobs jobs = {0};
+    bool more = pass_gate(self, &jobs, now, open);
+    if (execute(self, &jobs, rings)) {
+        Py_DECREF(rings);
+        return NULL;
+    }
+    rings = to_notify(rings);
+    int64_t wait = more ? 0 : gate_wait(&self->gate, now);
+    return rings ? Py_BuildValue("(NL)", rings, (long long)wait) : NULL;
+}
+
+static PyObject *block_limit(BlockObject *self, PyObject *limits)
+{
+    return limits_replace(&self->gate.limits, limits) ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
@@ -209,28 +306,11 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
             jobs_join(&done, &elsewhere);
         }
     }
-    for (struct request *job; (job = jobs_take(&done));) {
-        RingObject *ring = (RingObject *)Py_NewRef((PyObject *)job->ring);
-        failed |= !!job_return(self, job);
-        int known = failed || ring->closed ? 1 : PySequence_Contains(rings, (PyObject *)ring);
-        if (known < 0 || (!known && PyList_Append(rings, (PyObject *)ring)))
-            failed = true;
-        Py_DECREF(ring);
-    }
-    for (Py_ssize_t i = failed ? -1 : PyList_GET_SIZE(rings) - 1; i >= 0; i--) {
-        RingObject *ring = (RingObject *)PyList_GET_ITEM(rings, i);
-        if (ring_notify_area(ring)) {
-            failed = true;
-            break;
-        }
-        if (!ring_needs_notification(&ring->ring) && PyList_SetSlice(rings, i, i + 1, NULL)) {
-            failed = true;
-            break;
-        }
-    }
+    for (struct request *job; (job = jobs_take(&done));)
+        failed |= !!job_finish(self, job, failed ? NULL : rings);
     if (failed)
         Py_CLEAR(rings);
-    return rings;
+    return rings ? to_notify(rings) : NULL;
 }
 
 /* Drop every request that is not with the kernel, ask it to end the others. Whether none is left; waits for none. */
@@ -239,6 +319,7 @@ static bool cancel(BlockObject *self)
     struct jobs dropped = {0};
     bool idle;
     blk_abandon(&self->disk, true);
+    gate_empty(&self->gate, &dropped);
     Py_BEGIN_ALLOW_THREADS
     idle = blk_uring_cancel(&self->uring, 0, &dropped);
     idle &= pool_cancel(&self->pool, &dropped);
@@ -278,6 +359,7 @@ static void block_dealloc(BlockObject *self)
     Py_XDECREF(block_close(self, NULL));
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
+    Py_XDECREF(self->gate.limits);
     Py_XDECREF(self->image);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
@@ -374,6 +456,11 @@ static PyObject *block_in_flight(BlockObject *self, void *Py_UNUSED(unused))
     return PyLong_FromUnsignedLong(self->in_flight);
 }
 
+static PyObject *block_waiting(BlockObject *self, void *Py_UNUSED(unused))
+{
+    return PyLong_FromUnsignedLong(self->gate.waiting);
+}
+
 static PyObject *block_engine(BlockObject *self, void *Py_UNUSED(unused))
 {
     return PyUnicode_FromString(self->uring.ring.fd < 0 ? "threads" : "io_uring");
@@ -387,7 +474,12 @@ static PyObject *block_counters(BlockObject *self, void *Py_UNUSED(unused))
 
 static PyMethodDef block_methods[] = {
     {"drain", (PyCFunction)block_drain, METH_VARARGS,
-     "drain(ring, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification."},
+     "drain(ring, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification, 4 requests wait\n"
+     "for tokens (call release)."},
+    {"release", (PyCFunction)block_release, METH_VARARGS,
+     "release(now, open=False) -> (rings that want a notification, ns until the next call, -1: nothing waits). Go on with\n"
+     "what tokens suffice for at `now`, or with `open` with everything: tokens are owed then."},
+    {"limit", (PyCFunction)block_limit, METH_O, "limit(limits): what requests need tokens of, or None."},
     {"reap", (PyCFunction)block_reap, METH_NOARGS, "Return what is completed; rings that want a notification."},
     {"cancel", (PyCFunction)block_cancel, METH_NOARGS,
      "cancel() -> whether nothing touches guest memory any more; drops every request, waits for none."},
@@ -405,6 +497,7 @@ static PyGetSetDef block_getset[] = {
     {"counters", (getter)block_counters, NULL,
      "requests answered so far: (reads, bytes read, writes, bytes written, flushes, failures)", NULL},
     {"in_flight", (getter)block_in_flight, NULL, "requests popped and not returned", NULL},
+    {"waiting", (getter)block_waiting, NULL, "those of them that wait for tokens", NULL},
     {"engine", (getter)block_engine, NULL, "what does the jobs that may block: io_uring or threads", NULL},
     {0},
 };

@@ -1,6 +1,7 @@
 /* The parts of virtio._ring.BlockEngine (virtio 1.2, 5.2.6).
  *
  * blk.c          the Python object: a batch from ring to jobs, and from jobs back to rings
+ * blk_gate.c     requests that wait for tokens
  * blk_request.c  one request: checked, its bytes found, returned to the driver
  * blk_io.c       what one job does to the image, which may block; what the page cache does at once
  * blk_threads.c  jobs on native threads
@@ -29,6 +30,7 @@ enum {
     ZEROES_SECTORS = 0x200000, /* max_discard_sectors, max_write_zeroes_sectors */
     THREADS_MAX = 8,
     IOV_LIMIT = IMAGE_IOVS,
+    TURN_REQUESTS = 128,    /* as many are taken in a turn of the loop, or let through the gate */
     TURN_BYTES = 1 << 20,   /* after so many no more requests are taken in this turn of the loop */
     INLINE_BYTES = 2 << 20, /* what a job that is done in the loop's turn may move at most: two of Linux' largest reads */
     URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */

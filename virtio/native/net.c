@@ -4,6 +4,7 @@
  * 4-byte big-endian length before each frame. A frame stays where it is, in the queue or in the socket, while the other
  * side has no room. virtio/devices/net.py is the same in Python, for backends without a descriptor.
  */
+#include "limits.h"
 #include "module.h"
 
 #include <errno.h>
@@ -19,7 +20,7 @@ enum {
     FRAME_MAX = 65550 + 4, /* an Ethernet frame with VLAN tag around 64 KiB */
     BUFFER = 256 * 1024,
     IOV_LIMIT = 1024, BATCH = 64, MERGE_MAX = 64,
-    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16,
+    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16, LIMITED = 32,
     HDR_F_NEEDS_CSUM = 1, HDR_F_DATA_VALID = 2, GSO_NONE = 0, GSO_TCPV4 = 1, GSO_TCPV6 = 4, GSO_ECN = 0x80, /* 5.1.6 */
     F_GUEST_CSUM = 1 << 1, F_GUEST_TSO4 = 1 << 7, F_GUEST_TSO6 = 1 << 8 /* 5.1.3 */
 };
@@ -43,7 +44,21 @@ typedef struct {
     size_t out_start, out_end;
     uint64_t sent, received, dropped;
     uint64_t sent_bytes, received_bytes; /* of the frames that are counted in sent and received */
+    LimitsObject *transmit_limits, *receive_limits; /* shared with the card's other queues; NULL: none */
+    int64_t wait; /* ns, of the frame that was LIMITED last */
 } NetObject;
+
+/* Whether a frame with so many bytes may pass now. */
+static inline bool may_pass(NetObject *self, LimitsObject *limits, uint64_t bytes, int64_t now)
+{
+    return !limits || !limits->active || !(self->wait = limits_wait(limits, LIMIT_ALL, bytes, now));
+}
+
+static inline void charge(LimitsObject *limits, uint64_t bytes)
+{
+    if (limits)
+        limits_charge(limits, LIMIT_ALL, bytes);
+}
 
 static size_t gather_chain(const struct chain *chain, uint64_t skip, struct iovec *iov, size_t room)
 {
@@ -138,7 +153,7 @@ static void hold_rest(NetObject *self, const struct iovec *iov, size_t count, si
 }
 
 /* One batch of frames as a single gathered write. */
-static int transmit_stream(NetObject *self, RingObject *ring, int limit)
+static int transmit_stream(NetObject *self, RingObject *ring, int limit, int64_t now)
 {
     struct iovec iov[IOV_LIMIT];
     struct pending done[BATCH];
@@ -163,6 +178,11 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit)
         uint64_t length = chain.readable_length - HEADER;
         size_t parts = 0;
         bool fits = chain.readable_length > HEADER && length <= FRAME_MAX;
+        if (fits && !may_pass(self, self->transmit_limits, length, now)) {
+            ring_undo_pop(&ring->ring, &chain);
+            flags |= LIMITED;
+            break;
+        }
         if (fits)
             parts = gather_chain(&chain, HEADER, iov + used + 1, used + 1 < IOV_LIMIT ? IOV_LIMIT - used - 1 : 0);
         if (parts == SIZE_MAX && used) {
@@ -178,6 +198,7 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit)
             total += 4 + length;
             self->sent++;
             self->sent_bytes += length;
+            charge(self->transmit_limits, length);
         } else {
             self->dropped++; /* no frame: 5.1.6.2 makes the header and at least one byte the driver's part */
         }
@@ -200,7 +221,7 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit)
     return flags;
 }
 
-static int transmit_frames(NetObject *self, RingObject *ring, int limit)
+static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t now)
 {
     struct pending done[BATCH];
     uint32_t count = 0;
@@ -217,8 +238,14 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit)
             return -1;
         if (!got)
             break;
+        bool fits = chain.readable_length > HEADER && chain.readable_length <= FRAME_MAX + HEADER;
+        if (fits && !may_pass(self, self->transmit_limits, chain.readable_length - HEADER, now)) {
+            ring_undo_pop(&ring->ring, &chain);
+            flags |= LIMITED;
+            break;
+        }
         struct iovec iov[IOV_LIMIT];
-        size_t parts = chain.readable_length > HEADER && chain.readable_length <= FRAME_MAX + HEADER
+        size_t parts = fits
                            ? gather_chain(&chain, HEADER, iov + 1, IOV_LIMIT - 1)
                            : SIZE_MAX;
         ssize_t sent = -1;
@@ -246,6 +273,7 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit)
         else {
             self->sent++;
             self->sent_bytes += chain.readable_length - HEADER;
+            charge(self->transmit_limits, chain.readable_length - HEADER);
         }
         done[count++] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
     }
@@ -384,9 +412,12 @@ static int fill(NetObject *self)
     }
 }
 
-static int receive(NetObject *self, RingObject *ring, int limit)
+static int receive(NetObject *self, RingObject *ring, int limit, int64_t now)
 {
     for (int i = 0; i < limit; i++) {
+        /* A frame's length is known only when it is here, and then it cannot wait: it may leave a debt. */
+        if (!may_pass(self, self->receive_limits, 1, now))
+            return LIMITED;
         int got = fill(self);
         if (got <= 0)
             return got ? CLOSED : 0;
@@ -426,18 +457,21 @@ static int receive(NetObject *self, RingObject *ring, int limit)
             if (!delivered)
                 return STARVED;
         }
+        charge(self->receive_limits, length);
         self->in_start += skip + length;
         if (self->in_start == self->in_end)
             self->in_start = self->in_end = 0;
     }
-    return MORE;
+    /* What is still in the descriptor makes itself heard; a stream's frames that were read with others do not. */
+    return self->framing == FRAMING_STREAM && self->in_end > self->in_start ? MORE : 0;
 }
 
-static RingObject *ring_argument(PyObject *args, int *limit)
+static RingObject *ring_argument(PyObject *args, int *limit, long long *now)
 {
     RingObject *ring;
     *limit = 256;
-    if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, limit))
+    *now = 0;
+    if (!PyArg_ParseTuple(args, "O!|iL", &ring_type, &ring, limit, now))
         return NULL;
     if (!ring->closed)
         return ring;
@@ -461,12 +495,14 @@ static PyObject *answer(RingObject *ring, int flags)
 static PyObject *net_transmit(NetObject *self, PyObject *args)
 {
     int limit, flags;
-    RingObject *ring = ring_argument(args, &limit);
+    long long now;
+    RingObject *ring = ring_argument(args, &limit, &now);
     if (!ring)
         return NULL;
     ring_disable_notification(&ring->ring);
     for (;;) {
-        flags = self->framing == FRAMING_STREAM ? transmit_stream(self, ring, limit) : transmit_frames(self, ring, limit);
+        flags = self->framing == FRAMING_STREAM ? transmit_stream(self, ring, limit, now)
+                                                : transmit_frames(self, ring, limit, now);
         limit -= BATCH;
         if (flags == MORE && limit > 0)
             continue;
@@ -479,11 +515,12 @@ static PyObject *net_transmit(NetObject *self, PyObject *args)
 static PyObject *net_receive(NetObject *self, PyObject *args)
 {
     int limit;
-    RingObject *ring = ring_argument(args, &limit);
+    long long now;
+    RingObject *ring = ring_argument(args, &limit, &now);
     if (!ring)
         return NULL;
     ring_disable_notification(&ring->ring);
-    return answer(ring, receive(self, ring, limit));
+    return answer(ring, receive(self, ring, limit, now));
 }
 
 static PyObject *net_configure(NetObject *self, PyObject *args)
@@ -496,6 +533,15 @@ static PyObject *net_configure(NetObject *self, PyObject *args)
     self->mergeable = mergeable;
     self->longest = (size_t)longest;
     self->features = (uint32_t)features;
+    Py_RETURN_NONE;
+}
+
+static PyObject *net_limit(NetObject *self, PyObject *args)
+{
+    PyObject *transmit, *receive;
+    if (!PyArg_ParseTuple(args, "OO", &transmit, &receive) || limits_replace(&self->transmit_limits, transmit) ||
+        limits_replace(&self->receive_limits, receive))
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -528,21 +574,26 @@ static void net_dealloc(NetObject *self)
 {
     PyMem_Free(self->in);
     PyMem_Free(self->out);
+    Py_XDECREF(self->transmit_limits);
+    Py_XDECREF(self->receive_limits);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
 static PyObject *net_counter(NetObject *self, void *which)
 {
     uint64_t values[] = {self->sent, self->received, self->dropped, self->out_end - self->out_start, self->sent_bytes,
-                         self->received_bytes};
+                         self->received_bytes, (uint64_t)self->wait};
     return PyLong_FromUnsignedLongLong(values[(intptr_t)which]);
 }
 
 static PyMethodDef net_methods[] = {
     {"transmit", (PyCFunction)net_transmit, METH_VARARGS,
-     "transmit(ring, limit=256) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone."},
+     "transmit(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone,\n"
+     "32 call again when there are tokens."},
     {"receive", (PyCFunction)net_receive, METH_VARARGS,
-     "receive(ring, limit=256) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone."},
+     "receive(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone, 32 call again\n"
+     "when there are tokens."},
+    {"limit", (PyCFunction)net_limit, METH_VARARGS, "limit(transmit, receive): what frames need tokens of, or None."},
     {"configure", (PyCFunction)net_configure, METH_VARARGS,
      "configure(mergeable, longest, features=0): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest`\n"
      "bytes are lost, and a tap's that need a checksum or segmentation offload which is not in `features`."},
@@ -555,6 +606,7 @@ static PyGetSetDef net_getset[] = {
     {"dropped", (getter)net_counter, NULL, "frames", (void *)2},
     {"sent_bytes", (getter)net_counter, NULL, "of the frames sent", (void *)4},
     {"received_bytes", (getter)net_counter, NULL, "of the frames received", (void *)5},
+    {"wait", (getter)net_counter, NULL, "ns that the frame has to wait which the last flag 32 was about", (void *)6},
     {"unsent", (getter)net_counter, NULL, "bytes that a stream has not taken yet", (void *)3},
     {0},
 };

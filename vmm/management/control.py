@@ -200,7 +200,19 @@ class Registration:
             "source": vm.source,
             "started": self._started,
             "uptime": time.time() - self._started,
+            **self._present(),
         }
+
+    def _present(self) -> dict[str, Any]:
+        from vmm.changes import present
+
+        limits = present(self._vm)
+        return {"limits": limits} if limits else {}
+
+    async def _set(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.management.setting import set_machine
+
+        return await set_machine(self._vm, request)
 
     async def _events(self, request: dict[str, Any]) -> dict[str, Any]:
         # The stream first: what happens from here on is told as an event, what was before is in the status.
@@ -307,6 +319,7 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "reboot": Registration._reboot,
     "reset": Registration._reset,
     "snapshot": Registration._snapshot,
+    "set": Registration._set,
 }
 
 

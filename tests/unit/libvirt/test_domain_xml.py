@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_schema import samples
-from vmm.config import Config, ConsoleConfig, Disk, Net
+from vmm.config import Config, ConsoleConfig, Disk, Net, limit_names
 from vmm.convert import Checked
 from vmm.errors import VmmError
 from vmm.libvirt.domain_xml import read_domain
@@ -76,6 +76,8 @@ NEEDS: dict[tuple[type, str], dict[str, object]] = {
     (Net, "queues"): {"kind": "tap", "target": "tap0"}, (Net, "target"): {"kind": "unix"}, (Config, "initrd"): {},
     (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "/t"},
     (Config, "memory"): {}, (Config, "platform"): {"rng": False},
+    **{(kind, name): {name.removesuffix("_burst"): 1}
+       for kind in (Disk, Net) for name in limit_names(kind) if name.endswith("_burst")},
 }  # fmt: skip
 SPECIAL = {
     "console": "none,log=/l",

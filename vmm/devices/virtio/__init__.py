@@ -58,6 +58,7 @@ class VirtioDevices:
     def _plug(self, name: str, device: Device, maker: Maker) -> None:
         memory = self._assembly.memory
         board = self._assembly.board
+        device.clock = board.clock
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
             self.transports[name] = function

@@ -10,7 +10,7 @@ from virtio.backends.image import ImageBlock
 from virtio.device import Device
 from virtio.devices.blk import BlockDevice
 from virtio.errors import HostError
-from vmm.config import Disk
+from vmm.config import Disk, limit_names
 from vmm.devices.virtio.pool import Maker, TransportKind
 from vmm.errors import StateError
 from vmm.machine.origin import SavedDisk
@@ -30,7 +30,9 @@ class DiskMaker(Maker):
         try:
             if self._saved is not None and isinstance(backend, ImageBlock):
                 await asyncio.to_thread(_load, backend, self._saved)
-            return BlockDevice(backend, serial=self._serial, queues=self._disk.queues)
+            device = BlockDevice(backend, serial=self._serial, queues=self._disk.queues)
+            device.limits.set({name: getattr(self._disk, name) for name in limit_names(Disk)})
+            return device
         except OSError as error:
             await backend.aclose()
             raise HostError(f"{self._disk.path}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from virtio.backends.tap import TapNet
 from virtio.device import Device
 from virtio.devices.net import NetDevice, parse_mac, random_mac
 from virtio.protocols import RandomSource
-from vmm.config import Net
+from vmm.config import Net, limit_names
 from vmm.devices.virtio.pool import Maker, TransportKind
 
 
@@ -43,4 +43,6 @@ class NetMaker(Maker):
             except BaseException:
                 await backend.aclose()
                 raise
-        return NetDevice(backend, self.mac)
+        device = NetDevice(backend, self.mac)
+        device.set_limits({name: getattr(net, name) for name in limit_names(Net)})
+        return device
