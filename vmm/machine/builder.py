@@ -51,6 +51,7 @@ PARTS = (
     "vmm.devices.pvpanic",
     "vmm.pci",
     "vmm.acpi",
+    "vmm.pci.hotplug",
     "vmm.devices.fwcfg",
     "vmm.devices.testdev",
     "vmm.devices.virtio",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 from cpu.contract import Space
 from virtio.pci_function import BarSpec, MsixSpec, PciFunction, PciHost
@@ -17,7 +17,7 @@ from vmm.machine import layout
 from vmm.machine.bus import BusDevice
 from vmm.machine.interfaces import Board
 from vmm.pci import config as cfg
-from vmm.pci.slot import Slot, SlotState
+from vmm.pci.slot import Bar, Slot, SlotState
 from vmm.state.fields import U32
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -113,8 +113,17 @@ class _Ecam:
 
 
 @dataclass(frozen=True, slots=True)
-class PciBusState:
-    """The configuration address register, and every function by its device number."""
+class HotplugState:
+    """What the guest has not heard yet: bits of device numbers; and what _OST reports on."""
+
+    inserted: U32
+    asked: U32
+    ost_event: U32
+
+
+@dataclass(frozen=True, slots=True)
+class PciBusStateV1:
+    """Before functions came and went."""
 
     kind: ClassVar = "pci"
     version: ClassVar = 1
@@ -122,8 +131,49 @@ class PciBusState:
     slots: dict[str, object]
 
 
+@dataclass(frozen=True, slots=True)
+class PciBusState:
+    """The configuration address register, and every function by its device number."""
+
+    kind: ClassVar = "pci"
+    version: ClassVar = 2
+    previous: ClassVar = PciBusStateV1
+    address: U32
+    slots: dict[str, object]
+    hotplug: HotplugState | None
+    """None: the guest's tables do not describe it."""
+
+    @classmethod
+    def upgrade(cls, old: PciBusStateV1) -> Self:
+        return cls(old.address, old.slots, None)
+
+
+class SlotEvents(Protocol):
+    """vmm.pci.hotplug.PciHotplug, as far as the bus keeps its state."""
+
+    known: bool
+
+    def reset(self) -> None:
+        """A machine reset."""
+
+    def save(self) -> HotplugState:
+        """What the guest has not heard yet."""
+
+    def restore(self, state: HotplugState | None) -> None:
+        """None: of a machine that had none."""
+
+
+def _window(bar: Bar) -> str:
+    return "io" if bar.spec.kind == "io" else "mem"
+
+
+def _room(bar: Bar) -> int:
+    """What a BAR takes: whole pages of memory, so that a guest may map each by itself."""
+    return max(bar.spec.size, 4096 if _window(bar) == "mem" else 32)
+
+
 class PciBus:
-    """Bus 0. `add` functions, then `attach`; both before the first vCPU runs."""
+    """Bus 0. `attach` it before the first vCPU runs; `add` and `remove` functions then or later."""
 
     state_type = PciBusState
 
@@ -131,25 +181,42 @@ class PciBus:
         self._board = board
         self._slots: dict[int, Slot] = {}
         self._address = _Address()
+        self.hotplug: SlotEvents | None = None
         self.add(HostBridge(), device=0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         return tuple(self._slots[number] for number in sorted(self._slots))
 
+    @property
+    def free(self) -> int:
+        """Device numbers that no function has."""
+        return DEVICES - len(self._slots)
+
     def add(self, function: PciFunction, *, device: int | None = None) -> int:
-        """Put a function into a slot (the next free one) and give its BARs addresses; returns the device number.
-        Raises ConfigError if all 32 are taken or the BARs do not fit."""
+        """Put a function into a slot (the next free one) and give its BARs addresses, which moves no other's; returns
+        the device number. Raises ConfigError if all 32 are taken or the BARs do not fit."""
         if device is None:
             device = next((number for number in range(DEVICES) if number not in self._slots), DEVICES)
-        if device >= DEVICES or device in self._slots:
-            raise ConfigError("PCI: no free slot; a machine has 31 for devices, use the mmio transport for the others")
+            if device >= DEVICES:
+                raise ConfigError(
+                    f"PCI: no free slot; a machine has {DEVICES - 1} for devices, use the mmio transport for the others"
+                )
+        if not 0 <= device < DEVICES or device in self._slots:
+            raise ConfigError(f"PCI: slot {device} is taken, or none of 1 to {DEVICES - 1}")
         line = None
         if device:
             line = self._board.irq_line(layout.intx_gsi(device, 0))
-        self._slots[device] = Slot(self, self._board, function, device, line)
-        self._assign()
+        slot = Slot(self, self._board, function, device, line)
+        self._place(slot)
+        self._slots[device] = slot
         return device
+
+    def remove(self, device: int) -> None:
+        """Take a function out of its slot: it decodes nothing, drives no interrupt and is not found any more. KeyError
+        if there is none."""
+        slot = self._slots.pop(device)
+        slot.detach()
 
     def attach(self, reset: BusDevice | None = None) -> None:
         """Put the configuration mechanisms on the machine's buses. `reset`: the one-byte device at 0xCF9."""
@@ -161,21 +228,32 @@ class PciBus:
         board.map(Space.MMIO, layout.ECAM.start, layout.ECAM.size, _Ecam(self), "pci ecam")
 
     def _assign(self) -> None:
-        """What firmware does: addresses for all BARs (largest first), interrupt lines; decoding stays off."""
-        windows = {"io": (layout.PCI_IO, layout.PCI_IO.start), "mem": (layout.MMIO32, layout.MMIO32.start)}
-        every = [(bar, slot) for slot in self.slots for bar in slot.bars]
-        for bar, slot in sorted(every, key=lambda item: -item[0].spec.size):
-            kind = "io" if bar.spec.kind == "io" else "mem"
-            window, at = windows[kind]
-            least = 4096 if kind == "mem" else 32
-            at = -(-at // bar.spec.size) * bar.spec.size
-            if at + bar.spec.size > window.end:
+        """What firmware does: addresses for all BARs, interrupt lines; decoding stays off."""
+        placed: list[Slot] = []
+        for slot in self.slots:
+            self._place(slot, placed)
+            placed.append(slot)
+
+    def _place(self, slot: Slot, among: Sequence[Slot] | None = None) -> None:
+        """Addresses for the BARs of one function (largest first) where `among`, by default every other function, has
+        none, and its interrupt line. Raises ConfigError if they do not fit."""
+        taken: dict[str, list[tuple[int, int]]] = {"io": [], "mem": []}
+        for other in self.slots if among is None else among:
+            for bar in other.bars:
+                taken[_window(bar)].append((other.config.bar(bar.spec), _room(bar)))
+        for bar in sorted(slot.bars, key=lambda bar: -bar.spec.size):
+            kind = _window(bar)
+            window = layout.PCI_IO if kind == "io" else layout.MMIO32
+            at, step = -(-window.start // _room(bar)) * _room(bar), _room(bar)
+            for start, size in sorted(taken[kind]):
+                if start < at + step and at < start + size:
+                    at = -(-(start + size) // step) * step
+            if at + step > window.end:
                 raise ConfigError(f"PCI: the BARs of slot {slot.device} do not fit into {window.size:#x} bytes")
             slot.config.set_bar(bar.spec, at)
-            windows[kind] = (window, at + max(bar.spec.size, least))
-        for slot in self.slots:
-            if slot.device:
-                slot.config.put(cfg.INTERRUPT_LINE, 1, layout.intx_gsi(slot.device, 0))
+            taken[kind].append((at, step))
+        if slot.device:
+            slot.config.put(cfg.INTERRUPT_LINE, 1, layout.intx_gsi(slot.device, 0))
 
     def _slot(self, function: int) -> Slot | None:
         """`function`: bus, device and function number in 16 bits."""
@@ -205,13 +283,20 @@ class PciBus:
             slot.reset()
         self._assign()
         self.remap()
+        if self.hotplug is not None:
+            self.hotplug.reset()
 
     def state_parts(self) -> Mapping[str, Any]:
         """The components behind the `object` fields of its state."""
         return {"slots": {str(slot.device): slot for slot in self.slots}}
 
     def save(self) -> PciBusState:
-        return PciBusState(self._address.address, {str(slot.device): slot.save() for slot in self.slots})
+        known = self.hotplug is not None and self.hotplug.known
+        return PciBusState(
+            self._address.address,
+            {str(slot.device): slot.save() for slot in self.slots},
+            self.hotplug.save() if self.hotplug is not None and known else None,
+        )
 
     def restore(self, state: PciBusState) -> None:
         """StateError, before anything changes, if the state is of other devices."""
@@ -224,6 +309,8 @@ class PciBus:
             slot.check(saved)
             pairs.append((slot, saved))
         self._address.address = state.address & 0x80FF_FFFC
+        if self.hotplug is not None:
+            self.hotplug.restore(state.hotplug)
         for slot, saved in pairs:
             slot.restore(saved)
         self.remap()

@@ -99,6 +99,8 @@ class Slot:
         self.bars = [Bar(spec) for spec in function.bars]
         self._windows = {bar.spec.index: _Window(self, bar.spec) for bar in self.bars}
         self._intx = False
+        self.hidden = False
+        """Its configuration space reads as if it were not there, while its BARs still answer."""
         if self.msix is not None:
             self.msix.place(self.config)
         for number, body in enumerate(function.capabilities):
@@ -150,6 +152,8 @@ class Slot:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read of configuration space; beyond the first 256 bytes there is nothing (reads as 0)."""
+        if self.hidden:
+            return (1 << 8 * size) - 1
         if offset + size > cfg.SIZE:
             return 0
         if offset >= cfg.FIRST_CAPABILITY:
@@ -210,6 +214,17 @@ class Slot:
             bar.mapped = wanted
             changed = True
         return changed
+
+    def detach(self) -> None:
+        """The function is off the bus."""
+        for bar in self.bars:
+            if bar.mapped is not None:
+                self._board.unmap(bar.space, bar.mapped)
+                bar.mapped = None
+        self.function.bars_changed()
+        self._intx = False
+        if self._line is not None:
+            self._line.set(False)
 
     def _update_intx(self) -> None:
         """6.2.3: Interrupt Status shows the state, also while Interrupt Disable or MSI keeps the pin quiet."""
