@@ -198,6 +198,34 @@ def set_(
     set_machine(name, disks=disk or [], nets=net or [], json=json)
 
 
+def attach(
+    name: Name,
+    disk: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="A disk, as of vmm run.")] = None,
+    net: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="A network card, as of vmm run.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the guest's driver.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Add disks and network cards to a machine that runs."""
+    from cli.hotplug import attach_device
+
+    attach_device(name, disk or [], net or [], timeout, json=json)
+
+
+def detach(
+    name: Name,
+    device: Annotated[str, typer.Argument(metavar="ID", help="A disk or card, as vmm ps --json names it.")],
+    force: Annotated[bool, typer.Option("--force", help="Pull it if the guest does not give it up.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that the guest has; by default 30, with --force 5.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Take a disk or network card from a machine that runs: the guest is asked, and gives it up."""
+    from cli.hotplug import detach_device
+
+    detach_device(name, device, timeout, force=force, json=json)
+
+
 def snapshot(
     name: Name,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; replaced if it is a snapshot.")],
@@ -314,7 +342,8 @@ def build() -> typer.Typer:
     app.command("exec")(exec_)
     app.command("set")(set_)
     for command in (
-        cp, console, ps, stop, kill, pause, resume, snapshot, restore, fork, snapshot_info, doctor, daemon,
+        cp, console, ps, stop, kill, pause, resume, attach, detach, snapshot, restore, fork, snapshot_info, doctor,
+        daemon,
     ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:

@@ -62,6 +62,7 @@ RUN_OPTIONS = (
     RunOption("--platform", "platform", "text", "bare: no ACPI, PCI, virtio; tiny guests start quicker.", "pc|bare"),
     RunOption("--reboot", "reboot", "switch", "Restart in place when the guest reboots."),
     RunOption("--fw-cfg", "fw_cfg", "list", "name=NAME,file=FILE or name=NAME,string=TEXT: an item in fw_cfg.", "SPEC"),
+    RunOption("--slot", "slots", "list", "ID=NUMBER: the PCI device number of a device.", "SPEC"),
     RunOption("--testdev", "testdev", "switch", "The ports of QEMU's pc-testdev, for processor tests."),
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),

@@ -38,6 +38,10 @@ class QueueConfig:
     vector: int = 0xFFFF
 
 
+def _nobody() -> None:
+    """Nobody waits for a change of status."""
+
+
 class Transport:
     """Base of virtio-pci and virtio-mmio."""
 
@@ -77,6 +81,8 @@ class Transport:
         self._config_seen: bytes | None = None
         self._faults = 0
         self._resetting = False
+        self.on_status: Callable[[], None] = _nobody
+        """Called when the device became active, or its reset is complete."""
         self._clear()
         device.on_config_change(self._config_changed)
 
@@ -142,6 +148,7 @@ class Transport:
                 self.device.negotiated(self.driver_features)
             if bit is Status.DRIVER_OK:
                 self._activate()
+                self.on_status()
 
     def _features_acceptable(self) -> bool:
         # 2.2.1: "The driver MUST NOT accept a feature which the device did not offer, and MUST NOT accept a feature
@@ -235,6 +242,7 @@ class Transport:
         self._resetting = False
         self._native = None  # keeps no part of guest memory exported while no driver is there
         self._clear()
+        self.on_status()
 
     # Features (2.2), in words of 32 bits
 

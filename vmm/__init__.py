@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from vmm.config import Config, ConsoleConfig, Disk, FlatImage, Net
     from vmm.console.hub import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
-    from vmm.events import ConsoleBreak, Ended, Event, Rebooted, StateChanged, Warned
+    from vmm.events import (
+        Attached,
+        ConsoleBreak,
+        Detached,
+        DetachRefused,
+        DiskJobChanged,
+        Ended,
+        Event,
+        Rebooted,
+        StateChanged,
+        Warned,
+    )
     from vmm.guest.process import ExecResult, GuestProcess
     from vmm.launch import restore, run
     from vmm.lifecycle import Outcome, Reason, State
@@ -30,7 +41,10 @@ _HOMES = {
     "vmm.config": ("Config", "ConsoleConfig", "Disk", "FlatImage", "Net"),
     "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
-    "vmm.events": ("ConsoleBreak", "Ended", "Event", "Rebooted", "StateChanged", "Warned"),
+    "vmm.events": (
+        "Attached", "ConsoleBreak", "DetachRefused", "Detached", "DiskJobChanged", "Ended", "Event", "Rebooted",
+        "StateChanged", "Warned",
+    ),
     "vmm.launch": ("restore", "run"),
     "vmm.lifecycle": ("Outcome", "Reason", "State"),
     "vmm.machine.bus": ("Register",),
@@ -40,6 +54,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Attached",
     "Config",
     "ConfigError",
     "Console",
@@ -48,7 +63,10 @@ __all__ = [
     "ConsoleConfig",
     "ConsoleReader",
     "ConsoleTimeout",
+    "DetachRefused",
+    "Detached",
     "Disk",
+    "DiskJobChanged",
     "Ended",
     "Event",
     "ExecResult",

@@ -331,6 +331,26 @@ class PortConfig(Checked):
         return cls(name=name, path=Path(path))
 
 
+class PciSlot(Checked):
+    """Where a virtio device stands on the PCI bus."""
+
+    id: str
+    """A disk's or net's id (else disk0, net0…), "console", "rng", "vsock" or one of the embedder's."""
+    device: int
+    """Its device number on bus 0."""
+
+    _where = "slot"
+    _converters = {"id": to_name, "device": to_integer(1, 31)}
+
+    @classmethod
+    def parse(cls, text: str) -> PciSlot:
+        """ID=NUMBER"""
+        name, equals, number = text.partition("=")
+        if not (name and equals and number):
+            raise ConfigError(f"slot: {text!r} is not understood; write ID=NUMBER")
+        return from_mapping(cls, "slot", {"id": name, "device": number})
+
+
 class FwCfgItem(Checked):
     """An item of the user's own in fw_cfg, which firmware and kernels read."""
 
@@ -423,6 +443,8 @@ class Config(Checked):
     """Restart in place when the guest reboots; otherwise a reboot ends the machine."""
     fw_cfg: tuple[FwCfgItem, ...] = ()
     """Items of your own in fw_cfg, beside the machine's."""
+    slots: tuple[PciSlot, ...] = ()
+    """PCI device numbers of devices; the others get the lowest that are free, in order."""
     testdev: bool = False
     """Interrupt lines, I/O RAM and a device's memory at the ports of QEMU's pc-testdev, for processor tests."""
     hugepages: bool = False
@@ -457,6 +479,7 @@ class Config(Checked):
         "platform": to_choice(Platform),
         "reboot": to_boolean,
         "fw_cfg": to_parts(FwCfgItem),
+        "slots": to_parts(PciSlot),
         "testdev": to_boolean,
         "hugepages": to_boolean,
     }
@@ -479,6 +502,11 @@ class Config(Checked):
         for name in items:
             if items.count(name) > 1:
                 raise ConfigError(f"fw_cfg: {name!r} is given twice; give each item a name of its own")
+        numbers, ids = [str(slot.device) for slot in self.slots], [slot.id for slot in self.slots]
+        for what, given in (("number", numbers), ("id", ids)):
+            for value in given:
+                if given.count(value) > 1:
+                    raise ConfigError(f"slot: the {what} {value} is given twice; a slot takes one device")
         names = [part.id for part in self.disks if part.id] + [part.id for part in self.nets if part.id]
         for name in names:
             if names.count(name) > 1:
@@ -531,15 +559,7 @@ class Config(Checked):
     def check_host(self) -> None:
         """Raise ConfigError if a file is missing or unreadable, or the host has not got that much memory."""
         for where, path, writable in self._files():
-            if path.is_dir():
-                raise ConfigError(f"{where}: {path}: is a directory")
-            if path.is_fifo():  # opened to be read, it would stop the loop
-                raise ConfigError(f"{where}: {path}: is a pipe; put its content into a file")
-            try:
-                os.close(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK))
-            except OSError as error:
-                cure = "; add ,ro to only read it" if writable and os.access(path, os.R_OK) else ""
-                raise ConfigError(f"{where}: {path}: {os_reason(error)}{cure}") from error
+            check_file(where, path, writable=writable)
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if self.memory > total:
             raise ConfigError(
@@ -556,3 +576,16 @@ class Config(Checked):
             found.append(("flat", self.flat.path, False))
         found += [("fw_cfg", item.file, False) for item in self.fw_cfg if item.file is not None]
         return found
+
+
+def check_file(where: str, path: Path, *, writable: bool) -> None:
+    """Raise ConfigError unless the file of a machine's part is there and may be used."""
+    if path.is_dir():
+        raise ConfigError(f"{where}: {path}: is a directory")
+    if path.is_fifo():  # opened to be read, it would stop the loop
+        raise ConfigError(f"{where}: {path}: is a pipe; put its content into a file")
+    try:
+        os.close(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        cure = "; add ,ro to only read it" if writable and os.access(path, os.R_OK) else ""
+        raise ConfigError(f"{where}: {path}: {os_reason(error)}{cure}") from error

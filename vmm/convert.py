@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_args
+from typing import Any, Self, TypeVar, dataclass_transform, get_args
 
 from vmm.errors import ConfigError
 
@@ -259,6 +259,10 @@ class Checked:
 
     def _check(self) -> None:
         """Rules between fields."""
+
+    def replace(self, **values: Any) -> Self:
+        """The same with other values, checked. Raises ConfigError."""
+        return type(self)(**{name: getattr(self, name) for name in self._converters} | values)
 
     def __eq__(self, other: object) -> bool:
         if other.__class__ is not self.__class__:

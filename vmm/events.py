@@ -33,13 +33,59 @@ class ConsoleBreak:
 
 
 @dataclass(frozen=True, slots=True)
+class Attached:
+    """A device came."""
+
+    id: str
+    kind: str
+    """disk or net."""
+    slot: int
+    """Its device number on the PCI bus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A device is gone, and its file or network is free."""
+
+    id: str
+    by: str
+    """guest: it gave the device up, asked or not; force: the device was pulled."""
+
+
+@dataclass(frozen=True, slots=True)
+class DetachRefused:
+    """The guest did not give up a device that it was asked for; the device stays."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskJobChanged:
+    """A job on a disk went on, or is over."""
+
+    disk: str
+    kind: str
+    """commit, stream or mirror."""
+    state: str
+    """running, ready (a mirror that follows every write), done, cancelled or failed."""
+    done: int
+    """Bytes."""
+    total: int
+    detail: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The last event."""
 
     outcome: Outcome
 
 
-Event = StateChanged | Rebooted | Warned | ConsoleBreak | Ended
+Event = (
+    StateChanged | Rebooted | Warned | ConsoleBreak | Attached | Detached | DetachRefused | DiskJobChanged | Ended
+)
 QUEUE_LIMIT = 1024
 """Events kept for a follower that does not fetch them; then the oldest go."""
 

@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from virtio.device import Device
     from virtio.devices.blk import BlockDevice
     from virtio.devices.net import NetDevice
+    from vmm.config import Disk, Net
+    from vmm.devices.virtio.pool import DevicePool
     from vmm.guest.agent import Agent
     from vmm.guest.frames import Text
     from vmm.guest.process import ExecResult, GuestProcess
+    from vmm.hotplug import Attachment, Hotplug
     from vmm.machine.peripheral import Peripheral
     from vmm.state.manifest import Manifest
 
@@ -105,6 +108,7 @@ class VirtualMachine:
         self._timer: asyncio.TimerHandle | None = None
         self._closers: list[Any] = []
         self._copies: list[VirtualMachine] = []
+        self._plugging: Hotplug | None = None
 
     # Life.
 
@@ -283,6 +287,61 @@ class VirtualMachine:
         if self.config.agent:
             await self.agent.resize_console(rows, columns)
 
+    # Devices that come and go.
+
+    async def attach(self, part: Disk | Net, *, timeout: float = 10.0) -> Attachment:
+        """Add a disk or a network card while the machine runs, and wait up to `timeout` seconds for the guest's driver:
+        what it is called, where it stands, and whether the driver has taken it. Raises ConfigError, StateError,
+        HostError; nothing is left behind then."""
+        return await self._hotplug.attach(part, timeout=timeout)
+
+    async def detach(self, name: str, *, force: bool = False, timeout: float | None = None) -> str:
+        """Ask the guest to give up a disk or a network card, and wait until it has ("guest"). With `force` one that it
+        does not give up within `timeout` seconds (5; without 30) is pulled ("force"): what it has not written is lost.
+        Raises ConfigError, HostError; StateError if the guest keeps it."""
+        return await self._hotplug.detach(name, force=force, timeout=timeout)
+
+    @property
+    def present(self) -> Config:
+        """The configuration with what was attached and without what was detached; `config` is what was asked for."""
+        return self._hotplug.present if self._plugging is not None else self.config
+
+    def attached(self) -> list[dict[str, Any]]:
+        """Its disks and network cards, JSON-like."""
+        if self._plugging is None and not (self.config.disks or self.config.nets):
+            return []
+        return self._hotplug.describe()
+
+    @property
+    def _hotplug(self) -> Hotplug:
+        if self._plugging is None:
+            from vmm.hotplug import Hotplug
+
+            self._plugging = Hotplug(self)
+        return self._plugging
+
+    @property
+    def pool(self) -> DevicePool:
+        """Its virtio devices, and how each is made. StateError if it is not built or has ended."""
+        return self._live().pool
+
+    def check_alive(self) -> None:
+        """StateError if it is not built, or has ended or is about to."""
+        self._live()
+        if self._end is not None:
+            raise StateError("the machine is ending")
+
+    def check_free(self, name: str, *, force: bool) -> None:
+        """StateError if a job is at work on that disk."""
+
+    def jobs_on(self, name: str) -> bool:
+        """Whether a job is at work on that disk."""
+        return False
+
+    def tell_event(self, event: Event) -> None:
+        """Tell whoever follows the machine's events."""
+        self._tell(event)
+
     # Programs in the guest, for images that run the agent.
 
     @property
@@ -385,7 +444,7 @@ class VirtualMachine:
         """Its virtio devices by name."""
         return self._resources.devices if self._resources is not None else {}
 
-    def disks(self) -> dict[str, BlockDevice]:
+    def block_devices(self) -> dict[str, BlockDevice]:
         """Its virtio disks by name."""
         from virtio.devices.blk import BlockDevice
 
@@ -414,16 +473,17 @@ class VirtualMachine:
     async def standstill(self, why: str) -> AsyncIterator[None]:
         """The machine stands still, between two instructions and with no virtio request in flight, so that its state
         may be taken. `why` names the hold. StateError if it ends or reboots meanwhile."""
-        machine = self.machine
-        machine.dispatcher.hold(why)
-        try:
-            await machine.dispatcher.wait_parked()
-            await machine.quiesce()
-            self.check_standing(machine)
-            yield
-        finally:
-            machine.resume_devices()
-            machine.dispatcher.release(why)
+        async with self._hotplug.lock:
+            machine = self.machine
+            machine.dispatcher.hold(why)
+            try:
+                await machine.dispatcher.wait_parked()
+                await machine.quiesce()
+                self.check_standing(machine)
+                yield
+            finally:
+                machine.resume_devices()
+                machine.dispatcher.release(why)
 
     def check_standing(self, machine: Machine) -> None:
         """StateError if the machine has rebooted since, or has ended."""
@@ -506,6 +566,12 @@ class VirtualMachine:
         await machine.build()
         timeline.mark("built")
         self._machine = machine
+        registers: Any = machine.components.get("pci-hotplug")
+        if registers is not None:
+            registers.on_eject = lambda slot: self._hotplug.ejected(machine, slot)
+            registers.on_refused = lambda slot, reason: self._hotplug.refused(machine, slot, reason)
+        if self._plugging is not None:
+            self._plugging.rebooted()
         if isinstance(origin, Restore) and self._saved is not None and self._saved.identity is not None:
             from vmm.machine.becoming import become
 
@@ -604,6 +670,8 @@ class VirtualMachine:
             if machine is not None:
                 machine.begin_close()  # the rest goes on meanwhile
                 await machine.close_components()
+            if self._plugging is not None:
+                await self._plugging.aclose()
             if self._resources is not None:
                 with core_errors():
                     await self._resources.aclose()

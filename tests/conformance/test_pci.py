@@ -15,7 +15,8 @@ from tests.support.pc import Pc
 from virtio.pci_function import BarSpec, MsixSpec, PciHost
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
-from vmm.pci.bus import PciBus
+from vmm.pci.bus import PciBus, PciBusState
+from vmm.pci.hotplug import ASKED, EJECT, INSERTED, OST_EVENT, OST_STATUS, PRESENT, PciHotplug
 from vmm.pci.msi import Msi
 
 VENDOR_CAPABILITY = bytes([0x09, 0, 8, 1, 2, 3, 4, 5])
@@ -415,3 +416,108 @@ def test_any_configuration_access_is_answered(accesses: list[tuple[int, int, int
         assert 0 <= pc.read(address, size) < 1 << 8 * size
     assert struct.pack("<I", bus.config_read(8, 0, 4)) == struct.pack("<I", 0x1042_1AF4)
     bus.restore(bus.save())
+
+
+class Events:
+    """The ACPI block as the slots' registers know it."""
+
+    def __init__(self) -> None:
+        self.raised: list[int] = []
+
+    def general_event(self, number: int) -> None:
+        self.raised.append(number)
+
+
+def plugged(*functions: Fake) -> tuple[Pc, PciBus, Guest, PciHotplug, Events]:
+    pc, bus, guest = build(True, *functions)
+    events = Events()
+    hotplug = PciHotplug(bus, events)
+    hotplug.attach(pc)
+    bus.hotplug = hotplug
+    return pc, bus, guest, hotplug, events
+
+
+def register(pc: Pc, offset: int) -> int:
+    return pc.inp(layout.PCI_HOTPLUG + offset, 4)
+
+
+def test_functions_come_and_go_and_no_bar_of_others_moves() -> None:
+    pc, bus, guest, hotplug, events = plugged(Fake(), Fake())
+    guest.put(1, 4, 2, 7)
+    guest.put(2, 4, 2, 7)
+    before = [(bar.spec.index, bar.mapped) for slot in bus.slots for bar in slot.bars]
+    new = Fake()
+    assert bus.add(new) == 3 and bus.free == 28
+    hotplug.inserted(3)
+    assert events.raised == [layout.PCI_EVENT]
+    assert register(pc, INSERTED) == 1 << 3 and register(pc, PRESENT) == 0b1111
+    pc.out(layout.PCI_HOTPLUG + INSERTED, 1 << 3, 4)
+    assert register(pc, INSERTED) == 0
+    guest.put(3, 4, 2, 7)
+    assert None not in [bar.mapped for bar in bus.slots[3].bars]
+    taken = [(bar.mapped, bar.spec.size) for slot in bus.slots for bar in slot.bars if bar.spec.kind != "io"]
+    for at, (start, size) in enumerate(taken):
+        for other, length in taken[:at]:
+            assert start + size <= other or other + length <= start
+    given: list[int] = []
+    hotplug.on_eject = given.append
+    pc.out(layout.PCI_HOTPLUG + EJECT, 1 << 3 | 1 << 9 | 1, 4)
+    assert given == [3], "neither the host bridge nor an empty slot can go"
+    bus.remove(3)
+    hotplug.gone(3)
+    assert new.moves[-1] == (None, None, None) and guest.get(3, 0, 4) == 0xFFFF_FFFF
+    assert [(bar.spec.index, bar.mapped) for slot in bus.slots for bar in slot.bars] == before
+    assert register(pc, PRESENT) == 0b111
+    with pytest.raises(KeyError):
+        bus.remove(3)
+
+
+def test_6_3_5_ost_says_why_a_function_stays() -> None:
+    pc, bus, _, hotplug, events = plugged(Fake(), Fake())
+    said: list[tuple[int, str]] = []
+    hotplug.on_refused = lambda device, reason: said.append((device, reason))
+    hotplug.ask(2)
+    assert register(pc, ASKED) == 1 << 2 and events.raised == [layout.PCI_EVENT]
+
+    def report(device: int, event: int, status: int) -> None:
+        pc.out(layout.PCI_HOTPLUG + OST_EVENT, device << 16 | event, 4)
+        pc.out(layout.PCI_HOTPLUG + OST_STATUS, status, 4)
+
+    for device, event, status in ((2, 3, 0), (2, 3, 0x84), (2, 1, 0x81), (0, 3, 0x81), (99, 3, 0x81)):
+        report(device, event, status)
+    assert said == []
+    report(2, 3, 0x81)
+    report(1, 0x103, 0xABCD_0080)
+    report(1, 3, 0x77)
+    assert said == [(2, "the device is in use"), (1, "it does not support that"), (1, "status 0x77")]
+    hotplug.withdraw(2)
+    assert register(pc, ASKED) == 0
+
+
+def test_a_function_that_is_pulled_is_not_found_while_its_registers_answer() -> None:
+    pc, bus, guest, hotplug, _ = plugged(Fake())
+    guest.put(1, 4, 2, 7)
+    bus.hide(1)
+    hotplug.pulled(1)
+    assert register(pc, INSERTED) == 1 and register(pc, PRESENT) == 1
+    assert guest.get(1, 0, 4) == 0xFFFF_FFFF
+    where = bus.slots[1].bars[1].mapped
+    assert where is not None and pc.read(where, 4) == 0
+    bus.remove(1)
+    hotplug.gone(1)
+    assert pc.read(where, 4) == 0xFFFF_FFFF and register(pc, PRESENT) == 1
+
+
+def test_what_the_guest_has_not_heard_is_state() -> None:
+    _, bus, _, hotplug, _ = plugged(Fake())
+    hotplug.ask(1)
+    hotplug.inserted(5)
+    saved = bus.save()
+    pc, other, _, again, _ = plugged(Fake())
+    other.restore(saved)
+    assert (register(pc, INSERTED), register(pc, ASKED)) == (1 << 5, 1 << 1) and again.known
+    old = PciBusState(saved.address, saved.slots, None)
+    other.restore(old)
+    assert not again.known and other.save().hotplug is None, "a machine whose tables know nothing stays one"
+    other.reset()
+    assert register(pc, INSERTED) == 0

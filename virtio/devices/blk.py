@@ -89,6 +89,25 @@ class BlockState:
         return cls(old.writeback, old.capacity, None)
 
 
+class Withdrawn(BlockBackend):
+    """What is left of a disk that was pulled: its size."""
+
+    def __init__(self, capacity: int, block_size: int, *, read_only: bool) -> None:
+        self.capacity, self.block_size, self.read_only = capacity, block_size, read_only
+
+    async def read(self, offset: int, length: int) -> bytes:
+        raise HostError("the disk was pulled")
+
+    async def write(self, offset: int, data: bytes) -> None:
+        raise HostError("the disk was pulled")
+
+    async def flush(self) -> None:
+        raise HostError("the disk was pulled")
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise HostError("the disk was pulled")
+
+
 class BlockDevice(Device):
     """A disk. `serial` (at most 20 bytes) is what GET_ID returns."""
 
@@ -324,6 +343,27 @@ class BlockDevice(Device):
                 queue.on_push = None
                 if queue.enabled and not self.paused:
                     self.guarded(self.queue_notified, queue.index)
+
+    async def withdraw(self) -> None:
+        """Close the backend, which nobody uses any more; every request that is still to come fails. Requests that the
+        backend has begun are waited for. Raises what closing raises."""
+
+        async def change() -> None:
+            backend, engine = self.backend, self._engine
+            if engine is not None:
+                self._forget_engine()
+                engine.close()
+            self.backend = Withdrawn(backend.capacity, backend.block_size, read_only=backend.read_only)
+            self._trusted = Backend(self.backend, "block backend")
+            await backend.aclose()
+
+        await self.exchange(change)
+
+    def _forget_engine(self) -> None:
+        if self._reader is not None and self._engine is not None:
+            for descriptor in self._engine.descriptors():
+                self._reader.remove_reader(descriptor)
+        self._reader = self._engine = None
 
     # Requests
 

@@ -8,6 +8,7 @@
                                                    protocol; the last request of its connection. "ready": false if the
                                                    guest's agent does not listen within READY_SECONDS: ask again
     {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
+    attach, detach                              -> vmm/management/hotplug.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -28,7 +29,18 @@ from typing import TYPE_CHECKING, Any
 from vmm.console.hub import ConsoleHub
 from vmm.console.server import ConsoleServer
 from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError, os_reason
-from vmm.events import Ended, Event, EventStream, Rebooted, StateChanged, Warned
+from vmm.events import (
+    Attached,
+    Detached,
+    DetachRefused,
+    DiskJobChanged,
+    Ended,
+    Event,
+    EventStream,
+    Rebooted,
+    StateChanged,
+    Warned,
+)
 from vmm.lifecycle import Outcome, State
 from vmm.management.registry import CONSOLE, CONTROL, HeldName, RegistryEntry, find
 from vmm.management.sockets import listen
@@ -201,6 +213,7 @@ class Registration:
             "started": self._started,
             "uptime": time.time() - self._started,
             **self._present(),
+            "devices": self._vm.attached(),
         }
 
     def _present(self) -> dict[str, Any]:
@@ -237,7 +250,8 @@ class Registration:
         return {"stats": self._vm.stats()}
 
     async def _devices(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """Disks and cards in the configuration's order, with their counters; null for a card that could not be had."""
+        """Disks and cards in the requested configuration's order, with their counters; null for one that could not be
+        had, or was detached."""
         config = self._vm.config
         disks = [self._device(disk.id or f"disk{index}") for index, disk in enumerate(config.disks)]
         nets = [self._device(net.id or f"net{index}") for index, net in enumerate(config.nets)]
@@ -257,6 +271,16 @@ class Registration:
 
     async def _config(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"config": self._vm.config.to_dict()}
+
+    async def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.management.hotplug import attach
+
+        return await attach(self._vm, request)
+
+    async def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.management.hotplug import detach
+
+        return await detach(self._vm, request)
 
     async def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
         await self._vm.pause()
@@ -311,6 +335,8 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "metrics": Registration._metrics,
     "devices": Registration._devices,
     "config": Registration._config,
+    "attach": Registration._attach,
+    "detach": Registration._detach,
     "pause": Registration._pause,
     "resume": Registration._resume,
     "stop": Registration._stop,
@@ -353,6 +379,17 @@ def event_dict(event: Event) -> dict[str, Any]:
             return {"event": "warning", "text": text}
         case Ended(outcome):
             return {"event": "ended", "outcome": outcome_dict(outcome)}
+        case Attached(name, kind, slot):
+            return {"event": "attached", "id": name, "kind": kind, "slot": slot}
+        case Detached(name, by):
+            return {"event": "detached", "id": name, "by": by}
+        case DetachRefused(name, reason):
+            return {"event": "detach-refused", "id": name, "reason": reason}
+        case DiskJobChanged():
+            return {
+                "event": "disk-job",
+                **{name: getattr(event, name) for name in ("disk", "kind", "state", "done", "total", "detail")},
+            }
         case _:
             return {"event": "break"}
 

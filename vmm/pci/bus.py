@@ -212,6 +212,11 @@ class PciBus:
         self._slots[device] = slot
         return device
 
+    def hide(self, device: int) -> None:
+        """The configuration space of a function reads as if it were not there; its BARs still answer. KeyError if there
+        is none."""
+        self._slots[device].hidden = True
+
     def remove(self, device: int) -> None:
         """Take a function out of its slot: it decodes nothing, drives no interrupt and is not found any more. KeyError
         if there is none."""

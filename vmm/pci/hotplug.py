@@ -18,7 +18,7 @@ the whole bus. This module must not know virtio, files or who asks. Loop thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cpu.contract import Space
 from vmm.acpi import aml
@@ -27,7 +27,6 @@ from vmm.machine.bus import Register, RegisterMap
 from vmm.pci.bus import DEVICES, HotplugState, PciBus
 
 if TYPE_CHECKING:
-    from vmm.devices.pm import Pm
     from vmm.machine.interfaces import Assembly, Board
 
 INSERTED, ASKED, EJECT, PRESENT, OST_EVENT, OST_STATUS = 0x00, 0x04, 0x08, 0x0C, 0x10, 0x14
@@ -45,10 +44,17 @@ OST_REASONS = {
 }
 
 
+class Events(Protocol):
+    """The ACPI block: vmm.devices.pm.Pm."""
+
+    def general_event(self, number: int) -> None:
+        """Raise a general purpose event."""
+
+
 class PciHotplug:
     """The registers. Who takes functions away sets `on_eject` and `on_refused`."""
 
-    def __init__(self, bus: PciBus, pm: Pm) -> None:
+    def __init__(self, bus: PciBus, pm: Events) -> None:
         self._bus, self._pm = bus, pm
         self._inserted = self._asked = self._ost_event = 0
         self.known = True

@@ -48,6 +48,8 @@ class Frozen:
     """Overlays: a descriptor, and the bitmap of the sectors that it holds."""
     addresses: tuple[bytes, ...]
     """MAC addresses of the original's cards."""
+    config: Config
+    """The original's, as it was at that moment."""
     stood_still_ns: int = 0
     _files: list[int] = field(default_factory=list)
 
@@ -80,7 +82,7 @@ class Frozen:
 
 async def freeze(vm: VirtualMachine) -> Frozen:
     """The machine as it is now; it runs on. Raises ConfigError, StateError, HostError."""
-    for name, device in vm.disks().items():
+    for name, device in vm.block_devices().items():
         backend = device.backend
         if not isinstance(backend, ImageBlock) or (backend.overlay < 0 and not backend.read_only):
             raise ConfigError(f"{name}: a copy would write to the same disk; attach it with snapshot, or read-only")
@@ -94,9 +96,11 @@ async def freeze(vm: VirtualMachine) -> Frozen:
             machine = vm.machine
             with core_errors():
                 extents = memory.freeze()
-            frozen = Frozen(vm.config.name, save(machine), vm.save_console(), memory.size, (), {}, _addresses(vm))
+            frozen = Frozen(
+                vm.config.name, save(machine), vm.save_console(), memory.size, (), {}, _addresses(vm), vm.present
+            )
             frozen.extents = _own(extents, frozen._files)
-            for name, device in vm.disks().items():
+            for name, device in vm.block_devices().items():
                 if isinstance(device.backend, ImageBlock) and device.backend.overlay >= 0:
                     frozen.disks[name] = await asyncio.to_thread(_copy, device.backend, frozen._files)
             vm.check_standing(machine)
@@ -159,7 +163,7 @@ async def fork(
                 changes: dict[str, Any] = {"name": names[index] if names else "", "console": "none", "vsock": None}
                 if seeds:
                     changes["seed"] = seeds[index]
-                config = Config.from_dict({**vm.config.to_dict(), **changes})
+                config = Config.from_dict({**frozen.config.to_dict(), **changes})
                 fresh = {old: random_mac(os.urandom) for old in frozen.addresses}
                 identity = new_identity(names[index] if names else f"copy-{index + 1}", frozen.addresses, fresh)
                 saved = frozen.saved(identity, seeds[index] if seeds else None)

@@ -120,6 +120,7 @@ class _Taking:
         self._held: list[bytearray] = []
         """With a base: the pages of each region that the file holds, as bitmaps."""
         self._state: dict[str, Any] = {}
+        self._config = vm.config
         self._disks: dict[str, DiskEntry] = {}
         self.manifest: Manifest
         self.digest = ""
@@ -151,6 +152,7 @@ class _Taking:
                     last = _merge(dirty, [bitmap for _, bitmap in self._memory.take_dirty()])
                 kept = await self._keep(last)
                 self._state = {"machine": save(self._vm.machine), "console": self._vm.save_console()}
+                self._config = self._vm.present
                 await in_thread(self._copy_disks)
                 self._vm.check_standing(self._machine)
                 self._progress.stood_still_ns = time.monotonic_ns() - begun
@@ -245,7 +247,7 @@ class _Taking:
     # Disks.
 
     def _copy_disks(self) -> None:
-        for name, device in self._vm.disks().items():
+        for name, device in self._vm.block_devices().items():
             self._disks[name] = self._copy_disk(name, device)
 
     def _copy_disk(self, name: str, device: BlockDevice) -> DiskEntry:
@@ -330,7 +332,7 @@ class _Taking:
             program=f"loopvisor {__version__}",
             name=vm.config.name,
             core=vm.core,
-            config=json.dumps(vm.config.to_dict()),
+            config=json.dumps(self._config.to_dict()),
             memory=MemoryEntry(self._size, tuple(self._regions), compress is not None, stored),
             base=None if self._base is None else BaseEntry(str(self._base.path), self._base.manifest.identity),
             disks=self._disks,

@@ -22,6 +22,7 @@ from vmm.devices.virtio.pool import DevicePool, Maker
 from vmm.errors import StateError
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly
+from vmm.pci.bus import DEVICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class VirtioDevices:
         self._windows: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self.transports: dict[str, Transport] = {}
+        self.slots: dict[str, int] = {}
+        """Device numbers of the functions on the PCI bus."""
+        self._wanted = {slot.id: slot.device for slot in assembly.config.slots}
         for name, maker in pool.makers.items():
             if maker.transport == "mmio":
                 self._windows[name] = len(self._windows)
@@ -55,14 +59,38 @@ class VirtioDevices:
         for name, device in self._pool.devices.items():
             self._plug(name, device, self._pool.makers[name])
 
+    def plug(self, name: str) -> int:
+        """Put a device that came to the pool onto the PCI bus; its device number. Raises ConfigError."""
+        self._plug(name, self._pool.devices[name], self._pool.makers[name])
+        return self.slots[name]
+
+    def hide(self, name: str) -> None:
+        """The guest does not find the device any more when it looks, while its driver still gets answers."""
+        self._assembly.get("pci").hide(self.slots[name])
+
+    def unplug(self, name: str) -> None:
+        """Take a device off the PCI bus, at once: it drives no interrupt and takes no more requests. What it has taken
+        may still use guest memory until `Device.settle`. The pool keeps it. KeyError if there is none."""
+        self._assembly.get("pci").remove(self.slots.pop(name))
+        self.transports.pop(name).close()
+
+    def _free_slot(self, name: str) -> int | None:
+        """The device number that the configuration names, or the lowest that it names for no device; None if there is
+        none."""
+        if name in self._wanted:
+            return self._wanted[name]
+        taken = {slot.device for slot in self._assembly.get("pci").slots}
+        taken |= {self._wanted[other] for other in self._pool.makers if other in self._wanted}
+        return next((number for number in range(1, DEVICES) if number not in taken), None)
+
     def _plug(self, name: str, device: Device, maker: Maker) -> None:
         memory = self._assembly.memory
         board = self._assembly.board
         device.clock = board.clock
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
+            self.slots[name] = self._assembly.get("pci").add(function, device=self._free_slot(name))
             self.transports[name] = function
-            self._assembly.get("pci").add(function)
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
         line = board.irq_line(gsi)
@@ -82,7 +110,7 @@ class VirtioDevices:
 
     async def quiesce(self) -> None:
         """Take no more requests and drain those in flight, in all devices. Before `save`."""
-        for transport in self.transports.values():
+        for transport in tuple(self.transports.values()):
             await transport.quiesce()
 
     def resume(self) -> None:
@@ -119,6 +147,7 @@ class VirtioDevices:
         for call in undo:
             call()
         transports, self.transports = self.transports, {}
+        self.slots.clear()
         for transport in transports.values():
             transport.close()
         await self._pool.settle()

@@ -1,6 +1,7 @@
 """The virtio devices of a machine with what the host gave them: files, taps, sockets, processes.
 
-They are opened once, before the first instruction, and live until the machine is closed. A reboot plugs the same
+They are opened once, before the first instruction or when they are attached, and live until the machine is closed or
+they are detached. A reboot plugs the same
 devices into the new machine, as a reboot finds the same hardware: so MAC addresses, the private copies of
 snapshot disks, passt and sockets stay. Found by name: a disk's or net's id (else disk0, net0, …), "console", "rng",
 "vsock", or one of the embedder's. Loop thread.
@@ -18,7 +19,7 @@ from virtio.errors import VirtioError
 from virtio.protocols import RandomSource
 from vmm.config import Config
 from vmm.cores import is_stock_kernel
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, StateError
 from vmm.machine.interfaces import CharacterPort
 from vmm.machine.origin import SavedDisk
 
@@ -89,7 +90,7 @@ class DevicePool:
         self._synchronous = config.clock == "virtual"
         self._begun: dict[str, asyncio.Task[Device]] = {}
         self._console: Any = None
-        self._opened = False
+        self._opened = self._closed = False
         self._packed = config.packed
         self._describe(config, random, own, mark)
 
@@ -135,6 +136,27 @@ class DevicePool:
         """The device of that name. Raises KeyError."""
         return self.devices[name]
 
+    async def add(self, name: str, maker: Maker, packed: bool = False) -> Device:
+        """Make one more device. Nothing is left behind if that fails. Raises ConfigError, HostError (virtio's)."""
+        self._want(name, maker, packed)
+        try:
+            device = await maker.make()
+        except BaseException:
+            del self.makers[name]
+            raise
+        if self._closed:
+            await device.aclose()
+            raise StateError("the machine has ended meanwhile")
+        device.synchronous = self._synchronous
+        self.devices[name] = device
+        return device
+
+    def take(self, name: str) -> Device:
+        """Forget a device, which is the caller's to close from now on. Raises KeyError."""
+        device = self.devices.pop(name)
+        del self.makers[name]
+        return device
+
     def begin(self) -> None:
         """Start making what takes its time. Idempotent."""
         if self._opened:
@@ -177,6 +199,7 @@ class DevicePool:
 
     async def aclose(self) -> None:
         """Close every device and backend. Raises the first failure, after all were tried. Idempotent."""
+        self._closed = True
         begun, self._begun = self._begun, {}
         for task in begun.values():
             task.cancel()
