@@ -44,7 +44,7 @@ OST_REASONS = {
 }
 
 
-class Events(Protocol):
+class EventBlock(Protocol):
     """The ACPI block: vmm.devices.pm.Pm."""
 
     def general_event(self, number: int) -> None:
@@ -54,7 +54,7 @@ class Events(Protocol):
 class PciHotplug:
     """The registers. Who takes functions away sets `on_eject` and `on_refused`."""
 
-    def __init__(self, bus: PciBus, pm: Events) -> None:
+    def __init__(self, bus: PciBus, pm: EventBlock) -> None:
         self._bus, self._pm = bus, pm
         self._inserted = self._asked = self._ost_event = 0
         self.known = True
