@@ -40,7 +40,7 @@ def checked(kind: type[Checked], values: Limits) -> dict[str, int]:
 
 def find_disk(vm: VirtualMachine, name: str) -> BlockDevice:
     """A disk by its id, or as Linux names it: vda, vdb… ConfigError."""
-    disks = vm.disks()
+    disks = vm.block_devices()
     linux = {f"vd{chr(ord('a') + index)}": device for index, device in enumerate(disks.values()) if index < 26}
     found: BlockDevice = _find("disk", name, {**linux, **disks}, disks)
     return found
@@ -75,6 +75,6 @@ async def change(
 
 def present(vm: VirtualMachine) -> dict[str, dict[str, int]]:
     """The limits of each disk and card that has some, by its name."""
-    found = {name: disk.limits.as_dict() for name, disk in vm.disks().items()}
+    found = {name: disk.limits.as_dict() for name, disk in vm.block_devices().items()}
     found |= {name: net.limits for name, net in vm.nets().items()}
     return {name: limits for name, limits in found.items() if limits}
