@@ -85,7 +85,8 @@ class PciTransport(Transport):
             BarSpec(MSIX_BAR, size),
             BarSpec(BAR, 4 * PAGE, "mem64", True),
         )
-        self.msix = MsixSpec(queues + 1, MSIX_BAR, 0, MSIX_BAR, size // 2)
+        self._vectors = queues + 1
+        self.msix: MsixSpec | None = MsixSpec(self._vectors, MSIX_BAR, 0, MSIX_BAR, size // 2)
         # 4.1.4.x.1: each of the structures has at least one capability; the access window is the last
         self.capabilities: Sequence[bytes] = (
             self._capability(CAP_COMMON, COMMON_AT, PciCommonConfig.sizeof()),
@@ -353,7 +354,7 @@ class PciTransport(Transport):
 
     def _vector(self, value: int) -> int:
         # 4.1.5.1.2.1: "Devices MUST report mapping failures by returning the NO_VECTOR value"
-        return value if value < self.msix.vectors else NO_VECTOR
+        return value if value < self._vectors else NO_VECTOR
 
     # State
 

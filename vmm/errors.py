@@ -43,6 +43,20 @@ _OURS: tuple[tuple[tuple[type[Exception], ...], type[VmmError]], ...] = (
 """The lower packages' errors, and which of ours says the same."""
 
 
+_BY_NAME = {kind.__name__: kind for _, kind in _OURS}
+
+
+def fault_of(error: VmmError) -> str:
+    """Whose fault it is, for another process: "GuestError", "HostError", "ConfigError" or "StateError"."""
+    return next((name for name, kind in _BY_NAME.items() if isinstance(error, kind)), "HostError")
+
+
+def error_from(fault: object, text: str) -> VmmError:
+    """The error that another process told as (fault_of(error), str(error)); a HostError if the name is none of the
+    four."""
+    return _BY_NAME.get(str(fault), HostError)(text)
+
+
 def os_reason(error: OSError) -> str:
     """'no such file or directory' of an OSError, without its number and file name."""
     return virtio.os_reason(error).lower()

@@ -137,9 +137,9 @@ class Hotplug:
     def _bus(self) -> tuple[VirtioDevices, PciHotplug]:
         """Where devices come to. StateError if this machine has no such place."""
         machine = self._vm.machine
-        if self._vm.config.platform == "bare":
+        virtio, registers = machine.services.virtio, machine.services.pci_hotplug
+        if virtio is None or registers is None:
             raise StateError("platform bare has no PCI bus that a device could come to; run it with --platform pc")
-        registers: PciHotplug = machine.components["pci-hotplug"]  # type: ignore[assignment]
         if not registers.known:
             raise StateError(
                 "this machine was booted by a program that had no hot plug, and its tables say so; reboot it first"
@@ -147,11 +147,11 @@ class Hotplug:
         words = effective_cmdline(self._vm.config, machine.capabilities).split()
         if "acpi=off" in words:
             raise StateError("the guest's kernel was started with acpi=off and would not hear of it; leave that out")
-        return machine.components["virtio"], registers  # type: ignore[return-value]
+        return virtio, registers
 
     def _virtio_or_none(self) -> VirtioDevices | None:
         with suppress(StateError):
-            return self._vm.machine.components.get("virtio")  # type: ignore[return-value]
+            return self._vm.machine.services.virtio
         return None
 
     # Coming.
@@ -335,8 +335,9 @@ class Hotplug:
             return None
         virtio = self._virtio_or_none()
         if virtio is not None and name in virtio.slots:
-            registers: PciHotplug = self._vm.machine.components["pci-hotplug"]  # type: ignore[assignment]
-            registers.gone(virtio.slots[name])
+            registers = self._vm.machine.services.pci_hotplug
+            if registers is not None:
+                registers.gone(virtio.slots[name])
             virtio.unplug(name)
         device = self._vm.pool.take(name)
         self._changed = True
@@ -358,8 +359,9 @@ class Hotplug:
 
     def ejected(self, machine: Machine, slot: int) -> None:
         """The guest gave up the function in this slot, from within its access."""
-        virtio: VirtioDevices = machine.components["virtio"]  # type: ignore[assignment]
-        name = next((name for name, number in virtio.slots.items() if number == slot), None)
+        virtio = machine.services.virtio
+        slots = virtio.slots if virtio is not None else {}
+        name = next((name for name, number in slots.items() if number == slot), None)
         if name is None or name not in self._parts or self._vm.jobs_on(name):
             return  # what may not go stays; so does a disk whose image is being changed
         device = self._remove(name)
@@ -381,8 +383,8 @@ class Hotplug:
 
     def refused(self, machine: Machine, slot: int, reason: str) -> None:
         """The guest says that the function in this slot stays."""
-        virtio: VirtioDevices = machine.components["virtio"]  # type: ignore[assignment]
-        for name, number in virtio.slots.items():
+        virtio = machine.services.virtio
+        for name, number in virtio.slots.items() if virtio is not None else ():
             leaving = self._leaving.get(name)
             if number == slot and leaving is not None and not leaving.answer.done():
                 leaving.answer.set_result(reason)

@@ -220,13 +220,13 @@ class VirtualMachine:
             self.resume()
         if not self.ending:
             self._change(Change.ASK)
-            button = self._machine.components.get("power-button") if self._machine is not None else None
+            pm = self._machine.services.pm if self._machine is not None else None
             if self._machine is None or self._end is not None:
                 self._finish(Outcome(Reason.RESET, "stopped between two boots"))
-            elif button is None:
+            elif pm is None:
                 self._finish(Outcome(Reason.KILLED, "this machine has no power button"))
             else:
-                button.press()  # type: ignore[attr-defined]
+                pm.press_power_button()
         try:
             async with asyncio.timeout(timeout):
                 return await self.ended()
@@ -237,14 +237,14 @@ class VirtualMachine:
     def press_power_button(self, *, reboot: bool = False) -> None:
         """Ask the guest to power off and go on; what it does is its own affair. With `reboot` the machine starts again
         in place once the guest has powered off. StateError if the machine has no power button, or does not run."""
-        button = self._machine.components.get("power-button") if self._machine is not None else None
+        pm = self._machine.services.pm if self._machine is not None else None
         if self.state is not State.RUNNING or self._end is not None:
             state = "ending" if self._end is not None else self.state.value
             raise StateError(f"cannot press the power button of a machine that is {state}")
-        if button is None:
+        if pm is None:
             raise StateError("this machine has no power button")
         self._reboot_asked = reboot
-        button.press()  # type: ignore[attr-defined]
+        pm.press_power_button()
 
     def reset(self) -> None:
         """Start again in place, as the reset button does: nobody asks the guest. StateError if it has ended."""
@@ -566,7 +566,7 @@ class VirtualMachine:
         await machine.build()
         timeline.mark("built")
         self._machine = machine
-        registers: Any = machine.components.get("pci-hotplug")
+        registers = machine.services.pci_hotplug
         if registers is not None:
             registers.on_eject = lambda slot: self._hotplug.ejected(machine, slot)
             registers.on_refused = lambda slot, reason: self._hotplug.refused(machine, slot, reason)

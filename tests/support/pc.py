@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cpu.contract import Space
 from vmm.machine.bus import Bus, BusDevice
 from vmm.machine.clock import MachineClock
-from vmm.machine.interfaces import PostedDevice
+from vmm.machine.interfaces import PostedDevice, Services
 from vmm.machine.lines import InterruptLines, Line
 
 SECOND = 1_000_000_000
@@ -200,6 +200,7 @@ class FakeAssembly:
         self.capabilities: frozenset[Any] = frozenset()
         self.console: Any = None
         self.components: dict[str, Any] = {}
+        self.services = Services()
         self.rsdp: int | None = None
         self.marks: list[str] = []
 

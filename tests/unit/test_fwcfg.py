@@ -41,7 +41,7 @@ class Guest:
         self.memory = Memory(MEMORY)
         self.assembly = FakeAssembly(Config(memory=MEMORY, **config), self.memory)
         self.pc: Pc = self.assembly.board
-        self.assembly.add("acpi", Acpi(Layout(MEMORY), 1, self.memory.write))
+        self.assembly.services.acpi = Acpi(Layout(MEMORY), 1, self.memory.write)
         fwcfg.attach(self.assembly)
         self.device: fwcfg.FwCfg = self.assembly.get("fw_cfg")
 
@@ -296,7 +296,7 @@ def test_firmware_can_place_the_tables_anywhere(base: int) -> None:
     """Every pointer leads to the table it should, every checksum is right, and the bytes are the machine's own."""
     guest = Guest()
     firmware = Firmware(guest, base)
-    own = {signature: data for signature, _, data in guest.assembly.get("acpi").tables()}
+    own = {signature: data for signature, _, data in guest.assembly.services.acpi.tables()}
     root = firmware.read(0xF_0000, 36)
     assert sum(root) & 0xFF == sum(root[:20]) & 0xFF == 0
     for at, size in ((16, 4), (24, 8)):

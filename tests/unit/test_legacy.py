@@ -169,7 +169,7 @@ def test_4_8_3_1_1_timer_status_at_the_toggle_of_the_highest_bit() -> None:
 
 def test_4_8_2_2_1_power_button_status_enable_and_write_one_to_clear() -> None:
     pc, device = pm()
-    device.power_button()
+    device.press_power_button()
     assert pc.inp(PM1_STS, 2) == 0x100 and not pc.levels.get(SCI)
     pc.out(PM1_EN, 0x100, 2)
     assert pc.levels[SCI]
@@ -232,7 +232,7 @@ def test_generation_id_changes_only_when_renewed() -> None:
     assembly = FakeAssembly(None, memory)
     values = iter([b"a" * 16, b"b" * 16])
     assembly.board.random = lambda count: next(values)  # type: ignore[method-assign]
-    assembly.add("pm", Pm(assembly.board))
+    assembly.services.pm = Pm(assembly.board)
     vmgenid.attach(assembly)
     device = assembly.get("generation-id")
     device.populate()
@@ -241,4 +241,4 @@ def test_generation_id_changes_only_when_renewed() -> None:
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"a" * 16
     device.renew()
     assert memory.read(layout.VM_GENERATION_ID, 16) == b"b" * 16
-    assert assembly.get("pm").save().gpe_status == 1 << 5
+    assert assembly.services.pm.save().gpe_status == 1 << 5

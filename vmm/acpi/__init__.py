@@ -67,4 +67,5 @@ def attach(assembly: Assembly) -> None:
     memory = Layout(assembly.memory.size)
     acpi = Acpi(memory, assembly.config.cpus, assembly.memory.write)
     assembly.add("acpi", acpi)
+    assembly.services.acpi = acpi
     assembly.rsdp = acpi.rsdp

@@ -408,7 +408,7 @@ def fill(items: dict[int, Item], files: dict[str, Item], assembly: Assembly) -> 
         return effective_cmdline(config, assembly.capabilities)
 
     add_kernel(items, config, cmdline)
-    acpi = assembly.get("acpi")
+    acpi = assembly.services.acpi
     blobs: list[tuple[bytes, bytes, bytes]] = []
 
     def blob(index: int) -> Bytes:

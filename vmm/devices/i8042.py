@@ -210,6 +210,6 @@ class _Port:
 
 
 def attach(assembly: Assembly) -> None:
-    device = I8042(assembly.board, assembly.get("reset").trigger)
+    device = I8042(assembly.board, assembly.services.reset.trigger)
     device.attach()
     assembly.add("i8042", device)

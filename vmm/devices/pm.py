@@ -84,11 +84,10 @@ class Pm:
 
     # Events from the machine.
 
-    def power_button(self) -> None:
+    def press_power_button(self) -> None:
         """Somebody pressed the power button: the guest is asked to shut down (4.8.2.2.1)."""
         self._status |= POWER_BUTTON
         self._update()
-
 
     def general_event(self, number: int) -> None:
         """Raise general purpose event `number` (0 to 15): the guest runs \\_GPE._Exx."""
@@ -170,15 +169,8 @@ class Pm:
         self._update()
 
 
-class PowerButton:
-    """What the machine's `stop` presses."""
-
-    def __init__(self, pm: Pm) -> None:
-        self.press = pm.power_button
-
-
 def attach(assembly: Assembly) -> None:
     device = Pm(assembly.board)
     device.attach()
     assembly.add("pm", device)
-    assembly.add("power-button", PowerButton(device))
+    assembly.services.pm = device

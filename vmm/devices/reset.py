@@ -99,3 +99,4 @@ def attach(assembly: Assembly) -> None:
     control = ResetControl(assembly.board, assembly.memory.read)
     control.attach()
     assembly.add("reset", control)
+    assembly.services.reset = control

@@ -58,5 +58,7 @@ class GenerationId:
 
 
 def attach(assembly: Assembly) -> None:
-    device = GenerationId(assembly.memory.write, assembly.board.random, assembly.get("pm"))
+    assert assembly.services.pm is not None
+    device = GenerationId(assembly.memory.write, assembly.board.random, assembly.services.pm)
     assembly.add("generation-id", device)
+    assembly.services.generation_id = device

@@ -15,14 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
+from vmm.errors import HostError, error_from, os_reason
 from vmm.management.registry import RegistryEntry
 
 LINE_LIMIT = 1 << 20
 ANSWER_SECONDS = 15.0
 START_SECONDS = 120.0
 """How long a machine may take to be built."""
-_KINDS: dict[str, type[VmmError]] = {"ConfigError": ConfigError, "StateError": StateError, "HostError": HostError}
 
 
 class ControlClient:
@@ -52,8 +51,7 @@ class ControlClient:
             raise HostError(f"{self._name}: the machine ended before it answered")
         answer: dict[str, Any] = json.loads(line)
         if not answer.pop("ok", False):
-            kind = _KINDS.get(str(answer.get("kind")), HostError)
-            raise kind(str(answer.get("error")))
+            raise error_from(answer.get("kind"), str(answer.get("error")))
         return answer
 
     async def next_event(self) -> dict[str, Any] | None:

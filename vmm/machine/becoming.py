@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmm.guest.identity import ENTROPY, Identity, payload
 
@@ -17,9 +17,8 @@ FIRST_CID = 3
 def become(machine: Machine, identity: Identity) -> None:
     """Give the devices what tells this machine from the original, and have the guest's agent told, before the machine
     runs on. The kernel hears of it by the VM generation ID, and mixes it into its random numbers."""
-    generation: Any = machine.components.get("generation-id")
-    if generation is not None:
-        generation.renew()
+    if machine.services.generation_id is not None:
+        machine.services.generation_id.renew()
     resources = machine.resources
     for device in resources.devices.values():
         new = identity.addresses.get(getattr(device, "mac", b""))

@@ -10,15 +10,17 @@ import asyncio
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cpu.contract import Shadow, Space, Vm
-from virtio.protocols import RandomSource
 from vmm.errors import StateError
 from vmm.machine.bus import Bus, BusDevice
 from vmm.machine.clock import MachineClock
 from vmm.machine.interfaces import PostedDevice
 from vmm.machine.lines import InterruptLines, Line
+
+if TYPE_CHECKING:
+    from virtio.protocols import RandomSource
 
 Action = Literal["shutdown", "reset", "crash"]
 PostedHandler = Callable[[int, bytes], None]

@@ -27,7 +27,7 @@ from vmm.lifecycle import Outcome, Reason
 from vmm.machine.board import Action, MachineBoard
 from vmm.machine.dispatch import Dispatcher
 from vmm.machine.hardware import Hardware, Making
-from vmm.machine.interfaces import CharacterPort
+from vmm.machine.interfaces import CharacterPort, Services
 from vmm.machine.layout import Layout
 from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import BOOT, Boot, Origin, Restore
@@ -36,7 +36,6 @@ from vmm.pci import level_trigger
 from vmm.timeline import Timeline
 
 if TYPE_CHECKING:
-    from vmm.devices.virtio import VirtioDevices
     from vmm.devices.virtio.pool import DevicePool
 
 PARTS = (
@@ -101,6 +100,7 @@ class Machine:
         self.warn = resources.warn
         self.capabilities: frozenset[Capability] = system.capabilities()
         self.components: dict[str, object] = {}
+        self.services = Services()
         self.cpuid: list[list[CpuidEntry]] = []
         """What CPUID tells each vCPU."""
         self._finish = finish
@@ -280,9 +280,8 @@ class Machine:
 
     async def quiesce(self) -> None:
         """Have the virtio devices take no more requests, and wait for those in flight."""
-        virtio = self._virtio
-        if virtio is not None:
-            await virtio.quiesce()
+        if self.services.virtio is not None:
+            await self.services.virtio.quiesce()
 
     def save_state(self) -> dict[str, Any]:
         """vmm.machine.saving.save"""
@@ -292,12 +291,8 @@ class Machine:
 
     def resume_devices(self) -> None:
         """After quiesce(), or a restored state."""
-        if self._virtio is not None:
-            self._virtio.resume()
-
-    @property
-    def _virtio(self) -> VirtioDevices | None:
-        return self.components.get("virtio")  # type: ignore[return-value]
+        if self.services.virtio is not None:
+            self.services.virtio.resume()
 
     def stats(self) -> dict[str, int]:
         """The core's counters and the buses'."""

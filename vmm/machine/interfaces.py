@@ -1,4 +1,5 @@
-"""What the machine's parts promise each other. Protocols only; the builder puts implementations together.
+"""What the machine's parts promise each other: Protocols, and where they find one another (Services). The builder puts
+implementations together.
 
 All of it is confined to the loop thread.
 """
@@ -14,8 +15,15 @@ from vmm.machine.memory import GuestMemory
 
 if TYPE_CHECKING:
     from virtio.protocols import RandomSource
+    from vmm.acpi import Acpi
+    from vmm.devices.pm import Pm
+    from vmm.devices.reset import ResetControl
+    from vmm.devices.virtio import VirtioDevices
     from vmm.devices.virtio.pool import DevicePool
+    from vmm.devices.vmgenid import GenerationId
     from vmm.machine.bus import BusDevice
+    from vmm.pci.bus import PciBus
+    from vmm.pci.hotplug import PciHotplug
 
 
 class PostedDevice(Protocol):
@@ -102,6 +110,30 @@ class Board(Protocol):
         """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
 
 
+class Services:
+    """What the parts of a machine offer one another, by typed attribute. A part sets its attribute in its `attach()`.
+
+    Parts attach in the builder's order, so an earlier part's service is there; to use one that no part has set is a
+    mistake in that order, and an AttributeError. What the bare platform lacks, and others ask for, is None there.
+    """
+
+
+    reset: ResetControl
+    """Ends the machine, or starts it again, as the guest's reset ports do."""
+    acpi: Acpi
+    """The tables, to which parts add what they are."""
+    pci: PciBus
+    """Bus 0, to which parts add their functions."""
+    pci_hotplug: PciHotplug | None = None
+    """The registers by which functions come and go."""
+    pm: Pm | None = None
+    """The power button, and general purpose events."""
+    virtio: VirtioDevices | None = None
+    """The transports of the virtio devices."""
+    generation_id: GenerationId | None = None
+    """Tells the guest that it is a copy."""
+
+
 class Assembly(Protocol):
     """What a part of the machine (serial ports, legacy devices, PCI, virtio) gets while the builder calls its
     `attach(assembly)`. Parts are called in the builder's order, before the boot loader."""
@@ -130,6 +162,8 @@ class Assembly(Protocol):
     def pool(self) -> DevicePool:
         """The machine's virtio devices, which stay over its reboots."""
 
+    services: Services
+    """What the parts offer one another."""
     rsdp: int | None
     """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""
 

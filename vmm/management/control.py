@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.console.hub import ConsoleHub
 from vmm.console.server import ConsoleServer
-from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError, os_reason
+from vmm.errors import ConfigError, HostError, StateError, VmmError, error_from, fault_of, os_reason
 from vmm.events import (
     Attached,
     Detached,
@@ -58,9 +58,6 @@ STARTING_SECONDS = 2.0
 MAX_STOP_SECONDS = 86_400.0
 READY_SECONDS = 5.0
 """How long one request waits for the guest's agent to listen."""
-_KINDS: dict[str, type[VmmError]] = {
-    "ConfigError": ConfigError, "StateError": StateError, "HostError": HostError, "GuestError": GuestError,
-}  # fmt: skip
 
 
 def _dumps(value: Any) -> str:
@@ -95,8 +92,8 @@ class Registration:
 
     def __init__(self, vm: VirtualMachine, hub: ConsoleHub) -> None:
         self._vm = vm
-        self._slot = HeldName(vm.config.name)
-        self._console = ConsoleServer(hub, self._slot.path / CONSOLE)
+        self._held = HeldName(vm.config.name)
+        self._console = ConsoleServer(hub, self._held.path / CONSOLE)
         self._server: asyncio.Server | None = None
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._busy: set[asyncio.Task[None]] = set()
@@ -107,13 +104,13 @@ class Registration:
         """Listen on both sockets, then be listed. Raises ConfigError, HostError."""
         try:
             await self._console.start()
-            listener = listen(self._slot.path / CONTROL, "control socket")
+            listener = listen(self._held.path / CONTROL, "control socket")
             try:
                 self._server = await asyncio.start_unix_server(self._client, sock=listener, limit=LINE_LIMIT)
             except BaseException:
                 listener.close()
                 raise
-            self._slot.write_info({"pid": os.getpid(), "started": self._started, "command": sys.argv[:32]})
+            self._held.write_info({"pid": os.getpid(), "started": self._started, "command": sys.argv[:32]})
         except BaseException:
             self.close()
             raise
@@ -123,7 +120,7 @@ class Registration:
         self._stop_serving()
         self._abort_clients()
         self._console.close()
-        self._slot.release()
+        self._held.release()
 
     async def aclose(self) -> None:
         """Clients that wait for an answer get it; the others are sent away."""
@@ -198,7 +195,7 @@ class Registration:
                 raise ConfigError(f"unknown command {request.get('command')!r}; known are {', '.join(COMMANDS)}")
             return {"ok": True, **await command(self, request)}
         except VmmError as error:
-            return {"ok": False, "kind": type(error).__name__, "error": str(error)}
+            return {"ok": False, "kind": fault_of(error), "error": str(error)}
 
     async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
         vm, config = self._vm, self._vm.config
@@ -312,7 +309,6 @@ class Registration:
         self._vm.kill()
         return {"outcome": outcome_dict(await self._vm.ended())}
 
-
     async def _snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
         from vmm.state.taking import SnapshotProgress, options_from
 
@@ -425,7 +421,7 @@ def answered(entry: RegistryEntry, line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HostError(f"{entry.name}: answers something else than asked for")
     if not values.pop("ok", False):
-        raise _KINDS.get(str(values.get("kind")), HostError)(f"{entry.name}: {values.get('error')}")
+        raise error_from(values.get("kind"), f"{entry.name}: {values.get('error')}")
     return values
 
 

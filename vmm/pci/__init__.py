@@ -23,9 +23,10 @@ def level_trigger(vm: Vm) -> None:
 
 
 def attach(assembly: Assembly) -> None:
-    """The bus, as component "pci"; later parts add their functions to it with `get("pci").add(function)`."""
+    """The bus, as component "pci"; later parts add their functions to it with `services.pci.add(function)`."""
     from vmm.pci.bus import PciBus
 
     bus = PciBus(assembly.board)
-    bus.attach(assembly.get("reset"))
+    bus.attach(assembly.services.reset)
     assembly.add("pci", bus)
+    assembly.services.pci = bus

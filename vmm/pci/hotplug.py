@@ -229,11 +229,13 @@ def _bus_methods() -> tuple[bytes, ...]:
 
 def attach(assembly: Assembly) -> None:
     """Component "pci-hotplug", and its description."""
-    bus: PciBus = assembly.get("pci")
-    hotplug = PciHotplug(bus, assembly.get("pm"))
+    bus = assembly.services.pci
+    assert assembly.services.pm is not None
+    hotplug = PciHotplug(bus, assembly.services.pm)
     hotplug.attach(assembly.board)
     bus.hotplug = hotplug
-    acpi = assembly.get("acpi")
+    acpi = assembly.services.acpi
     acpi.add_terms(aml.scope("\\_SB.PCI0", *_bus_methods(), *(_slot(device) for device in range(1, DEVICES))))
     acpi.add_event(layout.PCI_EVENT, aml.call("\\_SB.PCI0.PHPE"))
     assembly.add("pci-hotplug", hotplug)
+    assembly.services.pci_hotplug = hotplug

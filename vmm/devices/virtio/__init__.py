@@ -1,7 +1,7 @@
 """The virtio devices of a machine, each on its transport, from one boot to the next. A part of the builder.
 
-PCI functions go to the component "pci"; virtio-mmio devices get a window of layout.virtio_mmio and are described by the
-component "acpi". The devices themselves are the machine's resources (pool.py). Loop thread.
+PCI functions go to the PCI bus; virtio-mmio devices get a window of layout.virtio_mmio and are described in the ACPI
+tables. The devices themselves are the machine's resources (pool.py). Loop thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class VirtioDevices:
         for name, maker in pool.makers.items():
             if maker.transport == "mmio":
                 self._windows[name] = len(self._windows)
-                assembly.get("acpi").add_virtio_mmio(self._windows[name])
+                assembly.services.acpi.add_virtio_mmio(self._windows[name])
 
     async def start(self) -> None:
         """Open the devices that are not open yet, and plug all in. Raises ConfigError, HostError."""
@@ -66,12 +66,12 @@ class VirtioDevices:
 
     def hide(self, name: str) -> None:
         """The guest does not find the device any more when it looks, while its driver still gets answers."""
-        self._assembly.get("pci").hide(self.slots[name])
+        self._assembly.services.pci.hide(self.slots[name])
 
     def unplug(self, name: str) -> None:
         """Take a device off the PCI bus, at once: it drives no interrupt and takes no more requests. What it has taken
         may still use guest memory until `Device.settle`. The pool keeps it. KeyError if there is none."""
-        self._assembly.get("pci").remove(self.slots.pop(name))
+        self._assembly.services.pci.remove(self.slots.pop(name))
         self.transports.pop(name).close()
 
     def _free_slot(self, name: str) -> int | None:
@@ -79,7 +79,7 @@ class VirtioDevices:
         none."""
         if name in self._wanted:
             return self._wanted[name]
-        taken = {slot.device for slot in self._assembly.get("pci").slots}
+        taken = {slot.device for slot in self._assembly.services.pci.slots}
         taken |= {self._wanted[other] for other in self._pool.makers if other in self._wanted}
         return next((number for number in range(1, DEVICES) if number not in taken), None)
 
@@ -89,7 +89,7 @@ class VirtioDevices:
         device.clock = board.clock
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
-            self.slots[name] = self._assembly.get("pci").add(function, device=self._free_slot(name))
+            self.slots[name] = self._assembly.services.pci.add(function, device=self._free_slot(name))
             self.transports[name] = function
             return
         window, gsi = layout.virtio_mmio(self._windows[name])
@@ -157,5 +157,6 @@ def attach(assembly: Assembly) -> None:
     """Component "virtio", if the configuration asks for any device."""
     pool = assembly.pool
     pool.join_console(lambda: assembly.console)
-    assembly.add("virtio", VirtioDevices(assembly, pool))
+    assembly.services.virtio = VirtioDevices(assembly, pool)
+    assembly.add("virtio", assembly.services.virtio)
     pool.begin()
