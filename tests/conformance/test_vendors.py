@@ -20,6 +20,7 @@ SHIFT, MISC, LEGACY, X87, FAST, STATE = (
     f"cpu/soft/{name}.c"
     for name in ("interp/exec_shift", "interp/exec_misc", "interp/exec_legacy", "fpu/x87", "fpu/x87_fast", "fpu/state")
 )
+TABLE = "cpu/soft/ops/table.h"
 MUTANTS = {
     "carry of MUL": (
         SHIFT, "uint64_t over = (UINT(bits))(r >> (bits)) != 0;", "uint64_t over = r == 0;", "0", "0xF7", "64",
@@ -32,7 +33,10 @@ MUTANTS = {
         "unsigned bit = REG8(u->r1) & (u->size * 8u - 1);\n    flags_set_co(c, v >> bit & 2, flag_of(c));",
         "1", "0xAB", "64",
     ),
-    "zero flag of BSF": (MISC, "c->lf[0] = v ? r | 0x100 : 0;", "c->lf[0] = 1;", "1", "0xBC", "64"),
+    "zero flag of BSF": (
+        TABLE, "__builtin_ctzll(v) : 0;\n    c->lf[0] = v ? r | 0x100 : 0;", "__builtin_ctzll(v) : 0;\n    c->lf[0] = 1;",
+        "1", "0xBC", "64",
+    ),
     "a digit of DAA": (MISC, "if (old > 0x99 || flag_cf(c)) {", "if (old > 0x9A || flag_cf(c)) {", "0", "0x27", "32"),
     "low half of PUSH DS": (
         LEGACY, "push(c, u->size, c->seg[u->aux].selector)", "push(c, u->size, c->seg[u->aux].selector ^ 1u)",

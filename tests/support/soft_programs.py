@@ -56,7 +56,8 @@ def build(name: str, *, sanitize: bool = False, hot: bool = False) -> Path:
 
 
 def build_mutant(name: str, source: str, old: str, new: str, folder: Path, *, hot: bool = False) -> Path:
-    """The program `name` with one file of the core changed: the one place that says `old` says `new` instead.
+    """The program `name` with one file of the core changed: the one place that says `old` says `new` instead. A changed
+    header changes the files that include it by name.
 
     Raises AssertionError if there is no such place, or several.
     """
@@ -64,15 +65,21 @@ def build_mutant(name: str, source: str, old: str, new: str, folder: Path, *, ho
     out = ROOT / "build" / ("soft-hot" if hot else "soft")
     text = (ROOT / source).read_text()
     assert text.count(old) == 1, f"{source}: {text.count(old)} places say {old!r}"
-    mutated, target = folder / Path(source).name, folder / "mutant.o"
+    mutated = folder / Path(source).relative_to("cpu")
+    mutated.parent.mkdir(parents=True, exist_ok=True)
     mutated.write_text(text.replace(old, new))
-    flags = [*FLAGS, "-O2", "-Wno-error", "-w", *(["-DSOFT_HOT=1"] if hot else [])]
-    subprocess.run(["gcc", *flags, "-c", mutated, "-o", target], check=True, cwd=ROOT)
+    flags = [f"-I{folder}", *FLAGS, "-O2", "-Wno-error", "-w", *(["-DSOFT_HOT=1"] if hot else [])]
     sources = [path for part in FOLDERS for path in sorted((ROOT / part).glob("*.c")) if path.name not in PYTHON_ONLY]
-    objects = [out / (str(path.relative_to(ROOT)).replace("/", "_") + ".o") for path in
-               [*sources, *sorted(ROOT.glob(PROGRAMS[name]))] if path != ROOT / source]
+    include = f'#include "{Path(source).relative_to("cpu")}"'
+    objects = []
+    for path in [*sources, *sorted(ROOT.glob(PROGRAMS[name]))]:
+        objects.append(out / (str(path.relative_to(ROOT)).replace("/", "_") + ".o"))
+        if path == ROOT / source or include in path.read_text():
+            objects[-1] = folder / objects[-1].name
+            changed = mutated if path == ROOT / source else path
+            subprocess.run(["gcc", *flags, "-c", changed, "-o", objects[-1]], check=True, cwd=ROOT)
     program = folder / name
-    subprocess.run(["gcc", *flags, "-o", program, *objects, target, "-lm"], check=True, cwd=ROOT)
+    subprocess.run(["gcc", *flags, "-o", program, *objects, "-lm"], check=True, cwd=ROOT)
     return program
 
 
