@@ -12,6 +12,7 @@ import pytest
 from cpu import _core
 from cpu.contract import CpuidEntry, Registers
 from cpu.exits import Shutdown
+from cpu.model import table
 from cpu.system import soft_system
 from tests.support.bare import Bare
 
@@ -53,3 +54,21 @@ def test_popcnt_is_undefined_without_its_bit() -> None:
     cpuid = list(soft_system().supported_cpuid())
     assert outcome("f30fb8c3", 0x8000_0F01, cpuid) == (6, 0)
     assert outcome("f30fb8c3", 0x8000_0F01, without(cpuid, 1, "ecx", 23)) is None
+
+
+def test_lzcnt_is_bsr_without_its_bit() -> None:
+    """SDM 2A LZCNT: "On processors that do not support the LZCNT instruction, the instruction byte encoding is executed
+    as BSR". CF tells that the source is zero, ZF that the result is (BSR: that the source is)."""
+    cpuid = list(soft_system().supported_cpuid())
+    zf, cf = 0x40, 1
+    assert outcome("f30fbdc3", 0x0012_3456, cpuid) == (11, 0)
+    assert outcome("f30fbdc3", 0x8000_0000, cpuid) == (0, zf)
+    assert outcome("f30fbdc3", 0, cpuid) == (32, cf)
+    assert outcome("66f30fbdc3", 0xFFFF_0000, cpuid) == (16, cf)
+    assert outcome("66f30fbdc3", 0x0001, cpuid) == (15, 0)
+    lacking = without(cpuid, 0x8000_0001, "ecx", 5)
+    found = outcome("f30fbdc3", 0x0012_3456, lacking)
+    assert found is not None
+    assert found[0] == 20
+    assert outcome("f30fbdc3", 0, lacking) == (0xDEAD, zf | 4)
+    assert not any(entry.ecx >> 5 & 1 for entry in table("v2", cpuid) if entry.function == 0x8000_0001)

@@ -34,9 +34,10 @@ MUTANTS = {
         "1", "0xAB", "64",
     ),
     "zero flag of BSF": (
-        TABLE, "__builtin_ctzll(v) : 0;\n    c->lf[0] = v ? r | 0x100 : 0;", "__builtin_ctzll(v) : 0;\n    c->lf[0] = 1;",
+        TABLE, "ctzll(v) : 0;\n    c->lf[0] = v ? r | 0x100 : 0;", "ctzll(v) : 0;\n    c->lf[0] = 1;",
         "1", "0xBC", "64",
     ),
+    "a zero source of LZCNT": (TABLE, "- (64 - bits) : bits", "- (64 - bits) : bits - 1", "1", "0xBD", "64"),
     "a digit of DAA": (MISC, "if (old > 0x99 || flag_cf(c)) {", "if (old > 0x9A || flag_cf(c)) {", "0", "0x27", "32"),
     "low half of PUSH DS": (
         LEGACY, "push(c, u->size, c->seg[u->aux].selector)", "push(c, u->size, c->seg[u->aux].selector ^ 1u)",

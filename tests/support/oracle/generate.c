@@ -274,7 +274,7 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
         case 0xB8:
             return prefix == PREFIX_NONE || prefix == PREFIX_66; /* JMPE: #UD, but with ModRM or not? */
         case 0xBC: case 0xBD:
-            return prefix == PREFIX_F3; /* TZCNT and LZCNT */
+            return prefix == PREFIX_F3 && !(opcode == 0xBD && __builtin_cpu_supports("lzcnt")); /* TZCNT, LZCNT */
         case 0xC7:
             return !memory; /* RDRAND, RDPID */
         case 0x1E:

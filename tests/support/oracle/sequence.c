@@ -167,7 +167,7 @@ static void one_instruction(struct program *p)
         encode(p, (unsigned[]){0x2A, 0x2C, 0x2D}[rng_below(r, 3)], -1, LONG_MAP | NO_MEMORY, rng_below(r, 2) ? 0xF2 : 0xF3);
         break;
     case 34: encode(p, (unsigned[]){0x6E, 0x7E, 0xD7}[rng_below(r, 3)], -1, LONG_MAP | NO_MEMORY, 0x66); break;
-    case 35: encode(p, 0xB8, -1, LONG_MAP, 0xF3); break; /* POPCNT */
+    case 35: encode(p, rng_below(r, 2) && __builtin_cpu_supports("lzcnt") ? 0xBD : 0xB8, -1, LONG_MAP, 0xF3); break; /* LZCNT, POPCNT */
     case 36 ... 71: x87(p); break;
     default: /* IMUL with an immediate */
         encode(p, 0x6B, -1, 0, 0);

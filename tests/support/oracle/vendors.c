@@ -92,10 +92,11 @@ static unsigned division_flags(const struct form *x, int count)
     (void)count;
     return is_one(x, 0xF6, 0xF7) && form_group(x) >= 6 ? F_STATUS : 0;
 }
+static bool is_lzcnt(const struct form *x) { return is_0f(x, 0xBD) && x->f3; }
 static unsigned scan_flags(const struct form *x, int count)
 {
     (void)count;
-    return is_0f(x, 0xBC) || is_0f(x, 0xBD) ? F_STATUS & ~F_ZF : 0;
+    return is_lzcnt(x) ? F_STATUS & ~(F_ZF | F_CF) : is_0f(x, 0xBC) || is_0f(x, 0xBD) ? F_STATUS & ~F_ZF : 0;
 }
 static unsigned bit_test_flags(const struct form *x, int count)
 {
@@ -154,7 +155,7 @@ static void double_shift_free(const struct event *e, struct freedom *f)
 }
 static void scan_free(const struct event *e, struct freedom *f)
 {
-    if ((is_0f(&e->form, 0xBC) || is_0f(&e->form, 0xBD)) && (e->host->rflags & F_ZF))
+    if ((is_0f(&e->form, 0xBC) || is_0f(&e->form, 0xBD)) && !is_lzcnt(&e->form) && (e->host->rflags & F_ZF))
         f->gpr[e->form.reg] = ~0ull;
 }
 static void bit_string_free(const struct event *e, struct freedom *f)
@@ -246,7 +247,7 @@ static void reserved_prefix_free(const struct event *e, struct freedom *f)
         f->everything |= (form_string(x) && x->f2 && (x->opcode & 0xFE) != 0xA6 && (x->opcode & 0xFE) != 0xAE);
         return;
     }
-    if ((is_0f(x, 0xB8) && x->f3) || (x->map == MAP_0F38 && (x->opcode & 0xFE) == 0xF0 && !x->f3) || (x->map == MAP_0F38 && x->opcode == 0x82 && x->p66 && !repeat))
+    if (((is_0f(x, 0xB8) || is_0f(x, 0xBD)) && x->f3) || (x->map == MAP_0F38 && (x->opcode & 0xFE) == 0xF0 && !x->f3) || (x->map == MAP_0F38 && x->opcode == 0x82 && x->p66 && !repeat))
         return;
     const struct vec_op *op = form_vector(x);
     if (repeat)
@@ -352,8 +353,8 @@ const struct difference integer_differences[] = {
     {.name = "MUL IMUL", .what = "SF, ZF, AF, PF undefined: AMD's keep them, Intel's compute SF and PF", .intel_source = "SDM 2A IMUL, 2B MUL: Flags Affected",
      .amd_source = "APM 3 MUL, IMUL: rFLAGS Affected", .flags = multiplication_flags, .intel = intel_multiplication},
     {.name = "DIV IDIV", .what = "all status flags undefined", .intel_source = "SDM 2A DIV, IDIV: Flags Affected", .amd_source = "APM 3 DIV, IDIV", .flags = division_flags},
-    {.name = "BSF BSR", .what = "CF, OF, SF, AF, PF undefined; the destination undefined (Intel) or kept (AMD) when the source is 0",
-     .intel_source = "SDM 2A BSF, BSR: Description", .amd_source = "APM 3 BSF, BSR", .flags = scan_flags, .free = scan_free},
+    {.name = "BSF BSR LZCNT", .what = "OF, SF, AF, PF undefined, for BSF and BSR also CF; their destination undefined (Intel) or kept (AMD) when the source is 0",
+     .intel_source = "SDM 2A BSF, BSR: Description; LZCNT: Flags Affected", .amd_source = "APM 3 BSF, BSR, LZCNT", .flags = scan_flags, .free = scan_free},
     {.name = "BT BTS BTR BTC", .what = "OF, SF, ZF, AF, PF undefined; how much of a bit string in memory is read, and so what faults",
      .intel_source = "SDM 2A BT: Description, Flags Affected", .amd_source = "APM 3 BT, BTC, BTR, BTS", .flags = bit_test_flags, .free = bit_string_free},
     {.name = "DAA DAS AAA AAS AAM AAD", .what = "DAA, DAS: OF; AAA, AAS: OF, SF, ZF, PF; AAM, AAD: OF, AF, CF undefined",
@@ -392,7 +393,7 @@ const struct difference integer_differences[] = {
      .intel_source = "SDM 2B SYSCALL, SYSENTER, SYSRET", .amd_source = "APM 3 SYSCALL, SYSENTER, SYSRET; APM 2, 6.1"},
     {.name = "null selectors, descriptor tables", .what = "whether a null selector clears base and limit (CPUID.80000021:EAX[6]); LAR and LSL of system descriptors. Not run beside a host",
      .intel_source = "SDM 2A LAR, LSL", .amd_source = "APM 2, 4.5.1; APM 3 LAR, LSL"},
-    {.name = "LZCNT TZCNT CPUID", .what = "what the host has and the guest's CPUID does not name. Not run beside a host", .intel_source = "SDM 2A CPUID, LZCNT", .amd_source = "APM 3 LZCNT, TZCNT; appendix E"},
+    {.name = "TZCNT CPUID", .what = "what the host has and the guest's CPUID does not name. Not run beside a host", .intel_source = "SDM 2A CPUID, 2B TZCNT", .amd_source = "APM 3 TZCNT; appendix E"},
     {.name = "registers outside 64-bit mode", .what = "bits 63:32 undefined", .intel_source = "SDM 1, 3.4.1.1", .amd_source = "APM 1, 3.1.2", .free = compatibility_free},
     {.name = "pages of operands in pieces", .what = "x87, CMPS, FXSAVE and MASKMOV may fault at any piece", .always = true, .free = pages_free},
     {.name = "errors at kernel addresses", .what = "Linux does not tell a process their error code", .always = true, .free = kernel_address_free},
@@ -429,7 +430,7 @@ bool vendors_unfit_for_programs(const struct form *x)
         return form_memory(x) ? (x->opcode == 0xD9 && (g == 4 || g == 6)) || (x->opcode == 0xDD && (g == 4 || g == 6 || g == 7)) ||
                                     (x->opcode == 0xDF && g == 4) /* FBLD */
                               : (x->opcode == 0xD9 && (x->modrm == 0xF5 || x->modrm == 0xF8)) /* FPREM */ || form_x87_alias(x) || (x->opcode == 0xDF && x->modrm == 0xE0);
-    return x->map == MAP_0F && (x->opcode == 0xBC || x->opcode == 0xBD || x->opcode == 0xB1 || (is_double_shift(x) && x->size == 2));
+    return x->map == MAP_0F && (x->opcode == 0xBC || (x->opcode == 0xBD && !x->f3) || x->opcode == 0xB1 || (is_double_shift(x) && x->size == 2));
 }
 
 enum rules vendors_host_rules(void)
