@@ -86,6 +86,7 @@ class BlockState:
 
     @classmethod
     def upgrade(cls, old: BlockStateV1) -> Self:
+        """Limits were not part of it: those of the configuration stand."""
         return cls(old.writeback, old.capacity, None)
 
 

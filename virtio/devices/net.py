@@ -149,6 +149,7 @@ class NetState:
 
     @classmethod
     def upgrade(cls, old: NetStateV1) -> Self:
+        """Limits were not part of it: those of the configuration stand."""
         return cls(old.mac, old.link, old.pairs, None, None)
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Protocol
 
-from cpu.values import dataclass
+from cpu.values import U64, dataclass
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
-from vmm.state.fields import U64
 
 REPLAY = 64 << 10
 """Bytes of recent output that a late watcher gets."""

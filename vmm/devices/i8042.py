@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from cpu.values import dataclass
+from cpu.values import U8, dataclass
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly, Board
-from vmm.state.fields import U8
 
 DATA_PORT, COMMAND_PORT = 0x60, 0x64
 # Status register

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cpu.contract import Space
-from cpu.values import dataclass
+from cpu.values import U16, dataclass
 from vmm.machine import layout
 from vmm.machine.bus import Register, RegisterMap
 from vmm.machine.interfaces import Assembly, Board, TimerHandle
-from vmm.state.fields import U16
 
 PM_TIMER_HZ = 3_579_545
 SECOND = 1_000_000_000

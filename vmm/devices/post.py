@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from cpu.contract import Space
-from cpu.values import dataclass
+from cpu.values import U8, dataclass
 from vmm.machine.interfaces import Assembly, Board
-from vmm.state.fields import U8
 
 PORTS = (0x80, 0xED)
 MARKS = (b"init", b"root")

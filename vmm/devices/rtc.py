@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from cpu.values import dataclass
+from cpu.values import I64, U8, dataclass
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly, Board, TimerHandle
-from vmm.state.fields import I64, U8
 
 INDEX_PORT, DATA_PORT = 0x70, 0x71
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, DAY_OF_WEEK, DAY, MONTH, YEAR = range(10)

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from cpu.values import dataclass
+from cpu.values import U8, U16, U64, dataclass
 from vmm.machine.bus import Register, RegisterMap
 from vmm.machine.interfaces import Assembly, Board, CharacterPort, TimerHandle
-from vmm.state.fields import U8, U16, U64
 
 COM1, COM1_GSI = 0x3F8, 4
 COM2, COM2_GSI = 0x2F8, 3

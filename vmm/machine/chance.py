@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import ClassVar
 
-from cpu.values import dataclass
-from vmm.state.fields import U64
+from cpu.values import U64, dataclass
 
 
 @dataclass(frozen=True, slots=True)

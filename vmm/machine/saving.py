@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cpu.state import VcpuState, VmState
+from cpu.values import I64, U32, U64
 from vmm.errors import StateError, core_errors
 from vmm.machine.chance import ChanceState
 from vmm.machine.origin import Restore
-from vmm.state.fields import I64, U32, U64
 from vmm.state.payload import decode, encode
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from cpu.contract import Space
+from cpu.values import U32
 from virtio.pci_function import BarSpec, MsixSpec, PciFunction, PciHost
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
@@ -18,7 +19,6 @@ from vmm.machine.bus import BusDevice
 from vmm.machine.interfaces import Board
 from vmm.pci import config as cfg
 from vmm.pci.slot import Bar, Slot, SlotState
-from vmm.state.fields import U32
 
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 ENABLE = 1 << 31

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from cpu.values import I64, U64
 from vmm.errors import HostError, StateError, os_reason
-from vmm.state.fields import I64, U64
 from vmm.state.payload import encode, parse
 
 MANIFEST = "manifest.json"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
-import pkgutil
 import types
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -14,27 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import virtio
-import vmm
 from vmm.errors import StateError
+from vmm.state.declared import state_types
 from vmm.state.payload import decode, describe, encode, field_types, parse
 
-
-def state_types() -> list[Any]:
-    """Every dataclass of the packages that declares a kind."""
-    found: dict[str, Any] = {}
-    for package in (vmm, virtio):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if module.name.rpartition(".")[2].startswith("_") or module.name.endswith("pytest_plugin"):
-                continue
-            for value in vars(importlib.import_module(module.name)).values():
-                declared = isinstance(value, type) and dataclasses.is_dataclass(value)
-                if declared and isinstance(value.__dict__.get("kind"), str):
-                    found[f"{value.__module__}.{value.__name__}"] = value
-    return [found[name] for name in sorted(found)]
-
-
-TYPES = [kind for kind in state_types() if hasattr(kind, "version")]
+TYPES = state_types()
 
 
 class Part:
