@@ -6,6 +6,8 @@ inconsistent; 5, it is consistent and has lost clusters. After a repair that suc
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
 import time
@@ -37,7 +39,7 @@ Version = Annotated[int, typer.Option("--qcow2-version", metavar="2|3", help="2 
 ExtendedL2 = Annotated[bool, typer.Option("--extended-l2", help="Clusters have 32 subclusters.")]
 LazyRefcounts = Annotated[bool, typer.Option("--lazy-refcounts", help="Other programs may keep refcounts lazily.")]
 Compression = Annotated[str, typer.Option("--compression", metavar="zlib|zstd", help="Of compressed clusters.")]
-Preallocation = Annotated[
+PreallocationOption = Annotated[
     str, typer.Option("--preallocation", metavar="off|metadata|falloc|full", help="What is there from the start.")
 ]
 NewData = Annotated[str | None, typer.Option("--new-data", metavar="NAME", help="Put the disk's bytes into that file.")]
@@ -74,43 +76,55 @@ def _shown(what: str) -> tuple[Callable[[int, int], None], ProgressLine]:
     return progress, line
 
 
-def _options(
-    format: str,
-    cluster_size: str,
-    refcount_bits: int,
-    version: int,
-    extended_l2: bool,
-    lazy_refcounts: bool,
-    compression: str,
-    preallocation: str,
-    data: str | None,
-    data_raw: bool,
-) -> dict[str, Any]:
-    """What a new image is to be, as virtio.images.create takes it."""
+NEW_IMAGE: dict[str, tuple[str, Any, Any]] = {
+    "cluster_size": ("cluster_size", ClusterSize, "64K"),
+    "refcount_bits": ("refcount_bits", RefcountBits, 16),
+    "qcow2_version": ("version", Version, 3),
+    "extended_l2": ("extended_l2", ExtendedL2, False),
+    "lazy_refcounts": ("lazy_refcounts", LazyRefcounts, False),
+    "compression": ("compression", Compression, "zlib"),
+    "preallocation": ("preallocation", PreallocationOption, "off"),
+    "new_data": ("data", NewData, None),
+    "new_data_raw": ("data_raw", NewDataRaw, False),
+}
+"""What a command that makes an image can be told of it: parameter -> name in virtio.images.create, option, default."""
+
+
+def _makes_an_image(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the parameters of NEW_IMAGE to a command, which gets their values as its argument `made`."""
+    own = inspect.signature(command, eval_str=True)
+    parameters = [item.replace(kind=item.KEYWORD_ONLY) for item in own.parameters.values() if item.name != "made"]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default)
+        for name, (_, option, default) in NEW_IMAGE.items()
+    ]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(made={name: values.pop(name) for name in NEW_IMAGE}, **values)
+
+    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {item.name: item.annotation for item in parameters}
+    return with_options
+
+
+def _options(format: str, made: dict[str, Any]) -> dict[str, Any]:
+    """What a new image is to be, as virtio.images.create takes it. `made`: values of NEW_IMAGE. Raises ConfigError."""
     from vmm.convert import parse_size
     from vmm.errors import ConfigError
 
-    _choice("--preallocation", preallocation, "off", "metadata", "falloc", "full")
-    found: dict[str, Any] = {
-        "cluster_size": parse_size("--cluster-size", cluster_size),
-        "refcount_bits": refcount_bits,
-        "version": version,
-        "extended_l2": extended_l2,
-        "lazy_refcounts": lazy_refcounts,
-        "compression": compression,
-        "data": data,
-        "data_raw": data_raw,
-    }
-    if format == "qcow2":
-        return {**found, "preallocation": preallocation}
-    usual = {"cluster_size": 65536, "refcount_bits": 16, "version": 3, "compression": "zlib"}
-    for name, value in found.items():
-        if value and value != usual.get(name):
-            raise ConfigError(f"--{name.replace('_', '-')}: a raw image has none; it belongs to qcow2")
-    return {"preallocation": preallocation}
+    _choice("--preallocation", made["preallocation"], "off", "metadata", "falloc", "full")
+    if format == "raw":
+        for name, (_, _, default) in NEW_IMAGE.items():
+            if made[name] != default and name != "preallocation":
+                raise ConfigError(f"--{name.replace('_', '-')}: a raw image has none; it belongs to qcow2")
+        return {"preallocation": made["preallocation"]}
+    found = {key: made[name] for name, (key, _, _) in NEW_IMAGE.items()}
+    return {**found, "cluster_size": parse_size("--cluster-size", made["cluster_size"])}
 
 
 @app.command()
+@_makes_an_image
 def create(
     file: File,
     size: Annotated[str | None, typer.Argument(metavar="[SIZE]", help="Of the disk, as 20G.")] = None,
@@ -119,33 +133,15 @@ def create(
         str | None, typer.Option("--backing", metavar="NAME", help="What is not written is read from that image.")
     ] = None,
     backing_format: Annotated[str | None, typer.Option("--backing-format", metavar="raw|qcow2")] = None,
-    cluster_size: ClusterSize = "64K",
-    refcount_bits: RefcountBits = 16,
-    version: Version = 3,
-    extended_l2: ExtendedL2 = False,
-    lazy_refcounts: LazyRefcounts = False,
-    compression: Compression = "zlib",
-    preallocation: Preallocation = "off",
-    data: NewData = None,
-    data_raw: NewDataRaw = False,
+    *,
+    made: dict[str, Any],
 ) -> None:
     """Make a new image, in place of FILE if there is one. A backing file is named as seen from FILE's directory."""
     from vmm import disks
     from vmm.convert import parse_size
 
     _choice("--format", format, "raw", "qcow2")
-    options = _options(
-        format,
-        cluster_size,
-        refcount_bits,
-        version,
-        extended_l2,
-        lazy_refcounts,
-        compression,
-        preallocation,
-        data,
-        data_raw,
-    )
+    options = _options(format, made)
     if backing is not None:
         options |= {"backing": backing, "backing_format": _format(backing_format)}
     progress, line = _shown(f"making {file}")
@@ -235,6 +231,7 @@ def check(
 
 
 @app.command()
+@_makes_an_image
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A disk image.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The image to make; replaced if it is there.")],
@@ -246,32 +243,14 @@ def convert(
     format: Annotated[str | None, typer.Option("--format", metavar="raw|qcow2", help="Format of SOURCE.")] = None,
     allow_backing: BackingRule = "dir",
     data: DataOption = None,
-    cluster_size: ClusterSize = "64K",
-    refcount_bits: RefcountBits = 16,
-    version: Version = 3,
-    extended_l2: ExtendedL2 = False,
-    lazy_refcounts: LazyRefcounts = False,
-    compression: Compression = "zlib",
-    preallocation: Preallocation = "off",
-    new_data: NewData = None,
-    new_data_raw: NewDataRaw = False,
+    *,
+    made: dict[str, Any],
 ) -> None:
     """Copy a disk into a new image without backing files. Zeroes take no space."""
     from vmm import disks
 
     _choice("--to", to, "raw", "qcow2")
-    options = _options(
-        to,
-        cluster_size,
-        refcount_bits,
-        version,
-        extended_l2,
-        lazy_refcounts,
-        compression,
-        preallocation,
-        new_data,
-        new_data_raw,
-    )
+    options = _options(to, made)
     progress, line = _shown(f"writing {target}")
     try:
         disks.convert(

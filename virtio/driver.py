@@ -88,7 +88,7 @@ class DriverQueue:
         self._free = list(range(size - 1, -1, -1))
         self._links: dict[int, list[int]] = {}
         self._last_used = 0
-        self._kicked = 0
+        self._notified = 0
 
     def _map(self) -> None:
         self._table = self.memory.view(self.desc, 16 * self.size)
@@ -145,11 +145,11 @@ class DriverQueue:
             self._avail[2 + self.size] = self._last_used
         return found
 
-    def needs_kick(self) -> bool:
+    def needs_notification(self) -> bool:
         """Whether the device wants an available buffer notification for what was added since the last
         call."""
-        new, old = self._avail[1], self._kicked
-        self._kicked = new
+        new, old = self._avail[1], self._notified
+        self._notified = new
         if self.features & Feature.EVENT_IDX:
             event = self._used[2 + 4 * self.size]
             return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -261,7 +261,7 @@ class PackedDriverQueue:
             self._event[0] = self._last_used | self._used_wrap << 15 | EVENT_DESC << 16
         return found
 
-    def needs_kick(self) -> bool:
+    def needs_notification(self) -> bool:
         """Whether the device wants an available buffer notification for what was added since the last call."""
         added, self._added = self._added, 0
         wish = self._wish[0]

@@ -69,7 +69,7 @@ class Child:
                     queue.used()
                     queue.add(readable, writable)
                     added += 1
-                if queue.needs_kick() or not added:
+                if queue.needs_notification() or not added:
                     os.eventfd_write(self.doorbells[index], 1)
             if not added:
                 time.sleep(0.0002)

@@ -116,7 +116,7 @@ class Driver:
 
     def submit(self, index: int, readable: Sequence[Buffer] = (), writable: Sequence[Buffer] = (), **kw: Any) -> int:
         head = self.queues[index].add(readable, writable, **kw)
-        if self.queues[index].needs_kick():
+        if self.queues[index].needs_notification():
             self.notify(index)
         return head
 

@@ -218,7 +218,7 @@ class NetDevice(Device):
         self.link = up
         self.config_changed()
         if self.is_active and self._native:
-            self._kick()
+            self._serve_all()
 
     @property
     def limits(self) -> dict[str, int]:
@@ -346,9 +346,10 @@ class NetDevice(Device):
     def _set_pairs(self, pairs: int) -> None:
         self.pairs = pairs
         if self._native:
-            self._kick()
+            self._serve_all()
 
-    def _kick(self) -> None:
+    def _serve_all(self) -> None:
+        """Look through every queue for work."""
         for channel in range(len(self._engines)):
             self.guarded(self._receive, channel)
         for pair in range(self.pairs):

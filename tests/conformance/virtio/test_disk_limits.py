@@ -65,7 +65,7 @@ class Load:
             (writable.insert(0, flight.data) if flight.kind == blk.IN else readable.append(flight.data))
         number = self.driver.queues[flight.queue].add(readable, writable)
         self.flights[flight.queue, number] = flight
-        if self.driver.queues[flight.queue].needs_kick():
+        if self.driver.queues[flight.queue].needs_notification():
             self.driver.notify(flight.queue)
 
     def collect(self) -> None:

@@ -141,7 +141,7 @@ def test_suppression_by_flags(make: Make) -> None:
     queue.memory.view(queue.driver + 4 + 2 * queue.size, 2)[:] = b"\x77\x77"  # where used_event would be
     assert used_flags(queue) == 0
     queue.add([(queue.allocator.put(b"x"), 1)])
-    assert queue.needs_kick()
+    assert queue.needs_notification()
     ring.disable_notification()
     assert used_flags(queue) == 1
     ring.push(ring.pop())
@@ -150,7 +150,7 @@ def test_suppression_by_flags(make: Make) -> None:
     queue.used()
     queue.no_interrupts(True)
     queue.add([(queue.allocator.put(b"x"), 1)])
-    assert not queue.needs_kick()
+    assert not queue.needs_notification()
     assert ring.enable_notification(), "one came while notifications were off"
     assert used_flags(queue) == 0
     ring.push(ring.pop())
@@ -165,9 +165,9 @@ def test_suppression_by_event_index(make: Make) -> None:
     queue.memory.view(queue.driver, 2)[:] = b"\1\0"  # flags, which mean nothing now
     buffer = (queue.allocator.put(b"x"), 1)
     queue.add([buffer])
-    assert queue.needs_kick()
+    assert queue.needs_notification()
     queue.add([buffer])
-    assert not queue.needs_kick(), "avail_event was passed already"
+    assert not queue.needs_notification(), "avail_event was passed already"
     ring.push(ring.pop())
     assert ring.needs_notification(), "used_event is 0"
     ring.push(ring.pop())
@@ -175,7 +175,7 @@ def test_suppression_by_event_index(make: Make) -> None:
     queue.used()
     assert not ring.enable_notification()
     queue.add([buffer])
-    assert queue.needs_kick()
+    assert queue.needs_notification()
     queue.no_interrupts(True)
     ring.push(ring.pop())
     assert not ring.needs_notification()
@@ -218,10 +218,10 @@ def test_want_more_asks_beyond_what_is_available(make: Make) -> None:
     ring, queue = make(Feature.EVENT_IDX)
     buffer = (queue.allocator.put(b"x"), 1)
     queue.add([buffer])
-    queue.needs_kick()
+    queue.needs_notification()
     ring.want_more()
     queue.add([buffer])
-    assert queue.needs_kick()
+    assert queue.needs_notification()
 
 
 def test_indices_wrap_at_2_16(make: Make) -> None:
