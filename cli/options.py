@@ -48,6 +48,7 @@ RUN_OPTIONS = (
     RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
     RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),
+    RunOption("--gdb", "gdb", "text", "For GDB: [HOST:]PORT or unix:PATH, then [,wait=off][,arch=i386].", "SPEC"),
     RunOption("--vsock", "vsock", "text", "Base path of the vsock sockets.", "PATH"),
     RunOption("--agent", "agent", "switch", "The guest runs the agent, which takes commands over vsock."),
     RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),

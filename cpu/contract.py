@@ -206,6 +206,12 @@ class Vcpu(Protocol):
         Vm.set_state(), when guest memory has its content. HostError if the core lacks what the state needs, by name;
         ConfigError if no processor can be in that state. The vCPU is no good then."""
 
+    def get_blob(self, kind: int) -> bytes:
+        """A part of state() in its layout of the KVM API (cpu.views.StateKind but MSRS), of a parked vCPU."""
+
+    def set_blob(self, kind: int, data: bytes | bytearray) -> int:
+        """Set what get_blob() gave. ConfigError if no processor can hold it."""
+
     def stood_still(self) -> None:
         """Have the guest told that this parked vCPU stood still while time went on (PVCLOCK_GUEST_STOPPED of kvmclock;
         KVM API 4.68), so that its watchdogs do not take the gap for a lockup. Nothing if the guest does not use

@@ -57,6 +57,7 @@ EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
 ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
+GdbArchitecture = Literal["x86-64", "i386", "i8086"]
 
 
 MAX_RATE = TIB
@@ -311,6 +312,26 @@ class ConsoleConfig(Checked):
         return from_mapping(cls, "console", {"kind": kind, "path": path or None, **values})
 
 
+class GdbConfig(Checked):
+    """Where GDB may connect. Whoever can connect rules the guest."""
+
+    address: str
+    """[HOST:]PORT, of 127.0.0.1 if no host is named, or unix:PATH."""
+    wait: bool = True
+    """The machine waits for a debugger before its first instruction."""
+    arch: GdbArchitecture = "x86-64"
+    """As GDB is to see the processor: x86-64, or i386 and i8086 for guests that never leave 32-bit and 16-bit modes."""
+
+    _where = "gdb"
+    _converters = {"address": to_text, "wait": to_boolean, "arch": to_choice(GdbArchitecture)}
+
+    @classmethod
+    def parse(cls, text: str) -> GdbConfig:
+        """[HOST:]PORT | unix:PATH, then [,wait=off][,arch=i386|i8086]"""
+        address, values = split("gdb", text, {})
+        return from_mapping(cls, "gdb", {"address": address, **values})
+
+
 class PortConfig(Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
@@ -417,6 +438,8 @@ class Config(Checked):
     """A virtio console (hvc0) beside the serial port; its output joins the machine's console."""
     ports: tuple[PortConfig, ...] = ()
     """Named ports of the virtio console."""
+    gdb: GdbConfig | None = None
+    """Where GDB may connect; a copy of the machine has none."""
     vsock: Path | None = None
     """Base of the vsock sockets: the host connects to it and writes "CONNECT port"; the guest's connections to the host
     arrive at PATH_PORT. None: no such sockets (an agent's vsock device is there all the same)."""
@@ -467,6 +490,7 @@ class Config(Checked):
         "console": to_part(ConsoleConfig),
         "hvc": to_boolean,
         "ports": to_parts(PortConfig),
+        "gdb": optional(to_part(GdbConfig)),
         "vsock": optional(to_path),
         "agent": to_boolean,
         "rng": to_boolean,

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from virtio.devices.blk import BlockDevice
     from virtio.devices.net import NetDevice
     from vmm.config import Disk, Net
+    from vmm.debug.debugger import Debugger
+    from vmm.debug.server import GdbServer
     from vmm.devices.virtio.pool import DevicePool
     from vmm.guest.agent import Agent
     from vmm.guest.frames import Text
@@ -107,6 +109,8 @@ class VirtualMachine:
         self._supervisor: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closers: list[Any] = []
+        self.debugger: Debugger | None = None
+        """What debugs the machine now; it puts itself here. See gdb()."""
         self._copies: list[VirtualMachine] = []
         self._plugging: Hotplug | None = None
 
@@ -131,6 +135,9 @@ class VirtualMachine:
                 self._hub.restore(parse(ConsoleRingState, "console", self._saved.console))
             await self._open_console()
             await self._build()
+            if (gdb := self.config.gdb) is not None:
+                server = await self.gdb(gdb.address, wait=gdb.wait, architecture=gdb.arch)
+                self._warn(f"gdb: target remote {server.target}{' lets the machine begin' if gdb.wait else ''}")
         except BaseException:
             self._end = self._end or KILLED
             await self._release()
@@ -218,6 +225,8 @@ class VirtualMachine:
             return self._outcome
         if self.state is State.PAUSED:
             self.resume()
+        if self.debugger is not None and self.debugger.stopped is not None:
+            self.debugger.dismiss()
         if not self.ending:
             self._change(Change.ASK)
             pm = self._machine.services.pm if self._machine is not None else None
@@ -266,6 +275,26 @@ class VirtualMachine:
     def end(self, outcome: Outcome) -> None:
         """End it now, with this outcome unless it has ended already."""
         self._finish(outcome)
+
+    async def gdb(
+        self, address: str = "127.0.0.1:0", *, wait: bool = False, architecture: str = "x86-64"
+    ) -> GdbServer:
+        """Let GDB connect at `address`, [HOST:]PORT (0: a free one) or unix:PATH: one at a time, which stops the machine
+        until it continues, detaches or goes away. `wait`: the machine stands still until then. `architecture`: x86-64,
+        i386 or i8086, as GDB is to see it. Ends with aclose() of what is returned, which has `address`, or with the
+        machine. Whoever can connect rules the guest. Raises ConfigError, HostError, StateError."""
+        from vmm.debug.server import GdbServer
+
+        self._live()
+        server = GdbServer(self, address, wait=wait, architecture=architecture)
+        await server.start()
+        self._closers.append(server)
+        server.on_close = partial(self._forget, server)
+        return server
+
+    def _forget(self, closer: Any) -> None:
+        if closer in self._closers:
+            self._closers.remove(closer)
 
     def device(self, name: str) -> Any:
         """A device while the machine runs: a disk's or net's id (else "disk0", "net0", …), "console", "rng", "vsock"
@@ -484,6 +513,20 @@ class VirtualMachine:
             finally:
                 machine.resume_devices()
                 machine.dispatcher.release(why)
+        machine = self.machine
+        machine.dispatcher.hold(why)
+        try:
+            await machine.dispatcher.wait_parked()
+            await machine.quiesce()
+            self.check_standing(machine)
+            if self.debugger is not None:
+                self.debugger.lift()
+            yield
+        finally:
+            if self.debugger is not None:
+                self.debugger.put_back()
+            machine.resume_devices()
+            machine.dispatcher.release(why)
 
     def check_standing(self, machine: Machine) -> None:
         """StateError if the machine has rebooted since, or has ended."""
@@ -579,6 +622,8 @@ class VirtualMachine:
         self._hub.on_pressure = self._console_pressure
         if self._hub.pressed:
             machine.dispatcher.hold("console")
+        if self.debugger is not None:
+            self.debugger.rebuilt(machine)
 
     async def _open_console(self) -> None:
         console = self.config.console
@@ -709,6 +754,8 @@ class VirtualMachine:
         if self.state is not State.STOPPED:
             self._change(Change.END)
         self._tell(Ended(self._outcome))
+        if self.debugger is not None:
+            self.debugger.ended()
         self._settled.set()
 
     def _change(self, change: Change) -> None:

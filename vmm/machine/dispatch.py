@@ -68,6 +68,8 @@ class Dispatcher:
         """vCPUs that halted with interrupts off; they never run again."""
         self._waiters: list[asyncio.Future[None]] = []
         self.ended = False
+        self.on_debug: Callable[[int, Debug], None] | None = None
+        """A debugger's: called with what a vCPU parked for, which runs on unless it is held then."""
         board.stall = self.stall
 
     @property
@@ -179,6 +181,8 @@ class Dispatcher:
                         entry = RESUME
                     elif kind is Interrupted or kind is Debug:
                         entry = RESUME
+                        if kind is Debug and self.on_debug is not None:
+                            self.on_debug(index, exit_)  # type: ignore[arg-type]
                     else:
                         self._asking = None
                         self._other(index, exit_)

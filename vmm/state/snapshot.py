@@ -191,7 +191,7 @@ class Snapshot:
         disks = [
             replace(disk, **self._disk_changes(disk.id or f"disk{index}")) for index, disk in enumerate(saved.disks)
         ]
-        return Config.from_dict({**saved.to_dict(), "disks": disks, **changes})
+        return Config.from_dict({**saved.to_dict(), "disks": disks, "gdb": None, **changes})
 
     def _disk_changes(self, name: str) -> dict[str, Any]:
         """A disk that was copied goes on as a private overlay above the copy, which other restores need as it is."""

@@ -1,0 +1,1 @@
+"""Looking into a machine: GDB's remote protocol, registers, traces, kernel symbols. docs/debugging.md is for users."""
