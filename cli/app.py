@@ -294,6 +294,66 @@ def snapshot_info(
     show_info(directory, verify=verify, json=json)
 
 
+def gdb(
+    name: Name,
+    address: Annotated[
+        str | None, typer.Argument(metavar="[ADDRESS]", help="Where it listens for GDB: [HOST:]PORT or unix:PATH.")
+    ] = None,
+    symbols: Annotated[Path | None, typer.Option(help="The kernel's: vmlinux, System.map or kallsyms.")] = None,
+    stdio: Annotated[bool, typer.Option("--stdio", help="Speak to GDB by standard input and output.")] = False,
+    close: Annotated[bool, typer.Option("--close", help="Listen no more at addresses given before.")] = False,
+    arch: Annotated[str, typer.Option(metavar="x86-64|i386|i8086", help="As GDB is to see it.")] = "x86-64",
+) -> None:
+    """Debug a running machine with GDB, with its kernel's symbols. It runs on when GDB ends or detaches.
+
+    With ADDRESS it lets GDB connect there (`target remote ADDRESS`), until the machine ends, and starts none.
+    """
+    from cli.debugging import debug_machine
+
+    sys.exit(debug_machine(name, address, symbols=symbols, stdio=stdio, close=close, architecture=arch))
+
+
+Cpu = Annotated[int | None, typer.Option("--cpu", metavar="N", help="Only this vCPU.")]
+
+
+def registers(name: Name, cpu: Cpu = None, json: Json = False) -> None:
+    """Show what a machine's vCPUs hold: general, segment, control and debug registers, MSRs, interrupts that wait."""
+    from cli.debugging import show_registers
+
+    show_registers(name, cpu=cpu, json=json)
+
+
+def trace(
+    name: Name,
+    cpu: Cpu = None,
+    for_: Annotated[
+        float, typer.Option("--for", metavar="SECONDS", help="Also record what it executes for this long.")
+    ] = 0.0,
+    symbols: Annotated[Path | None, typer.Option(help="The kernel's: vmlinux, System.map or kallsyms.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a machine's vCPUs did last: accesses to devices, counters and, with --for, blocks of code.
+
+    A core that keeps no trace of code (KVM) is looked at 50 times a second instead.
+    """
+    from cli.debugging import show_trace
+
+    show_trace(name, cpu=cpu, seconds=for_, symbols=symbols, json=json)
+
+
+def symbols(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="System.map, a copy of /proc/kallsyms, or a machine.")
+    ],
+    of: Annotated[str | None, typer.Option("--of", metavar="NAME", help="Where this machine's kernel runs.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="In place of stdout.")] = None,
+) -> None:
+    """Make a symbol file for GDB, from a file or from the kernel of a machine whose guest has the agent."""
+    from cli.debugging import make_symbols
+
+    make_symbols(source, machine=of, output=output)
+
+
 def doctor(json: Json = False) -> None:
     """Say which execution core would run here and why, and what would make it better."""
     from cli.doctor import report
@@ -342,8 +402,8 @@ def build() -> typer.Typer:
     app.command("exec")(exec_)
     app.command("set")(set_)
     for command in (
-        cp, console, ps, stop, kill, pause, resume, attach, detach, snapshot, restore, fork, snapshot_info, doctor,
-        daemon,
+        cp, console, ps, stop, kill, pause, resume, attach, detach, snapshot, restore, fork, snapshot_info, gdb,
+        registers, trace, symbols, doctor, daemon,
     ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:

@@ -279,20 +279,25 @@ class VirtualMachine:
     async def gdb(
         self, address: str = "127.0.0.1:0", *, wait: bool = False, architecture: str = "x86-64"
     ) -> GdbServer:
-        """Let GDB connect at `address`, [HOST:]PORT (0: a free one) or unix:PATH: one at a time, which stops the machine
-        until it continues, detaches or goes away. `wait`: the machine stands still until then. `architecture`: x86-64,
-        i386 or i8086, as GDB is to see it. Ends with aclose() of what is returned, which has `address`, or with the
-        machine. Whoever can connect rules the guest. Raises ConfigError, HostError, StateError."""
+        """Let GDB connect at `address`, [HOST:]PORT (0: a free one) or unix:PATH: one at a time, which stops the
+        machine until it continues, detaches or goes away. `wait`: the machine stands still until then. `architecture`:
+        x86-64, i386 or i8086, as GDB is to see it. Ends with aclose() of what is returned, which has `address`, or
+        with the machine. Whoever can connect rules the guest. Raises ConfigError, HostError, StateError."""
         from vmm.debug.server import GdbServer
 
         self._live()
         server = GdbServer(self, address, wait=wait, architecture=architecture)
         await server.start()
-        self._closers.append(server)
-        server.on_close = partial(self._forget, server)
+        self.own(server)
+        server.on_close = partial(self.disown, server)
         return server
 
-    def _forget(self, closer: Any) -> None:
+    def own(self, closer: Any) -> None:
+        """Have something closed with the machine, by its aclose()."""
+        self._closers.append(closer)
+
+    def disown(self, closer: Any) -> None:
+        """Undo own()."""
         if closer in self._closers:
             self._closers.remove(closer)
 

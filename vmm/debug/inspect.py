@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpu.contract import Segment, Vcpu
@@ -11,6 +11,8 @@ from cpu.errors import CpuError
 from cpu.exits import MmioRead, MmioWrite, PortIn, PortOut
 from cpu.state import MP_STATES
 from cpu.views import StateKind
+from vmm.errors import GuestError
+from vmm.machine.memory import GuestMemory
 
 InspectedVcpu = Vcpu
 MSRS = {
@@ -105,13 +107,12 @@ def registers(vcpu: Vcpu) -> dict[str, Any]:
             msrs[name] = vcpu.msr(index)
         except CpuError:
             continue
-    code64 = bool(system.efer & 1 << 10 and system.cs.l)
     return {
         "cpu": vcpu.index,
         "activity": _mp_state(vcpu),
         "mode": mode_of(system.cr0, system.efer, general.rflags, system.cs),
         "cpl": system.ss.dpl if system.cr0 & 1 else 0,
-        "pc": general.rip if code64 else system.cs.base + general.rip & 0xFFFF_FFFF,
+        "pc": pc(vcpu),
         "general": {name: getattr(general, name) for name in GENERAL},
         "segments": {name: _segment(getattr(system, name)) for name in SEGMENTS},
         "tables": {"gdt": _table(system.gdt), "idt": _table(system.idt)},
@@ -221,3 +222,48 @@ def trace(vcpu: Vcpu) -> dict[str, Any]:
         for each in vcpu.trace()
     ]
     return {"cpu": vcpu.index, "trace": entries}
+
+
+def pc(vcpu: Vcpu) -> int:
+    """The linear address of a vCPU's next instruction."""
+    general, system = vcpu.registers(), vcpu.system_registers()
+    if system.efer & 1 << 10 and system.cs.l:
+        return general.rip
+    return system.cs.base + general.rip & 0xFFFF_FFFF
+
+
+def handlers(vcpu: Vcpu, memory: GuestMemory) -> dict[str, int]:
+    """Where the IDT of a vCPU in long mode leads, by vector, of those vectors that every kernel handles: #DE, #UD, #GP,
+    #PF (APM vol. 2, 4.8.4). Tells where a kernel runs."""
+    system, found = vcpu.system_registers(), dict[str, int]()
+    if not system.efer & 1 << 10:
+        return found
+    base, limit = system.idt
+    for vector in (0, 6, 13, 14):
+        linear = base + 16 * vector
+        gpa = vcpu.translate(linear) if 16 * vector + 15 <= limit and linear < 1 << 64 else None
+        if gpa is None or linear % 4096 > 4080:
+            continue
+        try:
+            gate = memory.read(gpa, 16)
+        except GuestError:
+            continue
+        low, middle, high = (int.from_bytes(gate[a:b], "little") for a, b in ((0, 2), (6, 8), (8, 12)))
+        if gate[5] & 0x80:
+            found[str(vector)] = low | middle << 16 | high << 32
+    return found
+
+
+def trace_text(found: Mapping[str, Any], name: Callable[[int], str]) -> str:
+    """What trace() or samples found, for people; `name` gives an address its symbol."""
+    lines = [f"vCPU {found['cpu']}: {found['does']}, at {found['pc']:#x} {name(found['pc'])}".rstrip()]
+    for each in found.get("samples", ()):
+        lines.append(f"  {each['times']:6} times at {each['address']:#018x} {name(each['address'])}".rstrip())
+    for each in found.get("trace", ()):
+        what = f"{each['instructions']:14}  {each['address']:#018x} {name(each['address'])}".rstrip()
+        if each["kind"] == "event":
+            what += f"  <- vector {each['vector']:#x}"
+        elif each["times"] > 1:
+            what += f"  {each['times']} times"
+        lines.append(f"  {what}")
+    return "\n".join(lines) + "\n"

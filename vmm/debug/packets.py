@@ -1,7 +1,7 @@
 """Packets of GDB's remote serial protocol ("Debugging with GDB", appendix E.1), without I/O.
 
-A packet is `$data#checksum`; data escapes `#`, `$`, `}` and `*` by `}` and the character xor 0x20. Between packets stand
-`+` and `-` (acknowledgements) and 0x03 (interrupt).
+A packet is `$data#checksum`; data escapes `#`, `$`, `}` and `*` by `}` and the character xor 0x20. Between packets
+stand `+` and `-` (acknowledgements) and 0x03 (interrupt).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where breakpoints go: into the core, the processor's four debug registers, or guest memory as INT3.
 
-A core with Capability.BREAKPOINTS takes all of them. Another has four debug registers, each for 1, 2, 4 or 8 aligned bytes
-(SDM vol. 3, 17.2); breakpoints of execution beyond them are INT3 instructions, which stand in memory only while the guest
-runs, and never while its state is saved or copied.
+A core with Capability.BREAKPOINTS takes all of them. Another has four debug registers, each for 1, 2, 4 or 8 aligned
+bytes (SDM vol. 3, 17.2); breakpoints of execution beyond them are INT3 instructions, which stand in memory only while
+the guest runs, and never while its state is saved or copied.
 """
 
 from __future__ import annotations

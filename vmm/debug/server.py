@@ -1,8 +1,8 @@
 """The stub: where a machine's debuggers connect, one at a time. Loop thread.
 
 Who connects stops the machine; who leaves, or is cut off, lets it run on without breakpoints. The protocol knows no
-passwords: whoever can connect rules the guest. So a port is one of 127.0.0.1 unless another address is named, and a UNIX
-socket is its user's alone.
+passwords: whoever can connect rules the guest. So a port is one of 127.0.0.1 unless another address is named, and a
+UNIX socket is its user's alone.
 """
 
 from __future__ import annotations

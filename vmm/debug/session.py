@@ -1,7 +1,7 @@
 """One client of GDB's remote protocol ("Debugging with GDB", appendix E) on one debugger.
 
-Threads are vCPUs: thread n is vCPU n - 1. All-stop. What the client sends is hostile until parsed: whatever is wrong gets an
-error packet, and what is not the protocol at all ends the connection. Loop thread.
+Threads are vCPUs: thread n is vCPU n - 1. All-stop. What the client sends is hostile until parsed: whatever is wrong
+gets an error packet, and what is not the protocol at all ends the connection. Loop thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vmm.debug import target
 from vmm.debug.debugger import Action, Debugger, Stop, Why
 from vmm.debug.monitor import Monitor
 from vmm.debug.packets import MAX_PACKET, Packet, Parser, ProtocolError, Signal, encode
-from vmm.errors import ConfigError, StateError, VmmError
+from vmm.errors import ConfigError, VmmError
 from vmm.lifecycle import Outcome, Reason
 
 CHUNK = 1 << 16

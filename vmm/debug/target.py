@@ -1,8 +1,8 @@
 """What GDB is told of the processor: registers in order, and the target description ("Debugging with GDB", appendix G).
 
-Features `org.gnu.gdb.i386.core`, `.sse` and `.segments` are GDB's own; `org.loopvisor.system` has the registers that only
-a machine's debugger can see. `rip` (`eip`) is the *linear* address, CS.base + IP: what GDB compares with the addresses of
-symbols and breakpoints. It differs from the register where CS has a base, as in real mode.
+Features `org.gnu.gdb.i386.core`, `.sse` and `.segments` are GDB's own; `org.loopvisor.system` has the registers that
+only a machine's debugger can see. `rip` (`eip`) is the *linear* address, CS.base + IP: what GDB compares with the
+addresses of symbols and breakpoints. It differs from the register where CS has a base, as in real mode.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def registers(architecture: str) -> tuple[Register, ...]:
     if wide:
         for name in ("fs", "gs"):
             getter, setter = _part(_segment, name, "base"), _change(_set_base, name)
-            add(f"{name}_base", 64, "long", "org.gnu.gdb.i386.segments", "", getter, setter)
+            add(f"{name}_base", 64, "int64", "org.gnu.gdb.i386.segments", "", getter, setter)
         add("k_gs_base", 64, "int64", system, "system", lambda state: state.kernel_gs_base, _set_kernel_gs_base)
     for name in ("cs", "ss", "ds", "es") if wide else ("cs", "ss", "ds", "es", "fs", "gs"):
         getter, setter = _part(_segment, name, "base"), _change(_set_base, name)
@@ -258,8 +258,9 @@ def _flag_type(name: str, fields: Iterable[tuple[str, int]]) -> str:
 
 def _vector_types() -> str:
     parts = (
-        ("v4f", "ieee_single", 4, "v4_float"), ("v2d", "ieee_double", 2, "v2_double"), ("v16i8", "int8", 16, "v16_int8"),
-        ("v8i16", "int16", 8, "v8_int16"), ("v4i32", "int32", 4, "v4_int32"), ("v2i64", "int64", 2, "v2_int64"),
+        ("v4f", "ieee_single", 4, "v4_float"), ("v2d", "ieee_double", 2, "v2_double"),
+        ("v16i8", "int8", 16, "v16_int8"), ("v8i16", "int16", 8, "v8_int16"), ("v4i32", "int32", 4, "v4_int32"),
+        ("v2i64", "int64", 2, "v2_int64"),
     )  # fmt: skip
     vectors = "".join(f'<vector id="{id}" type="{type}" count="{count}"/>' for id, type, count, _ in parts)
     fields = "".join(f'<field name="{name}" type="{id}"/>' for id, _, _, name in parts)

@@ -9,6 +9,7 @@
                                                    guest's agent does not listen within READY_SECONDS: ask again
     {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
     attach, detach                              -> vmm/management/hotplug.py
+    gdb, registers, trace                       -> vmm/management/debugging.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -19,6 +20,7 @@ client side is `request`. Loop thread; a client that sends garbage or never read
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import socket
 import sys
@@ -323,6 +325,17 @@ class Registration:
         }
 
 
+def _of(module: str, name: str) -> Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]:
+    """A command of vmm.management.MODULE, which is imported when somebody asks: async name(vm, request)."""
+
+    async def command(self: Registration, request: dict[str, Any]) -> dict[str, Any]:
+        function = getattr(importlib.import_module(f"vmm.management.{module}"), name)
+        answer: dict[str, Any] = await function(self._vm, request)
+        return answer
+
+    return command
+
+
 COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
     "status": Registration._status,
     "events": Registration._events,
@@ -342,6 +355,9 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "reset": Registration._reset,
     "snapshot": Registration._snapshot,
     "set": Registration._set,
+    "gdb": _of("debugging", "gdb"),
+    "registers": _of("debugging", "registers"),
+    "trace": _of("debugging", "trace"),
 }
 
 

@@ -160,7 +160,8 @@ async def fork(
     with await freeze(vm) as frozen:
         try:
             for index in range(count):
-                changes: dict[str, Any] = {"name": names[index] if names else "", "console": "none", "vsock": None, "gdb": None}
+                changes: dict[str, Any] = {"name": names[index] if names else "", "console": "none"}
+                changes |= {"vsock": None, "gdb": None}
                 if seeds:
                     changes["seed"] = seeds[index]
                 config = Config.from_dict({**frozen.config.to_dict(), **changes})
