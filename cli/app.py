@@ -300,6 +300,9 @@ def gdb(
         str | None, typer.Argument(metavar="[ADDRESS]", help="Where it listens for GDB: [HOST:]PORT or unix:PATH.")
     ] = None,
     symbols: Annotated[Path | None, typer.Option(help="The kernel's: vmlinux, System.map or kallsyms.")] = None,
+    execute: Annotated[
+        Path | None, typer.Option("-x", "--execute", metavar="FILE", help="Run GDB's commands in it, then leave.")
+    ] = None,
     stdio: Annotated[bool, typer.Option("--stdio", help="Speak to GDB by standard input and output.")] = False,
     close: Annotated[bool, typer.Option("--close", help="Listen no more at addresses given before.")] = False,
     arch: Annotated[str, typer.Option(metavar="x86-64|i386|i8086", help="As GDB is to see it.")] = "x86-64",
@@ -310,7 +313,9 @@ def gdb(
     """
     from cli.debugging import debug_machine
 
-    sys.exit(debug_machine(name, address, symbols=symbols, stdio=stdio, close=close, architecture=arch))
+    sys.exit(
+        debug_machine(name, address, symbols=symbols, execute=execute, stdio=stdio, close=close, architecture=arch)
+    )
 
 
 Cpu = Annotated[int | None, typer.Option("--cpu", metavar="N", help="Only this vCPU.")]

@@ -29,7 +29,14 @@ GUEST_SECONDS = 30.0
 
 
 def debug_machine(
-    name: str, address: str | None, *, symbols: Path | None, stdio: bool, close: bool, architecture: str
+    name: str,
+    address: str | None,
+    *,
+    symbols: Path | None,
+    execute: Path | None,
+    stdio: bool,
+    close: bool,
+    architecture: str,
 ) -> int:
     """`vmm gdb`. Raises VmmError."""
     entry = find(name)
@@ -49,7 +56,7 @@ def debug_machine(
         with take_connection(entry, "gdb", architecture=architecture) as connection:
             _copy(connection)
         return 0
-    return _run_gdb(entry, symbols, architecture)
+    return _run_gdb(entry, symbols, execute, architecture)
 
 
 def _absolute(address: str) -> str:
@@ -57,7 +64,7 @@ def _absolute(address: str) -> str:
     return f"unix:{Path(address[5:]).absolute()}" if address.startswith("unix:") and address[5:] else address
 
 
-def _run_gdb(entry: Entry, symbols: Path | None, architecture: str) -> int:
+def _run_gdb(entry: Entry, symbols: Path | None, execute: Path | None, architecture: str) -> int:
     """GDB in this terminal; the machine runs on when it ends."""
     gdb = shutil.which("gdb")
     if gdb is None:
@@ -69,6 +76,8 @@ def _run_gdb(entry: Entry, symbols: Path | None, architecture: str) -> int:
             f"target remote | {vmm} gdb {shlex.quote(entry.name)} --stdio --arch {shlex.quote(architecture)}"
         )
         words = [gdb, "-q", *(word for command in commands for word in ("-ex", command))]
+        if execute is not None:
+            words += ["-batch", "-x", str(execute)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is GDB's
         try:
             return subprocess.run(words, check=False, preexec_fn=_default_interrupt).returncode
@@ -97,7 +106,7 @@ def _symbol_commands(entry: Entry, symbols: Path | None, folder: Path) -> list[s
         return [f"symbol-file -o {moved:#x} {shlex.quote(str(symbols))}"]
     file = folder / "kernel.sym"
     file.write_bytes(write_elf(move(found, moved)))
-    return [f"symbol-file {file}"]
+    return [f"file {file}"]
 
 
 def guest_symbols(entry: Entry) -> list[Symbol]:

@@ -17,7 +17,7 @@ from cli.options import RUN_OPTIONS, parse_run
 from cli.run import configure
 from tests.support.command import vmm
 from vmm import convert
-from vmm.config import Config, ConsoleConfig, Disk, FlatImage, FwCfgItem, Net, PciSlot, PortConfig
+from vmm.config import Config, ConsoleConfig, Disk, FlatImage, FwCfgItem, GdbConfig, Net, PciSlot, PortConfig
 from vmm.convert import Checked, format_size
 from vmm.errors import ConfigError
 from vmm.schema import descriptions, schema
@@ -55,6 +55,7 @@ HEADS: dict[type, Any] = {
     PortConfig: lambda part: f"{part.pop('name')}={part.pop('path')}",
     FwCfgItem: lambda part: f"name={part.pop('name')}",
     PciSlot: lambda part: f"{part.pop('id')}={part.pop('device')}",
+    GdbConfig: lambda part: part.pop("address"),
 }  # fmt: skip
 
 
