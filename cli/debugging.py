@@ -21,7 +21,7 @@ from vmm.debug import inspect
 from vmm.debug.symbols import Names, Symbol, is_elf, move, offset, parse_map, read_symbols, write_elf
 from vmm.errors import ConfigError, HostError, StateError, VmmError, os_reason
 from vmm.management.control import request
-from vmm.management.registry import Entry, find
+from vmm.management.registry import RegistryEntry, find
 
 CHUNK = 1 << 16
 MAX_KALLSYMS = 256 << 20
@@ -64,7 +64,7 @@ def _absolute(address: str) -> str:
     return f"unix:{Path(address[5:]).absolute()}" if address.startswith("unix:") and address[5:] else address
 
 
-def _run_gdb(entry: Entry, symbols: Path | None, execute: Path | None, architecture: str) -> int:
+def _run_gdb(entry: RegistryEntry, symbols: Path | None, execute: Path | None, architecture: str) -> int:
     """GDB in this terminal; the machine runs on when it ends."""
     gdb = shutil.which("gdb")
     if gdb is None:
@@ -89,7 +89,7 @@ def _default_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _symbol_commands(entry: Entry, symbols: Path | None, folder: Path) -> list[str]:
+def _symbol_commands(entry: RegistryEntry, symbols: Path | None, folder: Path) -> list[str]:
     """What GDB has to be told to know the guest's kernel; nothing, with a reason on stderr, if that cannot be."""
     try:
         if symbols is None:
@@ -109,7 +109,7 @@ def _symbol_commands(entry: Entry, symbols: Path | None, folder: Path) -> list[s
     return [f"file {file}"]
 
 
-def guest_symbols(entry: Entry) -> list[Symbol]:
+def guest_symbols(entry: RegistryEntry) -> list[Symbol]:
     """What the kernel of a guest with the agent tells root of itself, where it runs now. Raises VmmError."""
     import asyncio
 
@@ -130,7 +130,7 @@ def guest_symbols(entry: Entry) -> list[Symbol]:
     return parse_map(asyncio.run(ask()), f"{entry.name}: /proc/kallsyms")
 
 
-def kernel_offset(entry: Entry, symbols: list[Symbol]) -> int:
+def kernel_offset(entry: RegistryEntry, symbols: list[Symbol]) -> int:
     """By how much the kernel in a machine was moved (KASLR). Raises VmmError."""
     last: VmmError | None = None
     for cpu in request(entry, "registers")["cpus"]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from vmm.errors import HostError, os_reason
 from vmm.management.control import LINE_LIMIT, answered
-from vmm.management.registry import Entry
+from vmm.management.registry import RegistryEntry
 
 
-def take_connection(entry: Entry, command: str, patience: float = 10.0, **values: Any) -> socket.socket:
+def take_connection(entry: RegistryEntry, command: str, patience: float = 10.0, **values: Any) -> socket.socket:
     """Raises what the machine answers, HostError if it hands over none."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
