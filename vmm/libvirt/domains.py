@@ -489,7 +489,7 @@ class Domains:
     async def _failure(self, spec: Spec, process: Process) -> HostError:
         with suppress(TimeoutError):
             await asyncio.wait_for(process.ended.wait(), 5.0)
-        said = last_words(self._store.file("log", f"{spec.name}.log"))
+        said = await last_words(self._store.file("log", f"{spec.name}.log"))
         return HostError(f"{spec.name}: {said or 'the machine ended at once'}")
 
     def _activate(self, domain: Domain, spec: Spec, entry: RegistryEntry, status: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import aiofiles
+
 from vmm.errors import HostError, error_from, os_reason
 from vmm.management.registry import RegistryEntry
 
@@ -22,6 +24,8 @@ LINE_LIMIT = 1 << 20
 ANSWER_SECONDS = 15.0
 START_SECONDS = 120.0
 """How long a machine may take to be built."""
+LAST_BYTES = 4096
+"""Of a log, in which its last line is looked for."""
 
 
 class ControlClient:
@@ -127,10 +131,14 @@ class Process:
         self.ended.set()
 
 
-def last_words(log: Path) -> str:
+async def last_words(log: Path) -> str:
     """The last line that a machine's process wrote, without who says it."""
     try:
-        lines = [line for line in log.read_bytes()[-4096:].decode(errors="replace").splitlines() if line.strip()]
+        async with aiofiles.open(log, "rb") as file:
+            size = await file.seek(0, os.SEEK_END)
+            await file.seek(max(size - LAST_BYTES, 0))
+            said = await file.read(LAST_BYTES)
     except OSError:
         return ""
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("vmm: ").strip() if lines else ""

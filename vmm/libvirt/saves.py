@@ -9,6 +9,7 @@ reverting puts them back. What takes long is done by threads and by the machine'
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
+
+import aiofiles
 
 from vmm.config import Config
 from vmm.errors import HostError, StateError, os_reason
@@ -37,6 +40,7 @@ SAVE_SECONDS = 3600.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_SNAPSHOTS = 1000
 INFO, XML, MACHINE, DISKS = "info.json", "domain.xml", "state", "disks"
+_parts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Saves:
             domain.extra.pop("saved", None)
             raise
         await self._domains.gone(domain)
-        _write(target / XML, text)
-        _write(target / INFO, json.dumps({"paused": was_paused}))
+        await _write(target / XML, text)
+        await _write(target / INFO, json.dumps({"paused": was_paused}))
 
     async def restore(self, source: Path, *, paused: bool | None = None, domain: Domain | None = None) -> Domain:
         """Take up what `save` wrote. `domain`: whose it must be. Raises VmmError."""
@@ -150,8 +154,8 @@ class Saves:
         name = _read_json(self._folder(domain) / "current.json").get("name")
         return next((info for info in self.all(domain) if info.name == name), None)
 
-    def _set_current(self, domain: Domain, name: str | None) -> None:
-        _write(self._folder(domain) / "current.json", json.dumps({"name": name}))
+    async def _set_current(self, domain: Domain, name: str | None) -> None:
+        await _write(self._folder(domain) / "current.json", json.dumps({"name": name}))
 
     async def create(self, domain: Domain, name: str, description: str) -> Info:
         """Take one; a running machine stands still while its disks are copied. Raises VmmError."""
@@ -177,14 +181,14 @@ class Saves:
                 state = {DomainState.RUNNING: "running", DomainState.PAUSED: "paused"}.get(domain.state, "shutoff")
                 sizes = await self._take(domain, folder, state)
                 info = Info(name, state, int(time.time()), description, before.name if before else None, sizes)
-                _write(folder / XML, domain_xml(domain.spec, self._domains.emulator))
-                _write(folder / INFO, json.dumps(info.__dict__))
+                await _write(folder / XML, domain_xml(domain.spec, self._domains.emulator))
+                await _write(folder / INFO, json.dumps(info.__dict__))
                 folder.rename(self._folder(domain) / name)
             except OSError as error:
                 raise HostError(f"{folder}: {os_reason(error)}") from error
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            self._set_current(domain, name)
+            await self._set_current(domain, name)
             return info
 
     async def _take(self, domain: Domain, folder: Path, state: str) -> tuple[tuple[str, int, int], ...]:
@@ -204,14 +208,15 @@ class Saves:
         """Make the domain what it was, its disks included; `running` and `paused` say otherwise. Raises VmmError."""
         folder = self._folder(domain) / info.name
         try:
-            spec = self._domains.read((folder / XML).read_text())
+            async with aiofiles.open(folder / XML) as file:
+                spec = self._domains.read(await file.read())
         except OSError as error:
             raise HostError(f"{folder}: {os_reason(error)}") from error
         if domain.active:
             domain.extra["reverted"] = True
             await self._domains.destroy(domain)
         await asyncio.to_thread(_copy_back, spec, folder / DISKS, info)
-        self._set_current(domain, info.name)
+        await self._set_current(domain, info.name)
         if info.state != "shutoff":
             stopped = paused or (info.state == "paused" and not running)
             process = _restore(folder / MACHINE, domain.name)
@@ -229,11 +234,11 @@ class Saves:
         for one in self.all(domain):
             if one.name not in names and one.parent in names:
                 changed = replace(one, parent=info.parent)
-                _write(self._folder(domain) / one.name / INFO, json.dumps(changed.__dict__))
+                await _write(self._folder(domain) / one.name / INFO, json.dumps(changed.__dict__))
         for one in doomed:
             await asyncio.to_thread(shutil.rmtree, self._folder(domain) / one.name, ignore_errors=True)
         if now is not None and now.name in names:
-            self._set_current(domain, info.parent if itself else info.name)
+            await self._set_current(domain, info.parent if itself else info.name)
 
     def descendants(self, domain: Domain, info: Info) -> list[Info]:
         """All that came after it."""
@@ -338,14 +343,14 @@ def _copy_back(spec: Spec, folder: Path, info: Info) -> None:
             raise HostError(f"{path}: {os_reason(error)}") from error
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all. Raises HostError."""
-    part = path.with_name(f".{path.name}.new")
+async def _write(path: Path, text: str) -> None:
+    """Whole or not at all, and durable, beside the loop. Raises HostError."""
+    part = path.with_name(f".{path.name}.{next(_parts)}.new")  # of its own: two may be written at once
     try:
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        async with aiofiles.open(part, "w") as file:
+            await file.write(text)
+            await file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
         part.replace(path)
     except OSError as error:
         raise HostError(f"{path}: {os_reason(error)}") from error
