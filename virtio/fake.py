@@ -1,4 +1,4 @@
-"""Guest memory and interrupts without a machine: for tests, benchmarks and trying a device out."""
+"""Guest memory without a machine: for tests, benchmarks and trying a device out."""
 
 from __future__ import annotations
 
@@ -28,17 +28,3 @@ class FakeMemory:
 
     def written(self, gpa: int, length: int) -> None:
         self.log.append((gpa, length))
-
-
-class FakeInterrupts:
-    """Counts notifications."""
-
-    def __init__(self) -> None:
-        self.queues: list[int] = []
-        self.config = 0
-
-    def signal_queue(self, index: int) -> None:
-        self.queues.append(index)
-
-    def signal_config(self) -> None:
-        self.config += 1

@@ -16,7 +16,6 @@ from vmm.errors import ConfigError
 IDENTITY = 7
 """The frame's type."""
 ENTROPY = 64
-MAX_ADDRESSES = 255
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?")
 
 

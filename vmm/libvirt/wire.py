@@ -147,10 +147,6 @@ def string_param(name: str, value: str) -> Param:
     return Param(name, (PARAM_STRING, value))
 
 
-def bool_param(name: str, value: bool) -> Param:
-    return Param(name, (PARAM_BOOLEAN, int(value)))
-
-
 def some(values: list[Any], wanted: int) -> tuple[list[Any], int]:
     """(the values, how many there are) for a client that wants so many; clients want none first, to hear how many."""
     return (values[:wanted], len(values)) if wanted > 0 else ([], len(values))

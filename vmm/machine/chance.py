@@ -43,11 +43,6 @@ class Chance:
         self._drawn += count
         return stream[start : start + count]
 
-    def reseed(self, seed: int | None, purpose: str) -> None:
-        """Go on with another seed: a copy of a machine must not draw what the original draws."""
-        self._key = None if seed is None else f"{purpose} {seed} ".encode()
-        self._drawn = 0
-
     def save(self) -> ChanceState:
         return ChanceState(None if self._key is None else self._drawn)
 

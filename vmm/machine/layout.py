@@ -84,7 +84,6 @@ CMDLINE = AddressRange(0x2_0000, 64 * KIB)
 MODULE_CMDLINE = 0x2_8000
 """The second half of it, where a boot module has a command line of its own."""
 EBDA = AddressRange(0x9_FC00, 1 * KIB)
-LOW_RAM_END = 0xA_0000
 ROM = AddressRange(0xE_0000, 128 * KIB)
 """Where a PC has its BIOS: reserved in the memory map, writable by us."""
 ACPI = AddressRange(0xE_0000, 64 * KIB)
