@@ -28,6 +28,22 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
+class Migrating:
+    """How far a migration has come; bytes and bytes a second."""
+
+    phase: str
+    """One of vmm.migration.precopy.PHASES."""
+    sent: int
+    remaining: int
+    rate: int
+    dirty_rate: int
+    rounds: int
+    throttle: int
+    """Per cent of the time that vCPUs are kept from running."""
+    expected_downtime_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConsoleBreak:
     """The guest sent a break on its serial line."""
 
@@ -84,7 +100,16 @@ class Ended:
 
 
 Event = (
-    StateChanged | Rebooted | Warned | ConsoleBreak | Attached | Detached | DetachRefused | DiskJobChanged | Ended
+    StateChanged
+    | Rebooted
+    | Warned
+    | ConsoleBreak
+    | Attached
+    | Detached
+    | DetachRefused
+    | DiskJobChanged
+    | Migrating
+    | Ended
 )
 QUEUE_LIMIT = 1024
 """Events kept for a follower that does not fetch them; then the oldest go."""

@@ -66,6 +66,8 @@ class Reason(enum.StrEnum):
 
     SHUTDOWN = "shutdown"
     """The guest powered itself off."""
+    MIGRATED = "migrated"
+    """The machine runs on elsewhere."""
     RESET = "reset"
     """The guest rebooted and no restart was asked for."""
     EXIT = "exit"
@@ -87,6 +89,7 @@ class Reason(enum.StrEnum):
 
 EXIT_STATUS = {
     Reason.SHUTDOWN: 0,
+    Reason.MIGRATED: 0,
     Reason.RESET: 0,
     Reason.HALTED: 0,
     Reason.CRASH: 3,

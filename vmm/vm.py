@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from vmm.events import ConsoleBreak, Ended, Event, EventStream, Rebooted, StateC
 from vmm.lifecycle import Change, Lifecycle, Outcome, Reason, State
 from vmm.machine.builder import Machine
 from vmm.machine.hardware import HeadStart, Making
-from vmm.machine.origin import BOOT, Origin, Restore, Saved, Touched
+from vmm.machine.origin import BOOT, Arrival, Origin, Restore, Saved, Touched
 from vmm.machine.resources import Resources
 from vmm.timeline import Timeline
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from vmm.guest.process import ExecResult, GuestProcess
     from vmm.hotplug import Attachment, Hotplug
     from vmm.machine.peripheral import Peripheral
+    from vmm.migration.precopy import Progress
+    from vmm.migration.source import Outgoing
     from vmm.state.manifest import Manifest
 
 TOUCHED_SECONDS = 2.0
@@ -52,6 +54,20 @@ STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
 KILLED = Outcome(Reason.KILLED, "killed")
 MAX_WARNINGS = 100
+
+
+class Obstacle:
+    """Why a paused machine cannot just run on, and what clears the way."""
+
+    def __init__(self, text: str, clear: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.text = text
+        self._clear = clear
+
+    async def clear(self) -> None:
+        """Raises StateError if nothing can be done; what the way raises."""
+        if self._clear is None:
+            raise StateError(self.text)
+        await self._clear()
 
 
 class VirtualMachine:
@@ -113,6 +129,12 @@ class VirtualMachine:
         """What debugs the machine now; it puts itself here. See gdb()."""
         self._copies: list[VirtualMachine] = []
         self._plugging: Hotplug | None = None
+        self.obstacle: Obstacle | None = None
+        """Why a paused machine cannot just run on."""
+        self.migration: Outgoing | None = None
+        """The one under way."""
+        if saved is not None and isinstance(saved.origin, Arrival):
+            self.obstacle = Obstacle("the machine has not arrived yet")
 
     # Life.
 
@@ -187,8 +209,18 @@ class VirtualMachine:
         assert self._outcome is not None
         return self._outcome
 
+    async def take_up(self) -> None:
+        """resume(), after what stands in its way is done: a machine that is left over from a migration takes its disks.
+        Raises StateError, ConfigError, HostError; then it stays paused."""
+        if self.obstacle is not None:
+            await self.obstacle.clear()
+            self.obstacle = None
+        self.resume()
+
     def resume(self) -> None:
         """Run, or run on. Raises StateError."""
+        if self.obstacle is not None:
+            raise StateError(self.obstacle.text)
         self._change(Change.RESUME)
         if self._timer is None and self.config.timeout is not None:
             outcome = Outcome(Reason.TIMEOUT, f"still running after {self.config.timeout:g} s")
@@ -257,6 +289,8 @@ class VirtualMachine:
 
     def reset(self) -> None:
         """Start again in place, as the reset button does: nobody asks the guest. StateError if it has ended."""
+        if self.obstacle is not None:
+            raise StateError(self.obstacle.text)
         if self.state not in (State.RUNNING, State.PAUSED) or self._end is not None:
             raise StateError(f"cannot reset a machine that is {'ending' if self.ending else self.state.value}")
         self._reset_asked = True
@@ -474,6 +508,10 @@ class VirtualMachine:
         """Warn whoever follows the machine's events."""
         self._warn(text)
 
+    def report(self, event: Event) -> None:
+        """Tell it to whoever follows the machine's events."""
+        self._tell(event)
+
     def virtio_devices(self) -> Mapping[str, Device]:
         """Its virtio devices by name."""
         return self._resources.devices if self._resources is not None else {}
@@ -558,6 +596,18 @@ class VirtualMachine:
         copies = await fork(self, count, names=names, seeds=seeds, paused=paused)
         self._copies.extend(copies)
         return copies
+
+    async def migrate(self, uri: str, **options: Any) -> Progress:
+        """Move the running machine to where `vmm receive` waits: vmm.migration.source.migrate."""
+        from vmm.migration.source import migrate
+
+        return await migrate(self, uri, **options)
+
+    def arrive(self, console: Any) -> None:
+        """The state of a machine that was on its way is there: its console's ring. Raises StateError."""
+        from vmm.state.payload import parse
+
+        self._hub.restore(parse(ConsoleRingState, "console", console))
 
     async def _identify(self) -> None:
         """Tell the guest of a copy who it is; whoever asks its agent waits for that."""

@@ -41,9 +41,9 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
-    """The descriptor of an image file or block device, locked (ImageLock) against a second writer, of ours or QEMU's.
-    May block. ConfigError."""
+def open_locked(path: str, *, read_only: bool, direct: bool = False, lock: bool = True) -> int:
+    """The descriptor of an image file or block device, locked (ImageLock) against a second writer, of ours or QEMU's;
+    without `lock` that comes later. May block. ConfigError."""
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     try:
         before = os.stat(path).st_mode
@@ -58,7 +58,8 @@ def open_locked(path: str, *, read_only: bool, direct: bool = False) -> int:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"{path}: neither a regular file nor a block device")
-        ImageLock(fd, path, read_only=read_only).take()
+        if lock:
+            ImageLock(fd, path, read_only=read_only).take()
         return fd
     except BaseException:
         os.close(fd)

@@ -15,7 +15,7 @@ from virtio import _ring
 from virtio.backends.file import Cache, FileBlock, Io
 from virtio.backends.lock import ImageLock
 from virtio.errors import ConfigError, StateError, os_reason
-from virtio.images.chain import Backing, Format, ImageChain, open_chain
+from virtio.images.chain import Backing, Format, ImageChain, make_active, open_chain
 
 T = TypeVar("T")
 SECTOR = 512
@@ -47,6 +47,8 @@ class ImageBlock(FileBlock):
             self._locks.append(ImageLock.of(layer.fd, layer.path))
             if layer.header is not None and layer.header.has_data_file:
                 self._locks.append(ImageLock.of(layer.others[0], layer.path))
+            for lock in self._locks[-2:]:
+                lock.held = self.chain.active or layer is not self.chain.top
 
     async def change(self, call: Callable[[ImageChain], None]) -> None:
         """Let `call`, in a thread, change the files of the chain or the chain itself. Nobody may be using this backend:
@@ -75,9 +77,10 @@ class ImageBlock(FileBlock):
         io: Io = "auto",
         backing: Backing = "dir",
         data: str | os.PathLike[str] | None = None,
+        active: bool = True,
     ) -> ImageBlock:
         """The arguments are those of `open_chain`. `snapshot`: nothing is written to the files; what the guest writes
-        ends with this backend. Raises ConfigError."""
+        ends with this backend. Not `active`: the files are somebody else's until `activate`. Raises ConfigError."""
         cls._check_io(io)
         call = partial(
             open_chain,
@@ -87,6 +90,7 @@ class ImageBlock(FileBlock):
             direct=cache == "none" and not snapshot,
             backing=backing,
             data=data,
+            active=active or read_only or snapshot,
         )
         opening = asyncio.ensure_future(asyncio.to_thread(cls._opened, call, read_only, snapshot, cache))
         try:
@@ -145,7 +149,26 @@ class ImageBlock(FileBlock):
         if self.overlay >= 0:
             raise StateError(f"{self.chain.top.path}: what was written to a snapshot disk is not in its file")
         await super().activate()
-        await self.change(lambda chain: None)
+        try:
+            await self.change(make_active)
+        except BaseException:
+            for lock in self._locks:
+                lock.give_up()
+            raise
+
+    async def is_free(self) -> bool:
+        """Nobody has the lock of an image that is not active: it is no file that another machine uses."""
+
+        def probe() -> bool:
+            lock = self._locks[0]
+            try:
+                lock.take()
+            except ConfigError:
+                return False
+            lock.give_up()
+            return True
+
+        return await self._in_thread(probe)
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = memoryview(mmap.mmap(-1, length))

@@ -153,6 +153,7 @@ class BlockDevice(Device):
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         """Requests that wait for a turn, with the bytes that they will move."""
         self._counted = dict.fromkeys(COUNTERS, 0)
+        self._tracked: tuple[bytearray, int] | None = None
 
     def set_limits(self, values: Mapping[str, int]) -> None:
         """Change what it may do a second, at any time: limits.Buckets.set. ConfigError."""
@@ -287,6 +288,19 @@ class BlockDevice(Device):
                 await asyncio.to_thread(engine.close)  # waits for the system calls that run
             engine.close()
         await self.backend.aclose()
+
+    def track(self, bits: bytearray | None, shift: int = 0) -> None:
+        """Set bit n of `bits`, lowest first, when a request that may have written byte n << shift is over; None: no
+        more."""
+        self._tracked = None if bits is None else (bits, shift)
+        if self._engine is not None:
+            self._engine.track(bits, shift)
+
+    def _mark(self, offset: int, length: int) -> None:
+        if self._tracked is not None and length:
+            bits, shift = self._tracked
+            for at in range(offset >> shift, min((offset + length - 1 >> shift) + 1, len(bits) * 8)):
+                bits[at // 8] |= 1 << at % 8
 
     def save_device(self) -> BlockState:
         return BlockState(self.writeback, self.capacity, self.limits.save())
@@ -521,7 +535,10 @@ class BlockDevice(Device):
                     chain.write(self._trusted.sized(self.backend.read, data, part, part), at)
                 else:
                     data = chain.read(part, _header.size + at)
-                    await self._trusted.call(self.backend.write, sector * SECTOR + at, data)
+                    try:
+                        await self._trusted.call(self.backend.write, sector * SECTOR + at, data)
+                    finally:
+                        self._mark(sector * SECTOR + at, part)
             if kind == OUT and not self.effective_writeback:
                 await self._trusted.call(self.backend.flush)
             return OK
@@ -561,10 +578,13 @@ class BlockDevice(Device):
             for at in range(sector * SECTOR, end, CHUNK):
                 part = min(CHUNK, end - at)
                 await self._turn(part)
-                if kind == DISCARD:
-                    await self._trusted.call(self.backend.discard, at, part)
-                else:
-                    await self._trusted.call(self.backend.write_zeroes, at, part, bool(flags & 1))
+                try:
+                    if kind == DISCARD:
+                        await self._trusted.call(self.backend.discard, at, part)
+                    else:
+                        await self._trusted.call(self.backend.write_zeroes, at, part, bool(flags & 1))
+                finally:
+                    self._mark(at, part)
         if kind == WRITE_ZEROES and not self.effective_writeback:
             await self._trusted.call(self.backend.flush)
         return OK

@@ -103,8 +103,10 @@ class Layer:
 class ImageChain:
     """An image and what is read where it has nothing. `close` it, or lose what was not flushed."""
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], *, active: bool = True) -> None:
         self.layers = layers
+        self.active = active
+        """False: the uppermost image is somebody else's still, and is not written here."""
 
     @property
     def top(self) -> Layer:
@@ -206,13 +208,15 @@ def open_chain(
     repair: bool = True,
     alone: bool = False,
     snapshot: str | None = None,
+    active: bool = True,
 ) -> ImageChain:
     """Open an image and its chain. Without `format` it is found by content.
 
     `direct`: guest clusters of the top image past the page cache. `data`: its external data file. `repair`: refcounts
     of an image whose last writer did not end well are made right before it is written; else that is refused. `alone`:
     only the image itself; where it has nothing it reads as zeroes. `snapshot`: as it was at that internal snapshot, to
-    be read only.
+    be read only. Not `active`: somebody else uses the files. They are neither locked nor written, and what is read of
+    them may be old, until the chain is rebuilt.
     """
     layers: list[Layer] = []
     seen: set[tuple[int, int]] = set()
@@ -222,12 +226,24 @@ def open_chain(
             seen,
             os.fspath(path),
             format,
-            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot),
+            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot, active),
         )
     except BaseException:
         ImageChain(layers).close()
         raise
-    return ImageChain(layers)
+    return ImageChain(layers, active=active)
+
+
+def make_active(chain: ImageChain) -> None:
+    """In `ImageChain.rebuild`, with the locks: the uppermost image is ours from now on. Raises ConfigError."""
+    if chain.active:
+        return
+    layer = chain.top
+    if layer.header is not None:
+        wanted = _Wanted(False, False, "dir", None, CACHE_BYTES, True, False, None)
+        _prepare(layer.path, layer.fd, parse(layer.path, read_start(layer.fd), file_size(layer.fd)), wanted)
+    layer.read_only = False
+    chain.active = True
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,7 @@ class _Wanted:
     repair: bool
     alone: bool
     snapshot: str | None
+    active: bool = True
 
 
 def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Format | None, wanted: _Wanted) -> Layer:
@@ -251,7 +268,7 @@ def _open(layers: list[Layer], seen: set[tuple[int, int]], path: str, format: Fo
         raise ConfigError(f"{path}: {os_reason(error) if isinstance(error, OSError) else error}") from error
     if (status.st_dev, status.st_ino) in seen:  # before it is locked: its first user is this chain
         raise ConfigError(f"{path}: its chain of backing files comes back to it")
-    fd = open_locked(path, read_only=wanted.read_only)
+    fd = open_locked(path, read_only=wanted.read_only, lock=wanted.active)
     descriptors = [fd]
     try:
         status = os.fstat(fd)
@@ -286,7 +303,8 @@ def _raw(path: str, descriptors: list[int], wanted: _Wanted, *, probed: bool) ->
     if wanted.direct:
         align = 4096
         descriptors.append(_direct(path, descriptors[0], wanted.read_only))
-    layer = Layer(path, "raw", descriptors[0], None, (), descriptors[-1], align, wanted.read_only, probed)
+    read_only = wanted.read_only or not wanted.active
+    layer = Layer(path, "raw", descriptors[0], None, (), descriptors[-1], align, read_only, probed)
     layer.others = tuple(descriptors[1:])
     layer.build(None)
     return layer
@@ -311,7 +329,7 @@ def _qcow2(
 ) -> Layer:
     fd = descriptors[0]
     header = parse(path, read_start(fd), file_size(fd))
-    if not wanted.read_only:
+    if not wanted.read_only and wanted.active:
         header = _prepare(path, fd, header, wanted)
     if wanted.snapshot is not None:
         snapshots, _ = read_table(path, fd, header)
@@ -324,7 +342,7 @@ def _qcow2(
         if wanted.data is None:
             hint = f" ({header.data_file})" if header.data_file else ""
             raise ConfigError(f"{path}: its clusters are in an external data file{hint}; name it with data=FILE")
-        data_fd = open_locked(os.fspath(wanted.data), read_only=wanted.read_only)
+        data_fd = open_locked(os.fspath(wanted.data), read_only=wanted.read_only, lock=wanted.active)
         descriptors.append(data_fd)
     elif wanted.data is not None:
         raise ConfigError(f"{path}: has no external data file; leave data= out")
@@ -336,7 +354,8 @@ def _qcow2(
     below: Layer | None = None
     if header.backing is not None and not wanted.alone:
         below = _below(layers, seen, path, header, wanted, recorded=recorded)
-    layer = Layer(path, "qcow2", fd, header, tuple(descriptors[1:]), data_fd, align, wanted.read_only)
+    read_only = wanted.read_only or not wanted.active
+    layer = Layer(path, "qcow2", fd, header, tuple(descriptors[1:]), data_fd, align, read_only)
     layer.build(below, wanted.cache_bytes)
     return layer
 

@@ -31,7 +31,32 @@ typedef struct {
     uint32_t in_flight;     /* requests between pop and push */
     bool closed;
     uint64_t requests[COUNTERS], bytes[COUNTERS]; /* returned to the driver so far */
+    Py_buffer track;        /* one bit for each granule of the disk that was written; none: obj is NULL */
+    unsigned track_shift;
 } BlockObject;
+
+static void mark_range(BlockObject *self, uint64_t offset, uint64_t length)
+{
+    if (!length)
+        return;
+    uint8_t *bits = self->track.buf;
+    uint64_t last = (offset + length - 1) >> self->track_shift, end = (uint64_t)self->track.len * 8;
+    for (uint64_t at = offset >> self->track_shift; at <= last && at < end; at++)
+        bits[at / 8] |= (uint8_t)(1u << at % 8);
+}
+
+/* Enter what a request wrote, or may have, where writes are tracked: once it is over, so that whoever clears a bit and
+ * reads then sees what was written, or finds the bit set again. */
+static void mark(BlockObject *self, const struct request *request)
+{
+    if (!self->track.obj)
+        return;
+    if (request->type == T_OUT)
+        mark_range(self, request->offset, request->length);
+    else if (request->type == T_DISCARD || request->type == T_WRITE_ZEROES)
+        for (uint32_t i = 0; request->zeroes && i < request->zeroes_count; i++)
+            mark_range(self, request->zeroes[i].sector * SECTOR, (uint64_t)request->zeroes[i].sectors * SECTOR);
+}
 
 static void count(BlockObject *self, const struct request *request)
 {
@@ -50,6 +75,7 @@ static void job_free(BlockObject *self, struct request *job)
     while (job) {
         struct request *next = job->merged;
         self->in_flight--;
+        mark(self, job);
         blk_request_free(job);
         job = next;
     }
@@ -61,6 +87,7 @@ static int job_return(BlockObject *self, struct request *job)
     while (job) {
         struct request *next = job->merged;
         self->in_flight--;
+        mark(self, job);
         count(self, job);
         failed |= blk_return(job);
         job = next;
@@ -361,6 +388,8 @@ static void block_dealloc(BlockObject *self)
     pthread_cond_destroy(&self->pool.work);
     Py_XDECREF(self->gate.limits);
     Py_XDECREF(self->image);
+    if (self->track.obj)
+        PyBuffer_Release(&self->track);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -442,6 +471,27 @@ static PyObject *block_set_image(BlockObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *block_track(BlockObject *self, PyObject *args)
+{
+    PyObject *bits;
+    unsigned shift = 0;
+    if (!PyArg_ParseTuple(args, "O|I", &bits, &shift))
+        return NULL;
+    Py_buffer track = {0};
+    if (bits != Py_None && PyObject_GetBuffer(bits, &track, PyBUF_WRITABLE))
+        return NULL;
+    if (shift > 40) {
+        PyBuffer_Release(&track);
+        PyErr_SetString(PyExc_ValueError, "the granule is out of range");
+        return NULL;
+    }
+    if (self->track.obj)
+        PyBuffer_Release(&self->track);
+    self->track = track;
+    self->track_shift = shift;
+    Py_RETURN_NONE;
+}
+
 static PyObject *block_io_uring_error(PyObject *Py_UNUSED(type), PyObject *Py_UNUSED(unused))
 {
     struct uring ring;
@@ -487,6 +537,9 @@ static PyMethodDef block_methods[] = {
      "configure(sectors, writeback, discard, write_zeroes)"},
     {"set_image", (PyCFunction)block_set_image, METH_VARARGS,
      "set_image(image, sectors): use another one; StateError while requests are in flight."},
+    {"track", (PyCFunction)block_track, METH_VARARGS,
+     "track(bits, shift=0): set bit n of `bits`, lowest first, when a request that may have written byte n << shift is over; "
+     "None: no more"},
     {"close", (PyCFunction)block_close, METH_NOARGS, "Wait for system calls that run, drop the rest, stop."},
     {"descriptors", (PyCFunction)block_descriptors, METH_NOARGS, "One of them is readable when reap() has something."},
     {"io_uring_error", block_io_uring_error, METH_NOARGS | METH_STATIC, "Why there is no io_uring here, an errno; 0: there is."},

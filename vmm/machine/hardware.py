@@ -16,7 +16,7 @@ from vmm.config import Config
 from vmm.cores import open_system
 from vmm.errors import ConfigError, HostError
 from vmm.machine.memory import GuestMemory
-from vmm.machine.origin import BOOT, Origin, Restore
+from vmm.machine.origin import BOOT, Arrival, Origin, Restore
 
 
 class Hardware:
@@ -42,6 +42,8 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
     else:
         epoch = config.epoch_seconds
         epoch_ns = time.time_ns() if epoch is None else epoch * 1_000_000_000
+        if isinstance(origin, Arrival):
+            epoch_ns = origin.epoch_ns
         memory = GuestMemory(config.memory, hugepages=config.hugepages)
     vm: Vm | None = None
     try:

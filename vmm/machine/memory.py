@@ -23,7 +23,7 @@ from cpu.values import dataclass
 from virtio.errors import GuestError as VirtioGuestError
 from vmm._native import Mapping, nonzero_pages, runs
 from vmm.convert import format_size
-from vmm.errors import GuestError, HostError, os_reason
+from vmm.errors import GuestError, HostError, StateError, os_reason
 from vmm.machine.layout import HIGH_MEMORY, PCI_HOLE
 
 PAGE = 4096
@@ -113,6 +113,7 @@ class GuestMemory:
         self._extents: list[Extent] = []  # by address, when frozen; the descriptors are among _files
         self._files: set[int] = set()
         self._holes = 0
+        self._logging = False
         self._prepared = -1  # a file with what memory held before what the dirty log has
         low = min(size, PCI_HOLE)
         try:
@@ -191,12 +192,17 @@ class GuestMemory:
 
     # What changed.
     def start_dirty_log(self) -> None:
-        """Log every write from now on, by vCPUs and by the VMM. The machine may run. Raises CpuError."""
+        """Log every write from now on, by vCPUs and by the VMM. The machine may run. One at a time: StateError. Raises
+        CpuError."""
         assert self._core is not None
+        if self._logging:
+            raise StateError("memory is watched already, for another snapshot, copy or migration; wait for its end")
         self._core.start_dirty_log()
+        self._logging = True
 
     def stop_dirty_log(self) -> None:
         """End it and forget it. Nothing if there is none."""
+        self._logging = False
         if self._core is not None:
             self._core.stop_dirty_log()
 

@@ -33,6 +33,22 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """From a state that is still on its way: the machine is built like it, with empty memory, and waits."""
+
+    epoch_ns: int
+    """The guest's wall clock at its core's time 0, ns since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivingDisk:
+    """A disk that is still another's: its files are opened, but neither locked nor written."""
+
+    exclusive: bool
+    """Somebody else has its lock; if not, it is no shared file."""
+
+
+@dataclass(frozen=True, slots=True)
 class SavedDisk:
     """What a restored disk starts from: an overlay's data, and the bitmap of the sectors that it holds."""
 
@@ -54,9 +70,9 @@ class Touched:
 class Saved:
     """Everything that a machine goes on from."""
 
-    origin: Restore
-    disks: Mapping[str, SavedDisk]
-    """Overlays by the disk's name."""
+    origin: Restore | Arrival
+    disks: Mapping[str, SavedDisk | ArrivingDisk]
+    """Overlays by the disk's name, and disks that are to be taken later."""
     console: Any
     """vmm.console.hub.ConsoleRingState, encoded; None: an empty console."""
     identity: Identity | None = None
@@ -66,5 +82,5 @@ class Saved:
     touched: Touched | None = None
 
 
-Origin = Boot | Restore
+Origin = Boot | Restore | Arrival
 BOOT = Boot()

@@ -14,7 +14,7 @@ from cpu.contract import System
 from vmm.config import Config
 from vmm.errors import ConfigError
 from vmm.machine.chance import Chance
-from vmm.machine.origin import SavedDisk
+from vmm.machine.origin import ArrivingDisk, SavedDisk
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.pool import DevicePool
@@ -33,7 +33,7 @@ class Resources:
         devices: Mapping[str, Callable[[], Any]] | None = None,
         warn: Callable[[str], None] = lambda text: None,
         mark: Callable[[str], None] = lambda name: None,
-        saved_disks: Mapping[str, SavedDisk] | None = None,
+        saved_disks: Mapping[str, SavedDisk | ArrivingDisk] | None = None,
     ) -> None:
         """`devices`: the embedder's own, by name. `saved_disks`: overlays of disks by name; None for a machine that
         boots. Raises ConfigError; nothing is opened yet."""

@@ -106,9 +106,12 @@ def parse(machine: Machine, data: Any) -> MachineState:
     return state
 
 
-def restore(machine: Machine, origin: Restore) -> None:
-    """Give a machine that is built, and has not run, the state of its origin. Raises StateError, HostError."""
-    state = parse(machine, origin.state)
+def restore(machine: Machine, origin: Restore, state: MachineState | None = None, *, quiet: bool = False) -> None:
+    """Give a machine that is built, and has not run, the state of its origin, or `state`, which is that one parsed.
+    `quiet`: virtio devices take nothing from their drivers until `machine.resume_devices()`. Raises StateError,
+    HostError."""
+    if state is None:
+        state = parse(machine, origin.state)
     with core_errors():
         # The core first: the lines that devices raise below are high there already, and so make no new edge.
         core = state.vm.core
@@ -127,4 +130,5 @@ def restore(machine: Machine, origin: Restore) -> None:
         agent = machine.resources.agent
         if agent is not None and state.agent:
             agent.set_ready()
-        machine.resume_devices()
+        if not quiet:
+            machine.resume_devices()

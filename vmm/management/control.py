@@ -39,6 +39,7 @@ from vmm.events import (
     Ended,
     Event,
     EventStream,
+    Migrating,
     Rebooted,
     StateChanged,
     Warned,
@@ -286,7 +287,7 @@ class Registration:
         return await self._status(request)
 
     async def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._vm.resume()
+        await self._vm.take_up()
         return await self._status(request)
 
     async def _shutdown(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -389,6 +390,10 @@ def event_dict(event: Event) -> dict[str, Any]:
             return {"event": "rebooted", "detail": detail}
         case Warned(text):
             return {"event": "warning", "text": text}
+        case Migrating():
+            from vmm.migration.precopy import as_dict
+
+            return {"event": "migration", **as_dict(event)}
         case Ended(outcome):
             return {"event": "ended", "outcome": outcome_dict(outcome)}
         case Attached(name, kind, slot):

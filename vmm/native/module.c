@@ -22,6 +22,13 @@ static PyMethodDef functions[] = {
     {"crc32c", native_crc32c, METH_VARARGS, "crc32c(data, crc=0) -> CRC-32C (RFC 3720, 12.1), continued from crc."},
     {"checksums", native_checksums, METH_VARARGS,
      "checksums(fd, size, chunk) -> CRC-32C of each chunk of a file, 32 bits each; holes are not read."},
+    {"pack_pages", native_pack_pages, METH_VARARGS,
+     "pack_pages(view, bitmap, first, table, out, digests | None, fresh) -> (next, runs, data pages, zero pages, left out): "
+     "copy pages of the bitmap, from page `first` on, to `out` as far as there is room, and say in `table` which. Zero "
+     "pages are named only; with `fresh` not even that. With `digests`, 16 bytes a page, those that were sent so before "
+     "are left out."},
+    {"unpack_pages", native_unpack_pages, METH_VARARGS,
+     "unpack_pages(view, table, data) -> pages: the other way round. ValueError if it is out of bounds."},
     {0},
 };
 

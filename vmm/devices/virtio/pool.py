@@ -21,7 +21,7 @@ from vmm.config import Config
 from vmm.cores import is_stock_kernel
 from vmm.errors import ConfigError, StateError
 from vmm.machine.interfaces import CharacterPort
-from vmm.machine.origin import SavedDisk
+from vmm.machine.origin import ArrivingDisk, SavedDisk
 
 if TYPE_CHECKING:
     from vmm.guest.agent import Agent
@@ -77,7 +77,7 @@ class DevicePool:
         own: Mapping[str, Device],
         warn: Callable[[str], None],
         mark: Callable[[str], None],
-        saved_disks: Mapping[str, SavedDisk] | None,
+        saved_disks: Mapping[str, SavedDisk | ArrivingDisk] | None,
     ) -> None:
         """`saved_disks`: None for a machine that boots. Raises ConfigError. Nothing is opened yet."""
         self._restored = saved_disks is not None
