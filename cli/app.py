@@ -359,6 +359,78 @@ def symbols(
     make_symbols(source, machine=of, output=output)
 
 
+def migrate(
+    name: Name,
+    uri: Annotated[
+        str | None, typer.Argument(metavar="[URI]", help="Where vmm receive waits: tcp:HOST:PORT or unix:PATH.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes a second at most, as 100M, until it stands still.")
+    ] = None,
+    downtime: Annotated[float | None, typer.Option(metavar="MS", help="How long it may stand still; 300.")] = None,
+    connections: Annotated[
+        int | None, typer.Option(metavar="N", help="Connections beside each other, 1 to 16.")
+    ] = None,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress what is sent (zstd).")] = False,
+    throttle: Annotated[
+        int | None, typer.Option(metavar="PERCENT", help="Of its time that a guest may be kept waiting; 90. 0: never.")
+    ] = None,
+    copy_storage: Annotated[
+        bool, typer.Option("--copy-storage", help="Copy its disks along, which the hosts do not share.")
+    ] = False,
+    drop_connections: Annotated[
+        bool, typer.Option("--drop-connections", help="The guest's connections through passt may end.")
+    ] = False,
+    tls: Annotated[Path | None, typer.Option(metavar="DIR", help="A client's certificate (vmm tls client).")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End a migration that is under way.")] = False,
+    json: Json = False,
+) -> None:
+    """Move a running machine to another host while it runs. Whatever fails, it runs on here.
+
+    Without URI, --bandwidth and --downtime change a migration that is under way. Ctrl-C cancels it.
+    """
+    from cli.migrate import migrate_machine
+
+    migrate_machine(
+        name,
+        uri,
+        cancel=cancel,
+        bandwidth=bandwidth,
+        downtime=downtime,
+        tls=tls,
+        json=json,
+        connections=connections,
+        compress=compress,
+        throttle=throttle,
+        copy_storage=copy_storage,
+        drop_connections=drop_connections,
+    )
+
+
+def receive(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Where to wait: tcp:HOST:PORT, unix:PATH or fd:NUMBER.")],
+    name: Annotated[str | None, typer.Option(help="What the machine is called here; by default as there.")] = None,
+    tls: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A server's certificate (vmm tls init): its clients come.")
+    ] = None,
+    core: Annotated[str | None, typer.Option(metavar="auto|kvm|soft", help="Execution core.")] = None,
+    console: Annotated[str | None, typer.Option(metavar="SPEC", help="stdio, none or socket=PATH.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Open the files that an unknown source names.")] = False,
+    disk: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="The file of a disk here; may be repeated.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Wait for a machine that vmm migrate sends, and run it in the foreground."""
+    from cli.migrate import receive_machine
+
+    sys.exit(
+        receive_machine(
+            uri, name=name, tls=tls, core=core, console=console, trust=trust, disks=disk or [], json=json
+        )
+    )
+
+
 def doctor(json: Json = False) -> None:
     """Say which execution core would run here and why, and what would make it better."""
     from cli.doctor import report
@@ -408,7 +480,7 @@ def build() -> typer.Typer:
     app.command("set")(set_)
     for command in (
         cp, console, ps, stop, kill, pause, resume, attach, detach, snapshot, restore, fork, snapshot_info, gdb,
-        registers, trace, symbols, doctor, daemon,
+        registers, trace, symbols, migrate, receive, doctor, daemon,
     ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:

@@ -60,7 +60,7 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
         rows.append(
             (
                 str(status["name"]),
-                str(status["state"]),
+                _state(status),
                 str(status.get("core", "-")),
                 str(status.get("cpus", "-")),
                 f"{status['memory'] // MIB}M" if "memory" in status else "-",
@@ -78,6 +78,15 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
         for key, value in sorted(found[index - 1].get("stats", {}).items()) if index else ():
             if value:
                 sys.stdout.write(f"    {key:<28} {value:>12}\n")
+
+
+def _state(status: dict[str, Any]) -> str:
+    migration = status.get("migration")
+    if not migration:
+        return "arriving" if "has not arrived" in str(status.get("obstacle")) else str(status["state"])
+    total = migration["total"] + migration["disk_total"]
+    left = migration["remaining"] + migration["disk_total"] - migration["disk_sent"]
+    return f"{status['state']}, {migration['phase']} {100 * max(total - left, 0) // max(total, 1)}%"
 
 
 def stop_machine(name: str, timeout: float, *, json: bool) -> None:

@@ -342,6 +342,12 @@ class Vm(Protocol):
     def set_alarm(self, deadline_ns: int | None) -> None:
         """Have take() report AlarmDue once now_ns() >= deadline_ns. One alarm per VM."""
 
+    def tsc_khz(self) -> int:
+        """The rate of the guests' TSC, of vCPUs that are there and parked; 0: unknown."""
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Have it tick so fast, before they run. HostError if the core cannot."""
+
     def state(self) -> VmState:
         """Everything that is not a vCPU's, while all of them are there and parked. Take it before the vCPUs' states:
         time goes on, and TSCs must not be behind the clock."""

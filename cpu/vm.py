@@ -177,6 +177,10 @@ class CoreVm(_core.Vm):
             self.set_tsc_khz(self._tsc_khz)
         return vcpu
 
+    def tsc_khz(self) -> int:
+        """The rate of the guests' TSC, of vCPUs that are parked; 0: unknown."""
+        return int(struct.unpack("<Q", self.get_blob(StateKind.TSC))[0])
+
     def set_tsc_khz(self, khz: int) -> None:
         """The rate of the guests' TSC, of vCPUs that are there and parked. HostError if the core cannot have it."""
         try:

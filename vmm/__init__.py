@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.lifecycle import Outcome, Reason, State
     from vmm.machine.bus import Register
     from vmm.machine.peripheral import Peripheral, Stateless
+    from vmm.migration.target import receive
     from vmm.vm import VirtualMachine
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ _HOMES = {
     "vmm.lifecycle": ("Outcome", "Reason", "State"),
     "vmm.machine.bus": ("Register",),
     "vmm.machine.peripheral": ("Peripheral", "Stateless"),
+    "vmm.migration.target": ("receive",),
     "vmm.vm": ("VirtualMachine",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -87,6 +89,7 @@ __all__ = [
     "VirtualMachine",
     "VmmError",
     "Warned",
+    "receive",
     "restore",
     "run",
 ]

@@ -226,7 +226,9 @@ def open_chain(
             seen,
             os.fspath(path),
             format,
-            _Wanted(read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot, active),
+            _Wanted(
+                read_only, direct, "none" if alone else backing, data, cache_bytes, repair, alone, snapshot, active
+            ),
         )
     except BaseException:
         ImageChain(layers).close()

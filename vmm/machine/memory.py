@@ -281,6 +281,11 @@ class GuestMemory:
 
     # Files behind it.
     @property
+    def frozen(self) -> bool:
+        """Pages that this process has not touched may hold what a file does."""
+        return self._frozen
+
+    @property
     def shared(self) -> tuple[Extent, ...]:
         """Where each region is in the memfd of a `Shared` source that was not frozen; else nothing."""
         if self._fd < 0 or self._frozen:

@@ -62,6 +62,26 @@ class _Root:
         return {"components": self.stateful}
 
 
+def versions(machine: Machine) -> dict[str, int]:
+    """Component -> version of its state, with the components' parts by name."""
+    found: dict[str, int] = {}
+
+    def visit(name: str, part: Any, depth: int) -> None:
+        if part is None or depth <= 0:
+            return
+        if isinstance(part, Mapping):
+            for key, inner in part.items():
+                visit(f"{name}/{key}", inner, depth - 1)
+            return
+        found[name] = part.state_type.version
+        for key, inner in part.state_parts().items() if hasattr(part, "state_parts") else ():
+            visit(f"{name}/{key}", inner, depth - 1)
+
+    for name, part in _Root(machine).stateful.items():
+        visit(name, part, 8)
+    return {"machine": MachineState.version, "core": VmState.version, "vcpu": VcpuState.version, **found}
+
+
 def save(machine: Machine) -> dict[str, Any]:
     """The state of a machine whose vCPUs are parked and whose virtio devices are quiet, encoded. Raises StateError,
     HostError."""

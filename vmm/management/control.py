@@ -10,6 +10,7 @@
     {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
     attach, detach                              -> vmm/management/hotplug.py
     gdb, registers, trace                       -> vmm/management/debugging.py
+    migrate, migrate-cancel, migrate-set        -> vmm/management/migrating.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -214,6 +215,8 @@ class Registration:
             "uptime": time.time() - self._started,
             **self._present(),
             "devices": self._vm.attached(),
+            "migration": None if vm.migration is None else vm.migration.progress.as_dict(),
+            "obstacle": None if vm.obstacle is None else vm.obstacle.text,
         }
 
     def _present(self) -> dict[str, Any]:
@@ -359,6 +362,9 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "gdb": _of("debugging", "gdb"),
     "registers": _of("debugging", "registers"),
     "trace": _of("debugging", "trace"),
+    "migrate": _of("migrating", "migrate"),
+    "migrate-cancel": _of("migrating", "cancel"),
+    "migrate-set": _of("migrating", "change"),
 }
 
 

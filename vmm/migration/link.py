@@ -1,7 +1,7 @@
 """Connections of a migration: addresses, TLS, and frames over a socket.
 
-Whatever the way, what carries frames is a plain stream socket, used by threads that wait without the interpreter's lock:
-TLS runs in a thread of its own between the network's socket and a socket pair. Addresses:
+Whatever the way, what carries frames is a plain stream socket, used by threads that wait without the interpreter's
+lock: TLS runs in a thread of its own between the network's socket and a socket pair. Addresses:
 
     tcp:HOST:PORT   tcp://HOST:PORT     with `tls`, by certificates on both sides
     unix:PATH       unix:///PATH        only its owner can connect
@@ -74,8 +74,8 @@ def parse_uri(text: str) -> Address:
 
 
 def client_context(directory: Path) -> ssl.SSLContext:
-    """For the source: cacert.pem, clientcert.pem and clientkey.pem of the directory, as `vmm tls` makes them for a client.
-    Raises ConfigError that names the file."""
+    """For the source: cacert.pem, clientcert.pem and clientkey.pem of the directory, as `vmm tls` makes them for a
+    client. Raises ConfigError that names the file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_STRICT
@@ -213,7 +213,10 @@ class Link:
             crc = crc32c(part, crc)
             length += len(part)
         assert length <= LIMITS[kind], f"{kind.name} of {length} bytes"
-        views = [memoryview(protocol.header(kind, length, crc, flags)), *(memoryview(part) for part in parts if len(part))]
+        views = [
+            memoryview(protocol.header(kind, length, crc, flags)),
+            *(memoryview(part) for part in parts if len(part)),
+        ]
         self.sent += length + HEADER.size
         with self._sending:
             try:
@@ -237,8 +240,8 @@ class Link:
         self.send(kind, b"" if message is None else protocol.pack(message))
 
     def receive(self, patience: float | None = SILENCE) -> tuple[Kind, memoryview]:
-        """The next frame, decompressed and checked; its payload is good until the next call. PINGs are swallowed. Raises
-        Closed, StateError."""
+        """The next frame, decompressed and checked; its payload is good until the next call. PINGs are swallowed.
+        Raises Closed, StateError."""
         while True:
             self._fill(memoryview(self._head), patience, start=True)
             kind, flags, length, crc = protocol.parse_header(self._head)
@@ -296,8 +299,8 @@ class Link:
             raise Closed(f"{self.peer}: {os_reason(error)}") from error
 
     def read_on(self, take: Callable[[Kind, memoryview], None], over: Callable[[BaseException], None]) -> None:
-        """Have a thread receive frames from now on, without a limit of time if `over` decides on it: `take` gets each and
-        may raise, `over` gets what ended it."""
+        """Have a thread receive frames from now on, without a limit of time if `over` decides on it: `take` gets each
+        and may raise, `over` gets what ended it."""
 
         def work() -> None:
             try:
@@ -367,7 +370,9 @@ def connect(address: Address, tls: ssl.SSLContext | None = None, *, patience: fl
         else:
             sock = adopt(address)
     except OSError as error:
-        cure = "; is vmm receive running there?" if isinstance(error, ConnectionRefusedError | FileNotFoundError) else ""
+        cure = (
+            "; is vmm receive running there?" if isinstance(error, ConnectionRefusedError | FileNotFoundError) else ""
+        )
         raise HostError(f"{where}: {_ssl_reason(error)}{cure}") from error
     if tls is not None:
         try:
@@ -484,4 +489,3 @@ class Listener:
         if self.address.kind == "unix" and self._sockets:
             self.address.path.unlink(missing_ok=True)
         self._sockets = []
-

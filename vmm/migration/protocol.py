@@ -4,10 +4,10 @@ A frame is a header of 16 bytes, little-endian, and a payload:
 
     u8 kind, u8 flags, u16 0, u32 length of the payload, u32 CRC-32C of the payload, u32 CRC-32C of the 12 bytes before
 
-The payload of PAGES and DISK is binary (below), of the other kinds a message: a declared dataclass as JSON, parsed whole
-by vmm/state/payload.py. The first frame of each side of a connection is HELLO; the highest version that both have is
-spoken. A peer is hostile: what is malformed, too long or out of turn raises StateError, and no frame makes its reader
-keep more than its kind's limit.
+The payload of PAGES and DISK is binary (below), of the other kinds a message: a declared dataclass as JSON, parsed
+whole by vmm/state/payload.py. The first frame of each side of a connection is HELLO; the highest version that both have
+is spoken. A peer is hostile: what is malformed, too long or out of turn raises StateError, and no frame makes its
+reader keep more than its kind's limit.
 
 Version 1: one connection, no compression, no disks' contents, no post-copy. Version 2 has them.
 """
@@ -32,8 +32,8 @@ HEADER = struct.Struct("<BBHIII")
 _CHECKED = struct.Struct("<BBHII")
 PAGE = 4096
 PAGES = struct.Struct("<III")
-"""Of PAGES: the region's number, the page of it that the table counts from, runs in the table. The table (8 bytes a run)
-and the pages themselves follow."""
+"""Of PAGES: the region's number, the page of it that the table counts from, runs in the table. The table (8 bytes a
+run) and the pages themselves follow."""
 DISK = struct.Struct("<IIQQ")
 """Of DISK: the disk's place in the offer, 0 for data and 1 for zeroes, where, how many bytes. Data follows."""
 TABLE_BYTES = 8 << 10
@@ -143,11 +143,13 @@ class DiskOffer:
 
     name: Text
     how: Literal["shared", "reference", "overlay", "copy"]
-    """shared: the same file, whose lock is handed over; reference: the same file, only read; overlay: likewise, and what
-    was written above it is sent; copy: all of it is sent."""
+    """shared: the same file, whose lock is handed over; reference: the same file, only read; overlay: likewise, and
+    what was written above it is sent; copy: all of it is sent."""
     path: Annotated[str, range(4097)]
     capacity: U64
     format: Literal["raw", "qcow2"]
+    fingerprint: Annotated[bytes, range(33)]
+    """SHA-256 of a part of a file that is only read; empty for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +232,8 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A source that lost its connection asks what became of its machine; `drop`: a machine that was not told to run is to
-    be given up."""
+    """A source that lost its connection asks what became of its machine; `drop`: a machine that was not told to run is
+    to be given up."""
 
     kind: ClassVar = "ask"
     version: ClassVar = 1

@@ -28,12 +28,12 @@ class DiskMaker(Maker):
     async def make(self) -> Device:
         backend = await open_disk(self._disk, self._saved if isinstance(self._saved, ArrivingDisk) else None)
         try:
-            if isinstance(self._saved, ArrivingDisk) and self._saved.exclusive and isinstance(backend, ImageBlock):
-                if await backend.is_free():
-                    raise ConfigError(
-                        f"{self._disk.path}: not the file that the machine uses, for nobody has locked it; "
-                        "put it on storage that both hosts share, or copy it along with --copy-storage"
-                    )
+            exclusive = isinstance(self._saved, ArrivingDisk) and self._saved.exclusive
+            if exclusive and isinstance(backend, ImageBlock) and await backend.is_free():
+                raise ConfigError(
+                    f"{self._disk.path}: not the file that the machine uses, for nobody has locked it; "
+                    "put it on storage that both hosts share, or copy it along with --copy-storage"
+                )
             if isinstance(self._saved, SavedDisk) and isinstance(backend, ImageBlock):
                 await asyncio.to_thread(_load, backend, self._saved)
             device = BlockDevice(backend, serial=self._serial, queues=self._disk.queues)

@@ -1,0 +1,73 @@
+"""Operations of the control socket for live migration (vmm/management/control.py):
+
+    {"command": "migrate", "uri": "tcp:host:4444", …}  -> {"ok": true, "migration": {…}} when it runs there
+    {"command": "migrate-cancel"}                      -> {"ok": true}; the request above then fails
+    {"command": "migrate-set", "bandwidth": …}         -> {"ok": true}; also "downtime", seconds
+
+Loop thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import ConfigError, StateError
+from vmm.migration.link import parse_uri
+from vmm.migration.precopy import Options
+from vmm.migration.source import Outgoing
+
+if TYPE_CHECKING:
+    from vmm.vm import VirtualMachine
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "bandwidth": int,
+    "downtime": (int, float),
+    "connections": int,
+    "compress": bool,
+    "throttle": int,
+    "postcopy": bool,
+    "copy_storage": bool,
+    "drop_connections": bool,
+}
+
+
+def _typed(request: dict[str, Any], name: str) -> Any:
+    value, kind = request[name], _FIELDS[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name}: {str(value)[:60]!r} is not what belongs there")
+    return value
+
+
+async def migrate(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
+    """To its end. Raises ConfigError, StateError, HostError."""
+    uri, tls = request.get("uri"), request.get("tls")
+    if not isinstance(uri, str) or not (tls is None or isinstance(tls, str)):
+        raise ConfigError("migrate: uri and tls are text")
+    options = Options(**{name: _typed(request, name) for name in _FIELDS if request.get(name) is not None})
+    address = parse_uri(uri)
+    if address.kind == "fd":
+        raise ConfigError(f"{uri}: a descriptor of the client's is none of the machine's; use tcp: or unix:")
+    progress = await Outgoing(vm, address, options, tls).run()
+    return {"migration": progress.as_dict()}
+
+
+def _under_way(vm: VirtualMachine) -> Outgoing:
+    if vm.migration is None:
+        raise StateError("no migration is under way")
+    return vm.migration
+
+
+async def cancel(vm: VirtualMachine, _request: dict[str, Any]) -> dict[str, Any]:
+    """The machine stays. Raises StateError."""
+    _under_way(vm).cancel()
+    return {}
+
+
+async def change(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
+    """While it is under way. Raises ConfigError, StateError."""
+    outgoing = _under_way(vm)
+    if request.get("bandwidth") is not None:
+        outgoing.set_bandwidth(_typed(request, "bandwidth"))
+    if request.get("downtime") is not None:
+        outgoing.set_downtime(_typed(request, "downtime"))
+    return {}

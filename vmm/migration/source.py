@@ -1,0 +1,560 @@
+"""The source of a migration: a running machine is offered, its memory sent while it runs, and handed over.
+
+Who owns the machine at which moment is ARCHITECTURE.md's "Live migration". Until COMMIT is sent every failure ends with
+the machine running on here, its disks locked by itself. Afterwards it never runs here unless the target says that it
+gave the machine up, or the user decides. Loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from virtio.devices.blk import BlockDevice
+from virtio.devices.net import NetDevice
+from vmm import _native
+from vmm.errors import ConfigError, HostError, StateError, VmmError, core_errors, error_from
+from vmm.lifecycle import Outcome, Reason, State
+from vmm.machine.memory import Anonymous
+from vmm.machine.saving import save, versions
+from vmm.migration import protocol, storage
+from vmm.migration.link import (
+    PING_SECONDS,
+    SILENCE,
+    Address,
+    Link,
+    Threads,
+    client_context,
+    connect,
+    parse_uri,
+)
+from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, Throttle
+from vmm.migration.protocol import Accept, Ask, Commit, DiskOffer, Join, Kind, Offer, Refuse, Region
+from vmm.state.payload import field_types
+from vmm.vm import Obstacle
+
+if TYPE_CHECKING:
+    from vmm.machine.builder import Machine
+    from vmm.vm import VirtualMachine
+
+ASK_SECONDS = 10.0
+"""How long a source that does not know what became of its machine goes on asking."""
+LOCK_SECONDS = 10.0
+"""How long a source goes on trying to lock its disks again, which the other side may have for a moment."""
+BUILD_SECONDS = 120.0
+"""How long the other side may take to build the machine."""
+
+
+async def migrate(
+    vm: VirtualMachine,
+    uri: str,
+    *,
+    tls: Path | str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Progress:
+    """Move the machine to where `vmm receive` (vmm.receive) waits at `uri`; what it took. It has then ended here, with
+    Reason.MIGRATED. `tls`: a directory with a client's certificate (vmm.migration.link). `options`: fields of
+    vmm.migration.precopy.Options.
+
+    Raises ConfigError, StateError, HostError: then the machine runs on here; or, if the connection broke at the very
+    moment of the handover, it is paused and `vm.obstacle` says why. One at a time: StateError. Cancelled, the machine
+    runs on here, unless it was handed over already."""
+    unknown = options.keys() - field_types(Options).keys()
+    if unknown:
+        raise TypeError(f"migrate: no option {sorted(unknown)[0]!r}")
+    outgoing = Outgoing(vm, parse_uri(uri), Options(**options), tls, progress)
+    return await outgoing.run()
+
+
+class Outgoing:
+    """One migration on its way. `run` is its life; `cancel` ends it."""
+
+    def __init__(
+        self,
+        vm: VirtualMachine,
+        address: Address,
+        options: Options,
+        tls: Path | str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Raises ConfigError, StateError; nothing is begun."""
+        options.check()
+        if vm.migration is not None:
+            raise StateError("the machine is on its way already; wait, or cancel that")
+        if vm.state not in (State.RUNNING, State.PAUSED) or vm.obstacle is not None:
+            raise StateError(vm.obstacle.text if vm.obstacle else f"a machine that is {vm.state.value} cannot move")
+        self.vm = vm
+        self.options = options
+        self.progress = progress or Progress()
+        self.progress.tell = vm.report
+        self.committed = False
+        """The other side may have begun to run it."""
+        self._address = address
+        self._context: ssl.SSLContext | None = None if tls is None else client_context(Path(tls))
+        self._token = os.urandom(protocol.TOKEN)
+        self._links: list[Link] = []
+        self._threads = Threads(options.connections + 2)
+        self._answers: asyncio.Queue[tuple[Kind, Any] | BaseException] = asyncio.Queue()
+        self._pace = Pace(options.bandwidth)
+        self._disks: list[tuple[DiskOffer, BlockDevice]] = []
+        self._given: list[BlockDevice] = []
+        self._machine: Machine = vm.machine
+        self._held = False
+        self._state_sent = False
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+        self._running = False
+        """The machine ran, and is to run there."""
+
+    def cancel(self) -> None:
+        """End it, and the machine runs on here. StateError if it was handed over already. Idempotent."""
+        if self.committed:
+            raise StateError("the machine is handed over already")
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
+
+    def set_bandwidth(self, bandwidth: int) -> None:
+        """Bytes a second from now on; 0: no limit. Raises ConfigError."""
+        changed = replace(self.options, bandwidth=bandwidth)
+        changed.check()
+        self.options.bandwidth = self._pace.bandwidth = bandwidth
+
+    def set_downtime(self, seconds: float) -> None:
+        """Another goal from now on. Raises ConfigError."""
+        replace(self.options, downtime=seconds).check()
+        self.options.downtime = seconds
+
+    async def run(self) -> Progress:
+        """See migrate()."""
+        vm, progress = self.vm, self.progress
+        vm.migration = self
+        self._task = asyncio.current_task()
+        begun = time.monotonic()
+        pings = asyncio.create_task(self._ping(), name="migration pings")
+        try:
+            self._running = vm.state is State.RUNNING
+            self._phase("connecting")
+            await self._offer()
+            self._phase("memory")
+            await self._send_memory()
+            self._phase("done")
+            return progress
+        except BaseException as error:
+            self._phase("failed")
+            progress.error = str(error) or type(error).__name__
+            if isinstance(error, asyncio.CancelledError) and self._cancelled:
+                raise StateError("the migration was cancelled; the machine runs on here") from None
+            raise
+        finally:
+            progress.seconds = time.monotonic() - begun
+            pings.cancel()
+            vm.migration = None
+            self._pace.stopped.set()
+            for link in self._links:
+                link.abort()
+            await asyncio.gather(pings, return_exceptions=True)
+            for link in self._links:
+                await asyncio.to_thread(link.close)
+            self._threads.close()
+
+    def _phase(self, phase: str) -> None:
+        self.progress.phase = phase
+        self._report()
+
+    def _report(self) -> None:
+        self.progress.sent = sum(link.sent for link in self._links)
+        self.progress.tell(self.progress.event())
+
+    async def _ping(self) -> None:
+        """So that the other side hears of us while we plan, wait or go slowly."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            for link in self._links:
+                with contextlib.suppress(VmmError):
+                    await self._threads.call(link.send_message, Kind.PING)
+            self._report()
+
+    # The offer.
+
+    async def _offer(self) -> None:
+        vm, options = self.vm, self.options
+        self._check_devices()
+        for name, device in vm.block_devices().items():
+            entry = await self._threads.call(lambda n=name, d=device: storage.offer(n, d, copy=options.copy_storage))
+            self._disks.append((entry, device))
+        main = await self._connect()
+        round_trip = time.monotonic()
+        await self._threads.call(main.greet)
+        self._round_trip = time.monotonic() - round_trip
+        self._check_version(main.version)
+        offer = self._describe(main.version, await self._tsc_khz())
+        await self._threads.call(main.send_message, Kind.OFFER, offer)
+        kind, answer = await self._threads.call(lambda: main.expect(Kind.ACCEPT, Kind.REFUSE, patience=BUILD_SECONDS))
+        if kind is Kind.REFUSE:
+            raise _refused(answer)
+        assert isinstance(answer, Accept)
+        loop = asyncio.get_running_loop()
+
+        def take(kind: Kind, payload: memoryview) -> None:
+            message = protocol.unpack(kind, payload)
+            loop.call_soon_threadsafe(self._answers.put_nowait, (kind, message))
+
+        def over(error: BaseException) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._answers.put_nowait, error)
+
+        main.read_on(take, over)
+        for index in range(1, options.connections):
+            link = await self._connect()
+            await self._threads.call(link.greet)
+            await self._threads.call(link.send_message, Kind.JOIN, Join(self._token, index))
+
+    async def _connect(self) -> Link:
+        link: Link = await self._threads.call(connect, self._address, self._context)
+        self._links.append(link)
+        return link
+
+    def _check_devices(self) -> None:
+        """Raises ConfigError for what cannot move."""
+        config = self.vm.config
+        if self._address.kind == "fd" and self.options.connections > 1:
+            raise ConfigError("connections: an inherited descriptor is one; leave the option out")
+        if config.hugepages:
+            raise ConfigError("memory from the reserved pool of large pages cannot move yet; leave hugepages out")
+        if config.clock == "virtual":
+            raise ConfigError("a machine with the virtual clock cannot move while it runs; use vmm snapshot")
+        if self.vm.own_devices:
+            name = next(iter(self.vm.own_devices))
+            raise ConfigError(f"{name}: a device of the program that runs the machine cannot move")
+        for index, net in enumerate(config.nets):
+            if net.kind == "user" and not self.options.drop_connections:
+                raise ConfigError(
+                    f"{net.id or f'net{index}'}: the guest's connections go through passt here and would end; "
+                    "--drop-connections allows that"
+                )
+
+    def _check_version(self, version: int) -> None:
+        if version < 2:
+            for what, wanted in (
+                ("several connections", self.options.connections > 1),
+                ("compression", self.options.compress),
+                ("post-copy", self.options.postcopy),
+                ("disks' contents", any(entry.how in ("overlay", "copy") for entry, _ in self._disks)),
+            ):
+                if wanted:
+                    raise StateError(f"{self._address}: speaks version 1 of the protocol, which has not {what}")
+
+    async def _tsc_khz(self) -> int:
+        """KVM tells it of vCPUs that are parked: for a moment they are."""
+        machine = self._machine
+        machine.dispatcher.hold("migration offer")
+        try:
+            await machine.dispatcher.wait_parked()
+            self._check_standing()
+            with core_errors():
+                rate: int = machine.vm.tsc_khz()
+                return rate
+        finally:
+            machine.dispatcher.release("migration offer")
+
+    def _describe(self, version: int, tsc: int) -> Offer:
+        vm, machine = self.vm, self._machine
+        from vmm import __version__
+
+        values = vm.config.to_dict()
+        # Its cards keep their addresses also over later reboots.
+        cards = [device for device in vm.virtio_devices().values() if isinstance(device, NetDevice)]
+        for net, card in zip(values.get("nets", []), cards, strict=False):
+            net["mac"] = card.mac.hex(":")
+        return Offer(
+            protocol=version,
+            token=self._token,
+            program=f"loopvisor {__version__}",
+            name=vm.config.name,
+            config=json.dumps(values),
+            regions=tuple(Region(start, len(view)) for start, view in machine.memory.regions()),
+            core=vm.core,
+            cpuid=tuple(machine.cpuid[0]),
+            tsc_khz=tsc,
+            epoch_ns=machine.board.clock.epoch_ns,
+            payloads=versions(machine),
+            disks=tuple(entry for entry, _ in self._disks),
+            connections=self.options.connections,
+            compress=self.options.compress,
+            postcopy=self.options.postcopy,
+            paused=not self._running,
+        )
+
+    # Memory.
+
+    async def _send_memory(self) -> None:
+        memory, progress, options = self._machine.memory, self.progress, self.options
+        views = [view for _, view in memory.regions()]
+        progress.total = sum(map(len, views))
+        self._pages = Pages(self._links, views, self._pace, compress=options.compress, digests=True)
+        self._storage = storage.DiskSender(self._disks, self._pace, progress)
+        with core_errors():
+            memory.start_dirty_log()
+        throttle = Throttle(self._machine.dispatcher)
+        planner = Planner(options, self._round_trip)
+        try:
+            self._storage.start()
+            todo: Sequence[bytes] = await self._threads.call(self._present)
+            fresh = True
+            while True:
+                size = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
+                progress.remaining = size
+                begun, slept = time.monotonic(), self._pace.slept
+                await self._round(todo, fresh=fresh)
+                fresh = False
+                self._check_standing()
+                seconds = max(time.monotonic() - begun, 1e-6)
+                unhindered = max(seconds - (self._pace.slept - slept) / len(self._links), 1e-6)
+                with core_errors():
+                    todo = [bitmap for _, bitmap in memory.take_dirty()]
+                self._storage.take()
+                dirty = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
+                rate = self._measured(unhindered)
+                progress.rate, progress.dirty_rate = int(rate), int(dirty / seconds)
+                progress.remaining = dirty
+                progress.expected_downtime = planner.expected_downtime(dirty, rate)
+                self._report()
+                decision = planner.after_round(size, dirty, rate) if self._running else "stop"
+                if decision == "stop":
+                    break
+                if decision == "give up":
+                    raise StateError(
+                        f"does not come to an end: the guest writes {progress.dirty_rate >> 20} MiB/s and the "
+                        f"connection carries {progress.rate >> 20} MiB/s; allow a longer --downtime, more "
+                        "--throttle, or --postcopy"
+                    )
+                throttle.set(planner.throttle)
+                progress.throttle = planner.throttle
+            self._phase("switching")
+            await self._switch(todo, throttle)
+        finally:
+            await throttle.stop()
+            self._storage.stop()
+            with contextlib.suppress(Exception):  # it went with the machine
+                memory.stop_dirty_log()
+
+    def _present(self) -> list[bytes]:
+        """The pages that may hold anything. *worker thread*"""
+        memory = self._machine.memory
+        if isinstance(memory.source, Anonymous) and not memory.frozen:
+            return [bitmap for _, bitmap in memory.present_pages()]
+        return [_native.nonzero_pages(view) for _, view in memory.regions()]
+
+    def _measured(self, seconds: float) -> float:
+        """Bytes of memory a second: of the last round if it was large enough to tell, else of the best before."""
+        sent = self._round_bytes
+        if sent >= 4 << 20 or not self.progress.rate:
+            return max(sent / seconds, 1 << 20)
+        return self.progress.rate
+
+    async def _round(self, bitmaps: Sequence[bytes], *, fresh: bool) -> None:
+        """Send these pages and what disks have; until all of it has arrived."""
+        pages, progress = self._pages, self.progress
+        pages.round += 1
+        before = sum(link.sent for link in self._links)
+        if self._storage.remaining:
+            await self._threads.call(self._storage.send, self._links[0])
+        work = pages.pieces(bitmaps)
+        for sent in await _all(
+            self._threads.call(lambda n=number: pages.send(n, work, fresh=fresh)) for number in range(len(self._links))
+        ):
+            progress.pages += sent.pages
+            progress.zero_pages += sent.zero
+            progress.unchanged += sent.unchanged
+        done = await self._answer(Kind.ROUND_DONE)
+        if done.number != pages.round:
+            raise StateError(f"{self._address}: acknowledges round {done.number} instead of {pages.round}")
+        progress.rounds += 1
+        self._round_bytes = sum(link.sent for link in self._links) - before
+
+    async def _answer(self, kind: Kind, patience: float = SILENCE) -> Any:
+        """The next message, of this kind. Raises what a REFUSE says, HostError, StateError."""
+        try:
+            async with asyncio.timeout(patience):
+                got = await self._answers.get()
+        except TimeoutError:
+            raise HostError(f"{self._address}: no answer within {patience:g} s") from None
+        if isinstance(got, BaseException):
+            raise got
+        found, message = got
+        if found is Kind.REFUSE:
+            raise _refused(message)
+        if found is not kind:
+            raise StateError(f"{self._address}: sent {found.name} instead of {kind.name}")
+        return message
+
+    def _check_standing(self) -> None:
+        self.vm.check_standing(self._machine)
+
+    # The handover.
+
+    async def _switch(self, dirty: Sequence[bytes], throttle: Throttle) -> None:
+        vm, machine, main = self.vm, self._machine, self._links[0]
+        call = self._threads.call
+        machine.dispatcher.hold("migration")
+        self._held = True
+        try:
+            await throttle.stop()
+            begun = time.monotonic()
+            await machine.dispatcher.wait_parked()
+            await machine.quiesce()
+            self._check_standing()
+            self._pace.bandwidth = 0
+            with core_errors():
+                last = [bytearray(bitmap) for bitmap in dirty]
+                for merged, (_, bitmap) in zip(last, machine.memory.take_dirty(), strict=True):
+                    _native.merge(merged, bitmap)
+            self._storage.take()
+            await self._round([bytes(bitmap) for bitmap in last], fresh=False)
+            state = {"machine": save(machine), "console": vm.save_console()}
+            self._state_sent = True
+            await call(main.send, Kind.STATE, json.dumps(state, separators=(",", ":")).encode())
+            await self._answer(Kind.READY)
+            self._check_standing()
+            self._given = await storage.give_up(self._disks)
+            await call(main.send_message, Kind.HANDOVER)
+            await self._answer(Kind.TAKEN)
+            self._check_standing()
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._go_on_here()))
+            raise
+        await asyncio.shield(asyncio.ensure_future(self._commit(begun)))
+
+    async def _commit(self, begun: float) -> None:
+        """Nothing that happens from here on lets the machine run here, unless the other side says that it does not."""
+        main = self._links[0]
+        self.committed = True
+        try:
+            await self._threads.call(main.send_message, Kind.COMMIT, Commit(paused=not self._running))
+            await self._answer(Kind.RUNNING)
+        except (VmmError, OSError) as error:
+            await self._undecided(error)
+            return
+        self.progress.downtime = time.monotonic() - begun
+        with contextlib.suppress(VmmError):
+            await self._threads.call(main.send_message, Kind.DONE)
+        self._gone()
+
+    def _gone(self) -> None:
+        self.vm.end(Outcome(Reason.MIGRATED, f"to {self._address}"))
+
+    async def _go_on_here(self) -> None:
+        """The handover failed before COMMIT: the machine is ours, and runs on; the other side is told, if it can be."""
+        for link in self._links:
+            link.abort()
+        with contextlib.suppress(StateError):
+            self._check_standing()
+            try:
+                await self._take_disks()
+            except VmmError as error:
+                await self._stay(f"the migration failed, and its disks cannot be taken back: {error}")
+            else:
+                self._release()
+        if self._state_sent:
+            with contextlib.suppress(VmmError):
+                await self._ask(seconds=2.0)
+
+    async def _take_disks(self) -> None:
+        """Lock again what was given up. Raises ConfigError if somebody else has it, HostError."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while self._given:
+            try:
+                await storage.take(self._given[-1])
+                self._given.pop()
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            self._machine.resume_devices()
+            self._machine.dispatcher.release("migration")
+
+    async def _stay(self, why: str) -> None:
+        """Paused, until somebody decides."""
+        vm = self.vm
+        if vm.state is State.RUNNING:
+            await vm.pause()
+
+        async def clear() -> None:
+            await self._take_disks()
+            self._release()
+
+        name = vm.config.name or "NAME"
+        text = f"{why}; if it does not run there: vmm resume {name}, else: vmm kill {name}"
+        vm.obstacle = Obstacle(text, clear)
+        vm.tell(text)
+
+    async def _undecided(self, error: BaseException) -> None:
+        """COMMIT may have arrived. Raises HostError unless the machine runs there."""
+        try:
+            state = await self._ask(seconds=ASK_SECONDS)
+        except VmmError:
+            state = "unknown"
+        if state == "running":
+            self._gone()
+            return
+        if state == "dropped":
+            self.committed = False
+            await self._go_on_here()
+            raise HostError(f"{error}; the machine runs on here") from error
+        why = f"the machine was handed over to {self._address}, and the connection broke before it said that it runs"
+        await self._stay(why)
+        raise HostError(f"{why} ({error}); it is paused here") from error
+
+    async def _ask(self, *, seconds: float) -> str:
+        """What became of the machine, which is to be given up there unless it runs. Raises VmmError if nobody
+        answers."""
+        if self._address.kind == "fd":
+            raise HostError("an inherited descriptor cannot be connected to again")
+        deadline = time.monotonic() + seconds
+
+        def ask(patience: float) -> str:
+            link = connect(self._address, self._context, patience=patience)
+            try:
+                link.greet()
+                link.send_message(Kind.ASK, Ask(self._token, drop=True))
+                _, answer = link.expect(Kind.ANSWER, patience=patience)
+                return str(answer.state)
+            finally:
+                link.close()
+
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                answer: str = await asyncio.to_thread(ask, max(left, 0.5))
+                return answer
+            except VmmError:
+                if left < 0.2:
+                    raise
+                await asyncio.sleep(0.2)
+
+
+async def _all(calls: Any) -> list[Any]:
+    """All of them to their ends; the first failure is raised afterwards."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _refused(answer: Refuse) -> VmmError:
+    return error_from(answer.fault, answer.error)
