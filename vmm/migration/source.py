@@ -226,7 +226,7 @@ class Outgoing:
 
     def _check_devices(self) -> None:
         """Raises ConfigError for what cannot move."""
-        config = self.vm.config
+        config = self.vm.present
         if self._address.kind == "fd" and self.options.connections > 1:
             raise ConfigError("connections: an inherited descriptor is one; leave the option out")
         if config.hugepages:
@@ -271,11 +271,13 @@ class Outgoing:
         vm, machine = self.vm, self._machine
         from vmm import __version__
 
-        values = vm.config.to_dict()
+        config = vm.present
         # Its cards keep their addresses also over later reboots.
-        cards = [device for device in vm.virtio_devices().values() if isinstance(device, NetDevice)]
-        for net, card in zip(values.get("nets", []), cards, strict=False):
-            net["mac"] = card.mac.hex(":")
+        nets = []
+        for index, net in enumerate(config.nets):
+            card = vm.virtio_devices().get(net.id or f"net{index}")
+            nets.append(replace(net, mac=card.mac.hex(":")) if isinstance(card, NetDevice) else net)
+        values = config.replace(nets=nets).to_dict()
         return Offer(
             protocol=version,
             token=self._token,

@@ -30,7 +30,7 @@ from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import Arrival, ArrivingDisk, Restore, Saved
 from vmm.machine.saving import MachineState, parse, restore, versions
 from vmm.migration import protocol, storage
-from vmm.migration.link import Link, Listener, Threads, parse_uri
+from vmm.migration.link import Closed, Link, Listener, Threads, parse_uri
 from vmm.migration.protocol import PAGES, Accept, Answer, Ask, Commit, Join, Kind, Offer, Refuse, Round
 from vmm.vm import Obstacle, VirtualMachine
 
@@ -178,7 +178,7 @@ class Receiver:
 
     async def _begin(self, link: Link, offer: Offer) -> None:
         if self.session is not None:
-            await self._refuse(link, StateError("this vmm receive has a machine already"))
+            await self.refuse(link, StateError("this vmm receive has a machine already"))
             return
         session = self.session = Session(self, link, offer)
         try:
@@ -186,7 +186,7 @@ class Receiver:
             await self._threads.call(link.send_message, Kind.ACCEPT, Accept(session.vm.core, session.vm.config.name))
         except (VmmError, OSError) as error:
             failure = error if isinstance(error, VmmError) else HostError(os_reason(error))
-            await self._refuse(link, failure)
+            await self.refuse(link, failure)
             self.session = None
             await session.aclose()
             self._fail(failure)
@@ -196,7 +196,8 @@ class Receiver:
             raise
         session.start()
 
-    async def _refuse(self, link: Link, error: VmmError) -> None:
+    async def refuse(self, link: Link, error: VmmError) -> None:
+        """Say why, and end the connection."""
         fault: Any = fault_of(error)
         with contextlib.suppress(VmmError):
             await self._threads.call(link.send_message, Kind.REFUSE, Refuse(fault, str(error)[:4000]))
@@ -470,7 +471,10 @@ class Session:
                 ended.cancel()
             await self._see_off()
         except (VmmError, OSError, MemoryError) as error:
-            await self._lost(error if isinstance(error, VmmError) else HostError(str(error)))
+            failure = error if isinstance(error, VmmError) else HostError(str(error))
+            if not isinstance(error, Closed) and self.phase == "receiving":
+                await self._receiver.refuse(self._links[0], failure)
+            await self._lost(failure)
         except Exception as error:  # a peer made us do what we did not foresee: its machine does not come
             log.exception("receive")
             await self._lost(StateError(f"the stream cannot be understood: {type(error).__name__}"))
@@ -494,7 +498,7 @@ class Session:
                 await self._take_over()
             except VmmError as error:
                 await self._give_back()
-                await self._receiver._refuse(main, error)
+                await self._receiver.refuse(main, error)
                 raise
             self.phase = "taken"
             await call(main.send_message, Kind.TAKEN)
