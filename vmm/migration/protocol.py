@@ -22,9 +22,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from cpu.contract import CpuidEntry
 from cpu.state import MAX_CPUID
+from cpu.values import I64, U32, U64
 from vmm._native import crc32c
 from vmm.errors import StateError
-from vmm.state.fields import I64, U32, U64
 from vmm.state.payload import encode, parse
 
 VERSION, OLDEST = 2, 1
