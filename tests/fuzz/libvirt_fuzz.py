@@ -25,7 +25,7 @@ from tests.support.rpc import Generator, RpcClient
 from tests.support.stalls import resident
 from vmm.libvirt import rpc
 from vmm.libvirt.daemon import Daemon, Settings
-from vmm.libvirt.rpc import Kind, RpcHeader, RpcStatus
+from vmm.libvirt.rpc import RpcHeader, RpcKind, RpcStatus
 from vmm.libvirt.storage import Pool
 
 ROUNDS_WARM = 200
@@ -127,7 +127,7 @@ async def one_client(daemon: Daemon, source: random.Random, generator: Generator
                 status = source.choice((RpcStatus.OK, RpcStatus.ERROR, RpcStatus.CONTINUE))
                 serial = source.choice((client.serial, 0, 1, 77))
                 header = RpcHeader(
-                    rpc.REMOTE, 1, procedure.number, source.choice((Kind.STREAM, Kind.HOLE)), serial, status
+                    rpc.REMOTE, 1, procedure.number, source.choice((RpcKind.STREAM, RpcKind.HOLE)), serial, status
                 )
                 client.writer.write(rpc.pack(header, body[:1000]))
             elif what < 0.95:
@@ -145,7 +145,7 @@ async def one_client(daemon: Daemon, source: random.Random, generator: Generator
         async with asyncio.timeout(ANSWER_SECONDS):
             while whole:
                 message = await client.message()
-                if message.header.kind == Kind.REPLY:
+                if message.header.kind == RpcKind.REPLY:
                     whole.discard(message.header.serial)
     except (ConnectionError, asyncio.IncompleteReadError):
         pass  # sent away, as a client deserves that greets wrongly

@@ -15,7 +15,7 @@ from vmm.libvirt import rpc
 from vmm.libvirt.client import MAX_CALLS
 from vmm.libvirt.daemon import MAX_GREETING_CLIENTS, Daemon, Settings
 from vmm.libvirt.events import LifecycleEvent
-from vmm.libvirt.rpc import Kind, RpcHeader, RpcStatus
+from vmm.libvirt.rpc import RpcHeader, RpcKind, RpcStatus
 from vmm.libvirt.wire import DomainRef, Signature
 
 HOSTNAME, REGISTER = 59, 316
@@ -162,7 +162,7 @@ async def test_large_messages_share_a_budget(daemon: Daemon) -> None:
     clients = [await (await connect(daemon)).open() for _ in range(12)]
     for client in clients:
         client.writer.write(struct.pack(">I", rpc.MAX_MESSAGE))
-        client.writer.write(rpc.pack(RpcHeader(rpc.REMOTE, 1, HOSTNAME, Kind.CALL, 9, 0), bytes(100_000))[4:])
+        client.writer.write(rpc.pack(RpcHeader(rpc.REMOTE, 1, HOSTNAME, RpcKind.CALL, 9, 0), bytes(100_000))[4:])
     await served(daemon)
     for client in clients:
         client.close()
@@ -173,9 +173,9 @@ async def test_large_messages_share_a_budget(daemon: Daemon) -> None:
 
 async def test_a_keepalive_ping_is_answered(daemon: Daemon) -> None:
     client = await (await connect(daemon)).open()
-    client.writer.write(rpc.pack(RpcHeader(rpc.KEEPALIVE, 1, rpc.PING, Kind.EVENT, 0, 0)))
+    client.writer.write(rpc.pack(RpcHeader(rpc.KEEPALIVE, 1, rpc.PING, RpcKind.EVENT, 0, 0)))
     header = (await asyncio.wait_for(client.message(), 20)).header
-    assert (header.program, header.procedure, header.kind) == (rpc.KEEPALIVE, rpc.PONG, Kind.EVENT)
+    assert (header.program, header.procedure, header.kind) == (rpc.KEEPALIVE, rpc.PONG, RpcKind.EVENT)
     client.close()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vmm.libvirt import rpc, xdr
 from vmm.libvirt.procedures import Procedure
-from vmm.libvirt.rpc import Kind, RpcHeader, RpcMessage, RpcStatus
+from vmm.libvirt.rpc import RpcHeader, RpcKind, RpcMessage, RpcStatus
 from vmm.libvirt.wire import Signature
 
 
@@ -29,7 +29,7 @@ class RpcClient:
         (length,) = struct.unpack(">I", await self.reader.readexactly(4))
         return rpc.unpack(await self.reader.readexactly(length - 4))
 
-    def send(self, procedure: int, body: bytes = b"", *, program: int = rpc.REMOTE, kind: int = Kind.CALL) -> int:
+    def send(self, procedure: int, body: bytes = b"", *, program: int = rpc.REMOTE, kind: int = RpcKind.CALL) -> int:
         """A call; its serial."""
         self.serial += 1
         self.writer.write(rpc.pack(RpcHeader(program, rpc.VERSION, procedure, kind, self.serial, RpcStatus.OK), body))
@@ -40,7 +40,7 @@ class RpcClient:
         serial = self.send(procedure, body, **how)
         while True:
             found = await self.message()
-            if found.header.kind == Kind.REPLY and found.header.serial == serial:
+            if found.header.kind == RpcKind.REPLY and found.header.serial == serial:
                 return found
 
     async def open(self, flags: int = 0) -> RpcClient:

@@ -1,7 +1,8 @@
-"""The arrows between packages (ARCHITECTURE.md), held by reading imports."""
+"""The arrows between packages (ARCHITECTURE.md), held by reading imports; and one meaning for each class name."""
 
 import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ ALLOWED = {
     "cli": {"cli", "vmm", "images"},
 }
 OWN = set(ALLOWED)
+IN_EACH_PACKAGE = {"GuestError", "HostError", "ConfigError", "StateError"}
+"""Whose fault something is. Each package has its own four, since cpu and virtio import neither vmm nor each other."""
 
 
 def imports(path: Path) -> set[str]:
@@ -94,3 +97,17 @@ def test_software_core_has_no_circle() -> None:
         assert free, f"a circle among {sorted(left)}"
         for folder in free:
             del left[folder]
+
+
+def test_no_public_class_name_is_defined_twice() -> None:
+    """One vocabulary: a name means one thing. Only sources count: stubs describe native types, which have
+    the names of the Protocols that they implement."""
+    places = defaultdict(list)
+    for path in modules():
+        for node in ast.parse(path.read_text(), str(path)).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert len(places) > 300
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert set(twice) == IN_EACH_PACKAGE, twice
+    assert all(len({place.split("/")[0] for place in where}) == len(where) for where in twice.values()), twice

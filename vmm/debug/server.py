@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from cpu.values import dataclass
 from vmm.debug.debugger import Debugger
-from vmm.debug.session import Session
+from vmm.debug.session import GdbSession
 from vmm.debug.target import ARCHITECTURES
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.management.sockets import check_path, listen
@@ -32,7 +32,7 @@ LAST_WORDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class GdbAddress:
     """`path` of a UNIX socket, or `host` and `port` (0: one that is free)."""
 
     host: str = LOCAL
@@ -40,7 +40,7 @@ class Address:
     path: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str) -> GdbAddress:
         """[HOST:]PORT or unix:PATH. Raises ConfigError."""
         if text.startswith("unix:"):
             path = text.removeprefix("unix:")
@@ -78,7 +78,7 @@ class GdbServer:
     def __init__(self, vm: VirtualMachine, address: str, *, wait: bool = False, architecture: str = "x86-64") -> None:
         """`wait`: the machine stands still until a debugger lets it run. Raises ConfigError."""
         self._vm = vm
-        self._wanted = Address.parse(address)
+        self._wanted = GdbAddress.parse(address)
         self._wait = wait
         self._architecture = check_architecture(architecture)
         self._server: asyncio.Server | None = None
@@ -91,7 +91,7 @@ class GdbServer:
     @property
     def target(self) -> str:
         """What follows `target remote` in GDB."""
-        return Address.parse(self.address).target
+        return GdbAddress.parse(self.address).target
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,7 +108,7 @@ class GdbServer:
         try:
             if not wanted.path:
                 host, port = listener.getsockname()[:2]
-                self.address = str(Address(host, port))
+                self.address = str(GdbAddress(host, port))
             if self._wait:
                 self._waiting = Debugger(self._vm)
                 await self._waiting.attach()
@@ -157,7 +157,7 @@ class GdbServer:
         """One client, to its end. It is sent away if another debugs this machine."""
         waiting, self._waiting = self._waiting, None
         debugger = waiting or Debugger(self._vm)
-        session = Session(
+        session = GdbSession(
             debugger, reader, writer, architecture=self._architecture, outcome=lambda: self._vm.outcome,
             kill=self._vm.kill, reset=self._vm.reset,
         )  # fmt: skip
@@ -179,7 +179,7 @@ class GdbServer:
                 await writer.wait_closed()
 
 
-def _listen_tcp(address: Address) -> socket.socket:
+def _listen_tcp(address: GdbAddress) -> socket.socket:
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

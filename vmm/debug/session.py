@@ -30,7 +30,7 @@ _FEATURES = (
 )
 
 
-class Detached(Exception):
+class DebuggerDetached(Exception):
     """The client said goodbye; the machine runs on."""
 
 
@@ -56,7 +56,7 @@ def unhex(text: str) -> bytes:
         raise Malformed(text) from None
 
 
-class Session:
+class GdbSession:
     """From the first byte to the end of the connection."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Session:
                     for item in self._parser.feed(data):
                         await self._receive(item)
                     await self._writer.drain()
-        except Detached:
+        except DebuggerDetached:
             await self._writer.drain()
         except (OSError, ProtocolError):
             pass
@@ -202,7 +202,7 @@ class Session:
         self._debugger.set_state(self._thread, state)
         return b"OK"
 
-    def _register(self, text: str) -> target.Register:
+    def _register(self, text: str) -> target.GdbRegister:
         registers = target.registers(self._architecture)
         return registers[hexadecimal(text, len(registers))]
 
@@ -324,11 +324,11 @@ class Session:
 
     def _kill_packet(self, _rest: str) -> bytes:
         self._kill()
-        raise Detached
+        raise DebuggerDetached
 
     def _detach(self, _rest: str) -> bytes:
         self._send(b"OK")
-        raise Detached
+        raise DebuggerDetached
 
     # Breakpoints.
 
@@ -427,25 +427,25 @@ class Session:
         return b""
 
 
-_HANDLERS: dict[str, Callable[[Session, str], bytes | None | Awaitable[bytes]]] = {
-    "?": Session._why,
-    "g": Session._read_registers,
-    "G": Session._write_registers,
-    "p": Session._read_register,
-    "P": Session._write_register,
-    "m": Session._read_memory,
-    "M": Session._write_memory,
-    "H": Session._choose_thread,
-    "T": Session._alive,
-    "c": Session._continue,
-    "s": Session._step,
-    "C": Session._continue_signal,
-    "S": Session._step_signal,
-    "v": Session._v,
-    "k": Session._kill_packet,
-    "D": Session._detach,
-    "Z": Session._insert,
-    "z": Session._remove,
-    "q": Session._query,
-    "Q": Session._set,
+_HANDLERS: dict[str, Callable[[GdbSession, str], bytes | None | Awaitable[bytes]]] = {
+    "?": GdbSession._why,
+    "g": GdbSession._read_registers,
+    "G": GdbSession._write_registers,
+    "p": GdbSession._read_register,
+    "P": GdbSession._write_register,
+    "m": GdbSession._read_memory,
+    "M": GdbSession._write_memory,
+    "H": GdbSession._choose_thread,
+    "T": GdbSession._alive,
+    "c": GdbSession._continue,
+    "s": GdbSession._step,
+    "C": GdbSession._continue_signal,
+    "S": GdbSession._step_signal,
+    "v": GdbSession._v,
+    "k": GdbSession._kill_packet,
+    "D": GdbSession._detach,
+    "Z": GdbSession._insert,
+    "z": GdbSession._remove,
+    "q": GdbSession._query,
+    "Q": GdbSession._set,
 }

@@ -54,7 +54,7 @@ class CpuState:
 
 
 @dataclass(frozen=True, slots=True)
-class Register:
+class GdbRegister:
     """`get` and `set` are about the value as an unsigned number, `set` gives the changed state."""
 
     name: str
@@ -153,18 +153,18 @@ def _change(function: Callable[..., CpuState], *arguments: object) -> Callable[[
 
 
 @cache
-def registers(architecture: str) -> tuple[Register, ...]:
+def registers(architecture: str) -> tuple[GdbRegister, ...]:
     """All registers of a description, by number."""
     wide = architecture == "x86-64"
     word = 64 if wide else 32
     core, sse, system = "org.gnu.gdb.i386.core", "org.gnu.gdb.i386.sse", "org.loopvisor.system"
-    found: list[Register] = []
+    found: list[GdbRegister] = []
 
     def add(
         name: str, bits: int, type: str, feature: str, group: str, get: Callable[[CpuState], int],
         set: Callable[[CpuState, int], CpuState],
     ) -> None:  # fmt: skip
-        found.append(Register(name, bits, type, feature, group, get, set))
+        found.append(GdbRegister(name, bits, type, feature, group, get, set))
 
     if wide:
         names = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
@@ -224,7 +224,7 @@ def _set_table(name: str, state: CpuState, value: int) -> CpuState:
     return replace(state, system=_replaced(state.system, name, (value, getattr(state.system, name)[1])))
 
 
-def read(register: Register, state: CpuState) -> bytes:
+def read(register: GdbRegister, state: CpuState) -> bytes:
     """As GDB wants it: little-endian, of the register's width."""
     return (register.get(state) & (1 << register.bits) - 1).to_bytes(register.bits // 8, "little")
 

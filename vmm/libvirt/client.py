@@ -20,7 +20,7 @@ from vmm.libvirt import rpc
 from vmm.libvirt.errors import Code, From, LibvirtError, translated
 from vmm.libvirt.names import NAMES, api_name
 from vmm.libvirt.procedures import Procedure
-from vmm.libvirt.rpc import Kind, RpcHeader, RpcMessage, RpcStatus
+from vmm.libvirt.rpc import RpcHeader, RpcKind, RpcMessage, RpcStatus
 from vmm.libvirt.stream import Stream
 from vmm.libvirt.wire import Signature, encode_error
 from vmm.libvirt.xdr import XdrError
@@ -87,7 +87,7 @@ class Client:
                 message = await self._next()
                 if message.header.program == rpc.KEEPALIVE:
                     self._answer_keepalive(message.header)
-                elif message.header.kind == Kind.STREAM or message.header.kind == Kind.HOLE:
+                elif message.header.kind == RpcKind.STREAM or message.header.kind == RpcKind.HOLE:
                     await self._to_stream(message)
                 else:
                     await self._slots.acquire()
@@ -111,7 +111,7 @@ class Client:
     ) -> None:
         """An event's message; a client that does not read them is cut off."""
         body = message.write(values[0] if len(values) == 1 else values)
-        self._send(RpcHeader(program, rpc.VERSION, procedure, Kind.EVENT, 0, RpcStatus.OK), body)
+        self._send(RpcHeader(program, rpc.VERSION, procedure, RpcKind.EVENT, 0, RpcStatus.OK), body)
 
     def send_stream(self, header: RpcHeader, data: bytes) -> None:
         """A message of a stream."""
@@ -157,7 +157,8 @@ class Client:
         transport = self._writer.transport
         if transport.is_closing():
             return
-        if transport.get_write_buffer_size() + len(body) > MAX_UNREAD + rpc.STREAM_CHUNK and header.kind == Kind.EVENT:
+        unread = transport.get_write_buffer_size() + len(body)
+        if unread > MAX_UNREAD + rpc.STREAM_CHUNK and header.kind == RpcKind.EVENT:
             log.warning("%s: cut off, for it does not read its events", self.who)
             self.abort()
             return
@@ -198,7 +199,7 @@ class Client:
             self._refuse(header, LibvirtError(Code.INTERNAL_ERROR, "the daemon failed; its log says how", From.RPC))
             return
         try:
-            self._send(header._replace(kind=Kind.REPLY, status=RpcStatus.OK), body)
+            self._send(header._replace(kind=RpcKind.REPLY, status=RpcStatus.OK), body)
         except XdrError as error:
             self._refuse(header, translated(error))
             return
@@ -206,7 +207,7 @@ class Client:
             then()
 
     def _find(self, header: RpcHeader) -> Procedure:
-        if header.kind != Kind.CALL:
+        if header.kind != RpcKind.CALL:
             raise LibvirtError(Code.RPC, f"message type {header.kind} is not supported", From.RPC)
         if header.version != rpc.VERSION:
             raise LibvirtError(Code.RPC, f"program version {header.version} is not {rpc.VERSION}", From.RPC)
@@ -221,13 +222,13 @@ class Client:
         return found
 
     def _refuse(self, header: RpcHeader, error: LibvirtError) -> None:
-        self._send(header._replace(kind=Kind.REPLY, status=RpcStatus.ERROR), encode_error(error))
+        self._send(header._replace(kind=RpcKind.REPLY, status=RpcStatus.ERROR), encode_error(error))
 
     async def _to_stream(self, message: RpcMessage) -> None:
         stream = self._streams.get(message.header.serial)
         if stream is None:
             return  # it ended while this was on its way
-        if message.header.kind == Kind.HOLE:
+        if message.header.kind == RpcKind.HOLE:
             (length,) = struct.unpack(">q", message.body[:8]) if len(message.body) == 12 else (-1,)
             await stream.hole(length)
         else:
@@ -235,7 +236,7 @@ class Client:
 
     def _answer_keepalive(self, header: RpcHeader) -> None:
         if header.procedure == rpc.PING:
-            self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PONG, Kind.EVENT, 0, RpcStatus.OK), b"")
+            self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PONG, RpcKind.EVENT, 0, RpcStatus.OK), b"")
 
     async def _watch_silence(self) -> None:
         loop = asyncio.get_running_loop()
@@ -247,7 +248,7 @@ class Client:
                 self.abort()
                 return
             if silence >= KEEPALIVE_SECONDS:
-                self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PING, Kind.EVENT, 0, RpcStatus.OK), b"")
+                self._send(RpcHeader(rpc.KEEPALIVE, rpc.VERSION, rpc.PING, RpcKind.EVENT, 0, RpcStatus.OK), b"")
 
     async def _release(self) -> None:
         self.subscriptions.close()

@@ -139,9 +139,9 @@ class Daemon:
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)
             if self.settings.listen_tls is not None:
-                from vmm.libvirt.tls import Files, Listener  # OpenSSL takes a while to load
+                from vmm.libvirt.tls import Files, TlsListener  # OpenSSL takes a while to load
 
-                self.tls = Listener(self.settings.listen_tls, Files(self.settings.tls), self._tls_client)
+                self.tls = TlsListener(self.settings.listen_tls, Files(self.settings.tls), self._tls_client)
                 self.tls.start()
             self._scanner = asyncio.create_task(self._scan(), name="scan")
         except BaseException:

@@ -16,7 +16,7 @@ from typing import Any
 from vmm.errors import VmmError
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
-from vmm.libvirt.wire import Address, Addresses
+from vmm.libvirt.wire import Addresses, IpAddress
 from vmm.management.agentlink import agent_of
 
 ANSWER_SECONDS = 5.0
@@ -67,11 +67,11 @@ async def addresses(domain: Domain) -> list[Addresses]:
     ):
         mac = re.search(r"link/\w+ ([0-9a-f]{2}(?::[0-9a-f]{2}){5})", rest)
         macs[name] = mac[1] if mac else ""
-    found: dict[str, list[Address]] = {name: [] for name in macs}
+    found: dict[str, list[IpAddress]] = {name: [] for name in macs}
     for line in (await run(domain, "ip", "-o", "addr")).splitlines()[:2000]:
         match = re.match(r"\d+: (\S{1,32})\s+(inet6?) ([0-9a-fA-F.:]{2,45})/(\d{1,3})\b", line)
         if match and match[1] in found:
-            found[match[1]].append(Address(int(match[2] == "inet6"), match[3], int(match[4])))
+            found[match[1]].append(IpAddress(int(match[2] == "inet6"), match[3], int(match[4])))
     return [Addresses(name, macs[name] or None, listed) for name, listed in found.items()]
 
 

@@ -28,7 +28,7 @@ PING, PONG = 1, 2
 """The two procedures of the keepalive program."""
 
 
-class Kind(enum.IntEnum):
+class RpcKind(enum.IntEnum):
     """What a message is."""
 
     CALL = 0

@@ -173,7 +173,7 @@ def volume_xml(volume: Volume) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedVolume:
     """A volume that is to be made; sizes in bytes."""
 
     name: str
@@ -185,7 +185,7 @@ class Wanted:
     """(path, format) of a qcow2 volume's backing file."""
 
 
-def read_volume(text: str) -> Wanted:
+def read_volume(text: str) -> WantedVolume:
     """From a volume's XML. Raises LibvirtError."""
     root = Reader(parse(text, "volume"))
     root.choice("type", ("file",))
@@ -220,7 +220,7 @@ def read_volume(text: str) -> Wanted:
     root.done()
     if "capacity" not in sizes:
         raise malformed("<volume>: <capacity> is missing")
-    return Wanted(name.text(), sizes["capacity"], sizes.get("allocation", sizes["capacity"]), kind, mode, backing)
+    return WantedVolume(name.text(), sizes["capacity"], sizes.get("allocation", sizes["capacity"]), kind, mode, backing)
 
 
 def _read_backing(root: Reader) -> tuple[str, str] | None:
@@ -235,7 +235,7 @@ def _read_backing(root: Reader) -> tuple[str, str] | None:
     return path.text(), kind or "raw"
 
 
-def create_file(path: Path, wanted: Wanted) -> None:
+def create_file(path: Path, wanted: WantedVolume) -> None:
     """A new volume; takes long if it is allocated. Raises VmmError; nothing is left then."""
     if wanted.backing is not None and wanted.format != "qcow2":
         raise unsupported("<backingStore>: only a qcow2 volume has a backing file")
@@ -264,7 +264,7 @@ def create_file(path: Path, wanted: Wanted) -> None:
         raise
 
 
-def _create_qcow2(path: Path, wanted: Wanted) -> None:
+def _create_qcow2(path: Path, wanted: WantedVolume) -> None:
     from vmm.disks import create_disk
 
     options: dict[str, Any] = {}
@@ -297,7 +297,7 @@ def resize_file(volume: Volume, capacity: int, *, allocate: bool, shrink: bool) 
         raise HostError(f"{volume.path}: {os_reason(error)}") from error
 
 
-def clone_file(source: Path, path: Path, wanted: Wanted) -> None:
+def clone_file(source: Path, path: Path, wanted: WantedVolume) -> None:
     """A copy, holes as holes, made longer if more is wanted; takes long. Raises LibvirtError, HostError."""
     create_file(path, replace(wanted, format="raw", capacity=0, allocation=0))
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmm.errors import VmmError
 from vmm.libvirt.errors import Code, From, LibvirtError, translated
-from vmm.libvirt.rpc import STREAM_CHUNK, Kind, RpcHeader, RpcStatus
+from vmm.libvirt.rpc import STREAM_CHUNK, RpcHeader, RpcKind, RpcStatus
 from vmm.libvirt.wire import encode_error
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Stream:
 
     def __init__(self, client: Client, header: RpcHeader, endpoint: Endpoint) -> None:
         self._client = client
-        self._header = header._replace(kind=Kind.STREAM)
+        self._header = header._replace(kind=RpcKind.STREAM)
         self._endpoint = endpoint
         self._pump: asyncio.Task[None] | None = None
         self._over = False

@@ -127,7 +127,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 Accepted = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], None]
 
 
-class Listener:
+class TlsListener:
     """Accepts TLS clients and hands those over that are let in."""
 
     def __init__(self, address: str, files: Files, accepted: Accepted) -> None:

@@ -98,7 +98,7 @@ class Stat(NamedTuple):
     value: int
 
 
-class Address(NamedTuple):
+class IpAddress(NamedTuple):
     """`type`: 0 IPv4, 1 IPv6."""
 
     type: int
@@ -109,7 +109,7 @@ class Address(NamedTuple):
 class Addresses(NamedTuple):
     name: str
     mac: str | None
-    addresses: list[Address]
+    addresses: list[IpAddress]
 
 
 class StatsRecord(NamedTuple):
@@ -173,7 +173,7 @@ _PARAM = Record(
         ),
     ),
 )
-_ADDRESS = Record(Address, (INT, _STRING, UINT))
+_ADDRESS = Record(IpAddress, (INT, _STRING, UINT))
 
 TYPES: dict[str, Type] = {
     "int": INT,
