@@ -552,24 +552,14 @@ class VirtualMachine:
                 await machine.dispatcher.wait_parked()
                 await machine.quiesce()
                 self.check_standing(machine)
+                if self.debugger is not None:
+                    self.debugger.lift()
                 yield
             finally:
+                if self.debugger is not None:
+                    self.debugger.put_back()
                 machine.resume_devices()
                 machine.dispatcher.release(why)
-        machine = self.machine
-        machine.dispatcher.hold(why)
-        try:
-            await machine.dispatcher.wait_parked()
-            await machine.quiesce()
-            self.check_standing(machine)
-            if self.debugger is not None:
-                self.debugger.lift()
-            yield
-        finally:
-            if self.debugger is not None:
-                self.debugger.put_back()
-            machine.resume_devices()
-            machine.dispatcher.release(why)
 
     def check_standing(self, machine: Machine) -> None:
         """StateError if the machine has rebooted since, or has ended."""

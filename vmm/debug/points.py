@@ -58,7 +58,7 @@ def place(wanted: Iterable[Wanted], *, native: bool) -> Placed:
     registers: list[Point] = []
     int3: dict[int, int] = {}
     for each in sorted(ordered, key=lambda each: each.memory and each.gpa is not None):
-        if each.memory and each.gpa is not None:
+        if each.memory and each.gpa is not None and len(registers) >= REGISTERS:
             int3[each.point.address] = each.gpa
         else:
             registers += pieces(each.point)
