@@ -140,6 +140,8 @@ class GdbSession:
                 self._writer.write(b"+")
             if self._running:
                 return  # all-stop: nothing but an interrupt is expected now
+            if self._debugger.stopped is None:
+                await self._debugger.wait()  # it is started again just now
             answer = await self._answer(item.data)
             if answer is not None:
                 self._send(answer)
