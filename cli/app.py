@@ -182,6 +182,9 @@ def resume(name: Name, json: Json = False) -> None:
 
 def set_(
     name: Name,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the guest keeps of its memory; needs a balloon.")
+    ] = None,
     disk: Annotated[
         list[str] | None,
         typer.Option(metavar="ID,LIMIT=N…", help="A disk's limits, as vda,iops=500,bps=20M; 0 takes one away."),
@@ -195,7 +198,7 @@ def set_(
     """Change a machine while it runs."""
     from cli.setting import set_machine
 
-    set_machine(name, disks=disk or [], nets=net or [], json=json)
+    set_machine(name, memory=memory, disks=disk or [], nets=net or [], json=json)
 
 
 def attach(

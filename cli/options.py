@@ -52,6 +52,7 @@ RUN_OPTIONS = (
     RunOption("--vsock", "vsock", "text", "Base path of the vsock sockets.", "PATH"),
     RunOption("--agent", "agent", "switch", "The guest runs the agent, which takes commands over vsock."),
     RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),
+    RunOption("--balloon", "balloon", "switch", "A virtio balloon: memory that the guest does not use goes back."),
     RunOption("--transport", "transport", "text", "For console, entropy and vsock.", "pci|mmio"),
     RunOption("--packed", "packed", "switch", "Every virtio device offers packed rings."),
     RunOption("--name", "name", "text", "Name for vmm ps, console, stop …; by default made from the image.", "NAME"),

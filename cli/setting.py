@@ -9,25 +9,28 @@ from typing import Any
 from cli.errors import say
 from vmm.changes import parse
 from vmm.config import Disk, Net
+from vmm.convert import format_size
 from vmm.errors import ConfigError
 from vmm.management.control import request
 from vmm.management.registry import find
 
 
-def set_machine(name: str, *, disks: list[str], nets: list[str], json: bool) -> None:
+def set_machine(name: str, *, memory: str | None, disks: list[str], nets: list[str], json: bool) -> None:
     """Change what was named, all or nothing, and say what holds now."""
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, Any] = {} if memory is None else {"memory": memory}
     for key, kind, texts in (("disks", Disk, disks), ("nets", Net, nets)):
         for text in texts:
             device, limits = parse(kind, text)
             wanted.setdefault(key, {}).setdefault(device, {}).update(limits)
     if not wanted:
-        raise ConfigError("set: nothing to change; give --disk or --net")
+        raise ConfigError("set: nothing to change; give --memory, --disk or --net")
     answer = request(find(name), "set", **wanted)
     if json:
         sys.stdout.write(json_text.dumps(answer) + "\n")
         return
     for device, limits in answer["limits"].items():
         say(f"{device}: {', '.join(f'{key}={value}' for key, value in limits.items())}")
-    if not answer["limits"]:
+    if disks + nets and not answer["limits"]:
         say(f"{name}: no limits")
+    if memory is not None:
+        say(f"{name}: keeps {format_size(answer['balloon']['target'])}, as soon as it has given up the rest")

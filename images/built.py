@@ -1,7 +1,8 @@
 """What has been built, and where the cache is: all that running an image needs of the builder, and quick to load.
 
-images/NAME@INIT.json names the current build of an image for one version of our init: several installations share a
-cache, and an image whose init this one does not know is built again before it is run.
+images/NAME@VERSION.json names the current build of an image for one version of our init and, of an image that comes
+with the package, of its recipe: several installations share a cache, and an image of another version is built again
+before it is run.
 """
 
 import json
@@ -41,32 +42,37 @@ def is_name(name: str) -> bool:
     return name[:1].isalnum() and name.replace("-", "").replace("_", "").isalnum() and len(name) <= 40
 
 
-def init_version() -> str:
-    """Names our init by its content; "none" in a tree where nothing is built yet."""
+def version(name: str) -> str:
+    """Names our init, and our recipe of that name if there is one, by their content; "none" in a tree where nothing is
+    built yet."""
     try:
-        data = (HERE / "init" / "guest-init.bin").read_bytes()
+        found = crc32((HERE / "init" / "guest-init.bin").read_bytes())
     except OSError:
         return "none"
-    return f"{crc32(data):08x}"
+    try:
+        found = crc32((HERE / "recipes" / f"{name}.toml").read_bytes(), found)
+    except OSError:
+        pass  # a recipe of the user's
+    return f"{found:08x}"
 
 
 def pointer_name(name: str) -> str:
-    """The file that names an image's current build for this version of our init."""
-    return f"{name}@{init_version()}.json"
+    """The file that names an image's current build for our version of it."""
+    return f"{name}@{version(name)}.json"
 
 
 def built_names() -> list[str]:
-    """What was built, from our recipes or the user's, by whichever version of our init."""
+    """What was built, from our recipes or the user's, of whichever version."""
     return sorted({name.removesuffix(".json").partition("@")[0] for name in _pointers()})
 
 
 def current(name: str) -> Built | None:
-    """The last whole build of a recipe with this version of our init, or None; does not ask apt."""
+    """The last whole build of our version of an image, or None; does not ask apt."""
     return _read(name, pointer_name(name)) if is_name(name) else None
 
 
 def outdated(name: str) -> Built | None:
-    """The last whole build of a recipe with another version of our init, or None."""
+    """The last whole build of another version of an image, or None."""
     if not is_name(name):
         return None
     mine = [item for item in _pointers() if item.removesuffix(".json").partition("@")[0] == name]

@@ -36,6 +36,7 @@ class DeviceId(enum.IntEnum):
     BLOCK = 2
     CONSOLE = 3
     ENTROPY = 4
+    BALLOON = 5
     SOCKET = 19
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from virtio.errors import GuestError, HostError, StateError
 from virtio.limits import LoopClock
-from virtio.protocols import DeviceClock, Interrupts
+from virtio.protocols import DeviceClock, DmaMemory, Interrupts
 from virtio.queue import Queue
 from virtio.state import NoState
 
@@ -61,6 +61,8 @@ class Device:
         meanwhile, and whose run is to depend on nothing else. Set before the device is active."""
         self.clock: DeviceClock = LoopClock()
         """The time by which a device does what it does later. Set before the device is active."""
+        self.memory: DmaMemory | None = None
+        """The guest's, from the time when the device has a transport."""
         self._paused = False
         self._halted = False
         self._progress = asyncio.Event()

@@ -28,3 +28,15 @@ class FakeMemory:
 
     def written(self, gpa: int, length: int) -> None:
         self.log.append((gpa, length))
+
+    def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """DmaMemory: whole pages hold zeros afterwards."""
+        views = []
+        for gpa, length in ranges:
+            self.view(gpa, length)
+            first = -(-gpa // 4096) * 4096
+            views.append(self.view(first, max((gpa + length) // 4096 * 4096 - first, 0)))
+        for view in views:
+            view[:] = bytes(len(view))
+        return sum(map(len, views))
+

@@ -94,6 +94,14 @@ NetHeader = Struct(
 NetControl = Struct("class_" / Int8ul, "command" / Int8ul)
 
 # 5.2.4 Block device configuration layout
+BalloonConfig = Struct(
+    "num_pages" / Int32ul,
+    "actual" / Int32ul,
+    "free_page_hint_cmd_id" / Int32ul,
+    "poison_val" / Int32ul,
+)
+"""5.5.4"""
+
 BlkConfig = Struct(
     "capacity" / Int64ul,
     "size_max" / Int32ul,

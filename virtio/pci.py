@@ -37,6 +37,7 @@ CLASSES = {
     DeviceId.BLOCK: 0x010000,
     DeviceId.CONSOLE: 0x078000,
     DeviceId.ENTROPY: 0x108000,
+    DeviceId.BALLOON: 0x050000,
     DeviceId.SOCKET: 0x028000,
 }
 """Class codes; other devices are 0xff0000, unclassified."""

@@ -38,7 +38,10 @@ class DmaMemory(Protocol):
     def written(self, gpa: int, length: int) -> None:
         """A device wrote there (dirty log, translated code).
 
-        A memory may have `written_ranges(ranges: bytes)` besides: the same for many, pairs of 64 bits (gpa, length)."""
+        A memory may have `written_ranges(ranges: bytes)` besides: the same for many, pairs of 64 bits (gpa, length);
+        and `discard_ranges(ranges: Sequence[tuple[int, int]]) -> int`: the host takes back what is behind the whole
+        pages of these, which hold zeros afterwards or what they held; how many bytes it took. GuestError if they are
+        not RAM."""
 
 
 class Interrupts(Protocol):

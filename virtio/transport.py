@@ -67,6 +67,7 @@ class Transport:
         ring_factory: RingFactory | None = None,
     ) -> None:
         self.device = device
+        device.memory = memory
         self._memory = memory
         self._native: _ring.Memory | None = None
         self._ring_factory = ring_factory or self._native_ring

@@ -447,6 +447,9 @@ class Config(Checked):
     """The guest runs our agent; VirtualMachine.exec reaches it over vsock."""
     rng: bool = True
     """A virtio entropy device."""
+    balloon: bool = False
+    """A virtio balloon: `vmm set --memory` takes memory from the guest and gives it back, and what the guest does not
+    use goes back to the host by itself."""
     transport: Literal["pci", "mmio"] = "pci"
     """How the guest finds the virtio console, entropy, vsock and own devices; disks and nets each say it themselves."""
     packed: bool = False
@@ -494,6 +497,7 @@ class Config(Checked):
         "vsock": optional(to_path),
         "agent": to_boolean,
         "rng": to_boolean,
+        "balloon": to_boolean,
         "transport": to_choice(Literal["pci", "mmio"]),
         "packed": to_boolean,
         "timeout": optional(to_seconds),

@@ -535,6 +535,12 @@ class VirtualMachine:
         self._live()
         await change(self, **values)
 
+    async def memory_statistics(self, timeout: float = 1.0) -> dict[str, int]:
+        """What the guest's kernel says of its memory, if the machine has a balloon: vmm.changes.memory_statistics."""
+        from vmm.changes import memory_statistics
+
+        return await memory_statistics(self, timeout)
+
     def save_console(self) -> dict[str, Any]:
         """The console's ring, encoded."""
         from vmm.state.payload import encode

@@ -24,6 +24,7 @@ from virtio.backends.tap import TapNet
 from virtio.backends.vsock import MemoryVsock
 from virtio.device import Device
 from virtio.devices import blk, net
+from virtio.devices.balloon import BalloonDevice
 from virtio.devices.blk import BlockDevice
 from virtio.devices.console import ConsoleDevice, ControlEvent, Port
 from virtio.devices.net import NetDevice
@@ -198,6 +199,29 @@ class Entropy(World):
 
     async def works(self, driver: Driver) -> None:
         assert len(await driver.request(0, [], [10])) == 10
+
+
+class Balloon(World):
+    async def make(self) -> Device:
+        return BalloonDevice()
+
+    def request(self, driver: Driver) -> None:
+        queue = self.source.randrange(4)
+        numbers = [self.source.choice((16, 17, 2000, 0, 0xFFFFFFFF, self.source.randrange(1 << 12))) for _ in range(9)]
+        data = struct.pack("<9I", *numbers)[: self.source.randrange(37)] * self.source.choice((1, 1, 1, 500))
+        sizes = [self.source.choice((1, 4096, 20000)) for _ in range(self.source.randrange(3))]
+        self.put(driver, queue, data, sizes)
+
+    async def host(self, device: Device) -> None:
+        assert isinstance(device, BalloonDevice)
+        device.set_target(self.source.randrange(1 << 32))
+        await device.refresh(0.0)
+
+    async def works(self, driver: Driver) -> None:
+        at = driver.allocator.take(4096, 4096)
+        driver.memory.view(at, 4096)[:] = b"x" * 4096
+        await driver.request(0, [struct.pack("<I", at // 4096)])
+        assert bytes(driver.memory.view(at, 4096)) == bytes(4096)
 
 
 class FakeTap(FdNet):
@@ -501,7 +525,7 @@ def _worlds() -> dict[str, Callable[[Source, Path], World]]:
     found |= {f"net-{kind}": of(Network, kind) for kind in ("memory", "stream", "datagram", "tap", "pcap")}
     found |= {"console": of(Terminal, 1, False), "console-ports": of(Terminal, 3, False)}
     found |= {"console-slow": of(Terminal, 1, True), "console-ports-slow": of(Terminal, 3, True)}
-    found |= {"rng": of(Entropy), "vsock": of(Sockets)}
+    found |= {"balloon": of(Balloon), "rng": of(Entropy), "vsock": of(Sockets)}
     return found
 
 

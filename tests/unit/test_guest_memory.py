@@ -214,7 +214,7 @@ def test_discarded_pages_read_as_zeros_and_are_told_as_written(memories: ExitSta
         memory.freeze()
         memory.write(3 * PAGE, b"own")
     told: list[tuple[int, int]] = []
-    memory.on_written = lambda gpa, length: told.append((gpa, length))
+    memory.on_written_ranges = lambda ranges: told.extend(struct.iter_unpack("=2Q", ranges))
     memory.discard(2 * PAGE - 1, 3 * PAGE)  # pages 2 and 3 are whole
     memory.discard(9 * PAGE + 1, PAGE)  # none is
     assert told == [(2 * PAGE, 2 * PAGE)]

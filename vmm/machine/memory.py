@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import bisect
 import fcntl
+import itertools
 import mmap
 import os
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from cpu.values import dataclass
@@ -245,24 +247,45 @@ class GuestMemory:
                     self.populate(start + first * PAGE, length)
             at += words
 
-    def discard(self, gpa: int, length: int) -> None:
-        """Give the host's memory behind whole pages of [gpa, gpa + length) back. What a guest reads there afterwards
-        is zeros, or what a file of a copy-on-write source held at first. Raises OutsideMemory."""
-        region, offset, length = self._pages_within(gpa, length, self._granule)
-        if not length:
-            return
+    def discard(self, gpa: int, length: int) -> int:
+        """Give the host's memory behind whole pages of [gpa, gpa + length) back; how many bytes it took. What a guest
+        reads there afterwards is zeros, or what stood there if the host took nothing. Raises OutsideMemory."""
+        return self.discard_ranges(((gpa, length),))
+
+    def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """`discard` for many (gpa, length). Raises OutsideMemory, and does nothing then."""
+        wanted: dict[_Region, list[tuple[int, int]]] = {}
+        for gpa, length in ranges:
+            region, offset, whole = self._pages_within(gpa, length, self._granule)
+            if whole:
+                wanted.setdefault(region, []).append((offset, whole))
+        advice = mmap.MADV_REMOVE if self._fd >= 0 and not self._frozen else mmap.MADV_DONTNEED
+        taken = 0
+        for region, pieces in wanted.items():
+            if self._extents:
+                pieces = [piece for piece in pieces if self._uncover(region, *piece)]
+            packed = struct.pack(f"={2 * len(pieces)}Q", *itertools.chain.from_iterable(pieces))
+            taken += region.mapping.advise_ranges(packed, advice)
+            self.written_ranges(
+                struct.pack(f"={2 * len(pieces)}Q", *(n for at, length in pieces for n in (region.start + at, length)))
+            )
+        return taken
+
+    def _uncover(self, region: _Region, offset: int, length: int) -> bool:
+        """Take the files from behind a range, so that it holds zeros when it is given back. False: it stays, for one
+        more hole in them would be one too many, or the host refuses."""
+        near = self._extents_at(region.start + offset, length)
+        if near is None:
+            return True
+        if self._holes >= _MAX_PIECES:
+            return False
         try:
-            if self._fd >= 0 and not self._frozen:
-                region.mapping.advise(offset, length, mmap.MADV_REMOVE)
-            elif self._holes < _MAX_PIECES and (near := self._extents_at(region.start + offset, length)):
-                region.mapping.map_anonymous(offset, length)
-                self._holes += 1
-                self._extents[near] = _without(self._extents[near], [(region.start + offset, length)])
-            else:
-                region.mapping.advise(offset, length, mmap.MADV_DONTNEED)
+            region.mapping.map_anonymous(offset, length)
         except OSError:
-            return  # it stays as it is
-        self.written(region.start + offset, length)
+            return False
+        self._holes += 1
+        self._extents[near] = _without(self._extents[near], [(region.start + offset, length)])
+        return True
 
     def _extents_at(self, gpa: int, length: int) -> slice | None:
         """Those of the extents that overlap the range."""

@@ -60,6 +60,8 @@ ANSWER_SECONDS = 1.0
 STARTING_SECONDS = 2.0
 """How long a client waits for a machine that has its name and does not listen yet."""
 MAX_STOP_SECONDS = 86_400.0
+STATISTICS_SECONDS = 0.25
+"""How long a status waits for the guest's newest statistics of its memory."""
 READY_SECONDS = 5.0
 """How long one request waits for the guest's agent to listen."""
 
@@ -213,17 +215,18 @@ class Registration:
             "source": vm.source,
             "started": self._started,
             "uptime": time.time() - self._started,
-            **self._present(),
+            **await self._present(),
             "devices": self._vm.attached(),
             "migration": None if vm.migration is None else vm.migration.progress.as_dict(),
             "obstacle": None if vm.obstacle is None else vm.obstacle.text,
         }
 
-    def _present(self) -> dict[str, Any]:
-        from vmm.changes import present
+    async def _present(self) -> dict[str, Any]:
+        from vmm.changes import memory_statistics, present
 
-        limits = present(self._vm)
-        return {"limits": limits} if limits else {}
+        if self._vm.config.balloon and self._vm.state is State.RUNNING:
+            await memory_statistics(self._vm, STATISTICS_SECONDS)
+        return present(self._vm)
 
     async def _set(self, request: dict[str, Any]) -> dict[str, Any]:
         from vmm.management.setting import set_machine
@@ -270,7 +273,12 @@ class Registration:
             return None
 
     async def _metrics(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"metrics": metrics(self._vm.config.name, self._vm.stats())}
+        text = metrics(self._vm.config.name, self._vm.stats())
+        if balloon := (await self._present()).get("balloon"):
+            from vmm.management.setting import balloon_metrics
+
+            text += balloon_metrics(self._vm.config.name, balloon)
+        return {"metrics": text}
 
     async def _config(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"config": self._vm.config.to_dict()}

@@ -1,7 +1,7 @@
 """The control socket's request to change a running machine.
 
-    {"command": "set", "disks": {"disk0": {"iops": 100}}, "nets": {"net0": {"bps_in": 1000000}}}
-                                                -> {"ok": true, "limits": …} with what holds now
+    {"command": "set", "memory": 536870912, "disks": {"disk0": {"iops": 100}}, "nets": {"net0": {"bps_in": 1000000}}}
+                                                -> {"ok": true, "limits": …, "balloon": …} with what holds now
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from vmm.vm import VirtualMachine
 
-KEYS = ("disks", "nets")
+KEYS = ("memory", "disks", "nets")
+
+
+def balloon_metrics(name: str, balloon: dict[str, Any]) -> str:
+    """What vmm.changes.present says of a balloon, as Prometheus text."""
+    samples = {kind: balloon[kind] for kind in ("target", "actual", "discarded")} | balloon["statistics"]
+    lines = [
+        "# HELP loopvisor_memory What the guest is to keep and keeps, has given back, and says of its memory.",
+        "# TYPE loopvisor_memory gauge",
+    ]
+    lines += [f'loopvisor_memory{{machine="{name}",kind="{kind}"}} {samples[kind]}' for kind in sorted(samples)]
+    return "\n".join(lines) + "\n"
 
 
 async def set_machine(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +34,9 @@ async def set_machine(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, 
     for key, value in wanted.items():
         if key not in KEYS:
             raise ConfigError(f"{key!r} cannot be set; {', '.join(KEYS)} can")
+        if key == "memory":
+            continue
         if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
             raise ConfigError(f"{key}: an object of objects is expected")
     await vm.set(**wanted)
-    return {"limits": present(vm)}
+    return {"limits": {}, **present(vm)}

@@ -171,6 +171,31 @@ static PyObject *mapping_advise(MappingObject *self, PyObject *args)
     return none_or_errno(!error, error);
 }
 
+static PyObject *mapping_advise_ranges(MappingObject *self, PyObject *args)
+{
+    Py_buffer ranges;
+    int advice;
+    if (!PyArg_ParseTuple(args, "y*i:advise_ranges", &ranges, &advice))
+        return NULL;
+    const uint64_t *pairs = ranges.buf;
+    size_t count = (size_t)ranges.len / sizeof *pairs / 2;
+    for (size_t i = 0; i < count; i++) {
+        if (!inside(self, pairs[2 * i], pairs[2 * i + 1])) {
+            PyBuffer_Release(&ranges);
+            return NULL;
+        }
+    }
+    unsigned long long taken = 0;
+    self->busy++;
+    Py_BEGIN_ALLOW_THREADS
+    for (size_t i = 0; i < count; i++)
+        taken += madvise(self->memory + pairs[2 * i], pairs[2 * i + 1], advice) ? 0 : pairs[2 * i + 1];
+    Py_END_ALLOW_THREADS
+    self->busy--;
+    PyBuffer_Release(&ranges);
+    return PyLong_FromUnsignedLongLong(taken);
+}
+
 /* Linux: Documentation/admin-guide/mm/pagemap.rst. */
 #define PRESENT (1ull << 63)
 #define SWAPPED (1ull << 62)
@@ -234,6 +259,8 @@ static PyMethodDef methods[] = {
      "private: copied when written."},
     {"map_anonymous", (PyCFunction)mapping_map_anonymous, METH_VARARGS, "map_anonymous(offset, length): zeros from now on."},
     {"advise", (PyCFunction)mapping_advise, METH_VARARGS, "advise(offset, length, advice): madvise(2)."},
+    {"advise_ranges", (PyCFunction)mapping_advise_ranges, METH_VARARGS,
+     "advise_ranges(ranges, advice) -> bytes that it was done for: the same for many, pairs of 64 bits (offset, length)."},
     {"present_pages", (PyCFunction)(void (*)(void))mapping_present_pages, METH_VARARGS | METH_KEYWORDS,
      "present_pages(*, private=False) -> a bitmap: pages that this process has in memory or swapped out; private: only "
      "those that are its own, not a file's."},

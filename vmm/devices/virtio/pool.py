@@ -4,7 +4,7 @@ They are opened once, before the first instruction or when they are attached, an
 they are detached. A reboot plugs the same
 devices into the new machine, as a reboot finds the same hardware: so MAC addresses, the private copies of
 snapshot disks, passt and sockets stay. Found by name: a disk's or net's id (else disk0, net0, …), "console", "rng",
-"vsock", or one of the embedder's. Loop thread.
+"vsock", "balloon", or one of the embedder's. Loop thread.
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ class EntropyMaker(Maker):
 
     async def make(self) -> Device:
         return EntropyDevice(self._random)
+
+
+class BalloonMaker(Maker):
+    """The balloon."""
+
+    def __init__(self, transport: TransportKind) -> None:
+        self.transport = transport
+
+    async def make(self) -> Device:
+        from virtio.devices.balloon import BalloonDevice
+
+        return BalloonDevice()
 
 
 class OwnMaker(Maker):
@@ -123,6 +135,8 @@ class DevicePool:
             vsock = VsockMaker(config, lambda: mark("agent"))
             self.agent = vsock.agent
             self._want("vsock", vsock)
+        if config.balloon:
+            self._want("balloon", BalloonMaker(config.transport))
         for name, device in own.items():
             self._want(name, OwnMaker(config.transport, device))
 
