@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import CoroutineType, FunctionType, MethodType, ModuleType
+from types import CoroutineType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 _CO_COROUTINE, _CO_ITERABLE_COROUTINE = 0x80, 0x100
@@ -35,7 +35,21 @@ def prepare() -> None:
         sys.modules["inspect"] = inspect = _StandIn("inspect")
         inspect.iscoroutinefunction = _is_coroutine_function  # type: ignore[attr-defined]
         inspect.isawaitable = _is_awaitable  # type: ignore[attr-defined]
+        inspect.isgenerator = _is_generator  # type: ignore[attr-defined]
+    if "pdb" not in sys.modules:  # construct imports it, for a debugger that nobody asks for
+        sys.modules["pdb"] = _StandIn("pdb")
     _import_pathlib()
+
+
+def import_asyncio() -> None:
+    """asyncio as it is on a Python without TLS, which no command uses: loading OpenSSL takes as long as starting a
+    small guest (tests.bench start). Whoever imports ssl later, as uvloop does, gets it."""
+    if "ssl" not in sys.modules:
+        sys.modules["ssl"] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("asyncio")
+        finally:
+            del sys.modules["ssl"]
 
 
 def _is_coroutine_function(function: Any) -> bool:
@@ -55,6 +69,11 @@ def _is_awaitable(value: Any) -> bool:
         return True
     code = getattr(value, "gi_code", None)
     return code is not None and bool(code.co_flags & _CO_ITERABLE_COROUTINE)
+
+
+def _is_generator(value: Any) -> bool:
+    """inspect.isgenerator()"""
+    return isinstance(value, GeneratorType)
 
 
 def _import_pathlib() -> None:

@@ -6,13 +6,13 @@ What takes long of a machine's start begins here, before asyncio is loaded: that
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.lean import import_asyncio
 from cli.options import RunArguments
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError
@@ -46,13 +46,13 @@ def execute(arguments: RunArguments) -> int:
         sys.stdout.write(effective_cmdline(config, choice(config).probe.capabilities) + "\n")
         return 0
     if arguments.warm:
-        from cli.snapshots import run_warm
+        from cli.warm import run_warm
 
         return run_warm(config, arguments, begin)
     configured = time.monotonic_ns()
     head_start = HeadStart(config)
     try:
-        _import_asyncio()
+        import_asyncio()
         from cli.foreground import run
 
         gc.freeze()
@@ -60,17 +60,6 @@ def execute(arguments: RunArguments) -> int:
         return run(config, arguments, head_start, begin=begin, configured=configured)
     finally:
         head_start.close()
-
-
-def _import_asyncio() -> None:
-    """asyncio as it is on a Python without TLS, which no command uses: loading OpenSSL takes as long as starting a
-    small guest (tests.bench start). Whoever imports ssl later, as uvloop does, gets it."""
-    if "ssl" not in sys.modules:
-        sys.modules["ssl"] = None  # type: ignore[assignment]
-        try:
-            importlib.import_module("asyncio")
-        finally:
-            del sys.modules["ssl"]
 
 
 def configure(arguments: RunArguments) -> Config:

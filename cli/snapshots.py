@@ -1,4 +1,4 @@
-"""`vmm snapshot, restore, snapshot-info, fork, run --warm`: machines put down, taken up, and copied."""
+"""`vmm snapshot, restore, snapshot-info, fork`: machines put down, taken up, and copied."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from typing import Any
 
 from cli.errors import say
 from cli.options import RunArguments
-from vmm.config import Config
 from vmm.convert import format_size
 from vmm.errors import ConfigError, HostError, VmmError
-from vmm.machine.origin import BOOT, Origin
 from vmm.management.control import request
 from vmm.management.registry import entries, find
 
@@ -88,34 +86,6 @@ def restore_machine(
             head_start.close()
     finally:
         snapshot.close()
-
-
-def run_warm(config: Config, arguments: RunArguments, begin: int) -> int:
-    """`vmm run --warm`: from the kept machine, or by a boot after which it is kept; exit status. Raises VmmError."""
-    from cli.foreground import run
-    from vmm.launch import open_warm
-    from vmm.machine.hardware import HeadStart
-    from vmm.state import warm
-
-    warm.check(config)
-    config.check_host()
-    snapshot, text = open_warm(config)
-    if text:
-        say(text)
-    saved = None
-    origin: Origin = BOOT
-    try:
-        if snapshot is not None:
-            config, saved = snapshot.prepare(warm.changes(config))
-            origin = saved.origin
-        head_start = HeadStart(config, origin)
-        try:
-            return run(config, arguments, head_start, begin=begin, configured=time.monotonic_ns(), saved=saved)
-        finally:
-            head_start.close()
-    finally:
-        if snapshot is not None:
-            snapshot.close()
 
 
 def fork_machine(name: str, count: int, pattern: str | None) -> None:

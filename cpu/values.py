@@ -34,6 +34,13 @@ _set = object.__setattr__
 
 def _init(self: Any, *values: Any, **named: Any) -> None:
     names = self.__match_args__
+    if len(named) == len(names) and not values:  # how states are parsed (tests.bench state)
+        try:
+            for name in names:
+                _set(self, name, named[name])
+            return
+        except KeyError:
+            pass  # the words below
     if len(values) > len(names):
         raise TypeError(f"{type(self).__name__}() takes {len(names)} arguments, not {len(values)}")
     for name, value in zip(names, values, strict=False):

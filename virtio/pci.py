@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from virtio.constants import DeviceId
 from virtio.device import Device
-from virtio.layouts import PciCapability, PciCommonConfig, fields
+from virtio.layouts import PciCapability, PciCommonConfig, fast, fields
 from virtio.pci_function import BarSpec, MsixSpec, PciHost
 from virtio.protocols import DmaMemory
 from virtio.state import U8, U16, TransportState
@@ -29,7 +29,9 @@ PAGE = 0x1000
 COMMON_AT, ISR_AT, DEVICE_AT, NOTIFY_AT = 0, PAGE, 2 * PAGE, 3 * PAGE
 NOTIFY_MULTIPLIER = 4
 CAP_COMMON, CAP_NOTIFY, CAP_ISR, CAP_DEVICE, CAP_PCI = 1, 2, 3, 4, 5  # 4.1.4
-WINDOW_DATA = PciCapability.sizeof()
+_capability = fast(PciCapability)
+VENDOR_SPECIFIC = 0x09  # PCI Local Bus Specification 3.0, appendix H
+WINDOW_DATA = _capability.size
 ISR_QUEUE, ISR_CONFIG = 1, 2
 
 CLASSES = {
@@ -43,6 +45,7 @@ CLASSES = {
 """Class codes; other devices are 0xff0000, unclassified."""
 
 _FIELDS = fields(PciCommonConfig)
+_COMMON_SIZE = PciCommonConfig.sizeof()
 _AREAS = {"queue_desc": "desc", "queue_driver": "driver", "queue_device": "device"}
 _CAPABILITY = fields(PciCapability)
 _WINDOW_FIXED = range(_CAPABILITY["id"][0], _CAPABILITY["offset"][0])
@@ -90,7 +93,7 @@ class PciTransport(Transport):
         self.msix: MsixSpec | None = MsixSpec(self._vectors, MSIX_BAR, 0, MSIX_BAR, size // 2)
         # 4.1.4.x.1: each of the structures has at least one capability; the access window is the last
         self.capabilities: Sequence[bytes] = (
-            self._capability(CAP_COMMON, COMMON_AT, PciCommonConfig.sizeof()),
+            self._capability(CAP_COMMON, COMMON_AT, _COMMON_SIZE),
             self._capability(
                 CAP_NOTIFY,
                 NOTIFY_AT,
@@ -104,18 +107,9 @@ class PciTransport(Transport):
 
     @staticmethod
     def _capability(kind: int, offset: int, length: int, more: bytes = b"") -> bytes:
-        head: bytes = PciCapability.build(
-            {
-                "cap_next": 0,
-                "cap_len": PciCapability.sizeof() + len(more),
-                "cfg_type": kind,
-                "bar": BAR if length else 0,
-                "id": 0,
-                "offset": offset,
-                "length": length,
-            }
-        )
-        return head + more
+        # cap_vndr, cap_next, cap_len, cfg_type, bar, id, offset, length (4.1.4)
+        bar = BAR if length else 0
+        return _capability.pack(VENDOR_SPECIFIC, 0, _capability.size + len(more), kind, bar, 0, offset, length) + more
 
     # Interrupts (4.1.4.5, 4.1.5.1.4 and following)
 

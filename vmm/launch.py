@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmm.config import Config
-from vmm.errors import ConfigError, HostError, StateError, VmmError
+from vmm.errors import ConfigError, HostError, VmmError
 from vmm.image import ImageLike, config_for
+from vmm.machine.hardware import HeadStart
 from vmm.vm import VirtualMachine
 
 if TYPE_CHECKING:
-    from vmm.state.snapshot import Snapshot
+    pass
 
 GROUP = "loopvisor.images"
 
@@ -85,7 +86,7 @@ async def _machine(
     if devices:
         raise ConfigError("warm: devices of one's own cannot be kept; leave warm out")
     kept.check(config)
-    snapshot, text = await asyncio.to_thread(open_warm, config)
+    snapshot, text = await asyncio.to_thread(kept.find, config)
     if snapshot is None:
         machine = VirtualMachine(config)
         if text:
@@ -97,26 +98,6 @@ async def _machine(
         yield VirtualMachine(changed, saved=saved)
     finally:
         snapshot.close()
-
-
-def open_warm(config: Config) -> tuple[Snapshot | None, str]:
-    """The kept snapshot of such a machine; None, and why, if there is none that is of use. Blocks."""
-    from vmm.state import warm as kept
-    from vmm.state.snapshot import Snapshot
-
-    path = kept.folder(config)
-    if not kept.is_there(path):
-        return None, ""
-    snapshot: Snapshot | None = None
-    try:
-        snapshot = Snapshot.open(path)
-        snapshot.check_files(trusted=False)
-        snapshot.ensure_verified()
-    except StateError as error:
-        if snapshot is not None:
-            snapshot.close()
-        return None, kept.forget(path, error)
-    return snapshot, ""
 
 
 async def keep_warm(vm: VirtualMachine) -> None:
@@ -150,16 +131,19 @@ async def restore(
     snapshot from elsewhere names. `as_copy`: it gets addresses, a host name and a machine id of its own, to run beside
     the original. `devices`: the embedder's own, as the saved machine had them. Ends with the block. Raises StateError
     for one that is damaged or does not fit."""
-    from vmm.state.snapshot import Snapshot
+    from vmm.state.snapshot import open_prepared
 
-    snapshot = await asyncio.to_thread(Snapshot.open, directory)
+    changes = {"name": "", "console": "none", **options}
+    snapshot, config, saved = await asyncio.to_thread(open_prepared, directory, changes, trust, as_copy)
     try:
-        changes = {"name": "", "console": "none", **options}
-        config, saved = await asyncio.to_thread(snapshot.prepare, changes, trusted=trust, as_copy=as_copy)
-        async with VirtualMachine(config, saved=saved, devices=devices) as vm:
-            snapshot.close()
-            if not paused:
-                vm.resume()
-            yield vm
+        head_start = HeadStart(config, saved.origin)  # its thread maps memory and makes the VM meanwhile
+        try:
+            async with VirtualMachine(config, saved=saved, devices=devices, head_start=head_start) as vm:
+                snapshot.close()
+                if not paused:
+                    vm.resume()
+                yield vm
+        finally:
+            head_start.close()
     finally:
         snapshot.close()

@@ -1,12 +1,16 @@
 """Machines put down, taken up and copied: how long each takes, and how long the machine stands still.
 
-The guest is the linux image. Beside it QEMU TCG runs the same kernel and disk. Its memory is saved by `migrate` to a
-file and taken up by `-incoming`: savevm needs a qcow2 disk, and does the same with memory.
+The guest is the linux image. Beside it QEMU TCG runs the same kernel and disk, and is saved in both ways that it has:
+`migrate` to a file, taken up by `-incoming`; and `savevm` into a qcow2 disk, taken up by `-loadvm`.
+
+A copy's memory is what the process grows by outside guest RAM for each copy (proportional set size, so what is shared
+counts once), and beside it the pages of RAM that a copy has for itself: those that it wrote.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import socket
@@ -23,6 +27,7 @@ from typing import Any
 import uvloop
 
 import vmm
+from tests.support import pss
 from vmm.state.taking import SnapshotProgress
 
 Row = Mapping[str, object]
@@ -75,19 +80,32 @@ async def _measure(folder: Path) -> dict[str, Any]:
             with await freeze(vm) as frozen:
                 still.append(frozen.stood_still_ns / 1e6)
         found["frozen"] = still
+        before, _ = _memory(vm)
         began = time.monotonic()
         copies = await vm.fork(COPIES)
         await asyncio.gather(*(copy.exec("true", timeout=120) for copy in copies))
         found["copies"] = time.monotonic() - began
+        after, written = _memory(vm, *copies)
+        found["copy"] = (after - before) / COPIES / (1 << 20)
+        found["written"] = (written - _memory(vm)[1]) / COPIES / (1 << 20)
         async with AsyncExitStack() as stack:
             for copy in copies:
                 stack.push_async_callback(copy.aclose)
     return found
 
 
+def _memory(*machines: vmm.VirtualMachine) -> tuple[int, int]:
+    """(bytes of the process outside the RAM of these machines, private bytes of that RAM)."""
+    gc.collect()
+    regions = [view for vm in machines for _, view in vm.machine.memory.regions()]
+    starts = [pss.address(view) for view in regions]
+    spans = [(start, start + len(view)) for start, view in zip(starts, regions, strict=True)]
+    return pss.split(pss.mappings(), spans)
+
+
 def _warm() -> tuple[list[float], list[float]]:
     command = [str(Path(sys.executable).parent / "vmm")]
-    cold, warm = [], []
+    cold, warm = list[float](), list[float]()
     subprocess.run([*command, "run", "linux", "--warm", "--", "true"], check=True, capture_output=True)
     for _ in range(5):
         for times, option in ((cold, []), (warm, ["--warm"])):
@@ -100,26 +118,31 @@ def _warm() -> tuple[list[float], list[float]]:
 class _Qemu:
     """QEMU TCG with the image's kernel and disk, steered by QMP."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
+    def __init__(self, folder: Path, *more: str, disk: Path | None = None) -> None:
+        """`disk`: a qcow2 file to run from and write to, instead of the image's."""
         from images import builder
 
         built = builder.build("linux").directory
         self._path = folder / "qmp"
         self._path.unlink(missing_ok=True)
-        kernel, disk = next(built.glob("vmlinu*")), next(built.glob("*.img"))
-        initrd = next(built.glob("initr*"))
+        kernel, initrd = next(built.glob("vmlinu*")), next(built.glob("initr*"))
+        image = f"file={disk},format=qcow2"
+        if disk is None:
+            image = f"file={next(built.glob('*.img'))},format=raw,snapshot=on"
         self.process = subprocess.Popen(
             ["qemu-system-x86_64", "-accel", "tcg", "-m", "256M", "-nographic", "-serial", f"file:{folder}/serial",
-             "-monitor", "none", "-kernel", str(kernel), "-initrd", str(initrd), "-snapshot",
-             "-drive", f"file={disk},if=virtio,format=raw", "-append", "console=ttyS0 root=/dev/vda rw quiet",
+             "-monitor", "none", "-kernel", str(kernel), "-initrd", str(initrd),
+             "-drive", f"{image},if=virtio", "-append", "console=ttyS0 root=/dev/vda rw quiet",
              "-qmp", f"unix:{self._path},server=on,wait=off", *more],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        deadline = time.monotonic() + 30
-        while not self._path.exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(self._path))
+        deadline = time.monotonic() + 30
+        while self._socket.connect_ex(str(self._path)):
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise TimeoutError(f"QEMU does not answer at {self._path}")
+            time.sleep(0.002)
         self._lines = self._socket.makefile("r")
         self._lines.readline()
         self.ask("qmp_capabilities")
@@ -138,13 +161,47 @@ class _Qemu:
         self.process.wait()
 
 
-def _qemu(folder: Path) -> dict[str, float]:
-    """ms: to save, standing still, and from exec of the new process to its running machine."""
-    machine = _Qemu(folder)
+def _booted(folder: Path, machine: _Qemu) -> _Qemu:
+    """The machine, at its shell."""
     serial = folder / "serial"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and b"# " not in serial.read_bytes():
         time.sleep(0.1)
+    return machine
+
+
+def _running(machine: _Qemu) -> None:
+    while machine.ask("query-status").get("status") != "running":
+        time.sleep(0.002)
+
+
+def _savevm(folder: Path) -> dict[str, float]:
+    """ms: to save, all of it standing still, and from exec of the new process to its running machine."""
+    from images import builder
+
+    disk = folder / "disk.qcow2"
+    base = next(builder.build("linux").directory.glob("*.img"))
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(disk)]
+    subprocess.run(command, check=True)
+    (folder / "serial").unlink(missing_ok=True)
+    machine = _booted(folder, _Qemu(folder, disk=disk))
+    began = time.monotonic()
+    said = machine.ask("human-monitor-command", **{"command-line": "savevm one"})
+    saved = (time.monotonic() - began) * 1e3
+    machine.close()
+    if said:
+        raise RuntimeError(f"savevm: {said}")
+    began = time.monotonic()
+    machine = _Qemu(folder, "-loadvm", "one", disk=disk)
+    _running(machine)
+    restored = (time.monotonic() - began) * 1e3
+    machine.close()
+    return {"saved": saved, "restored": restored}
+
+
+def _qemu(folder: Path) -> dict[str, float]:
+    """ms: to save, standing still, and from exec of the new process to its running machine."""
+    machine = _booted(folder, _Qemu(folder))
     began = time.monotonic()
     machine.ask("migrate", uri=f"exec:cat >{folder}/state")
     while (status := machine.ask("query-migrate")).get("status") not in ("completed", "failed"):
@@ -153,8 +210,7 @@ def _qemu(folder: Path) -> dict[str, float]:
     machine.close()
     began = time.monotonic()
     machine = _Qemu(folder, "-incoming", f"exec:cat {folder}/state")
-    while machine.ask("query-status").get("status") != "running":
-        time.sleep(0.002)
+    _running(machine)
     restored = (time.monotonic() - began) * 1e3
     machine.close()
     return {"saved": saved, "still": still, "restored": restored}
@@ -172,6 +228,8 @@ def rows() -> Iterator[Row]:
         yield {"name": "stands still while it is copied (longest of 3)", "value": max(found["frozen"]), "unit": "ms",
                "goal": 20}  # fmt: skip
         yield {"name": f"{COPIES} copies, until all answered", "value": found["copies"], "unit": "s", "goal": 1}
+        yield {"name": "memory of a copy beside its RAM", "value": found["copy"], "unit": "MiB", "goal": 3}
+        yield {"name": "pages of RAM that a copy wrote", "value": found["written"], "unit": "MiB"}
         cold, warm = _warm()
         yield {"name": "vmm run linux -- true, cold (median)", "value": median(cold), "unit": "ms"}
         yield {"name": "the same, --warm", "value": median(warm), "unit": "ms"}
@@ -186,3 +244,8 @@ def rows() -> Iterator[Row]:
         yield {"name": "QEMU: process to running machine from it", "value": theirs["restored"], "unit": "ms"}
         ratio = found["snapshot"] / theirs["saved"]
         yield {"name": "snapshot / QEMU's migration", "value": ratio, "unit": "×", "goal": 1}
+        theirs = _savevm(folder)
+        yield {"name": "QEMU: savevm, standing still", "value": theirs["saved"], "unit": "ms"}
+        yield {"name": "QEMU: process to running machine by -loadvm", "value": theirs["restored"], "unit": "ms"}
+        ratio = found["snapshot"] / theirs["saved"]
+        yield {"name": "snapshot / savevm", "value": ratio, "unit": "×", "goal": 1}

@@ -42,8 +42,8 @@ CPUS = 2
 BLOB = 8 << 20
 CHAIN = 8
 """Snapshots on each other at most."""
-CHECK_ROUNDS = 50
-ROUND_SECONDS = 600.0
+CHECK_ROUNDS = 100
+ROUND_SECONDS = 1200.0
 """After which a round that says nothing has failed: a deadline, far beyond what a busy host takes."""
 TROUBLE = re.compile(
     "BUG|WARNING|Oops|Call Trace|lockup|stall|general protection|segfault|hung_task|EXT4-fs error|I/O error"

@@ -7,13 +7,13 @@ everyone else. No call blocks the loop. Loop thread only.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import mmap
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -32,11 +32,19 @@ Io = Literal["auto", "io_uring", "threads"]
 T = TypeVar("T")
 SECTOR = 512
 _PUNCH_HOLE, _KEEP_SIZE, _ZERO_RANGE = 2, 1, 16
-_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def _libc() -> Any:
+    import ctypes  # only guests that discard need it, where there is no engine in C
+
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+    import ctypes
+
+    if _libc().fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -18,6 +19,8 @@ from virtio.backends.child import Child
 from virtio.backends.net import FdNet, Framing
 from virtio.errors import ConfigError, HostError, os_reason
 
+log = logging.getLogger(__name__)
+
 BUFFER = 1 << 20
 PASST_MTU = 65520
 
@@ -30,6 +33,8 @@ def _buffers(sock: socket.socket) -> None:
 
 START_SECONDS = 0.05
 """passt says nothing when it is ready; what is wrong with it shows within this time."""
+LATER_SECONDS = 0.01
+"""Starting a process holds the loop for a millisecond; a machine that goes on from a snapshot runs first."""
 
 
 class StreamNet(FdNet):
@@ -105,41 +110,32 @@ class UserNet(StreamNet):
     """User-mode networking by a passt process of our own: no privileges, the guest gets the host's addresses by
     DHCP."""
 
-    def __init__(self, sock: socket.socket, process: Child, complaints: int) -> None:
-        """`complaints`: the pipe that passt's messages end in; it stays open, for a message into a closed one would
-        end passt."""
+    def __init__(self, sock: socket.socket, theirs: socket.socket, command: Sequence[str]) -> None:
+        """`command` is passt's, for `theirs`, which this owns until the process has it."""
         super().__init__(sock, mtu=PASST_MTU)
-        self._process = process
-        self._complaints = complaints
+        self._theirs: socket.socket | None = theirs
+        self._command = command
+        self._process: Child | None = None
+        self._complaints = -1
+        """The pipe that passt's messages end in; it stays open, for a message into a closed one would end passt."""
+        self._later: asyncio.TimerHandle | None = None
 
     @classmethod
     async def start(cls, options: Sequence[str] = (), *, wait: bool = True) -> UserNet:
         """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError with its
-        last message if it fails. Without `wait` nobody looks whether it does: for a machine that knows its network."""
+        last message if it fails. Without `wait` it starts a little later, and nobody looks whether it does: for a
+        machine that knows its network and is to run on at once. What the guest sends until then is kept."""
         program = shutil.which("passt")
         if program is None:
             raise ConfigError("net user: passt is not installed; apt-get install passt")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Non-blocking: what nobody reads must not stop passt.
-        complaints, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            with theirs, open(stderr, "wb"):
-                process = Child(
-                    [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), *options],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,
-                )
-        except BaseException:
-            ours.close()
-            os.close(complaints)
-            raise
-        net = cls(ours, process, complaints)
+        command = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), *options]
+        net = cls(ours, theirs, command)
         if not wait:
+            net._later = asyncio.get_running_loop().call_later(LATER_SECONDS, net._begin_later)
             return net
         try:
+            process = net._begin()
             code = await asyncio.wait_for(process.wait(), START_SECONDS)
         except TimeoutError:
             return net
@@ -150,6 +146,29 @@ class UserNet(StreamNet):
         await net.aclose()
         raise HostError(f"net user: passt does not start here: {reason}")
 
+    def _begin(self) -> Child:
+        """Start the process. Raises OSError; the link is gone then."""
+        theirs, self._theirs = self._theirs, None
+        assert theirs is not None
+        # Non-blocking: what nobody reads must not stop passt.
+        self._complaints, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with theirs, open(stderr, "wb"):
+            self._process = Child(
+                self._command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        return self._process
+
+    def _begin_later(self) -> None:
+        try:
+            self._begin()
+        except OSError as error:
+            log.warning("net user: passt does not start: %s", os_reason(error))
+
     def _last_complaint(self) -> str:
         try:
             lines = os.read(self._complaints, 1 << 16).decode(errors="replace").split("\n")
@@ -159,8 +178,14 @@ class UserNet(StreamNet):
 
     async def aclose(self) -> None:
         await super().aclose()
-        self._process.terminate()
-        await self._process.wait()
+        if self._later is not None:
+            self._later.cancel()
+        if self._theirs is not None:
+            self._theirs.close()
+            self._theirs = None
+        if self._process is not None:
+            self._process.terminate()
+            await self._process.wait()
         if self._complaints >= 0:
             os.close(self._complaints)
             self._complaints = -1

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.acpi import tables
-from vmm.acpi.dsdt import GENERATION_EVENT, dsdt
 from vmm.errors import ConfigError
 from vmm.machine import layout
-from vmm.machine.layout import Layout
+from vmm.machine.layout import GENERATION_EVENT, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +52,9 @@ class Acpi:
 
     def tables(self) -> list[tuple[str, int, bytes]]:
         """(signature, guest-physical address, bytes) of every table."""
+        from vmm.acpi import tables  # a restored machine has them in its memory
+        from vmm.acpi.dsdt import dsdt
+
         return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio, self._terms, self._events))
 
     def populate(self) -> None:

@@ -7,7 +7,6 @@ returns the encoding of one term; terms are joined by concatenation.
 from __future__ import annotations
 
 import struct
-import uuid
 from collections.abc import Iterable
 
 from vmm.errors import ConfigError
@@ -81,6 +80,8 @@ def buffer(data: bytes) -> bytes:
 
 def uuid_buffer(text: str) -> bytes:
     """ToUUID: the first three fields are little-endian."""
+    import uuid
+
     return buffer(uuid.UUID(text).bytes_le)
 
 

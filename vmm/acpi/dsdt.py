@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from vmm.acpi import aml
 from vmm.devices.pm import SLEEP_TYPE_S5
 from vmm.machine import layout
-from vmm.machine.layout import Layout
+from vmm.machine.layout import GENERATION_EVENT, Layout
 
 PRESENT = 0x0F
 """_STA: present, enabled, shown, functioning."""
-GENERATION_EVENT = 5
-"""The general purpose event (layout.PCI_EVENT and following are others) that says: the generation ID changed."""
 PCI_OSC = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 OSC_UNKNOWN_UUID, OSC_UNKNOWN_REVISION = 1 << 2, 1 << 3
 OSC_GRANTED = 0x1F

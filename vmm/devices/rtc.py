@@ -7,7 +7,6 @@ computed when they are looked at; a timer runs only for an interrupt that is ena
 
 from __future__ import annotations
 
-import calendar
 import time
 from collections.abc import Callable
 from typing import Annotated, ClassVar
@@ -37,8 +36,8 @@ DAY_SECONDS = 86400
 UPDATE_NS = 244_000 + 1_984_000
 """UIP is set 244 us before the update cycle, which takes 1984 us with a 32.768 kHz time base ("Update cycle")."""
 CLOCK_REGISTERS = (SECONDS, MINUTES, HOURS, DAY_OF_WEEK, DAY, MONTH, YEAR, CENTURY)
-FIRST_SECOND = calendar.timegm((1970, 1, 1, 0, 0, 0))
-LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
+FIRST_SECOND, LAST_SECOND = 0, 253402300799
+"""1970-01-01 00:00:00 and 9999-12-31 23:59:59, s since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +169,8 @@ class Rtc:
             self._wanted_day = day if self._frozen is not None else None
         elif self._wanted_day is not None:
             day = self._wanted_day
+        import calendar  # loads locale and datetime; guests seldom set the clock
+
         day = min(day, calendar.monthrange(year, month)[1])
         moment = calendar.timegm((year, month, day, hour, minute, second))
         if self._frozen is not None:

@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar
 
 from cpu.values import dataclass
 from virtio.protocols import RandomSource
-from vmm.acpi.dsdt import GENERATION_EVENT
 from vmm.devices.pm import Pm
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly
@@ -46,7 +45,7 @@ class GenerationId:
         """The machine goes on from a state that may go on elsewhere too."""
         self._value = self._random(SIZE)
         self.populate()
-        self._pm.general_event(GENERATION_EVENT)
+        self._pm.general_event(layout.GENERATION_EVENT)
 
     def save(self) -> GenerationState:
         return GenerationState(self._value)

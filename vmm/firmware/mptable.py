@@ -107,15 +107,14 @@ def table(cpus: int) -> bytes:
 
 
 class MpTable:
-    """Written once, before the first instruction."""
+    """Written once, before the first instruction; a restored machine has it in its memory."""
 
     def __init__(self, write: Callable[[int, bytes], None], cpus: int) -> None:
-        self._write = write
-        self.table = table(cpus)
+        self._write, self._cpus = write, cpus
 
     def populate(self) -> None:
         """Write the table."""
-        self._write(layout.MP_TABLE.start, self.table)
+        self._write(layout.MP_TABLE.start, table(self._cpus))
 
 
 def attach(assembly: Assembly) -> None:

@@ -6,14 +6,17 @@ Specification: DMTF DSP0134 3.4: 5.2.2 (64-bit entry point), 6.1 (structures), 7
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from vmm import __version__
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 ENTRY_POINT = Struct(
     "anchor" / Const(b"_SM3_"), "checksum" / Int8ul, "length" / Int8ul, "major" / Int8ul, "minor" / Int8ul,
@@ -49,7 +52,7 @@ def _structure(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
     return bytes(head + body + text + b"\0")
 
 
-def tables(identity: uuid.UUID, serial: str) -> tuple[bytes, bytes]:
+def tables(identity: UUID, serial: str) -> tuple[bytes, bytes]:
     """(entry point, structures) for layout.SMBIOS."""
     bios = BIOS.build(
         dict(
@@ -89,29 +92,35 @@ def tables(identity: uuid.UUID, serial: str) -> tuple[bytes, bytes]:
     return bytes(entry), structures
 
 
-def name_uuid(name: str) -> uuid.UUID:
+def name_uuid(name: str) -> UUID:
     """The UUID of a machine with this name to which none was given."""
+    import uuid  # loads what a machine that is restored does not need
+
     return uuid.uuid5(uuid.NAMESPACE_URL, f"{NAME}:{name}")
 
 
 class Smbios:
-    """Written once, before the first instruction. Without a given UUID it belongs to the machine's name; nameless
-    machines get a random one."""
+    """Written once, before the first instruction; a restored machine has it in its memory. Without a given UUID it
+    belongs to the machine's name; nameless machines get a random one."""
 
     def __init__(
         self, write: Callable[[int, bytes], None], name: str, random: Callable[[int], bytes], given: str | None = None
     ) -> None:
-        self._write = write
-        if given is not None:
-            identity = uuid.UUID(given)
-        else:
-            identity = name_uuid(name) if name else uuid.UUID(bytes=random(16), version=4)
-        self.entry, self.structures = tables(identity, name)
+        self._write, self._name, self._given = write, name, given
+        # Here, so that with a seed it does not depend on when others ask for chance.
+        self._random = b"" if given is not None or name else random(16)
 
     def populate(self) -> None:
         """Write entry point and structures."""
-        self._write(layout.SMBIOS.start, self.entry)
-        self._write(layout.SMBIOS.start + 32, self.structures)
+        from uuid import UUID
+
+        if self._given is not None:
+            identity = UUID(self._given)
+        else:
+            identity = name_uuid(self._name) if self._name else UUID(bytes=self._random, version=4)
+        entry, structures = tables(identity, self._name)
+        self._write(layout.SMBIOS.start, entry)
+        self._write(layout.SMBIOS.start + 32, structures)
 
 
 def attach(assembly: Assembly) -> None:

@@ -12,9 +12,9 @@ import signal as signals
 import struct
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Self
 
+from cpu.values import dataclass
 from vmm.errors import GuestError
 from vmm.guest.frames import (
     CREDIT,

@@ -61,6 +61,8 @@ FW_CFG, FW_CFG_SIZE = 0x510, 12
 # General purpose events, with a method each in the DSDT (vmm.acpi.Acpi.add_event).
 PCI_EVENT, CPU_EVENT = 1, 2
 """Something happened to a PCI slot, or to a processor: registers say what."""
+GENERATION_EVENT = 5
+"""The VM generation ID changed."""
 
 # GSIs. 0-15 reach both the PIC and the IOAPIC.
 COM1_GSI, COM2_GSI, RTC_GSI, SCI_GSI, KEYBOARD_GSI, MOUSE_GSI = 4, 3, 8, 9, 1, 12

@@ -7,11 +7,10 @@ firmware, so that the bus assigns BARs and interrupt lines itself; the guest may
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from cpu.contract import Space
-from cpu.values import U32
+from cpu.values import U32, dataclass
 from virtio.pci_function import BarSpec, MsixSpec, PciFunction, PciHost
 from vmm.errors import ConfigError, StateError
 from vmm.machine import layout

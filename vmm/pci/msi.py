@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated
 
+from cpu.values import dataclass
 from virtio.pci_function import MsixSpec
 from vmm.errors import ConfigError, StateError
 from vmm.pci.config import CAP_MSI, CAP_MSIX, ConfigSpace

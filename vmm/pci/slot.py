@@ -5,11 +5,12 @@ Joins configuration space, BAR decoding, MSI-X, MSI and INTx. Loop thread.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from cpu.contract import Space
+from cpu.values import dataclass
 from virtio.pci_function import BarSpec, PciFunction
 from vmm.errors import ConfigError, StateError
 from vmm.machine.interfaces import Board, IrqLine
@@ -33,7 +34,7 @@ class SlotState:
     function: object
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Bar:
     """A BAR: where it should decode and where the machine's bus has it now (None: nowhere)."""
 

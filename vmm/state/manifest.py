@@ -18,11 +18,10 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from cpu.values import I64, U64
+from cpu.values import I64, U64, dataclass
 from vmm.errors import HostError, StateError, os_reason
 from vmm.state.payload import encode, parse
 

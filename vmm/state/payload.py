@@ -30,7 +30,8 @@ import base64
 import binascii
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from vmm.errors import StateError
@@ -82,139 +83,226 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
+class _Malformed(Exception):
+    """What is wrong with a value. Those who parse what is around it put the names in front on the way out, so that
+    nobody makes names of what is well formed."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._names: list[str] = []
+
+    def within(self, name: object) -> None:
+        """It is part of what has this name."""
+        self._names.append(str(name))
+
+    def __str__(self) -> str:
+        return ": ".join([*reversed(self._names), self._message])
+
+
+Parser = Callable[[Any, Any, int], Any]
+"""(the component or components behind the value, the value, how deep it may be nested) -> the typed value. Raises
+_Malformed."""
+
+
 def decode(component: Any, name: str, data: Any) -> Any:
     """The state of `component`, parsed from what `encode` gave. `name` is what messages call it. Raises StateError."""
     parts = component.state_parts() if hasattr(component, "state_parts") else {}
-    return _payload(component.state_type, parts, name, data, MAX_DEPTH)
+    return _parse(component.state_type, parts, name, data)
 
 
 def parse(state_type: type, name: str, data: Any) -> Any:
     """The same for a state without parts."""
-    return _payload(state_type, {}, name, data, MAX_DEPTH)
+    return _parse(state_type, {}, name, data)
 
 
-def _payload(state_type: Any, parts: Mapping[str, Any], where: str, data: Any, depth: int) -> Any:
-    if not isinstance(data, dict) or set(data) != {"kind", "version", "fields"}:
-        raise StateError(f"{where}: not a state: kind, version and fields are expected")
+def _parse(state_type: Any, parts: Mapping[str, Any], name: str, data: Any) -> Any:
+    try:
+        return _payload(state_type, parts, data, MAX_DEPTH)
+    except _Malformed as malformed:
+        malformed.within(name)
+        raise StateError(str(malformed)) from None
+
+
+def _payload(state_type: Any, parts: Mapping[str, Any], data: Any, depth: int) -> Any:
+    if not isinstance(data, dict) or data.keys() != {"kind", "version", "fields"}:
+        raise _Malformed("not a state: kind, version and fields are expected")
     if depth <= 0:
-        raise StateError(f"{where}: nested too deeply")
+        raise _Malformed("nested too deeply")
     if data["kind"] != state_type.kind:
-        raise StateError(f"{where}: the state is of kind {_short(data['kind'])}, not {state_type.kind!r}")
+        raise _Malformed(f"the state is of kind {_short(data['kind'])}, not {state_type.kind!r}")
     version, wanted = data["version"], state_type.version
     if type(version) is not int or version < 1:
-        raise StateError(f"{where}: {_short(version)} is no version")
+        raise _Malformed(f"{_short(version)} is no version")
     if version > wanted:
-        raise StateError(f"{where}: version {version} is newer than {wanted}, which this program knows")
+        raise _Malformed(f"version {version} is newer than {wanted}, which this program knows")
     if version < wanted:
         previous = getattr(state_type, "previous", None)
         if previous is None:
-            raise StateError(f"{where}: version {version} is too old; this program knows {wanted}")
-        return state_type.upgrade(_payload(previous, parts, where, data, depth - 1))
-    return _fields(state_type, parts, where, data["fields"], depth)
+            raise _Malformed(f"version {version} is too old; this program knows {wanted}")
+        return state_type.upgrade(_payload(previous, parts, data, depth - 1))
+    return _fields(state_type, parts, data["fields"], depth)
 
 
-def _fields(state_type: Any, parts: Mapping[str, Any], where: str, data: Any, depth: int) -> Any:
-    hints = field_types(state_type)
+def _fields(state_type: Any, parts: Mapping[str, Any], data: Any, depth: int) -> Any:
+    if depth <= 0:
+        raise _Malformed("nested too deeply")
+    parsers = _parsers_of(state_type)
     if not isinstance(data, dict):
-        raise StateError(f"{where}: {_short(data)} instead of fields")
-    for missing in hints.keys() - data.keys():
-        raise StateError(f"{where}: field {missing} is missing")
-    for extra in data.keys() - hints.keys():
-        raise StateError(f"{where}: {_short(extra)} is no field")
-    values = {}
-    for name, hint in hints.items():
-        values[name] = _value(hint, parts.get(name), f"{where}: {name}", data[name], depth - 1)
+        raise _Malformed(f"{_short(data)} instead of fields")
+    if data.keys() != parsers.keys():
+        for missing in parsers.keys() - data.keys():
+            raise _Malformed(f"field {missing} is missing")
+        for extra in data.keys() - parsers.keys():
+            raise _Malformed(f"{_short(extra)} is no field")
+    values, name = {}, ""
+    try:
+        for name, parser in parsers.items():
+            values[name] = parser(parts.get(name), data[name], depth - 1)
+    except _Malformed as malformed:
+        malformed.within(name)
+        raise
     return state_type(**values)
 
 
-def _value(hint: Any, part: Any, where: str, data: Any, depth: int) -> Any:
-    if depth <= 0:
-        raise StateError(f"{where}: nested too deeply")
-    allowed = None
+def _parsers_of(state_type: Any) -> dict[str, Parser]:
+    """What parses each field, in their order."""
+    found = _parsers.get(state_type)
+    if found is None:
+        found = _parsers[state_type] = {name: _parser(hint) for name, hint in field_types(state_type).items()}
+    return found
+
+
+_parsers: dict[Any, dict[str, Parser]] = {}
+
+
+def _parser(hint: Any) -> Parser:
+    """What parses a value with this annotation."""
+    allowed: range | None = None
     if get_origin(hint) is Annotated:
         hint, allowed = get_args(hint)[:2]
-    origin = get_origin(hint)
-    if hint is bool:
-        return _typed(bool, where, data)
+    origin, inside = get_origin(hint), get_args(hint)
     if hint is int:
-        value = _typed(int, where, data)
-        if allowed is not None and value not in allowed:
-            raise StateError(f"{where}: {_short(value)} is not within {allowed.start} to {allowed.stop - 1}")
-        return value
+        return _integer(allowed)
+    if hint is bool:
+        return lambda part, data, depth: _typed(bool, data)
     if hint is str:
-        return _sized(_typed(str, where, data), allowed, where, "characters")
+        return lambda part, data, depth: _sized(_typed(str, data), allowed, "characters")
     if hint is bytes:
-        return _sized(_bytes(where, data), allowed, where, "bytes")
+        return lambda part, data, depth: _sized(_bytes(data), allowed, "bytes")
     if hint is object:
-        return _part(part, where, data, depth)
+        return _part
     if origin in (Union, types.UnionType):
-        if data is None and type(None) in get_args(hint):
-            return None
-        inner = next(kind for kind in get_args(hint) if kind is not type(None))
-        return _value(inner, part, where, data, depth)
+        return _optional(_parser(next(kind for kind in inside if kind is not type(None))), type(None) in inside)
     if origin is Literal:
-        if data not in get_args(hint) or type(data) is not type(get_args(hint)[0]):
-            raise StateError(f"{where}: {_short(data)} is not one of {', '.join(map(repr, get_args(hint)))}")
-        return data
+        return _literal(inside)
     if origin is tuple:
-        return _tuple(get_args(hint), part, allowed, where, data, depth)
+        return _list(inside, allowed)
     if origin is dict:
-        items = _sized(_typed(dict, where, data), allowed, where, "entries")
-        if isinstance(part, Mapping) and set(items) != set(part):
-            odd = sorted(map(str, set(items) ^ set(part)))
-            raise StateError(f"{where}: the state and this machine differ in {', '.join(odd)[:200]}")
-        inside = part if isinstance(part, Mapping) else {}
-        kind = get_args(hint)[1]
-        return {key: _value(kind, inside.get(key), f"{where}: {key}", item, depth) for key, item in items.items()}
+        return _by_name(_parser(inside[1]), allowed)
     if dataclasses.is_dataclass(hint):
-        if hasattr(hint, "kind"):
-            return _payload(hint, {}, where, data, depth)
-        return _fields(hint, {}, where, data, depth)
-    raise TypeError(f"{where}: {hint} is no type of a state's field")
+        record = _payload if hasattr(hint, "kind") else _fields
+        return lambda part, data, depth: record(hint, {}, data, depth)
+    raise TypeError(f"{hint} is no type of a state's field")
 
 
-def _part(part: Any, where: str, data: Any, depth: int) -> Any:
+def _integer(allowed: range | None) -> Parser:
+    def parser(part: Any, data: Any, depth: int) -> int:
+        if type(data) is not int:  # a bool is no int here
+            raise _Malformed(f"{_short(data)} is no int")
+        if allowed is not None and data not in allowed:
+            raise _Malformed(f"{_short(data)} is not within {allowed.start} to {allowed.stop - 1}")
+        return data
+
+    return parser
+
+
+def _optional(inner: Parser, none: bool) -> Parser:
+    return lambda part, data, depth: None if data is None and none else inner(part, data, depth)
+
+
+def _literal(allowed: tuple[Any, ...]) -> Parser:
+    def parser(part: Any, data: Any, depth: int) -> Any:
+        if type(data) is not type(allowed[0]) or data not in allowed:
+            raise _Malformed(f"{_short(data)} is not one of {', '.join(map(repr, allowed))}")
+        return data
+
+    return parser
+
+
+def _list(kinds: tuple[Any, ...], allowed: range | None) -> Parser:
+    whatever = kinds[-1] is Ellipsis
+    parsers = [_parser(kind) for kind in kinds if kind is not Ellipsis]
+
+    def parser(part: Any, data: Any, depth: int) -> tuple[Any, ...]:
+        items = _typed(list, data)
+        if whatever:
+            _sized(items, allowed, "entries")
+        elif len(items) != len(parsers):
+            raise _Malformed(f"{len(items)} entries instead of {len(parsers)}")
+        if depth <= 0:
+            raise _Malformed("nested too deeply")
+        values: list[Any] = []
+        try:
+            for each, item in zip(repeat(parsers[0]) if whatever else parsers, items, strict=False):
+                values.append(each(part, item, depth - 1))
+        except _Malformed as malformed:
+            malformed.within(len(values))
+            raise
+        return tuple(values)
+
+    return parser
+
+
+def _by_name(inner: Parser, allowed: range | None) -> Parser:
+    def parser(part: Any, data: Any, depth: int) -> dict[str, Any]:
+        items = _sized(_typed(dict, data), allowed, "entries")
+        if isinstance(part, Mapping) and items.keys() != part.keys():
+            odd = sorted(map(str, set(items) ^ set(part)))
+            raise _Malformed(f"the state and this machine differ in {', '.join(odd)[:200]}")
+        if depth <= 0:
+            raise _Malformed("nested too deeply")
+        inside = part if isinstance(part, Mapping) else {}
+        values, key = {}, ""
+        try:
+            for key, item in items.items():
+                values[key] = inner(inside.get(key), item, depth - 1)
+        except _Malformed as malformed:
+            malformed.within(key)
+            raise
+        return values
+
+    return parser
+
+
+def _part(part: Any, data: Any, depth: int) -> Any:
     if part is None:
         if data is not None:
-            raise StateError(f"{where}: the state has a part that this machine has not")
+            raise _Malformed("the state has a part that this machine has not")
         return None
     parts = part.state_parts() if hasattr(part, "state_parts") else {}
-    return _payload(part.state_type, parts, where, data, depth)
+    return _payload(part.state_type, parts, data, depth)
 
 
-def _tuple(kinds: tuple[Any, ...], part: Any, allowed: range | None, where: str, data: Any, depth: int) -> Any:
-    items = _typed(list, where, data)
-    if kinds[-1] is Ellipsis:
-        _sized(items, allowed, where, "entries")
-        kinds = (kinds[0],) * len(items)
-    elif len(items) != len(kinds):
-        raise StateError(f"{where}: {len(items)} entries instead of {len(kinds)}")
-    return tuple(
-        _value(kind, part, f"{where}: {index}", item, depth)
-        for index, (kind, item) in enumerate(zip(kinds, items, strict=True))
-    )
-
-
-def _typed(kind: type, where: str, data: Any) -> Any:
+def _typed(kind: type, data: Any) -> Any:
     if type(data) is not kind:  # a bool is no int here
-        raise StateError(f"{where}: {_short(data)} is no {kind.__name__}")
+        raise _Malformed(f"{_short(data)} is no {kind.__name__}")
     return data
 
 
-def _sized(value: Any, allowed: range | None, where: str, unit: str) -> Any:
+def _sized(value: Any, allowed: range | None, unit: str) -> Any:
     allowed = allowed if allowed is not None else DEFAULT_LENGTH
     if len(value) not in allowed:
         wanted = f"{allowed.start} to {allowed.stop - 1}" if len(allowed) > 1 else f"{allowed.start}"
-        raise StateError(f"{where}: {len(value)} {unit}; {wanted} may be")
+        raise _Malformed(f"{len(value)} {unit}; {wanted} may be")
     return value
 
 
-def _bytes(where: str, data: Any) -> bytes:
-    text = _typed(str, where, data)
+def _bytes(data: Any) -> bytes:
+    text = _typed(str, data)
     try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise StateError(f"{where}: not base64") from error
+        raise _Malformed("not base64") from error
 
 
 def _short(value: Any) -> str:

@@ -12,13 +12,11 @@ import hashlib
 import os
 import stat
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from virtio.devices.net import NetState, random_mac
 from vmm import _native
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, os_reason
@@ -308,6 +306,8 @@ class Snapshot:
         # With the virtual clock a restored machine goes on as the saved one would have, to the last bit.
         identity = Identity("", "", {}) if config.clock == "real" else None
         if as_copy:
+            import uuid  # loads platform, which nothing else needs
+
             identity = Identity(hostname_of(config.name), uuid.uuid4().hex, self._fresh_addresses(state["machine"]))
             identity.check()
         touched = Touched(self.touched(), self.record_touched)
@@ -316,6 +316,8 @@ class Snapshot:
 
     def _fresh_addresses(self, machine: dict[str, Any]) -> dict[bytes, bytes]:
         """A new MAC address for each that a card has. Raises StateError."""
+        from virtio.devices.net import NetState, random_mac  # loads asyncio
+
         found: dict[bytes, bytes] = {}
 
         def search(value: Any, depth: int) -> None:
@@ -337,6 +339,18 @@ class Snapshot:
             self._fd = -1
         if self.base is not None:
             self.base.close()
+
+
+def open_prepared(
+    path: Path | str, changes: Mapping[str, Any], trusted: bool, as_copy: bool
+) -> tuple[Snapshot, Config, Saved]:
+    """Snapshot.open() and its prepare(), for one trip to a thread. Raises StateError, ConfigError, HostError."""
+    snapshot = Snapshot.open(path)
+    try:
+        return snapshot, *snapshot.prepare(changes, trusted=trusted, as_copy=as_copy)
+    except BaseException:
+        snapshot.close()
+        raise
 
 
 def trust(digest: str, path: Path) -> None:

@@ -11,15 +11,17 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm.config import Config
 from vmm.errors import ConfigError, StateError
 from vmm.state.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from vmm.state.snapshot import Snapshot
 
 KEEP = 8
 """Warm machines that are kept; the one used longest ago goes first."""
@@ -78,6 +80,25 @@ def _program() -> list[Any]:
     return facts
 
 
+def find(config: Config) -> tuple[Snapshot | None, str]:
+    """The kept snapshot of such a machine; None, and why, if there is none that is of use. Blocks."""
+    path = folder(config)
+    if not is_there(path):
+        return None, ""
+    from vmm.state.snapshot import Snapshot
+
+    snapshot: Snapshot | None = None
+    try:
+        snapshot = Snapshot.open(path)
+        snapshot.check_files(trusted=False)
+        snapshot.ensure_verified()
+    except StateError as error:
+        if snapshot is not None:
+            snapshot.close()
+        return None, forget(path, error)
+    return snapshot, ""
+
+
 def is_there(path: Path) -> bool:
     """A snapshot stands there. It is marked as used now."""
     if not (path / MANIFEST).exists():
@@ -106,11 +127,15 @@ def making(path: Path) -> Iterator[bool]:
 
 def _prune(cache: Path) -> None:
     found = [entry for entry in cache.iterdir() if (entry / MANIFEST).exists()]
+    import shutil
+
     for old in sorted(found, key=lambda entry: entry.stat().st_mtime_ns)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def forget(path: Path, error: StateError) -> str:
     """Remove one that is no use; a sentence that says so."""
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)
     return f"the machine kept for warm starts is no use and was removed ({error})"

@@ -22,7 +22,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-enum { LARGEST = 1 << 20, TRANSFERS = 8, TIMEOUT_SECONDS = 60, SILENCE_US = 500000, PAUSE_US = 100000 };
+enum { LARGEST = 1 << 18, TRANSFERS = 8, TIMEOUT_SECONDS = 60, SILENCE_US = 500000, PAUSE_US = 150000 };
 
 struct part {
     uint32_t offset, length;

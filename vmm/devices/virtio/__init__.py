@@ -7,14 +7,12 @@ tables. The devices themselves are the machine's resources (pool.py). Loop threa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from cpu.contract import Space
-from virtio import mmio
+from cpu.values import dataclass
 from virtio.device import Device
-from virtio.mmio import MmioTransport
 from virtio.pci import PciTransport
 from virtio.state import TransportState
 from virtio.transport import Transport
@@ -92,9 +90,11 @@ class VirtioDevices:
             self.slots[name] = self._assembly.services.pci.add(function, device=self._free_slot(name))
             self.transports[name] = function
             return
+        from virtio import mmio  # seldom asked for
+
         window, gsi = layout.virtio_mmio(self._windows[name])
         line = board.irq_line(gsi)
-        transport = MmioTransport(device, memory, line.set, stall=board.stall, packed=maker.packed)
+        transport = mmio.MmioTransport(device, memory, line.set, stall=board.stall, packed=maker.packed)
         self.transports[name] = transport
         board.map(Space.MMIO, window.start, window.size, transport, f"virtio-mmio {name}")
         for index in range(len(device.queue_sizes)):
