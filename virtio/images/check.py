@@ -117,6 +117,7 @@ def _flags(fd: int, found: Scan, wrong: Callable[[str, int, int], None]) -> None
     wrong(text, offset in the file, entry as it should be)."""
     header, counts = found.header, found.counts
     step = 2 if header.extended else 1
+    walked: set[int] = set()  # a damaged L1 table may name one L2 table any number of times
     for index, entry in enumerate(found.l1):
         table = entry & OFFSET
         if not table or index in found.bad_l1:
@@ -125,8 +126,9 @@ def _flags(fd: int, found: Scan, wrong: Callable[[str, int, int], None]) -> None
         if bool(entry & COPIED) != single:
             mended = entry | COPIED if single else entry & ~COPIED
             wrong(f"L1 entry {index}: its flag says otherwise than the refcount", header.l1_offset + index * 8, mended)
-        if header.has_data_file:
+        if header.has_data_file or table in walked:
             continue
+        walked.add(table)
         entries = numbers(fd, table, header.cluster_size // 8)
         for at in range(0, len(entries), step):
             item = entries[at]
