@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from virtio import _ring
@@ -20,7 +21,7 @@ from virtio.backends.file import open_locked
 from virtio.backends.image import ImageBlock
 from virtio.errors import ConfigError, HostError, StateError, os_reason
 from virtio.images import changes
-from virtio.images.chain import ImageChain, Layer
+from virtio.images.chain import DEPTH_MAX, ImageChain, Layer
 from virtio.images.check import reread
 from virtio.images.create import create_qcow2
 from virtio.images.header import DIRTY
@@ -39,14 +40,16 @@ class LiveDisk(Protocol):
         """Have `change` put another backend in place while no request is in flight."""
 
 
-def _image_of(disk: LiveDisk) -> ImageBlock:
+def image_of(disk: LiveDisk) -> ImageBlock:
+    """The disk's images. StateError if it has none."""
     if not isinstance(disk.backend, ImageBlock):
         raise StateError(f"a disk that is {type(disk.backend).__name__} has no images")
     return disk.backend
 
 
 @contextlib.contextmanager
-def _one_kind(path: str) -> Iterator[None]:
+def one_kind(path: str) -> Iterator[None]:
+    """An OSError as a HostError that names the file."""
     try:
         yield
     except OSError as error:
@@ -54,8 +57,8 @@ def _one_kind(path: str) -> Iterator[None]:
 
 
 async def _change(disk: LiveDisk, call: Callable[[ImageChain], None]) -> None:
-    backend = _image_of(disk)
-    with _one_kind(backend.chain.top.path):
+    backend = image_of(disk)
+    with one_kind(backend.chain.top.path):
         await disk.exchange(lambda: backend.change(call))
 
 
@@ -112,19 +115,35 @@ async def cover(disk: LiveDisk, path: str) -> None:
 
     def call(chain: ImageChain) -> None:
         below = chain.top
-        if os.path.exists(path):
-            raise ConfigError(f"{path}: is there already")
-        name = os.path.basename(below.path)
-        if os.path.realpath(os.path.dirname(path) or ".") != os.path.realpath(os.path.dirname(below.path) or "."):
-            name = os.path.realpath(below.path)
-        create_qcow2(path, chain.image_size, backing=name, backing_format=below.format)
-        with_lock = open_locked(path, read_only=False)
+        if below.header is not None and below.header.has_data_file:
+            raise ConfigError(f"{below.path}: has an external data file, which an image over it could not name")
+        if len(chain.layers) >= DEPTH_MAX:
+            raise ConfigError(f"{below.path}: a chain of {DEPTH_MAX} images is the longest; commit or stream some")
+        create_qcow2(path, chain.image_size, backing=_name_from(path, below.path), backing_format=below.format)
+        try:
+            with_lock = open_locked(path, read_only=False)
+        except BaseException:
+            os.unlink(path)
+            raise
         below.read_only = True
         layer = Layer(path, "qcow2", with_lock, None, (), with_lock, 0, False)
         layer.header = reread(path, with_lock)
         chain.layers.insert(0, layer)
 
+    backend = image_of(disk)
+    if os.path.lexists(path):
+        raise ConfigError(f"{path}: is there already")
+    if backend.read_only:
+        raise ConfigError(f"{backend.chain.top.path}: is open for reading only")
     await _change(disk, call)
+    backend.path = Path(path)
+
+
+def _name_from(path: str, below: str) -> str:
+    """What the image at `path` calls its backing file."""
+    if os.path.realpath(os.path.dirname(path) or ".") == os.path.realpath(os.path.dirname(below) or "."):
+        return os.path.basename(below)
+    return os.path.realpath(below)
 
 
 async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress) -> None:
@@ -142,11 +161,11 @@ async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress:
 
 async def stream(disk: LiveDisk, progress: Progress = silent) -> None:
     """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
-    backend = _image_of(disk)
+    backend = image_of(disk)
     top = _is_qcow2(backend.chain)
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file")
-    with _one_kind(top.path):
+    with one_kind(top.path):
         await _steps(backend.image(), backend.image().populate, progress)
 
     def call(chain: ImageChain) -> None:
@@ -159,10 +178,11 @@ async def stream(disk: LiveDisk, progress: Progress = silent) -> None:
     await _change(disk, call)
 
 
-async def commit(disk: LiveDisk, progress: Progress = silent) -> None:
+async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = False) -> None:
     """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
-    the guest has written since."""
-    backend = _image_of(disk)
+    the guest has written since. With `drop` the disk goes on with the backing file alone: the image, of which nobody
+    makes use then, holds nothing."""
+    backend = image_of(disk)
     top = _is_qcow2(backend.chain)
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file to commit to")
@@ -189,13 +209,31 @@ async def commit(disk: LiveDisk, progress: Progress = silent) -> None:
         below.fd = below.data_fd = with_lock
         below.others, below.read_only = (), read_only
 
+    def drop_top(chain: ImageChain) -> None:
+        """The backing file is the disk."""
+        gone = chain.layers.pop(0)
+        for fd in (gone.fd, *gone.others):
+            os.close(fd)
+
+    async def end() -> None:
+        """The rest, while the guest waits; the backing file is the disk then."""
+        await asyncio.to_thread(backend.image().commit, 0, backend.image().length)
+        await backend.change(drop_top)
+
     failed: list[str] = []
     await _change(disk, open_below)
+    dropped = False
     try:
         if failed:
             raise ConfigError(f"{failed[0]}: is used by others, or cannot be written")
-        with _one_kind(top.path):
+        with one_kind(top.path):
             await _steps(backend.image(), backend.image().commit, progress)
+            if drop:
+                # What was written meanwhile is little; of that, once more.
+                await _steps(backend.image(), backend.image().commit, silent)
+                await disk.exchange(end)
+                dropped = True
+                backend.path = Path(backend.chain.top.path)
     finally:
-        if not backend.chain.layers[1].read_only:
+        if not dropped and len(backend.chain.layers) > 1 and not backend.chain.layers[1].read_only:
             await _change(disk, open_below)

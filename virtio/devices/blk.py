@@ -97,15 +97,19 @@ class Withdrawn(BlockBackend):
         self.capacity, self.block_size, self.read_only = capacity, block_size, read_only
 
     async def read(self, offset: int, length: int) -> bytes:
+        """HostError, as all of it."""
         raise HostError("the disk was pulled")
 
     async def write(self, offset: int, data: bytes) -> None:
+        """HostError, as all of it."""
         raise HostError("the disk was pulled")
 
     async def flush(self) -> None:
+        """HostError, as all of it."""
         raise HostError("the disk was pulled")
 
     async def discard(self, offset: int, length: int) -> None:
+        """HostError, as all of it."""
         raise HostError("the disk was pulled")
 
 
@@ -358,6 +362,14 @@ class BlockDevice(Device):
                 queue.on_push = None
                 if queue.enabled and not self.paused:
                     self.guarded(self.queue_notified, queue.index)
+
+    def track(self, bits: bytearray | None) -> None:
+        """Set a bit for each 64 KiB of the disk that a request begins to change from now on; None: stop. The bits are
+        complete when they are taken while no request is in flight, as within `exchange`. StateError if the backend is
+        served by coroutines."""
+        if self._engine is None:
+            raise StateError(f"writes to a disk that is {type(self.backend).__name__} cannot be followed")
+        self._engine.track(bits)
 
     async def withdraw(self) -> None:
         """Close the backend, which nobody uses any more; every request that is still to come fails. Requests that the

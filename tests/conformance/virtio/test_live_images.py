@@ -6,22 +6,24 @@ LOOPVISOR_LIVE_ROUNDS is the number of rounds (100: `make soak-images`).
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.support.qcow2 import our_check
 from tests.support.virtio import PciDriver
 from virtio import _ring
-from virtio.backends import live
+from virtio.backends import live, mirror
 from virtio.backends.image import ImageBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
-from virtio.errors import ConfigError, StateError
+from virtio.errors import ConfigError, HostError, StateError
 from virtio.images.chain import open_chain
 from virtio.images.create import create_qcow2
 
@@ -130,13 +132,14 @@ async def beside(guest: Guest, change: Callable[[live.LiveDisk], Awaitable[None]
         await working
 
 
-async def finish(guest: Guest, path: Path) -> bytes:
+async def finish(guest: Guest, path: Path, format: Literal["raw", "qcow2"] = "qcow2") -> bytes:
     """Close the disk; what is in the image then, which is consistent."""
     guest.driver.transport.reset()
     await guest.driver.transport.device.aclose()
-    report = our_check(path)
-    assert report.clean, report.problems
-    with open_chain(path, format="qcow2", read_only=True) as chain:
+    if format == "qcow2":
+        report = our_check(path)
+        assert report.clean, report.problems
+    with open_chain(path, format=format, read_only=True) as chain:
         data = bytearray(chain.size)
         chain.image.read(0, data)
     return bytes(data)
@@ -203,6 +206,95 @@ async def test_covers_committed_again(guest: Guest, tmp_path: Path) -> None:
         await beside(guest, lambda disk: live.cover(disk, str(path)))  # noqa: B023
         await beside(guest, live.commit)
     assert await finish(guest, tmp_path / f"over{ROUNDS - 1}") == guest.model
+
+
+async def test_covers_committed_and_dropped(guest: Guest, tmp_path: Path) -> None:
+    """The disk goes on with the backing file; what was above it holds nothing and reads the same."""
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+    backend = device.backend
+    assert isinstance(backend, ImageBlock)
+    for number in range(2 * ROUNDS):
+        path = tmp_path / f"over{number}"
+        await beside(guest, lambda disk: live.cover(disk, str(path)))  # noqa: B023
+        assert backend.path == path
+        await beside(guest, lambda disk: live.commit(disk, drop=True))
+        assert backend.path == tmp_path / "top" == Path(backend.chain.top.path)
+        with open_chain(path, alone=True, read_only=True) as alone:
+            assert {kind for _, kind, _, _ in alone.image.map(0, SIZE)} == {"hole"}
+    assert await finish(guest, tmp_path / "top") == guest.model
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+async def test_mirror(guest: Guest, tmp_path: Path, format: Literal["raw", "qcow2"]) -> None:
+    """From one file to the next under writes; each old file is whole at the switch, and free afterwards."""
+    before = tmp_path / "top"
+    for number in range(ROUNDS):
+        steps: list[tuple[int, int]] = []
+        path = tmp_path / f"mirror{number}"
+        await beside(guest, lambda disk: mirror.mirror(disk, str(path), format, lambda *at: steps.append(at)))  # noqa: B023
+        assert steps[-1] == (SIZE, SIZE)
+        with open_chain(before, read_only=False):
+            pass
+        before = path
+    assert await finish(guest, before, format) == guest.model
+
+
+async def test_a_mirror_follows_until_it_is_told_to_switch(guest: Guest, tmp_path: Path) -> None:
+    async def wait(disk: live.LiveDisk) -> None:
+        switch = mirror.Switch(now=False)
+        task = asyncio.create_task(mirror.mirror(disk, str(tmp_path / "m"), "raw", switch=switch))
+        await asyncio.wait_for(switch.ready.wait(), 60)
+        rounds = guest.rounds
+        while guest.rounds < rounds + 20:
+            await asyncio.sleep(0)
+        assert not task.done() and disk.backend.path == tmp_path / "top"
+        switch.wanted.set()
+        await task
+        assert disk.backend.path == tmp_path / "m"
+
+    await beside(guest, wait)
+    assert await finish(guest, tmp_path / "m", "raw") == guest.model
+
+
+async def test_a_mirror_that_ends_early_leaves_the_disk_as_it_was(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "STEP", 1 << 20)
+    path = tmp_path / "m"
+
+    async def cancelled(disk: live.LiveDisk) -> None:
+        for switch in (mirror.Switch(), mirror.Switch(now=False)):
+            seen = asyncio.Event()
+            task = asyncio.create_task(mirror.mirror(disk, str(path), "qcow2", lambda *_: seen.set(), switch))  # noqa: B023
+            await asyncio.wait([asyncio.ensure_future(seen.wait()), task], return_when=asyncio.FIRST_COMPLETED)
+            if not switch.wanted.is_set():
+                await asyncio.wait_for(switch.ready.wait(), 60)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not path.exists()
+
+    await beside(guest, cancelled)
+
+    async def failing(disk: live.LiveDisk) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror._Copy, "_move", full)
+            with pytest.raises(HostError, match="No space|no space"):
+                await mirror.mirror(disk, str(path))
+        assert not path.exists()
+        (tmp_path / "there").write_bytes(b"mine")
+        with pytest.raises(ConfigError, match="is there already"):
+            await mirror.mirror(disk, str(tmp_path / "there"))
+        with pytest.raises((ConfigError, HostError), match="no-such-directory"):
+            await mirror.mirror(disk, str(tmp_path / "no-such-directory" / "m"))
+
+    await beside(guest, failing)
+    assert (tmp_path / "there").read_bytes() == b"mine"
+    assert await finish(guest, tmp_path / "top") == guest.model
 
 
 async def test_resize(guest: Guest, tmp_path: Path) -> None:

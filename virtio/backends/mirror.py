@@ -1,0 +1,248 @@
+"""A running disk goes over into another image: copied while the guest works, followed, and switched.
+
+What the guest writes meanwhile is marked when the write begins (`BlockDevice.track`). A round takes the marks at a
+moment at which no request is in flight, and copies what they name: whatever is written after that moment is marked
+again. When little is left, or it does not become less, the guest's requests wait, the rest is copied and made durable,
+and the new image is the disk. Until then the old one is whole: a crash costs nothing but the new file. Loop thread;
+worker threads copy. Raises ConfigError, HostError, StateError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+from virtio.backends.image import ImageBlock
+from virtio.backends.live import STEP, LiveDisk, image_of, one_kind
+from virtio.errors import ConfigError, HostError, StateError
+from virtio.images.chain import Format, ImageChain, open_chain
+from virtio.images.create import create_qcow2, create_raw
+from virtio.images.progress import Progress, silent
+
+PIECE = 1 << 20
+TRACKED = 64 << 10
+"""Bytes for which TrackedDisk.track() has one bit."""
+SMALL_UNITS = 128
+"""So many of them are copied at once, while the guest waits: 8 MiB."""
+FOLLOW_SECONDS = 0.1
+"""Between two looks at what was written, once the target has everything."""
+T = TypeVar("T")
+
+
+class TrackedDisk(LiveDisk, Protocol):
+    """One whose writes can be followed."""
+
+    def track(self, bits: bytearray | None) -> None:
+        """virtio.devices.blk.BlockDevice.track"""
+
+
+class Switch:
+    """When a mirror goes over to its target, and how far it is. Loop thread."""
+
+    def __init__(self, *, now: bool = True) -> None:
+        """`now`: as soon as the target has everything."""
+        self.wanted = asyncio.Event()
+        if now:
+            self.wanted.set()
+        self.ready = asyncio.Event()
+        """The target has everything but what the guest writes just now."""
+
+
+async def mirror(
+    disk: TrackedDisk,
+    path: str,
+    format: Format = "qcow2",
+    progress: Progress = silent,
+    switch: Switch | None = None,
+) -> None:
+    """Copy the disk into a new image at `path` while the guest works, follow what it writes, and go over to that image.
+    Until then the present one is whole and the guest's; the new one is removed if this fails or is cancelled. The new
+    image has no backing file."""
+    backend = image_of(disk)
+    where = backend.chain.top.path
+    if backend.overlay >= 0:
+        raise StateError(f"{where}: what is written to a snapshot disk ends with the machine")
+    if backend.read_only:
+        raise ConfigError(f"{where}: is open for reading only")
+    if os.path.lexists(path):
+        raise ConfigError(f"{path}: is there already")
+    switch = switch or Switch()
+    target = await _in_thread(_new_target, path, backend, format)
+    copied = _Copy(disk, backend, target)
+    try:
+        with one_kind(path):
+            await copied.run(progress, switch)
+    except BaseException:
+        if not copied.switched:
+            await asyncio.shield(asyncio.to_thread(_remove_target, path, target))
+        raise
+
+
+def _new_target(path: str, backend: ImageBlock, format: Format) -> ImageChain:
+    size = backend.capacity
+    if format == "raw":
+        create_raw(path, size)
+    else:
+        create_qcow2(path, size)
+    try:
+        return open_chain(path, format=format, direct=backend.cache == "none", backing="none")
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _remove_target(path: str, target: ImageChain) -> None:
+    with contextlib.suppress(HostError):
+        target.close()
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+async def _in_thread(call: Callable[..., T], *arguments: object) -> T:
+    """A call in a thread, which is waited for also if we are cancelled; what it made is then closed."""
+    future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        for made in await asyncio.gather(future, return_exceptions=True):
+            if isinstance(made, ImageChain):
+                path = made.top.path
+                await asyncio.to_thread(_remove_target, path, made)
+        raise
+
+
+class _Copy:
+    """A disk on its way into another image."""
+
+    def __init__(self, disk: TrackedDisk, backend: ImageBlock, target: ImageChain) -> None:
+        self._disk, self._backend, self._target = disk, backend, target
+        self._size = backend.capacity
+        self._units = -(-self._size // TRACKED)
+        self._bits = bytearray(-(-self._units // 8))
+        self.switched = False
+
+    async def run(self, progress: Progress, switch: Switch) -> None:
+        await self._begin()
+        try:
+            await self._whole(progress)
+            before = self._units
+            while True:
+                changed = await self._take()
+                count = sum(length for _, length in changed) // TRACKED
+                # It may write faster than we copy: then the last part is copied while it waits.
+                settled = count <= SMALL_UNITS or count >= before * 3 // 4
+                before = max(count, 1)
+                if settled:
+                    switch.ready.set()
+                    progress(self._size, self._size)
+                    if switch.wanted.is_set():
+                        await self._switch(changed)
+                        return
+                await self._parts(changed)
+                if settled:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(switch.wanted.wait(), FOLLOW_SECONDS)
+        finally:
+            if not self.switched:
+                with contextlib.suppress(StateError):
+                    self._disk.track(None)
+
+    async def _begin(self) -> None:
+        """Follow what is written from here on. Nothing is in flight at that moment."""
+
+        async def begin() -> None:
+            self._disk.track(self._bits)
+
+        await self._disk.exchange(begin)
+
+    async def _take(self) -> list[tuple[int, int]]:
+        """What was written since the last time. Nothing is in flight at that moment, so that a copy made after it has
+        all of that, or it is marked again."""
+        taken: list[tuple[int, int]] = []
+
+        async def take() -> None:
+            taken.extend(_runs(self._bits))
+            self._bits[:] = bytes(len(self._bits))
+
+        await self._disk.exchange(take)
+        return taken
+
+    async def _whole(self, progress: Progress) -> None:
+        """Everything that is not zero, for a new image is."""
+        for at in range(0, self._size, STEP):
+            await self._step(self._copy_data, at, min(STEP, self._size - at))
+            progress(min(at + STEP, self._size), self._size)
+
+    async def _parts(self, changed: list[tuple[int, int]]) -> None:
+        for start, length in changed:
+            for at in range(start, min(start + length, self._size), STEP):
+                await self._step(self._copy_any, at, min(STEP, start + length - at, self._size - at))
+
+    async def _step(self, call: Callable[[int, int], None], at: int, length: int) -> None:
+        step = asyncio.ensure_future(asyncio.to_thread(call, at, length))
+        try:
+            await asyncio.shield(step)
+        except asyncio.CancelledError:
+            await asyncio.gather(step, return_exceptions=True)
+            raise
+
+    async def _switch(self, changed: list[tuple[int, int]]) -> None:
+        """The rest, while the guest waits; then the target is the disk."""
+
+        async def change() -> None:
+            await self._parts(changed)
+            await self._parts(list(_runs(self._bits)))
+            await asyncio.to_thread(self._target.image.flush)
+            self._disk.track(None)
+            self.switched = True
+            await self._backend.adopt(self._target)
+
+        await self._disk.exchange(change)
+
+    def _copy_data(self, at: int, length: int) -> None:
+        """*worker thread*"""
+        source, end = self._backend.image(), at + length
+        while at < end:
+            for part, kind, _, _ in source.map(at, end - at):
+                if kind in ("data", "packed"):
+                    self._move(at, part)
+                at += part
+
+    def _copy_any(self, at: int, length: int) -> None:
+        """*worker thread*"""
+        source, end = self._backend.image(), at + length
+        while at < end:
+            for part, kind, _, _ in source.map(at, end - at):
+                if kind in ("data", "packed"):
+                    self._move(at, part)
+                else:
+                    self._target.image.zero(at, part, True)
+                at += part
+
+    def _move(self, at: int, length: int) -> None:
+        for start in range(at, at + length, PIECE):
+            # A mapping of its own, as O_DIRECT wants it.
+            with mmap.mmap(-1, min(PIECE, at + length - start)) as room, memoryview(room) as piece:
+                self._backend.image().read(start, piece)
+                self._target.image.write(start, piece)
+
+
+def _runs(bits: bytearray) -> Iterator[tuple[int, int]]:
+    """(offset, length) in bytes of what is marked."""
+    start = -1
+    for index, byte in enumerate(bits):
+        if not byte and start < 0:
+            continue
+        for bit in range(8):
+            unit = 8 * index + bit
+            if byte >> bit & 1:
+                start = unit if start < 0 else start
+            elif start >= 0:
+                yield start * TRACKED, (unit - start) * TRACKED
+                start = -1
+    if start >= 0:
+        yield start * TRACKED, (8 * len(bits) - start) * TRACKED
