@@ -13,7 +13,7 @@ import typer
 
 from cli.options import RUN_OPTIONS, RunArguments, RunOption
 
-SUB_APPS = ("images", "disk", "tls", "bench")
+SUB_APPS = ("images", "disk", "block", "tls", "bench")
 """Modules cli.NAME with a typer application `app`."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

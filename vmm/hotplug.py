@@ -108,9 +108,11 @@ class Hotplug:
         for name, part in self._parts.items():
             kind = "disk" if isinstance(part, Disk) else "net"
             slot = virtio.slots.get(name) if virtio is not None else None
+            job = self._vm.disk_jobs.on(name)
             facts: dict[str, Any] = {"id": name, "kind": kind, "slot": slot, "leaving": name in self._leaving}
             if isinstance(part, Disk):
                 facts |= {"path": str(part.path), "readonly": part.readonly, "chain": self._chain(name)}
+                facts["job"] = job.describe() if job is not None else None
             else:
                 facts |= {"network": f"{part.kind}={part.target}" if part.target else part.kind}
             found.append(facts)
@@ -120,10 +122,14 @@ class Hotplug:
         chain = getattr(getattr(self._vm.virtio_devices().get(name), "backend", None), "chain", None)
         return [] if chain is None else [layer.path for layer in chain.layers]
 
+    def disk_part(self, name: str) -> Disk | None:
+        """A disk of the present configuration."""
+        part = self._parts.get(name)
+        return part if isinstance(part, Disk) else None
+
     def disk_moved(self, name: str, **values: Any) -> None:
         """A disk has another image from now on: fields of its part of the configuration."""
-        part = self._parts[name]
-        self._parts[name] = part.replace(**values)
+        self._parts[name] = self._parts[name].replace(**values)
         self._changed = True
 
     # One incarnation of the machine.
@@ -272,7 +278,9 @@ class Hotplug:
             raise StateError(f"{name}: is being detached already")
         if not force and self._vm.state is State.PAUSED:
             raise StateError(f"{name}: the machine is paused and cannot give it up; resume it, or pull it with --force")
-        self._vm.check_free(name, force=force)
+        job = self._vm.disk_jobs.on(name)
+        if job is not None and not force:
+            raise StateError(f"{name}: a {job.kind} is under way; cancel it first")
         if timeout is None:
             timeout = FORCE_SECONDS if force else DETACH_SECONDS
         leaving = self._leaving[name] = _Leaving()
@@ -315,6 +323,7 @@ class Hotplug:
         if device is None:
             return  # it went by itself just now
         try:
+            await self._end_job(name)
             if isinstance(device, BlockDevice):
                 with core_errors():
                     await device.withdraw()
@@ -344,6 +353,11 @@ class Hotplug:
         del self._parts[name]
         return device
 
+    async def _end_job(self, name: str) -> None:
+        job = self._vm.disk_jobs.on(name)
+        if job is not None:
+            await job.cancel()
+
     async def _close(self, name: str, device: Device, by: str) -> None:
         """Wait until it uses nothing any more, and close it. Raises HostError."""
         try:
@@ -362,8 +376,8 @@ class Hotplug:
         virtio = machine.services.virtio
         slots = virtio.slots if virtio is not None else {}
         name = next((name for name, number in slots.items() if number == slot), None)
-        if name is None or name not in self._parts or self._vm.jobs_on(name):
-            return  # what may not go stays; so does a disk whose image is being changed
+        if name is None or name not in self._parts:
+            return  # what may not go stays
         device = self._remove(name)
         if device is None:
             return
@@ -373,6 +387,7 @@ class Hotplug:
 
     async def _finish_eject(self, name: str, device: Device) -> None:
         try:
+            await self._end_job(name)
             await self._close(name, device, "guest")
         except VmmError as error:
             self._vm.tell(f"{name}: {error}")

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vmm.guest.frames import Text
     from vmm.guest.process import ExecResult, GuestProcess
     from vmm.hotplug import Attachment, Hotplug
+    from vmm.live import DiskJobs, MachineDisks
     from vmm.machine.peripheral import Peripheral
     from vmm.migration.precopy import Progress
     from vmm.migration.source import Outgoing
@@ -135,6 +136,7 @@ class VirtualMachine:
         """The one under way."""
         if saved is not None and isinstance(saved.origin, Arrival):
             self.obstacle = Obstacle("the machine has not arrived yet")
+        self._disk_jobs: DiskJobs | None = None
 
     # Life.
 
@@ -399,12 +401,39 @@ class VirtualMachine:
         if self._end is not None:
             raise StateError("the machine is ending")
 
-    def check_free(self, name: str, *, force: bool) -> None:
-        """StateError if a job is at work on that disk."""
+    @property
+    def disks(self) -> MachineDisks:
+        """Its disks by id, to be changed while it runs: snapshots, commits, streams, mirrors, size."""
+        from vmm.live import MachineDisks
 
-    def jobs_on(self, name: str) -> bool:
-        """Whether a job is at work on that disk."""
-        return False
+        return MachineDisks(self)
+
+    @property
+    def disk_jobs(self) -> DiskJobs:
+        """What is at work on its disks."""
+        if self._disk_jobs is None:
+            from vmm.live import DiskJobs
+
+            self._disk_jobs = DiskJobs()
+        return self._disk_jobs
+
+    @property
+    def change_lock(self) -> asyncio.Lock:
+        """Held while a device comes or goes, while an image of a disk is exchanged, and while the state is taken."""
+        return self._hotplug.lock
+
+    def check_no_jobs(self) -> None:
+        """StateError if a job is at work on a disk: what it changes cannot be saved."""
+        for job in self._disk_jobs.active() if self._disk_jobs is not None else ():
+            raise StateError(f"{job.disk}: a {job.kind} is under way; cancel it or wait for its end")
+
+    def disk_part(self, name: str) -> Disk | None:
+        """A disk of the present configuration."""
+        return self._hotplug.disk_part(name)
+
+    def disk_moved(self, name: str, **values: Any) -> None:
+        """A disk has another image from now on: fields of its part of the present configuration."""
+        self._hotplug.disk_moved(name, **values)
 
     def tell_event(self, event: Event) -> None:
         """Tell whoever follows the machine's events."""
@@ -766,6 +795,8 @@ class VirtualMachine:
             if machine is not None:
                 machine.begin_close()  # the rest goes on meanwhile
                 await machine.close_components()
+            if self._disk_jobs is not None:
+                await self._disk_jobs.aclose()
             if self._plugging is not None:
                 await self._plugging.aclose()
             if self._resources is not None:

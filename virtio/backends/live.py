@@ -19,6 +19,7 @@ from virtio import _ring
 from virtio.backends.block import BlockBackend
 from virtio.backends.file import open_locked
 from virtio.backends.image import ImageBlock
+from virtio.backends.lock import ImageLock
 from virtio.errors import ConfigError, HostError, StateError, os_reason
 from virtio.images import changes
 from virtio.images.chain import DEPTH_MAX, ImageChain, Layer
@@ -125,6 +126,7 @@ async def cover(disk: LiveDisk, path: str) -> None:
         except BaseException:
             os.unlink(path)
             raise
+        ImageLock.of(below.fd, below.path).share()  # whoever copies it may read it
         below.read_only = True
         layer = Layer(path, "qcow2", with_lock, None, (), with_lock, 0, False)
         layer.header = reread(path, with_lock)

@@ -60,6 +60,17 @@ class ImageLock:
             self.give_up()
             raise
 
+    def share(self) -> None:
+        """Only read from now on, and let others read. ConfigError if that cannot be said."""
+        self._read_only = True
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{self._path}: cannot be shared: {error.strerror}") from error
+        for permission in (WRITE, RESIZE):
+            if not self._set(fcntl.F_UNLCK, USED + permission, 1):
+                return
+
     def give_up(self) -> None:
         """Others may use the image from now on. Idempotent."""
         if self.held:

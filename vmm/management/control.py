@@ -11,6 +11,7 @@
     attach, detach                              -> vmm/management/hotplug.py
     gdb, registers, trace                       -> vmm/management/debugging.py
     migrate, migrate-cancel, migrate-set        -> vmm/management/migrating.py
+    block                                       -> vmm/management/block.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
 
@@ -293,6 +294,11 @@ class Registration:
 
         return await detach(self._vm, request)
 
+    async def _block(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vmm.management.block import block
+
+        return await block(self._vm, request)
+
     async def _pause(self, request: dict[str, Any]) -> dict[str, Any]:
         await self._vm.pause()
         return await self._status(request)
@@ -358,6 +364,7 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "config": Registration._config,
     "attach": Registration._attach,
     "detach": Registration._detach,
+    "block": Registration._block,
     "pause": Registration._pause,
     "resume": Registration._resume,
     "stop": Registration._stop,

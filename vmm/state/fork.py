@@ -86,6 +86,7 @@ async def freeze(vm: VirtualMachine) -> Frozen:
         backend = device.backend
         if not isinstance(backend, ImageBlock) or (backend.overlay < 0 and not backend.read_only):
             raise ConfigError(f"{name}: a copy would write to the same disk; attach it with snapshot, or read-only")
+    vm.check_no_jobs()
     memory = vm.machine.memory
     with core_errors():
         await in_thread(memory.prepare_freeze)

@@ -83,6 +83,7 @@ async def take(
     began = time.monotonic()
     progress = progress or SnapshotProgress()
     target = target.absolute()
+    vm.check_no_jobs()
     _check_target(target)
     under = await asyncio.to_thread(Snapshot.open, base) if base is not None else None
     work = await asyncio.to_thread(_workspace, target)
@@ -148,6 +149,7 @@ class _Taking:
                 stack.push_async_exit(standing)
             try:
                 begun = time.monotonic_ns()
+                self._vm.check_no_jobs()
                 with core_errors():
                     last = _merge(dirty, [bitmap for _, bitmap in self._memory.take_dirty()])
                 kept = await self._keep(last)

@@ -218,6 +218,11 @@ async def test_covers_committed_and_dropped(guest: Guest, tmp_path: Path) -> Non
         path = tmp_path / f"over{number}"
         await beside(guest, lambda disk: live.cover(disk, str(path)))  # noqa: B023
         assert backend.path == path
+        with open_chain(tmp_path / "top", read_only=True):
+            with pytest.raises(ConfigError, match="used by others"):
+                await live.commit(device)
+        with pytest.raises(ConfigError, match="in use"):
+            open_chain(tmp_path / "top")
         await beside(guest, lambda disk: live.commit(disk, drop=True))
         assert backend.path == tmp_path / "top" == Path(backend.chain.top.path)
         with open_chain(path, alone=True, read_only=True) as alone:
