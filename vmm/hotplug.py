@@ -165,6 +165,7 @@ class Hotplug:
     async def attach(self, part: Disk | Net, *, timeout: float = DRIVER_SECONDS) -> Attachment:
         """vmm.vm.VirtualMachine.attach"""
         self._vm.check_alive()
+        self._vm.check_settled()
         kind = "disk" if isinstance(part, Disk) else "net"
         if part.transport != "pci":
             raise ConfigError(f"{kind}: transport=mmio: such devices are found at boot only; leave that out")
@@ -184,6 +185,7 @@ class Hotplug:
             try:
                 async with self.lock:
                     self._vm.check_alive()
+                    self._vm.check_settled()
                     virtio, registers = self._bus()
                     if name not in virtio.slots:  # else it rebooted meanwhile, and has found the device
                         virtio.plug(name)
@@ -263,6 +265,7 @@ class Hotplug:
     async def detach(self, name: str, *, force: bool = False, timeout: float | None = None) -> str:
         """vmm.vm.VirtualMachine.detach"""
         self._vm.check_alive()
+        self._vm.check_settled()
         part = self._parts.get(name)
         if part is None:
             known = ", ".join(self._parts) or "none"

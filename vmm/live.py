@@ -174,6 +174,7 @@ class MachineDisk:
 
     def _free(self) -> BlockDevice:
         self._vm.check_alive()
+        self._vm.check_settled()
         device = self.device
         job = self._vm.disk_jobs.on(self.name)
         if job is not None:

@@ -422,6 +422,11 @@ class VirtualMachine:
         """Held while a device comes or goes, while an image of a disk is exchanged, and while the state is taken."""
         return self._hotplug.lock
 
+    def check_settled(self) -> None:
+        """StateError if the machine moves to another host: its devices and their files stay what they are then."""
+        if self.migration is not None:
+            raise StateError("the machine is moving to another host; wait for that, or cancel it")
+
     def check_no_jobs(self) -> None:
         """StateError if a job is at work on a disk: what it changes cannot be saved."""
         for job in self._disk_jobs.active() if self._disk_jobs is not None else ():

@@ -1,10 +1,10 @@
 """A running disk goes over into another image: copied while the guest works, followed, and switched.
 
-What the guest writes meanwhile is marked when the write begins (`BlockDevice.track`). A round takes the marks at a
-moment at which no request is in flight, and copies what they name: whatever is written after that moment is marked
-again. When little is left, or it does not become less, the guest's requests wait, the rest is copied and made durable,
-and the new image is the disk. Until then the old one is whole: a crash costs nothing but the new file. Loop thread;
-worker threads copy. Raises ConfigError, HostError, StateError.
+What the guest writes meanwhile is marked when the write is over (`BlockDevice.track`). A round takes the marks and
+copies what they name; a write that was not over by then is marked afterwards. When little is left, or it does not become
+less, the guest's requests wait, the rest is copied and made durable, and the new image is the disk. Until then the old
+one is whole: a crash costs nothing but the new file. Loop thread; worker threads copy. Raises ConfigError, HostError,
+StateError.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from virtio.images.create import create_qcow2, create_raw
 from virtio.images.progress import Progress, silent
 
 PIECE = 1 << 20
-TRACKED = 64 << 10
-"""Bytes for which TrackedDisk.track() has one bit."""
+SHIFT = 16
+TRACKED = 1 << SHIFT
+"""Bytes for which there is one mark."""
 SMALL_UNITS = 128
 """So many of them are copied at once, while the guest waits: 8 MiB."""
 FOLLOW_SECONDS = 0.1
@@ -36,7 +37,7 @@ T = TypeVar("T")
 class TrackedDisk(LiveDisk, Protocol):
     """One whose writes can be followed."""
 
-    def track(self, bits: bytearray | None) -> None:
+    def track(self, bits: bytearray | None, shift: int = 0) -> None:
         """virtio.devices.blk.BlockDevice.track"""
 
 
@@ -126,12 +127,12 @@ class _Copy:
         self.switched = False
 
     async def run(self, progress: Progress, switch: Switch) -> None:
-        await self._begin()
+        self._disk.track(self._bits, SHIFT)
         try:
             await self._whole(progress)
             before = self._units
             while True:
-                changed = await self._take()
+                changed = self._take()
                 count = sum(length for _, length in changed) // TRACKED
                 # It may write faster than we copy: then the last part is copied while it waits.
                 settled = count <= SMALL_UNITS or count >= before * 3 // 4
@@ -147,28 +148,12 @@ class _Copy:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(switch.wanted.wait(), FOLLOW_SECONDS)
         finally:
-            if not self.switched:
-                with contextlib.suppress(StateError):
-                    self._disk.track(None)
+            self._disk.track(None)
 
-    async def _begin(self) -> None:
-        """Follow what is written from here on. Nothing is in flight at that moment."""
-
-        async def begin() -> None:
-            self._disk.track(self._bits)
-
-        await self._disk.exchange(begin)
-
-    async def _take(self) -> list[tuple[int, int]]:
-        """What was written since the last time. Nothing is in flight at that moment, so that a copy made after it has
-        all of that, or it is marked again."""
-        taken: list[tuple[int, int]] = []
-
-        async def take() -> None:
-            taken.extend(_runs(self._bits))
-            self._bits[:] = bytes(len(self._bits))
-
-        await self._disk.exchange(take)
+    def _take(self) -> list[tuple[int, int]]:
+        """What was written since the last time."""
+        taken = list(_runs(self._bits))
+        self._bits[:] = bytes(len(self._bits))
         return taken
 
     async def _whole(self, progress: Progress) -> None:
@@ -195,9 +180,8 @@ class _Copy:
 
         async def change() -> None:
             await self._parts(changed)
-            await self._parts(list(_runs(self._bits)))
+            await self._parts(self._take())
             await asyncio.to_thread(self._target.image.flush)
-            self._disk.track(None)
             self.switched = True
             await self._backend.adopt(self._target)
 

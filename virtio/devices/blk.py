@@ -363,14 +363,6 @@ class BlockDevice(Device):
                 if queue.enabled and not self.paused:
                     self.guarded(self.queue_notified, queue.index)
 
-    def track(self, bits: bytearray | None) -> None:
-        """Set a bit for each 64 KiB of the disk that a request begins to change from now on; None: stop. The bits are
-        complete when they are taken while no request is in flight, as within `exchange`. StateError if the backend is
-        served by coroutines."""
-        if self._engine is None:
-            raise StateError(f"writes to a disk that is {type(self.backend).__name__} cannot be followed")
-        self._engine.track(bits)
-
     async def withdraw(self) -> None:
         """Close the backend, which nobody uses any more; every request that is still to come fails. Requests that the
         backend has begun are waited for. Raises what closing raises."""

@@ -28,7 +28,6 @@ typedef struct {
     struct pool pool;
     struct blk_uring uring; /* not open: everything goes to the threads */
     struct gate gate;       /* of what is limited */
-    Py_buffer changed;      /* disk.changed, if its `obj` is set */
     uint32_t in_flight;     /* requests between pop and push */
     bool closed;
     uint64_t requests[COUNTERS], bytes[COUNTERS]; /* returned to the driver so far */
@@ -321,33 +320,6 @@ static PyObject *block_limit(BlockObject *self, PyObject *limits)
     return limits_replace(&self->gate.limits, limits) ? NULL : Py_NewRef(Py_None);
 }
 
-/* Whether `buffer` has a bit for each TRACKED bytes of so many sectors. */
-static bool tracks(const Py_buffer *buffer, uint64_t sectors)
-{
-    if ((uint64_t)buffer->len >= (sectors * SECTOR + 8 * TRACKED - 1) / (8 * TRACKED))
-        return true;
-    PyErr_SetString(PyExc_ValueError, "too few bits for the disk");
-    return false;
-}
-
-static PyObject *block_track(BlockObject *self, PyObject *bits)
-{
-    Py_buffer changed = {0};
-    if (bits != Py_None) {
-        if (PyObject_GetBuffer(bits, &changed, PyBUF_WRITABLE))
-            return NULL;
-        if (!tracks(&changed, self->disk.sectors)) {
-            PyBuffer_Release(&changed);
-            return NULL;
-        }
-    }
-    if (self->changed.obj)
-        PyBuffer_Release(&self->changed);
-    self->changed = changed;
-    self->disk.changed = changed.buf;
-    Py_RETURN_NONE;
-}
-
 static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
 {
     struct jobs done = pool_done(&self->pool), elsewhere = {0};
@@ -415,8 +387,6 @@ static void block_dealloc(BlockObject *self)
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
     Py_XDECREF(self->gate.limits);
-    if (self->changed.obj)
-        PyBuffer_Release(&self->changed);
     Py_XDECREF(self->image);
     if (self->track.obj)
         PyBuffer_Release(&self->track);
@@ -475,7 +445,7 @@ static PyObject *block_configure(BlockObject *self, PyObject *args, PyObject *kw
     unsigned long long sectors;
     int writeback, discard, write_zeroes;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Kppp", names, &sectors, &writeback, &discard, &write_zeroes) ||
-        !image_holds(self->image, sectors * SECTOR) || (self->changed.obj && !tracks(&self->changed, sectors)))
+        !image_holds(self->image, sectors * SECTOR))
         return NULL;
     self->disk.sectors = sectors;
     self->disk.writeback = writeback;
@@ -488,8 +458,7 @@ static PyObject *block_set_image(BlockObject *self, PyObject *args)
 {
     ImageObject *image;
     unsigned long long sectors;
-    if (!PyArg_ParseTuple(args, "O!K", &image_type, &image, &sectors) || !image_holds(image, sectors * SECTOR) ||
-        (self->changed.obj && !tracks(&self->changed, sectors)))
+    if (!PyArg_ParseTuple(args, "O!K", &image_type, &image, &sectors) || !image_holds(image, sectors * SECTOR))
         return NULL;
     if (self->in_flight || self->closed) {
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "requests are in flight");
@@ -561,8 +530,6 @@ static PyMethodDef block_methods[] = {
      "release(now, open=False) -> (rings that want a notification, ns until the next call, -1: nothing waits). Go on with\n"
      "what tokens suffice for at `now`, or with `open` with everything: tokens are owed then."},
     {"limit", (PyCFunction)block_limit, METH_O, "limit(limits): what requests need tokens of, or None."},
-    {"track", (PyCFunction)block_track, METH_O,
-     "track(bits): set a bit for each 64 KiB that a request begins to change from now on; None: stop."},
     {"reap", (PyCFunction)block_reap, METH_NOARGS, "Return what is completed; rings that want a notification."},
     {"cancel", (PyCFunction)block_cancel, METH_NOARGS,
      "cancel() -> whether nothing touches guest memory any more; drops every request, waits for none."},

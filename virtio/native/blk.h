@@ -33,8 +33,7 @@ enum {
     TURN_REQUESTS = 128,    /* as many are taken in a turn of the loop, or let through the gate */
     TURN_BYTES = 1 << 20,   /* after so many no more requests are taken in this turn of the loop */
     INLINE_BYTES = 2 << 20, /* what a job that is done in the loop's turn may move at most: two of Linux' largest reads */
-    URING_DEPTH = 128,      /* jobs that the kernel has at a time; the rest waits */
-    TRACKED = 64 << 10      /* bytes of a disk for which one bit says that they are written */
+    URING_DEPTH = 128 /* jobs that the kernel has at a time; the rest waits */
 };
 
 struct zeroes {
@@ -117,7 +116,6 @@ struct disk {
     bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
     bool abandoned; /* what the kernel has not begun is not done any more; set by the loop's thread, atomic */
     char serial[ID_BYTES];
-    uint8_t *changed; /* a bit for each TRACKED bytes of the disk that a request may change from now on; or NULL */
 };
 
 /* blk_request.c; loop thread */

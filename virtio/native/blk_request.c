@@ -37,15 +37,6 @@ static void add_iovs(struct request *request, const struct segment *segments, ui
     }
 }
 
-/* Bytes that a request is about to change. Whoever tracks takes the bits while no request is in flight, so that what is
- * marked here is found later. */
-static void mark(const struct disk *disk, uint64_t offset, uint64_t length)
-{
-    if (disk->changed && length)
-        for (uint64_t unit = offset / TRACKED; unit <= (offset + length - 1) / TRACKED; unit++)
-            disk->changed[unit / 8] |= (uint8_t)(1u << unit % 8);
-}
-
 static uint8_t check_zeroes(const struct disk *disk, struct request *request, uint64_t length)
 {
     bool discard = request->type == T_DISCARD;
@@ -69,8 +60,6 @@ static uint8_t check_zeroes(const struct disk *disk, struct request *request, ui
             entry->sectors > disk->sectors - entry->sector)
             return S_IOERR;
     }
-    for (uint32_t i = 0; i < request->zeroes_count; i++)
-        mark(disk, request->zeroes[i].sector * SECTOR, (uint64_t)request->zeroes[i].sectors * SECTOR);
     return S_OK;
 }
 
@@ -106,8 +95,6 @@ int blk_prepare(const struct disk *disk, struct request *request)
             add_iovs(request, chain->segments, chain->readable, HEADER, out);
         if (request->iovs > IOV_LIMIT)
             return S_IOERR;
-        if (header.type == T_OUT)
-            mark(disk, request->offset, request->length);
         return S_OK;
     case T_FLUSH:
         return S_OK;

@@ -225,8 +225,9 @@ class Outgoing:
         return link
 
     def _check_devices(self) -> None:
-        """Raises ConfigError for what cannot move."""
+        """Raises ConfigError for what cannot move, StateError for what cannot move now."""
         config = self.vm.present
+        self.vm.check_no_jobs()
         if self._address.kind == "fd" and self.options.connections > 1:
             raise ConfigError("connections: an inherited descriptor is one; leave the option out")
         if config.hugepages:
