@@ -1,10 +1,10 @@
 """A running disk goes over into another image: copied while the guest works, followed, and switched.
 
 What the guest writes meanwhile is marked when the write is over (`BlockDevice.track`). A round takes the marks and
-copies what they name; a write that was not over by then is marked afterwards. When little is left, or it does not become
-less, the guest's requests wait, the rest is copied and made durable, and the new image is the disk. Until then the old
-one is whole: a crash costs nothing but the new file. Loop thread; worker threads copy. Raises ConfigError, HostError,
-StateError.
+copies what they name; a write that was not over by then is marked afterwards. When little is left, or it does not
+become less, the guest's requests wait, the rest is copied and made durable, and the new image is the disk. Until then
+the old one is whole: a crash costs nothing but the new file. Loop thread; worker threads copy. Raises ConfigError,
+HostError, StateError.
 """
 
 from __future__ import annotations
