@@ -32,7 +32,7 @@ async def follow_size(vm: VirtualMachine) -> None:
         while True:
             await changed.wait()
             changed.clear()
-            # The one before may still wait for the agent, with a size that is no more.
+            # An earlier call may still wait for the agent, with a size that no longer holds.
             helpers[1:] = await _replaced(helpers[1:], vm)
     finally:
         loop.remove_signal_handler(signal.SIGWINCH)

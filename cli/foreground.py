@@ -28,7 +28,7 @@ from vmm.vm import VirtualMachine
 CONSOLE_LINES = 15
 """How much of its console is shown of a machine that ended before the command did."""
 TELLING = (Reason.CRASH, Reason.TRIPLE_FAULT, Reason.HALTED, Reason.GUEST_ERROR, Reason.HOST_ERROR, Reason.TIMEOUT)
-"""Ends on which the console may throw light; others only if the command had not started."""
+"""Ends of which the console's last lines are shown; of other ends only if the command had not started."""
 ENDING_SECONDS = 5.0
 
 

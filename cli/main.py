@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Entry point; ends the process with the command's exit status (DESIGN: 0, 2, 3, 4, 124, or the guest's)."""
+    """Entry point; ends the process with the command's exit status (0, 2, 3, 4, 124, or the guest's)."""
     from cli.errors import reported
 
     _open_standard_streams()

@@ -1,6 +1,6 @@
 """`vmm run`: from arguments to a configuration, and what is told of one without running it.
 
-What takes long of a machine's start begins here, before asyncio is loaded: that takes as long.
+The slow part of a machine's start begins here, before asyncio is loaded, so that both go on at once.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ VENDOR: Final = (0x6874_7541, 0x444D_4163, 0x6974_6E65)
 SIGNATURE: Final = 0x00A1_0F11
 """Family 19h, model 11h, as the software core."""
 PHYSICAL_BITS: Final = 40
-"""Of an address: what servers have at least. 1 TiB is more than most machines use."""
+"""Bits of a physical address that every server has: 1 TiB is more than most machines use."""
 BRAND: Final = b"loopvisor x86-64-v2".ljust(48, b"\0")
 
 FEATURES: Final[dict[tuple[int, int, str], dict[int, str]]] = {

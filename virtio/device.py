@@ -25,7 +25,8 @@ from virtio.state import NoState
 log = logging.getLogger(__name__)
 
 FAULTS_LOGGED = 8
-"""Faults of one device that reach the log, and mistakes; a driver that resets it can make any number."""
+"""Log at most this many faults per device, and as many mistakes; later ones at DEBUG. A driver that resets the device
+can make any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Device:
         self.memory: DmaMemory | None = None
         """The guest's, from the time when the device has a transport."""
         self._paused = False
-        self._halted = False
+        self._broken = False
         self._progress = asyncio.Event()
         self._mistakes = 0
 
@@ -137,7 +138,7 @@ class Device:
     @property
     def paused(self) -> bool:
         """Take no chains: the machine is paused, or the device needs a reset."""
-        return self._paused or self._halted
+        return self._paused or self._broken
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run a coroutine until it ends or the device is reset. Its errors are this device's fault state."""
@@ -157,15 +158,15 @@ class Device:
             active.fault(error)
 
     def next_turn(self, call: Callable[..., object], *arguments: object) -> None:
-        """`guarded` in the loop's next turn, while the device is active. However often it is asked for, by a driver
-        that notifies again and again, there is one call."""
+        """`guarded` in the loop's next turn, if the device is active then. However often a driver's notifications ask
+        for it, there is one call."""
         due = call, arguments
         if due not in self._due:
             self._due.add(due)
             asyncio.get_running_loop().call_soon(self._run_due, self._active, due)
 
     def is_due(self, call: Callable[..., object], *arguments: object) -> bool:
-        """Whether `next_turn` will call this: then there is nothing to do before."""
+        """Whether `next_turn` will make this call, so that there is nothing to do until then."""
         return (call, arguments) in self._due
 
     def config_changed(self) -> None:
@@ -182,15 +183,15 @@ class Device:
     def activate(self, active: Activation) -> None:
         """The driver has set DRIVER_OK: `serve` begins."""
         self._active = active
-        self._halted = False
+        self._broken = False
         for queue in active.queues:
             queue.paused = self._paused
             queue.fair = not self.synchronous
         self.started(active)
 
-    def halt(self) -> None:
-        """The device needs a reset: it takes no chain of any queue before."""
-        self._halted = True
+    def needs_reset(self) -> None:
+        """The device is broken: it takes no chain from any queue until the driver resets it."""
+        self._broken = True
         for queue in self._active.queues if self._active else ():
             queue.paused = True
         self._progress.set()
@@ -218,16 +219,16 @@ class Device:
         """After `pause`: take requests again."""
         self._paused = False
         for queue in self._active.queues if self._active else ():
-            queue.paused = self._halted
+            queue.paused = self._broken
             queue.on_push = None
-            if queue.enabled and not self._halted:
+            if queue.enabled and not self._broken:
                 self.queue_notified(queue.index)
 
     async def quiesce(self) -> None:
         """Pause, and wait until every chain taken is returned; not if the device is reset, or needs to be. A device
         takes no chain that it cannot answer soon."""
         self.pause()
-        while self._active is not None and not self._halted and any(queue.in_flight for queue in self._active.queues):
+        while self._active is not None and not self._broken and any(queue.in_flight for queue in self._active.queues):
             for queue in self._active.queues:
                 queue.on_push = self._progress.set
             self._progress.clear()

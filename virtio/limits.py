@@ -127,13 +127,13 @@ class Alarm:
     """One call that is to come when tokens are there."""
 
     def __init__(self, clock: Callable[[], DeviceClock], call: Callable[[], object]) -> None:
-        """`clock` gives the clock of the moment: each incarnation of a machine has its own."""
+        """`clock` gives the present clock: a machine that boots again has another."""
         self._clock = clock
         self._call = call
         self._timer: DeviceTimer | None = None
 
     def arm(self, wait_ns: int) -> None:
-        """Call in so many ns, and not when it was to be before."""
+        """Call in `wait_ns` ns; an earlier appointment is void."""
         self.cancel()
         clock = self._clock()
         self._timer = clock.call_at(clock.now_ns() + wait_ns, self._ring)
@@ -225,7 +225,7 @@ class Flow:
         self.buckets.native.charge(ALL, length, self.now_ns())
 
     def set_open(self, open: bool) -> None:
-        """With `open`, what was taken from a queue waits no more; tokens are owed."""
+        """With `open`, frames that were taken from a queue pass at once and leave a debt."""
         self._open = open
         self._tokens.set()
 
@@ -249,7 +249,7 @@ class Gate:
         self.waiting = 0
         """How many there are."""
         self.open = False
-        """Everybody passes; tokens are owed."""
+        """Let everybody pass; that leaves a debt."""
 
     async def admit(self, queue: int, kind: int, length: int) -> None:
         """Wait until an operation of `length` bytes of this queue may pass. `kind` is READ or WRITE."""

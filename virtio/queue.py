@@ -81,7 +81,7 @@ class Queue:
             ring.close()
 
     def uses(self, ring: Ring) -> bool:
-        """The ring that works this way."""
+        """Whether this is the queue's ring now."""
         return self._ring is ring
 
     def wake(self) -> None:

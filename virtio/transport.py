@@ -202,7 +202,7 @@ class Transport:
         # 2.1.2: "The device SHOULD set DEVICE_NEEDS_RESET when it enters an error state that a reset is
         # needed."
         self.status |= Status.DEVICE_NEEDS_RESET
-        self.device.halt()
+        self.device.needs_reset()
         if self.status & Status.DRIVER_OK:
             # 2.1.2: "If DRIVER_OK is set, after it sets DEVICE_NEEDS_RESET, the device MUST send a device
             # configuration change notification to the driver."

@@ -23,7 +23,7 @@ def is_stock_kernel(config: Config) -> bool:
 
 
 def needs(config: Config) -> frozenset[Capability]:
-    """What the guest needs beyond the contract's core."""
+    """What the guest needs beyond what every core offers."""
     found = set()
     if config.clock == "virtual":
         found.add(Capability.VIRTUAL_CLOCK)

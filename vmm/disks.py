@@ -35,7 +35,7 @@ def create_disk(path: str, size: int | None, format: Format = "qcow2", **options
                 raise ConfigError("a raw image has no backing file; create a qcow2 one")
             where = os.path.join(os.path.dirname(path), backing)
             known: Format | None = options.get("backing_format")
-            # It is recorded: what is unrecorded would be found by content for ever, whatever a guest makes of that.
+            # The format is recorded: else each opening would guess it from content that a guest may have written.
             with open_chain(where, format=known, read_only=True, backing="any") as chain:
                 options["backing_format"] = chain.top.format
                 size = chain.size if size is None else size

@@ -19,7 +19,7 @@ class VmmError(Exception):
 
 
 class GuestError(VmmError):
-    """The guest broke a rule that the machine cannot answer within the guest: its own fault, its own end."""
+    """The guest broke a rule, and the machine has no way to report that to it. It ends this machine alone."""
 
 
 class HostError(VmmError):

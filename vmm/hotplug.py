@@ -132,7 +132,7 @@ class Hotplug:
         self._parts[name] = self._parts[name].replace(**values)
         self._changed = True
 
-    # One incarnation of the machine.
+    # From one boot to the next.
 
     def rebooted(self) -> None:
         """The machine is built again."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vmm.state.manifest import Manifest
 
 TOUCHED_SECONDS = 2.0
-"""How long a restored machine is watched for the pages that it uses first."""
+"""For so long a restored machine is watched, to learn which pages it uses first."""
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
 KILLED = Outcome(Reason.KILLED, "killed")

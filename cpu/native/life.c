@@ -14,7 +14,7 @@
 
 enum {
 #ifdef __SANITIZE_ADDRESS__
-    STACK_SIZE = 64 << 20,   /* the compiler makes fewer sibling calls then: the software core's handlers nest for a turn */
+    STACK_SIZE = 64 << 20,   /* instrumented code has fewer tail calls: handlers of the software core nest for a turn */
 #else
     STACK_SIZE = 1 << 20,
 #endif
@@ -25,7 +25,7 @@ uint32_t lv_generation;
 static void forked(void)
 {
     lv_generation++;
-    lv_spinners = 0; /* those threads are not here */
+    lv_spinners = 0; /* the parent's threads do not exist in the child */
 }
 
 static void watch_forks(void) { pthread_atfork(NULL, NULL, forked); }
@@ -68,7 +68,7 @@ int lv_vcpu_resume(struct lv_vcpu *vcpu, uint64_t answer, bool park)
     if (vcpu->has_exit && vcpu->exit.size < 8)
         vcpu->answer &= (1ull << (8 * vcpu->exit.size)) - 1;
     lv_remember_answer(vcpu, vcpu->answer);
-    vcpu->has_exit = true; /* from now on there has been one before each park */
+    vcpu->has_exit = true; /* the vCPU will not be fresh any more when it parks */
     vcpu->wants_value = false;
     if (park) {
         /* Before the thread may go on, so that it finds the mark at the end of the instruction that it is in. */

@@ -41,7 +41,7 @@ class BlockBackend(Protocol):
         """Make the bytes read as zero; with `unmap` their space may be given up."""
         for at in range(offset, offset + length, CHUNK):
             await self.write(at, bytes(min(CHUNK, offset + length - at)))
-            await asyncio.sleep(0)  # `write` may be done at once
+            await asyncio.sleep(0)  # a `write` that never waits must not keep the loop
 
     async def aclose(self) -> None:
         """Give up descriptors."""

@@ -28,7 +28,8 @@ class CharBackend(Protocol):
         """The next input, at most INPUT_MAX bytes; waits while nobody is there. b"": no more will come."""
 
     async def write(self, data: bytes) -> None:
-        """Output; dropped if nobody is there. What waits here holds the guest's output, and a move of the machine."""
+        """Take output; it is dropped if nobody is there. While this waits, further output of the guest waits too, and
+        the machine cannot be saved."""
 
     async def aclose(self) -> None:
         """Give up descriptors."""
@@ -129,7 +130,7 @@ class SocketChar(CharBackend):
             for writer in tuple(self._clients):
                 writer.close()
             for task in tuple(self._serving):
-                task.cancel()  # of one that types it may wait for the guest, which reads no more
+                task.cancel()  # it may wait for a guest that reads no more input
             await asyncio.gather(*self._serving, return_exceptions=True)
             self._server = None
             with contextlib.suppress(FileNotFoundError):

@@ -149,7 +149,7 @@ def _name_from(path: str, below: str) -> str:
 
 
 async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress) -> None:
-    """Call for the whole disk, a step at a time, in a thread."""
+    """Have `call` go over the whole disk in a thread, one step after the other."""
     size = image.length
     for at in range(0, size, STEP):
         step = asyncio.ensure_future(asyncio.to_thread(call, at, min(STEP, size - at)))

@@ -123,8 +123,8 @@ class UserNet(StreamNet):
     @classmethod
     async def start(cls, options: Sequence[str] = (), *, wait: bool = True) -> UserNet:
         """`options` go to passt, for instance ("-t", "8080:80"). ConfigError if passt is missing, HostError with its
-        last message if it fails. Without `wait` it starts a little later, and nobody looks whether it does: for a
-        machine that knows its network and is to run on at once. What the guest sends until then is kept."""
+        last message if it fails. Without `wait` it starts a little later and a failure is not waited for:
+        a restored guest knows its network already and is to run on at once. What it sends until then is kept."""
         program = shutil.which("passt")
         if program is None:
             raise ConfigError("net user: passt is not installed; apt-get install passt")

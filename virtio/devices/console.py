@@ -160,10 +160,10 @@ class ConsoleDevice(Device):
         async for chain in queue:
             length = chain.readable_length
             at = 0
-            while length - at > CHUNK:  # a chain may be 4 GiB long: never all of it at once
+            while length - at > CHUNK:  # a chain may be 4 GiB long: take it in pieces
                 await self._write(port, chain.read(CHUNK, at))
                 at += CHUNK
-                await asyncio.sleep(0)  # nor without a turn for others
+                await asyncio.sleep(0)  # and let others have a turn
             if length > at:
                 await self._write(port, chain.read(CHUNK, at))
             queue.complete(chain, 0)

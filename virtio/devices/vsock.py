@@ -27,7 +27,8 @@ from virtio.queue import Queue
 HOST_CID = 2
 STREAM = 1
 BUFFER = 256 << 10
-"""Bytes that a guest may send ahead on one connection (buf_alloc), and on one of more than AMPLE connections."""
+"""Bytes that a guest may send ahead on a connection (buf_alloc); SMALL_BUFFER if there are more than AMPLE
+connections."""
 SMALL_BUFFER = 64 << 10
 AMPLE = 32
 DIALS_MAX = 16

@@ -129,7 +129,7 @@ class Outbox:
 
     def put(self, connection: Connection, op: Op, flags: int = 0, data: bytes = b"") -> None:
         """Send a packet of this stream, after those of it that wait."""
-        if op != Op.CREDIT_UPDATE:  # which is what is sent for a stream in the line that has no packet
+        if op != Op.CREDIT_UPDATE:  # a stream in the line without packets sends its credit
             connection.packets.append((op, flags, memoryview(data)))
             connection.waiting += len(data)
         self._line.setdefault(connection)

@@ -313,7 +313,7 @@ def _raw(path: str, descriptors: list[int], wanted: _Wanted, *, probed: bool) ->
 
 
 def _direct(path: str, fd: int, read_only: bool) -> int:
-    """The same file past the page cache, and the same even if the name means another one by now."""
+    """The same file opened past the page cache, even if its name leads to another file by now."""
     try:
         return os.open(f"/proc/self/fd/{fd}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:

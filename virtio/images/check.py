@@ -206,7 +206,7 @@ def marked(fd: int, header: Qcow2Header) -> None:
 
 
 def unmark(fd: int, header: Qcow2Header) -> None:
-    """Nothing was changed after all."""
+    """Take back marked(): nothing was changed."""
     if header.version > 2:
         _mark(fd, header.incompatible)
 

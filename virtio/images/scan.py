@@ -25,7 +25,7 @@ BAD_MAX = 1 << 20
 
 
 class Counts:
-    """A number per cluster, most of them 0; memory only for where others are."""
+    """A number for each cluster, 0 for most. Only stretches with other numbers take memory."""
 
     def __init__(self) -> None:
         self._chunks: dict[int, array[int]] = {}

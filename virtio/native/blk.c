@@ -340,7 +340,8 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
     return rings ? to_notify(rings) : NULL;
 }
 
-/* Drop every request that is not with the kernel, ask it to end the others. Whether none is left; waits for none. */
+/* Drop every request that the kernel does not have, and ask it to end the others, without waiting. Whether none is
+ * left. */
 static bool cancel(BlockObject *self)
 {
     struct jobs dropped = {0};

@@ -114,7 +114,7 @@ struct disk {
     uint64_t sectors;
     bool read_only, writeback, discard, write_zeroes;
     bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
-    bool abandoned; /* what the kernel has not begun is not done any more; set by the loop's thread, atomic */
+    bool abandoned; /* skip requests that were not yet submitted; set by the loop's thread, atomic */
     char serial[ID_BYTES];
 };
 

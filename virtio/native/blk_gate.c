@@ -102,7 +102,7 @@ int64_t gate_wait(struct gate *gate, int64_t now)
         if (wait < 0 || own < wait)
             wait = own;
         if (shared)
-            break; /* nobody passes by it */
+            break; /* the other side must not take the tokens that it waits for */
     }
     return wait;
 }

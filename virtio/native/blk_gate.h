@@ -33,7 +33,7 @@ static inline bool gate_closed(const struct gate *gate)
 
 /* Take a request. False: there is no memory. */
 bool gate_add(struct gate *gate, struct request *request);
-/* The next request that may pass, charged; NULL: none may now. `open`: it passes whatever tokens there are. */
+/* The next request that may pass, its tokens taken; NULL: none may now. With `open` it passes without enough tokens. */
 struct request *gate_take(struct gate *gate, int64_t now, bool open);
 /* How long until gate_take() has something, ns; -1: nothing waits. */
 int64_t gate_wait(struct gate *gate, int64_t now);

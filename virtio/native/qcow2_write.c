@@ -35,7 +35,7 @@ int qcow2_drop_cell(struct qcow2 *q, const struct cell *cell)
         return 0;
     uint64_t first = offset >> q->cluster_bits, last = (offset + length - 1) >> q->cluster_bits;
     q->dirty = true;
-    /* Each by itself: several compressed clusters may share one. */
+    /* One at a time: several compressed clusters may share one cluster of the file. */
     for (uint64_t cluster = first; cluster <= last; cluster++) {
         int error = drops_add(&q->dropped, cluster, 1);
         if (error)

@@ -180,7 +180,7 @@ def mutex(path: str) -> bytes:
 
 
 def acquire(path: str) -> bytes:
-    """However long it takes."""
+    """20.2.5.4: take a mutex; wait for it without a time limit."""
     return b"\x5b\x23" + name_string(path) + b"\xff\xff"
 
 

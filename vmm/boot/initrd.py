@@ -2,7 +2,7 @@
 
 Specification: Linux' Documentation/driver-api/early-userspace/buffer-format.rst (newc archives, compressed or not, one
 after the other, with zero bytes between), RFC 8878 (Zstandard). What the other compressions hold is known only after
-unpacking; there the kernel says what it thinks.
+unpacking; there the kernel reports what is wrong.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ VECTORS = struct.pack("<256I", *(_SERVICE if vector in SERVICES else _IRET for v
 
 def write_bda(memory: LoadMemory) -> None:
     """What a BIOS leaves and Xen, boot sectors and others use: at 0x400 two serial ports, where the EBDA is, and how
-    much memory is below it; interrupt vectors behind which is no service; a reset vector by which GRUB, Linux with
+    much memory is below it; interrupt vectors that lead to no service; a reset vector by which GRUB, Linux with
     `reboot=bios` and real-mode programs reset."""
     equipment = 2 << 9
     kib = layout.EBDA.start >> 10

@@ -30,7 +30,7 @@ ESCAPE = b"\x1d"
 """Ctrl-]"""
 CHUNK = 16 << 10
 TYPE_AHEAD = 16 << 20
-"""Bytes from a terminal that are taken while the guest does not: Ctrl-] comes behind them, and nothing else helps."""
+"""Bytes of typed input that are taken while the guest reads none: the Ctrl-] that leaves may stand behind them."""
 LEAVE_SECONDS = 0.5
 """How long a client that leaves waits for its input to be taken, from each time that some of it is."""
 QUIET_SECONDS = 2.0

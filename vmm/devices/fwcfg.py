@@ -32,7 +32,7 @@ SIGNATURE, DMA_SIGNATURE = b"QEMU", b"QEMU CFG"
 TRADITIONAL, DMA = 1 << 0, 1 << 1
 """Bits of the item KEY_ID: what the interface can do."""
 WRITE_MODE = 1 << 14
-"""A bit of the selector that chose writing on old machines: selects the same item."""
+"""A bit of the selector that chose writing on old machines; here it is ignored."""
 
 # Items by number, for those who do not look into the directory.
 KEY_SIGNATURE, KEY_ID, KEY_UUID, KEY_RAM_SIZE, KEY_NOGRAPHIC, KEY_CPUS = 0x00, 0x01, 0x02, 0x03, 0x04, 0x05

@@ -1,5 +1,5 @@
-"""What processor test suites use to provoke the rest of a PC: interrupt lines, memory of an I/O device, and a page that
-the processor must look up again. Only with `testdev`.
+"""Devices for processor test suites: interrupt lines that they drive, memory of an I/O device, and a port that makes
+the processor forget a page. Only with `testdev`.
 
 Ports and addresses are those of QEMU's pc-testdev, as kvm-unit-tests use them; the exit port of the same suites is
 vmm/devices/debug.py's.

@@ -296,7 +296,7 @@ def _controller(item: Reader, found: DeviceList) -> None:
     model = item.attribute("model")
     if kind == "usb" and model != "none":
         found.notes.append(f"usb controller{' ' + model if model else ''}: this machine has no USB")
-    # A controller is where devices are; with this machine every device is where it is.
+    # A controller says where devices stand; this machine places every device by itself.
     item.take_all()
 
 

@@ -1,4 +1,4 @@
-"""The daemon's hand on machines: starting one as a process of its own, asking it, hearing its events.
+"""How the daemon handles machines: it starts each as a process of its own, asks it, and hears its events.
 
 The daemon runs no guest. Each machine is a `vmm run` in a session of its own that neither the daemon's end nor its
 terminal reaches; it is found by its name in the registry, and spoken to by its control socket. Loop thread.

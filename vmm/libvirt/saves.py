@@ -1,4 +1,4 @@
-"""Domains put down and taken up again: saved states and snapshots, on the machine's own (vmm/state).
+"""Saved states and snapshots of domains, made of the machine's own snapshots (vmm/state).
 
     STATE/saves/NAME/                what `managedsave` made: the next start goes on from it
     STATE/snapshots/NAME/SNAP/       info.json, domain.xml; state/ of a running machine; disks/TARGET it writes to
@@ -225,7 +225,7 @@ class Saves:
             await self._domains.start(domain, spec, paused=paused, how=BOOTED)
 
     async def delete(self, domain: Domain, info: Info, *, children: bool, itself: bool) -> None:
-        """Forget it, or what came after it, or both; what is left hangs on what was before it. Raises VmmError."""
+        """Delete this snapshot, or those that came after it, or both. Others get its parent. Raises VmmError."""
         doomed = self.descendants(domain, info) if children else []
         if itself:
             doomed.append(info)

@@ -54,9 +54,9 @@ class MachineBoard:
         self.signal_msi: Callable[[int, int], None] = vm.signal_msi
         self.request = request
         self.stall: Callable[[], Callable[[], None]] = _no_vcpu
-        """The dispatcher's."""
+        """Set by the dispatcher: its `stall`."""
         self.posted: dict[int, PostedHandler] = {}
-        """By tag, for the dispatcher."""
+        """Handlers of posted writes by their tags, for the dispatcher."""
         self._tags: dict[tuple[Literal["post", "shadow"], Space, int, int], int] = {}
         self._free: list[int] = []
         self._next_tag = 1

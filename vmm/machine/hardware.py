@@ -1,8 +1,8 @@
 """What a machine has before its first device: memory, the core's VM with its slots, and the vCPUs.
 
-The host's KVM takes 5 to 20 ms for it, most of which it sleeps until other processors are done with what it replaces
-(tests.bench start). So a thread makes it: the loop serves its other machines meanwhile, and `vmm run` loads the rest of
-itself. Knows no devices and no loop.
+KVM takes 5 to 20 ms to make them. Most of that time it sleeps, until no other processor uses the tables that it
+replaces (tests.bench start). So a thread makes them: the loop serves its other machines meanwhile, and `vmm run` loads
+its other modules. Knows no devices and no loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Guest memory: host buffers at guest-physical addresses, checked on every access.
 
-Layout of a PC: RAM from 0 up to the PCI hole at 3 GiB, the rest from 4 GiB on. Implements virtio's GuestMemory
-structurally. A buffer stays at its host address for the memory's life; what lies behind it is the source's:
+Layout of a PC: RAM from 0 up to the PCI hole at 3 GiB, the rest from 4 GiB on. It has the form of
+virtio.protocols.DmaMemory. A buffer stays at its host address for the memory's life; what lies behind it depends on the
+source:
 
 - `Anonymous`: zeros of this process, with large pages where the host has them.
 - `Shared`: a memfd, which other processes may map.
@@ -116,7 +117,7 @@ class GuestMemory:
         self._files: set[int] = set()
         self._holes = 0
         self._logging = False
-        self._prepared = -1  # a file with what memory held before what the dirty log has
+        self._prepared = -1  # a file with memory's content from before the writes in the dirty log
         low = min(size, PCI_HOLE)
         try:
             self._open_file()
@@ -235,8 +236,8 @@ class GuestMemory:
                 pass
 
     def populate_pages(self, pages: bytes) -> None:
-        """populate() for the pages of a bitmap: region after region, each in whole 64-bit words. What it has too little
-        or too much of is not looked at. *any thread*"""
+        """populate() for the pages of a bitmap: region after region, each in whole 64-bit words. A bitmap that is too
+        short or too long is used as far as it goes. *any thread*"""
         at = 0
         for start, view in self.regions():
             words = (len(view) // PAGE + 63) // 64 * 8

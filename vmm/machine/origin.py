@@ -58,7 +58,7 @@ class SavedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """Pages that a machine used first after it was taken up: later ones read them ahead."""
+    """Pages that a restored machine used first. Later restores of the same snapshot read them ahead."""
 
     pages: bytes | None
     """A bitmap over all of RAM, region after region in whole 64-bit words; None: not recorded yet."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmm.errors import ConfigError, HostError, os_reason
 
 BACKLOG = 128
-"""Clients that may wait to be accepted; those beyond wait before (unix(7): connect blocks)."""
+"""Clients that may wait to be accepted; further ones wait in connect(2) (unix(7))."""
 MAX_PATH = 107
 """sun_path of unix(7) holds 108 bytes with the terminating zero."""
 

@@ -52,7 +52,7 @@ class HostBridge:
         return False
 
 class _Address:
-    """0xCF8: only 4-byte accesses are to it (3.2.2.3.2: "any other types of accesses ... have no effect"); so the
+    """0xCF8: it takes only 4-byte accesses (3.2.2.3.2: "any other types of accesses ... have no effect"); so the
     range is declared 4 bytes long, and byte accesses to the reset register within it (0xCF9) are passed to `reset`."""
 
     def __init__(self) -> None:

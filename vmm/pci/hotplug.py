@@ -97,7 +97,7 @@ class PciHotplug:
         self._pm.general_event(layout.PCI_EVENT)
 
     def withdraw(self, device: int) -> None:
-        """The question is void, as far as the guest has not heard it."""
+        """Withdraw the question, if the guest has not heard it yet."""
         self._asked &= ~(1 << device)
 
     def pulled(self, device: int) -> None:

@@ -109,7 +109,7 @@ class _Taking:
         self._vm, self._folder, self._base, self._how = vm, folder, base, disks
         self._progress = progress
         self._machine = vm.machine
-        """The incarnation that is saved."""
+        """The machine that is saved; after a reboot there is another."""
         self._memory: GuestMemory = self._machine.memory
         self._regions = [(start, len(view)) for start, view in self._memory.regions()]
         self._offsets: list[int] = []

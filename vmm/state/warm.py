@@ -134,7 +134,7 @@ def _prune(cache: Path) -> None:
 
 
 def forget(path: Path, error: StateError) -> str:
-    """Remove one that is no use; a sentence that says so."""
+    """Remove a snapshot that cannot be used. Returns a sentence that says so."""
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
