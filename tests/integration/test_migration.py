@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import vmm
 from tests.support.command import VMM, environment
 from tests.support.cutting import CuttingProxy
+from vmm import disks
 from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.lifecycle import Reason, State
 from vmm.migration.link import parse_uri
@@ -327,3 +330,157 @@ def test_certificates_on_both_sides(tmp_path: Path) -> None:
                 await talks(await receiver.arrive(), "moved")
 
     asyncio.run(main())
+
+
+KILLED = """
+import asyncio, os, signal, sys
+import vmm
+from vmm.migration import link
+from vmm.migration.protocol import Kind
+from vmm.migration.target import Receiver
+
+side, step, moment, where = sys.argv[1:5]
+send = link.Link.send
+
+def killing(self, kind, *parts, **options):
+    if kind.name == step and moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(self, kind, *parts, **options)
+    if kind.name == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+link.Link.send = killing
+
+async def main():
+    if side == "source":
+        async with vmm.run("echo", memory="32M", platform="pc") as vm:
+            await vm.console.expect(rb"Ctrl-D ends\\n", timeout=60)
+            await vm.migrate(where)
+    else:
+        async with Receiver(where, name="") as receiver:
+            print("waits", flush=True)
+            await receiver.arrive()
+            await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+def killed(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", KILLED, *words], stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ["PAGES", "STATE", "HANDOVER", "COMMIT", "DONE"])
+async def test_a_killed_source(tmp_path: Path, step: str, moment: str) -> None:
+    """Its guest goes with it, unless the target had all of it: then that one runs, or waits for a word."""
+    async with waiting(f"unix:{tmp_path / 'm'}") as receiver:
+        child = killed("source", step, moment, receiver.uri)
+        try:
+            if step == "PAGES" or (step, moment) == ("STATE", "before"):
+                with pytest.raises(HostError, match="ended the connection"):
+                    async with asyncio.timeout(60):
+                        await receiver.arrive()
+                return
+            async with asyncio.timeout(60):
+                vm = await receiver.arrive()
+            if step == "DONE" or (step, moment) == ("COMMIT", "after"):
+                assert vm.state is State.RUNNING
+            else:
+                assert vm.state is State.PAUSED and vm.obstacle is not None and "vmm resume" in vm.obstacle.text
+                with pytest.raises(StateError):
+                    vm.resume()
+                await vm.take_up()
+            await talks(vm, "lives")
+        finally:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ["ACCEPT", "ROUND_DONE", "READY", "TAKEN", "RUNNING"])
+async def test_a_killed_target(tmp_path: Path, step: str, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source runs on, its disk locked by itself; or is paused, if the target may run, until somebody decides."""
+    monkeypatch.setattr("vmm.migration.source.ASK_SECONDS", 1.0)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    where = f"unix:{tmp_path / 'm'}"
+    async with echo(disks=[vmm.Disk(path=image, format="raw")]) as vm:
+        child = killed("target", step, moment, where)
+        try:
+            assert child.stdout is not None and await asyncio.to_thread(child.stdout.readline) == b"waits\n"
+            if (step, moment) == ("RUNNING", "after"):
+                await vm.migrate(where)
+                assert (await vm.wait()).reason is Reason.MIGRATED
+                return
+            with pytest.raises(HostError):
+                await vm.migrate(where)
+            if step == "RUNNING" or (step == "TAKEN" and vm.state is State.PAUSED):  # COMMIT was sent
+                assert vm.state is State.PAUSED and vm.obstacle is not None and "vmm resume" in vm.obstacle.text
+                await vm.take_up()
+            assert vm.state is State.RUNNING
+            await talks(vm, "lives")
+            with pytest.raises(ConfigError, match="in use"):
+                async with echo(disks=[vmm.Disk(path=image, format="raw")]):
+                    pass
+        finally:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None
+            child.stdout.close()
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+async def test_disks_are_copied_while_the_guest_writes(linux: Any, tmp_path: Path, format: str) -> None:
+    """What it wrote before, meanwhile and afterwards is there, and nothing else; the source's file is left behind."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    if format == "raw":
+        (here / "disk").write_bytes(bytes(32 << 20))
+    else:
+        disks.create_disk(str(here / "disk"), 32 << 20)
+    data = vmm.Disk(path=here / "disk", format=format, id="data")
+    async with vmm.run("linux", disks=[data], **OPTIONS) as vm:
+        device = "/dev/$(grep -l data /sys/block/*/serial | cut -d/ -f4)"
+        await text(vm, f"head -c 8000000 /dev/urandom >/tmp/one; cat /tmp/one >{device}; sync")
+        write = "i=0; while :; do i=$((i+1)); echo $i | dd of=$D bs=512 seek=$((20000+i)) conv=notrunc 2>/dev/null;"
+        write += " sync; echo $i >/tmp/count; sleep 0.05; done"
+        await text(vm, f"D={device}; ({write}) >/dev/null 2>&1 &")
+        async with waiting(f"unix:{tmp_path / 'm'}", disks={"data": there / "disk"}) as receiver:
+            progress = await vm.migrate(receiver.uri, copy_storage=True)
+            assert progress.disk_sent >= 32 << 20
+            new = await receiver.arrive()
+            count = int(await text(new, "cat /tmp/count"))
+            await text(new, f"while [ $(cat /tmp/count) -le {count} ]; do sleep 0.02; done; kill %1; sync; true")
+            compare = f"cmp -n 8000000 /tmp/one {device} && n=$(cat /tmp/count); echo 3 >/proc/sys/vm/drop_caches;"
+            compare += f" for i in $(seq $n); do [ $(dd if={device} bs=512 skip=$((20000+i)) count=1 2>/dev/null |"
+            compare += " head -n 1) = $i ] || echo wrong $i; done; echo checked"
+            assert await text(new, compare) == "checked"
+
+
+@pytest.mark.kvm
+async def test_from_one_core_to_the_other_and_back(tmp_path: Path) -> None:
+    async with echo(core="kvm") as vm, waiting(f"unix:{tmp_path / 'm'}", core="soft") as receiver:
+        await vm.migrate(receiver.uri)
+        new = await receiver.arrive()
+        assert new.core == "soft"
+        await talks(new, "on the other core")
+        async with waiting(f"unix:{tmp_path / 'b'}", core="kvm") as back:
+            await new.migrate(back.uri)
+            assert (await back.arrive()).core == "kvm"
+            await talks(await back.arrive(), "and back")
+
+
+async def test_a_processor_that_the_other_core_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    """What the guest was told of decides, not what this host has."""
+    async with echo() as vm, waiting(f"unix:{tmp_path / 'm'}") as receiver:
+        entries = vm.machine.cpuid[0]
+        vm.machine.cpuid[0] = [replace(e, ebx=e.ebx | 1 << 16) if e.function == 7 else e for e in entries]
+        if vm.machine.cpuid[0] == entries:
+            vm.machine.cpuid[0] = [replace(e, ecx=e.ecx | 1 << 28) if e.function == 1 else e for e in entries]
+        with pytest.raises(HostError, match="the guest was told of what the core .* lacks: avx"):
+            await vm.migrate(receiver.uri)
+        await talks(vm, "runs on")
