@@ -42,6 +42,7 @@ class NetFeature(enum.IntFlag):
     MRG_RXBUF = 1 << 15
     STATUS = 1 << 16
     CTRL_VQ = 1 << 17
+    GUEST_ANNOUNCE = 1 << 21
     MQ = 1 << 22
     CTRL_MAC_ADDR = 1 << 23
 
@@ -51,19 +52,23 @@ REQUIREMENTS: dict[int, int] = {
     NetFeature.GUEST_TSO6: NetFeature.GUEST_CSUM,
     NetFeature.HOST_TSO4: NetFeature.CSUM,
     NetFeature.HOST_TSO6: NetFeature.CSUM,
+    NetFeature.GUEST_ANNOUNCE: NetFeature.CTRL_VQ,
     NetFeature.MQ: NetFeature.CTRL_VQ,
     NetFeature.CTRL_MAC_ADDR: NetFeature.CTRL_VQ,
 }
 """5.1.3.1"""
 
-LINK_UP = 1
+LINK_UP, ANNOUNCE = 1, 2
 HEADER = 12
 COUNTERS = ("received", "bytes_received", "sent", "bytes_sent", "dropped")
+ANNOUNCE_SECONDS = (0.05, 0.15, 0.25, 0.35, 0.0)
+"""Between announcements that the device makes itself."""
 ETHERNET_HEADER = 18
 """With a VLAN tag."""
 _header = fast(NetHeader)
 _control = fast(NetControl)
 _CTRL_MAC, _CTRL_MAC_ADDR_SET = 1, 1
+_CTRL_ANNOUNCE, _CTRL_ANNOUNCE_ACK = 3, 0
 _CTRL_MQ, _CTRL_MQ_PAIRS_SET = 4, 0
 _OK, _ERR = b"\0", b"\1"
 _MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED, _LIMITED = 1, 2, 4, 8, 16, 32
@@ -100,6 +105,12 @@ def incoming_header(header: bytes, features: int) -> bytes | None:
     if not flags & NEEDS_CSUM:
         start = offset = 0
     return _header.pack(flags, gso_type, hdr_len, gso_size, start, offset, 0)
+
+
+def reverse_arp(mac: bytes) -> bytes:
+    """A reverse ARP request (RFC 903) of this card to all, which any switch on its way learns from."""
+    arp = b"\0\1\x08\0\6\4\0\3" + mac + bytes(4) + mac + bytes(4)
+    return (b"\xff" * 6 + mac + b"\x80\x35" + arp).ljust(60, b"\0")
 
 
 def random_mac(random: RandomSource) -> bytes:
@@ -171,11 +182,14 @@ class NetDevice(Device):
         self.mac = mac
         self._mac_default = mac
         self.link = True
+        self._announcing = False
+        """The driver is asked to tell the network where it is, and has not said yet that it does."""
         self.pairs_max = max(len(backend.channels), 1)
         self.pairs = 1
         features = (
             NetFeature.MAC | NetFeature.STATUS | NetFeature.MRG_RXBUF | NetFeature.CTRL_VQ | NetFeature.CTRL_MAC_ADDR
         )
+        features |= NetFeature.GUEST_ANNOUNCE
         if self._mtu is not None:
             features |= NetFeature.MTU
         if self.pairs_max > 1:
@@ -199,7 +213,7 @@ class NetDevice(Device):
         result: bytes = NetConfig.build(
             {
                 "mac": self.mac,
-                "status": LINK_UP if self.link else 0,
+                "status": (LINK_UP if self.link else 0) | (ANNOUNCE if self._announcing else 0),
                 "max_virtqueue_pairs": self.pairs_max,
                 "mtu": self._mtu or 0,
                 "speed": 0xFFFFFFFF,
@@ -295,7 +309,26 @@ class NetDevice(Device):
             return self._mtu + ETHERNET_HEADER
         return FRAME_MAX
 
+    async def announce(self) -> None:
+        """The card is in another place of the network, whose switches are to learn of it. A driver that negotiated
+        VIRTIO_NET_F_GUEST_ANNOUNCE is asked to do that (5.1.6.5.4); for another a reverse ARP request (RFC 903) is sent
+        in its name, a few times, for what is just being plugged together loses frames."""
+        if self.is_active and self.active.features & NetFeature.GUEST_ANNOUNCE:
+            self._announcing = True
+            self.config_changed()
+            return
+        for pause in ANNOUNCE_SECONDS:
+            if not self.link:
+                return
+            try:
+                await self._trusted.call(self.backend.send_offloaded, bytes(HEADER), reverse_arp(self.mac))
+            except (Mistake, OSError, HostError) as error:
+                self._trusted.warn(error)
+                return
+            await asyncio.sleep(pause)
+
     def stopped(self) -> bool:
+        self._announcing = False
         self._unregister()
         for flow in self._flows.values():
             flow.close()
@@ -540,6 +573,14 @@ class NetDevice(Device):
         data = command[_control.size :]
         if (kind, number) == (_CTRL_MAC, _CTRL_MAC_ADDR_SET) and len(data) == 6:
             self.mac = bytes(data)
+            return _OK
+        if (kind, number) == (_CTRL_ANNOUNCE, _CTRL_ANNOUNCE_ACK):
+            # 5.1.6.5.4.2: "the device MUST clear the VIRTIO_NET_S_ANNOUNCE bit in the status field upon receipt of a
+            # command buffer with class VIRTIO_NET_CTRL_ANNOUNCE and command VIRTIO_NET_CTRL_ANNOUNCE_ACK before marking
+            # the buffer as used", if VIRTIO_NET_F_GUEST_ANNOUNCE has been negotiated
+            if not self.active.features & NetFeature.GUEST_ANNOUNCE:
+                return _ERR
+            self._announcing = False
             return _OK
         if (kind, number) == (_CTRL_MQ, _CTRL_MQ_PAIRS_SET) and len(data) == 2:
             pairs = int.from_bytes(data, "little")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cpu.model import lacking
 from virtio.devices.blk import BlockDevice
+from virtio.devices.net import NetDevice
 from virtio.images.create import create_qcow2
 from vmm import _native
 from vmm.config import Config
@@ -254,6 +255,7 @@ class Session:
         self._made: list[Path] = []
         """Files of disks that are copied along."""
         self._restored = False
+        self._announcing: asyncio.Task[None] | None = None
         self._views: list[memoryview] = []
 
     # The offer.
@@ -551,6 +553,12 @@ class Session:
         self._machine.resume_devices()
         if not paused:
             self.vm.resume()
+        self._announcing = asyncio.create_task(self._announce(), name="announce")
+
+    async def _announce(self) -> None:
+        """The cards are in another place of the network. A network that cannot be told learns by the guest's frames."""
+        cards = [device for device in self.vm.virtio_devices().values() if isinstance(device, NetDevice)]
+        await asyncio.gather(*(card.announce() for card in cards), return_exceptions=True)
 
     async def _see_off(self) -> None:
         """The machine runs: until the source knows."""
@@ -627,6 +635,9 @@ class Session:
         for link in self._links:
             await asyncio.to_thread(link.close)
         self._threads.close()
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
         if self.phase in ("building", "receiving", "failed"):
             await self._discard("given up")
 

@@ -290,6 +290,29 @@ async def control(driver: Any, data: bytes) -> bytes:
     return answer
 
 
+@pytest.mark.clause("5.1.6.5.4.2-a")
+async def test_the_driver_announces_a_new_place(connect: Connect, peer: Peer) -> None:
+    """It is asked by its configuration, and says when it does."""
+    device = NetDevice(peer.backend, MAC)
+    driver = connect(device)
+    driver.initialize()
+    await device.announce()
+    assert device.config()[6] & 2
+    assert await control(driver, b"\3\0") == b"\0"
+    assert not device.config()[6] & 2
+
+
+async def test_the_device_announces_for_a_driver_that_cannot(peer: Peer) -> None:
+    """By reverse ARP, RFC 903: broadcast from the card's address, which is also what is asked for."""
+    device = NetDevice(peer.backend, MAC)
+    announcing = asyncio.create_task(device.announce())
+    frame = await peer.receive()
+    await announcing
+    assert frame[:14] == b"\xff" * 6 + MAC + b"\x80\x35" and len(frame) == 60
+    assert frame[14:22] == bytes((0, 1, 8, 0, 6, 4, 0, 3)) and frame[22:28] == frame[32:38] == MAC
+    await device.aclose()
+
+
 @pytest.mark.clause("5.1.6.5-a", "5.1.6.5.2.1-a")
 async def test_control_queue(connect: Connect, peer: Peer) -> None:
     """5.1.6.5"""
