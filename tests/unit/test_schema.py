@@ -17,7 +17,18 @@ from cli.options import RUN_OPTIONS, parse_run
 from cli.run import configure
 from tests.support.command import vmm
 from vmm import convert
-from vmm.config import Config, ConsoleConfig, Disk, FlatImage, FwCfgItem, GdbConfig, Net, PciSlot, PortConfig
+from vmm.config import (
+    Config,
+    ConsoleConfig,
+    Disk,
+    FlatImage,
+    FwCfgItem,
+    GdbConfig,
+    Net,
+    PciSlot,
+    PortConfig,
+    limit_names,
+)
 from vmm.convert import Checked, format_size
 from vmm.errors import ConfigError
 from vmm.schema import descriptions, schema
@@ -46,6 +57,8 @@ NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (Config, "initrd"): {"kernel": "/k"}, (Net, "target"): {"kind": "unix"},
     (Net, "queues"): {"kind": "tap", "target": "tap0"},
     (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
+    **{(kind, name): {name.removesuffix("_burst"): 1}
+       for kind in (Disk, Net) for name in limit_names(kind) if name.endswith("_burst")},
 }
 # How a part begins on the command line: what stands before the first comma.
 HEADS: dict[type, Any] = {
