@@ -29,6 +29,7 @@ class Vm:
         seed: int | None = None,
         system_fd: int = -1,
         pit: bool = True,
+        finish: bool = True,
     ) -> Self: ...
     @property
     def closed(self) -> bool: ...

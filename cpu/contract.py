@@ -76,6 +76,8 @@ class VmConfig:
     """Seeds RDRAND and RDSEED (software core); None: the host's entropy."""
     pit: bool = True
     """An 8254 at ports 0x40 to 0x43, and port 0x61. Without it KVM closes the VM 14 ms sooner (tests.bench start)."""
+    finish: bool = True
+    """The software core executes the instructions that the host's KVM gives up (`stats()['finished']`)."""
     tsc_khz: int = 0
     """Rate of the guests' TSC; 0: the core's own (KVM: the host's, software core: 1 GHz). A guest that is to move to a
     core which cannot scale has to have that core's. HostError from create_vcpu() if the core cannot have it."""

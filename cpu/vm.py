@@ -163,6 +163,7 @@ class CoreVm(_core.Vm):
             seed=config.seed,
             system_fd=system_fd,
             pit=config.pit,
+            finish=config.finish,
         )
         self.msr_indices = tuple(msr_indices)
         self.supported_cpuid = supported_cpuid

@@ -61,6 +61,7 @@ int lv_kvm_set_debug(struct lv_vcpu *vcpu, const struct lv_debug *debug)
     if (r < 0)
         return r;
     k->frozen = debug->flags & LV_DEBUG_FROZEN;
+    k->stepping = debug->flags & LV_DEBUG_STEP;
     memset(k->points, 0, sizeof k->points);
     for (uint32_t i = 0; i < debug->count; i++)
         k->points[i] = debug->points[i].address;

@@ -16,6 +16,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef KVM_CAP_EXIT_ON_EMULATION_FAILURE
+#define KVM_CAP_EXIT_ON_EMULATION_FAILURE 204
+#endif
 #define KICK_SIGNAL SIGSTKFLT
 
 enum {
@@ -94,6 +97,9 @@ static void vm_destroy(struct lv_vm *vm)
         return;
     if (k->fd >= 0)
         close(k->fd);
+    for (unsigned i = 0; i < LV_MAX_SLOTS; i++)
+        free(k->slots[i].written);
+    pthread_rwlock_destroy(&k->guest_mode);
     pthread_mutex_destroy(&k->lock);
     free(k);
     vm->core = NULL;
@@ -108,12 +114,20 @@ static int vm_create(struct lv_vm *vm)
         return -ENOMEM;
     vm->core = k;
     pthread_mutex_init(&k->lock, NULL);
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&k->guest_mode, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
     uint64_t identity = IDENTITY_MAP_ADDRESS;
     int r = k->fd = call(vm->config.system_fd, KVM_CREATE_VM, NULL);
     if (r >= 0) {
         k->run_size = (size_t)call(vm->config.system_fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
         r = k->run_size < sizeof(struct kvm_run) ? -EINVAL : 0;
     }
+    struct kvm_enable_cap failures = {.cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = {1}};
+    if (r >= 0 && vm->config.finish) /* API 7.32: else a program in the guest gets #UD. Older kernels do not have it. */
+        call(k->fd, KVM_ENABLE_CAP, &failures);
     struct kvm_enable_cap manual = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
     if (r >= 0) /* API 7.18. Without it one call reads, clears and write-protects the whole slot under KVM's lock. */
         k->clears_log = call(k->fd, KVM_ENABLE_CAP, &manual) >= 0;
@@ -137,8 +151,12 @@ static int set_slot(struct lv_vm *vm, uint32_t slot, uint64_t gpa, uint64_t size
     int r = call(k->fd, KVM_SET_USER_MEMORY_REGION, &region);
     if (r < 0)
         return r;
+    uint8_t *written = log_dirty ? calloc((size >> 15) + 1, 1) : NULL;
+    if (log_dirty && !written)
+        return -ENOMEM;
     pthread_mutex_lock(&k->lock);
-    k->slots[slot] = (struct kvm_slot){.gpa = gpa, .size = size, .host = host};
+    free(k->slots[slot].written);
+    k->slots[slot] = (struct kvm_slot){.gpa = gpa, .size = size, .host = host, .readonly = readonly, .written = written};
     pthread_mutex_unlock(&k->lock);
     return 0;
 }
@@ -160,6 +178,13 @@ static int dirty_log(struct lv_vm *vm, uint32_t slot, uint8_t *bitmap, size_t si
                                             .dirty_bitmap = (void *)part};
         r = call(k->fd, KVM_CLEAR_DIRTY_LOG, &clear);
     }
+    pthread_mutex_lock(&((struct kvm_core_vm *)vm->core)->lock);
+    uint8_t *written = k->slots[slot].written;
+    for (size_t i = 0; r >= 0 && written && i < (pages + 7) / 8 && i < size; i++) {
+        bitmap[i] |= written[i];
+        written[i] = 0;
+    }
+    pthread_mutex_unlock(&((struct kvm_core_vm *)vm->core)->lock);
     return r;
 }
 
@@ -206,6 +231,8 @@ static void vcpu_destroy(struct lv_vcpu *vcpu)
     struct kvm_core_vcpu *k = vcpu->core;
     if (!k)
         return;
+    lv_kvm_finish_destroy(k->finish);
+    free(k->cpuid);
     if (k->run)
         munmap(k->run, k->run_size);
     if (k->fd >= 0)
@@ -308,6 +335,13 @@ static void park_internal_error(struct lv_vcpu *vcpu, int64_t suberror)
     lv_park(vcpu, &exit);
 }
 
+static uint64_t rip_of(struct lv_vcpu *vcpu)
+{
+    struct kvm_regs regs = {0};
+    call(vcpu_fd(vcpu), KVM_GET_REGS, &regs);
+    return regs.rip;
+}
+
 static void do_port(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
 {
     /* Copied once: the page is shared with the kernel only, but KVM_RUN reuses it. */
@@ -387,8 +421,20 @@ static void handle(struct lv_vcpu *vcpu, struct kvm_core_vcpu *k)
         exit = lv_kvm_debug_exit(k);
         break;
     case KVM_EXIT_INTERNAL_ERROR:
-        park_internal_error(vcpu, k->run->internal.suberror);
-        return;
+        switch (k->run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION ? lv_kvm_finish(vcpu) : LV_NOT_FINISHED) {
+        case LV_FINISHED:
+            if (!k->stepping)
+                return;
+            exit = (struct lv_exit){.kind = LV_DEBUG, .rip = rip_of(vcpu), .code = LV_DR6_STEP, .extra = 1};
+            break;
+        case LV_FINISHED_SHUTDOWN:
+            exit.kind = LV_SHUTDOWN;
+            break;
+        default:
+            park_internal_error(vcpu, k->run->internal.suberror);
+            return;
+        }
+        break;
     case KVM_EXIT_INTR:
     case KVM_EXIT_IRQ_WINDOW_OPEN:
         return;
@@ -404,6 +450,7 @@ static void run(struct lv_engine *engine)
     static const struct lv_exit interrupted = {.kind = LV_INTERRUPTED};
     struct lv_vcpu *vcpu = engine->vcpus[0];
     struct kvm_core_vcpu *k = vcpu->core;
+    pthread_rwlock_t *guest_mode = &((struct kvm_core_vm *)vcpu->vm->core)->guest_mode;
     while (!lv_closing(vcpu->vm)) {
         uint32_t seq = atomic_load(&engine->seq);
         if (k->frozen && !atomic_load(&vcpu->kicked)) {
@@ -412,11 +459,13 @@ static void run(struct lv_engine *engine)
         }
         /* With immediate_exit KVM_RUN still completes the instruction that the last exit was in (API 5, kvm_run). */
         k->run->immediate_exit = atomic_load(&vcpu->kicked) != 0;
-        if (ioctl(k->fd, KVM_RUN, NULL) >= 0) {
+        pthread_rwlock_rdlock(guest_mode);
+        int ran = ioctl(k->fd, KVM_RUN, NULL), error = errno;
+        pthread_rwlock_unlock(guest_mode);
+        if (ran >= 0) {
             handle(vcpu, k);
             continue;
         }
-        int error = errno;
         if (error == EINTR || error == EAGAIN) {
             /* A kick; or SIGSTOP and a debugger, which concern nobody here; or an AP that got INIT. */
             drain_kicks();
@@ -439,6 +488,18 @@ static int set_cpuid(struct lv_vcpu *vcpu, const struct kvm_cpuid_entry2 *entrie
     memcpy(table->entries, entries, count * sizeof *entries);
     int r = call(vcpu_fd(vcpu), KVM_SET_CPUID2, table);
     free(table);
+    if (r < 0)
+        return r;
+    struct kvm_core_vcpu *k = vcpu->core;
+    struct kvm_cpuid_entry2 *copy = calloc(count ? count : 1, sizeof *entries);
+    if (!copy)
+        return -ENOMEM;
+    memcpy(copy, entries, count * sizeof *entries);
+    free(k->cpuid);
+    k->cpuid = copy;
+    k->cpuid_count = count;
+    lv_kvm_finish_destroy(k->finish); /* it has the old one */
+    k->finish = NULL;
     return r;
 }
 
@@ -446,6 +507,21 @@ static int stood_still(struct lv_vcpu *vcpu)
 {
     int r = call(vcpu_fd(vcpu), KVM_KVMCLOCK_CTRL, NULL);
     return r == -EINVAL ? 0 : r; /* the guest does not use kvmclock */
+}
+
+static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
+{
+    if (max)
+        *out = (struct lv_stat){"finished", atomic_load(&((struct kvm_core_vm *)vm->core)->finished)};
+    return max ? 1 : 0;
+}
+
+/* In a forked child: the threads are not here. */
+static void forked(struct lv_vm *vm)
+{
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        if (vm->vcpus[i] && vm->vcpus[i]->core)
+            lv_kvm_finish_forked(((struct kvm_core_vcpu *)vm->vcpus[i]->core)->finish);
 }
 
 static int nmi(struct lv_vcpu *vcpu)
@@ -463,5 +539,5 @@ const struct lv_ops lv_kvm_ops = {
     .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
     .get_vcpu = lv_kvm_get_vcpu, .set_vcpu = lv_kvm_set_vcpu, .get_vm = lv_kvm_get_vm, .set_vm = lv_kvm_set_vm,
     .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = lv_kvm_set_debug, .translate = lv_kvm_translate,
-    .nmi = nmi,
+    .nmi = nmi, .forked = forked, .stats = stats,
 };

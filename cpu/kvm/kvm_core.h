@@ -11,6 +11,8 @@
 struct kvm_slot {
     uint64_t gpa, size;
     uint8_t *host;
+    bool readonly;
+    uint8_t *written; /* with the dirty log: a bit a page that was written outside guest mode (finish.c); under the lock */
 };
 
 struct kvm_core_vm {
@@ -20,6 +22,8 @@ struct kvm_core_vm {
     _Atomic bool chips;   /* the interrupt controllers and the PIT are there */
     pthread_mutex_t lock; /* slots: the loop changes them, engines read instruction bytes; the making of the chips */
     struct kvm_slot slots[LV_MAX_SLOTS];
+    pthread_rwlock_t guest_mode; /* read: vCPUs in KVM_RUN; written: one finishes an instruction (finish.c) */
+    _Atomic uint64_t finished;   /* instructions that the software core executed */
 };
 
 struct kvm_core_vcpu {
@@ -28,6 +32,10 @@ struct kvm_core_vcpu {
     size_t run_size;
     bool frozen;        /* resumed, but not to enter the guest; set while parked */
     uint64_t points[4]; /* what the VMM's debug registers hold */
+    bool stepping;      /* the VMM steps it */
+    struct kvm_finish *finish; /* NULL until KVM gives up the first instruction */
+    struct kvm_cpuid_entry2 *cpuid; /* as it was set */
+    uint32_t cpuid_count;
 };
 
 static inline int call(int fd, unsigned long request, const void *argument)
@@ -44,6 +52,16 @@ static inline int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core
 
 /* The interrupt controllers are made with the first of them that is wanted. */
 int lv_kvm_need_chips(struct lv_vm *vm);
+
+/* finish.c: an instruction that KVM gave up. [engine] */
+struct kvm_finish;
+enum lv_finished { LV_NOT_FINISHED, LV_FINISHED, LV_FINISHED_SHUTDOWN };
+enum lv_finished lv_kvm_finish(struct lv_vcpu *vcpu);
+void lv_kvm_finish_destroy(struct kvm_finish *finish);
+void lv_kvm_finish_forked(struct kvm_finish *finish);
+/* From the first to the second no other vCPU is in guest mode. */
+void lv_kvm_alone(struct lv_vcpu *vcpu);
+void lv_kvm_together(struct lv_vcpu *vcpu);
 
 /* debug.c */
 int lv_kvm_set_debug(struct lv_vcpu *vcpu, const struct lv_debug *debug);

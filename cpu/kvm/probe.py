@@ -96,7 +96,7 @@ def has_hardware() -> bool:
 
 def run(system: KvmSystem, code: bytes, *, paging: bool) -> Exit | None:
     """The first exit of `code` in 32-bit supervisor mode, with identity paging or without; None: none in time."""
-    vm = system.create_vm(VmConfig())
+    vm = system.create_vm(VmConfig(finish=False))
     memory = mmap.mmap(-1, 4 << 12)
     try:
         memory[_CODE : _CODE + len(code)] = code

@@ -109,6 +109,7 @@ struct lv_config {
     uint64_t seed;
     int system_fd;       /* KVM: /dev/kvm; others -1 */
     bool pit;            /* an 8254 at 0x40 to 0x43, and port 0x61 */
+    bool finish;         /* KVM: the software core finishes what the host's KVM gives up */
 };
 
 struct lv_route {

@@ -440,6 +440,10 @@ void soft_execute(struct soft_vcpu *c);
 /* Run exactly one instruction (one iteration of a repeated string instruction is enough), whatever c->attention and
  * c->budget are; counts it. */
 void soft_step(struct soft_vcpu *c);
+/* The same, keeping nothing of what was decoded: memory may have been changed since by whom no one tells of. */
+void soft_step_unkept(struct soft_vcpu *c);
+/* Whether the instruction at c->rip is UD0, UD1 or UD2. */
+bool soft_undefined_by_name(struct soft_vcpu *c);
 struct block_cache *soft_blocks_create(bool shares); /* memory, with the other VMs of this process */
 void soft_blocks_destroy(struct block_cache *blocks);
 void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */

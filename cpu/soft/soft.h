@@ -34,6 +34,9 @@ struct soft_host {
     uint64_t (*access)(void *ctx, const struct soft_access *access);
     /* The entropy for RDRAND and RDSEED. */
     void (*random)(void *ctx, void *buffer, size_t size);
+    /* The page of guest memory at gpa is (about to be) written by a vCPU: told once a page after each set of
+     * SOFT_STATE_SREGS, at least. May be NULL. */
+    void (*written)(void *ctx, uint64_t gpa);
     /* EOI of a level-triggered GSI (for resampling irqfds); may be NULL. */
     void (*eoi)(void *ctx, uint32_t gsi);
 };
@@ -46,6 +49,7 @@ struct soft_config {
     uint64_t tsc_khz;         /* rate of the guest's TSC */
     uint32_t quantum;         /* instructions a vCPU runs before the next has its turn, e.g. 100000 */
     bool no_pit;              /* no 8254 and no port 0x61 */
+    bool no_irqchip;          /* the interrupt controllers are elsewhere: accesses to them go to the callback */
 };
 
 enum soft_stop {
@@ -91,6 +95,16 @@ bool soft_vcpu_deferred(const struct soft_vm *vm, uint32_t vcpu);
 void soft_vcpu_stood_still(struct soft_vm *vm, uint32_t vcpu);
 /* A parked vCPU is not run (others are). [any] */
 void soft_vcpu_park(struct soft_vm *vm, uint32_t vcpu, bool parked);
+
+/* Execute one instruction of a vCPU that another hypervisor runs: with state and memory as they are now and nothing kept
+ * of earlier calls. Events that are pending stay so; what the instruction raises is delivered through the guest's own
+ * tables; it has its traps. A repeated string instruction is done to its end, or to a bounded number of repetitions. */
+enum soft_finish {
+    SOFT_FINISHED,
+    SOFT_FINISH_UNKNOWN,  /* this core does not know the instruction either: #UD would follow, and nothing was changed */
+    SOFT_FINISH_SHUTDOWN, /* triple fault */
+};
+enum soft_finish soft_vcpu_finish(struct soft_vm *vm, uint32_t vcpu);
 
 /* Interrupts. [any] */
 void soft_vm_set_irq(struct soft_vm *vm, uint32_t gsi, bool level);

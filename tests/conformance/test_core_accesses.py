@@ -97,7 +97,7 @@ def test_mmio_of_eight_bytes(real_core, guests):
 def test_an_instruction_that_the_core_cannot_execute_is_told_with_its_bytes(real_core, guests):
     if Capability.STOCK_KERNELS in real_core.capabilities():
         pytest.skip(f"{real_core.name} executes everything that stock kernels use")
-    guest = guests(real_core)
+    guest = guests(real_core, finish=False)
     code = bytes.fromhex("d9e8 d8c0")  # fld1; fadd st, st0
     guest.load_code(code)
     guest.go()

@@ -20,7 +20,7 @@ BLOCK, JUMP, MEMORY, MMU = (f"cpu/soft/{name}.c" for name in ("run/block", "run/
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
     "strings of several pages look at the first": (
-        "smc", MMU, "while (run < size && may_write(slot, ++n))", "while (run < size)",
+        "smc", MMU, "while (run < size && may_write(c->vm, slot, ++n))", "while (run < size)",
     ),
     "the block that is written to goes on": (
         "smc", BLOCK, "bool changed = c->vm->blocks->changed;", "bool changed = false;",

@@ -40,6 +40,8 @@ void soft_written(struct soft_vm *vm, struct soft_slot *slot, uint64_t gpa, unsi
         return;
     if (slot->log_dirty)
         slot->dirty[first >> 3] |= (uint8_t)(1u << (first & 7));
+    if (SOFT_UNLIKELY(vm->host.written != NULL))
+        vm->host.written(vm->host.ctx, gpa & PAGE_MASK);
     if (slot->code_pages[first])
         soft_blocks_invalidate(vm, gpa, size);
 }
@@ -104,7 +106,7 @@ uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size)
     if (host && (gpa & ~PAGE_MASK) + size <= PAGE_BYTES)
         return read_host(host, size);
     uint64_t value;
-    if (irqchip_mmio_read(vm->irqchip, c->index, gpa, (uint8_t)size, &value, soft_now(vm))) {
+    if (!vm->config.no_irqchip && irqchip_mmio_read(vm->irqchip, c->index, gpa, (uint8_t)size, &value, soft_now(vm))) {
         soft_irqchip_touched(c);
         return value & mask_of(size);
     }
@@ -128,7 +130,7 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
         return;
     }
     value &= mask_of(size);
-    if (irqchip_mmio_write(vm->irqchip, c->index, gpa, (uint8_t)size, value, soft_now(vm))) {
+    if (!vm->config.no_irqchip && irqchip_mmio_write(vm->irqchip, c->index, gpa, (uint8_t)size, value, soft_now(vm))) {
         soft_irqchip_touched(c);
         return;
     }

@@ -326,8 +326,10 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
 enum { UNPAGED = 32 };
 
 /* Before the n-th page of a slot is written directly: false if it holds code, so that every write must be seen. */
-static inline bool may_write(struct soft_slot *slot, uint64_t n)
+static inline bool may_write(struct soft_vm *vm, struct soft_slot *slot, uint64_t n)
 {
+    if (SOFT_UNLIKELY(vm->host.written != NULL))
+        vm->host.written(vm->host.ctx, slot->gpa + (n << 12));
     if (slot->log_dirty)
         slot->dirty[n >> 3] |= (uint8_t)(1u << (n & 7));
     return !slot->code_pages[n];
@@ -360,7 +362,7 @@ static inline uint8_t *fill(struct soft_vcpu *c, uint64_t linear, enum soft_kind
         return NULL;
     if (kind != ACCESS_EXEC && c->mmu.watching && page_watched(c, linear))
         return NULL;
-    if (kind == ACCESS_WRITE && !may_write(*slot, (page->gpa - (*slot)->gpa) >> 12))
+    if (kind == ACCESS_WRITE && !may_write(c->vm, *slot, (page->gpa - (*slot)->gpa) >> 12))
         return NULL;
     if (page->shift > 12 && page->shift != UNPAGED) {
         if (page->shift == 30)
@@ -432,7 +434,7 @@ uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum 
     if (kind != ACCESS_WRITE)
         return size;
     uint64_t run = first, n = (page.gpa - slot->gpa) >> 12;
-    while (run < size && may_write(slot, ++n))
+    while (run < size && may_write(c->vm, slot, ++n))
         run += PAGE_BYTES;
     return run < size ? run : size;
 }

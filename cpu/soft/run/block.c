@@ -611,6 +611,39 @@ void soft_execute(struct soft_vcpu *c)
         host_enter(c, &empty_jump, c->rip);
 }
 
+bool soft_undefined_by_name(struct soft_vcpu *c)
+{
+    uint64_t linear = c->code64 ? c->rip : (c->seg[SEG_CS].base + c->rip) & UINT32_MAX, gpa = 0;
+    uint8_t bytes[2];
+    for (unsigned i = 0; i < 2; i++) {
+        const uint8_t *p = fetch_page(c, linear + i, &gpa);
+        bytes[i] = p ? *p : (uint8_t)soft_phys_load(c, gpa, 1);
+    }
+    return bytes[0] == 0x0F && (bytes[1] == 0x0B || bytes[1] == 0xB9 || bytes[1] == 0xFF); /* UD2, UD1, UD0 */
+}
+
+void soft_step_unkept(struct soft_vcpu *c)
+{
+    uint64_t linear = c->rip, limit = UINT64_MAX;
+    release_budget(c);
+    c->vm->blocks->changed = false;
+    c->access_ss = 0;
+    if (!c->code64) {
+        c->rip &= UINT32_MAX;
+        if (c->rip > c->seg[SEG_CS].limit)
+            soft_raise_error(c, VEC_GP, 0);
+        limit = c->seg[SEG_CS].limit - c->rip + 1;
+        linear = (c->seg[SEG_CS].base + c->rip) & UINT32_MAX;
+    } else if (!soft_canonical(linear)) {
+        soft_raise_error(c, VEC_GP, 0);
+    }
+    unsigned mode = current_mode(c) | MODE_SINGLE;
+    c->budget_held = c->budget - 1;
+    c->budget = 1;
+    host_enter(c, decode_unkept(c, linear, mode, limit), c->rip);
+    release_budget(c);
+}
+
 void soft_step(struct soft_vcpu *c)
 {
     /* With a budget of one the instruction leaves at its end, wherever it goes. */

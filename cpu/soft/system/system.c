@@ -140,7 +140,7 @@ uint32_t soft_port_read(struct soft_vcpu *c, uint16_t port, unsigned size)
     uint64_t value = 0;
     if (SOFT_UNLIKELY(c->dr[7] & 0xFF))
         soft_watch_port(c, port, size);
-    if (irqchip_port_read(vm->irqchip, port, (uint8_t)size, &value, soft_now(vm))) {
+    if (!vm->config.no_irqchip && irqchip_port_read(vm->irqchip, port, (uint8_t)size, &value, soft_now(vm))) {
         soft_irqchip_touched(c);
     } else {
         struct soft_access access = { .address = port, .size = (uint8_t)size, .port = true, .vcpu = (uint8_t)c->index };
@@ -155,7 +155,7 @@ void soft_port_write(struct soft_vcpu *c, uint16_t port, unsigned size, uint32_t
     value &= value_mask(size);
     if (SOFT_UNLIKELY(c->dr[7] & 0xFF))
         soft_watch_port(c, port, size);
-    if (irqchip_port_write(vm->irqchip, port, (uint8_t)size, value, soft_now(vm))) {
+    if (!vm->config.no_irqchip && irqchip_port_write(vm->irqchip, port, (uint8_t)size, value, soft_now(vm))) {
         soft_irqchip_touched(c);
         return;
     }
