@@ -102,14 +102,25 @@ def exec_command(arguments: ExecArguments) -> int:
 async def _exec(arguments: ExecArguments) -> int:
     from cli.consolesize import terminal_size
     from cli.guestcommand import attach
+    from vmm.guest.program import defaults
+    from vmm.management.control import request
 
     rows, columns = terminal_size()
-    process = await _agent(arguments.name).start_process(
+    agent = _agent(arguments.name)
+    # What the machine's configuration says of programs, as docker exec has it of the container's.
+    config = request(find(arguments.name), "config")["config"]
+    options = defaults(
+        config,
+        {
+            "env": _environment(arguments.env, arguments.terminal),
+            "cwd": os.fsencode(arguments.directory),
+            "user": os.fsencode(arguments.user),
+        },
+    )
+    process = await agent.start_process(
         *map(os.fsencode, arguments.command),
-        env=_environment(arguments.env, arguments.terminal),
-        cwd=os.fsencode(arguments.directory),
-        user=os.fsencode(arguments.user),
         terminal=(rows or 24, columns or 80) if arguments.terminal else None,
+        **options,
     )
     return await attach(process, interactive=arguments.interactive, terminal=arguments.terminal)
 

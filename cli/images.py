@@ -48,10 +48,25 @@ def build(names: Annotated[list[str], typer.Argument(help="Recipes, by name or b
 
 
 @app.command()
+def pull(names: Annotated[list[str], typer.Argument(help="OCI images, as oci:debian:12.")]) -> None:
+    """Get OCI images, anew if a registry has another one of that name now."""
+    from images.errors import ImageError
+    from images.oci import find
+
+    progress = ProgressLine()
+    with _one_line_errors(progress):
+        for name in names:
+            if not find.is_oci(name):
+                raise ImageError(f"{name}: write oci:{name}; vmm images build makes the others", "config")
+            typer.echo(str(find.resolve(name, progress, "always").disk.parent))
+
+
+@app.command()
 def ls(as_json: Json = False) -> None:
     """List what `vmm run` knows by name."""
     from images import builder, cache, catalog
     from images.built import current
+    from images.oci import store
 
     with _one_line_errors():
         cache.sweep()
@@ -62,6 +77,11 @@ def ls(as_json: Json = False) -> None:
                 row["size"] = builder.size_on_disk(place.directory)
                 row["made"] = (place.directory / "manifest.json").stat().st_mtime
                 row["directory"] = str(place.directory)
+            found.append(row)
+        for name, oci, looked_up in store.listed():
+            program = " ".join((*oci.settings.entrypoint, *oci.settings.command))
+            row = {"name": name, "description": "".join(char if char.isprintable() else " " for char in program)}
+            row |= {"built": True, "size": oci.size, "made": looked_up, "directory": str(oci.disk.parent)}
             found.append(row)
     if as_json:
         typer.echo(json.dumps(found))
@@ -82,6 +102,11 @@ def path(name: str) -> None:
     from images.built import current
 
     with _one_line_errors():
+        if name.startswith(catalog.OCI_SCHEMES):
+            from images.oci import find
+
+            typer.echo(str(find.resolve(name, lambda what, done, total: None, "never").disk.parent))
+            return
         built = current(name)
         typer.echo(str(built.directory if built else catalog.resolve(name).kernel))
 
@@ -90,18 +115,20 @@ def path(name: str) -> None:
 def rm(names: list[str]) -> None:
     """Remove built images."""
     from images import builder
+    from images.oci import find
 
     with _one_line_errors():
         for name in names:
-            if not builder.remove(name):
+            if not (find.remove(name) if find.is_oci(name) else builder.remove(name)):
                 typer.echo(f"vmm: image {name} is not built; nothing to remove", err=True)
                 raise typer.Exit(EXIT_CONFIG)
 
 
 @app.command()
 def prune() -> None:
-    """Remove builds and packages that nothing uses any more, and what interrupted downloads left."""
+    """Remove builds and packages that nothing uses any more, pulled layers, and what interrupted downloads left."""
     from images import builder
+    from images.oci import store
 
     with _one_line_errors():
-        typer.echo(f"freed {builder.prune() / 1e6:.1f} MB")
+        typer.echo(f"freed {(builder.prune() + store.prune()) / 1e6:.1f} MB")

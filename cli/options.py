@@ -51,6 +51,13 @@ RUN_OPTIONS = (
     RunOption("--gdb", "gdb", "text", "For GDB: [HOST:]PORT or unix:PATH, then [,wait=off][,arch=i386].", "SPEC"),
     RunOption("--vsock", "vsock", "text", "Base path of the vsock sockets.", "PATH"),
     RunOption("--agent", "agent", "switch", "The guest runs the agent, which takes commands over vsock."),
+    RunOption("--entrypoint", "entrypoint", "text", "The program, in place of the image's.", "WORDS"),
+    RunOption("--command", "command", "text", "What follows the entrypoint if nothing is given behind --.", "WORDS"),
+    RunOption("--env", "env", "list", "An environment variable for programs in the guest.", "NAME[=VALUE]"),
+    RunOption("--user", "user", "text", "As whom programs in the guest run.", "USER[:GROUP]"),
+    RunOption("--workdir", "workdir", "text", "Where programs in the guest start.", "DIR"),
+    RunOption("--publish", "publish", "list", "HOST:GUEST: a TCP port of the host leads there.", "PORTS", "command"),
+    RunOption("--pull", "pull", "text", "When registries are asked: missing, always or never.", "WHEN", "command"),
     RunOption("--rng", "rng", "switch", "A virtio entropy device; stock kernels have it by default."),
     RunOption("--balloon", "balloon", "switch", "A virtio balloon: memory that the guest does not use goes back."),
     RunOption("--transport", "transport", "text", "For console, entropy and vsock.", "pci|mmio"),
@@ -89,6 +96,8 @@ class RunArguments:
         self.command = list(command)
         self.config: dict[str, Any] = {}
         self.config_file: str | None = None
+        self.publish: list[str] = []
+        self.pull = "missing"
         self.paused = False
         self.warm = False
         self.json = False
@@ -99,7 +108,9 @@ class RunArguments:
         self.print_cmdline = False
 
     def set(self, option: RunOption, value: Any) -> None:
-        if option.of == "command":
+        if option.of == "command" and option.kind == "list":
+            getattr(self, option.field).append(value)
+        elif option.of == "command":
             setattr(self, option.field, value)
         elif option.kind == "list" and value == "none":
             self.config[option.field] = []  # also of what an image or a file brings

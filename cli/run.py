@@ -68,16 +68,25 @@ def configure(arguments: RunArguments) -> Config:
     if arguments.config_file is not None:
         values |= Config.read(Path(arguments.config_file))
     values |= arguments.config
-    # A command's output is what stdout is for; the console then shows itself only where it is asked for.
-    values.setdefault("console", "none" if arguments.command else "stdio")
+    if "env" in values:
+        values["env"] = _with_ours(values["env"])
     if arguments.image is None:
+        _set_console(values, _program(values, arguments.command))
         values["name"] = values.get("name") or f"vm-{os.getpid()}"
         config = Config.from_dict(values)
     else:
-        image = _image(arguments.image)
+        image = _image(arguments.image, arguments.pull)
+        _set_console(values, image.options or _program(values, arguments.command))
         stem = "".join(char for char in image.name.partition(".")[0] if char.isalnum() or char in "-_").lstrip("-_")
         values["name"] = values.get("name") or f"{(stem or 'vm')[:40]}-{os.getpid()}"
         config = config_for(image, **values)
+    if arguments.publish:
+        config = _publish(config, arguments.publish)
+    if config.entrypoint or config.command:
+        program = {"entrypoint": config.entrypoint, "command": config.command}
+        arguments.command = _program(program, arguments.command)
+    elif config.workdir and not arguments.command and arguments.image is not None and image.options:
+        raise ConfigError(f"{arguments.image}: the image names no program; give one behind --")
     if config.kernel is None and config.flat is None:
         raise ConfigError("nothing to run: name an image or give --kernel; vmm images ls shows what there is")
     if arguments.command and arguments.paused:
@@ -87,14 +96,56 @@ def configure(arguments: RunArguments) -> Config:
     return config
 
 
-def _image(name: str) -> Image:
+def _program(values: dict[str, Any], given: list[str]) -> list[str]:
+    """The words of the program that is to run in the guest; empty for none."""
+    if not (values.get("entrypoint") or values.get("command")):
+        return given
+    from vmm.guest.program import words
+
+    return words(values, given)
+
+
+def _set_console(values: dict[str, Any], program: object) -> None:
+    """A program's output is what stdout is for; the console then shows itself only where it is asked for."""
+    values.setdefault("console", "none" if program else "stdio")
+
+
+def _with_ours(given: list[Any]) -> list[Any]:
+    """NAME alone means our own value of it, and nothing if we have none."""
+    found = []
+    for item in given:
+        if isinstance(item, str) and "=" not in item:
+            if item not in os.environ:
+                continue
+            item = f"{item}={os.environ[item]}"
+        found.append(item)
+    return found
+
+
+def _publish(config: Config, ports: list[str]) -> Config:
+    """Ports of the host for the machine's user network."""
+    values = config.to_dict()
+    nets = values.get("nets") or []
+    users = [net for net in nets if net["kind"] == "user"]
+    if not users:
+        raise ConfigError("publish: only user networking has ports of the host; install passt, or add --net user")
+    net = users[0]
+    pairs = [port.removesuffix("/tcp") for port in ports]
+    net["forward"] = "+".join([*filter(None, [net.get("forward", "")]), *pairs])
+    net["required"] = True
+    return Config.from_dict(values)
+
+
+def _image(name: str, pull: str) -> Image:
     """The image of that name, or the kernel file; built first, if it never was."""
     from images import catalog
     from images.errors import ImageError
 
     progress = _Progress()
+    if pull not in ("missing", "always", "never"):
+        raise ConfigError(f"pull: {pull!r} is none of missing, always, never")
     try:
-        return catalog.resolve(name, build=True, progress=progress)
+        return catalog.resolve(name, build=True, progress=progress, pull=pull)
     except ImageError as error:
         progress.clear()
         raise (ConfigError if error.kind == "config" else HostError)(str(error)) from error

@@ -59,7 +59,7 @@ def build(name: str, progress: BuildProgress | None = None) -> Built:
                 if recipe["kind"] == "debian":
                     debs = dict(zip(system, files[len(wanted) :], strict=True))
                     debian.make(recipe, kernel, debs, made / "root.img", work, lambda what: tell(what, 2, STEPS))
-                else:
+                elif recipe["kind"] == "busybox":
                     busybox.make(recipe, files[1:], made / "root.img", work)
                 tell("writing", 3, STEPS)
                 hashes = {path.name: cache.file_hash(path) for path in sorted(made.iterdir())}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from images import guests
 from images.errors import ImageError
@@ -12,6 +13,11 @@ from images.errors import ImageError
 if TYPE_CHECKING:
     from images.builder import BuildProgress
     from images.built import Built
+    from images.oci.store import OciImage
+
+BELOW_OCI = "container"
+"""The recipe whose kernel and init run OCI images."""
+OCI_SCHEMES = ("oci:", "docker-archive:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class Image:
     """bare: the guest uses nothing but memory, interrupt controllers, the serial port and the reset and debug ports."""
     agent: bool = False
     """The guest runs our agent, over vsock, and wants network and entropy."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of a machine's configuration: what an OCI image says of its program."""
     description: str = ""
 
 
@@ -48,8 +56,9 @@ def names() -> list[tuple[str, str, bool]]:
     return found + [(name, guests.description(name), True) for name in guests.names()]
 
 
-def resolve(name: str, *, build: bool = False, progress: BuildProgress | None = None) -> Image:
-    """The image of that name, or a kernel file by its path (anything with a slash, or an existing file).
+def resolve(name: str, *, build: bool = False, progress: BuildProgress | None = None, pull: str = "missing") -> Image:
+    """The image of that name, an OCI image (oci:…, docker-archive:…), or a kernel file by its path (anything with a
+    slash, or an existing file).
 
     A recipe that was never built, or only with another version of our init, is built when `build` is set; otherwise
     ImageError says how.
@@ -61,6 +70,8 @@ def resolve(name: str, *, build: bool = False, progress: BuildProgress | None = 
     else:
         platform: Literal["pc", "bare"] = "pc" if name in guests.WITH_PIT else "bare"
         return Image(name, path, "real" if name == "real" else "auto", memory="16M", platform=platform)
+    if name.startswith(OCI_SCHEMES):
+        return _from_oci(name, progress, pull)
     from images import built  # a tiny guest starts without it
 
     found = built.current(name)
@@ -73,6 +84,8 @@ def resolve(name: str, *, build: bool = False, progress: BuildProgress | None = 
 
         found = builder.build(name, progress)
     if found is not None:
+        if found.recipe.get("kind") == "container":
+            raise ImageError(f"{name}: this runs below OCI images; write for instance: vmm run oci:debian:12", "config")
         return _from_build(found)
     path = Path(name)
     if path.is_file():
@@ -101,3 +114,44 @@ def _from_build(built: Built) -> Image:
         agent=True,
         description=str(built.recipe.get("description", "")),
     )
+
+
+def _from_oci(name: str, progress: BuildProgress | None, pull: str) -> Image:
+    import shlex
+
+    from images import builder, built
+    from images.oci import find
+
+    def silent(what: str, done: int, total: int) -> None:
+        return None
+
+    below = built.current(BELOW_OCI) or builder.build(BELOW_OCI, progress)
+    found = find.resolve(name, progress or silent, pull)
+    defaults = below.recipe.get("defaults", {})
+    settings = found.settings
+    cmdline = f"root=/dev/vda rootfstype=erofs ro container overlay=tmpfs hostname={_host_name(found)}"
+    return Image(
+        _host_name(found),
+        below.directory / "vmlinuz",
+        initrd=below.directory / "initrd",
+        disk=found.disk,
+        cmdline=f"{cmdline} stop_signal={settings.stop_signal} {defaults.get('cmdline', '')}".rstrip(),
+        memory=str(defaults.get("memory", "512M")),
+        agent=True,
+        options={
+            "env": list(settings.env),
+            "user": settings.user,
+            "workdir": settings.workdir or "/",
+            "entrypoint": shlex.join(settings.entrypoint),
+            "command": shlex.join(settings.command),
+        },
+        description=found.name,
+    )
+
+
+def _host_name(found: OciImage) -> str:
+    """The last part of the name without its tag, as a host may be called."""
+    import re
+
+    last = found.name.partition("@")[0].rpartition("/")[2].partition(":")[0]
+    return re.sub(r"[^a-zA-Z0-9-]+", "-", last).strip("-")[:40] or "container"

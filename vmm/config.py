@@ -38,6 +38,7 @@ from vmm.convert import (
     to_size,
     to_text,
     to_uuid,
+    to_words,
     toml,
 )
 from vmm.errors import ConfigError, os_reason
@@ -402,6 +403,28 @@ class FwCfgItem(Checked):
         return from_mapping(cls, "fw_cfg", values)
 
 
+class Variable(Checked):
+    """An environment variable for programs that the agent starts."""
+
+    name: str
+    """Its name."""
+    value: str = ""
+    """Its value."""
+
+    _where = "env"
+    _converters = {"name": to_text, "value": to_text}
+
+    def _check(self) -> None:
+        if not self.name or "=" in self.name:
+            raise ConfigError(f"env: {self.name!r} is no name of a variable; write NAME=VALUE")
+
+    @classmethod
+    def parse(cls, text: str) -> Variable:
+        """NAME=VALUE"""
+        name, _, value = text.partition("=")
+        return cls(name=name, value=value)
+
+
 class Config(Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 
@@ -445,6 +468,16 @@ class Config(Checked):
     arrive at PATH_PORT. None: no such sockets (an agent's vsock device is there all the same)."""
     agent: bool = False
     """The guest runs our agent; VirtualMachine.exec reaches it over vsock."""
+    entrypoint: str = ""
+    """The program that `vmm run` starts in the guest, in words as a shell has them; what is given behind -- follows."""
+    command: str = ""
+    """What follows the entrypoint, or the program itself, if nothing is given behind --."""
+    env: tuple[Variable, ...] = ()
+    """For programs that the agent starts; of two with one name the later counts."""
+    user: str = ""
+    """As whom they run: USER[:GROUP], names or numbers of the guest; by default root."""
+    workdir: str = ""
+    """Where they start; by default the user's home."""
     rng: bool = True
     """A virtio entropy device."""
     balloon: bool = False
@@ -496,6 +529,11 @@ class Config(Checked):
         "gdb": optional(to_part(GdbConfig)),
         "vsock": optional(to_path),
         "agent": to_boolean,
+        "entrypoint": to_words,
+        "command": to_words,
+        "env": to_parts(Variable),
+        "user": to_text,
+        "workdir": to_text,
         "rng": to_boolean,
         "balloon": to_boolean,
         "transport": to_choice(Literal["pci", "mmio"]),

@@ -64,6 +64,19 @@ def to_text(where: str, value: object) -> str:
     return value
 
 
+def to_words(where: str, value: object) -> str:
+    """Words as a shell has them, quotes and all."""
+    text = to_text(where, value)
+    try:
+        if text:
+            import shlex
+
+            shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {text!r}: {str(error).lower()}") from None
+    return text
+
+
 def to_name(where: str, value: object) -> str:
     text = to_text(where, value)
     if text and not NAME.fullmatch(text):

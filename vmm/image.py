@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ class ImageLike(Protocol):
     def agent(self) -> bool:
         """Whether our agent runs in it."""
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Further fields of Config: the program that it is made for, its environment, user and working directory."""
+
 
 def config_for(image: ImageLike, **options: Any) -> Config:
     """The Config that runs an image; `options` are Config's fields and win over the image's wishes (`append` is added
@@ -70,7 +75,12 @@ def config_for(image: ImageLike, **options: Any) -> Config:
             values["nets"] = (Net(kind="user", required=False),)
     if image.platform == "bare" and not any(options.get(name) for name in VIRTIO_OPTIONS):
         values["platform"] = "bare"
+    values |= image.options
     values |= options
+    if "env" in options:
+        values["env"] = [*image.options.get("env", ()), *options["env"]]
+    if "entrypoint" in options and "command" not in options:
+        values["command"] = ""  # it belongs to the image's own entrypoint
     if image.cmdline:
         # What the user appends stands last, where it wins.
         values["append"] = f"{image.cmdline} {options.get('append', '')}".rstrip()

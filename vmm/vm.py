@@ -465,12 +465,28 @@ class VirtualMachine:
         return self._resources
 
     async def exec(self, *arguments: Text, **options: Any) -> ExecResult:
-        """Run a program in the guest to its end: vmm.guest.agent.Agent.exec."""
-        return await self.agent.exec(*arguments, **options)
+        """Run a program in the guest to its end: vmm.guest.agent.Agent.exec. The configuration's env, user and workdir
+        are its defaults. Without arguments it is the configuration's own program."""
+        return await self.agent.exec(*self._words(arguments), **self._defaults(options))
 
     async def start_process(self, *arguments: Text, **options: Any) -> GuestProcess:
-        """Start a program in the guest: vmm.guest.agent.Agent.start_process."""
-        return await self.agent.start_process(*arguments, **options)
+        """Start a program in the guest: vmm.guest.agent.Agent.start_process. Defaults as in exec."""
+        return await self.agent.start_process(*self._words(arguments), **self._defaults(options))
+
+    def _words(self, arguments: tuple[Text, ...]) -> tuple[Text, ...]:
+        if arguments:
+            return arguments
+        from vmm.guest.program import words
+
+        return tuple(words(self.config.to_dict(), ()))
+
+    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        config = self.config
+        if not (config.env or config.user or config.workdir):
+            return options
+        from vmm.guest.program import defaults
+
+        return defaults(config.to_dict(), options)
 
     async def copy_in(self, source: Path | str, target: Text) -> None:
         """Copy a file or a directory of the host into the guest: vmm.guest.agent.Agent.copy_in."""

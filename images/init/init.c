@@ -4,13 +4,13 @@
  * a space, "BUS PREFIX", belongs to the module above: it is loaded only if that bus has a device whose modalias begins
  * so, for each costs the kernel a check of its signature; "fs TYPE": only when that file system is mounted. With root=
  * on the kernel command line (root.c) that file system becomes the root and its init runs: init=PROGRAM, else /sbin/init
- * (this program again, or another init). Without, the initramfs stays the root. As /sbin/init: /etc/rc runs in the
- * background, the agent is started, and a shell on each active console; when the shell of the last one ends, or the power
- * button is pressed, the machine powers off. single, s, S, 1, rescue or emergency among the arguments: no /etc/rc, and one
+ * (this program again, or another init); with `container`, container.c instead. Without root=, the initramfs stays the
+ * root. As /sbin/init: /etc/rc runs in the background, the agent is started, and a shell on each active console; when the
+ * shell of the last one ends, or the power button is pressed, the machine powers off. single, s, S, 1, rescue or emergency
+ * among the arguments: no /etc/rc, and one
  * shell. Not as process 1 it is the agent; with the arguments `serve N`, the agent for the connection on descriptor N. */
 #include "sys.h"
 
-enum { POWER_OFF = 0x4321fedc, RESTART = 0x01234567, HALT = (int)0xcdef0123 };
 enum { TIOCSCTTY = 0x540e };
 
 char **guest_environment;
@@ -36,7 +36,7 @@ int memcmp(const void *a, const void *b, size_t n)
     return 0;
 }
 
-static void mount_at(const char *type, const char *path, const char *options)
+void mount_at(const char *type, const char *path, const char *options)
 {
     SYS(__NR_mkdir, path, 0755);
     SYS(__NR_mount, type, path, type, 0, options);
@@ -222,7 +222,7 @@ static void switch_root(char **arguments)
 {
     char root[300], program[256];
     if (!argument("root", root, sizeof root)) return;
-    while (!mount_root(root)) give_up(arguments + 1);
+    while (!mount_root(root) || !add_overlay()) give_up(arguments + 1);
     forget_files();
     SYS(__NR_chdir, "/newroot");
     static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
@@ -234,6 +234,8 @@ static void switch_root(char **arguments)
     SYS(__NR_chroot, ".");
     SYS(__NR_chdir, "/");
     mark("root");
+    static const char *const container[] = {"container", NULL};
+    if (last_of(container, -1) == 0) run_container();
     for (;; give_up(arguments + 1)) {
         if (argument("init", program, sizeof program)) {
             arguments[0] = program;
@@ -261,7 +263,7 @@ static void make_root_writable(void)
     SYS(__NR_mount, 0, "/", 0, MS_REMOUNT | (status[FLAGS] & KEPT), 0);
 }
 
-static void loopback_up(void)
+void loopback_up(void)
 {
     struct { char name[16]; short flags; char rest[22]; } request = {"lo", 1 /* IFF_UP */ | 64, {0}};
     long fd = SYS(__NR_socket, 2, 2 | O_CLOEXEC, 0);
@@ -270,7 +272,7 @@ static void loopback_up(void)
     SYS(__NR_close, fd);
 }
 
-static void leave(int how)
+void leave(int how)
 {
     SYS(__NR_kill, -1, SIGTERM);
     pause_ms(50);
@@ -283,7 +285,7 @@ static void leave(int how)
 }
 
 /* The power button's input devices, for poll(); a power key event is (.., type 1, code 116, value 1). */
-static int open_buttons(struct pollfd *to, int most)
+int open_buttons(struct pollfd *to, int most)
 {
     int count = 0;
     char path[] = "/dev/input/event0";
@@ -295,7 +297,7 @@ static int open_buttons(struct pollfd *to, int most)
     return count;
 }
 
-static int power_key(int fd)
+int power_key(int fd)
 {
     struct { long time[2]; uint16_t type, code; int value; } event;
     while (SYS(__NR_read, fd, &event, sizeof event) == sizeof event)

@@ -103,6 +103,20 @@ int last_of(const char *const names[], int otherwise);
 int mount_root(const char *root);
 /* init.c: load the module of a file system, if the initramfs has one. */
 void load_file_system(const char *type);
+/* init.c: mount a file system without a device; the loopback interface; power buttons for poll(), and whether one was pressed;
+ * the end of everything. */
+enum { POWER_OFF = 0x4321fedc, RESTART = 0x01234567, HALT = (int)0xcdef0123 };
+void mount_at(const char *type, const char *path, const char *options);
+void loopback_up(void);
+int open_buttons(struct pollfd *to, int most);
+int power_key(int fd);
+void leave(int how);
+/* container.c */
+int add_overlay(void);
+void run_container(void) __attribute__((noreturn));
+void replace_file(const char *path, const char *text);
+/* dhcp.c: 1: the card of this name has an address. */
+int configure_network(const char *device);
 /* agent.c */
 void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));

@@ -245,7 +245,7 @@ size_mib = 64
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"busybox"', '"gentoo"', "kind: 'gentoo' is none of busybox, debian"),
+    ('"busybox"', '"gentoo"', "kind: 'gentoo' is none of busybox, container, debian"),
     ('kind = "busybox"', "", "kind: None is none of"),
     ("kind =", "knid =", "unknown key knid; known are "),
     ('kind = "busybox"', 'kind = "debian"', "unknown key root.packages"),

@@ -27,6 +27,7 @@ from vmm.config import (
     Net,
     PciSlot,
     PortConfig,
+    Variable,
     limit_names,
 )
 from vmm.convert import Checked, format_size
@@ -38,6 +39,7 @@ VALID = jsonschema.Draft7Validator(SCHEMA)
 
 # What each kind of converter accepts, other than any default.
 SAMPLES: dict[Any, Any] = {
+    convert.to_words: lambda: ["sh -c 'exit 3'"],
     convert.to_text: lambda: ["some text"],
     convert.to_path: lambda: ["/some/file"],
     convert.to_name: lambda: ["a-name"],
@@ -56,6 +58,7 @@ SAMPLES: dict[Any, Any] = {
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (Config, "initrd"): {"kernel": "/k"}, (Net, "target"): {"kind": "unix"},
     (Net, "queues"): {"kind": "tap", "target": "tap0"},
+    (Config, "entrypoint"): {"agent": True}, (Config, "command"): {"agent": True},
     (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
     **{(kind, name): {name.removesuffix("_burst"): 1}
        for kind in (Disk, Net) for name in limit_names(kind) if name.endswith("_burst")},
@@ -66,6 +69,7 @@ HEADS: dict[type, Any] = {
     Net: lambda part: f"{part.pop('kind')}={part.pop('target', '')}".rstrip("="),
     ConsoleConfig: lambda part: f"{part.pop('kind', 'none')}={part.pop('path', '')}".rstrip("="),
     PortConfig: lambda part: f"{part.pop('name')}={part.pop('path')}",
+    Variable: lambda part: f"{part.pop('name')}={part.pop('value', '')}",
     FwCfgItem: lambda part: f"name={part.pop('name')}",
     PciSlot: lambda part: f"{part.pop('id')}={part.pop('device')}",
     GdbConfig: lambda part: part.pop("address"),
@@ -148,7 +152,7 @@ def test_none_takes_away_what_the_file_has(name: str, flag: str, tmp_path: Path)
 
 
 def test_every_field_is_described() -> None:
-    for kind in (Config, Disk, Net, ConsoleConfig, PortConfig, FlatImage, FwCfgItem):
+    for kind in (Config, Disk, Net, ConsoleConfig, PortConfig, FlatImage, FwCfgItem, Variable):
         assert set(descriptions(kind)) >= {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 KEEP = 8
 """Warm machines that are kept; the one used longest ago goes first."""
-OF_ONE_RUN = ("name", "console", "timeout", "uuid")
+OF_ONE_RUN = ("name", "console", "timeout", "uuid", "entrypoint", "command", "env", "user", "workdir")
 """Fields of the configuration that a restored machine may have otherwise."""
 
 

@@ -1,0 +1,1 @@
+"""Images of the Open Container Initiative: from a registry, a directory or an archive to one read-only file system."""
