@@ -38,6 +38,7 @@ class DeviceId(enum.IntEnum):
     ENTROPY = 4
     BALLOON = 5
     SOCKET = 19
+    FS = 26
 
 
 DEVICE_FEATURES = (1 << 24) - 1 | (1 << 128) - (1 << 50)

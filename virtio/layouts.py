@@ -93,6 +93,9 @@ NetHeader = Struct(
 # 5.1.6.5 Control virtqueue: class and command, then the command's data
 NetControl = Struct("class_" / Int8ul, "command" / Int8ul)
 
+# 5.11.4 File system device configuration layout
+FsConfig = Struct("tag" / Bytes(36), "num_request_queues" / Int32ul)
+
 # 5.2.4 Block device configuration layout
 BalloonConfig = Struct(
     "num_pages" / Int32ul,

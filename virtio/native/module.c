@@ -366,8 +366,9 @@ PyMODINIT_FUNC PyInit__ring(void)
     PyObject *module = PyModule_Create(&definition);
     if (!module)
         return NULL;
-    PyTypeObject *types[] = {&memory_type, &ring_type, &chain_type, &image_type, &block_type, &net_type, &limits_type};
-    const char *names[] = {"Memory", "Ring", "Chain", "Image", "BlockEngine", "NetEngine", "Limits"};
+    PyTypeObject *types[] = {&memory_type, &ring_type,  &chain_type,  &image_type,
+                             &block_type,  &net_type, &limits_type, &fs_type};
+    const char *names[] = {"Memory", "Ring", "Chain", "Image", "BlockEngine", "NetEngine", "Limits", "FsEngine"};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         if (PyType_Ready(types[i]) || PyModule_AddObjectRef(module, names[i], (PyObject *)types[i])) {
             Py_DECREF(module);

@@ -41,7 +41,7 @@ typedef struct {
     bool closed;
 } ImageObject;
 
-extern PyTypeObject memory_type, ring_type, chain_type, image_type, block_type, net_type;
+extern PyTypeObject memory_type, ring_type, chain_type, image_type, block_type, net_type, fs_type;
 extern PyObject *guest_error, *state_error;
 
 /* Tell whoever listens that the device wrote there. 0, or -1 with an exception. */

@@ -1,0 +1,259 @@
+/* One virtio-fs request: its bytes in guest memory, what is done for which opcode, the reply (virtio 1.2, 5.11.6). */
+#define _GNU_SOURCE
+#include "fs.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct fs_request *fs_request_new(RingObject *ring, const struct chain *chain)
+{
+    uint32_t segments = chain->readable + chain->writable;
+    struct fs_request *request = calloc(1, sizeof *request);
+    struct segment *copy = malloc((segments + 1) * sizeof *copy);
+    if (!request || !copy) {
+        free(request);
+        free(copy);
+        return NULL;
+    }
+    memcpy(copy, chain->segments, segments * sizeof *copy);
+    request->chain = *chain;
+    request->chain.segments = copy;
+    request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
+    return request;
+}
+
+void fs_request_free(struct fs_request *request)
+{
+    Py_XDECREF(request->ring);
+    free(request->chain.segments);
+    free(request);
+}
+
+const void *call_bytes(struct call *call, size_t length)
+{
+    if (call->length < length)
+        return NULL;
+    const void *at = call->arguments;
+    call->arguments += length;
+    call->length -= length;
+    return at;
+}
+
+const char *call_name(struct call *call, int *error)
+{
+    const char *name = (const char *)call->arguments;
+    size_t length = strnlen(name, call->length);
+    *error = EINVAL;
+    if (length == call->length || !length || memchr(name, '/', length) || !strcmp(name, ".") || !strcmp(name, ".."))
+        return NULL;
+    *error = ENAMETOOLONG;
+    if (length > FS_NAME_MAX)
+        return NULL;
+    call_bytes(call, length + 1);
+    *error = 0;
+    return name;
+}
+
+void *call_room(struct call *call, size_t length)
+{
+    if (call->replied + length > FS_REPLY || call->replied + length > call->room)
+        return NULL;
+    void *at = call->reply + call->replied;
+    memset(at, 0, length);
+    call->replied += length;
+    return at;
+}
+
+/* Into the device-writable part from its start. */
+static void put(const struct chain *chain, const void *from, uint64_t length)
+{
+    const struct segment *segment = chain->segments + chain->readable;
+    for (uint32_t i = 0; i < chain->writable && length; i++, segment++) {
+        uint64_t part = segment->len < length ? segment->len : length;
+        memcpy(segment->host, from, part);
+        from = (const char *)from + part;
+        length -= part;
+    }
+}
+
+/* At most `length` device-readable bytes from their start; how many there were. */
+static size_t get(const struct chain *chain, void *to, size_t length)
+{
+    size_t done = 0;
+    for (uint32_t i = 0; i < chain->readable && done < length; i++) {
+        size_t part = chain->segments[i].len < length - done ? chain->segments[i].len : length - done;
+        memcpy((char *)to + done, chain->segments[i].host, part);
+        done += part;
+    }
+    return done;
+}
+
+static int init(struct call *call)
+{
+    struct fs *fs = call->fs;
+    const struct fuse_init_in *in = CALL_IN(call, fuse_init_in);
+    struct fuse_init_out *out = CALL_OUT(call, fuse_init_out);
+    if (!in || !out)
+        return EINVAL;
+    out->major = FUSE_MAJOR;
+    out->minor = FUSE_MINOR;
+    if (in->major > FUSE_MAJOR)
+        return 0; /* the driver asks again, with ours */
+    if (in->major < FUSE_MAJOR || in->minor < FUSE_MINOR_LEAST)
+        return EPROTO;
+    nodes_clear(fs);
+    uint32_t ours = FUSE_ASYNC_READ | FUSE_ATOMIC_O_TRUNC | FUSE_BIG_WRITES | FUSE_AUTO_INVAL_DATA | FUSE_DO_READDIRPLUS |
+                    FUSE_READDIRPLUS_AUTO | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS;
+    fs->minor = in->minor < FUSE_MINOR ? in->minor : FUSE_MINOR;
+    fs->flags = in->flags & ours;
+    out->flags = fs->flags;
+    out->max_readahead = in->max_readahead;
+    out->max_background = 64;
+    out->congestion_threshold = 48;
+    out->max_write = FS_TRANSFER;
+    out->max_pages = FS_PAGES;
+    out->time_gran = 1;
+    return 0;
+}
+
+static int forget(struct call *call)
+{
+    const struct fuse_forget_in *in = CALL_IN(call, fuse_forget_in);
+    if (in)
+        node_forget(call->fs, call->in.nodeid, in->nlookup);
+    return 0;
+}
+
+static int batch_forget(struct call *call)
+{
+    const struct fuse_batch_forget_in *in = CALL_IN(call, fuse_batch_forget_in);
+    for (uint32_t left = in ? in->count : 0; left--;) {
+        const struct fuse_forget_one *one = CALL_IN(call, fuse_forget_one);
+        if (!one)
+            break;
+        node_forget(call->fs, one->nodeid, one->nlookup);
+    }
+    return 0;
+}
+
+static int dispatch(struct call *call)
+{
+    switch (call->in.opcode) {
+    case FUSE_LOOKUP: return fs_lookup(call);
+    case FUSE_GETATTR: return fs_getattr(call);
+    case FUSE_SETATTR: return fs_setattr(call);
+    case FUSE_READLINK: return fs_readlink(call);
+    case FUSE_SYMLINK:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_LINK: return fs_make(call);
+    case FUSE_UNLINK:
+    case FUSE_RMDIR: return fs_remove(call);
+    case FUSE_RENAME:
+    case FUSE_RENAME2: return fs_rename(call);
+    case FUSE_OPEN:
+    case FUSE_OPENDIR: return fs_open(call);
+    case FUSE_CREATE: return fs_create(call);
+    case FUSE_READ: return fs_read(call);
+    case FUSE_WRITE: return fs_write(call);
+    case FUSE_READDIR:
+    case FUSE_READDIRPLUS: return fs_readdir(call);
+    case FUSE_RELEASE:
+    case FUSE_RELEASEDIR: return fs_release(call);
+    case FUSE_STATFS: return fs_statfs(call);
+    case FUSE_FSYNC:
+    case FUSE_FSYNCDIR:
+    case FUSE_SYNCFS: return fs_fsync(call);
+    case FUSE_SETXATTR:
+    case FUSE_GETXATTR:
+    case FUSE_LISTXATTR:
+    case FUSE_REMOVEXATTR: return fs_xattr(call);
+    case FUSE_FALLOCATE: return fs_fallocate(call);
+    case FUSE_LSEEK: return fs_lseek(call);
+    case FUSE_COPY_FILE_RANGE: return fs_copy(call);
+    default: return ENOSYS; /* the driver does it itself, or not at all, and asks no more */
+    }
+}
+
+/* What the opcode's handler says, under the lock that keeps a new session from the requests of the old one. */
+static int answer(struct call *call)
+{
+    struct fs *fs = call->fs;
+    uint32_t opcode = call->in.opcode;
+    bool alone = opcode == FUSE_INIT || opcode == FUSE_DESTROY;
+    int error;
+    if (alone)
+        pthread_rwlock_wrlock(&fs->session);
+    else
+        pthread_rwlock_rdlock(&fs->session);
+    if (opcode == FUSE_INIT) {
+        error = init(call);
+    } else if (!fs->minor) {
+        error = EPROTO;
+    } else if (opcode == FUSE_DESTROY) {
+        nodes_clear(fs);
+        fs->minor = 0;
+        error = 0;
+    } else if (opcode == FUSE_FORGET) {
+        error = forget(call);
+    } else if (opcode == FUSE_BATCH_FORGET) {
+        error = batch_forget(call);
+    } else {
+        error = dispatch(call);
+    }
+    pthread_rwlock_unlock(&fs->session);
+    return error;
+}
+
+void fs_run(struct fs *fs, struct fs_request *request)
+{
+    struct chain *chain = &request->chain;
+    struct call call = {.fs = fs, .request = request};
+    struct fuse_out_header out;
+    if (__atomic_load_n(&fs->abandoned, __ATOMIC_RELAXED))
+        return;
+    /* All but the data of a write is copied once, before anything of it is looked at. */
+    size_t most = sizeof call.in + FS_ARGUMENTS;
+    if (chain->readable_length < most)
+        most = chain->readable_length;
+    uint8_t *copy = malloc(most + 1);
+    size_t got = copy ? get(chain, copy, most) : 0;
+    if (got >= sizeof call.in) {
+        memcpy(&call.in, copy, sizeof call.in);
+        copy[got] = 0;
+        call.arguments = copy + sizeof call.in;
+        call.length = got - sizeof call.in;
+    }
+    request->opcode = call.in.opcode;
+    bool silent = call.in.opcode == FUSE_FORGET || call.in.opcode == FUSE_BATCH_FORGET;
+    int error = !copy ? ENOMEM : got < sizeof call.in || call.in.len != chain->readable_length ? EIO : 0;
+    if (!silent && chain->writable_length < sizeof out) {
+        free(copy);
+        return; /* there is no room to say anything, so nothing is done */
+    }
+    call.room = silent ? 0 : chain->writable_length - sizeof out;
+    call.reply = silent ? NULL : malloc(sizeof out + FS_REPLY);
+    uint8_t *reply = call.reply;
+    if (!silent && !reply)
+        error = ENOMEM;
+    else if (reply)
+        call.reply += sizeof out;
+    if (!error)
+        error = answer(&call);
+    if (error)
+        call.replied = 0;
+    request->error = error;
+    if (!silent) {
+        out = (struct fuse_out_header){(uint32_t)(sizeof out + call.replied), -error, call.in.unique};
+        request->written = out.len;
+        if (reply && !call.placed && !error) {
+            memcpy(reply, &out, sizeof out);
+            put(chain, reply, request->written);
+        } else {
+            put(chain, &out, sizeof out);
+        }
+    }
+    free(reply);
+    free(copy);
+}

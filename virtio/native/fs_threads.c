@@ -1,0 +1,115 @@
+/* Requests of FsEngine on a few native threads. */
+#define _GNU_SOURCE
+#include "fs.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+int fs_pool_open(struct fs_pool *pool, struct fs *fs)
+{
+    memset(pool, 0, sizeof *pool);
+    pool->fs = fs;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pool->event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return pool->event < 0 ? errno : 0;
+}
+
+static void *worker(void *argument)
+{
+    struct fs_pool *pool = argument;
+    /* A umask of its own: the guest's kernel has applied its program's already. */
+    if (!unshare(CLONE_FS))
+        umask(0);
+    else
+        __atomic_store_n(&pool->fs->fix_modes, true, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (!pool->queue.count && !pool->stopping) {
+            pool->idle++;
+            pthread_cond_wait(&pool->work, &pool->lock);
+            pool->idle--;
+        }
+        if (pool->stopping)
+            break;
+        struct fs_request *request = fs_list_take(&pool->queue);
+        pool->running++;
+        pthread_mutex_unlock(&pool->lock);
+        fs_run(pool->fs, request);
+        pthread_mutex_lock(&pool->lock);
+        bool first = !pool->done.count;
+        fs_list_add(&pool->done, request);
+        pool->running--;
+        if (first)
+            eventfd_write(pool->event, 1);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+static bool start(struct fs_pool *pool)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (pool->started < FS_THREADS && !pthread_create(&pool->thread[pool->started], NULL, worker, pool))
+        pool->started++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return pool->started;
+}
+
+bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests)
+{
+    if (!requests->count)
+        return true;
+    if (!start(pool))
+        return false;
+    pthread_mutex_lock(&pool->lock);
+    unsigned wake = requests->count < pool->idle ? requests->count : pool->idle;
+    for (struct fs_request *request; (request = fs_list_take(requests));)
+        fs_list_add(&pool->queue, request);
+    while (wake--)
+        pthread_cond_signal(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    return true;
+}
+
+struct fs_list fs_pool_done(struct fs_pool *pool)
+{
+    eventfd_t count;
+    eventfd_read(pool->event, &count);
+    pthread_mutex_lock(&pool->lock);
+    struct fs_list done = pool->done;
+    pool->done = (struct fs_list){0};
+    pthread_mutex_unlock(&pool->lock);
+    return done;
+}
+
+bool fs_pool_cancel(struct fs_pool *pool, struct fs_list *dropped)
+{
+    pthread_mutex_lock(&pool->lock);
+    for (struct fs_request *request; (request = fs_list_take(&pool->queue));)
+        fs_list_add(dropped, request);
+    for (struct fs_request *request; (request = fs_list_take(&pool->done));)
+        fs_list_add(dropped, request);
+    bool idle = !pool->running;
+    pthread_mutex_unlock(&pool->lock);
+    return idle;
+}
+
+void fs_pool_close(struct fs_pool *pool)
+{
+    pthread_mutex_lock(&pool->lock);
+    pool->stopping = true;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    while (pool->started)
+        pthread_join(pool->thread[--pool->started], NULL);
+    if (pool->event >= 0)
+        close(pool->event);
+    pool->event = -1;
+}
