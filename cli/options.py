@@ -45,6 +45,8 @@ RUN_OPTIONS = (
     RunOption("--flat", "flat", "text", "Raw code: FILE[,load=ADDRESS][,entry=ADDRESS][,mode=real|…].", "SPEC"),
     RunOption("--disk", "disks", "list", "FILE[,ro][,snapshot][,id=NAME][,cache=…][,iops=N][,bps=SIZE][,…].", "SPEC"),
     RunOption("--net", "nets", "list", "none, user, tap=NAME, unix=PATH[,optional][,mac=…][,pcap=…][,…].", "SPEC"),
+    RunOption("--share", "shares", "list", "HOST[:/GUEST][,ro][,uid=N][,cache=…][,id=TAG], a directory.", "SPEC"),
+    RunOption("--root", "root", "text", "DIR[,ro]: a directory of the host as the root file system.", "SPEC"),
     RunOption("--console", "console", "text", "stdio, none or socket=PATH, then [,log=FILE][,log_limit=SIZE].", "SPEC"),
     RunOption("--hvc", "hvc", "switch", "Add a virtio console (hvc0)."),
     RunOption("--port", "ports", "list", "NAME=PATH: a port of the virtio console as a UNIX socket.", "SPEC"),

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmm.config import Config, ConsoleConfig, Disk, FlatImage, Net
+    from vmm.config import Config, ConsoleConfig, Disk, FlatImage, Net, Share
     from vmm.console.hub import Console, ConsoleClosed, ConsoleReader, ConsoleTimeout
     from vmm.errors import ConfigError, GuestError, HostError, StateError, VmmError
     from vmm.events import (
@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "vmm.guest.process": ("ExecResult", "GuestProcess"),
-    "vmm.config": ("Config", "ConsoleConfig", "Disk", "FlatImage", "Net"),
+    "vmm.config": ("Config", "ConsoleConfig", "Disk", "FlatImage", "Net", "Share"),
     "vmm.console.hub": ("Console", "ConsoleClosed", "ConsoleReader", "ConsoleTimeout"),
     "vmm.errors": ("ConfigError", "GuestError", "HostError", "StateError", "VmmError"),
     "vmm.events": (
@@ -82,6 +82,7 @@ __all__ = [
     "Reason",
     "Rebooted",
     "Register",
+    "Share",
     "State",
     "StateChanged",
     "StateError",

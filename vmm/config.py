@@ -30,6 +30,7 @@ from vmm.convert import (
     to_forwards,
     to_integer,
     to_mac,
+    to_mount,
     to_name,
     to_part,
     to_parts,
@@ -50,6 +51,9 @@ MAX_CMDLINE = 2047
 """COMMAND_LINE_SIZE of x86 Linux is 2048 with its zero byte."""
 VIRTUAL_EPOCH = 1_704_067_200
 """2024-01-01T00:00:00Z: where the wall clock of a machine with a virtual clock starts, unless `epoch` says."""
+
+ROOT_TAG = "root"
+"""The tag of the share that is the guest's root file system."""
 
 CoreName = Literal["auto", "kvm", "soft"]
 CpuModel = Literal["v2", "host"]
@@ -281,6 +285,82 @@ class Net(Checked):
         return from_mapping(cls, "net", {"kind": kind, "target": target, **values})
 
 
+class Share(Checked):
+    """A directory of the host that the guest sees as a file system (virtio-fs)."""
+
+    path: Path
+    """The directory. The guest may do there what this process may, and nothing outside it."""
+    mount: str = ""
+    """Where our images' guests mount it; by default it is there to be mounted: mount -t virtiofs ID /somewhere."""
+    readonly: bool = False
+    """The guest can only read."""
+    id: str = ""
+    """The tag by which the guest finds it; by default share0, share1…"""
+    uid: int | None = None
+    """As whose the guest sees this user's files: by default root's, or, if this process is root's, as they are; then
+    new files get the owner that the guest gives them."""
+    gid: int | None = None
+    """The group, likewise; by default that of `uid`."""
+    cache: Literal["none", "auto", "always"] = "auto"
+    """For how long the guest believes what it knows of names and content: none: not at all, auto: a second, always."""
+    transport: Literal["pci", "mmio"] = "pci"
+    """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
+
+    _where = "share"
+    _converters = {
+        "path": to_path,
+        "mount": to_mount,
+        "readonly": to_boolean,
+        "id": to_name,
+        "uid": optional(to_integer(0, (1 << 32) - 2)),
+        "gid": optional(to_integer(0, (1 << 32) - 2)),
+        "cache": to_choice(Literal["none", "auto", "always"]),
+        "transport": to_choice(Literal["pci", "mmio"]),
+    }
+
+    def _check(self) -> None:
+        if len(self.id.encode()) > 36:
+            raise ConfigError(f"share: the id {self.id!r} is longer than the 36 bytes of a tag")
+        if self.gid is not None and self.uid is None:
+            raise ConfigError("share: gid needs uid too")
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """HOST[:/GUEST][,ro][,uid=N][,gid=N][,cache=none|auto|always][,id=TAG][,transport=pci|mmio]"""
+        first, values = split("share", text, {"ro": ("readonly", True)})
+        path, colon, mount = first.rpartition(":/")
+        given = {"path": path, "mount": f"/{mount}"} if colon else {"path": first}
+        return from_mapping(cls, "share", {**given, **values})
+
+
+class RootDirectory(Checked):
+    """A directory of the host that is the guest's root file system (virtio-fs)."""
+
+    path: Path
+    """The directory. What the guest writes is written there."""
+    readonly: bool = False
+    """The guest can only read."""
+    uid: int | None = None
+    """As whose the guest sees this user's files, as for a share."""
+    gid: int | None = None
+    """The group, likewise; by default that of `uid`."""
+    cache: Literal["none", "auto", "always"] = "auto"
+    """For how long the guest believes what it knows of names and content: none: not at all, auto: a second, always."""
+
+    _where = "root"
+    _converters = {name: Share._converters[name] for name in ("path", "readonly", "uid", "gid", "cache")}
+
+    def _check(self) -> None:
+        if self.gid is not None and self.uid is None:
+            raise ConfigError("root: gid needs uid too")
+
+    @classmethod
+    def parse(cls, text: str) -> RootDirectory:
+        """DIR[,ro][,uid=N][,gid=N][,cache=none|auto|always]"""
+        path, values = split("root", text, {"ro": ("readonly", True)})
+        return from_mapping(cls, "root", {"path": path, **values})
+
+
 class ConsoleConfig(Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
@@ -455,6 +535,10 @@ class Config(Checked):
     """virtio block devices, in the order in which the guest names them."""
     nets: tuple[Net, ...] = ()
     """virtio network devices."""
+    shares: tuple[Share, ...] = ()
+    """Directories of the host that the guest sees."""
+    root: RootDirectory | None = None
+    """A directory of the host that is the guest's root file system; for our images and their initrd."""
     console: ConsoleConfig = ConsoleConfig()
     """Where the first serial port leads."""
     hvc: bool = False
@@ -523,6 +607,8 @@ class Config(Checked):
         "flat": optional(to_part(FlatImage)),
         "disks": to_parts(Disk),
         "nets": to_parts(Net),
+        "shares": to_parts(Share),
+        "root": optional(to_part(RootDirectory)),
         "console": to_part(ConsoleConfig),
         "hvc": to_boolean,
         "ports": to_parts(PortConfig),
@@ -551,7 +637,7 @@ class Config(Checked):
     }
 
     def _check(self) -> None:
-        length = len(f"{self.cmdline or ''} {self.append}".encode())
+        length = len(" ".join((self.cmdline or "", self.append, *self.share_words.split())).encode())
         if length > MAX_CMDLINE:
             raise ConfigError(f"cmdline: {length} bytes; a kernel takes {MAX_CMDLINE} at most")
         if self.flat is not None and self.kernel is not None:
@@ -560,7 +646,8 @@ class Config(Checked):
             raise ConfigError("initrd: without a kernel nothing would read it; add --kernel")
         if self.hugepages and self.memory % (2 * MIB):
             raise ConfigError(f"memory: {format_size(self.memory)} is not a multiple of 2M, as hugepages need")
-        if self.platform == "bare" and (self.disks or self.nets or self.hvc or self.ports or self.vsock or self.agent):
+        virtio = (self.disks, self.nets, self.shares, self.root, self.hvc, self.ports, self.vsock, self.agent)
+        if self.platform == "bare" and any(virtio):
             raise ConfigError("platform: bare has no virtio devices; use --platform pc")
         if self.platform == "bare" and (self.fw_cfg or self.testdev):
             raise ConfigError("platform: bare has neither fw_cfg nor testdev; use --platform pc")
@@ -573,10 +660,25 @@ class Config(Checked):
             for value in given:
                 if given.count(value) > 1:
                     raise ConfigError(f"slot: the {what} {value} is given twice; a slot takes one device")
-        names = [part.id for part in self.disks if part.id] + [part.id for part in self.nets if part.id]
+        names = [disk.id for disk in self.disks if disk.id] + [net.id for net in self.nets if net.id]
+        names += [share.id for share in self.all_shares]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"id: {name!r} is given to two devices; make it unique")
+
+    @property
+    def all_shares(self) -> tuple[Share, ...]:
+        """The directories that the guest sees, each with its id: the root first."""
+        shares = [share if share.id else share.replace(id=f"share{at}") for at, share in enumerate(self.shares)]
+        return (*([Share(id=ROOT_TAG, **vars(self.root))] if self.root is not None else []), *shares)
+
+    @property
+    def share_words(self) -> str:
+        """What tells our images' guests of shared directories, on the kernel's command line (images/init/root.c)."""
+        words = [f"loopvisor.share.{share.id}={share.mount}" for share in self.all_shares if share.mount]
+        if self.root is not None:
+            words.append(f"root={ROOT_TAG} rootfstype=virtiofs {'ro' if self.root.readonly else 'rw'}")
+        return " ".join(words)
 
     @property
     def epoch_seconds(self) -> int | None:
@@ -626,6 +728,8 @@ class Config(Checked):
         """Raise ConfigError if a file is missing or unreadable, or the host has not got that much memory."""
         for where, path, writable in self._files():
             check_file(where, path, writable=writable)
+        for share in self.all_shares:
+            check_directory("root" if share.id == ROOT_TAG else "share", share.path)
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if self.memory > total:
             raise ConfigError(
@@ -642,6 +746,16 @@ class Config(Checked):
             found.append(("flat", self.flat.path, False))
         found += [("fw_cfg", item.file, False) for item in self.fw_cfg if item.file is not None]
         return found
+
+
+def check_directory(where: str, path: Path) -> None:
+    """Raise ConfigError unless a directory of the host that is to be shared is there and may be listed."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{where}: {path}: is no directory; share the directory that it is in")
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        raise ConfigError(f"{where}: {path}: {os_reason(error)}") from error
 
 
 def check_file(where: str, path: Path, *, writable: bool) -> None:

@@ -20,6 +20,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+MOUNT = re.compile(r"/[!#-+\--~]+")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 FORWARD = re.compile(r"[0-9]{1,5}:[0-9]{1,5}")
 TRUE, FALSE = ("on", "yes", "true"), ("off", "no", "false")
@@ -98,6 +99,16 @@ def to_mac(where: str, value: object) -> str:
     if not MAC.fullmatch(text) or int(text[:2], 16) & 1:
         raise ConfigError(f"{where}: {text!r} is no unicast MAC address; write for instance 52:54:00:12:34:56")
     return text.lower()
+
+
+def to_mount(where: str, value: object) -> str:
+    """An absolute path in the guest, or nothing."""
+    text = to_text(where, value)
+    if text and (not MOUNT.fullmatch(text) or ".." in text.split("/")):
+        raise ConfigError(
+            f"{where}: {text!r} is no absolute path of plain characters, as the kernel's command line can carry"
+        )
+    return text
 
 
 def to_uuid(where: str, value: object) -> str:

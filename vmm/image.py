@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vmm.config import Config, Disk, FlatImage, Net
 
-VIRTIO_OPTIONS = ("disks", "nets", "hvc", "ports", "vsock", "agent")
+VIRTIO_OPTIONS = ("disks", "nets", "shares", "root", "hvc", "ports", "vsock", "agent")
 """Options that need the whole platform."""
 
 

@@ -50,6 +50,7 @@ _SCHEMAS: dict[Callable[..., Any], Callable[..., Schema]] = {
     convert.to_path: lambda: _text(minLength=1),
     convert.to_name: lambda: _text(pattern=f"^({convert.NAME.pattern})?$"),
     convert.to_mac: lambda: _text(pattern=f"^{convert.MAC.pattern}$"),
+    convert.to_mount: lambda: _text(pattern=f"^({convert.MOUNT.pattern})?$"),
     convert.to_uuid: lambda: _text(pattern=f"^{convert.UUID.pattern}$"),
     convert.to_forwards: lambda: _text(pattern=rf"^({convert.FORWARD.pattern}(\+{convert.FORWARD.pattern})*)?$"),
     convert.to_boolean: _boolean,

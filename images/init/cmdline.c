@@ -56,6 +56,26 @@ int argument(const char *name, char *to, size_t size)
     return found;
 }
 
+int share_argument(int at, char *tag, size_t tag_size, char *place, size_t place_size)
+{
+    static const char prefix[] = "loopvisor.share.";
+    const size_t length = sizeof prefix - 1;
+    struct word word;
+    if (!line[0] && read_file("/proc/cmdline", line, sizeof line) < 0) return 0;
+    for (const char *p = line; next_word(&p, &word);) {
+        if (word.name_length <= length || memcmp(word.name, prefix, length) || !word.value || *word.value != '/') continue;
+        if (at--) continue;
+        size_t named = word.name_length - length;
+        if (named >= tag_size || word.value_length >= place_size) return 0;
+        memcpy(tag, word.name + length, named);
+        tag[named] = 0;
+        memcpy(place, word.value, word.value_length);
+        place[word.value_length] = 0;
+        return 1;
+    }
+    return 0;
+}
+
 int last_of(const char *const names[], int otherwise)
 {
     struct word word;

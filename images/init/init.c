@@ -223,6 +223,7 @@ static void switch_root(char **arguments)
     char root[300], program[256];
     if (!argument("root", root, sizeof root)) return;
     while (!mount_root(root) || !add_overlay()) give_up(arguments + 1);
+    mount_shares("/newroot");
     forget_files();
     SYS(__NR_chdir, "/newroot");
     static const char *const move[][2] = {{"/dev", "dev"}, {"/proc", "proc"}, {"/sys", "sys"}};
@@ -413,6 +414,7 @@ __attribute__((noreturn, used)) void guest_main(long *stack)
         read_modules();
         load_modules(NULL);
         switch_root(arguments);
+        mount_shares("");
     }
     run_system(arguments);
     __builtin_unreachable();

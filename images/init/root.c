@@ -4,7 +4,9 @@
  * PARTLABEL=, MAJOR:MINOR or the number of a device in hexadecimal. rootfstype= names file systems to try, with commas;
  * without it the superblock tells. rootflags= are mount options. rootdelay=SECONDS waits first, rootwait without end,
  * rootwait=SECONDS so long; without either a device has ROOT_SECONDS to come. ro and rw: the later of them; ro without
- * either, as in the kernel. */
+ * either, as in the kernel. With rootfstype=virtiofs root= is the tag of a directory of the host.
+ *
+ * loopvisor.share.TAG=/PATH: the host's directory of that tag is mounted there, below the root. */
 #include "sys.h"
 #include "volumes.h"
 
@@ -338,6 +340,49 @@ static long seconds(const char *name)
     return value < 0 ? 0 : value > MAX_SECONDS ? MAX_SECONDS : value;
 }
 
+/* A directory of the host; its device may still be coming. */
+static long mount_share(const char *tag, const char *path, unsigned long flags, const char *options, long wait)
+{
+    long error, begin = now_ms();
+    load_file_system("virtiofs");
+    for (;; pause_ms(POLL_MS)) {
+        error = SYS(__NR_mount, tag, path, "virtiofs", flags, options);
+        if (error != -EINVAL || (wait && now_ms() - begin > wait * 1000)) return error;
+    }
+}
+
+/* Make the directories of a path in which slashes end at `from`. */
+static void make_path(char *path, char *from)
+{
+    for (char *p = from; *p; p++) {
+        if (*p != '/' || p == from) continue;
+        *p = 0;
+        SYS(__NR_mkdir, path, 0755);
+        *p = '/';
+    }
+    SYS(__NR_mkdir, path, 0755);
+}
+
+void mount_shares(const char *root)
+{
+    char name[64], place[256], path[300], *end = path + sizeof path;
+    for (int at = 0; share_argument(at, name, sizeof name, place, sizeof place); at++) {
+        char *below = append(path, root, end);
+        append(below, place, end);
+        make_path(path, below);
+        long error = mount_share(name, path, 0, "", 2);
+        if (error >= 0) continue;
+        say("init: cannot mount the share ");
+        say(name);
+        say(" at ");
+        say(place);
+        say(error == -ENOENT ? ": there is no such directory, and it cannot be made" :
+            error == -EINVAL ? ": the machine has no share of that name" :
+            error == -ENODEV ? ": the kernel has no virtiofs; its module belongs into the image's recipe" : "");
+        say("\n");
+    }
+}
+
 int mount_root(const char *root)
 {
     static const char *const modes[] = {"ro", "rw", NULL}, *const waits[] = {"rootwait", NULL};
@@ -350,7 +395,18 @@ int mount_root(const char *root)
     if (wait < 0) wait = last_of(waits, -1) == 0 ? 0 : ROOT_SECONDS;
     int told = 0;
     struct device *device;
+    char type[16];
     SYS(__NR_mkdir, "/newroot", 0755);
+    if (argument("rootfstype", type, sizeof type) && text_equal(type, "virtiofs")) {
+        long refused = mount_share(root, "/newroot", flags | more, options, wait);
+        if (refused >= 0) return 1;
+        say("init: cannot mount the root file system: the share ");
+        say(root);
+        say(refused == -EINVAL ? ": the machine has no share of that name\n" :
+            refused == -ENODEV ? ": the kernel has no virtiofs; its module belongs into the image's recipe\n" :
+            ": it does not work\n");
+        return 0;
+    }
     for (begin = now_ms();; pause_ms(now - begin < SCAN_MS ? POLL_MS : SCAN_MS)) {
         scan();
         device = find(root);

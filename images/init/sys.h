@@ -101,6 +101,10 @@ int argument(const char *name, char *to, size_t size);
 int last_of(const char *const names[], int otherwise);
 /* root.c: mount what root= names at /newroot; 0, and it was said why, if that cannot be done. */
 int mount_root(const char *root);
+/* The shares that the command line names, below a root without a slash at its end. */
+void mount_shares(const char *root);
+/* The share number `at` of the command line: its tag and the place in the guest. */
+int share_argument(int at, char *tag, size_t tag_size, char *place, size_t place_size);
 /* init.c: load the module of a file system, if the initramfs has one. */
 void load_file_system(const char *type);
 /* init.c: mount a file system without a device; the loopback interface; power buttons for poll(), and whether one was pressed;

@@ -27,6 +27,8 @@ from vmm.config import (
     Net,
     PciSlot,
     PortConfig,
+    RootDirectory,
+    Share,
     Variable,
     limit_names,
 )
@@ -44,6 +46,7 @@ SAMPLES: dict[Any, Any] = {
     convert.to_path: lambda: ["/some/file"],
     convert.to_name: lambda: ["a-name"],
     convert.to_mac: lambda: ["52:54:00:12:34:56"],
+    convert.to_mount: lambda: ["/mnt/x"],
     convert.to_uuid: lambda: ["0e7d2a52-0b3c-4a36-9f3c-6a5f1f0b8f60"],
     convert.to_forwards: lambda: ["8080:80+2222:22"],
     convert.to_boolean: lambda: [True, False],
@@ -56,9 +59,11 @@ SAMPLES: dict[Any, Any] = {
 }
 # The values that a sample needs beside itself, by rules between keys.
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
-    (Config, "initrd"): {"kernel": "/k"}, (Net, "target"): {"kind": "unix"},
+    (Config, "initrd"): {"kernel": "/k"},
+    (Net, "target"): {"kind": "unix"},
     (Net, "queues"): {"kind": "tap", "target": "tap0"},
     (Config, "entrypoint"): {"agent": True}, (Config, "command"): {"agent": True},
+    (Share, "gid"): {"uid": 7}, (RootDirectory, "gid"): {"uid": 7},
     (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "hugepages"): {"memory": 64 << 20},
     **{(kind, name): {name.removesuffix("_burst"): 1}
        for kind in (Disk, Net) for name in limit_names(kind) if name.endswith("_burst")},
@@ -72,6 +77,8 @@ HEADS: dict[type, Any] = {
     Variable: lambda part: f"{part.pop('name')}={part.pop('value', '')}",
     FwCfgItem: lambda part: f"name={part.pop('name')}",
     PciSlot: lambda part: f"{part.pop('id')}={part.pop('device')}",
+    Share: lambda part: ":".join(filter(None, (str(part.pop("path")), part.pop("mount", None)))),
+    RootDirectory: lambda part: str(part.pop("path")),
     GdbConfig: lambda part: part.pop("address"),
 }  # fmt: skip
 
@@ -168,11 +175,23 @@ def test_a_printed_configuration_is_valid_and_the_schema_is_one(tmp_path: Path) 
     jsonschema.validate(tomllib.loads(config.stdout), described)
 
 
-@pytest.mark.parametrize("values", [
-    {"memroy": "1G"}, {"disks": [{"path": "/d", "colour": "red"}]}, {"console": {"kind": "stdio", "sound": "loud"}},
-    {"cpus": 0}, {"cpus": 1.5}, {"memory": "lots"}, {"memory": 4097}, {"core": "xen"}, {"nets": ["user", 7]},
-    {"disks": [{"readonly": True}]}, {"nets": [{"kind": "tap", "target": "t", "mac": "x"}]}, {"rng": "perhaps"},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"memroy": "1G"},
+        {"disks": [{"path": "/d", "colour": "red"}]},
+        {"console": {"kind": "stdio", "sound": "loud"}},
+        {"cpus": 0},
+        {"cpus": 1.5},
+        {"memory": "lots"},
+        {"memory": 4097},
+        {"core": "xen"},
+        {"nets": ["user", 7]},
+        {"disks": [{"readonly": True}]},
+        {"nets": [{"kind": "tap", "target": "t", "mac": "x"}]},
+        {"rng": "perhaps"},
+    ],
+)
 def test_mistakes_are_refused_by_schema_and_configuration(values: dict[str, Any]) -> None:
     assert not VALID.is_valid(values)
     with pytest.raises(ConfigError):

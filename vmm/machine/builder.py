@@ -72,7 +72,9 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
         base = boot.default_cmdline(capabilities)
     else:
         base = ""
-    return f"{base} {config.append}".strip()
+    # The shares' words come last, where they win, but before what is for init alone.
+    words, dashes, init = f"{base} {config.append} ".partition(" -- ")
+    return " ".join(f"{words} {config.share_words}{dashes}{init}".split())
 
 
 class Machine:

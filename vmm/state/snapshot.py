@@ -175,6 +175,9 @@ class Snapshot:
         self.check_files(trusted=trusted)
         self.ensure_verified()
         config = self.config(changes)
+        if config.all_shares and not (trusted or self.made_here):
+            path = config.all_shares[0].path
+            raise StateError(f"{self.path}: comes from elsewhere and shares {path}; add --trust if it may be used")
         return config, self.saved(config, as_copy=as_copy)
 
     def config(self, changes: Mapping[str, Any]) -> Config:

@@ -121,6 +121,11 @@ class DevicePool:
 
             for index, net in enumerate(config.nets):
                 self._want(net.id or f"net{index}", NetMaker(net, random, restored=self._restored), net.packed)
+        if shares := config.all_shares:
+            from vmm.devices.virtio.share import ShareMaker
+
+            for share in shares:
+                self._want(share.id, ShareMaker(share))
         if config.hvc or config.ports:
             from vmm.devices.virtio.console import ConsoleMaker
 
