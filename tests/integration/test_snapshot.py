@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 
 import vmm
 from tests.support.command import VMM, environment
-from vmm.errors import ConfigError, StateError
+from vmm.errors import ConfigError, GuestError, StateError
 from vmm.state.snapshot import Snapshot
 from vmm.state.taking import SnapshotProgress
 
@@ -197,6 +199,39 @@ async def test_a_foreign_snapshot_opens_no_file_of_this_host(linux: Any, tmp_pat
             pass
     async with vmm.restore(tmp_path / "s", trust=True) as vm:
         await vm.exec("true", timeout=60)
+
+
+def change_state(snapshot: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the machine's state in a snapshot, with the checksums that are right for it."""
+    state = json.loads((snapshot / "state.json").read_text())
+    change(state["machine"])
+    data = json.dumps(state).encode()
+    (snapshot / "state.json").write_bytes(data)
+    manifest = json.loads((snapshot / "manifest.json").read_text().rstrip("\n").rpartition("\n")[0])
+    manifest["fields"]["files"]["state.json"] = hashlib.sha256(data).hexdigest()
+    text = json.dumps(manifest)
+    (snapshot / "manifest.json").write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+
+
+async def test_who_asks_an_agent_of_another_version_is_told(linux: Any, tmp_path: Path) -> None:
+    def another(machine: dict[str, Any]) -> None:
+        assert (machine["version"], machine["fields"]["agent"]) == (2, 2)
+        machine["fields"]["agent"] = 3
+
+    def older(machine: dict[str, Any]) -> None:
+        machine["version"], machine["fields"]["agent"] = 1, True
+
+    async with vmm.run("linux", **OPTIONS) as vm:
+        await text(vm, "true")
+        await vm.snapshot(tmp_path / "s", stop=True)
+    change_state(tmp_path / "s", another)
+    async with vmm.restore(tmp_path / "s", trust=True, as_copy=True) as vm:
+        for call in (vm.exec("true"), vm.agent.copy_in(tmp_path / "s" / "state.json", "/state")):
+            with pytest.raises(GuestError, match="speaks version 3 of its protocol, this vmm version 2"):
+                await asyncio.wait_for(call, 60)
+    change_state(tmp_path / "s", older)
+    async with vmm.restore(tmp_path / "s", trust=True) as vm:
+        assert await text(vm, "echo on") == "on"
 
 
 async def test_targets_that_are_no_snapshots_stay_as_they_are(saved: Path, tmp_path: Path) -> None:

@@ -1,17 +1,34 @@
-"""Whether an initrd is whole, as far as its own headers tell without unpacking it.
+"""Whether an initrd is whole, as far as its own headers tell.
 
 Specification: Linux' Documentation/driver-api/early-userspace/buffer-format.rst (newc archives, compressed or not, one
-after the other, with zero bytes between), RFC 8878 (Zstandard). What the other compressions hold is known only after
-unpacking; there the kernel reports what is wrong.
+after the other, with zero bytes between), RFC 8878 (Zstandard), the .xz file format 1.2.0. Where a gzip, bzip2 or xz
+stream ends is known only after unpacking it, so that is done, bit by bit, and what comes out is thrown away; an .xz
+file that ends with a stream's footer is taken as whole. The kernel reports what is wrong with other compressions.
 """
 
 from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 from vmm.errors import ConfigError
 
 CPIO_MAGICS = (b"070701", b"070702")
 CPIO_HEADER = 110
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+XZ_MAGIC, XZ_FOOTER = b"\xfd7zXZ\0", b"YZ"
+XZ_MEMORY = 256 << 20
+"""Bytes that a dictionary may take here; Linux' own decompressor takes 64 MiB at most."""
+STREAMS: tuple[tuple[bytes, str, Callable[[], Any]], ...] = (
+    (b"\x1f\x8b\x08", "gzip", lambda: zlib.decompressobj(31)),
+    (b"BZh", "bzip2", bz2.BZ2Decompressor),
+    (XZ_MAGIC, "xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)),
+)
+PIECE, UNPACKED_MAX = 1 << 20, 1 << 30
+"""Bytes that are unpacked at a time, and at most; a stream that makes more is taken as it is."""
 MAX_STEPS = 200_000
 """Members and blocks that are looked at; what follows is taken as it is."""
 
@@ -27,6 +44,8 @@ def check_whole(data: memoryview, name: str) -> None:
         elif magic[:4] == ZSTD_MAGIC:
             at, blocks = _frame_end(data, at, name)
             steps += blocks
+        elif stream := next((each for each in STREAMS if magic.startswith(each[0])), None):
+            at = _stream_end(data, at, name, *stream[1:])
         elif magic[0] == 0:
             at += 1
             rest = bytes(data[at : at + 4096])
@@ -51,6 +70,29 @@ def _member_end(data: memoryview, at: int, name: str) -> int:
     if content + file_size > len(data):
         raise _cut(name, "a member", content + file_size, len(data))
     return (content + file_size + 3) & ~3
+
+
+def _stream_end(data: memoryview, at: int, name: str, kind: str, make: Callable[[], Any]) -> int:
+    """Where the stream at `at` ends. The kernel reports what is wrong with a damaged one."""
+    if kind == "xz" and bytes(data[-4096:]).rstrip(b"\0").endswith(XZ_FOOTER):
+        return len(data)
+    decoder, unpacked = make(), 0
+    try:
+        while not decoder.eof:
+            # zlib gives back the input that it has not looked at, the others keep it
+            left = getattr(decoder, "unconsumed_tail", b"")
+            if not left and getattr(decoder, "needs_input", True):
+                left = data[at : at + PIECE]
+                at += len(left)
+            out = decoder.decompress(left, PIECE)
+            if not left and not out and not decoder.eof and at >= len(data):
+                raise ConfigError(f"{name}: the initrd is cut short: its {kind} stream does not end within the file")
+            unpacked += len(out)
+            if unpacked > UNPACKED_MAX:
+                return len(data)
+    except (zlib.error, lzma.LZMAError, OSError, EOFError):
+        return len(data)
+    return at - len(decoder.unused_data)
 
 
 def _frame_end(data: memoryview, at: int, name: str) -> tuple[int, int]:

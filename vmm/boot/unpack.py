@@ -22,6 +22,8 @@ from typing import Any
 import lz4.block
 import zstandard
 
+from vmm.cachedir import cache_directory
+
 MAX_UNPACKED = 1 << 30
 """Bytes; a larger result is refused."""
 _LZ4_BLOCK = 8 << 20
@@ -149,12 +151,6 @@ def unpack(payload: bytes | memoryview) -> bytes:
     raise UnpackError(f"no known compression (it starts with {bytes(view[:4]).hex(' ')})")
 
 
-def cache_directory() -> Path:
-    """Where unpacked kernels are kept: $XDG_CACHE_HOME/loopvisor/kernels, else below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "kernels"
-
-
 def _map(path: Path) -> memoryview | None:
     try:
         with path.open("rb") as file:
@@ -168,7 +164,7 @@ def unpack_cached(payload: bytes | memoryview, *, cache: Path | None = None) -> 
     written is no error). Raises UnpackError."""
     if compression(payload) == "none":
         return memoryview(payload)
-    folder = cache_directory() if cache is None else cache
+    folder = cache_directory("kernels") if cache is None else cache
     path = folder / f"{hashlib.sha256(payload).hexdigest()}.elf"
     found = _map(path)
     if found is not None:

@@ -42,6 +42,8 @@ class Agent:
         self._identity: Callable[[], bytes] | None = None
         self._identifying = asyncio.Lock()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.spoken = 0
+        """The version of the protocol with which the guest's agent said that it listens; 0: it has not yet."""
         self.on_ready: Callable[[], None] | None = None
         """Called when the guest says that its agent listens."""
         if not waits:
@@ -51,6 +53,7 @@ class Agent:
         """The guest said that its agent listens, and speaks this version of the protocol."""
         if self._ready.done():
             return
+        self.spoken = version
         if version != VERSION:
             self._fail(
                 f"the guest's agent speaks version {version} of its protocol, this vmm version {VERSION}; "
@@ -68,6 +71,7 @@ class Agent:
 
     def restarted(self) -> None:
         """The guest boots again: whoever wants the agent waits until it listens again."""
+        self.spoken = 0
         if self._ready.done():
             self._ready = asyncio.get_running_loop().create_future()
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from cpu.state import VcpuState, VmState
-from cpu.values import I64, U32, U64
+from cpu.values import I64, U8, U32, U64, dataclass
 from vmm.errors import StateError, core_errors
 from vmm.machine.chance import ChanceState
 from vmm.machine.origin import Restore
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from vmm.machine.builder import Machine
 
 
-@dataclass(frozen=True, slots=True)
-class MachineState:
-    """A whole machine but for its memory and disks."""
+AGENT_OF_V1 = 2
+"""The version of the agent's protocol that programs spoke which wrote version 1."""
 
-    kind: ClassVar = "machine"
-    version: ClassVar = 1
+
+@dataclass(frozen=True, slots=True)
+class MachineFields:
+    """What every version of a machine's state has."""
+
     memory: U64
     """Bytes of RAM."""
     platform: Literal["pc", "bare"]
@@ -43,9 +45,34 @@ class MachineState:
     halted: Annotated[tuple[U32, ...], range(65)]
     """vCPUs that halted with interrupts off, for good."""
     chance: ChanceState
-    agent: bool
-    """The guest's agent had said that it listens."""
     components: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineStateV1(MachineFields):
+    """As it was before the agent's version was noted."""
+
+    kind: ClassVar = "machine"
+    version: ClassVar = 1
+    agent: bool
+    """The guest's agent had said that it listens, and spoke AGENT_OF_V1."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineState(MachineFields):
+    """A whole machine but for its memory and disks."""
+
+    kind: ClassVar = "machine"
+    version: ClassVar = 2
+    previous: ClassVar = MachineStateV1
+    agent: U8
+    """The version of its protocol with which the guest's agent had said that it listens; 0: it had not."""
+
+    @classmethod
+    def upgrade(cls, old: MachineStateV1) -> MachineState:
+        """Of version 1."""
+        same = {name: getattr(old, name) for name in MachineFields.__match_args__}
+        return cls(**same, agent=AGENT_OF_V1 if old.agent else 0)
 
 
 class _Root:
@@ -102,7 +129,7 @@ def save(machine: Machine) -> dict[str, Any]:
             vcpus=tuple(vcpu.state() for vcpu in machine.vcpus),
             halted=tuple(sorted(dispatcher.halted)),
             chance=machine.resources.random.save(),
-            agent=agent is not None and agent.ready,
+            agent=0 if agent is None else agent.spoken,
             components={name: part.save() for name, part in _Root(machine).stateful.items()},  # type: ignore[attr-defined]
         )
         return encode(state)
@@ -149,6 +176,6 @@ def restore(machine: Machine, origin: Restore, state: MachineState | None = None
             part.restore(state.components[name])  # type: ignore[attr-defined]
         agent = machine.resources.agent
         if agent is not None and state.agent:
-            agent.set_ready()
+            agent.set_ready(state.agent)
         if not quiet:
             machine.resume_devices()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmm import _native
+from vmm.cachedir import cache_directory
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, os_reason
 from vmm.guest.identity import Identity, hostname_of
@@ -367,8 +368,7 @@ def trust(digest: str, path: Path) -> None:
 
 
 def _records() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "snapshots"
+    return cache_directory("snapshots")
 
 
 def _write_record(name: str, text: str) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmm.cachedir import cache_directory
 from vmm.config import Config
 from vmm.errors import ConfigError, StateError
 from vmm.state.manifest import MANIFEST
@@ -39,9 +40,7 @@ def check(config: Config) -> None:
 
 def folder(config: Config) -> Path:
     """Where the snapshot of such a machine is, or will be."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(base if base.startswith("/") else Path.home() / ".cache") / "loopvisor" / "warm"
-    return cache / _key(config)
+    return cache_directory("warm") / _key(config)
 
 
 def changes(config: Config) -> dict[str, Any]:
