@@ -5,8 +5,7 @@ Hardware task switching is not there (ARCHITECTURE.md): no step leads to a TSS o
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from tests.fuzz.program_maker import ProgramMaker
 
 DATA, CODE32, UDATA, UCODE32 = 0x10, 0x08, 0x23, 0x33
 SLOTS = (0x58, 0x60, 0x68, 0x70, 0x78, 0x80)
@@ -37,16 +36,14 @@ steps:
 """
 
 
-class LegacyMaker:
-    """The text of one program; `unlike` and `hits` as in system_programs.Maker."""
+class LegacyMaker(ProgramMaker):
+    """Programs of 32-bit protected mode and virtual-8086 mode."""
+
+    PRELUDE = PRELUDE
 
     def __init__(self, seed: int, steps: int) -> None:
-        self.chance = random.Random(seed)
-        self.lines: list[str] = []
-        self.label = self.number = 0
-        self.unlike: dict[int, str] = {}
-        self.hits: dict[int, list[int]] = {}
-        kinds: list[Callable[[], None]] = [
+        super().__init__(seed)
+        kinds = [
             self.segment,
             self.verify,
             self.far,
@@ -55,32 +52,12 @@ class LegacyMaker:
             self.flags,
             self.vm86,
         ]
-        for self.number in range(steps):
-            kind = self.chance.choice(kinds)
-            self.add(f"/* {self.number}: {kind.__name__} */")
-            self.add(*(f"PUTC '{char}'" for char in f"@{self.number} {kind.__name__} "))
-            kind()
+        self.make(steps, kinds)
         self.add('SAY32 "end\\n"', "mov al, 0", "out 0xF4, al", "hlt")
 
-    @property
-    def text(self) -> str:
-        return PRELUDE + "\n".join(self.lines) + "\n"
-
-    def differs(self, reason: str) -> None:
-        self.unlike.setdefault(self.number, reason)
-
-    def add(self, *lines: str) -> None:
-        self.lines += lines
-
-    def new(self) -> str:
-        self.label += 1
-        return f"l{self.label}"
-
-    def one(self, *choices: str) -> str:
-        return self.chance.choice(choices)
-
-    def often(self, percent: int) -> bool:
-        return self.chance.randrange(100) < percent
+    def begin(self, name: str) -> None:
+        self.add(f"/* {self.number}: {name} */")
+        self.add(*(f"PUTC '{char}'" for char in f"@{self.number} {name} "))
 
     def put(self, address: int, value: int) -> None:
         self.add(f"mov dword ptr [{address:#x}], {value & 0xFFFFFFFF:#x}")

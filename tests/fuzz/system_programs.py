@@ -7,11 +7,10 @@ exception prints its frame and goes on with the next step. Steps depend on the s
 
 from __future__ import annotations
 
-import random
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+
+from tests.fuzz.program_maker import ProgramMaker
 
 ROMS = Path(__file__).parent.parent / "conformance" / "roms"
 SLOTS = (0x58, 0x60, 0x68, 0x70, 0x78, 0x80)
@@ -26,23 +25,16 @@ DATA, CODE32, CODE64, UDATA, UCODE64, UCODE32 = 0x10, 0x08, 0x18, 0x23, 0x2B, 0x
 NON_CANONICAL = 0x8000_0000_0000
 STACK, USTACK, MEMORY = 0x7000, 0x18000, 0x20000
 
-PRELUDE = '.include "system.inc"\n'
-"""What stands before the steps: tests/conformance/roms/system.inc."""
 
+class Maker(ProgramMaker):
+    """Programs of 64-bit mode, with CPL 3 and compatibility mode."""
 
-class Maker:
-    """The text of one program."""
+    PRELUDE = '.include "system.inc"\n'
+    """tests/conformance/roms/system.inc"""
 
     def __init__(self, seed: int, steps: int) -> None:
-        self.chance = random.Random(seed)
-        self.lines: list[str] = []
-        self.label = 0
-        self.number = 0
-        self.unlike: dict[int, str] = {}
-        """Steps in which QEMU 7.2 differs from the manuals: how, and by which clause."""
-        self.hits: dict[int, list[int]] = {}
-        """What DR6's low bits must say in each #DB of a step with breakpoints."""
-        kinds: list[Callable[[], None]] = [
+        super().__init__(seed)
+        kinds = [
             self.segment,
             self.verify,
             self.far,
@@ -55,33 +47,12 @@ class Maker:
             self.control,
             self.system_segment,
         ]
-        for self.number in range(steps):
-            kind = self.chance.choice(kinds)
-            self.add(f"/* {self.number}: {kind.__name__} */", "call fresh")
-            self.add(*(f"PUTC64 '{char}'" for char in f"@{self.number} {kind.__name__} "))
-            kind()
+        self.make(steps, kinds)
         self.add('SAY "end\\n"', "EXIT 0")
 
-    @property
-    def text(self) -> str:
-        return PRELUDE + "\n".join(self.lines) + "\n"
-
-    def differs(self, reason: str) -> None:
-        """QEMU does not do this step as the manuals have it."""
-        self.unlike.setdefault(self.number, reason)
-
-    def add(self, *lines: str) -> None:
-        self.lines += lines
-
-    def new(self) -> str:
-        self.label += 1
-        return f"l{self.label}"
-
-    def one(self, *choices: str) -> str:
-        return self.chance.choice(choices)
-
-    def often(self, percent: int) -> bool:
-        return self.chance.randrange(100) < percent
+    def begin(self, name: str) -> None:
+        self.add(f"/* {self.number}: {name} */", "call fresh")
+        self.add(*(f"PUTC64 '{char}'" for char in f"@{self.number} {name} "))
 
     # Pieces.
 
@@ -563,14 +534,7 @@ class Maker:
         self.add("mov ax, 0x48", "ltr ax", f"mov ax, {LDT_SELECTOR:#x}", "lldt ax")
 
 
-class Program(Protocol):
-    """What `build` needs of a maker."""
-
-    @property
-    def text(self) -> str: ...
-
-
-def build(maker: Program, seed: int, folder: Path) -> Path:
+def build(maker: ProgramMaker, seed: int, folder: Path) -> Path:
     """The image of a program: 64 KiB for the top of the first MiB. Raises CalledProcessError if `as` refuses it."""
     source, unlinked, linked = (folder / f"system-{seed}.{end}" for end in ("S", "o", "elf"))
     image = folder / f"system-{seed}.bin"

@@ -1,12 +1,6 @@
 /* Single step, hardware breakpoints, ICEBP, RF, MOV SS shadow, in long mode. */
 .include "long.inc"
 /* Here #DB (and #BP) return to the instruction after printing DR6. */
-.macro GATE vector, handler
-    lea rax, [rip + \handler]
-    mov [IDT + \vector * 16], ax
-    shr rax, 16
-    mov [IDT + \vector * 16 + 6], ax
-.endm
 test_long:
     GATE 1, on_db
     SAY "single step\n"

@@ -1,12 +1,6 @@
 /* Interrupts in long mode: PIT and PIC, HLT, the shadow of STI and MOV SS, LAPIC IPIs to self, CR8, NMI, LAPIC timer. */
 .include "long.inc"
 .set LAPIC, 0xFEE00000
-.macro GATE vector, handler
-    lea rax, [rip + \handler]
-    mov [IDT + \vector * 16], ax
-    shr rax, 16
-    mov [IDT + \vector * 16 + 6], ax
-.endm
 .macro LW register, value
     mov dword ptr [rbp + \register], \value
 .endm

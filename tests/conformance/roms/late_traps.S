@@ -1,12 +1,6 @@
 /* Traps that end HLT ("a debug exception [...] will resume execution", SDM vol. 2, HLT), with interrupts off, and those that
  * MOV SS puts off until the next instruction, which is itself a trap: one #DB with ICEBP's, before INT's handler. */
 .include "long.inc"
-.macro GATE vector, handler
-    lea rax, [rip + \handler]
-    mov [IDT + \vector * 16], ax
-    shr rax, 16
-    mov [IDT + \vector * 16 + 6], ax
-.endm
 test_long:
     GATE 1, on_db
     GATE 3, on_bp

@@ -1,12 +1,6 @@
 /* Single steps where an instruction itself changes TF: SYSCALL and SYSRET trap if TF is set at their end. And the bases of
  * FS and GS across an IRET that nulls their selectors. */
 .include "long.inc"
-.macro GATE vector, handler
-    lea rax, [rip + \handler]
-    mov [IDT + \vector * 16], ax
-    shr rax, 16
-    mov [IDT + \vector * 16 + 6], ax
-.endm
 .macro MSR index, low, high=0
     mov ecx, \index
     mov eax, \low
