@@ -84,6 +84,11 @@ async def leave(machine: vmm.VirtualMachine) -> None:
         assert (await machine.wait()).status == 7
 
 
+def emulated_svm() -> bool:
+    """The processor is QEMU's emulation, whose VMRUN loads DR7 without setting the breakpoints in it."""
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+
+
 # The machine's life.
 
 
@@ -118,6 +123,8 @@ async def test_a_breakpoint_stops_each_time_and_is_not_in_memory(core: str, tmp_
         code = machine.machine.memory.read(CODE, 64)
         async with GdbClient(server.target) as gdb:
             for kind, word in (("0", "swbreak"), ("1", "hwbreak")):
+                if kind == "1" and core == "kvm" and emulated_svm():
+                    continue  # see there
                 assert await gdb.ask(f"Z{kind},{COPIES:x},1") == "OK"
                 seen = []
                 for _ in range(3):
@@ -140,6 +147,8 @@ async def test_a_breakpoint_stops_each_time_and_is_not_in_memory(core: str, tmp_
 async def test_watched_ranges(core: str, tmp_path: Path) -> None:
     if core == "kvm" and not has_hardware():
         pytest.skip("this host's KVM interprets supervisor code, for which debug registers watch nothing")
+    if core == "kvm" and emulated_svm():
+        pytest.skip("QEMU's emulation of SVM loads DR7 without setting its breakpoints")
     async with counting(core, tmp_path) as machine, await machine.gdb() as server:
         machine.resume()
         async with GdbClient(server.target) as gdb:

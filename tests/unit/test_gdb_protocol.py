@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpu.contract import Registers, Segment, SystemRegisters
+from cpu.contract import Capability, Registers, Segment, SystemRegisters
 from cpu.debug import Debugging, Point, PointKind
 from vmm.debug import target
 from vmm.debug.packets import MAX_PACKET, Packet, Parser, ProtocolError, Signal, checksum, encode
@@ -116,18 +116,20 @@ def test_registers_of_another_length_are_refused(data: bytes) -> None:
 
 def test_a_core_with_breakpoints_takes_them_all() -> None:
     many = [Wanted(Point(PointKind.EXECUTE, at), True, at) for at in range(100)]
-    assert len(place(many, native=True).points) == 100
-    assert place(many, native=True).int3 == {}
+    assert len(place(many, {Capability.BREAKPOINTS}).points) == 100
+    assert place(many, {Capability.BREAKPOINTS}).int3 == {}
     with pytest.raises(ConfigError, match="too many"):
-        place(many * 11, native=True)
+        place(many * 11, {Capability.BREAKPOINTS})
 
 
-def test_debug_registers_come_first_then_memory() -> None:
-    many = [Wanted(Point(PointKind.EXECUTE, at), True, at + 0x1000) for at in range(6)]
-    placed = place([*many, Wanted(WATCH)], native=False)
+def test_breakpoints_are_in_memory_where_int3_works_else_in_registers() -> None:
+    few = [Wanted(Point(PointKind.EXECUTE, at), True, at + 0x1000) for at in range(3)]
+    placed = place([*few, Wanted(WATCH), Wanted(Point(PointKind.EXECUTE, 9))], {Capability.STOCK_KERNELS})
+    assert placed.points == (WATCH, Point(PointKind.EXECUTE, 9))
+    assert placed.int3 == {at: at + 0x1000 for at in range(3)}
+    placed = place([*few, Wanted(WATCH)], ())
     assert len(placed.points) == 4
-    assert WATCH in placed.points
-    assert placed.int3 == {at: at + 0x1000 for at in (3, 4, 5)}
+    assert placed.int3 == {}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_debug_registers_come_first_then_memory() -> None:
     [(0x1000, 8, [8]), (0x1001, 8, [1, 2, 4, 1]), (0x1004, 8, [4, 4]), (0x1002, 2, [2])],
 )
 def test_a_watched_range_is_covered_by_aligned_parts(address: int, length: int, parts: list[int]) -> None:
-    placed = place([Wanted(Point(PointKind.ACCESS, address, length))], native=False)
+    placed = place([Wanted(Point(PointKind.ACCESS, address, length))], ())
     assert [point.length for point in placed.points] == parts
     assert all(point.address % point.length == 0 for point in placed.points)
     covered = sorted(byte for point in placed.points for byte in range(point.address, point.address + point.length))
@@ -144,9 +146,9 @@ def test_a_watched_range_is_covered_by_aligned_parts(address: int, length: int, 
 
 def test_more_watched_ranges_than_registers_are_refused() -> None:
     with pytest.raises(ConfigError, match="debug registers"):
-        place([Wanted(Point(PointKind.WRITE, 0x1000, 64))], native=False)
+        place([Wanted(Point(PointKind.WRITE, 0x1000, 64))], ())
     with pytest.raises(ConfigError, match="debug registers"):
-        place([Wanted(Point(PointKind.EXECUTE, at)) for at in range(5)], native=False)
+        place([Wanted(Point(PointKind.EXECUTE, at)) for at in range(5)], ())
 
 
 def test_int3_leaves_memory_as_it_was_but_for_what_the_guest_wrote() -> None:

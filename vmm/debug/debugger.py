@@ -95,6 +95,8 @@ class Debugger:
             raise StateError("this machine's core cannot be debugged")
         if self._vm.debugger is not None:
             raise StateError("a debugger is attached to this machine already; let it detach first")
+        if self._vm.migration is not None:
+            raise StateError("the machine is on its way to another host; wait, or cancel that")
         self._vm.debugger = self
         self.attached = True
         self._take(machine)
@@ -230,7 +232,7 @@ class Debugger:
         machine.dispatcher.release(self._hold)
 
     def _apply(self, machine: Machine, actions: Mapping[int, Action]) -> None:
-        everything = place(self._wanted.values(), native=Capability.BREAKPOINTS in machine.capabilities)
+        everything = place(self._wanted.values(), machine.capabilities)
         per_vcpu: dict[int, Debugging] = {}
         passed: set[int] = set()
         for vcpu in machine.vcpus:
@@ -424,7 +426,7 @@ class Debugger:
             except GuestError:
                 gpa = None
         wanted = {**self._wanted, point: Wanted(point, memory, gpa)}
-        place(wanted.values(), native=native)
+        place(wanted.values(), machine.capabilities)
         self._wanted = wanted
 
     def remove(self, point: Point) -> None:

@@ -1,14 +1,16 @@
 """Where breakpoints go: into the core, the processor's four debug registers, or guest memory as INT3.
 
 A core with Capability.BREAKPOINTS takes all of them. Another has four debug registers, each for 1, 2, 4 or 8 aligned
-bytes (SDM vol. 3, 17.2); breakpoints of execution beyond them are INT3 instructions, which stand in memory only while
-the guest runs, and never while its state is saved or copied.
+bytes (SDM vol. 3, 17.2), for watched ranges and hardware breakpoints; other breakpoints are INT3 instructions, which
+stand in memory only while the guest runs, and never while its state is saved or copied. A KVM that interprets
+supervisor code cannot execute INT3 (it has no Capability.STOCK_KERNELS): there all are in debug registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
+from cpu.contract import Capability
 from cpu.debug import MAX_POINTS, Point, PointKind
 from cpu.values import dataclass
 from vmm.errors import ConfigError, GuestError
@@ -48,23 +50,23 @@ def pieces(point: Point) -> list[Point]:
     return found
 
 
-def place(wanted: Iterable[Wanted], *, native: bool) -> Placed:
-    """Raises ConfigError if there are more than this core has."""
+def place(wanted: Iterable[Wanted], capabilities: Container[Capability]) -> Placed:
+    """Raises ConfigError if there are more than a core with these capabilities has."""
     ordered = list(wanted)
     if len(ordered) > MAX_POINTS:
         raise ConfigError(f"breakpoints: {len(ordered)} are too many; {MAX_POINTS} is the limit")
-    if native:
+    if Capability.BREAKPOINTS in capabilities:
         return Placed(tuple(each.point for each in ordered), {})
     registers: list[Point] = []
     int3: dict[int, int] = {}
-    for each in sorted(ordered, key=lambda each: each.memory and each.gpa is not None):
-        if each.memory and each.gpa is not None and len(registers) >= REGISTERS:
+    for each in ordered:
+        if each.memory and each.gpa is not None and Capability.STOCK_KERNELS in capabilities:
             int3[each.point.address] = each.gpa
         else:
             registers += pieces(each.point)
     if len(registers) > REGISTERS:
         raise ConfigError(
-            f"breakpoints: hardware breakpoints and watched ranges need {len(registers)} debug registers; "
+            f"breakpoints: these breakpoints and watched ranges need {len(registers)} debug registers; "
             f"this core has {REGISTERS}"
         )
     return Placed(tuple(registers), int3)

@@ -90,7 +90,7 @@ def parse_elf(data: bytes, where: str) -> list[Symbol]:
                 name = names[at:end].decode("utf-8", "replace")
                 if name:
                     found.append(Symbol(address, name, info & 15 == _FUNC or section in executable))
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise ConfigError(f"{where}: is no whole 64-bit ELF file") from error
     if not found:
         raise ConfigError(f"{where}: has no symbols; it was stripped")

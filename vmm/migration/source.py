@@ -90,6 +90,8 @@ class Outgoing:
         options.check()
         if vm.migration is not None:
             raise StateError("the machine is on its way already; wait, or cancel that")
+        if vm.debugger is not None:
+            raise StateError("a debugger is attached to the machine; let it detach first")
         if vm.state not in (State.RUNNING, State.PAUSED) or vm.obstacle is not None:
             raise StateError(vm.obstacle.text if vm.obstacle else f"a machine that is {vm.state.value} cannot move")
         self.vm = vm

@@ -288,7 +288,7 @@ class Session:
         values = protocol.load("offer: config", offer.config.encode())
         if not isinstance(values, dict):
             raise StateError("offer: config: not a table")
-        changes: dict[str, Any] = {"console": "none", "core": "auto", **receiver.changes}
+        changes: dict[str, Any] = {"console": "none", "core": "auto", "gdb": None, **receiver.changes}
         changes.setdefault("name", offer.name)
         try:
             config = Config.from_dict({**values, **changes})
