@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images soak-state clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images soak-state soak-disks clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -69,6 +69,9 @@ sanitize: venv   ## C code under ASan and UBSan
 
 soak-state: venv ## a working Debian guest saved, killed and taken up again, ROUNDS (1000) times
 	$(VENV)/bin/python -m tests.soak.state $${ROUNDS:-1000}
+
+soak-disks: venv ## disks attached, detached, snapshot, committed and mirrored under fio verify; ATTACHES (100), CHANGES (1000)
+	$(VENV)/bin/python -m tests.soak.disks $${ATTACHES:-100} $${CHANGES:-1000}
 
 soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power cuts on each of 9, 100 rounds of live changes
 	$(VENV)/bin/python -m tests.fuzz.image_model $${OPERATIONS:-10000}

@@ -43,6 +43,8 @@ DRIVER_SECONDS = 10.0
 PULL_SECONDS = 5.0
 """How long a device that was pulled stays for its driver, which would hang without its registers."""
 
+LOOKED_SECONDS = 1.0
+"""How long `attach` waits for the guest's first read of a disk that is driven."""
 LINGER_SECONDS = 0.25
 """The same after it has reset the device: Linux then reads its status once more."""
 
@@ -232,7 +234,15 @@ class Hotplug:
         """Whether the guest's driver has taken the device within this time."""
         if self._vm.state is not State.RUNNING:
             timeout = 0
-        return await self._status(virtio, name, lambda status: bool(status & Status.DRIVER_OK), timeout)
+        driven = await self._status(virtio, name, lambda status: bool(status & Status.DRIVER_OK), timeout)
+        device = self._vm.virtio_devices().get(name)
+        if driven and isinstance(device, BlockDevice):
+            # Linux looks for partitions right after it has made the disk's node: then programs can open it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(timeout, LOOKED_SECONDS)):
+                    while device.is_active and not device.counters["reads"]:  # noqa: ASYNC110  # the engine tells nobody
+                        await asyncio.sleep(0.005)
+        return driven
 
     async def _status(
         self, virtio: VirtioDevices, name: str, wanted: Callable[[int], bool], timeout: float

@@ -63,7 +63,8 @@ async def test_rounds_under_io(linux: Any, tmp_path: Path) -> None:
         for turn in range(5):
             made = await vm.attach(Disk(path=other), timeout=60 * PATIENCE)
             assert made.driven and vm.block_devices()[made.id].backend is not None
-            assert await text(vm, f"printf {turn}{turn}{turn} | dd of=/dev/vdc conv=fsync 2>/dev/null; echo ok") == "ok"
+            there = "while [ ! -b /dev/vdc ]; do sleep 0.01; done"
+            await text(vm, f"{there}; printf {turn}{turn}{turn} | dd of=/dev/vdc conv=fsync 2>/dev/null")
             assert await text(vm, bars) == before
             assert await vm.detach(made.id, timeout=60 * PATIENCE) == "guest"
             assert other.read_bytes()[:3] == b"%d%d%d" % (turn, turn, turn) and str(other) not in descriptors()
