@@ -7,32 +7,18 @@ that fails is printed and its image kept there. FUZZ_PLAIN=1: without sanitizers
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "image-fuzz"
+from tests.fuzz import sanitized
+
+BUILD = sanitized.ROOT / "build" / "image-fuzz"
 STALL = 20.0
 """Seconds that one image may take, sanitized."""
-
-
-def build() -> None:
-    """The package `virtio` with sanitized C parts."""
-    shutil.rmtree(BUILD, ignore_errors=True)
-    shutil.copytree(ROOT / "virtio", BUILD / "virtio", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    flags = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = sorted((ROOT / "virtio/native").glob("*.c"))
-    include = f"-I{sysconfig.get_paths()['include']}"
-    subprocess.run(["cc", *flags, include, *sources, "-o", BUILD / "virtio" / f"_ring{suffix}", "-pthread"], check=True)
 
 
 def campaign(seconds: float, first: int) -> int:
@@ -68,27 +54,12 @@ def campaign(seconds: float, first: int) -> int:
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     first = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(1 << 32)
-    if os.environ.get("FUZZ_INSIDE") or os.environ.get("FUZZ_PLAIN"):
+    if sanitized.inside():
         BUILD.mkdir(parents=True, exist_ok=True)
         print(f"from seed {first}", flush=True)  # noqa: T201
         campaign(seconds, first)
         return
-    build()
-    libraries = [
-        subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {
-        **os.environ,
-        "FUZZ_INSIDE": "1",
-        "LD_PRELOAD": " ".join(libraries),
-        "PYTHONPATH": f"{BUILD}:{ROOT}",
-        "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    command = [sys.executable, "-P", str(Path(__file__)), str(seconds), str(first)]
-    raise SystemExit(subprocess.run(command, env=environment, cwd=BUILD).returncode)
+    sanitized.run(BUILD, __file__, seconds, first)
 
 
 if __name__ == "__main__":
