@@ -35,6 +35,7 @@ from vmm.convert import (
     to_part,
     to_parts,
     to_path,
+    to_rules,
     to_seconds,
     to_size,
     to_text,
@@ -223,6 +224,11 @@ class Net(Checked):
     """Pairs of queues; a tap has as many, other networks one."""
     forward: str = ""
     """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
+    allow: str = ""
+    """User networking: where the guest may connect to, and nowhere else, as pypi.org:443+*.example.org+10.0.0.0/8.
+    Names are resolved for it here; it reaches no name server."""
+    deny: str = ""
+    """User networking: where it may not, whatever else is allowed; a name here has no port."""
     required: bool = True
     """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
     packed: bool = False
@@ -255,6 +261,8 @@ class Net(Checked):
         "pcap": optional(to_path),
         "queues": to_integer(1, 16),
         "forward": to_forwards,
+        "allow": to_rules,
+        "deny": to_rules,
         "required": to_boolean,
         "packed": to_boolean,
         **_limits("pps_in", "pps_out"),
@@ -273,11 +281,18 @@ class Net(Checked):
             raise ConfigError("net: only a tap has several queues, and not with pcap; leave queues out")
         if self.forward and self.kind != "user":
             raise ConfigError("net: forward is user networking's; a tap's guest has an address of its own")
+        if (self.allow or self.deny) and self.kind != "user":
+            raise ConfigError("net: allow and deny are user networking's; filter a tap with the host's firewall")
+        if self.deny:
+            from virtio.backends.rules import parse
+
+            if any(rule.name and rule.port for rule in parse(self.deny)):
+                raise ConfigError("net.deny: a name is denied for all ports; leave the port out, or give an address")
 
     @classmethod
     def parse(cls, text: str) -> Net:
         """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
-        [,forward=HOSTPORT:GUESTPORT+…][,packed][,pps-in|pps-out[-burst]=N][,bps-in|bps-out[-burst]=SIZE]"""
+        [,forward=HOSTPORT:GUESTPORT+…][,allow=TO+…][,deny=TO+…][,packed][,pps-in|pps-out[-burst]=N][,bps-in|bps-out[-burst]=SIZE]"""
         first, values = split("net", text, {"optional": ("required", False), "packed": ("packed", True)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:

@@ -94,6 +94,20 @@ def to_forwards(where: str, value: object) -> str:
     return text
 
 
+def to_rules(where: str, value: object) -> str:
+    """ "" or destinations with + between: virtio.backends.rules.parse."""
+    text = to_text(where, value)
+    if text:
+        from virtio.backends.rules import parse
+        from virtio.errors import ConfigError as RulesError
+
+        try:
+            parse(text)
+        except RulesError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return text
+
+
 def to_mac(where: str, value: object) -> str:
     text = to_text(where, value)
     if not MAC.fullmatch(text) or int(text[:2], 16) & 1:

@@ -228,7 +228,7 @@ class Hotplug:
             return DiskMaker(part, name)
         from vmm.devices.virtio.net import NetMaker
 
-        return NetMaker(part, self._vm.machine.resources.random)
+        return NetMaker(part, self._vm.machine.resources.random, part.id or "net", self._vm.machine.resources.warn)
 
     async def _driven(self, virtio: VirtioDevices, name: str, timeout: float) -> bool:
         """Whether the guest's driver has taken the device within this time."""

@@ -47,6 +47,7 @@ def _part(kind: type[Checked]) -> Schema:
 _SCHEMAS: dict[Callable[..., Any], Callable[..., Schema]] = {
     convert.to_text: _text,
     convert.to_words: _text,
+    convert.to_rules: _text,
     convert.to_path: lambda: _text(minLength=1),
     convert.to_name: lambda: _text(pattern=f"^({convert.NAME.pattern})?$"),
     convert.to_mac: lambda: _text(pattern=f"^{convert.MAC.pattern}$"),

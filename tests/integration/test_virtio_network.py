@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import ipaddress
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from tests.support import netns, passt, pcap
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import install
 from tests.support.netns import Namespace
+from virtio.backends import policed
 from virtio.devices.net import NetDevice, NetFeature
 from vmm.config import Net
 
@@ -242,6 +244,40 @@ async def test_passt(
         await sh(vm, f"{call} -s -D -p 5202; {LISTENS.format(port=5202)}")
         report = await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M")
         assert arrived(report, 32)
+
+
+@pytest.mark.root
+async def test_a_policy_lets_through_what_it_allows_alone(
+    stock_core: str, passt_networks: tuple[Namespace, Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name, its address and port; not another port, address or protocol, nor a name server; and at what speed."""
+
+    async def resolve(name: str, kind: int) -> list[ipaddress.IPv4Address]:
+        return [ipaddress.IPv4Address(FAR)] if kind == 1 else []
+
+    monkeypatch.setattr(policed, "host_addresses", resolve)
+    _, far = passt_networks
+    image()
+    await far.listen(5201, "iperf3", "-s", "-B", FAR)
+    await far.listen(5203, "iperf3", "-s", "-p", "5203", "-B", FAR)
+    net = Net(kind="user", allow="far.test:5201+10.214.7.9:80", forward="5202:5202")
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
+        events = vm.events()
+        await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
+        call = await install(vm, "iperf3")
+        refused = f"timeout 3 {call} -c {FAR} -n 1K -p %d >/dev/null 2>&1; [ $? -ne 0 ]"
+        await sh(vm, refused % 5201)
+        assert FAR in await sh(vm, "nslookup far.test")
+        assert await iperf(vm, f"{call} -c {FAR}", 16)
+        assert await iperf(vm, f"{call} -c {FAR} -R", 16)
+        await sh(vm, refused % 5203)
+        await sh(vm, f"ping -c 1 -W 2 {FAR} >/dev/null; [ $? -ne 0 ]")
+        await sh(vm, "nslookup other.test >/dev/null; [ $? -ne 0 ]")
+        await sh(vm, f"{call} -s -D -p 5202; {LISTENS.format(port=5202)}")
+        assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 32)
+    told = [event.text async for event in events if isinstance(event, vmm.Warned)]
+    for what in (f"TCP to {FAR}:5201", f"TCP to {FAR}:5203", f"ICMP to {FAR}", "the name other.test"):
+        assert f"net0: refused by the network's policy: {what}" in told
 
 
 @TRANSPORTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from virtio.backends.net import NetBackend, PcapNet
 from virtio.backends.sockets import UserNet
 from virtio.backends.sockets import connect as connect_socket
@@ -12,14 +14,28 @@ from virtio.protocols import RandomSource
 from vmm.config import Net, limit_names
 from vmm.devices.virtio.pool import Maker, TransportKind
 
+POLICED = ["--no-map-gw", "-D", "198.18.0.53"]
+"""passt(1), behind a policy: the gateway's address does not mean this host, and the guest is told a name server,
+whatever the host has (of RFC 2544's addresses, which nobody has): questions to it are answered by the policy."""
+
 
 class NetMaker(Maker):
     """One network card of the configuration."""
 
     slow = True  # passt takes its time
 
-    def __init__(self, net: Net, random: RandomSource, *, restored: bool = False) -> None:
-        """`restored`: the guest has used the card before, and runs on without waiting for the network."""
+    def __init__(
+        self,
+        net: Net,
+        random: RandomSource,
+        name: str = "net",
+        warn: Callable[[str], None] = lambda text: None,
+        *,
+        restored: bool = False,
+    ) -> None:
+        """`restored`: the guest has used the card before, and runs on without waiting for the network. `warn` hears
+        what the policy of the card of this name refuses."""
+        self._tell = lambda text: warn(f"{name}: {text}")
         self.transport: TransportKind = net.transport
         self.optional = not net.required
         self._net = net
@@ -32,7 +48,15 @@ class NetMaker(Maker):
         backend: NetBackend
         if net.kind == "user":
             ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
+            if net.allow or net.deny:
+                ports += POLICED
             backend = await UserNet.start(ports, wait=not self._restored)
+            if net.allow or net.deny:
+                from virtio.backends import rules
+                from virtio.backends.policed import PolicedNet
+
+                policy = rules.Egress(rules.parse(net.allow), rules.parse(net.deny))
+                backend = PolicedNet(backend, self.mac, policy, self._tell)
         elif net.kind == "tap":
             backend = TapNet(net.target, queues=net.queues)
         else:

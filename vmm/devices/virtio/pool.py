@@ -104,10 +104,15 @@ class DevicePool:
         self._console: Any = None
         self._opened = self._closed = False
         self._packed = config.packed
-        self._describe(config, random, own, mark)
+        self._describe(config, random, own, warn, mark)
 
     def _describe(
-        self, config: Config, random: RandomSource, own: Mapping[str, Device], mark: Callable[[str], None]
+        self,
+        config: Config,
+        random: RandomSource,
+        own: Mapping[str, Device],
+        warn: Callable[[str], None],
+        mark: Callable[[str], None],
     ) -> None:
         # Imported here: a machine without such devices starts sooner.
         if config.disks:
@@ -120,7 +125,8 @@ class DevicePool:
             from vmm.devices.virtio.net import NetMaker
 
             for index, net in enumerate(config.nets):
-                self._want(net.id or f"net{index}", NetMaker(net, random, restored=self._restored), net.packed)
+                name = net.id or f"net{index}"
+                self._want(name, NetMaker(net, random, name, warn, restored=self._restored), net.packed)
         if shares := config.all_shares:
             from vmm.devices.virtio.share import ShareMaker
 

@@ -1,0 +1,240 @@
+"""A network card behind a policy: what gets out is what the rules say, whatever the guest sends."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtio.backends import dns
+from virtio.backends.net import MemoryNet
+from virtio.backends.policed import MAX_QUESTIONS, TOLD, PolicedNet, checksum, packet
+from virtio.backends.rules import Address, Egress, parse
+from virtio.errors import ConfigError
+
+MAC, ROUTER = bytes.fromhex("525400123456"), bytes.fromhex("020000000001")
+GUEST, SERVER = "192.0.2.2", "198.51.100.7"
+NAMES = {("files.example.org", dns.A): [SERVER], ("example.org", dns.A): ["203.0.113.1", "127.0.0.1", "169.254.1.1"],
+         ("files.example.org", dns.AAAA): ["2001:db8::7"]}  # fmt: skip
+
+
+def ip(
+    data: bytes, target: str = SERVER, source: str = GUEST, protocol: int = 17, more: int = 0, length: int = 0
+) -> bytes:
+    """An Ethernet frame of the guest with an IP packet."""
+    to, by = ipaddress.ip_address(target), ipaddress.ip_address(source)
+    if to.version == 4:
+        length = length or 20 + len(data)
+        head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, length, 1, more, 64, protocol, 0, by.packed, to.packed)
+        return ROUTER + MAC + b"\x08\0" + head + data
+    head = struct.pack(">IHBB16s16s", 6 << 28, length or len(data), protocol, 64, by.packed, to.packed)
+    return ROUTER + MAC + b"\x86\xdd" + head + data
+
+
+def udp(port: int, data: bytes = b"data", source: int = 4000) -> bytes:
+    return struct.pack(">HHHH", source, port, 8 + len(data), 0) + data
+
+
+def tcp(port: int, flags: int = 2, source: int = 4000) -> bytes:
+    return struct.pack(">HHIIBBHHH", source, port, 0, 0, 0x50, flags, 0, 0, 0)
+
+
+def question(name: str, kind: int = dns.A, identity: int = 7, flags: int = 0x100) -> bytes:
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return struct.pack(">HHHHHH", identity, flags, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", kind, 1)
+
+
+async def resolve(name: str, kind: int) -> list[Address]:
+    """The host's resolver."""
+    if (name, kind) not in NAMES:
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+    return [ipaddress.ip_address(text) for text in NAMES[name, kind]]
+
+
+class Card:
+    """A card behind a policy and what is at the other end of the wire."""
+
+    def __init__(self, allow: str = "", deny: str = "") -> None:
+        self.wire = MemoryNet()
+        self.told: list[str] = []
+        self.net = PolicedNet(self.wire, MAC, Egress(parse(allow), parse(deny)), self.told.append)
+        self.net.resolve = resolve  # type: ignore[assignment]
+
+    async def passes(self, frame: bytes) -> bool:
+        """Whether a frame of the guest gets out, unchanged."""
+        before = len(self.wire.sent)
+        await self.net.send(frame)
+        assert self.wire.sent[before:] in ([], [frame])
+        return len(self.wire.sent) > before
+
+    async def ask(
+        self, name: str, kind: int = dns.A, server: str = "198.18.0.53", source: str = GUEST
+    ) -> tuple[int, list[str]]:
+        """(code, addresses) of the answer to a question of the guest."""
+        assert not await self.passes(ip(udp(53, question(name, kind)), server, source))
+        frame = await asyncio.wait_for(self.net.receive(), 30)
+        found = packet(frame)
+        assert not isinstance(found, str), found
+        assert (frame[:6], str(found.source), str(found.target)) == (MAC, server, source)
+        assert (found.source_port, found.target_port) == (53, 4000)
+        identity, flags, questions, answers, _, _ = struct.unpack_from(">HHHHHH", found.payload)
+        assert identity == 7 and flags & 0x8180 == 0x8180 and questions == 1
+        at, addresses = len(question(name, kind)), []
+        for _ in range(answers):
+            size = struct.unpack_from(">H", found.payload, at + 10)[0]
+            addresses.append(str(ipaddress.ip_address(found.payload[at + 12 : at + 12 + size])))
+            at += 12 + size
+        body = frame[14 + (20 if found.target.version == 4 else 40) :]
+        pseudo = found.source.packed + found.target.packed + struct.pack(">HH", 17, len(body))
+        assert checksum(pseudo + body) == 0
+        return flags & 15, addresses
+
+
+@pytest.fixture
+async def card() -> AsyncIterator[Card]:
+    card = Card("*.example.org:443+example.org+10.0.0.0/8+203.0.113.9:22+[2001:db8:1::/48]:80", "10.9.0.0/16")
+    yield card
+    await card.net.aclose()
+
+
+async def test_addresses_and_networks(card: Card) -> None:
+    for target, data, protocol, passes in (
+        ("10.1.2.3", udp(9), 17, True), ("10.1.2.3", tcp(1), 6, True), ("10.1.2.3", b"\x08\0\0\0", 1, True),
+        ("10.9.1.1", tcp(1), 6, False), ("11.0.0.1", tcp(1), 6, False), (SERVER, tcp(443), 6, False),
+        ("203.0.113.9", tcp(22), 6, True), ("203.0.113.9", tcp(23), 6, False), ("203.0.113.9", b"\x08\0\0\0", 1, False),
+        ("2001:db8:1::5", tcp(80), 6, True), ("2001:db8:2::5", tcp(80), 6, False), ("2001:db8:1::5", tcp(81), 6, False),
+        ("10.1.2.3", b"\0" * 8, 47, False), ("10.1.2.3", b"\0" * 8, 6, False),
+    ):  # fmt: skip
+        source = GUEST if ":" not in target else "fe80::1"
+        assert await card.passes(ip(data, target, source, protocol)) is passes, (target, protocol)
+    assert "refused by the network's policy: TCP to 10.9.1.1:1" in card.told
+    assert "refused by the network's policy: TCP to [2001:db8:1::5]:81" in card.told
+
+
+async def test_names_open_only_what_they_were_resolved_to(card: Card) -> None:
+    frame = ip(tcp(443), SERVER, protocol=6)
+    assert not await card.passes(frame)
+    assert await card.ask("files.example.org") == (0, [SERVER])
+    assert await card.passes(frame)
+    assert not await card.passes(ip(tcp(80), SERVER, protocol=6))
+    assert await card.ask("FILES.example.org", dns.AAAA) == (0, ["2001:db8::7"])
+    assert await card.passes(ip(tcp(443), "2001:db8::7", "fe80::1", 6))
+    assert await card.ask("example.org") == (0, ["203.0.113.1"])  # neither this host nor the link
+    assert await card.passes(ip(udp(7), "203.0.113.1"))
+    assert await card.ask("example.org", dns.AAAA, "2001:db8:1::53", "fe80::1") == (0, [])
+    assert await card.ask("none.example.org") == (3, [])
+    assert await card.ask("example.com") == (3, [])
+    assert await card.ask("badexample.org") == (3, [])
+    assert await card.ask("files.example.org", 16) == (0, [])  # TXT
+    assert "refused by the network's policy: the name example.com" in card.told
+
+
+@pytest.mark.parametrize("frame", [
+    b"", ip(tcp(1), "10.0.0.1", protocol=6)[:6] + ROUTER + ip(tcp(1), "10.0.0.1", protocol=6)[12:],
+    ip(tcp(1), "10.0.0.1", protocol=6)[:12] + b"\x81\0\0\5" + ip(tcp(1), "10.0.0.1", protocol=6)[12:],
+    ip(tcp(1), "10.0.0.1", protocol=6, more=0x2000), ip(tcp(1), "10.0.0.1", protocol=6, more=100),
+    ip(tcp(1), "10.0.0.1", "192.0.2.3", 6), ip(tcp(1), "10.0.0.1", protocol=6, length=2000),
+    ip(tcp(1), "10.0.0.1", protocol=6).replace(b"\x45", b"\x46", 1), ip(tcp(1), "10.0.0.1", protocol=6)[:20],
+    ip(tcp(53), "198.18.0.53", protocol=6), ip(udp(853), "198.18.0.53"), ip(udp(5353), "224.0.0.251"),
+    ip(b"\0" * 40, "2001:db8:1::5", "fe80::1", 44), ip(b"\0" * 40, "2001:db8:1::5", "fe80::1", 43),
+    ip(b"\0" * 8 + tcp(80), "2001:db8:1::5", "fe80::1", 0), ip(b"\x85\0\0\0", "2001:db8:9::5", "fe80::1", 58),
+    ip(b"\x80\0\0\0", "2001:db8:9::5", "fe80::1", 58), ip(udp(53, b"tunnel" * 50), "198.18.0.53"),
+    ip(udp(53, question("example.org", flags=0x2900)), "198.18.0.53"),
+    ip(udp(53, question("x" * 60 + ".y")[:-9]), "198.18.0.53"),
+    ROUTER + MAC + b"\x08\6" + b"\0\1\x08\0\6\4\0\2" + ROUTER + bytes(16),
+    ROUTER + MAC + b"\x08\6" + b"\0\1\x08\0\6\4\0\2" + MAC + ipaddress.ip_address("192.0.2.1").packed + bytes(12),
+    ROUTER + MAC + b"\x88\xcc" + bytes(60),
+])  # fmt: skip
+async def test_what_is_not_plainly_allowed_stays(card: Card, frame: bytes) -> None:
+    assert await card.passes(ip(tcp(1), "10.0.0.1", protocol=6))  # the guest's address is known
+    assert not await card.passes(frame)
+
+
+async def test_an_address_is_got_and_defended(card: Card) -> None:
+    ours = ROUTER + MAC + b"\x08\6" + b"\0\1\x08\0\6\4\0\1" + MAC + ipaddress.ip_address(GUEST).packed + bytes(10)
+    assert await card.passes(ip(udp(67, bytes(300), 68), "255.255.255.255", "0.0.0.0"))
+    offer = bytes(16) + ipaddress.ip_address(GUEST).packed + bytes(220)
+    card.wire.deliver(ip(udp(68, offer, 67), GUEST, "192.0.2.1"))
+    await asyncio.wait_for(card.net.receive(), 30)
+    assert await card.passes(ours)
+    assert not await card.passes(ours.replace(ipaddress.ip_address(GUEST).packed, b"\xc0\0\2\1"))
+    assert not await card.passes(ip(tcp(1), "10.0.0.1", "10.0.0.2", 6))
+    for kind in (133, 135, 136):
+        assert await card.passes(ip(bytes([kind]) + bytes(20), "ff02::2", "fe80::1", 58))
+    report = ip(b"\x3a\0\5\2\0\0\1\0" + b"\x8f" + bytes(20), "ff02::16", "fe80::1", 0)
+    assert not await card.passes(b"\x33\x33\0\0\0\x16" + report[6:]) and not card.told[2:]
+
+
+async def test_connections_from_outside_are_answered(card: Card) -> None:
+    answer = ip(tcp(5000, 0x12, 80), "203.0.113.200", protocol=6)
+    assert not await card.passes(answer)
+    card.wire.deliver(ip(tcp(80, 0x02, 5000), GUEST, "203.0.113.200", 6))
+    await asyncio.wait_for(card.net.receive(), 30)
+    assert await card.passes(answer)
+    assert not await card.passes(ip(tcp(5001, 0x12, 80), "203.0.113.200", protocol=6))
+
+
+async def test_without_allow_all_but_what_is_denied() -> None:
+    card = Card(deny="10.0.0.0/8+files.example.org")
+    assert await card.passes(ip(tcp(80), SERVER, protocol=6))
+    assert not await card.passes(ip(tcp(80), "10.1.1.1", protocol=6))
+    assert await card.ask("files.example.org") == (3, [])
+    assert await card.ask("example.org") == (0, ["203.0.113.1"])
+    await card.net.aclose()
+
+
+async def test_floods_are_bounded(card: Card) -> None:
+    never = asyncio.Event()
+
+    async def slow(name: str, kind: int) -> list[Address]:
+        await never.wait()
+        return []
+
+    card.net.resolve = slow  # type: ignore[assignment]
+    for number in range(MAX_QUESTIONS + 50):
+        await card.net.send(ip(udp(53, question("example.org", identity=number)), "198.18.0.53"))
+    assert card.net.refused["too many questions for a name server at once"] == 50
+    for number in range(5000):
+        await card.net.send(ip(tcp(number % 60000 + 1), "203.0.113.77", protocol=6))
+        await card.net.send(ip(udp(53, question("no.invalid")), "198.18.0.53"))
+    assert len(card.told) == TOLD and "more is only counted" in card.told[-1]
+    assert len(card.net._answers) <= 256 and len(card.net._told) == TOLD and len(card.net.refused) < 20
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"\x08\0", b"\x08\6", b"\x86\xdd", b"\x81\0"]), st.booleans())
+def test_any_frame_is_judged(data: bytes, kind: bytes, ours: bool) -> None:
+    async def run() -> None:
+        card = Card("10.0.0.0/8")
+        frame = ROUTER + (MAC if ours else ROUTER) + kind + data
+        if await card.passes(frame) and kind != b"\x08\6":
+            found = packet(frame)
+            assert not isinstance(found, str)
+        card.net._note(frame)
+        await card.net.aclose()
+
+    asyncio.run(run())
+
+
+@given(st.binary(max_size=100))
+def test_any_question_is_one_or_none(data: bytes) -> None:
+    found = dns.parse(data)
+    if found is not None:
+        assert dns.parse(data[:2] + b"\1\0" + data[4:]) is not None and dns.answer(found, 0)[:2] == data[:2]
+
+
+@pytest.mark.parametrize("text", ["pypi.org:443", "*.a.b+10.0.0.0/8:22+[::1]:80+::/0", "localhost", "1.2.3.4"])
+def test_rules(text: str) -> None:
+    assert len(parse(text)) == text.count("+") + 1
+
+
+@pytest.mark.parametrize("text", ["+", "a:0", "a:70000", "1.2.3", "1.2.3.4.5", "10.0.0.0/33", "a b", "*", "*.", "-a",
+                                  "a..b", "[::1", "http://a", "a:b", "x" * 64, "a+"])  # fmt: skip
+def test_rules_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse(text)

@@ -1,0 +1,101 @@
+"""What a guest may reach: rules as users write them, and which addresses and names they allow. Pure.
+
+`pypi.org:443+*.example.org+10.0.0.0/8+[2001:db8::/32]:22`: names, `*.` for every name below one, addresses and
+networks, each with a port or for all.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from virtio.errors import ConfigError
+
+MAX_RULES = 1000
+LEARNED = 4096
+"""Addresses that names were resolved to and that are remembered, the latest."""
+_NAME = re.compile(r"(?:\*\.)?(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One destination: a network or a name, and a port, 0 for all."""
+
+    network: Network | None
+    name: str
+    port: int
+
+    def has_name(self, name: str) -> bool:
+        """Whether the rule is about this name, in lower case and without a dot at its end."""
+        return name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name != ""
+
+    def has_port(self, port: int) -> bool:
+        """Whether the rule is about this port."""
+        return self.port in (0, port)
+
+
+def parse(text: str) -> tuple[Rule, ...]:
+    """Rules with + between them; "" for none. Raises ConfigError that names the one that is wrong."""
+    items = text.split("+") if text else []
+    if len(items) > MAX_RULES:
+        raise ConfigError(f"{len(items)} rules; at most {MAX_RULES} are possible")
+    return tuple([_rule(item.strip().lower()) for item in items])
+
+
+def _rule(text: str) -> Rule:
+    where, port = text, 0
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::([0-9]{1,5}))?", text)
+    if match:
+        where, port = match[1].strip("[]"), int(match[2] or 0)
+        if match[2] and not 0 < port < 1 << 16:
+            raise ConfigError(f"{text!r}: there is no port {match[2]}")
+    try:
+        return Rule(ipaddress.ip_network(where, strict=False), "", port)
+    except ValueError:
+        if not match or re.fullmatch(r"[0-9./]*", where) or len(where) > 253 or not _NAME.fullmatch(where):
+            raise ConfigError(
+                f"{text!r} is neither a name, an address nor a network; write for instance pypi.org:443+10.0.0.0/8"
+            ) from None
+        return Rule(None, where, port)
+
+
+class Egress:
+    """A policy in force. With `allow` everything else is refused; without, all but `deny` is allowed."""
+
+    def __init__(self, allow: tuple[Rule, ...], deny: tuple[Rule, ...]) -> None:
+        self.allow, self.deny = allow, deny
+        self._learned: OrderedDict[Address, tuple[Rule, ...]] = OrderedDict()
+
+    def may_ask(self, name: str) -> bool:
+        """Whether the guest may learn the addresses of a name."""
+        if any(rule.has_name(name) and not rule.port for rule in self.deny):
+            return False
+        return not self.allow or any(rule.has_name(name) for rule in self.allow)
+
+    def learn(self, name: str, address: Address) -> bool:
+        """A name the guest asked for has this address, which it may reach from now on as the rules of the name say.
+        False: nobody's name leads there."""
+        if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
+            return False
+        rules = tuple([rule for rule in self.allow if rule.has_name(name)])
+        known = self._learned.pop(address, ())
+        self._learned[address] = tuple(dict.fromkeys((*known, *rules)))
+        if len(self._learned) > LEARNED:
+            self._learned.popitem(last=False)
+        return True
+
+    def may_reach(self, address: Address, port: int) -> bool:
+        """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count."""
+        if any(rule.network is not None and address in rule.network and rule.has_port(port) for rule in self.deny):
+            return False
+        if not self.allow:
+            return True
+        rules = self._learned.get(address, ())
+        return any(rule.has_port(port) for rule in rules) or any(
+            rule.network is not None and address in rule.network and rule.has_port(port) for rule in self.allow
+        )
