@@ -157,11 +157,13 @@ class NetState:
     limits_in: Limits | None
     """None: those of the configuration."""
     limits_out: Limits | None
+    peer_lost: bool
+    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
 
     @classmethod
     def upgrade(cls, old: NetStateV1) -> Self:
         """Limits were not part of it: those of the configuration stand."""
-        return cls(old.mac, old.link, old.pairs, None, None)
+        return cls(old.mac, old.link, old.pairs, None, None, False)
 
 
 class NetDevice(Device):
@@ -182,6 +184,10 @@ class NetDevice(Device):
         self.mac = mac
         self._mac_default = mac
         self.link = True
+        self._peer_lost = False
+        """The link is down because the other end went away."""
+        self._new_peer = False
+        """It was so when the state was taken that this device has; the guest is to hear of its new one."""
         self._announcing = False
         """The driver is asked to tell the network where it is, and has not said yet that it does."""
         self.pairs_max = max(len(backend.channels), 1)
@@ -227,6 +233,7 @@ class NetDevice(Device):
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it, at any time (5.1.4)."""
+        self._peer_lost = False
         if up == self.link:
             return
         self.link = up
@@ -284,6 +291,9 @@ class NetDevice(Device):
 
     def started(self, active: Activation) -> None:
         multi = bool(active.features & NetFeature.MQ)
+        if self._new_peer:
+            self._new_peer = False
+            self.next_turn(self.set_link, True)
         self.backend.set_offloads(active.features & self.backend.offloads)
         if active.features & NetFeature.CTRL_VQ:
             # 5.1.2: "controlq ... 2N": N is 1 unless VIRTIO_NET_F_MQ was negotiated, else max_virtqueue_pairs
@@ -357,13 +367,14 @@ class NetDevice(Device):
         self.config_changed()
 
     def save_device(self) -> NetState:
-        limits = (flow.buckets.save() for flow in self._flows.values())
-        return NetState(self.mac, self.link, self.pairs, *limits)
+        limits_in, limits_out = (flow.buckets.save() for flow in self._flows.values())
+        return NetState(self.mac, self.link, self.pairs, limits_in, limits_out, self._peer_lost)
 
     def restore_device(self, state: NetState) -> None:
         if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
             raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
         self.mac, self.link, self.pairs = state.mac, state.link, state.pairs
+        self._new_peer = state.peer_lost
         for flow, limits in zip(self._flows.values(), (state.limits_in, state.limits_out), strict=True):
             if limits is not None:
                 flow.buckets.restore(limits)
@@ -457,8 +468,7 @@ class NetDevice(Device):
         if flags & _SIGNAL:
             self.active.interrupts.signal_queue(queue.index)
         if flags & _CLOSED:
-            log.warning("the network peer is gone: the link is down")
-            self.set_link(False)
+            self._link_lost(HostError("the peer is gone: the link is down"))
         elif flags & _MORE:
             self.next_turn(call, pair)
 
@@ -494,6 +504,7 @@ class NetDevice(Device):
         if self.link:
             self._trusted.warn(error)
             self.set_link(False)
+            self._peer_lost = True
 
     async def _next_frame(self) -> tuple[bytes, bytes]:
         """virtio_net_hdr and frame from the backend. HostError, OSError: no more will come."""

@@ -23,7 +23,7 @@ from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.char import MemoryChar
 from virtio.backends.file import FileBlock
 from virtio.backends.net import MemoryNet, NetBackend
-from virtio.backends.sockets import DatagramNet
+from virtio.backends.sockets import DatagramNet, StreamNet
 from virtio.backends.vsock import MemoryVsock
 from virtio.constants import Status
 from virtio.device import Device
@@ -183,6 +183,32 @@ async def test_a_link_that_is_down_stays_down(connect: Connect) -> None:
 
     driver = await move(connect, driver, fresh)
     assert driver.config_read(6, 2) == 0
+
+
+async def test_a_link_whose_other_end_went_away_is_up_again_elsewhere(connect: Connect) -> None:
+    """What is down because passt died, say, is no cable that somebody pulled."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    driver = connect(NetDevice(StreamNet(near), MAC))
+    driver.initialize()
+    driver.interrupted.clear()
+    assert driver.config_read(6, 2) & 1 == 1
+    far.close()
+    await driver.wait(lambda: driver.config_read(6, 2) & 1 == 0)
+    ends: list[socket.socket] = []
+
+    async def fresh() -> Device:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ends.append(far)
+        return NetDevice(StreamNet(near), MAC)
+
+    driver = await move(connect, driver, fresh)
+    await asyncio.wait_for(driver.interrupted.wait(), 30)  # the guest hears of it
+    assert driver.config_read(6, 2) & 1 == 1
+    driver.submit(1, [driver.buffer(bytes(12) + b"x" * 60)])
+    ends[0].setblocking(False)
+    assert len(await asyncio.get_running_loop().sock_recv(ends[0], 1000)) == 64
+    await driver.transport.device.aclose()
+    ends[0].close()
 
 
 # Console
