@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -161,13 +161,14 @@ class _Qemu:
         self.process.wait()
 
 
-def _booted(folder: Path, machine: _Qemu) -> _Qemu:
-    """The machine, at its shell."""
+def _boot(folder: Path, machine: _Qemu) -> None:
+    """To its shell."""
     serial = folder / "serial"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and b"# " not in serial.read_bytes():
+    deadline = time.monotonic() + 120
+    while b"# " not in serial.read_bytes():
+        if time.monotonic() > deadline:
+            raise TimeoutError("QEMU's guest has no shell")
         time.sleep(0.1)
-    return machine
 
 
 def _running(machine: _Qemu) -> None:
@@ -184,36 +185,32 @@ def _savevm(folder: Path) -> dict[str, float]:
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(disk)]
     subprocess.run(command, check=True)
     (folder / "serial").unlink(missing_ok=True)
-    machine = _booted(folder, _Qemu(folder, disk=disk))
+    with closing(_Qemu(folder, disk=disk)) as machine:
+        _boot(folder, machine)
+        began = time.monotonic()
+        said = machine.ask("human-monitor-command", **{"command-line": "savevm one"})
+        saved = (time.monotonic() - began) * 1e3
+        if said:
+            raise RuntimeError(f"savevm: {said}")
     began = time.monotonic()
-    said = machine.ask("human-monitor-command", **{"command-line": "savevm one"})
-    saved = (time.monotonic() - began) * 1e3
-    machine.close()
-    if said:
-        raise RuntimeError(f"savevm: {said}")
-    began = time.monotonic()
-    machine = _Qemu(folder, "-loadvm", "one", disk=disk)
-    _running(machine)
-    restored = (time.monotonic() - began) * 1e3
-    machine.close()
-    return {"saved": saved, "restored": restored}
+    with closing(_Qemu(folder, "-loadvm", "one", disk=disk)) as machine:
+        _running(machine)
+        return {"saved": saved, "restored": (time.monotonic() - began) * 1e3}
 
 
-def _qemu(folder: Path) -> dict[str, float]:
+def _migrate(folder: Path) -> dict[str, float]:
     """ms: to save, standing still, and from exec of the new process to its running machine."""
-    machine = _booted(folder, _Qemu(folder))
+    with closing(_Qemu(folder)) as machine:
+        _boot(folder, machine)
+        began = time.monotonic()
+        machine.ask("migrate", uri=f"exec:cat >{folder}/state")
+        while (status := machine.ask("query-migrate")).get("status") not in ("completed", "failed"):
+            time.sleep(0.002)
+        saved, still = (time.monotonic() - began) * 1e3, float(status.get("downtime", 0))
     began = time.monotonic()
-    machine.ask("migrate", uri=f"exec:cat >{folder}/state")
-    while (status := machine.ask("query-migrate")).get("status") not in ("completed", "failed"):
-        time.sleep(0.002)
-    saved, still = (time.monotonic() - began) * 1e3, float(status.get("downtime", 0))
-    machine.close()
-    began = time.monotonic()
-    machine = _Qemu(folder, "-incoming", f"exec:cat {folder}/state")
-    _running(machine)
-    restored = (time.monotonic() - began) * 1e3
-    machine.close()
-    return {"saved": saved, "still": still, "restored": restored}
+    with closing(_Qemu(folder, "-incoming", f"exec:cat {folder}/state")) as machine:
+        _running(machine)
+        return {"saved": saved, "still": still, "restored": (time.monotonic() - began) * 1e3}
 
 
 def rows() -> Iterator[Row]:
@@ -238,7 +235,7 @@ def rows() -> Iterator[Row]:
         if shutil.which("qemu-system-x86_64") is None:
             yield {"name": "QEMU TCG", "value": None, "unit": "ms", "note": "qemu-system-x86_64 is not installed"}
             return
-        theirs = _qemu(folder)
+        theirs = _migrate(folder)
         yield {"name": "QEMU: migration to a file", "value": theirs["saved"], "unit": "ms"}
         yield {"name": "QEMU: stands still", "value": theirs["still"], "unit": "ms"}
         yield {"name": "QEMU: process to running machine from it", "value": theirs["restored"], "unit": "ms"}
