@@ -15,6 +15,7 @@ U8 = Annotated[int, range(1 << 8)]
 U16 = Annotated[int, range(1 << 16)]
 U32 = Annotated[int, range(1 << 32)]
 U64 = Annotated[int, range(1 << 64)]
+"""Integers by their width in bits, as in cpu/values.py: neither package imports the other."""
 MAX_QUEUES = 1024
 
 

@@ -382,7 +382,7 @@ async def test_a_new_generation_id_reseeds_the_guest(tmp_path: Path) -> None:
     async with vmm.run(core="soft", kernel=kernel, initrd=initrd, memory="512M", append="do=shell") as machine:
         await machine.console.expect(rb"shell# ", timeout=90)
         assert machine._machine is not None
-        machine._machine.get("generation-id").renew()
+        machine._machine.services.generation_id.renew()
         await machine.console.expect(rb"crng reseeded due to virtual machine fork", timeout=60)
         machine.kill()
 

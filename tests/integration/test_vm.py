@@ -284,7 +284,7 @@ async def test_input_reaches_the_guest_and_waits_for_it(tmp_path: Path) -> None:
         await until(lambda: len(hub._input) >= 64 << 10)
         assert not writing.done()
         received = 0
-        uart = vm._machine.get("com1")  # type: ignore[union-attr]
+        uart: Any = vm._machine.components["com1"]  # type: ignore[union-attr]
         while received < 200_000:
             while uart.read(5, 1) & 1:
                 assert uart.read(0, 1) == ord("p")

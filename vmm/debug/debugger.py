@@ -263,7 +263,7 @@ class Debugger:
                     self._applied[vcpu.index] = debugging
 
     def _hit(self, index: int, exit_: Debug) -> None:
-        """The dispatcher's: a vCPU parked with a Debug exit."""
+        """Called by the dispatcher: a vCPU parked with a Debug exit."""
         if not self.attached:
             return
         if exit_.exception == 3 and exit_.dr6 & (_STEP | _HITS) == 0:

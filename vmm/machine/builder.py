@@ -153,9 +153,6 @@ class Machine:
             raise ConfigError(f"two components are called {name!r}; give the devices different ids")
         self.components[name] = component
 
-    def get(self, name: str) -> Any:
-        return self.components[name]
-
     @property
     def pool(self) -> DevicePool:
         return self.resources.pool

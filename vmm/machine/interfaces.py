@@ -7,7 +7,7 @@ All of it is confined to the loop thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from cpu.contract import Capability, Shadow, Space
 from vmm.config import Config
@@ -180,9 +180,6 @@ class Assembly(Protocol):
         """Own a component under a unique name. Those that are Stateful (vmm.state.payload) are saved and restored in
         the order in which they were added. Before the first instruction `populate()` fills memory, unless memory comes
         from a saved state, and `start()` is awaited; at the end `aclose()` or else `close()`, in reverse order."""
-
-    def get(self, name: str) -> Any:
-        """A component that an earlier part added. Raises KeyError."""
 
 
 class CharacterPort(Protocol):

@@ -219,11 +219,12 @@ class Receiver:
             self._arrived.set_exception(error)
 
     def failed(self, error: VmmError) -> None:
-        """The session's: the machine will not come."""
+        """Called by the session: the machine will not come."""
         self._fail(error)
 
     def has_arrived(self, vm: VirtualMachine, *, answering: float) -> None:
-        """The session's: it has. A source that does not know is answered for so many seconds more."""
+        """Called by the session: the machine has arrived. A source that does not know that is answered for so many
+        seconds more."""
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(vm)
         if self._answering is not None:
