@@ -83,7 +83,7 @@ class Transport:
         self._faults = 0
         self._resetting = False
         self.on_status: Callable[[], None] = _nobody
-        """Called when the device became active, or its reset is complete."""
+        """Called when the driver has set a bit of the status, or a reset is complete."""
         self._clear()
         device.on_config_change(self._config_changed)
 
@@ -149,7 +149,7 @@ class Transport:
                 self.device.negotiated(self.driver_features)
             if bit is Status.DRIVER_OK:
                 self._activate()
-                self.on_status()
+            self.on_status()
 
     def _features_acceptable(self) -> bool:
         # 2.2.1: "The driver MUST NOT accept a feature which the device did not offer, and MUST NOT accept a feature

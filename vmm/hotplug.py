@@ -40,13 +40,11 @@ FORCE_SECONDS = 5.0
 """The same before its device is pulled."""
 DRIVER_SECONDS = 10.0
 """How long `attach` waits for the guest's driver."""
-PULL_SECONDS = 5.0
+PULL_SECONDS = 10.0
 """How long a device that was pulled stays for its driver, which would hang without its registers."""
 
 LOOKED_SECONDS = 1.0
 """How long `attach` waits for the guest's first read of a disk that is driven."""
-LINGER_SECONDS = 0.25
-"""The same after it has reset the device: Linux then reads its status once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,12 +342,17 @@ class Hotplug:
             if name in virtio.slots and self._vm.state is State.RUNNING:
                 virtio.hide(name)
                 registers.pulled(virtio.slots[name])
-                if await self._status(virtio, name, lambda status: status == 0, PULL_SECONDS):
-                    await asyncio.sleep(LINGER_SECONDS)
+                await self._let_go(virtio, name)
             async with self.lock:
                 gone = self._remove(name)
             if gone is not None:
                 await self._close(name, gone, "force")
+
+    async def _let_go(self, virtio: VirtioDevices, name: str) -> None:
+        """Until the driver, if there is one, has done with a device that was pulled. Linux resets it, reads its status
+        once more, and then sets ACKNOWLEDGE as for a driver to come."""
+        if virtio.transports[name].status:
+            await self._status(virtio, name, lambda status: status == Status.ACKNOWLEDGE, PULL_SECONDS)
 
     def _remove(self, name: str) -> Device | None:
         """Off the bus, and out of the configuration. What was there, to be closed."""

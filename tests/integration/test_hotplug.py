@@ -197,6 +197,37 @@ async def test_a_disk_that_is_pulled_under_io(linux: Any, tmp_path: Path) -> Non
         assert made.driven
 
 
+async def test_a_disk_whose_file_goes_away(linux: Any, tmp_path: Path) -> None:
+    """Removed, the file is there until it is detached; cut short, the guest gets errors; both can go as others."""
+    gone, short = image(tmp_path, "gone.img"), image(tmp_path, "short.img")
+    async with vmm.run("linux", **OPTIONS) as vm:
+        await text(vm, "true")
+        first = await vm.attach(Disk(path=gone), timeout=60 * PATIENCE)
+        second = await vm.attach(Disk(path=short, format="raw"), timeout=60 * PATIENCE)
+        gone.unlink()
+        os.truncate(short, MIB)
+        write = "while [ ! -b /dev/vdb ]; do sleep 0.01; done; echo kept | dd of=/dev/vdb conv=fsync 2>/dev/null"
+        assert await text(vm, f"{write}; echo 3 >/proc/sys/vm/drop_caches; head -c 4 /dev/vdb") == "kept"
+        await text(vm, "! dd if=/dev/vdc bs=1M skip=4 count=1 of=/dev/null 2>/dev/null")
+        for made in (first, second):
+            assert await vm.detach(made.id, timeout=60 * PATIENCE) == "guest"
+        with pytest.raises(ConfigError, match="no such file"):
+            await vm.attach(Disk(path=gone))
+        assert not {str(gone), f"{gone} (deleted)", str(short)} & descriptors()
+
+
+async def test_slots_that_a_configuration_names(linux: Any, tmp_path: Path) -> None:
+    disk = [Disk(path=image(tmp_path, "a.img"), id="data")]
+    async with vmm.run("linux", disks=disk, slots=["data=9", "disk0=3"], **OPTIONS) as vm:
+        assert await text(vm, "ls /sys/bus/pci/devices | tr '\n' ' '; ls /sys/block") == (
+            "0000:00:00.0 0000:00:01.0 0000:00:02.0 0000:00:03.0 0000:00:09.0 vda\nvdb"
+        )
+    for slots, message in ((["nothing=4"], "has no device 'nothing'"), (["data=4", "disk0=4"], "given twice")):
+        with pytest.raises(ConfigError, match=message):
+            async with vmm.run("linux", disks=disk, slots=slots, **OPTIONS):
+                pass
+
+
 async def test_the_guest_gives_a_disk_up_by_itself(linux: Any, tmp_path: Path) -> None:
     disk = image(tmp_path, "a.img")
     async with vmm.run("linux", **OPTIONS) as vm:

@@ -17,7 +17,7 @@ from virtio.pci import PciTransport
 from virtio.state import TransportState
 from virtio.transport import Transport
 from vmm.devices.virtio.pool import DevicePool, Maker
-from vmm.errors import StateError
+from vmm.errors import ConfigError, StateError
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly
 from vmm.pci.bus import DEVICES
@@ -46,6 +46,11 @@ class VirtioDevices:
         self.slots: dict[str, int] = {}
         """Device numbers of the functions on the PCI bus."""
         self._wanted = {slot.id: slot.device for slot in assembly.config.slots}
+        for name in self._wanted:
+            if name not in pool.makers:
+                raise ConfigError(f"slot: this machine has no device {name!r}; it has {', '.join(pool.makers)}")
+            if pool.makers[name].transport == "mmio":
+                raise ConfigError(f"slot: {name} is a virtio-mmio device, which has no slot on the PCI bus")
         for name, maker in pool.makers.items():
             if maker.transport == "mmio":
                 self._windows[name] = len(self._windows)
