@@ -182,6 +182,9 @@ def resume(name: Name, json: Json = False) -> None:
 
 def set_(
     name: Name,
+    cpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processors, up to what --cpus N,max=M allowed.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What the guest keeps of its memory; needs a balloon.")
     ] = None,
@@ -198,7 +201,7 @@ def set_(
     """Change a machine while it runs."""
     from cli.setting import set_machine
 
-    set_machine(name, memory=memory, disks=disk or [], nets=net or [], json=json)
+    set_machine(name, cpus=cpus, memory=memory, disks=disk or [], nets=net or [], json=json)
 
 
 def attach(

@@ -36,7 +36,8 @@ class RunOption:
 RUN_OPTIONS = (
     RunOption("--core", "core", "text", "Execution core; auto takes the best that this host has.", "auto|kvm|soft"),
     RunOption("--cpu-model", "cpu_model", "text", "What guests are told of the processor.", "v2|host"),
-    RunOption("--cpus", "cpus", "text", "Virtual CPUs.", "N"),
+    RunOption("--cpus", "cpus", "text", "Virtual CPUs, and how many there may be while it runs.", "N[,max=M]"),
+    RunOption("--max-cpus", "max_cpus", "text", "As max= of --cpus.", "M"),
     RunOption("--memory", "memory", "text", "Guest memory.", "SIZE"),
     RunOption("--kernel", "kernel", "text", "bzImage, vmlinux, PVH or multiboot ELF.", "FILE"),
     RunOption("--initrd", "initrd", "text", "Initial RAM disk.", "FILE"),
@@ -114,6 +115,8 @@ class RunArguments:
             getattr(self, option.field).append(value)
         elif option.of == "command":
             setattr(self, option.field, value)
+        elif option.field == "cpus" and ",max=" in value:
+            self.config["cpus"], _, self.config["max_cpus"] = value.partition(",max=")
         elif option.kind == "list" and value == "none":
             self.config[option.field] = []  # also of what an image or a file brings
         elif option.kind == "list":

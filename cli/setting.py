@@ -14,22 +14,30 @@ from vmm.errors import ConfigError
 from vmm.management.control import request
 from vmm.management.registry import find
 
+PATIENCE = 90.0
+"""Seconds: a guest may take its time to give up a processor."""
 
-def set_machine(name: str, *, memory: str | None, disks: list[str], nets: list[str], json: bool) -> None:
+
+def set_machine(
+    name: str, *, cpus: int | None, memory: str | None, disks: list[str], nets: list[str], json: bool
+) -> None:
     """Change what was named, all or nothing, and say what holds now."""
-    wanted: dict[str, Any] = {} if memory is None else {"memory": memory}
+    given = {"cpus": cpus, "memory": memory}
+    wanted: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, kind, texts in (("disks", Disk, disks), ("nets", Net, nets)):
         for text in texts:
             device, limits = parse(kind, text)
             wanted.setdefault(key, {}).setdefault(device, {}).update(limits)
     if not wanted:
-        raise ConfigError("set: nothing to change; give --memory, --disk or --net")
-    answer = request(find(name), "set", **wanted)
+        raise ConfigError("set: nothing to change; give --cpus, --memory, --disk or --net")
+    answer = request(find(name), "set", PATIENCE, **wanted)
     if json:
         sys.stdout.write(json_text.dumps(answer) + "\n")
         return
     for device, limits in answer["limits"].items():
         say(f"{device}: {', '.join(f'{key}={value}' for key, value in limits.items())}")
+    if cpus is not None:
+        say(f"{name}: {answer['cpus']} of {answer['max_cpus']} processors")
     if disks + nets and not answer["limits"]:
         say(f"{name}: no limits")
     if memory is not None:

@@ -1,14 +1,16 @@
-"""What may be changed of a machine while it runs: its memory, by the balloon, and limits of its disks and network
-cards. Loop thread."""
+"""What may be changed of a machine while it runs: its processors, its memory, by the balloon, and limits of its
+disks and network cards. Loop thread."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmm.config import PAGE, Disk, Net, limit_names
-from vmm.convert import MIB, Checked, sized, split
-from vmm.errors import ConfigError, core_errors
+from vmm.convert import MIB, Checked, in_range, sized, split
+from vmm.errors import ConfigError, GuestError, VmmError, core_errors
 
 if TYPE_CHECKING:
     from virtio.devices.balloon import BalloonDevice
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from virtio.devices.net import NetDevice
     from vmm.vm import VirtualMachine
 
+CPU_SECONDS = 30.0
+"""How long a guest may take to give up a processor, or to bring one online."""
+REMIND_SECONDS = 2.0
+"""How long it may take before it is asked again."""
 LEAST_MEMORY = 16 * MIB
 """What a guest keeps at least: none runs on less, and a slip of a unit should not end it."""
 Limits = Mapping[str, Any]
@@ -77,16 +83,82 @@ def _target(vm: VirtualMachine, memory: int | str) -> tuple[BalloonDevice, int]:
     return balloon, (vm.config.memory - sized(least, vm.config.memory, PAGE, "memory", memory)) // PAGE
 
 
+async def change_cpus(vm: VirtualMachine, count: int) -> None:
+    """Give the guest so many processors. Those that come are brought online by its udev, or by our agent; those that go
+    it has to give up. Raises ConfigError, and GuestError if it does not within CPU_SECONDS."""
+    most = vm.config.most_cpus
+    hotplug = vm.machine.services.cpu_hotplug
+    if hotplug is None:
+        raise ConfigError(f"cpus: this machine has {vm.config.cpus} for good; start it with --cpus N,max=M")
+    in_range(1, most, "cpus", count)
+    came = sorted(set(range(most)) - hotplug.present)[: max(count - len(hotplug.present), 0)]
+    for index in came:
+        hotplug.insert(index)
+    if came:
+        await _bring_online(vm, came)
+    leaving = sorted(hotplug.present, reverse=True)[: max(len(hotplug.present) - count, 0)]
+    if not leaving:
+        return
+    answers: dict[int, asyncio.Future[str | None]] = {}
+    for index in leaving:
+        answers[index] = asyncio.get_running_loop().create_future()
+
+    def answered(index: int, reason: str | None) -> None:
+        if index in answers and not answers[index].done():
+            answers[index].set_result(reason)
+
+    hotplug.on_change = answered
+    deadline = time.monotonic() + CPU_SECONDS
+    waiting = set(answers.values())
+    while waiting and (left_seconds := deadline - time.monotonic()) > 0:
+        for index, answer in answers.items():
+            if not answer.done():
+                hotplug.ask(index)  # again: a kernel that only starts forgets what it was told before
+        _, waiting = await asyncio.wait(waiting, timeout=min(left_seconds, REMIND_SECONDS))
+    for index, answer in answers.items():
+        if answer.done() and (reason := answer.result()) is not None:
+            raise GuestError(f"cpus: processor {index}: {reason}")
+    if waiting:
+        left = sorted(str(index) for index in leaving if index in hotplug.present)
+        raise GuestError(
+            f"cpus: the guest has not given up processor {', '.join(left)} within {CPU_SECONDS:g} s; "
+            "its kernel has no ACPI hot plug, or is busy"
+        )
+
+
+async def _bring_online(vm: VirtualMachine, came: Sequence[int]) -> None:
+    """With our agent, as udev does it elsewhere. A guest that does not answer has its processors all the same."""
+    if not vm.config.agent:
+        return
+    script = (
+        "for n; do f=/sys/devices/system/cpu/cpu$n/online; i=0; "
+        "while [ ! -e $f ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; "
+        '[ "$(cat $f)" = 1 ] || echo 1 >$f; done'
+    )
+    try:
+        async with asyncio.timeout(CPU_SECONDS):
+            await vm.agent.wait_ready()
+            result = await vm.exec("sh", "-c", script, "sh", *map(str, came))
+    except (TimeoutError, VmmError) as error:
+        vm.tell(f"cpus: the guest has not brought them online: {error or 'no answer'}")
+        return
+    if result.status:
+        vm.tell(f"cpus: the guest has not brought them online: {result.text}")
+
+
 async def change(
     vm: VirtualMachine,
     *,
+    cpus: int | str | None = None,
     memory: int | str | None = None,
     disks: Mapping[str, Limits] | None = None,
     nets: Mapping[str, Limits] | None = None,
 ) -> None:
-    """Change all of these, or none. `memory`: bytes that the guest is to keep, of those that it began with; it gives
-    the rest to the balloon as fast as it likes. `disks`, `nets`: limits by name. ConfigError."""
+    """Change all of these, or none. `cpus`: how many processors, see change_cpus. `memory`: bytes that the guest is to
+    keep, of those that it began with; it gives the rest to the balloon as fast as it likes. `disks`, `nets`: limits by
+    name. ConfigError; GuestError if the guest does not give up a processor, and the rest is changed then."""
     balloon, pages = _target(vm, memory) if memory is not None else (None, 0)
+    count = 0 if cpus is None else in_range(1, vm.config.most_cpus, "cpus", cpus)
     wanted: list[tuple[BlockDevice | NetDevice, dict[str, int]]] = []
     for name, values in (disks or {}).items():
         wanted.append((find_disk(vm, name), checked(Disk, values)))
@@ -97,6 +169,8 @@ async def change(
             device.set_limits(limits)
         if balloon is not None:
             balloon.set_target(pages)
+    if cpus is not None:
+        await change_cpus(vm, count)
 
 
 def present(vm: VirtualMachine) -> dict[str, Any]:

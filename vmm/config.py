@@ -534,6 +534,8 @@ class Config(Checked):
     on any; host is all that this host's core has."""
     cpus: int = 1
     """Virtual processors: 16 at most on the software core, on KVM as many as the host gives a machine (64 at most)."""
+    max_cpus: int | None = None
+    """As many processors the machine can have while it runs (`vmm set --cpus`); by default what it starts with."""
     memory: int = 256 * MIB
     """Bytes, or text such as "512M"."""
     kernel: Path | None = None
@@ -614,6 +616,7 @@ class Config(Checked):
         "core": to_choice(CoreName),
         "cpu_model": to_choice(CpuModel),
         "cpus": to_integer(1, MAX_CPUS),
+        "max_cpus": optional(to_integer(1, MAX_CPUS)),
         "memory": to_size(MIN_MEMORY, MAX_MEMORY, PAGE),
         "kernel": optional(to_path),
         "initrd": optional(to_path),
@@ -659,6 +662,10 @@ class Config(Checked):
             raise ConfigError("flat and kernel exclude each other; give one of them")
         if self.kernel is None and self.initrd is not None:
             raise ConfigError("initrd: without a kernel nothing would read it; add --kernel")
+        if self.most_cpus < self.cpus:
+            raise ConfigError(f"max_cpus: {self.max_cpus} is less than the {self.cpus} processors that it starts with")
+        if self.platform == "bare" and self.most_cpus > self.cpus:
+            raise ConfigError("max_cpus: platform bare has no ACPI to tell of new processors; use --platform pc")
         if self.hugepages and self.memory % (2 * MIB):
             raise ConfigError(f"memory: {format_size(self.memory)} is not a multiple of 2M, as hugepages need")
         virtio = (self.disks, self.nets, self.shares, self.root, self.hvc, self.ports, self.vsock, self.agent)
@@ -680,6 +687,11 @@ class Config(Checked):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"id: {name!r} is given to two devices; make it unique")
+
+    @property
+    def most_cpus(self) -> int:
+        """The processors that the machine has at most."""
+        return self.cpus if self.max_cpus is None else self.max_cpus
 
     @property
     def all_shares(self) -> tuple[Share, ...]:

@@ -41,7 +41,7 @@ def choice(config: Config) -> Choice:
         wanted = needs(config)
         if config.core != "auto":
             wanted &= {Capability.VIRTUAL_CLOCK}
-        return choose(config.core, wanted, config.cpus)
+        return choose(config.core, wanted, config.most_cpus)
 
 
 def open_system(config: Config, warn: Callable[[str], None]) -> System:

@@ -585,6 +585,11 @@ class VirtualMachine:
         self._live()
         await change(self, **values)
 
+    @property
+    def present_cpus(self) -> int:
+        """How many processors the guest has now."""
+        return len(self._resources.present_cpus) if self._resources is not None else self.config.cpus
+
     async def memory_statistics(self, timeout: float = 1.0) -> dict[str, int]:
         """What the guest's kernel says of its memory, if the machine has a balloon: vmm.changes.memory_statistics."""
         from vmm.changes import memory_statistics

@@ -12,7 +12,7 @@ from vmm.machine import layout
 from vmm.machine.layout import GENERATION_EVENT, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Set
 
     from vmm.machine.interfaces import Assembly
 
@@ -27,6 +27,7 @@ class Acpi:
         self._virtio_mmio: list[int] = []
         self._terms: list[bytes] = []
         self._events: dict[int, bytes] = {}
+        self._present: Set[int] | None = None
 
     @property
     def rsdp(self) -> int:
@@ -37,6 +38,11 @@ class Acpi:
         """Describe the virtio-mmio window `index` (layout.virtio_mmio). Before start()."""
         layout.virtio_mmio(index)
         self._virtio_mmio.append(index)
+
+    def describe_processors(self, cpus: int, present: Set[int]) -> None:
+        """There can be so many processors, and others are present when the guest boots; somebody else's terms describe
+        them. Before start()."""
+        self._cpus, self._present = cpus, present
 
     def add_terms(self, *terms: bytes) -> None:
         """More of the definition block, as vmm.acpi.aml encodes it. Before start()."""
@@ -55,7 +61,10 @@ class Acpi:
         from vmm.acpi import tables  # a restored machine has them in its memory
         from vmm.acpi.dsdt import dsdt
 
-        return tables.place(self._cpus, dsdt(self._memory, self._cpus, self._virtio_mmio, self._terms, self._events))
+        described = self._cpus if self._present is None else 0
+        absent = set() if self._present is None else set(range(self._cpus)) - self._present
+        body = dsdt(self._memory, described, self._virtio_mmio, self._terms, self._events)
+        return tables.place(self._cpus, body, absent)
 
     def populate(self) -> None:
         """Write all tables. The builder calls it when every part is attached."""

@@ -7,6 +7,8 @@ and the PM1, PM timer and GPE0 registers of vmm/devices/pm.py, and is always in 
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from vmm.errors import ConfigError
@@ -65,6 +67,8 @@ MADT_OVERRIDE = Struct(
     "type" / Const(b"\x02\x0a"), "bus" / Int8ul, "source" / Int8ul, "gsi" / Int32ul, "flags" / Int16ul
 )
 MADT_LAPIC_NMI = Struct("type" / Const(b"\x04\x06"), "uid" / Int8ul, "flags" / Int16ul, "lint" / Int8ul)
+ENABLED, ONLINE_CAPABLE = 1 << 0, 1 << 1
+"""5.2.12.2, table 5.47"""
 LEVEL_HIGH = 0b1101
 """MPS INTI flags: active high, level."""
 
@@ -125,10 +129,13 @@ def facs() -> bytes:
     return bytes(FACS.build(values))
 
 
-def madt(cpus: int) -> bytes:
-    """Local APICs with id = index, one IOAPIC, the level-triggered ISA interrupts, NMI on LINT1."""
+def madt(cpus: int, absent: Container[int] = ()) -> bytes:
+    """Local APICs with id = index, one IOAPIC, the level-triggered ISA interrupts, NMI on LINT1. `absent`: those of
+    processors that may come."""
     parts = [MADT.build({"lapic_address": layout.LAPIC.start, "flags": PCAT_COMPAT})]
-    parts += [MADT_LAPIC.build({"uid": index, "apic_id": index, "flags": 1}) for index in range(cpus)]
+    for index in range(cpus):
+        flags = ONLINE_CAPABLE if index in absent else ENABLED
+        parts.append(MADT_LAPIC.build({"uid": index, "apic_id": index, "flags": flags}))
     parts.append(MADT_IOAPIC.build({"id": 0, "reserved": 0, "address": layout.IOAPIC.start, "gsi_base": 0}))
     parts.append(MADT_OVERRIDE.build({"bus": 0, "source": 0, "gsi": 2, "flags": 0}))
     for gsi in sorted({layout.SCI_GSI, *layout.PCI_INTX_GSIS}):
@@ -162,7 +169,7 @@ def rsdp(rsdt_address: int, xsdt_address: int) -> bytes:
     return bytes(raw)
 
 
-def place(cpus: int, dsdt_body: bytes) -> list[tuple[str, int, bytes]]:
+def place(cpus: int, dsdt_body: bytes, absent: Container[int] = ()) -> list[tuple[str, int, bytes]]:
     """All tables as (signature, guest-physical address, bytes); the RSDP is the first, at layout.ACPI.start.
     Raises ConfigError if they do not fit."""
     at = layout.ACPI.start + 64
@@ -177,7 +184,7 @@ def place(cpus: int, dsdt_body: bytes) -> list[tuple[str, int, bytes]]:
 
     facs_address = add("FACS", facs())
     dsdt_address = add("DSDT", table(b"DSDT", 2, dsdt_body))
-    listed = [add("FACP", fadt(facs_address, dsdt_address)), add("APIC", madt(cpus)), add("MCFG", mcfg())]
+    listed = [add("FACP", fadt(facs_address, dsdt_address)), add("APIC", madt(cpus, absent)), add("MCFG", mcfg())]
     pointer = rsdp(add("RSDT", rsdt(listed)), add("XSDT", xsdt(listed)))
     placed.insert(0, ("RSDP", layout.ACPI.start, pointer))
     if at > layout.ACPI.end:

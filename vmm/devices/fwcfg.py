@@ -399,7 +399,7 @@ def fill(items: dict[int, Item], files: dict[str, Item], assembly: Assembly) -> 
         KEY_NOGRAPHIC: number(1, 2),
         KEY_CPUS: number(config.cpus, 2),
         KEY_BOOT_MENU: number(0, 2),
-        KEY_MAX_CPUS: number(config.cpus, 2),
+        KEY_MAX_CPUS: number(config.most_cpus, 2),
     })  # fmt: skip
 
     def cmdline() -> str:

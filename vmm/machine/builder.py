@@ -51,6 +51,7 @@ PARTS = (
     "vmm.pci",
     "vmm.acpi",
     "vmm.pci.hotplug",
+    "vmm.devices.cpus",
     "vmm.devices.fwcfg",
     "vmm.devices.testdev",
     "vmm.devices.virtio",
@@ -157,6 +158,14 @@ class Machine:
     def pool(self) -> DevicePool:
         return self.resources.pool
 
+    @property
+    def present_cpus(self) -> set[int]:
+        return self.resources.present_cpus
+
+    def allow_cpu(self, index: int, on: bool) -> None:
+        if self.config.clock != "virtual":  # that stands while a vCPU is parked
+            self.dispatcher.allow(index, on)
+
     # For VirtualMachine.
 
     async def build(self) -> None:
@@ -183,7 +192,7 @@ class Machine:
         await made.wait()
         hardware = self._hardware = self._making.result()
         for index, vcpu in enumerate(hardware.vcpus):
-            self.cpuid.append(for_vcpu(cpuid, index, config.cpus))
+            self.cpuid.append(for_vcpu(cpuid, index, config.most_cpus))
             vcpu.set_cpuid(self.cpuid[index])
         board = self._board = MachineBoard(
             hardware.vm,

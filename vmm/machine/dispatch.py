@@ -64,6 +64,10 @@ class Dispatcher:
         """vCPUs that `stall` keeps, by stall."""
         self._asking: int | None = None
         """The vCPU whose exit is being handled."""
+        self._barred: set[int] = set()
+        """vCPUs that are not to run although nobody holds the machine; see `allow`."""
+        self._leaving: set[int] = set()
+        """Those of them that are not parked yet."""
         self.halted: set[int] = set()
         """vCPUs that halted with interrupts off; they never run again."""
         self._waiters: list[asyncio.Future[None]] = []
@@ -100,6 +104,18 @@ class Dispatcher:
         self._holds.discard(why)
         self._go_on()
 
+    def allow(self, index: int, on: bool) -> None:
+        """Let a vCPU run, or park it for as long as it is not allowed to: a processor that the machine has not got."""
+        if on:
+            self._barred.discard(index)
+            self._leaving.discard(index)
+            self._go_on()
+        elif index not in self._barred:
+            self._barred.add(index)
+            if index not in self._held and index not in self.halted:
+                self._leaving.add(index)
+                self._vcpus[index].kick()
+
     def stall(self) -> Callable[[], None]:
         """vmm.machine.interfaces.Board.stall"""
         if self._asking is None:
@@ -118,7 +134,7 @@ class Dispatcher:
             return
         stalled = self._stalls.values()
         now = time.monotonic()
-        for index in [index for index in self._held if index not in stalled]:
+        for index in [index for index in self._held if index not in stalled and index not in self._barred]:
             if now - self._since.pop(index, now) > STANDSTILL:
                 self._vcpus[index].stood_still()
             self._vcpus[index].resume(self._held.pop(index))
@@ -187,7 +203,7 @@ class Dispatcher:
                         self._asking = None
                         self._other(index, exit_)
                         continue
-                    if not (self._holds or self._stalls or self.ended):
+                    if not (self._holds or self._stalls or self._leaving or self.ended):
                         self._vcpus[index].resume(entry)
                     else:
                         self._keep(index, entry, between=kind is Interrupted or kind is Debug)
@@ -198,16 +214,17 @@ class Dispatcher:
                         handler(item.size, item.data)
                 else:
                     board.clock.expire()
-            if not (self._held or self.ended):
+            if not (len(self._held) > len(self._barred) or self.ended):
                 self._linger()
         except Exception as error:
             self.fail(error)
 
     def _keep(self, index: int, entry: Entry, *, between: bool) -> None:
         """Answer an exit, of a vCPU `between` instructions or within one, so that a vCPU that is held parks."""
-        held = bool(self._holds) or index in self._stalls.values()
+        held = bool(self._holds) or index in self._stalls.values() or index in self._leaving
         if self.ended or (held and between):
             self._held[index] = entry
+            self._leaving.discard(index)
             self._since[index] = time.monotonic()
             if self.parked:
                 self._wake()
@@ -221,7 +238,8 @@ class Dispatcher:
         match exit_:
             case Halt():
                 self.halted.add(index)
-                if len(self.halted) == len(self._vcpus):
+                self._leaving.discard(index)
+                if len(self.halted | self._barred) == len(self._vcpus):
                     self.end(Outcome(Reason.HALTED, "every vCPU halted with interrupts off"))
                 elif self.parked:
                     self._wake()

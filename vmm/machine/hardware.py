@@ -49,7 +49,7 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
     try:
         vm = system.create_vm(
             VmConfig(
-                vcpus=config.cpus,
+                vcpus=config.most_cpus,
                 virtual_clock=virtual,
                 epoch_ns=epoch_ns,
                 seed=config.seed,
@@ -57,7 +57,7 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
             )
         )
         memory.attach(vm)
-        return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.cpus)], epoch_ns)
+        return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.most_cpus)], epoch_ns)
     except BaseException:
         if vm is not None:
             vm.close()

@@ -16,6 +16,7 @@ from vmm.machine.memory import GuestMemory
 if TYPE_CHECKING:
     from virtio.protocols import RandomSource
     from vmm.acpi import Acpi
+    from vmm.devices.cpus import CpuHotplug
     from vmm.devices.pm import Pm
     from vmm.devices.reset import ResetControl
     from vmm.devices.virtio import VirtioDevices
@@ -126,6 +127,8 @@ class Services:
     """Bus 0, to which parts add their functions."""
     pci_hotplug: PciHotplug | None = None
     """The registers by which functions come and go."""
+    cpu_hotplug: CpuHotplug | None = None
+    """The registers by which processors come and go, of a machine that can have more than it starts with."""
     pm: Pm | None = None
     """The power button, and general purpose events."""
     virtio: VirtioDevices | None = None
@@ -161,6 +164,13 @@ class Assembly(Protocol):
     @property
     def pool(self) -> DevicePool:
         """The machine's virtio devices, which stay over its reboots."""
+
+    @property
+    def present_cpus(self) -> set[int]:
+        """The processors that the guest has, which stays over its reboots."""
+
+    def allow_cpu(self, index: int, on: bool) -> None:
+        """Let a vCPU run, or keep it parked; nothing with the virtual clock."""
 
     services: Services
     """What the parts offer one another."""

@@ -40,6 +40,8 @@ class Resources:
         self.config = config
         self.system = system
         """The execution core; it is closed by whoever opened it."""
+        self.present_cpus = set(range(config.cpus))
+        """The processors that the guest has now."""
         self.random = Chance(config.seed, "devices")
         self.warn = warn
         self.own: OwnDevices | None = None

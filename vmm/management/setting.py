@@ -1,7 +1,7 @@
 """The control socket's request to change a running machine.
 
-    {"command": "set", "memory": 536870912, "disks": {"disk0": {"iops": 100}}, "nets": {"net0": {"bps_in": 1000000}}}
-                                                -> {"ok": true, "limits": …, "balloon": …} with what holds now
+    {"command": "set", "cpus": 2, "memory": 536870912, "disks": {"disk0": {"iops": 100}}, "nets": {"net0": {…}}}
+                                                -> {"ok": true, "cpus": 2, "limits": …, "balloon": …}: what holds now
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from vmm.vm import VirtualMachine
 
-KEYS = ("memory", "disks", "nets")
+KEYS = ("cpus", "memory", "disks", "nets")
 
 
 def balloon_metrics(name: str, balloon: dict[str, Any]) -> str:
@@ -34,9 +34,9 @@ async def set_machine(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, 
     for key, value in wanted.items():
         if key not in KEYS:
             raise ConfigError(f"{key!r} cannot be set; {', '.join(KEYS)} can")
-        if key == "memory":
+        if key in ("cpus", "memory"):
             continue
         if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
             raise ConfigError(f"{key}: an object of objects is expected")
     await vm.set(**wanted)
-    return {"limits": {}, **present(vm)}
+    return {"cpus": vm.present_cpus, "max_cpus": vm.config.most_cpus, "limits": {}, **present(vm)}
