@@ -52,12 +52,15 @@ class Options:
     throttle: int = MAX_THROTTLE
     """Per cent of the time that vCPUs may be kept from running so that it comes to an end; 0: never."""
     postcopy: bool = False
+    """Not built: refused."""
     copy_storage: bool = False
     drop_connections: bool = False
     """Connections of the guest that passt carries may end."""
 
     def check(self) -> None:
         """Raises ConfigError."""
+        if self.postcopy:
+            raise ConfigError("postcopy: this version moves memory before the machine, not after; leave it out")
         if self.bandwidth and self.bandwidth < LEAST_BANDWIDTH:
             raise ConfigError(f"bandwidth: {self.bandwidth} bytes a second; at least {LEAST_BANDWIDTH} are needed")
         if not 0.001 <= self.downtime <= 3600:

@@ -340,8 +340,8 @@ class Outgoing:
                 if decision == "give up":
                     raise StateError(
                         f"does not come to an end: the guest writes {progress.dirty_rate >> 20} MiB/s and the "
-                        f"connection carries {progress.rate >> 20} MiB/s; allow a longer --downtime, more "
-                        "--throttle, or --postcopy"
+                        f"connection carries {progress.rate >> 20} MiB/s; allow a longer --downtime or more "
+                        "--throttle"
                     )
                 throttle.set(planner.throttle)
                 progress.throttle = planner.throttle
@@ -369,6 +369,11 @@ class Outgoing:
 
     async def _round(self, bitmaps: Sequence[bytes], *, fresh: bool) -> None:
         """Send these pages and what disks have; until all of it has arrived."""
+        await self._send_round(bitmaps, fresh=fresh)
+        await self._round_done()
+
+    async def _send_round(self, bitmaps: Sequence[bytes], *, fresh: bool) -> None:
+        """Send these pages and what disks have."""
         pages, progress = self._pages, self.progress
         pages.round += 1
         before = sum(link.sent for link in self._links)
@@ -381,11 +386,14 @@ class Outgoing:
             progress.pages += sent.pages
             progress.zero_pages += sent.zero
             progress.unchanged += sent.unchanged
-        done = await self._answer(Kind.ROUND_DONE)
-        if done.number != pages.round:
-            raise StateError(f"{self._address}: acknowledges round {done.number} instead of {pages.round}")
         progress.rounds += 1
         self._round_bytes = sum(link.sent for link in self._links) - before
+
+    async def _round_done(self) -> None:
+        """Until the other side has all of the round."""
+        done = await self._answer(Kind.ROUND_DONE)
+        if done.number != self._pages.round:
+            raise StateError(f"{self._address}: acknowledges round {done.number} instead of {self._pages.round}")
 
     async def _answer(self, kind: Kind, patience: float = SILENCE) -> Any:
         """The next message, of this kind. Raises what a REFUSE says, HostError, StateError."""
@@ -425,10 +433,17 @@ class Outgoing:
                 for merged, (_, bitmap) in zip(last, machine.memory.take_dirty(), strict=True):
                     _native.merge(merged, bitmap)
             self._storage.take()
-            await self._round([bytes(bitmap) for bitmap in last], fresh=False)
-            state = {"machine": save(machine), "console": vm.save_console()}
+            sending = asyncio.ensure_future(self._send_round([bytes(bitmap) for bitmap in last], fresh=False))
+            try:
+                await asyncio.sleep(0)  # its threads begin, and the state is taken meanwhile
+                state = {"machine": save(machine), "console": vm.save_console()}
+                payload = json.dumps(state, separators=(",", ":")).encode()
+            finally:
+                await asyncio.gather(sending, return_exceptions=True)
+            sending.result()
             self._state_sent = True
-            await call(main.send, Kind.STATE, json.dumps(state, separators=(",", ":")).encode())
+            await call(main.send, Kind.STATE, payload)
+            await self._round_done()
             await self._answer(Kind.READY)
             self._check_standing()
             self._given = await storage.give_up(self._disks)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from vmm.machine.builder import Machine
 
+SMALL_STATE = 1 << 20
+"""Bytes of a state that is parsed in the loop's turn."""
 MAX_WAITING = 32
 """Connections that have not said yet what they want."""
 ANSWERING_SECONDS = 60.0
@@ -473,6 +475,8 @@ class Session:
             finally:
                 ended.cancel()
             await self._see_off()
+            for link in self._links:
+                link.abort()
         except (VmmError, OSError, MemoryError) as error:
             failure = error if isinstance(error, VmmError) else HostError(str(error))
             if not isinstance(error, Closed) and self.phase == "receiving":
@@ -515,7 +519,10 @@ class Session:
 
     async def _take_state(self, payload: bytes) -> None:
         """Parse all of it; nothing changes yet. Raises StateError."""
-        values = await self._threads.call(protocol.load, "state", payload)
+        if len(payload) < SMALL_STATE:  # the machine stands still: a thread would take longer to begin
+            values = protocol.load("state", payload)
+        else:
+            values = await self._threads.call(protocol.load, "state", payload)
         if not isinstance(values, dict) or set(values) != {"machine", "console"}:
             raise StateError("not the state of a machine and its console")
         self._state = parse(self._machine, values["machine"])

@@ -1,0 +1,134 @@
+"""A machine that moves to another process of this host, by TCP over loopback: how long it takes, how long it stands
+still, how many bytes it takes. Beside it QEMU TCG migrates the same kernel and disk, by turns.
+
+The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import uvloop
+
+import vmm
+from tests.bench.bench_state import _Qemu
+from tests.support.command import VMM, environment
+
+Row = Mapping[str, object]
+ROUNDS = 3
+CASES = {"idle": 0, "writing 50 MB/s": 50, "writing 200 MB/s": 200}
+
+
+def writing(rate: int) -> str:
+    """A shell command that goes on writing so many MB a second over 256 MiB of a tmpfs, as far as the guest comes to
+    it: parts of a random file, at another place each time."""
+    if not rate:
+        return "true"
+    return (
+        "mkdir -p /d; mount -t tmpfs -o size=400m none /d; dd if=/dev/urandom of=/d/r bs=1M count=32 2>/dev/null; "
+        f"(i=0; while :; do dd if=/d/r of=/d/f bs=64k count={max(rate * 16 // 20, 1)} conv=notrunc "
+        f"skip=$((i % 300)) seek=$((i * 40 % 4000)) 2>/dev/null; i=$((i + 1)); usleep 50000; done) >/dev/null 2>&1 &"
+    )
+
+
+async def _ours(folder: Path, rate: int) -> dict[str, float]:
+    """ms and MB of one migration into a process of its own."""
+    runtime = folder / "run"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    command = [*VMM, "receive", "tcp:127.0.0.1:0", "--trust", "--name", "there", "--console", "none"]
+    async with vmm.run("linux", memory="1G", nets=[], core="soft") as vm:
+        await vm.exec("sh", "-c", writing(rate), timeout=120)
+        await asyncio.sleep(2)
+        with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
+            try:
+                assert child.stderr is not None
+                where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
+                progress = await vm.migrate(where)
+            finally:
+                child.kill()
+    return {
+        "total": progress.seconds * 1e3,
+        "still": progress.downtime * 1e3,
+        "bytes": progress.sent / 1e6,
+        "rounds": progress.rounds,
+        "throttle": progress.throttle,
+    }
+
+
+def _theirs(folder: Path, rate: int) -> dict[str, float]:
+    """The same of QEMU; its own figures. Nothing if it does not end."""
+    (folder / "there").mkdir(exist_ok=True)
+    (folder / "tty").unlink(missing_ok=True)
+    append = "console=ttyS1 root=/dev/vda rw quiet"
+    common = ["-m", "1G", "-append", append]
+    machine = _Qemu(folder, *common, "-serial", f"unix:{folder}/tty,server=on,wait=off")
+    other = None
+    try:
+        with socket.socket(socket.AF_UNIX) as tty:
+            tty.settimeout(60)
+            tty.connect(f"{folder}/tty")
+            seen = b""
+            while b"# " not in seen:
+                seen += tty.recv(4096)
+            tty.sendall(writing(rate).encode() + b"\n")
+            time.sleep(4)
+        other = _Qemu(folder / "there", *common, "-serial", "null", "-incoming", "tcp:127.0.0.1:4999")
+        machine.ask("migrate-set-parameters", **{"downtime-limit": 300, "max-bandwidth": 100 << 30})
+        capabilities = [{"capability": "auto-converge", "state": True}]
+        machine.ask("migrate-set-capabilities", capabilities=capabilities)
+        machine.ask("migrate", uri="tcp:127.0.0.1:4999")
+        deadline = time.monotonic() + 120
+        while (status := machine.ask("query-migrate")).get("status") not in ("completed", "failed"):
+            if time.monotonic() > deadline:
+                return {}
+            time.sleep(0.005)
+        return {
+            "total": float(status.get("total-time", 0)),
+            "still": float(status.get("downtime", 0)),
+            "bytes": status.get("ram", {}).get("transferred", 0) / 1e6,
+        }
+    finally:
+        for each in (machine, other):
+            if each is not None:
+                each.close()
+
+
+def rows() -> Iterator[Row]:
+    qemu = shutil.which("qemu-system-x86_64") is not None
+    with tempfile.TemporaryDirectory(prefix="loopvisor-bench-", dir="/var/tmp") as name:
+        folder = Path(name)
+        for case, rate in CASES.items():
+            ours: list[dict[str, float]] = []
+            theirs: list[dict[str, Any]] = []
+            for _ in range(ROUNDS):
+                ours.append(uvloop.run(_ours(folder, rate)))
+                if qemu:
+                    with suppress(OSError, ValueError):
+                        theirs.append(_theirs(folder, rate))
+            theirs = [each for each in theirs if each]
+            for what, unit in (("total", "ms"), ("still", "ms"), ("bytes", "MB")):
+                mine = median(each[what] for each in ours)
+                yield {"name": f"1 GiB, {case}: {what}", "value": mine, "unit": unit}
+                if not theirs:
+                    note = "it did not end within two minutes" if qemu else "qemu-system-x86_64 is not installed"
+                    yield {"name": "beside QEMU TCG", "value": None, "unit": "×", "note": note}
+                    continue
+                peer = median(each[what] for each in theirs)
+                ratio = mine / max(peer, 1e-9)
+                yield {
+                    "name": "beside QEMU TCG",
+                    "value": ratio,
+                    "unit": "×",
+                    "goal": 1.0,
+                    "note": f"{peer:.0f} {unit}",
+                }

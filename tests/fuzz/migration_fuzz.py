@@ -1,0 +1,202 @@
+"""Hostile sources against `vmm receive`'s target, and hostile targets against a source: damaged, reordered, cut and
+made-up streams. Whatever comes, the receiver ends with one declared error or a machine that was whole, the source's
+machine runs on, and nothing else happens.
+
+    python -m tests.fuzz.migration_fuzz SECONDS [SEED]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import socket
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import vmm
+from vmm import _native
+from vmm.errors import VmmError
+from vmm.lifecycle import State
+from vmm.migration import link as links
+from vmm.migration import protocol
+from vmm.migration.protocol import HEADER, Kind
+from vmm.migration.target import Receiver
+
+OPTIONS: dict[str, Any] = {"memory": "32M", "platform": "pc"}
+Frame = tuple[Kind, int, bytes]
+
+
+def split(data: bytes) -> list[Frame]:
+    """A recorded stream as frames."""
+    frames, at = [], 0
+    while at + HEADER.size <= len(data):
+        kind, flags, length, _ = protocol.parse_header(data[at : at + HEADER.size])
+        frames.append((kind, flags, data[at + HEADER.size : at + HEADER.size + length]))
+        at += HEADER.size + length
+    return frames
+
+
+def whole(frame: Frame) -> bytes:
+    """A frame with checksums that fit."""
+    kind, flags, payload = frame
+    return protocol.header(kind, len(payload), _native.crc32c(payload), flags) + payload
+
+
+def _changed_json(chance: random.Random, payload: bytes) -> bytes:
+    """One value somewhere in a message is another."""
+    try:
+        value = json.loads(payload)
+    except ValueError:  # it was changed before
+        return payload
+    places: list[tuple[Any, Any]] = []
+
+    def visit(inner: Any) -> None:
+        items = inner.items() if isinstance(inner, dict) else enumerate(inner) if isinstance(inner, list) else ()
+        for key, each in items:
+            places.append((inner, key))
+            visit(each)
+
+    visit(value)
+    if not places:
+        return payload
+    holder, key = chance.choice(places)
+    strange = [None, -1, 0, 1, 2**31, 2**64, 2**70, "", "x" * 70000, [], {}, True, 1.5, "AAAA", [[]], {"kind": 1}]
+    holder[key] = chance.choice(strange)
+    return json.dumps(value).encode()
+
+
+def hostile(chance: random.Random, frames: list[Frame]) -> bytes:
+    """A stream made of a good one."""
+    made = list(frames)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        at = chance.randrange(len(made))
+        kind, flags, payload = made[at]
+        how = chance.randrange(8)
+        if how == 0:
+            del made[at]
+        elif how == 1:
+            made.insert(chance.randrange(len(made) + 1), made[at])
+        elif how == 2 and payload:
+            spot = chance.randrange(len(payload))
+            made[at] = kind, flags, payload[:spot] + bytes([chance.randrange(256)]) + payload[spot + 1 :]
+        elif how == 3:
+            made[at] = chance.choice(list(Kind)), flags, payload[: protocol.LIMITS[kind]]
+        elif how == 4 and payload:
+            made[at] = kind, flags, payload[: chance.randrange(len(payload))]
+        elif how == 5 and payload[:1] == b"{":
+            made[at] = kind, flags, _changed_json(chance, payload)[: protocol.LIMITS[kind]]
+        elif how == 6 and kind is Kind.PAGES and len(payload) > 32:
+            head = bytes(chance.randrange(256) for _ in range(20))
+            made[at] = kind, flags, head + payload[20:]
+        else:
+            made[at] = kind, chance.randrange(3), payload
+        made = made or [(Kind.PING, 0, b"")]
+    stream = b"".join(map(whole, made))
+    if chance.random() < 0.3:
+        spot = chance.randrange(len(stream))
+        damaged = bytes([stream[spot] ^ 1 << chance.randrange(8)])
+        stream = stream[:spot] + damaged + stream[spot + 1 :]
+    if chance.random() < 0.3:
+        stream = stream[: chance.randrange(len(stream))]
+    return stream
+
+
+async def record(folder: Path) -> list[Frame]:
+    """What a source sends in a whole migration."""
+    sent: list[bytes] = []
+    send = links.Link.send
+
+    def keep(self: links.Link, kind: Kind, *parts: Any, flags: int = 0) -> None:
+        if threading.current_thread().name.startswith("migration") and self.peer.startswith("unix:"):
+            sent.append(whole((kind, flags, b"".join(map(bytes, parts)))))
+        send(self, kind, *parts, flags=flags)
+
+    links.Link.send = keep  # type: ignore[method-assign]
+    try:
+        async with vmm.run("echo", **OPTIONS) as vm:
+            await vm.console.expect(rb"Ctrl-D ends\n", timeout=60)
+            async with Receiver(f"unix:{folder / 'record'}", name="") as receiver:
+                await vm.migrate(receiver.uri)
+                await (await receiver.arrive()).aclose()
+    finally:
+        links.Link.send = send  # type: ignore[method-assign]
+    return split(b"".join(sent))
+
+
+async def attack(folder: Path, stream: bytes) -> str:
+    """Give a receiver this stream; how it ended."""
+    path = folder / "target"
+    async with Receiver(f"unix:{path}", name="") as receiver:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, str(path))
+
+            async def read() -> None:
+                with suppress(OSError):
+                    while await loop.sock_recv(client, 1 << 16):
+                        pass
+
+            reading = asyncio.create_task(read())
+            with suppress(OSError):
+                async with asyncio.timeout(20):
+                    await loop.sock_sendall(client, stream)
+                client.shutdown(socket.SHUT_WR)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(20):
+                    await reading
+        session = receiver.session
+        if session is None:
+            return "refused"
+        try:
+            async with asyncio.timeout(20):
+                vm = await receiver.arrive()
+        except VmmError as error:
+            assert "\n" not in str(error)
+            return type(error).__name__
+        end = "running" if vm.state is State.RUNNING else "waiting"
+        await vm.aclose()
+        return end
+
+
+async def main(seconds: float, seed: int) -> None:
+    """Until the time is over. AssertionError, or whatever came through, ends it with the stream in a file."""
+    chance = random.Random(seed)
+    ends: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        frames = await record(folder)
+        sys.stdout.write(f"seed {seed}: {len(frames)} frames recorded\n")
+        assert await attack(folder, b"".join(map(whole, frames))) == "running"
+        deadline, count = time.monotonic() + seconds, 0
+        loop = asyncio.get_running_loop()
+        failures: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        await attack(folder, hostile(chance, frames))
+        before, open_files = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
+        while time.monotonic() < deadline:
+            stream = hostile(chance, frames)
+            try:
+                end = await attack(folder, stream)
+                assert not failures, failures
+            except BaseException:
+                Path("migration-fuzz-failure.bin").write_bytes(stream)
+                raise
+            ends[end] = ends.get(end, 0) + 1
+            count += 1
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        left = len(os.listdir("/proc/self/fd")) - open_files
+        assert grown < 200 << 10 and left <= 2, f"{grown} KiB more memory, {left} more descriptors"
+        sys.stdout.write(f"{count} streams: {ends}; {grown} KiB more memory, {left} more descriptors\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1 << 32)))
