@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable
 
 from cpu.exits import (
     Debug,
@@ -108,7 +107,8 @@ class TraceEntry:
 class PastExit:
     """An exit that was: of which class of cpu.exits, `address` its port or guest-physical address (no access: rip),
     `value` what was written or read. `waits`: it is not answered yet; `core`: the core answered by itself (posted,
-    shadow, ioeventfd), `repeats` times in a row. `age_ns`: how long ago the last time was."""
+    shadow, ioeventfd), `repeats` times in a row. `age_ns`: how long ago the last time was (`core`: to within
+    milliseconds)."""
 
     kind: type[Exit]
     address: int
@@ -128,10 +128,9 @@ def unpack_trace(blob: bytes) -> list[TraceEntry]:
     ]
 
 
-def unpack_past(khz: float, now: int, blob: bytes) -> list[PastExit]:
-    """An array of struct lv_past_exit, with the rate of the host's TSC and its present value."""
-    age: Callable[[int], int] = (lambda tsc: round((now - tsc) * 1e6 / khz)) if khz else (lambda _tsc: 0)
+def unpack_past(now: int, blob: bytes) -> list[PastExit]:
+    """An array of struct lv_past_exit, with what CLOCK_MONOTONIC says now."""
     return [
-        PastExit(_CLASSES[kind], address, size, value, repeats, max(0, age(tsc)), done == 0, done == 2)
-        for tsc, address, value, repeats, kind, size, done, _ in _PAST.iter_unpack(blob)
+        PastExit(_CLASSES[kind], address, size, value, repeats, max(0, now - ns), done == 0, done == 2)
+        for ns, address, value, repeats, kind, size, done, _ in _PAST.iter_unpack(blob)
     ]

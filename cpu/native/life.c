@@ -116,8 +116,7 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     }
     vm->ops = ops;
     vm->config = *config;
-    vm->start_ns = vm->made_ns = lv_clock();
-    vm->made_tsc = __builtin_ia32_rdtsc();
+    vm->start_ns = lv_clock();
     vm->generation = lv_generation;
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
     vm->linger_ns = LV_LINGER_MAX_NS;

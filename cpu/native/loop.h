@@ -89,7 +89,7 @@ struct lv_trace_entry {
 
 /* An exit that was: an access, or what parked a vCPU. */
 struct lv_past_exit {
-    uint64_t tsc;      /* the host's, when it happened last */
+    uint64_t ns;       /* CLOCK_MONOTONIC when it happened last; ON_THE_SPOT: to within some milliseconds */
     uint64_t address, value;
     uint32_t repeats;  /* how often it happened in a row */
     uint8_t kind;      /* enum lv_exit_kind */
@@ -247,7 +247,6 @@ struct lv_vm {
     uint32_t generation;             /* of forks, when it was made: see lv_forked() */
     _Atomic bool closing;
     uint64_t start_ns;               /* CLOCK_MONOTONIC at the VM's time 0 (modulo 2^64) */
-    uint64_t made_ns, made_tsc;      /* CLOCK_MONOTONIC and the host's TSC when it was made */
 
     pthread_mutex_t lock;            /* everything below; held for well under a microsecond */
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */

@@ -4,6 +4,8 @@
 
 #include "native/loop.h"
 
+#include <time.h>
+
 enum {
     LV_TABLE_SIZE = 256,
     LV_TABLE_ENTRIES_MAX = 8192,
@@ -19,19 +21,22 @@ static inline void lv_count(struct lv_vm *vm, uint32_t stat)
     atomic_fetch_add_explicit(&vm->stats[stat], 1, memory_order_relaxed);
 }
 
-/* Keep what happened among the vCPU's last exits: about 10 ns, beside the 50 and more of any access. [engine] */
+/* Keep what happened among the vCPU's last exits. Of an access that is answered on the spot the time is read coarsely, which
+ * takes less than the exact time, or the TSC on hosts that are virtual machines. [engine] */
 static inline void lv_remember(struct lv_vcpu *vcpu, uint8_t kind, uint8_t size, uint64_t address, uint64_t value, uint8_t done)
 {
     struct lv_past_exit *last = &vcpu->past[(vcpu->past_count - 1) % LV_PAST_EXITS];
-    uint64_t now = __builtin_ia32_rdtsc();
+    struct timespec t;
+    clock_gettime(done == LV_PAST_ON_THE_SPOT ? CLOCK_MONOTONIC_COARSE : CLOCK_MONOTONIC, &t);
+    uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     if (vcpu->past_count && last->kind == kind && last->address == address && last->value == value && last->size == size &&
         last->done == done && done == LV_PAST_ON_THE_SPOT && last->repeats < UINT32_MAX) {
         last->repeats++;
-        last->tsc = now;
+        last->ns = now;
         return;
     }
     vcpu->past[vcpu->past_count++ % LV_PAST_EXITS] = (struct lv_past_exit){
-        .tsc = now, .address = address, .value = value, .repeats = 1, .kind = kind, .size = size, .done = done};
+        .ns = now, .address = address, .value = value, .repeats = 1, .kind = kind, .size = size, .done = done};
 }
 /* The last exit is answered: a read by `value`. [loop] */
 static inline void lv_remember_answer(struct lv_vcpu *vcpu, uint64_t value)

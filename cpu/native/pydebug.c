@@ -61,9 +61,6 @@ PyObject *lv_vcpu_past_blob(VcpuObject *self, PyObject *Py_UNUSED(ignored))
     struct lv_vcpu *vcpu = lv_parked_vcpu(self);
     if (!vcpu)
         return NULL;
-    struct lv_vm *vm = vcpu->vm;
-    uint64_t tsc = __builtin_ia32_rdtsc(), ns = lv_clock() - vm->made_ns;
-    double khz = ns ? (double)(tsc - vm->made_tsc) * 1e6 / (double)ns : 0;
     uint64_t kept = vcpu->past_count < LV_PAST_EXITS ? vcpu->past_count : LV_PAST_EXITS;
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(kept * sizeof(struct lv_past_exit)));
     if (!bytes)
@@ -71,7 +68,7 @@ PyObject *lv_vcpu_past_blob(VcpuObject *self, PyObject *Py_UNUSED(ignored))
     for (uint64_t i = 0; i < kept; i++)
         memcpy(PyBytes_AS_STRING(bytes) + i * sizeof(struct lv_past_exit),
                &vcpu->past[(vcpu->past_count - kept + i) % LV_PAST_EXITS], sizeof(struct lv_past_exit));
-    return Py_BuildValue("dKN", khz, (unsigned long long)tsc, bytes);
+    return Py_BuildValue("KN", (unsigned long long)lv_clock(), bytes);
 }
 
 PyObject *lv_vm_set_trace(VmObject *self, PyObject *entries)

@@ -210,7 +210,7 @@ static PyMethodDef vcpu_methods[] = {
     {"set_debug_blob", (PyCFunction)lv_vcpu_set_debug_blob, METH_VARARGS, "A struct lv_debug."},
     {"translate", (PyCFunction)lv_vcpu_translate, METH_O, "The guest-physical address of a linear one, or None."},
     {"trace_blob", (PyCFunction)lv_vcpu_trace_blob, METH_NOARGS, "An array of struct lv_trace_entry, the oldest first."},
-    {"past_blob", (PyCFunction)lv_vcpu_past_blob, METH_NOARGS, "(kHz of the host's TSC, TSC now, array of struct lv_past_exit)."},
+    {"past_blob", (PyCFunction)lv_vcpu_past_blob, METH_NOARGS, "(CLOCK_MONOTONIC in ns, array of struct lv_past_exit)."},
     {"stood_still", (PyCFunction)vcpu_stood_still, METH_NOARGS, "Have the guest's watchdogs told that it stood still."},
     {"nmi", (PyCFunction)vcpu_nmi, METH_NOARGS, "Inject an NMI."},
     {NULL, NULL, 0, NULL},

@@ -236,6 +236,8 @@ async def test_time_stands_still_with_the_virtual_clock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("core", CORES)
 async def test_reset_keeps_the_debugger_and_its_breakpoints(core: str, tmp_path: Path) -> None:
+    if core == "kvm" and emulated_svm():
+        pytest.skip("QEMU's emulation of SVM loads DR7 without setting its breakpoints")
     async with counting(core, tmp_path) as machine, await machine.gdb() as server:
         machine.resume()
         assert await runs(machine)
