@@ -228,6 +228,10 @@ def test_plans() -> None:
     assert "slower" not in decisions(Options(downtime=0.1, throttle=0), *fast)
 
 
+def test_a_slow_first_answer_does_not_make_the_goal_unreachable() -> None:
+    assert Planner(Options(downtime=0.1), 5.0).after_round(1 << 30, 4096, 100e6) == "stop"
+
+
 @pytest.mark.parametrize(
     "wrong", [{"bandwidth": 1}, {"downtime": 0.0}, {"connections": 0}, {"connections": 17}, {"throttle": 100}]
 )

@@ -249,7 +249,8 @@ class Planner:
 
     def __init__(self, options: Options, round_trip: float) -> None:
         self._options = options
-        self._overhead = OVERHEAD_SECONDS + 3 * round_trip
+        # The first round trip may have waited for a busy host: it must not make a goal that cannot be met.
+        self._overhead = min(OVERHEAD_SECONDS + 3 * round_trip, options.downtime / 2)
         self._rounds = 0
         self._stuck = 0
         self.throttle = 0

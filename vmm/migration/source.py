@@ -419,6 +419,10 @@ class Outgoing:
     async def _switch(self, dirty: Sequence[bytes], throttle: Throttle) -> None:
         vm, machine, main = self.vm, self._machine, self._links[0]
         call = self._threads.call
+        with core_errors():  # what is durable already need not be made so while it stands still
+            for entry, device in self._disks:
+                if entry.how == "shared":
+                    await storage.image_of(entry.name, device).flush()
         machine.dispatcher.hold("migration")
         self._held = True
         try:
