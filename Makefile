@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images soak-state soak-disks clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut sanitize fuzz soak-images soak-state soak-disks soak-migration clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -77,6 +77,9 @@ soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power c
 	$(VENV)/bin/python -m tests.fuzz.image_model $${OPERATIONS:-10000}
 	LOOPVISOR_CRASH_POINTS=2000 LOOPVISOR_LIVE_ROUNDS=100 $(VENV)/bin/python -m pytest -q \
 	    tests/conformance/virtio/test_power_cut.py tests/conformance/virtio/test_live_images.py
+
+soak-migration: venv ## a Debian guest moved between two hosts under fio verify, MOVES (200) times, CUTS (50) of them cut; root
+	$(VENV)/bin/python -m tests.soak.migration $${MOVES:-200} $${CUTS:-50}
 
 fuzz: venv       ## fuzz campaigns; SECONDS_EACH=3600 make fuzz
 	.ci/fuzz $${SECONDS_EACH:-600}

@@ -168,8 +168,10 @@ class Soak:
                 raise Failure(f"vmm receive: {log.read_text()}")
             time.sleep(0.05)
         if cut:
-            after = self._chance.uniform(0.0, 1.5)
-            killer = self._hosts[other].command("sh", "-c", f"sleep {after}; ss -K sport = {port} >/dev/null")
+            one = f"state established sport = :{port}"
+            script = f"for i in $(seq 3000); do ss -Hnt {one} | grep -q . && break; sleep 0.02; done; "
+            script += f"sleep {self._chance.uniform(0.0, 0.8):.3f}; ss -K {one} >/dev/null"
+            killer = self._hosts[other].command("sh", "-c", script)
             killing = subprocess.Popen(killer, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         done = self._vmm("migrate", self._name, f"tcp:{HOSTS[other]}:{port}", "--json")
         if cut:
