@@ -98,6 +98,8 @@ async def debian(
 
 async def test_gdb_with_the_kernels_symbols(debian: vmm.VirtualMachine, tmp_path: Path) -> None:
     require_gdb()
+    if debian.core == "kvm" and "QEMU TCG" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("QEMU's emulation of SVM has no breakpoints: see test_gdb.py")
     script = tmp_path / "commands"
     script.write_text(SCRIPT)
     async with busy(debian):
