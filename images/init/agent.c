@@ -9,6 +9,8 @@
  *                  2 STDIN bytes; empty: end of file    3 SIGNAL number (1)    4 RESIZE rows (2), columns (2)
  *   guest to host: 0x81 STDOUT  0x82 STDERR  0x83 EXIT kind (1: 0 exited, 1 killed), code (1)  0x84 ERROR text
  *                  0x85 CREDIT bytes (4) of STDIN that were taken, since the last CREDIT
+ *                  0x86 USAGE  microseconds of CPU (8), KiB of memory at most (8): before EXIT, the program's own and those
+ *                              of its children that it waited for, as getrusage(2) has them
  * The host has at most WINDOW bytes of STDIN on their way, so signals and sizes are never stuck behind input that the
  * program does not read. A connection that begins with RESIZE is about the console's terminal, and ends with that. One that
  * begins with 7 IDENTITY tells a copy of a machine who it is, and is answered by EXIT: nanoseconds since 1970 (8), 64 random
@@ -26,7 +28,7 @@
 
 enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 2, BACKLOG = 1024 };
 enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART = 6, IDENTITY = 7 };
-enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85 };
+enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85, USAGE = 0x86 };
 enum { HEAD = 5, MAX_FRAME = 65536, MAX_START = (2 << 20) + 65536, PIPE = 256 << 10 };
 enum { WINDOW = 256 << 10, RING = WINDOW + 64 /* a terminal's end of file takes a byte that nobody counts */ };
 enum { AF_UNIX = 1, MSG_CMSG_CLOEXEC = 0x40000000, SERVERS = 2, SMALL = 256 << 10 };
@@ -392,6 +394,7 @@ static int serve_one(int link)
     signal_mask(mask);
     if (signals < 0) signals = (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC | O_NONBLOCK);
     int output[2], master, status = 0, exited = 0;
+    uint64_t usage[18] = {0}; /* struct rusage: user and system time as seconds and microseconds, then ru_maxrss in KiB */
     static struct input input;
     static struct incoming incoming;
     static uint8_t came[MAX_FRAME + HEAD], going[MAX_FRAME]; /* a frame is one packet of the socket: head and payload */
@@ -426,7 +429,7 @@ static int serve_one(int link)
         if (fds[3].revents) {
             uint32_t information[32];
             while (SYS(__NR_read, signals, information, sizeof information) > 0);
-            if (SYS(__NR_wait4, child, &status, 1 /* WNOHANG */, 0) == child) {
+            if (SYS(__NR_wait4, child, &status, 1 /* WNOHANG */, usage) == child) {
                 exited = 1;
                 for (int i = 0; i < 2; i++) {
                     int waiting = 0;
@@ -466,6 +469,10 @@ static int serve_one(int link)
         }
     }
     SYS(__NR_fcntl, link, F_SETFL, O_RDWR);
+    const uint64_t used[2] = {(usage[0] + usage[2]) * 1000000 + usage[1] + usage[3], usage[4]};
+    put_head(going, USAGE, sizeof used);
+    memcpy(going + HEAD, used, sizeof used);
+    write_all(link, going, HEAD + sizeof used);
     put_head(going, EXIT, 2);
     going[HEAD] = (status & 127) != 0;
     going[HEAD + 1] = (uint8_t)((status & 127) ? status & 127 : status >> 8);

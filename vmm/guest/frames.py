@@ -17,7 +17,7 @@ AGENT_PORT = 1024
 VERSIONS = range(1, 16)
 """Versions that an agent may have; those ports of the host are kept for them."""
 STDIN, SIGNAL, RESIZE, START, PART = 2, 3, 4, 5, 6
-STDOUT, STDERR, EXIT, ERROR, CREDIT = 0x81, 0x82, 0x83, 0x84, 0x85
+STDOUT, STDERR, EXIT, ERROR, CREDIT, USAGE = 0x81, 0x82, 0x83, 0x84, 0x85, 0x86
 MAX_FRAME = 65536
 """Bytes of a payload."""
 WINDOW = 256 << 10

@@ -27,6 +27,7 @@ from vmm.guest.frames import (
     STDERR,
     STDIN,
     STDOUT,
+    USAGE,
     WINDOW,
     frame,
 )
@@ -44,6 +45,10 @@ class ExecResult:
     status: int
     stdout: bytes
     stderr: bytes
+    cpu_seconds: float = 0.0
+    """User and system time, with that of children that the program waited for."""
+    memory_peak: int = 0
+    """Bytes of memory that it, or such a child, had at most."""
 
     @property
     def text(self) -> str:
@@ -124,6 +129,10 @@ class GuestProcess:
         self.stdout = GuestStream()
         self.stderr = GuestStream()
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.cpu_seconds = 0.0
+        """Known when the program has ended: its user and system time."""
+        self.memory_peak = 0
+        """Known when the program has ended: bytes of memory that it had at most."""
         self._window = WINDOW
         self._credit = asyncio.Event()
         self._task = asyncio.create_task(self._pump(), name="guest-process")
@@ -168,7 +177,7 @@ class GuestProcess:
             stdout = group.create_task(self.stdout.read_all(), name="guest-stdout")
             stderr = group.create_task(self.stderr.read_all(), name="guest-stderr")
             group.create_task(self._feed(data), name="guest-stdin")
-        return ExecResult(await self.wait(), stdout.result(), stderr.result())
+        return ExecResult(await self.wait(), stdout.result(), stderr.result(), self.cpu_seconds, self.memory_peak)
 
     @property
     def ended(self) -> bool:
@@ -238,6 +247,9 @@ class GuestProcess:
             # No more than was taken away: a guest cannot make us send without bound.
             self._window = min(WINDOW, self._window + int.from_bytes(payload, "little"))
             self._credit.set()
+        elif kind == USAGE and length == 16:
+            microseconds, kib = struct.unpack("<QQ", payload)
+            self.cpu_seconds, self.memory_peak = microseconds / 1e6, kib << 10
         elif kind == EXIT and length == 2:
             self._status.set_result(128 + payload[1] if payload[0] else payload[1])
         elif kind == ERROR:

@@ -1,0 +1,263 @@
+"""Somebody's program in a machine of its own: `async with vmm.sandbox("oci:python:3.12") as box: await box.run(…)`.
+
+A machine with a time to live, a network that leads nowhere unless it is said where, and limits whose ends are values,
+not exceptions. `Sandbox` is the asynchronous one; `SyncSandbox` is the same for code without a loop, notebooks among
+them: it has a loop of its own in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from vmm.errors import ConfigError, GuestError, StateError
+from vmm.guest.frames import Environment, Text
+
+if TYPE_CHECKING:
+    from vmm.config import Net
+    from vmm.guest.process import GuestProcess, GuestStream
+    from vmm.vm import VirtualMachine
+
+OUTPUT_LIMIT = 16 << 20
+"""Bytes of each of a program's outputs that are kept unless it is said otherwise."""
+ENDING_SECONDS = 5.0
+T = TypeVar("T")
+RunEnd = Literal["exited", "timeout", "output", "machine"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a program ended and what it took."""
+
+    end: RunEnd
+    """exited: by itself, or by a signal of the guest's; timeout: it ran too long; output: it wrote too much; machine:
+    the whole machine ended, of which `detail` says how."""
+    status: int
+    """Its exit status, or 128 + the signal that ended it; -1 where it was ended from outside."""
+    stdout: bytes
+    stderr: bytes
+    seconds: float
+    """From its start to its end, as this host's clock has it."""
+    cpu_seconds: float
+    """User and system time in the guest, with that of children that it waited for; 0 if it was ended from outside."""
+    memory_peak: int
+    """Bytes of the guest's memory that it, or such a child, had at most; 0 if it was ended from outside."""
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """It ended by itself, with status 0."""
+        return self.end == "exited" and self.status == 0
+
+    @property
+    def text(self) -> str:
+        """Standard output, decoded, without trailing white space."""
+        return self.stdout.decode(errors="replace").rstrip()
+
+    def check(self) -> Self:
+        """Itself if it is ok; else GuestError with what was wrong and the last line of standard error."""
+        if not self.ok:
+            last = self.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            what = f"status {self.status}" if self.end == "exited" else self.detail or self.end
+            raise GuestError(f"the program in the sandbox ended with {what}{': ' + last[0] if last else ''}")
+        return self
+
+
+class Sandbox:
+    """A machine for programs that nobody vouches for. Made by vmm.sandbox()."""
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        self.vm = vm
+        """The machine itself, with everything that it can."""
+
+    async def run(
+        self,
+        *arguments: Text,
+        input: bytes | None = None,  # noqa: A002 - subprocess's name
+        env: Environment | None = None,
+        cwd: Text = "",
+        user: Text = "",
+        timeout: float | None = None,
+        output_limit: int = OUTPUT_LIMIT,
+    ) -> RunResult:
+        """Run a program to its end; without arguments the image's own. After `timeout` seconds, or when it has written
+        more than `output_limit` bytes to either output, it is killed with its process group. ConfigError for what
+        cannot be started; whatever the guest does is a result."""
+        begin = time.monotonic()
+        out, error = _Kept(output_limit), _Kept(output_limit)
+        process: GuestProcess | None = None
+
+        def result(end: RunEnd, status: int = -1, detail: str = "") -> RunResult:
+            cpu, memory = (process.cpu_seconds, process.memory_peak) if process is not None else (0.0, 0)
+            return RunResult(
+                end, status, bytes(out.data), bytes(error.data), time.monotonic() - begin, cpu, memory, detail
+            )
+
+        try:
+            async with asyncio.timeout(timeout):
+                process = await self.vm.start_process(*arguments, env=env or {}, cwd=cwd, user=user)
+                async with process:
+                    feeding = asyncio.create_task(_feed(process, input), name="sandbox-stdin")
+                    try:
+                        await _read(process, out, error)
+                        if out.full or error.full:
+                            return result("output", detail=f"more than {output_limit} bytes of output")
+                        return result("exited", await process.wait())
+                    finally:
+                        feeding.cancel()
+                        await asyncio.gather(feeding, return_exceptions=True)
+        except TimeoutError:
+            return result("timeout", detail=f"no end within {timeout:g} s")
+        except (GuestError, StateError) as failure:
+            # A machine that ends takes its agent along first.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENDING_SECONDS):
+                    outcome = await self.vm.ended()
+                    return result("machine", detail=f"the end of its machine: {outcome}")
+            return result("machine", detail=str(failure))
+
+
+class _Kept:
+    """The first bytes of an output."""
+
+    def __init__(self, limit: int) -> None:
+        self.data = bytearray()
+        self.full = False
+        self._limit = limit
+
+    async def take(self, stream: GuestStream) -> None:
+        """Until the stream's end, or until there is more than the limit."""
+        async for part in stream:
+            room = self._limit - len(self.data)
+            self.data += part[:room]
+            if len(part) > room:
+                self.full = True
+                return
+
+
+async def _read(process: GuestProcess, out: _Kept, error: _Kept) -> None:
+    """Both outputs to their ends, or until one has more than it may."""
+    tasks = {
+        asyncio.create_task(out.take(process.stdout), name="sandbox-stdout"),
+        asyncio.create_task(error.take(process.stderr), name="sandbox-stderr"),
+    }
+    try:
+        while tasks and not (out.full or error.full):
+            done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _feed(process: GuestProcess, data: bytes | None) -> None:
+    if data:
+        await process.write(data)
+    await process.close_stdin()
+
+
+@asynccontextmanager
+async def sandbox(
+    image: str,
+    *,
+    allow: str | Sequence[str] | None = None,
+    network: bool = False,
+    share: str | Sequence[str] = (),
+    lifetime: float | None = None,
+    warm: bool = True,
+    **options: Any,
+) -> AsyncIterator[Sandbox]:
+    """A running sandbox; ends with the block. `image` as for `vmm run`, most often oci:NAME.
+
+    allow: what it may reach, as ["pypi.org:443", "10.0.0.0/8"]; without it there is no network at all, with
+    `network=True` an open one. share: directories of this host, as HOST:GUEST[,ro]. lifetime: seconds after which the
+    whole machine is ended. warm: go on from a machine of this kind that was booted before. `options`: fields of Config
+    (memory, cpus, env, user, workdir). Raises ConfigError, HostError."""
+    from vmm.launch import run
+
+    if "nets" in options:
+        raise ConfigError("nets: a sandbox has allow or network instead")
+    shares = [share] if isinstance(share, str) else list(share)
+    if shares:
+        options["shares"] = [*options.get("shares", ()), *shares]
+        warm = False  # what is shared is another each time
+    if lifetime is not None:
+        options["timeout"] = lifetime
+    async with run(image, warm=warm, nets=_nets(allow, network), **options) as vm:
+        yield Sandbox(vm)
+
+
+def _nets(allow: str | Sequence[str] | None, network: bool) -> tuple[Net, ...]:
+    from vmm.config import Net
+
+    if allow is None:
+        return (Net(kind="user"),) if network else ()
+    text = allow if isinstance(allow, str) else "+".join(allow)
+    if not text:
+        raise ConfigError("allow: nothing is in it; leave it out for no network")
+    return (Net(kind="user", allow=text),)
+
+
+class SyncSandbox:
+    """A sandbox for code without a loop: `with vmm.SyncSandbox("oci:…") as box: box.run(…)`. Everything it does happens
+    on a loop of its own in a thread, so it works where another loop runs already. *any thread*"""
+
+    def __init__(self, image: str, **options: Any) -> None:
+        """As sandbox()."""
+        self._made = sandbox(image, **options)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._box: Sandbox | None = None
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sandbox", daemon=True)
+        self._thread.start()
+        try:
+            self._box = self._await(self._made.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        with self._stopping():
+            self._await(self._made.__aexit__(*failure))
+
+    def run(self, *arguments: Text, **options: Any) -> RunResult:
+        """As Sandbox.run, to its end. StateError outside of the block."""
+        if self._box is None or self._loop is None:
+            raise StateError("the sandbox is not running: use it in its with block")
+        return self._await(self._box.run(*arguments, **options))
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        assert self._loop is not None and self._thread is not None
+        self._box = None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._loop = None
