@@ -9,14 +9,19 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { RUN_PAGES = 256 };
 
+/* A word of a buffer that may stand at any address and hold anything. */
+typedef uint64_t __attribute__((aligned(1), may_alias)) any_word;
+
 static bool page_is_zero(const uint8_t *page)
 {
-    const uint64_t *words = (const uint64_t *)page;
+    const any_word *words = (const any_word *)page;
     for (unsigned i = 0; i < PAGE / 8; i += 8) {
         uint64_t any = words[i] | words[i + 1] | words[i + 2] | words[i + 3];
         any |= words[i + 4] | words[i + 5] | words[i + 6] | words[i + 7];
@@ -71,6 +76,16 @@ static uint32_t crc32c(uint32_t crc, const void *data, size_t n)
         return ~crc_sse(~crc, data, n);
 #endif
     return ~crc_plain(~crc, data, n);
+}
+
+/* The place of a page in a file that begins at `offset` is a place of a file; false with an exception set otherwise. */
+static bool places_fit(long long offset, size_t pages)
+{
+    if (offset < 0 || offset > LLONG_MAX - (long long)(pages * PAGE)) {
+        PyErr_SetString(PyExc_ValueError, "the offset is out of range");
+        return false;
+    }
+    return true;
 }
 
 /* The buffer of whole pages that `view` is; false with an exception set if it is none. */
@@ -135,7 +150,7 @@ PyObject *native_save_pages(PyObject *Py_UNUSED(module), PyObject *args)
     size_t pages;
     if (!PyArg_ParseTuple(args, "iLy*Op:save_pages", &fd, &offset, &view, &chosen, &fresh))
         return NULL;
-    bool ok = pages_of(&view, &pages);
+    bool ok = pages_of(&view, &pages) && places_fit(offset, pages);
     if (ok && chosen != Py_None)
         ok = !PyObject_GetBuffer(chosen, &bitmap, PyBUF_SIMPLE) && bitmap_fits(&bitmap, pages);
     int error = 0;
@@ -225,6 +240,11 @@ static PyObject *transfer(PyObject *args, bool writing)
     size_t room = (size_t)view.len / PAGE, pages = (size_t)bitmap.len * 8, moved = 0;
     int error = 0;
     bool full = false;
+    if (!places_fit(offset, pages)) {
+        PyBuffer_Release(&view);
+        PyBuffer_Release(&bitmap);
+        return NULL;
+    }
     uint8_t *memory = view.buf;
     const uint8_t *wanted = bitmap.buf;
     Py_BEGIN_ALLOW_THREADS
@@ -360,6 +380,11 @@ PyObject *native_checksums(PyObject *Py_UNUSED(module), PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     uint32_t zero_full = 0;
     bool have_zero = false;
+    struct stat status;
+    if (fstat(fd, &status) < 0)
+        error = errno;
+    else if (S_ISREG(status.st_mode) && status.st_size < (off_t)size)
+        error = EIO; /* the file is shorter: what it lacks is no hole */
     off_t data = -1; /* the next data at or after the place looked at; -1: to be asked for */
     for (size_t n = 0; n < chunks && !error; n++) {
         off_t at = (off_t)n * chunk;
