@@ -25,6 +25,7 @@ from typing import Any, Self
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.libvirt import (
     agent_calls,
+    block_calls,
     connect_calls,
     device_calls,
     domain_calls,
@@ -65,6 +66,7 @@ MODULES = (
     connect_calls,
     domain_calls,
     device_calls,
+    block_calls,
     event_calls,
     network_calls,
     snapshot_calls,

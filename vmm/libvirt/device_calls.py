@@ -1,14 +1,16 @@
-"""Procedures that add, remove and change devices: in definitions. A running machine's devices stay as they are."""
+"""Procedures that add, remove and change devices, in definitions and of running machines."""
 
 from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
+from vmm.libvirt import live
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, check_flags, wants
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
+from vmm.libvirt.spec import Spec
 from vmm.libvirt.wire import DomainRef
 from vmm.libvirt.xmltree import malformed, parse, serialise
 
@@ -17,20 +19,19 @@ calls = Procedures()
 FORCE = 4
 
 
-def _definition(call: Call, dom: DomainRef, flags: int) -> tuple[Domain, Element, Element]:
-    """(the domain, its definition's XML, the <devices> in it). Raises LibvirtError."""
-    check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | FORCE)
-    domain = call.daemon.domains.of(dom)
-    live, _ = wants(call, domain, flags)
-    if live:
-        raise LibvirtError(
-            Code.OPERATION_UNSUPPORTED,
-            "the devices of a running machine cannot change; use --config for the next start",
-        )
+def _definition(call: Call, domain: Domain) -> tuple[Element, Element]:
+    """(its definition's XML, the <devices> in it)."""
     root = parse(domain.xml(call.daemon.emulator, inactive=True), "domain")
     devices = root.find("devices")
     assert devices is not None
-    return domain, root, devices
+    return root, devices
+
+
+def _domain(call: Call, dom: DomainRef, flags: int) -> tuple[Domain, bool, bool]:
+    """(the domain, whether it is changed as it runs, whether its definition is). Raises LibvirtError."""
+    check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | FORCE)
+    domain = call.daemon.domains.of(dom)
+    return domain, *wants(call, domain, flags)
 
 
 def _device(xml: str) -> Element:
@@ -60,10 +61,10 @@ def _find(devices: Element, wanted: Element) -> Element:
     raise LibvirtError(Code.OPERATION_FAILED, f"device not found: no {' '.join(_key(wanted))} in the definition")
 
 
-def _store(call: Call, domain: Domain, root: Element) -> None:
-    spec = call.daemon.checked(call.daemon.domains.read(serialise(root)))
-    call.daemon.domains.replace_definition(domain, spec)
-    domain.updated = domain.active
+def _replace(call: Call, domain: Domain, spec: Spec | None) -> None:
+    if spec is not None:
+        call.daemon.domains.replace_definition(domain, spec)
+        domain.updated = domain.active
 
 
 @calls.change(8, "domain_attach_device", "dom:domain xml:string")
@@ -73,14 +74,27 @@ async def domain_attach_device(call: Call, dom: DomainRef, xml: str) -> None:
 
 @calls.change(160, "domain_attach_device_flags", "dom:domain xml:string flags:uint")
 async def domain_attach_device_flags(call: Call, dom: DomainRef, xml: str, flags: int) -> None:
-    domain, root, devices = _definition(call, dom, flags)
+    domain, running, config = _domain(call, dom, flags)
     added = _device(xml)
-    if any(_key(device) == _key(added) for device in devices if device.tag in ("disk", "interface", "channel")):
+    if running and domain.live is not None:
+        _refuse_twice(parse(domain.xml(call.daemon.emulator), "domain").find("devices"), added)
+    spec = None
+    if config:
+        root, devices = _definition(call, domain)
+        _refuse_twice(devices, added)
+        for single in [device for device in devices if device.tag == added.tag and added.tag in ("memballoon", "rng")]:
+            devices.remove(single)
+        devices.append(added)
+        spec = call.daemon.checked(call.daemon.domains.read(serialise(root)))
+    if running:
+        await live.attach(call.daemon, domain, _device(xml))
+    _replace(call, domain, spec)
+
+
+def _refuse_twice(devices: Element | None, added: Element) -> None:
+    there = [] if devices is None else [one for one in devices if one.tag in ("disk", "interface", "channel")]
+    if any(_key(device) == _key(added) for device in there):
         raise LibvirtError(Code.OPERATION_INVALID, f"{' '.join(_key(added))} already exists")
-    for single in [device for device in devices if device.tag == added.tag and added.tag in ("memballoon", "rng")]:
-        devices.remove(single)
-    devices.append(added)
-    _store(call, domain, root)
 
 
 @calls.change(13, "domain_detach_device", "dom:domain xml:string")
@@ -90,15 +104,27 @@ async def domain_detach_device(call: Call, dom: DomainRef, xml: str) -> None:
 
 @calls.change(161, "domain_detach_device_flags", "dom:domain xml:string flags:uint")
 async def domain_detach_device_flags(call: Call, dom: DomainRef, xml: str, flags: int) -> None:
-    domain, root, devices = _definition(call, dom, flags)
-    devices.remove(_find(devices, _device(xml)))
-    _store(call, domain, root)
+    domain, running, config = _domain(call, dom, flags)
+    spec = None
+    if config:
+        root, devices = _definition(call, domain)
+        devices.remove(_find(devices, _device(xml)))
+        spec = call.daemon.checked(call.daemon.domains.read(serialise(root)))
+    if running:
+        await live.detach(call.daemon, domain, _device(xml))
+    _replace(call, domain, spec)
 
 
 @calls.change(174, "domain_update_device_flags", "dom:domain xml:string flags:uint")
 async def domain_update_device_flags(call: Call, dom: DomainRef, xml: str, flags: int) -> None:
-    domain, root, devices = _definition(call, dom, flags)
+    domain, running, _ = _domain(call, dom, flags)
+    if running:
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED,
+            "a device of a running machine is not changed in place; detach it and attach another, or use --config",
+        )
+    root, devices = _definition(call, domain)
     changed = _device(xml)
     old = _find(devices, changed)
     devices[list(devices).index(old)] = changed
-    _store(call, domain, root)
+    _replace(call, domain, call.daemon.checked(call.daemon.domains.read(serialise(root))))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vmm.libvirt.iotune import IO_TUNE
 from vmm.libvirt.spec import DiskName, NetName, disk_name
 from vmm.libvirt.xmltree import Reader, malformed, unsupported
 
@@ -25,7 +26,8 @@ class DeviceList:
         self.net_names: list[NetName] = []
         self.ports: list[dict[str, Any]] = []
         self.console: dict[str, Any] | None = None
-        self.hvc = self.rng = False
+        self.hvc = self.rng = self.balloon = False
+        self.shares: list[dict[str, Any]] = []
         self.vsock: str | None = None
 
     @property
@@ -39,6 +41,8 @@ class DeviceList:
             "nets": self.nets,
             "ports": self.ports,
             "rng": self.rng,
+            "balloon": self.balloon,
+            "shares": self.shares,
             "console": dict(self.console or {"kind": "none"}),
         }
         if self.hvc:
@@ -58,7 +62,7 @@ def read_devices(devices: Reader, found: DeviceList) -> None:
     found.disks.sort(key=lambda disk: (len(disk[0]), disk[0]))
     for index, (target, _, _) in enumerate(found.disks):
         if target != disk_name(index):
-            raise unsupported(f"<disk>: {target} without {disk_name(index)}; the guest names disks in order")
+            found.notes.append(f"disk {target}: the guest names disks in order, and may call it {disk_name(index)}")
 
 
 def _address(item: Reader, found: DeviceList, what: str) -> str:
@@ -122,6 +126,9 @@ def _disk(item: Reader, found: DeviceList) -> None:
     if boot := item.child("boot"):
         boot.ignore("order")
         found.notes.append(f"disk {name}: the kernel is given, so no disk is booted")
+    if tune := item.child("iotune"):
+        for limit in tune.children(*IO_TUNE):
+            values[IO_TUNE[limit.element.tag]] = limit.text()
     if backing := item.child("backingStore"):
         backing.take_all()
         if len(backing.element):
@@ -291,6 +298,28 @@ def _vsock(item: Reader, found: DeviceList) -> None:
     _address(item, found, "vsock")
 
 
+def _filesystem(item: Reader, found: DeviceList) -> None:
+    if item.choice("type", ("mount",), "mount") is None:
+        raise malformed("<filesystem>: attribute 'type' is wrong")
+    item.choice("accessmode", ("passthrough",))
+    values: dict[str, Any] = {}
+    driver = item.child("driver")
+    if driver is None or driver.choice("type", ("virtiofs",)) is None:
+        raise unsupported("<filesystem>: here is only <driver type='virtiofs'/>")
+    driver.ignore("queue")
+    if binary := item.child("binary"):
+        binary.take_all()
+        found.notes.append("filesystem: the machine serves it itself, without a program")
+    source, target = item.child("source"), item.child("target")
+    if source is None or target is None:
+        raise malformed("<filesystem>: <source dir='…'/> and <target dir='tag'/> are needed")
+    values = {"path": source.needed("dir"), "id": target.needed("dir")}
+    if item.child("readonly"):
+        values["readonly"] = True
+    values["transport"] = _address(item, found, "filesystem")
+    found.shares.append(values)
+
+
 def _controller(item: Reader, found: DeviceList) -> None:
     kind = item.choice("type", ("pci", "usb", "virtio-serial", "isa"))
     model = item.attribute("model")
@@ -309,8 +338,8 @@ def _input(item: Reader, found: DeviceList) -> None:
 
 
 def _balloon(item: Reader, found: DeviceList) -> None:
-    if item.choice("model", ("none", "virtio"), "virtio") == "virtio":
-        found.notes.append("memballoon: this machine has none")
+    model = item.choice("model", ("none", "virtio", "virtio-non-transitional", "virtio-transitional"), "virtio")
+    found.balloon = model != "none"
     item.take_all()
 
 
@@ -346,6 +375,7 @@ READERS: dict[str, Callable[[Reader, DeviceList], None]] = {
     "console": _character,
     "channel": _channel,
     "rng": _rng,
+    "filesystem": _filesystem,
     "vsock": _vsock,
     "controller": _controller,
     "input": _input,

@@ -306,9 +306,13 @@ async def domain_get_xml_desc(call: Call, dom: DomainRef, flags: int) -> str:
 @calls.query(16, "domain_get_info", "dom:domain", "state:int max:uhyper memory:uhyper cpus:int time:uhyper")
 async def domain_get_info(call: Call, dom: DomainRef) -> tuple[int, int, int, int, int]:
     domain = call.daemon.domains.of(dom)
+    from vmm.libvirt.live import balloon_of
+
     config = domain.spec.config
     kib = config.memory // KIB
-    return int(domain.state), kib, kib, config.cpus, sum(host.process_times(domain.pid))
+    balloon = await balloon_of(domain)
+    now = kib if balloon is None else int(balloon["actual"]) // KIB
+    return int(domain.state), kib, now, config.cpus, sum(host.process_times(domain.pid))
 
 
 @calls.query(212, "domain_get_state", "dom:domain flags:uint", "state:int reason:int")
@@ -427,12 +431,15 @@ async def domain_set_memory(call: Call, dom: DomainRef, kib: int) -> None:
 async def domain_set_memory_flags(call: Call, dom: DomainRef, kib: int, flags: int) -> None:
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | MEM_MAXIMUM)
     domain = call.daemon.domains.of(dom)
-    live, _ = wants(call, domain, flags)
-    if live:
-        raise LibvirtError(
-            Code.OPERATION_UNSUPPORTED, "the memory of a running machine cannot change: it has no balloon"
-        )
-    _redefine(call, domain, memory=kib * KIB)
+    running, config = wants(call, domain, flags)
+    if running and flags & MEM_MAXIMUM:
+        raise LibvirtError(Code.OPERATION_INVALID, "cannot resize the maximum memory on an active domain")
+    if running:
+        from vmm.libvirt.live import set_memory
+
+        await set_memory(call.daemon, domain, kib * KIB)
+    if config and (flags & MEM_MAXIMUM or not running):
+        _redefine(call, domain, memory=kib * KIB)
 
 
 def _redefine(call: Call, domain: Domain, **values: Any) -> None:

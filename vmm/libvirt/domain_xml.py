@@ -54,9 +54,10 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
     values |= _life(root)
     _pm(root)
     if backing := root.child("memoryBacking"):
-        for item in backing.children("hugepages"):
-            item.take_all()
-            values["hugepages"] = True
+        for item in backing.children("hugepages", "source", "access"):
+            item.take_all()  # shared memory is what others need for virtiofs; here the machine serves it itself
+            if item.element.tag == "hugepages":
+                values["hugepages"] = True
     for ignored in root.children("resource", "seclabel"):
         if ignored.element.tag == "resource" or ignored.element.get("type") in ("none", "dynamic"):
             ignored.take_all()
@@ -69,7 +70,10 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
         read_devices(devices, found)
     values |= found.values()
     disks = [(target, disk) for target, disk, _ in found.disks]
-    values |= read_extras(root, disks, found.nets, values["console"])
+    extras = read_extras(root, disks, found.nets, values["console"])
+    if "shares" in extras:
+        extras["shares"] = [*found.shares, *extras["shares"]]
+    values |= extras
     title, description = _text(root, "title"), _text(root, "description", strip=False)
     if "\n" in title:
         raise malformed("<title> takes no line break")
@@ -127,7 +131,7 @@ def _memory(root: Reader) -> int:
     rounded = -(-memory // PAGE) * PAGE
     if current not in (None, memory, rounded):
         raise unsupported(
-            f"<currentMemory>: {current} bytes, <memory>: {memory}; this machine has no balloon, so make them equal"
+            f"<currentMemory>: {current} bytes, <memory>: {memory}; a machine begins with all of it, so make them equal"
         )
     return rounded
 

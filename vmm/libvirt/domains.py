@@ -15,7 +15,6 @@ import logging
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import Live, domain_xml
 from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, last_words
-from vmm.libvirt.spec import Spec, spec_of
+from vmm.libvirt.spec import Spec, described, spec_of
 from vmm.libvirt.store import Store
 from vmm.libvirt.wire import DomainRef
 from vmm.management.registry import RegistryEntry, entries
@@ -139,7 +138,7 @@ class Domain:
         """Its XML; `inactive`: what the next start will use. Raises LibvirtError: it is gone."""
         if self.live is not None and not (inactive and self.persistent is not None):
             return domain_xml(self.live, emulator, None if inactive else Live(self.id, self.core))
-        return domain_xml(self.spec, emulator)
+        return domain_xml(self.persistent or self.spec, emulator)
 
     def running_entry(self) -> RegistryEntry:
         """Raises LibvirtError if it does not run."""
@@ -388,7 +387,7 @@ class Domains:
             number = None
             if remembered.get("pid") == status["pid"] and (text := self._store.read("live", f"{entry.name}.xml")):
                 with suppress(VmmError):
-                    spec = replace(self.read(text), config=config)
+                    spec = described(self.read(text), config)
                     number = remembered.get("id")
             if domain is None:
                 domain = self._by_name.get(entry.name)
@@ -517,6 +516,12 @@ class Domains:
                 match event.get("event"):
                     case "state":
                         self._state_changed(domain, str(event.get("state")))
+                    case "detached":
+                        self.told_device(domain, "detached", str(event.get("id")))
+                    case "detach-refused":
+                        self.told_device(domain, "refused", str(event.get("id")))
+                    case "disk-job":
+                        await self.told_job(domain, event)
                     case "rebooted":
                         self._events.domain(DomainEvent.REBOOT, domain.ref)
                     case "ended":
@@ -524,6 +529,25 @@ class Domains:
         finally:
             control.close()
         await self._ended(domain, outcome if isinstance(outcome, dict) else None)
+
+    def told_device(self, domain: Domain, what: str, name: str) -> None:
+        """A device left the machine, or stays although it was asked for."""
+        from vmm.libvirt import live
+
+        if what == "detached":
+            live.gone(self, self._events, domain, name)
+        else:
+            self._events.domain(DomainEvent.DEVICE_REMOVAL_FAILED, domain.ref, name)
+
+    async def told_job(self, domain: Domain, event: dict[str, Any]) -> None:
+        """A job of a disk is ready, or over: then the disk may be in another file."""
+        from vmm.libvirt import live
+
+        if event.get("state") == "done" and domain.live is not None and domain.entry is not None:
+            with suppress(VmmError):
+                config = Config.from_dict((await ask(domain.entry, "config"))["config"])
+                self.set_live(domain, described(domain.live, config))
+        live.job_told(self._events, domain, event)
 
     def _state_changed(self, domain: Domain, state: str) -> None:
         if state == "paused" and domain.state != DomainState.PAUSED:

@@ -40,6 +40,7 @@ class Code(enum.IntEnum):
     NO_DOMAIN_SNAPSHOT = 72
     ARGUMENT_UNSUPPORTED = 74
     NO_DOMAIN_METADATA = 80
+    BLOCK_COPY_ACTIVE = 83
     OPERATION_UNSUPPORTED = 84
     AGENT_UNRESPONSIVE = 86
     STORAGE_VOL_EXIST = 90
@@ -71,6 +72,7 @@ TEXTS = {
     Code.NO_DOMAIN_SNAPSHOT: "Domain snapshot not found: ",
     Code.ARGUMENT_UNSUPPORTED: "argument unsupported: ",
     Code.NO_DOMAIN_METADATA: "metadata not found: ",
+    Code.BLOCK_COPY_ACTIVE: "block copy still active: ",
     Code.OPERATION_UNSUPPORTED: "Operation not supported: ",
     Code.AGENT_UNRESPONSIVE: "Guest agent is not responding: ",
     Code.STORAGE_VOL_EXIST: "storage volume already exists: ",

@@ -82,6 +82,19 @@ _DOMAIN_MESSAGES = {
     DomainEvent.REBOOT: _Message(319, Signature("id:int dom:domain"), 169, Signature("dom:domain")),
     DomainEvent.METADATA_CHANGE: _Message(379, Signature("id:int dom:domain type:int uri:string?")),
     DomainEvent.JOB_COMPLETED: _Message(363, Signature("id:int dom:domain params:param<64>")),
+    DomainEvent.DEVICE_REMOVED: _Message(333, Signature("id:int dom:domain alias:string")),
+    DomainEvent.DEVICE_ADDED: _Message(354, Signature("id:int dom:domain alias:string")),
+    DomainEvent.DEVICE_REMOVAL_FAILED: _Message(367, Signature("id:int dom:domain alias:string")),
+    DomainEvent.BALLOON_CHANGE: _Message(
+        331, Signature("id:int dom:domain actual:uhyper"), 276, Signature("dom:domain actual:uhyper")
+    ),
+    DomainEvent.BLOCK_JOB: _Message(
+        326,
+        Signature("id:int dom:domain path:string type:int status:int"),
+        241,
+        Signature("dom:domain path:string type:int status:int"),
+    ),
+    DomainEvent.BLOCK_JOB_2: _Message(339, Signature("id:int dom:domain target:string type:int status:int")),
     DomainEvent.AGENT_LIFECYCLE: _Message(348, Signature("id:int dom:domain state:int reason:int")),
 }
 NETWORK_LIFECYCLE, POOL_LIFECYCLE, POOL_REFRESH = "network", "pool", "pool refresh"

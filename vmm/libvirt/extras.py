@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from vmm.config import Config, ConsoleConfig, Disk, Net
+from vmm.config import Config, ConsoleConfig, Disk, Net, Share
 from vmm.convert import Checked, parts, plain, takes
+from vmm.libvirt.iotune import IO_TUNE
 from vmm.libvirt.spec import Spec
 from vmm.libvirt.xmltree import Reader, add, malformed
 
@@ -34,14 +35,22 @@ WORDS: dict[type[Checked], frozenset[str]] = {
                 "platform",
                 "epoch",
             ),
-            *("disks", "nets", "console", "ports", "hvc", "vsock", "rng", "reboot", "hugepages"),
+            *("disks", "nets", "console", "ports", "hvc", "vsock", "rng", "reboot", "hugepages", "balloon"),
         }
     ),  # fmt: skip
-    Disk: frozenset({"path", "readonly", "id", "transport", "snapshot", "cache", "io", "queues", "packed"}),
+    Disk: frozenset(
+        {"path", "readonly", "id", "transport", "snapshot", "cache", "io", "queues", "packed", *IO_TUNE.values()}
+    ),
     Net: frozenset({"kind", "target", "mac", "id", "transport", "queues", "forward", "packed"}),
     ConsoleConfig: frozenset({"kind", "path", "log"}),
 }
 """Fields that libvirt's elements say."""
+
+
+def is_plain(share: Share) -> bool:
+    """Whether libvirt's <filesystem> says all of it."""
+    said = Share(path=share.path, id=share.id, readonly=share.readonly, transport=share.transport)
+    return bool(share.id) and share == said
 
 
 def _others(kind: type[Checked]) -> list[str]:
@@ -87,8 +96,10 @@ def write_extras(root: Element, spec: Spec) -> None:
     ]
     given = _given(config)
     for name in _lists(Config):
-        told += [(f"loopvisor:{name}", {}, {key: _text(value) for key, value in plain(item).items()})
-                 for item in getattr(config, name)]  # fmt: skip
+        items = getattr(config, name)
+        if name == "shares":  # those that <filesystem> says stand there
+            items = [one for one in config.shares if not is_plain(one)]
+        told += [(f"loopvisor:{name}", {}, {key: _text(value) for key, value in plain(item).items()}) for item in items]
     if given or any(more for _, _, more in told):
         machine = add(root, "loopvisor:machine", **{"xmlns:loopvisor": NAMESPACE, **given})
         for tag, which, more in told:

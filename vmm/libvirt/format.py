@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from vmm.convert import KIB
-from vmm.libvirt.extras import write_extras
+from vmm.libvirt.extras import is_plain, write_extras
+from vmm.libvirt.iotune import IO_TUNE
 from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec
 from vmm.libvirt.xmltree import add, parse, serialise
 
@@ -92,6 +93,11 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
         add(element, "driver", **driver)
         add(element, "source", **{"dev" if name.block else "file": str(disk.path)})
         add(element, "target", dev=name.target, bus="virtio")
+        tune = {name: getattr(disk, ours) for name, ours in IO_TUNE.items() if getattr(disk, ours)}
+        if tune:
+            limits = add(element, "iotune")
+            for limit, value in tune.items():
+                add(limits, limit, str(value))
         if disk.readonly:
             add(element, "readonly")
         if disk.snapshot:
@@ -124,13 +130,21 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
             host, _, guest = pair.partition(":")
             add(add(element, "portForward", proto="tcp"), "range", start=host, to=guest)
         _place(element, net.transport, f"net{index}" if live else None)
+    for share in filter(is_plain, config.shares):
+        element = add(devices, "filesystem", type="mount", accessmode="passthrough")
+        add(element, "driver", type="virtiofs")
+        add(element, "source", dir=str(share.path))
+        add(element, "target", dir=share.id)
+        if share.readonly:
+            add(element, "readonly")
+        _place(element, share.transport, None)
     _characters(devices, spec, live)
     if config.platform == "pc":
         if config.vsock is not None:
             element = add(devices, "vsock", model="virtio")
             add(element, "cid", auto="yes")
             add(element, "source", path=str(config.vsock))
-        add(devices, "memballoon", model="none")
+        add(devices, "memballoon", model="virtio" if config.balloon else "none")
         if config.rng:
             add(add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
         add(devices, "panic", model="pvpanic")

@@ -16,7 +16,8 @@ BEGIN, END = "<!-- procedures: generated -->", "<!-- procedures: end -->"
 TITLES = {
     "connect_calls": "The connection and the host",
     "domain_calls": "Domains",
-    "device_calls": "Devices of definitions",
+    "device_calls": "Devices of definitions and of running machines",
+    "block_calls": "Disks' jobs, and limits",
     "event_calls": "Registering for events",
     "network_calls": "Networks, interfaces, node devices, filters, secrets",
     "snapshot_calls": "Saved states and snapshots",
@@ -32,8 +33,7 @@ REASONS = (
     (r"domain_(set_|send_|inject_|core_dump|screenshot|open_graphics|graphics|memory_peek|block_peek|pm_).*(key|nmi|dump|"
      r"screenshot|graphics|peek|pm_|signal).*|domain_(screenshot|core_dump).*|domain_pm_.*|domain_graphics.*",
      "the machine has no display, keyboard, NMI button or sleep; its memory is not read from outside"),
-    (r"domain_(block_(job|pull|commit|copy|rebase|resize)|backup|set_block_threshold|.*throttle).*",
-     "a running machine's disks stay as they are; `vmm disk` works on images"),
+    (r"domain_(backup|set_block_threshold|.*throttle).*", "disks have neither backups nor thresholds"),
     (r"domain_(pin|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf|guest_vcpus)|"
      r"add_iothread|del_iothread).*",
      "a machine is an ordinary process: the host's own means (cgroups, taskset) limit it"),

@@ -70,6 +70,22 @@ def disk_name(index: int) -> str:
     return "vd" + letters
 
 
+def disk_ids(config: Config) -> list[str]:
+    """What the machine calls its disks, in the configuration's order."""
+    return [disk.id or f"disk{index}" for index, disk in enumerate(config.disks)]
+
+
+def described(spec: Spec, config: Config) -> Spec:
+    """What was remembered of a machine, with its present configuration: disks by their ids, cards by their
+    addresses."""
+    plain = spec_of(config)
+    names = dict(zip(disk_ids(spec.config), spec.disks, strict=True))
+    cards = {net.mac: name for net, name in zip(spec.config.nets, spec.nets, strict=True)}
+    disks = [names.get(name, other) for name, other in zip(disk_ids(config), plain.disks, strict=True)]
+    nets = [cards.get(net.mac, other) for net, other in zip(config.nets, plain.nets, strict=True)]
+    return replace(spec, config=config, disks=tuple(disks), nets=tuple(nets))
+
+
 def spec_of(config: Config) -> Spec:
     """The definition of a machine that was started otherwise."""
     disks = tuple(DiskName(disk_name(index), disk.path.is_block_device()) for index, disk in enumerate(config.disks))

@@ -12,6 +12,7 @@ from vmm.libvirt import host
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.machines import ask
+from vmm.libvirt.spec import disk_ids
 from vmm.libvirt.wire import Param, int_param, string_param, uint_param, ullong_param
 
 STATS_SECONDS = 2.0
@@ -45,8 +46,16 @@ def disk_sizes(path: Path, capacity: int | None) -> Sizes:
 
 
 async def devices(domain: Domain, patience: float = 10.0) -> dict[str, list[Counters | None]]:
-    """The counters of a running domain's disks and interfaces. Raises VmmError."""
-    return await ask(domain.running_entry(), "devices", patience)
+    """The counters of a running domain's disks and interfaces, in its description's order. Raises VmmError."""
+    told = await ask(domain.running_entry(), "devices", patience)
+    spec = domain.spec
+    disks = {disk["id"]: disk for disk in told["disks"] if disk}
+    nets = {net["mac"]: net for net in told["nets"] if net}
+    others = iter(told["nets"])
+    return {
+        "disks": [disks.get(name) for name in disk_ids(spec.config)],
+        "nets": [nets.get(net.mac.lower()) if net.mac else next(others, None) for net in spec.config.nets],
+    }
 
 
 def find_disk(domain: Domain, name: str) -> int:

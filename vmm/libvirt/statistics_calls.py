@@ -6,11 +6,12 @@ import asyncio
 from typing import Any
 
 from vmm.convert import KIB
-from vmm.libvirt import host
+from vmm.libvirt import host, iotune
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain_calls import check_flags, listed, spec_for
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.live import balloon_of
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.statistics import (
     KNOWN,
@@ -26,6 +27,12 @@ from vmm.libvirt.wire import DomainRef, Param, Stat, StatsRecord, llong_param, s
 calls = Procedures()
 
 ACTUAL_BALLOON, RSS = 6, 7
+MEMORY_STATS = {
+    "swap_in": (0, KIB), "swap_out": (1, KIB), "major_faults": (2, 1), "minor_faults": (3, 1), "free": (4, KIB),
+    "total": (5, KIB), "available": (8, KIB), "caches": (10, KIB), "hugetlb_allocations": (11, 1),
+    "hugetlb_failures": (12, 1),
+}  # fmt: skip
+"""What a guest's driver tells, as virDomainMemoryStatTags and in libvirt's unit."""
 """virDomainMemoryStatTags."""
 QUOTAS = ("vcpu_quota", "emulator_quota", "global_quota")
 """Scheduler parameters; -1 is no limit."""
@@ -48,7 +55,11 @@ async def domain_memory_stats(call: Call, dom: DomainRef, max: int, flags: int) 
     check_flags(flags, 0)
     domain = call.daemon.domains.of(dom)
     domain.running_entry()
-    found = [Stat(ACTUAL_BALLOON, domain.spec.config.memory // KIB), Stat(RSS, host.resident(domain.pid))]
+    balloon = await balloon_of(domain)
+    actual = domain.spec.config.memory if balloon is None else int(balloon["actual"])
+    found = [Stat(ACTUAL_BALLOON, actual // KIB), Stat(RSS, host.resident(domain.pid))]
+    told = balloon["statistics"] if balloon is not None else {}
+    found += [Stat(tag, told[name] // unit) for name, (tag, unit) in MEMORY_STATS.items() if name in told]
     return found[:max]
 
 
@@ -212,10 +223,10 @@ async def domain_get_block_io_tune(
     call: Call, dom: DomainRef, disk: str | None, nparams: int, flags: int
 ) -> tuple[list[Param], int]:
     domain = call.daemon.domains.of(dom)
-    spec_for(call, domain, flags & 3)
-    if disk is not None:
-        find_disk(domain, disk)
-    return some([ullong_param(name, 0) for name in (*IO_TUNE, "size_iops_sec")], nparams)
+    spec = spec_for(call, domain, flags & 3)
+    part = spec.config.disks[find_disk(domain, disk)] if disk is not None else None
+    limits = {name: getattr(part, ours, None) or 0 for name, ours in iotune.IO_TUNE.items()}
+    return some([ullong_param(name, limits.get(name, 0)) for name in (*IO_TUNE, "size_iops_sec")], nparams)
 
 
 @calls.query(
@@ -228,9 +239,10 @@ async def domain_get_interface_parameters(
     call: Call, dom: DomainRef, device: str, nparams: int, flags: int
 ) -> tuple[list[Param], int]:
     domain = call.daemon.domains.of(dom)
-    spec_for(call, domain, flags & 3)
-    find_interface(domain, device, (await devices(domain))["nets"] if domain.active else [])
-    return some([uint_param(name, 0) for name in BANDWIDTH], nparams)
+    spec = spec_for(call, domain, flags & 3)
+    part = spec.config.nets[find_interface(domain, device, (await devices(domain))["nets"] if domain.active else [])]
+    limits = {name: (getattr(part, ours) or 0) // KIB for name, ours in iotune.BANDWIDTH.items()}
+    return some([uint_param(name, limits.get(name, 0)) for name in BANDWIDTH], nparams)
 
 
 # What there is never any of.
@@ -259,19 +271,6 @@ async def domain_get_job_stats(call: Call, dom: DomainRef, flags: int) -> tuple[
 async def domain_get_disk_errors(call: Call, dom: DomainRef, max: int, flags: int) -> tuple[list[Stat], int]:
     call.daemon.domains.of(dom).running_entry()
     return [], 0
-
-
-@calls.query(
-    238,
-    "domain_get_block_job_info",
-    "dom:domain path:string flags:uint",
-    "found:int type:int bandwidth:uhyper current:uhyper end:uhyper",
-)
-async def domain_get_block_job_info(call: Call, dom: DomainRef, path: str, flags: int) -> tuple[int, ...]:
-    domain = call.daemon.domains.of(dom)
-    domain.running_entry()
-    find_disk(domain, path)
-    return (0,) * 5
 
 
 @calls.query(351, "domain_get_iothread_info", "dom:domain flags:uint", "info:int<16384> count:uint")

@@ -258,14 +258,22 @@ class Registration:
         return {"stats": self._vm.stats()}
 
     async def _devices(self, _request: dict[str, Any]) -> dict[str, Any]:
-        """Disks and cards in the requested configuration's order, with their counters; null for one that could not be
-        had, or was detached."""
-        config = self._vm.config
-        disks = [self._device(disk.id or f"disk{index}") for index, disk in enumerate(config.disks)]
-        nets = [self._device(net.id or f"net{index}") for index, net in enumerate(config.nets)]
+        """Disks and cards in the present configuration's order, each with its id and counters; null for one that could
+        not be had."""
+        config = self._vm.present
+        disks = [disk.id or f"disk{index}" for index, disk in enumerate(config.disks)]
+        nets = [net.id or f"net{index}" for index, net in enumerate(config.nets)]
         return {
-            "disks": [disk and {**disk.counters, "capacity": disk.backend.capacity} for disk in disks],
-            "nets": [net and {**net.counters, "mac": net.mac.hex(":"), "link": net.link} for net in nets],
+            "disks": [
+                disk and {"id": name, **disk.counters, "capacity": disk.backend.capacity}
+                for name in disks
+                for disk in [self._device(name)]
+            ],
+            "nets": [
+                net and {"id": name, **net.counters, "mac": net.mac.hex(":"), "link": net.link}
+                for name in nets
+                for net in [self._device(name)]
+            ],
         }
 
     def _device(self, name: str) -> Any:
@@ -283,7 +291,7 @@ class Registration:
         return {"metrics": text}
 
     async def _config(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"config": self._vm.config.to_dict()}
+        return {"config": self._vm.present.to_dict()}
 
     async def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
         from vmm.management.hotplug import attach

@@ -1,0 +1,148 @@
+"""What virsh changes of a domain that runs: devices, memory, limits, disks and their jobs; with a Linux guest."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import VMM
+from tests.support.libvirtd import DaemonProcess, needs_virsh, wait_for
+
+pytestmark = [needs_virsh, pytest.mark.debian]
+
+
+class Linux(DaemonProcess):
+    """A daemon with one Linux domain, d, which has an agent, a balloon and a shared directory."""
+
+    def answers(self) -> bool:
+        """The guest's agent is there."""
+        command = ["virsh", "-q", "-c", self.uri(), "qemu-agent-command", "d", '{"execute":"guest-ping"}']
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    def sh(self, script: str) -> str:
+        program = {
+            "execute": "guest-exec",
+            "arguments": {"path": "/bin/sh", "arg": ["-c", script], "capture-output": True},
+        }
+        number = json.loads(self.virsh("qemu-agent-command", "d", json.dumps(program)))["return"]["pid"]
+        status = json.dumps({"execute": "guest-exec-status", "arguments": {"pid": number}})
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            answer = json.loads(self.virsh("qemu-agent-command", "d", status))["return"]
+            if answer.get("exited"):
+                return base64.b64decode(answer.get("out-data", "")).decode().strip()
+        raise AssertionError(script)
+
+    def file(self, name: str, size: int) -> Path:
+        path = self.path / name
+        with path.open("wb") as file:
+            file.truncate(size)
+        return path
+
+
+@pytest.fixture(scope="module")
+def linux() -> Iterator[Linux]:
+    from images.catalog import resolve
+    from images.errors import ImageError
+
+    try:
+        image = resolve("linux", build=True)
+    except ImageError as error:
+        pytest.skip(str(error))
+    with Linux() as daemon:
+        disk = daemon.path / "root.img"
+        disk.write_bytes(Path(image.disk or "").read_bytes())
+        (daemon.path / "shared").mkdir()
+        daemon.define(
+            f"""<domain type='qemu'><name>d</name><memory unit='MiB'>256</memory><os><type>hvm</type>
+            <kernel>{image.kernel}</kernel><initrd>{image.initrd}</initrd></os>
+            <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking><devices>
+            <disk type='file'><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
+            <filesystem type='mount' accessmode='passthrough'><driver type='virtiofs'/>
+            <source dir='{daemon.path}/shared'/><target dir='tag'/></filesystem>
+            <memballoon model='virtio'/></devices>
+            <loopvisor:machine xmlns:loopvisor='urn:loopvisor:domain:1' agent='on' append='root=/dev/vda rw quiet'/>
+            </domain>"""
+        )
+        daemon.virsh("start", "d")
+        wait_for(daemon.answers, "no agent", 120)
+        yield daemon
+
+
+def test_a_disk_comes_and_goes(linux: Linux) -> None:
+    linux.sh("uname")
+    more = linux.file("more.img", 32 << 20)
+    linux.virsh("attach-disk", "d", str(more), "vdb", "--live", "--subdriver", "raw")
+    assert linux.sh("echo written >/dev/vdb; cat /sys/block/vdb/size") == str((32 << 20) // 512)
+    linux.sh("sync")
+    assert more.read_bytes().startswith(b"written")
+    assert "vdb" in linux.virsh("domblklist", "d") and "vdb" not in linux.virsh("domblklist", "d", "--inactive")
+    assert int(re.findall(r"wr_bytes (\d+)", linux.virsh("domblkstat", "d", "vdb"))[0]) > 0
+    assert "already exists" in linux.virsh("attach-disk", "d", str(more), "vdb", "--live", ok=False)
+    with subprocess.Popen(
+        ["virsh", "-c", linux.uri(), "event", "d", "--event", "device-removed", "--timeout", "60"],
+        stdout=subprocess.PIPE, text=True,
+    ) as events:  # fmt: skip
+        linux.virsh("detach-disk", "d", "vdb", "--live")
+        out, _ = events.communicate(timeout=90)
+    assert "device-removed" in out and "virtio-disk1" in out
+    assert linux.sh("ls /sys/block") == "vda" and "vdb" not in linux.virsh("domblklist", "d")
+    linux.virsh("attach-disk", "d", str(more), "vdb", "--persistent", "--subdriver", "raw")
+    assert "vdb" in linux.virsh("domblklist", "d", "--inactive")
+    # A new daemon finds the running machine as it is.
+    linux.kill()
+    linux.start()
+    assert "vdb" in linux.virsh("domblklist", "d")
+    linux.virsh("detach-disk", "d", "vdb", "--persistent")
+    assert "vdb" not in linux.virsh("domblklist", "d", "--inactive")
+
+
+def test_memory_goes_to_the_balloon_and_comes_back(linux: Linux) -> None:
+    linux.virsh("setmem", "d", "128M", "--live")
+    wait_for(lambda: re.search(r"Used memory: +131072 KiB", linux.virsh("dominfo", "d")), "it keeps its memory")
+    stats = dict(line.split() for line in linux.virsh("dommemstat", "d").splitlines())
+    assert int(stats["actual"]) == 131072 and 0 < int(stats["unused"]) < 131072 and "available" in stats
+    linux.virsh("setmem", "d", "256M", "--live")
+    assert "higher than max" in linux.virsh("setmem", "d", "512M", "--live", ok=False)
+    assert "active domain" in linux.virsh("setmaxmem", "d", "512M", "--live", ok=False)
+
+
+def test_limits_of_disks(linux: Linux) -> None:
+    linux.virsh(
+        "blkdeviotune", "d", "vda", "--total-iops-sec", "500", "--total-bytes-sec", "50000000", "--live", "--config"
+    )
+    shown = linux.virsh("blkdeviotune", "d", "vda")
+    assert re.search(r"total_bytes_sec: 50000000", shown) and re.search(r"total_iops_sec : 500", shown)
+    assert "<total_iops_sec>500</total_iops_sec>" in linux.virsh("dumpxml", "d", "--inactive")
+    linux.virsh("blkdeviotune", "d", "vda", "--total-iops-sec", "0", "--total-bytes-sec", "0", "--live", "--config")
+
+
+def test_a_disk_is_resized_copied_and_committed(linux: Linux) -> None:
+    work = linux.path / "work.qcow2"
+    subprocess.run([*VMM, "disk", "create", str(work), "16M"], check=True, capture_output=True)
+    linux.virsh("attach-disk", "d", str(work), "vdb", "--live", "--subdriver", "qcow2")
+    linux.virsh("blockresize", "d", "vdb", "32M")
+    assert linux.sh("cat /sys/block/vdb/size") == str((32 << 20) // 512)
+    linux.sh("dd if=/dev/urandom of=/dev/vdb bs=1M count=8; sync")
+    total = linux.sh("sha256sum </dev/vdb")
+    copy = linux.path / "copy.qcow2"
+    linux.virsh("blockcopy", "d", "vdb", str(copy), "--format", "qcow2", "--wait", "--pivot")
+    assert copy.exists() and linux.sh("sha256sum </dev/vdb") == total
+    assert "Block" not in linux.virsh("blockjob", "d", "vdb", "--info")
+    wait_for(lambda: str(copy) in linux.virsh("domblklist", "d"), "the description names the old file")
+    linux.virsh("detach-disk", "d", "vdb", "--live")
+
+
+def test_a_share_is_a_filesystem(linux: Linux) -> None:
+    assert '<driver type="virtiofs"' in linux.virsh("dumpxml", "d").replace("'", '"')
+    (linux.path / "shared/host").write_text("from the host")
+    assert "virtiofs" in linux.sh(
+        "modprobe virtiofs 2>/dev/null; cat /sys/bus/virtio/devices/*/modalias | grep -q d0000001A && echo virtiofs"
+    )

@@ -1,0 +1,222 @@
+"""Changes of machines that run: devices come and go, memory goes to the balloon, limits change. Loop thread.
+
+A running domain's description (`Domain.live`) follows what the machine says: what it took is written there, and what
+left it, by whoever's wish, is taken out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+from vmm.config import Disk, Net
+from vmm.convert import KIB, plain
+from vmm.errors import HostError
+from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.events import DomainEvent
+from vmm.libvirt.format import domain_xml
+from vmm.libvirt.machines import ask
+from vmm.libvirt.spec import Spec, disk_ids
+from vmm.libvirt.xmltree import malformed, parse, serialise
+
+if TYPE_CHECKING:
+    from vmm.libvirt.daemon import Daemon
+    from vmm.libvirt.domains import Domain, Domains
+    from vmm.libvirt.events import Hub
+
+ATTACH_SECONDS, DETACH_SECONDS = 10, 10
+"""How long the guest's driver may take; a guest that takes longer still gets or gives up the device."""
+
+
+def named(spec: Spec) -> Spec:
+    """With every disk's id said, so that it stays when another leaves."""
+    disks = [disk.replace(id=name) for disk, name in zip(spec.config.disks, disk_ids(spec.config), strict=True)]
+    return replace(spec, config=spec.config.replace(disks=disks))
+
+
+def _lock(domain: Domain) -> asyncio.Lock:
+    lock: asyncio.Lock = domain.extra.setdefault("devices lock", asyncio.Lock())
+    return lock
+
+
+def _live(domain: Domain) -> Spec:
+    domain.running_entry()
+    assert domain.live is not None
+    return domain.live
+
+
+async def attach(daemon: Daemon, domain: Domain, element: Element) -> None:
+    """Give a device to the running machine. Raises VmmError; nothing is left behind then."""
+    if element.tag not in ("disk", "interface"):
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED,
+            f"<{element.tag}> cannot come to a running machine; use --config for the next start",
+        )
+    async with _lock(domain):
+        spec, entry = named(_live(domain)), domain.running_entry()
+        root = parse(domain_xml(spec, daemon.emulator), "domain")
+        devices = root.find("devices")
+        if devices is None:
+            raise malformed("<devices> is missing")
+        devices.append(element)
+        read = daemon.domains.read(serialise(root))
+        if element.tag == "disk":
+            target = _target(element)
+            index = next(at for at, name in enumerate(read.disks) if name.target == target)
+            disk = read.config.disks[index]
+            disk = disk.replace(id=disk.id or _free(target, disk_ids(spec.config)))
+            await ask(entry, "attach", 60, disk=plain(disk), timeout=ATTACH_SECONDS)
+            spec = named(_live(domain))
+            config = spec.config.replace(disks=[*spec.config.disks, disk])
+            spec = replace(spec, config=config, disks=(*spec.disks, read.disks[index]))
+            alias = f"virtio-disk{len(config.disks) - 1}"
+        else:
+            net = read.config.nets[-1]
+            await ask(entry, "attach", 60, net=plain(net), timeout=ATTACH_SECONDS)
+            spec = _live(domain)
+            config = spec.config.replace(nets=[*spec.config.nets, net])
+            spec = replace(spec, config=config, nets=(*spec.nets, read.nets[-1]))
+            alias = f"net{len(config.nets) - 1}"
+        daemon.domains.set_live(domain, spec)
+        daemon.events.domain(DomainEvent.DEVICE_ADDED, domain.ref, alias)
+
+
+def _target(element: Element) -> str:
+    target = element.find("target")
+    return target.get("dev", "") if target is not None else ""
+
+
+def _free(wanted: str, taken: list[str]) -> str:
+    """An id that no other disk has."""
+    if wanted not in taken:
+        return wanted
+    return next(name for number in range(len(taken) + 1) if (name := f"{wanted}-{number}") not in taken)
+
+
+async def detach(daemon: Daemon, domain: Domain, element: Element) -> None:
+    """Ask the guest to give a device up. Raises LibvirtError if it keeps it, or has no such device."""
+    async with _lock(domain):
+        spec, entry = _live(domain), domain.running_entry()
+        if element.tag == "disk":
+            target = _target(element)
+            index = next((at for at, name in enumerate(spec.disks) if name.target == target), None)
+            if index is None:
+                raise LibvirtError(Code.OPERATION_FAILED, f"no target device {target}")
+            name = disk_ids(spec.config)[index]
+        elif element.tag == "interface":
+            mac = element.find("mac")
+            address = mac.get("address", "").lower() if mac is not None else ""
+            nets = (await ask(entry, "devices", 15))["nets"]
+            found = next((net for net in nets if net and net["mac"] == address), None)
+            if found is None:
+                raise LibvirtError(Code.OPERATION_FAILED, f"no device matching MAC address {address or '(none given)'}")
+            name = str(found["id"])
+        else:
+            raise LibvirtError(
+                Code.OPERATION_UNSUPPORTED,
+                f"<{element.tag}> cannot leave a running machine; use --config for the next start",
+            )
+        if element.tag == "interface":
+            _remember_mac(domain, name, address)
+        await ask(entry, "detach", DETACH_SECONDS + 30, id=name, timeout=DETACH_SECONDS)
+        gone(daemon.domains, daemon.events, domain, name)
+
+
+def _remember_mac(domain: Domain, name: str, mac: str) -> None:
+    macs: dict[str, str] = domain.extra.setdefault("macs", {})
+    macs[name] = mac
+
+
+def gone(domains: Domains, events: Hub, domain: Domain, name: str) -> None:
+    """A device left the machine, at whoever's wish: it is taken out of the description, once."""
+    spec = domain.live
+    if spec is None:
+        return
+    spec = named(spec)
+    ids = disk_ids(spec.config)
+    if name in ids:
+        index = ids.index(name)
+        disks = [disk for at, disk in enumerate(spec.config.disks) if at != index]
+        spec = replace(
+            spec,
+            config=spec.config.replace(disks=disks),
+            disks=tuple(one for at, one in enumerate(spec.disks) if at != index),
+        )
+        alias = f"virtio-disk{index}"
+    else:
+        mac = domain.extra.get("macs", {}).get(name)
+        place = next((at for at, net in enumerate(spec.config.nets) if mac and (net.mac or "") == mac), None)
+        if place is None:
+            return
+        nets = [net for at, net in enumerate(spec.config.nets) if at != place]
+        spec = replace(
+            spec,
+            config=spec.config.replace(nets=nets),
+            nets=tuple(one for at, one in enumerate(spec.nets) if at != place),
+        )
+        alias = f"net{place}"
+    with suppress(HostError):
+        domains.set_live(domain, spec)
+    events.domain(DomainEvent.DEVICE_REMOVED, domain.ref, alias)
+
+
+JOB_STATES = {"done": 0, "failed": 1, "cancelled": 2, "ready": 3}
+"""virConnectDomainEventBlockJobStatus."""
+JOB_TYPES = {"stream": 1, "mirror": 2, "commit": 4}
+"""virDomainBlockJobType; a commit is of the active image."""
+
+
+def job_told(events: Hub, domain: Domain, event: dict[str, Any]) -> None:
+    """A job of a disk is ready or over: clients that wait are told, by the image's path and by the disk's name."""
+    spec, status = domain.live, JOB_STATES.get(str(event.get("state")))
+    if spec is None or status is None or (ids := disk_ids(spec.config)).count(str(event.get("disk"))) != 1:
+        return
+    index, kind = ids.index(str(event["disk"])), JOB_TYPES.get(str(event.get("kind")), 0)
+    events.domain(DomainEvent.BLOCK_JOB, domain.ref, str(spec.config.disks[index].path), kind, status)
+    events.domain(DomainEvent.BLOCK_JOB_2, domain.ref, spec.disks[index].target, kind, status)
+
+
+async def set_memory(daemon: Daemon, domain: Domain, size: int) -> None:
+    """What the guest is to keep, in bytes; the rest goes to its balloon. Raises LibvirtError without one."""
+    spec, entry = _live(domain), domain.running_entry()
+    if not spec.config.balloon:
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED,
+            "the memory of this machine cannot change while it runs: define <memballoon model='virtio'/>",
+        )
+    if size > spec.config.memory:
+        raise LibvirtError(
+            Code.INVALID_ARG, f"cannot set memory higher than max memory ({spec.config.memory // KIB} KiB)"
+        )
+    answer = await ask(entry, "set", 15, memory=size)
+    actual = answer["balloon"]["actual"] // KIB
+    daemon.events.domain(DomainEvent.BALLOON_CHANGE, domain.ref, actual)
+
+
+async def balloon_of(domain: Domain) -> dict[str, Any] | None:
+    """What the machine says of its balloon; None: it has none, does not run, or does not answer."""
+    if domain.live is None or domain.entry is None or not domain.live.config.balloon:
+        return None
+    try:
+        found = (await ask(domain.entry, "status", 5)).get("balloon")
+    except HostError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+async def set_limits(daemon: Daemon, domain: Domain, kind: str, index: int, limits: dict[str, int]) -> None:
+    """Limits of the disk or the card at this place. Raises VmmError."""
+    spec, entry = _live(domain), domain.running_entry()
+    if kind == "disks":
+        name = disk_ids(spec.config)[index]
+    else:
+        mac = (spec.config.nets[index].mac or "").lower()
+        nets = (await ask(entry, "devices", 15))["nets"]
+        name = next((str(net["id"]) for net in nets if net and net["mac"] == mac), f"net{index}")
+    await ask(entry, "set", 15, **{kind: {name: limits}})
+    parts: list[Disk | Net] = list(getattr(spec.config, kind))
+    parts[index] = parts[index].replace(**limits)
+    daemon.domains.set_live(domain, replace(spec, config=spec.config.replace(**{kind: parts})))
