@@ -177,6 +177,19 @@ async def test_a_migration_is_cancelled(tmp_path: Path) -> None:
             await talks(await receiver.arrive(), "there")
 
 
+async def test_a_round_may_take_longer_than_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides hear of each other meanwhile."""
+    monkeypatch.setattr("vmm.migration.link.SILENCE", 2.0)
+    monkeypatch.setattr("vmm.migration.source.PING_SECONDS", 0.2)
+    monkeypatch.setattr("vmm.migration.target.PING_SECONDS", 0.2)
+    async with echo() as vm, waiting(f"unix:{tmp_path / 'm'}") as receiver:
+        with memoryview(vm.machine.memory.regions()[0][1]) as memory:
+            memory[8 << 20 : 24 << 20] = os.urandom(1 << 20) * 16
+        progress = await vm.migrate(receiver.uri, bandwidth=4 << 20)
+        assert progress.seconds > 2.0
+        await talks(await receiver.arrive(), "moved")
+
+
 async def test_garbage_does_not_end_the_waiting(tmp_path: Path) -> None:
     async with waiting("tcp:127.0.0.1:0", trust=True) as receiver:
         port = int(receiver.uri.rpartition(":")[2])

@@ -49,6 +49,8 @@ ASK_SECONDS = 10.0
 """How long a source that does not know what became of its machine goes on asking."""
 LOCK_SECONDS = 10.0
 """How long a source goes on trying to lock its disks again, which the other side may have for a moment."""
+ROUND_SECONDS = 3600.0
+"""How long what was sent may take to arrive over a slow link; silence ends it sooner."""
 BUILD_SECONDS = 120.0
 """How long the other side may take to build the machine."""
 
@@ -391,7 +393,7 @@ class Outgoing:
 
     async def _round_done(self) -> None:
         """Until the other side has all of the round."""
-        done = await self._answer(Kind.ROUND_DONE)
+        done = await self._answer(Kind.ROUND_DONE, ROUND_SECONDS)
         if done.number != self._pages.round:
             raise StateError(f"{self._address}: acknowledges round {done.number} instead of {self._pages.round}")
 

@@ -31,7 +31,7 @@ from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import Arrival, ArrivingDisk, Restore, Saved
 from vmm.machine.saving import MachineState, parse, restore, versions
 from vmm.migration import protocol, storage
-from vmm.migration.link import Closed, Link, Listener, Threads, parse_uri
+from vmm.migration.link import PING_SECONDS, Closed, Link, Listener, Threads, parse_uri
 from vmm.migration.protocol import PAGES, Accept, Answer, Ask, Commit, Join, Kind, Offer, Refuse, Round
 from vmm.vm import Obstacle, VirtualMachine
 
@@ -259,6 +259,7 @@ class Session:
         """Files of disks that are copied along."""
         self._restored = False
         self._announcing: asyncio.Task[None] | None = None
+        self._pings: asyncio.Task[None] | None = None
         self._views: list[memoryview] = []
 
     # The offer.
@@ -406,7 +407,15 @@ class Session:
             [(entry, storage.image_of(entry.name, device)) for entry, device in self._disks]
         )
         self._links[0].read_on(self._took, self._over)
+        self._pings = asyncio.create_task(self._ping(), name="receive: pings")
         self._task = asyncio.create_task(self._serve(), name="receive: session")
+
+    async def _ping(self) -> None:
+        """So that the source hears of us while a round takes long."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            with contextlib.suppress(VmmError):
+                await self._threads.call(self._links[0].send_message, Kind.PING)
 
     def join(self, link: Link, message: Join) -> bool:
         """One more connection; False: it is none of ours."""
@@ -485,6 +494,9 @@ class Session:
         except Exception as error:  # a peer made us do what we did not foresee: its machine does not come
             log.exception("receive")
             await self._lost(StateError(f"the stream cannot be understood: {type(error).__name__}"))
+        finally:
+            if self._pings is not None:
+                self._pings.cancel()
 
     async def _handle(self, kind: Kind, message: Any) -> None:
         main, call = self._links[0], self._threads.call
@@ -640,6 +652,9 @@ class Session:
             await asyncio.gather(self._task, return_exceptions=True)
         for link in self._links:
             link.abort()
+        if self._pings is not None:
+            self._pings.cancel()
+            await asyncio.gather(self._pings, return_exceptions=True)
         for link in self._links:
             await asyncio.to_thread(link.close)
         self._threads.close()
