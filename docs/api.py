@@ -11,6 +11,7 @@ MODULES = (
     "vmm.vm",
     "vmm.image",
     "vmm.launch",
+    "vmm.sandboxes",
     "vmm.migration.target",
     "vmm.migration.source",
     "vmm.migration.precopy",
