@@ -188,7 +188,7 @@ class Hotplug:
                     self._vm.check_settled()
                     virtio, registers = self._bus()
                     if name not in virtio.slots:  # else it rebooted meanwhile, and has found the device
-                        virtio.plug(name)
+                        virtio.plug(name, registers.unsettled)
                     slot = virtio.slots[name]
                     self._parts[name] = part
                     self._changed = True
@@ -300,10 +300,10 @@ class Hotplug:
             refusal = ""
             if self._vm.state is State.PAUSED:
                 refusal = "the machine is paused"
-            else:
+            elif not force or timeout:
                 registers.ask(slot)
                 refusal = await self._answer(leaving, timeout)
-            if name not in self._parts:
+            if not refusal and (timeout or not force):
                 return "guest"
             if not force:
                 registers.withdraw(slot)
@@ -330,21 +330,25 @@ class Hotplug:
 
     async def _pull(self, name: str, virtio: VirtioDevices, registers: PciHotplug) -> None:
         """The device goes, whatever the guest does."""
-        device = self._vm.virtio_devices().get(name)
-        if device is None:
-            return  # it went by itself just now
+        device = self._vm.virtio_devices()[name]
+
+        def there() -> bool:  # else the guest has given it up meanwhile
+            return self._vm.virtio_devices().get(name) is device
+
         try:
             await self._end_job(name)
-            if isinstance(device, BlockDevice):
+            if there() and isinstance(device, BlockDevice):
                 with core_errors():
                     await device.withdraw()
         finally:
-            if name in virtio.slots and self._vm.state is State.RUNNING:
+            if there() and name in virtio.slots and self._vm.state is State.RUNNING:
                 virtio.hide(name)
                 registers.pulled(virtio.slots[name])
                 await self._let_go(virtio, name)
+            gone = None
             async with self.lock:
-                gone = self._remove(name)
+                if there():
+                    gone = self._remove(name)
             if gone is not None:
                 await self._close(name, gone, "force")
 

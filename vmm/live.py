@@ -188,9 +188,11 @@ class MachineDisk:
         this moment. Start the machine again with the new one."""
         target = Path(path).absolute()
         async with self._vm.change_lock:
-            with core_errors():
-                await live.cover(self._free(), str(target))
-            self._moved()
+            try:
+                with core_errors():
+                    await live.cover(self._free(), str(target))
+            finally:
+                self._moved()
 
     async def snapshot_internal(self, name: str) -> None:
         """Keep the disk's present content in the qcow2 image itself; the guest waits meanwhile."""

@@ -506,6 +506,9 @@ def test_a_function_that_is_pulled_is_not_found_while_its_registers_answer() -> 
     bus.remove(1)
     hotplug.gone(1)
     assert pc.read(where, 4) == 0xFFFF_FFFF and register(pc, PRESENT) == 1
+    assert hotplug.unsettled == {1}, "the guest may still be about to eject it"
+    pc.out(layout.PCI_HOTPLUG + EJECT, 1 << 1, 4)
+    assert not hotplug.unsettled
 
 
 def test_what_the_guest_has_not_heard_is_state() -> None:

@@ -183,8 +183,9 @@ async def test_a_disk_that_is_pulled_under_io(linux: Any, tmp_path: Path) -> Non
         await vm.attach(Disk(path=disk), timeout=60 * PATIENCE)
         await text(
             vm,
-            "(while dd if=/dev/zero of=/dev/vdb bs=64k count=100 conv=fsync; do :; done; echo >/failed)"
-            " >/dev/null 2>&1 & sleep 0.3",
+            # By the descriptor: a name that is not there any more would become a file.
+            "exec 3<>/dev/vdb; (while dd if=/dev/zero of=/proc/self/fd/3 bs=64k count=100 conv=fsync; do :; done;"
+            " echo >/failed) >/dev/null 2>&1 & sleep 0.3",
         )
         events = vm.events()
         assert await vm.detach("disk1", force=True, timeout=0) == "force"

@@ -37,7 +37,7 @@ from vmm.config import Disk
 MIB = 1 << 20
 SIZE = 64 * MIB
 COMING = 32 * MIB
-SECONDS = 600.0
+SECONDS = 300.0
 """After which a step that says nothing has failed: a deadline, far beyond what a busy host takes."""
 TROUBLE = re.compile(
     "BUG|WARNING|Oops|Call Trace|lockup|general protection|segfault|hung_task|blocked for more|I/O error"
@@ -127,7 +127,9 @@ class Campaign:
         name = (await self.sh(f"until [ -n \"$({find})\" ]; do sleep 0.01; done; d=$({find});"
                               " while [ ! -b /dev/$d ]; do sleep 0.01; done; echo $d")).split()[-1]  # fmt: skip
         if number % 10 == 9:
-            await self.sh(f"(dd if=/dev/urandom of=/dev/{name} bs=64k count=400 conv=fsync; true) >/dev/null 2>&1 &")
+            # Opened before the disk goes: a name that is not there any more would become a file.
+            write = "(dd if=/dev/urandom bs=64k count=400 conv=fsync >&3; true) 2>/dev/null >/dev/null &"
+            await self.sh(f"exec 3<>/dev/{name}; {write}")
             how = await self.vm.detach(made.id, force=True, timeout=0)
             gone = f"while [ -e /sys/block/{name} ]; do sleep 0.01; done"
             await self.sh(gone)

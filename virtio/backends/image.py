@@ -30,7 +30,6 @@ class ImageBlock(FileBlock):
         )
         self.chain = chain
         self._image = chain.image
-        self.path = Path(chain.top.path)
         self.overlay = -1
         """The file of a private copy (`snapshot`), else -1."""
         self.written = bytearray()
@@ -41,6 +40,7 @@ class ImageBlock(FileBlock):
         """What the chain is now is what this disk is."""
         self._image = self.chain.image
         self.fd = self.chain.top.fd
+        self.path = Path(self.chain.top.path)
         self.capacity = -(-self.chain.size // SECTOR) * SECTOR
         self._locks.clear()
         for layer in self.chain.layers:
@@ -52,7 +52,8 @@ class ImageBlock(FileBlock):
 
     async def change(self, call: Callable[[ImageChain], None]) -> None:
         """Let `call`, in a thread, change the files of the chain or the chain itself. Nobody may be using this backend:
-        BlockDevice.exchange sees to that. Raises what `call` does; StateError for a private copy."""
+        BlockDevice.exchange sees to that. Cancelled, it is done all the same when this ends. Raises what `call` does;
+        StateError for a private copy."""
         if self.overlay >= 0:
             raise StateError(f"{self.chain.top.path}: what is written to a snapshot disk ends with the machine")
         chain = self.chain
@@ -60,8 +61,12 @@ class ImageBlock(FileBlock):
         def work() -> None:
             chain.rebuild(lambda: call(chain))
 
+        changing = asyncio.ensure_future(self._in_thread(work))
         try:
-            await self._in_thread(work)
+            await asyncio.shield(changing)
+        except asyncio.CancelledError:
+            await asyncio.gather(changing, return_exceptions=True)
+            raise
         finally:
             self._take_over()
 
@@ -71,8 +76,12 @@ class ImageBlock(FileBlock):
         this disk is in its new place then."""
         before, self.chain = self.chain, chain
         self._take_over()
-        self.path = Path(chain.top.path)
-        await self._in_thread(before.close)
+        closing = asyncio.ensure_future(self._in_thread(before.close))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.gather(closing, return_exceptions=True)
+            raise
 
     @classmethod
     async def open_image(

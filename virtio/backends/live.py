@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Protocol
 
 from virtio import _ring
@@ -138,7 +138,6 @@ async def cover(disk: LiveDisk, path: str) -> None:
     if backend.read_only:
         raise ConfigError(f"{backend.chain.top.path}: is open for reading only")
     await _change(disk, call)
-    backend.path = Path(path)
 
 
 def _name_from(path: str, below: str) -> str:
@@ -189,14 +188,14 @@ async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = Fa
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file to commit to")
 
-    def open_below(chain: ImageChain) -> None:
+    def open_below(chain: ImageChain, *, writable: bool) -> None:
         """The backing file for writing, or for reading again."""
         below = chain.layers[1]
         if below.header is not None and below.header.incompatible & DIRTY:
             raise ConfigError(f"{below.path}: was not closed; vmm disk check --repair makes it right")
         for fd in (below.fd, *below.others):
             os.close(fd)
-        for read_only in (not below.read_only, True):
+        for read_only in (not writable, True):
             try:
                 with_lock = open_locked(below.path, read_only=read_only)
                 break
@@ -219,13 +218,12 @@ async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = Fa
 
     async def end() -> None:
         """The rest, while the guest waits; the backing file is the disk then."""
-        await asyncio.to_thread(backend.image().commit, 0, backend.image().length)
+        await _steps(backend.image(), backend.image().commit, silent)
         await backend.change(drop_top)
 
     failed: list[str] = []
-    await _change(disk, open_below)
-    dropped = False
     try:
+        await _change(disk, partial(open_below, writable=True))
         if failed:
             raise ConfigError(f"{failed[0]}: is used by others, or cannot be written")
         with one_kind(top.path):
@@ -234,8 +232,6 @@ async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = Fa
                 # What was written meanwhile is little; of that, once more.
                 await _steps(backend.image(), backend.image().commit, silent)
                 await disk.exchange(end)
-                dropped = True
-                backend.path = Path(backend.chain.top.path)
     finally:
-        if not dropped and len(backend.chain.layers) > 1 and not backend.chain.layers[1].read_only:
-            await _change(disk, open_below)
+        if top in backend.chain.layers and not backend.chain.layers[1].read_only:
+            await _change(disk, partial(open_below, writable=False))

@@ -61,6 +61,9 @@ class PciHotplug:
         """The guest's tables describe all this; a machine that was saved by a program without it has others."""
         self.leaving: set[int] = set()
         """Device numbers that are not present for the guest any more, although the bus still has them."""
+        self.unsettled: set[int] = set()
+        """Slots whose last function was pulled while the guest may still be about to eject it. What comes next had
+        better go elsewhere, for it would be ejected in its place."""
         self.on_eject: Callable[[int], None] = _nobody
         """The guest gives up the function with this device number."""
         self.on_refused: Callable[[int, str], None] = _nobody_hears
@@ -104,6 +107,7 @@ class PciHotplug:
         """Tell the guest that a function is going whatever it does; it is not present from now on."""
         self._asked &= ~(1 << device)
         self.leaving.add(device)
+        self.unsettled.add(device)
         self._inserted |= 1
         self._pm.general_event(layout.PCI_EVENT)
 
@@ -128,6 +132,7 @@ class PciHotplug:
         for slot in self._bus.slots:
             if slot.device and value >> slot.device & 1:
                 self.on_eject(slot.device)
+        self.unsettled -= {device for device in self.unsettled if value >> device & 1}
 
     def _set_ost_event(self, value: int) -> None:
         self._ost_event = value
@@ -145,6 +150,7 @@ class PciHotplug:
     def reset(self) -> None:
         """A machine reset: what the guest has not heard it finds by itself."""
         self._inserted = self._asked = self._ost_event = 0
+        self.unsettled.clear()
 
     def save(self) -> HotplugState:
         return HotplugState(self._inserted, self._asked, self._ost_event)

@@ -330,6 +330,37 @@ async def test_cancelled_in_the_middle(guest: Guest, tmp_path: Path, monkeypatch
     assert await finish(guest, tmp_path / "top") == guest.model
 
 
+async def test_cancelled_at_any_moment(guest: Guest, tmp_path: Path) -> None:
+    """Also while images are exchanged: the disk is right, and what is done next succeeds."""
+    device = guest.driver.transport.device
+    assert isinstance(device, BlockDevice)
+    backend = device.backend
+    assert isinstance(backend, ImageBlock)
+    source = random.Random(3)
+
+    async def some(disk: live.LiveDisk) -> None:
+        for number in range(16 * ROUNDS):
+            path, depth = str(tmp_path / f"new{number}"), len(backend.chain.layers)
+            match source.choice("CM" if depth == 1 else "D" if depth > 4 else "CCDDM"):
+                case "C":
+                    work = live.cover(disk, path)
+                case "D":
+                    work = live.commit(disk, drop=True)
+                case _:
+                    work = mirror.mirror(device, path, source.choice(("raw", "qcow2")))
+            task = asyncio.ensure_future(work)
+            await asyncio.wait([task], timeout=source.choice((0.0, 0.001, 0.004, 0.02, 5)))
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
+            assert [layer.read_only for layer in backend.chain.layers[:2]] in ([False], [False, True])
+
+    await beside(guest, some)
+    top = backend.chain.top
+    assert await finish(guest, Path(top.path), top.format) == guest.model
+
+
 async def test_what_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes(SIZE))
     device = BlockDevice(await ImageBlock.open_image(tmp_path / "raw", format="raw"))

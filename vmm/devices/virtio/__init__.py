@@ -6,7 +6,7 @@ tables. The devices themselves are the machine's resources (pool.py). Loop threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -62,9 +62,10 @@ class VirtioDevices:
         for name, device in self._pool.devices.items():
             self._plug(name, device, self._pool.makers[name])
 
-    def plug(self, name: str) -> int:
-        """Put a device that came to the pool onto the PCI bus; its device number. Raises ConfigError."""
-        self._plug(name, self._pool.devices[name], self._pool.makers[name])
+    def plug(self, name: str, avoid: Collection[int] = ()) -> int:
+        """Put a device that came to the pool onto the PCI bus, rather in none of the slots `avoid`; its device number.
+        Raises ConfigError."""
+        self._plug(name, self._pool.devices[name], self._pool.makers[name], avoid)
         return self.slots[name]
 
     def hide(self, name: str) -> None:
@@ -75,24 +76,27 @@ class VirtioDevices:
         """Take a device off the PCI bus, at once: it drives no interrupt and takes no more requests. What it has taken
         may still use guest memory until `Device.settle`. The pool keeps it. KeyError if there is none."""
         self._assembly.services.pci.remove(self.slots.pop(name))
-        self.transports.pop(name).close()
+        transport = self.transports.pop(name)
+        transport.close()
+        transport.on_status()
 
-    def _free_slot(self, name: str) -> int | None:
-        """The device number that the configuration names, or the lowest that it names for no device; None if there is
-        none."""
+    def _free_slot(self, name: str, avoid: Collection[int] = ()) -> int | None:
+        """The device number that the configuration names, or the lowest that it names for no device, none of `avoid` if
+        that can be; None if there is none."""
         if name in self._wanted:
             return self._wanted[name]
         taken = {slot.device for slot in self._assembly.services.pci.slots}
         taken |= {self._wanted[other] for other in self._pool.makers if other in self._wanted}
-        return next((number for number in range(1, DEVICES) if number not in taken), None)
+        free = [number for number in range(1, DEVICES) if number not in taken]
+        return next((number for number in free if number not in avoid), free[0] if free else None)
 
-    def _plug(self, name: str, device: Device, maker: Maker) -> None:
+    def _plug(self, name: str, device: Device, maker: Maker, avoid: Collection[int] = ()) -> None:
         memory = self._assembly.memory
         board = self._assembly.board
         device.clock = board.clock
         if maker.transport == "pci":
             function = PciTransport(device, memory, packed=maker.packed)
-            self.slots[name] = self._assembly.services.pci.add(function, device=self._free_slot(name))
+            self.slots[name] = self._assembly.services.pci.add(function, device=self._free_slot(name, avoid))
             self.transports[name] = function
             return
         from virtio import mmio  # seldom asked for
