@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm import _native
@@ -35,6 +35,7 @@ def fd() -> Iterator[int]:
         yield file.fileno()
 
 
+@settings(deadline=None)
 @given(memory=pages, chosen=st.binary(min_size=3, max_size=3), before=st.booleans(), offset=st.sampled_from((0, 8192)))
 def test_saved_pages(fd: int, memory: bytes, chosen: bytes, before: bool, offset: int) -> None:
     os.ftruncate(fd, 0)
@@ -75,6 +76,7 @@ def test_long_runs(fd: int) -> None:
     assert os.pread(fd, len(memory), 0) == holes
 
 
+@settings(deadline=None)
 @given(memory=pages, change=st.lists(st.integers(0, 19), max_size=5))
 def test_pages_that_differ(memory: bytes, change: list[int]) -> None:
     other = bytearray(memory)
@@ -90,6 +92,7 @@ def test_pages_that_differ(memory: bytes, change: list[int]) -> None:
     assert joined == found
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300), cut=st.integers(0, 300), shift=st.integers(0, 7))
 def test_checksum(data: bytes, cut: int, shift: int) -> None:
     crc = 0xFFFFFFFF
@@ -109,6 +112,7 @@ def test_checksum_of_the_standard() -> None:
     assert _native.crc32c(bytes(range(32))) == 0x46DD794E
 
 
+@settings(deadline=None)
 @given(parts=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), max_size=4), tail=st.integers(0, PAGE - 1))
 def test_checksums_of_files(fd: int, parts: list[tuple[int, int]], tail: int) -> None:
     os.ftruncate(fd, 0)
