@@ -39,6 +39,8 @@ TOGETHER = 16
 FIRST_PORT = 1 << 30
 _header = fast(VsockHeader)
 _event = fast(VsockEvent)
+EVENTS = 2
+"""The event queue's number."""
 EVENT_TRANSPORT_RESET = 0
 SHUTDOWN_RECEIVE = 1
 
@@ -78,6 +80,9 @@ class VsockDevice(Device):
         self._told = asyncio.Event()
         """It has, and has ended them: a connection that is opened before would end with them."""
         self._told.set()
+        self._answered = asyncio.Event()
+        """The driver itself has notified the event queue."""
+        self._resuming = False
 
     def config(self) -> bytes:
         result: bytes = VsockConfig.build({"guest_cid": self.cid})
@@ -116,7 +121,7 @@ class VsockDevice(Device):
         self.spawn(self._deliver(active.queues[0], self._outbox), "receive")
         self.spawn(self._take(active.queues[1], self._outbox), "transmit")
         if self._reset_owed:
-            self.spawn(self._transport_reset(active.queues[2]), "event")
+            self.spawn(self._transport_reset(active.queues[EVENTS]), "event")
 
     def stopped(self) -> bool:
         self._reset_owed = False
@@ -127,6 +132,18 @@ class VsockDevice(Device):
         self._to_dial.clear()
         self._places.wake_all()
         return True
+
+    def queue_notified(self, index: int) -> None:
+        if index == EVENTS and not self._resuming:
+            self._answered.set()
+        super().queue_notified(index)
+
+    def resume(self) -> None:
+        self._resuming = True  # the notifications that this makes are not the driver's
+        try:
+            super().resume()
+        finally:
+            self._resuming = False
 
     async def aclose(self) -> None:
         await super().aclose()
@@ -147,8 +164,9 @@ class VsockDevice(Device):
         async for chain in queue:
             chain.write(_event.pack(EVENT_TRANSPORT_RESET))
             queue.want_more()  # the driver makes the buffer available again once it has done what the event says
+            self._answered.clear()
             queue.complete(chain)
-            await queue.wait()
+            await self._answered.wait()
             self._reset_owed = False
             self._told.set()
             return

@@ -380,6 +380,37 @@ async def test_a_restored_guest_is_told(connect: Connect) -> None:
     assert await other.request(2, [], [8]) == bytes(4)
 
 
+async def test_a_connection_waits_until_the_restored_guest_has_ended_its_own(connect: Connect) -> None:
+    """5.10.6.7: the driver ends every connection when it takes the event, so also one that the host begins too early. A
+    machine that is paused and goes on meanwhile has not taken it yet."""
+    driver = connect(VsockDevice(MemoryVsock(), CID))
+    driver.initialize()
+    await driver.transport.quiesce()
+    device = VsockDevice(MemoryVsock(), CID)
+    other = connect(device)
+    other.memory.bytes[:] = driver.memory.bytes
+    other.transport.restore(driver.transport.save())
+    other.adopt(driver)
+    guest = Guest(other)
+    room = other.buffer(8)
+    other.submit(2, [], [room])
+    opening = asyncio.ensure_future(device.open(1024))
+    other.transport.resume()
+    (used,) = await other.used(2)
+    assert used.length == 4
+    for _ in range(2):
+        await other.transport.quiesce()
+        other.transport.resume()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not guest.poll()
+    other.submit(2, [], [room])
+    packet, _ = await guest.expect(Op.REQUEST)
+    guest.send(1024, packet.src_port, Op.RESPONSE)
+    _, writer = await asyncio.wait_for(opening, 30)
+    writer.close()
+
+
 async def test_clients_that_do_not_say_connect(tmp_path: Path) -> None:
     backend = UnixVsock(tmp_path / "v")
     device = VsockDevice(backend)
