@@ -35,12 +35,13 @@ async def test_copies_differ_in_who_they_are_and_in_nothing_else(linux: Any) -> 
         prepare = "echo 0123456789abcdef0123456789abcdef >/etc/machine-id; echo kept >/kept"
         await vm.exec("sh", "-c", prepare, check=True)
         before = await look(vm)
-        copies = await vm.fork(8, names=[f"clone-{number}" for number in range(8)])
+        names = [f"clone-{os.getpid()}-{number}" for number in range(8)]  # nobody else's on this host
+        copies = await vm.fork(8, names=names)
         seen = await asyncio.gather(*(look(copy) for copy in copies))
         for position in range(5):
             values = [before[position], *(facts[position] for facts in seen)]
             assert len(set(values)) == len(values), values
-        assert [facts[0] for facts in seen] == [f"clone-{number}" for number in range(8)]
+        assert [facts[0] for facts in seen] == names
         for facts in seen:
             assert re.fullmatch("[0-9a-f]{32}", facts[4]) and facts[6] == "kept"
             assert abs(int(facts[5]) - time.time()) < 60
