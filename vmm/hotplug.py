@@ -43,7 +43,7 @@ DRIVER_SECONDS = 10.0
 PULL_SECONDS = 10.0
 """How long a device that was pulled stays for its driver, which would hang without its registers."""
 
-LOOKED_SECONDS = 1.0
+LOOKED_SECONDS = 5.0
 """How long `attach` waits for the guest's first read of a disk that is driven."""
 
 
