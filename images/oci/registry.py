@@ -53,18 +53,20 @@ class Registry:
 
     def find(self) -> ImageManifest:
         """Ask the mirrors, then the registry."""
-        failures: list[ImageError] = []
+        failures: list[tuple[bool, ImageError]] = []
         for endpoint in endpoints(self._wanted.registry):
+            is_fallback = bool(failures) and endpoint.url == f"http://{self._wanted.registry}"
+            if is_fallback and "certificate" in str(failures[-1][1]):
+                break  # it speaks TLS; plain HTTP is for those that do not
             self._transport = RegistryTransport(endpoint, self._stopped.is_set)
             self._authorization = ""
             try:
                 return self._find()
             except ImageError as error:
                 self._transport.close()
-                failures.append(error)
-        # Of several places the registry itself says it best; over plain HTTP only if TLS was not spoken there at all.
-        plain = [error for error in failures if isinstance(error, Refused)]
-        told = plain[-1] if plain else failures[-1] if len(failures) == 1 else failures[-2]
+                failures.append((is_fallback, error))
+        # Of several places the registry itself, the last, says it best; plain HTTP only if somebody answered there.
+        told = [error for is_fallback, error in failures if not is_fallback or isinstance(error, Refused)][-1]
         raise ImageError(f"{self.name}: {told}{self._way_out(told)}", told.kind) from told
 
     def open_layers(self, manifest: ImageManifest, tell: Tell) -> list[Future[BinaryIO]]:
