@@ -110,3 +110,31 @@ async def test_more_clients_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -
                     break
         for _, writer in clients:
             writer.close()
+
+
+async def test_followers_that_leave_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "CLIENTS_MAX", 4)
+    async with vmm.run("echo", name=NAME):
+        for _ in range(4):
+            reader, writer = await asyncio.open_unix_connection(str(find(NAME).control))
+            writer.write(b'{"command": "events"}\n')
+            assert json.loads(await reader.readline())["ok"]
+            writer.close()
+        async with asyncio.timeout(60):
+            while True:  # nothing happens in the machine meanwhile that it could tell them
+                with contextlib.suppress(vmm.HostError):
+                    await ask("status")
+                    break
+                await asyncio.sleep(0.1)
+
+
+async def test_a_follower_that_ends_what_it_asks_still_hears() -> None:
+    async with vmm.run("echo", name=NAME):
+        reader, writer = await asyncio.open_unix_connection(str(find(NAME).control))
+        writer.write(b'{"command": "events"}\n')
+        writer.write_eof()
+        assert json.loads(await reader.readline())["ok"]
+        await asyncio.sleep(2 * control.LEFT_SECONDS)
+        await ask("pause")
+        assert json.loads(await asyncio.wait_for(reader.readline(), 30))["state"] == "paused"
+        writer.close()

@@ -61,7 +61,8 @@ def linux() -> Iterator[Linux]:
         disk.write_bytes(Path(image.disk or "").read_bytes())
         (daemon.path / "shared").mkdir()
         daemon.define(
-            f"""<domain type='qemu'><name>d</name><memory unit='MiB'>256</memory><os><type>hvm</type>
+            f"""<domain type='qemu'><name>d</name><memory unit='MiB'>256</memory><vcpu current='1'>3</vcpu>
+            <os><type>hvm</type>
             <kernel>{image.kernel}</kernel><initrd>{image.initrd}</initrd></os>
             <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking><devices>
             <disk type='file'><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
@@ -112,6 +113,16 @@ def test_memory_goes_to_the_balloon_and_comes_back(linux: Linux) -> None:
     linux.virsh("setmem", "d", "256M", "--live")
     assert "higher than max" in linux.virsh("setmem", "d", "512M", "--live", ok=False)
     assert "active domain" in linux.virsh("setmaxmem", "d", "512M", "--live", ok=False)
+
+
+def test_processors_come_and_go(linux: Linux) -> None:
+    assert linux.sh("nproc") == "1" and linux.virsh("vcpucount", "d", "--maximum", "--live") == "3"
+    linux.virsh("setvcpus", "d", "2", "--live")
+    wait_for(lambda: linux.sh("nproc") == "2", "it has not come")
+    assert linux.virsh("vcpucount", "d", "--current", "--live") == "2"
+    linux.virsh("setvcpus", "d", "1", "--live")
+    assert linux.sh("nproc") == "1"
+    assert "greater than max" in linux.virsh("setvcpus", "d", "4", "--live", ok=False)
 
 
 def test_limits_of_disks(linux: Linux) -> None:

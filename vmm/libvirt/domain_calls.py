@@ -357,13 +357,14 @@ async def domain_get_max_memory(call: Call, dom: DomainRef) -> int:
 async def domain_get_max_vcpus(call: Call, dom: DomainRef) -> int:
     domain = call.daemon.domains.of(dom)
     domain.running_entry()
-    return domain.spec.config.cpus
+    return domain.spec.config.most_cpus
 
 
 @calls.query(200, "domain_get_vcpus_flags", "dom:domain flags:uint", "count:int")
 async def domain_get_vcpus_flags(call: Call, dom: DomainRef, flags: int) -> int:
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | VCPU_MAXIMUM)
-    return spec_for(call, call.daemon.domains.of(dom), flags & 3).config.cpus
+    config = spec_for(call, call.daemon.domains.of(dom), flags & 3).config
+    return config.most_cpus if flags & VCPU_MAXIMUM else config.cpus
 
 
 @calls.query(20, "domain_get_vcpus", "dom:domain maxinfo:int maplen:int", "info:vcpuinfo<16384> maps:opaque<8388608>")
@@ -411,10 +412,25 @@ async def domain_set_vcpus(call: Call, dom: DomainRef, count: int) -> None:
 async def domain_set_vcpus_flags(call: Call, dom: DomainRef, count: int, flags: int) -> None:
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | VCPU_MAXIMUM)
     domain = call.daemon.domains.of(dom)
-    live, config = wants(call, domain, flags)
-    if live:
-        raise LibvirtError(Code.OPERATION_UNSUPPORTED, "the number of processors of a running machine cannot change")
-    _redefine(call, domain, cpus=count)
+    running, config = wants(call, domain, flags)
+    if running and flags & VCPU_MAXIMUM:
+        raise LibvirtError(Code.INVALID_ARG, "setting maximum vcpus is only possible for the definition; use --config")
+    if running:
+        from vmm.libvirt.live import set_processors
+
+        await set_processors(call.daemon, domain, count)
+    if config and domain.persistent is not None:
+        defined = domain.persistent.config
+        if flags & VCPU_MAXIMUM:
+            _redefine(call, domain, max_cpus=count, cpus=min(defined.cpus, count))
+        elif defined.max_cpus is None:
+            _redefine(call, domain, cpus=count)
+        elif count > defined.max_cpus:
+            raise LibvirtError(
+                Code.INVALID_ARG, f"requested vcpus is greater than max allowable vcpus: {count} > {defined.max_cpus}"
+            )
+        else:
+            _redefine(call, domain, cpus=count)
 
 
 @calls.change(30, "domain_set_max_memory", "dom:domain kib:uhyper")

@@ -46,7 +46,7 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
         genid.take_all()
         notes.append("genid: the machine makes its own")
     values["memory"] = _memory(root)
-    values["cpus"] = _vcpus(root)
+    values |= _vcpus(root)
     values |= _os(root)
     _features(root)
     values |= _cpu(root, values["cpus"], notes)
@@ -136,22 +136,20 @@ def _memory(root: Reader) -> int:
     return rounded
 
 
-def _vcpus(root: Reader) -> int:
+def _vcpus(root: Reader) -> dict[str, int]:
     child = root.child("vcpu")
     if child is None:
-        return 1
+        return {"cpus": 1}
     child.choice("placement", ("static",))
     text, current = child.text(), child.attribute("current")
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
         raise malformed(f"<vcpu>: {text!r} is no number of processors")
-    if current not in (None, text):
-        raise unsupported(f"<vcpu current='{current}'>: all {text} run from the start; leave current out")
+    if current is not None and (not re.fullmatch(r"[0-9]{1,6}", current) or not 1 <= int(current) <= int(text)):
+        raise malformed(f"<vcpu current='{current}'>: not 1 to {text}")
     for one in root.children("vcpus"):
         for vcpu in one.children("vcpu"):
-            vcpu.choice("enabled", ("yes",))
-            vcpu.choice("hotpluggable", ("no",))
-            vcpu.ignore("id", "order")
-    return int(text)
+            vcpu.ignore("enabled", "hotpluggable", "id", "order")
+    return {"cpus": int(text)} if current is None else {"cpus": int(current), "max_cpus": int(text)}
 
 
 def _os(root: Reader) -> dict[str, Any]:

@@ -28,6 +28,7 @@ WORDS: dict[type[Checked], frozenset[str]] = {
                 "core",
                 "cpu_model",
                 "cpus",
+                "max_cpus",
                 "memory",
                 "kernel",
                 "initrd",

@@ -41,7 +41,8 @@ def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
     add(root, "currentMemory", str(-(-config.memory // KIB)), unit="KiB")
     if config.hugepages:
         add(add(root, "memoryBacking"), "hugepages")
-    add(root, "vcpu", str(config.cpus), placement="static")
+    current = str(config.cpus) if config.max_cpus is not None else None
+    add(root, "vcpu", str(config.most_cpus), placement="static", current=current)
     _os(root, spec)
     if config.platform == "pc":
         features = add(root, "features")

@@ -196,6 +196,21 @@ async def set_memory(daemon: Daemon, domain: Domain, size: int) -> None:
     daemon.events.domain(DomainEvent.BALLOON_CHANGE, domain.ref, actual)
 
 
+async def set_processors(daemon: Daemon, domain: Domain, count: int) -> None:
+    """How many processors the machine has from now on. Raises VmmError."""
+    spec, entry = _live(domain), domain.running_entry()
+    most = spec.config.most_cpus
+    if not 1 <= count <= most:
+        raise LibvirtError(
+            Code.INVALID_ARG,
+            f"requested vcpus is greater than max allowable vcpus for the live domain: {count} > {most}",
+        )
+    await ask(entry, "set", 60, cpus=count)
+    spec = _live(domain)
+    config = spec.config.replace(cpus=count, max_cpus=most)
+    daemon.domains.set_live(domain, replace(spec, config=config))
+
+
 async def balloon_of(domain: Domain) -> dict[str, Any] | None:
     """What the machine says of its balloon; None: it has none, does not run, or does not answer."""
     if domain.live is None or domain.entry is None or not domain.live.config.balloon:

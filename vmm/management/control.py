@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import select
 import socket
 import sys
 import time
@@ -61,6 +62,8 @@ ANSWER_SECONDS = 1.0
 STARTING_SECONDS = 2.0
 """How long a client waits for a machine that has its name and does not listen yet."""
 MAX_STOP_SECONDS = 86_400.0
+LEFT_SECONDS = 0.5
+"""How often it is looked whether a client that asks nothing more still listens."""
 STATISTICS_SECONDS = 0.25
 """How long a status waits for the guest's newest statistics of its memory."""
 READY_SECONDS = 5.0
@@ -179,7 +182,7 @@ class Registration:
                     await writer.drain()
                     await asyncio.sleep(0)  # a client that has sent many requests at once must not keep the loop
                     if events is not None:
-                        await _send_events(events, writer)
+                        await _send_events(events, reader, writer)
                         break
                 finally:
                     self._busy.discard(task)
@@ -404,11 +407,35 @@ def _hand_over(writer: asyncio.StreamWriter, line: bytes, given: asyncio.StreamW
         given.close()
 
 
-async def _send_events(events: EventStream, writer: asyncio.StreamWriter) -> None:
-    """One line each, to the machine's end; a client that does not read waits in the stream's bounded queue."""
-    async for event in events:
-        writer.write(_dumps(event_dict(event)).encode() + b"\n")
-        await writer.drain()
+async def _send_events(events: EventStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One line each, to the machine's end or until the client leaves; a client that does not read waits in the
+    stream's bounded queue."""
+
+    async def send() -> None:
+        async for event in events:
+            writer.write(_dumps(event_dict(event)).encode() + b"\n")
+            await writer.drain()
+
+    async def left() -> None:
+        while await reader.read(4096):  # nothing is asked on this connection any more
+            pass
+        # A client that only ends what it asks, as a pipe into nc does, still listens.
+        hung_up = select.poll()
+        hung_up.register(writer.get_extra_info("socket").fileno(), 0)
+        while True:
+            if hung_up.poll(0):
+                return
+            await asyncio.sleep(LEFT_SECONDS)
+
+    tasks = [asyncio.ensure_future(send()), asyncio.ensure_future(left())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def event_dict(event: Event) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_devices_that_are_not_there_are_refused_by_name(devices: str, named: str
     ("where", "xml", "named"),
     [
         ("life", "<currentMemory unit='MiB'>32</currentMemory>", "currentMemory"),
-        ("life", "<vcpu current='1'>2</vcpu>", "current"),
+        ("life", "<vcpu current='3'>2</vcpu>", "current"),
         ("life", "<cputune><shares>1</shares></cputune>", "cputune"),
         ("life", "<on_crash>preserve</on_crash>", "preserve"),
         ("life", "<vcpu>0</vcpu>", "vcpu"),
