@@ -196,6 +196,19 @@ static void on_written(void *ctx, uint64_t gpa)
 
 /* ---- the helper ---- */
 
+/* The helper has every feature of the core, for so the guest's programs have all of the host's, whatever they are told: CPUID
+ * of KVM hides an instruction, and takes none away. Addresses are as wide as the guest was told. */
+static bool set_cpuid(struct soft_vm *soft, const struct kvm_core_vcpu *k)
+{
+    struct kvm_cpuid_entry2 entries[64];
+    uint32_t count = soft_supported_cpuid(entries, 64);
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t n = 0; n < k->cpuid_count; n++)
+            if (entries[i].function == 0x80000008 && k->cpuid[n].function == 0x80000008)
+                entries[i].eax = k->cpuid[n].eax;
+    return soft_vcpu_set_cpuid(soft, 0, entries, count) == 0;
+}
+
 static struct kvm_finish *helper(struct lv_vcpu *vcpu)
 {
     struct kvm_core_vcpu *k = vcpu->core;
@@ -209,7 +222,7 @@ static struct kvm_finish *helper(struct lv_vcpu *vcpu)
     const struct soft_config config = {.vcpus = 1, .no_irqchip = true, .tsc_khz = khz > 0 ? (uint64_t)khz : 1000000};
     const struct soft_host host = {.ctx = f, .access = on_access, .random = on_random, .written = on_written};
     f->soft = soft_vm_create(&config, &host);
-    if (!f->soft || (k->cpuid && soft_vcpu_set_cpuid(f->soft, 0, k->cpuid, k->cpuid_count) < 0)) {
+    if (!f->soft || !set_cpuid(f->soft, k)) {
         soft_vm_destroy(f->soft);
         free(f);
         return NULL;

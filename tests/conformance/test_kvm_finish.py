@@ -86,6 +86,15 @@ def test_supervisor_arithmetic(kvm, guests):
     assert word(guest) == 2
 
 
+def test_supervisor_instructions_that_cpuid_hides(kvm, guests):
+    """As on a processor, which has them all the same."""
+    guest = guests(kvm)
+    guest.load_code(code(f"mov $0x80000f01, %ebx; popcnt %ebx, %eax; mov %eax, {SCRATCH:#x}"))
+    guest.go()
+    assert guest.run() == []
+    assert word(guest) == 6
+
+
 def test_supervisor_int3_goes_through_the_guests_table(kvm, guests):
     """The handler finds the address behind INT3, and IRET goes back there."""
     guest = guests(kvm)
