@@ -122,8 +122,31 @@ static void take_image(struct fpu *f, const struct image *im, unsigned codes)
     }
 }
 
+/* Aliases, which not every manual has, become the documented instruction that AMD's processors do for them, so that a host
+ * of any vendor does the same. DF C0 (FFREEP) and D9 D8 have no such one and are done without the host (x87_fast.c). */
+static unsigned documented(unsigned opcode, uint8_t *modrm)
+{
+    unsigned i = *modrm & 7;
+    switch (opcode << 3 | (*modrm >> 3 & 7)) {
+    case 7 << 3 | 2: case 7 << 3 | 3: /* FSTP */
+        *modrm = (uint8_t)(0xD8 | i);
+        return 5;
+    case 5 << 3 | 1: case 7 << 3 | 1: /* FXCH */
+        *modrm = (uint8_t)(0xC8 | i);
+        return 1;
+    case 6 << 3 | 2: /* FCOMP */
+        *modrm = (uint8_t)(0xD8 | i);
+        return 0;
+    case 4 << 3 | 2: case 4 << 3 | 3: /* FCOM, FCOMP */
+        return 0;
+    default:
+        return opcode;
+    }
+}
+
 int fpu_x87_register(struct x87_context *ctx, unsigned opcode)
 {
+    opcode = documented(opcode, &ctx->modrm);
     if (fpu_x87_fast_register(ctx, opcode) || fpu_x87_math_register(ctx, opcode))
         return FPU_OK;
     struct image im;

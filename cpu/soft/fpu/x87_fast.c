@@ -145,6 +145,13 @@ static bool d9_register(struct fpu *f, uint8_t modrm)
         f->sw &= (uint16_t)~C1;
         return true;
     }
+    case 3: /* FSTP ST(i) that raises no exceptions; of an empty register no tag comes (measured on AMD's processors) */
+        *st(f, i) = *st(f, 0);
+        if (valid(f, 0))
+            f->tag |= (uint8_t)(1u << slot(f, i));
+        pop(f);
+        f->sw &= (uint16_t)~C1;
+        return true;
     case 4:
         if (!valid(f, 0) || fpu_pending(f) || i > 1)
             return false;
@@ -213,6 +220,12 @@ bool fpu_x87_fast_register(struct x87_context *ctx, unsigned opcode)
             return op == COMP && compare(f, 1, false, 2);
         return register_arithmetic(f, op, i, true, true);
     default:
+        if (op == 0) { /* FFREEP, of which no exceptions come: FFREE and a pop; C1 as with FFREE */
+            f->tag &= (uint8_t)~(1u << slot(f, i));
+            pop(f);
+            f->sw &= (uint16_t)~C1;
+            return true;
+        }
         return (op == 5 || op == 6) && compare_flags(ctx, i, op == 5, true);
     }
 }

@@ -254,6 +254,17 @@ static void alias_free(const struct event *e, struct freedom *f)
     f->everything |= form_x87_alias(&e->form);
 }
 
+/* D9 D8 moves whatever the processor still holds in an empty register; the core moves what FXSAVE shows of it. */
+static void fstp1_free(const struct event *e, struct freedom *f)
+{
+    unsigned top = sw_of(e->in) >> 11 & 7, i = e->form.modrm & 7;
+    if (!form_x87(&e->form) || form_memory(&e->form) || e->form.opcode != 0xD9 || form_group(&e->form) != 3 || (e->in->fx[FX_TAG] >> top & 1))
+        return;
+    unsigned to = (i - 1) & 7; /* behind the pop */
+    for (unsigned n = 0; n < 10; n++)
+        f->fx[32 + 16 * to + n] = 0xFF;
+}
+
 /* ---- results that are the core's own ---- */
 
 static void register_of(const struct cpu_state *s, unsigned i, uint64_t *mantissa, unsigned *exponent)
@@ -357,6 +368,7 @@ const struct difference fpu_differences[] = {
     {.name = "CVTPI2PS CVTPI2PD from memory", .what = "AMD's stay out of MMX mode", .intel_source = "SDM 2A CVTPI2PS, CVTPI2PD: Description", .amd_source = "APM 4 CVTPI2PS, CVTPI2PD",
      .free = conversion_free, .intel = intel_conversion},
     {.name = "aliases of x87 instructions", .what = "D9 D8, DC D0, DC D8, DD C8, DE D0, DF C0 to DF D8, DB E0, DB E1, DB E4", .intel_source = "SDM 2D table A-7 onwards has none", .amd_source = "APM 5 appendix A", .free = alias_free},
+    {.name = "D9 D8 of an empty register", .what = "what it still holds", .always = true, .free = fstp1_free},
     {.name = "transcendental x87 instructions", .what = "the core's are its own (cpu/soft/fpu/x87_math.c); two units in the last place, and C1", .always = true, .free = transcendental_free},
     {.name = "RCPPS RSQRTPS", .what = "the core's are its own (cpu/soft/fpu/vec_approx.c); within the bound of both manuals", .always = true, .free = approximation_free},
     {.name = "MXCSR_MASK", .what = "the host may have misaligned SSE mode, MXCSR bit 17", .always = true, .free = mxcsr_mask_free},
