@@ -136,7 +136,7 @@ INSTRUCTION(bsr, 0x0F, 0, 0xBD, ALWAYS, FLAGS_ALL, none, {
 })
 FEATURE(LZCNT, 0x80000001, 0, ecx, 5)
 /* Undefined flags of LZCNT: AMD processors keep OF and clear SF, AF and PF. */
-INSTRUCTION(lzcnt, 0x0F, 0xF3, 0xBD, LZCNT, FLAGS_REST, lzcnt, {
+INSTRUCTION(lzcnt, 0x0F, 0xF3, 0xBD, LZCNT, FLAGS_REST, none, {
     unsigned bits = u->size * 8, r = v ? (unsigned)__builtin_clzll(v) - (64 - bits) : bits;
     flags_set_arith(c, (v ? 0 : F_CF) | (r ? 0 : F_ZF) | (flag_of(c) ? F_OF : 0));
     RESULT(r);
