@@ -27,11 +27,13 @@ BOOT = 90 * PATIENCE
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory, linux: object) -> Iterator[Path]:
-    """The machine `box`, whose guest runs."""
+    """The machine `box`, whose guest runs. The first command waits for it to come up, and says so if that takes long."""
     folder = tmp_path_factory.mktemp("run")
     words = ["linux", "--core", "soft", "--name", "box", "--console", "none", "--net", "none"]
     with Background(folder, *words) as machine:
         wait_for(lambda: (folder / "loopvisor/box/info.json").exists() or machine.process.poll() is not None)
+        status, output, said = box(folder, "box", "echo", "up")
+        assert (status, output) == (0, b"up\n") and said in (b"", b"vmm: box: waiting for the guest's agent\n")
         yield folder
 
 
@@ -48,7 +50,6 @@ def running(runtime: Path, what: str) -> bool:
 
 
 def test_status_streams_and_what_is_given(runtime: Path) -> None:
-    """The first command waits for the guest to come up."""
     assert box(runtime, "box", "sh", "-c", "echo out; echo err >&2; exit 7") == (7, b"out\n", b"err\n")
     assert box(runtime, "-e", "A=b c", "-w", "/tmp", "box", "--", "sh", "-c", 'pwd; echo "$A"')[1] == b"/tmp\nb c\n"
     assert box(runtime, "-u", "nobody", "box", "id", "-un") == (0, b"nobody\n", b"")
