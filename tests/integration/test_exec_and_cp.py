@@ -27,7 +27,7 @@ BOOT = 90 * PATIENCE
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory, linux: object) -> Iterator[Path]:
-    """The machine `box`, whose guest runs. The first command waits for it to come up, and says so if that takes long."""
+    """The machine `box`, whose guest runs. The first command waits until it is up, and says so if that takes long."""
     folder = tmp_path_factory.mktemp("run")
     words = ["linux", "--core", "soft", "--name", "box", "--console", "none", "--net", "none"]
     with Background(folder, *words) as machine:
