@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import struct
 import sys
@@ -199,6 +200,7 @@ def main() -> int:
     first = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() & 0xFFFFFFFF
     logging.getLogger("vmm.libvirt").propagate = False
     with tempfile.TemporaryDirectory(prefix="lvf") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder  # clients end and save machines: none but the campaign's own
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             rounds, base, most = runner.run(campaign(seconds, first, Path(folder)))
     sys.stdout.write(
