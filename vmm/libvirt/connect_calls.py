@@ -25,8 +25,10 @@ AUTH_NONE = 0
 READ_ONLY = 1
 """virConnectFlags."""
 FEATURES = {
+    6: "machines move, in five steps",
     9: "typed parameters may be strings",
     10: "keepalive",
+    13: "what a migration is asked for as parameters",
     14: "events by callback id",
     15: "the connection's end as an event",
 }

@@ -30,6 +30,7 @@ from vmm.libvirt import (
     device_calls,
     domain_calls,
     event_calls,
+    migrate_calls,
     network_calls,
     rpc,
     snapshot_calls,
@@ -42,6 +43,7 @@ from vmm.libvirt.connect_calls import CONNECTION_CLOSED
 from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domain, Domains
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import Hub
+from vmm.libvirt.migrate_calls import AwaitedMachine
 from vmm.libvirt.procedures import joined
 from vmm.libvirt.rpc import Budget
 from vmm.libvirt.saves import Saves
@@ -68,6 +70,7 @@ MODULES = (
     device_calls,
     block_calls,
     event_calls,
+    migrate_calls,
     network_calls,
     snapshot_calls,
     statistics_calls,
@@ -121,6 +124,8 @@ class Daemon:
         self.domains = Domains(self.store, self.events, settings.launcher, settings.emulator)
         self.saves = Saves(self.store, self.domains)
         self.pools = Pools(self.store, self.events)
+        self.arrivals: dict[str, AwaitedMachine] = {}
+        """Processes that wait for machines of other hosts, by name (migrate_calls)."""
         self.socket = settings.socket or runtime_directory() / SOCKET
         self._clients: dict[asyncio.Task[None], Client] = {}
         self._left: set[asyncio.Task[None]] = set()
@@ -219,6 +224,9 @@ class Daemon:
     async def aclose(self) -> None:
         """Send clients away and stop listening; the machines go on. Idempotent."""
         self._stopped.set()
+        arrivals, self.arrivals = self.arrivals, {}
+        for arrival in arrivals.values():
+            arrival.process.kill()
         if self.tls is not None:
             await self.tls.aclose()
         servers, self._servers = self._servers, []

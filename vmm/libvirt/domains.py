@@ -51,6 +51,7 @@ class DomainReason(enum.IntEnum):
 
     UNKNOWN = 0
     BOOTED = 1
+    FROM_ANOTHER_HOST = 2
     RESTORED = 3
     UNPAUSED = 5
     BY_USER = 1
@@ -58,6 +59,7 @@ class DomainReason(enum.IntEnum):
     WAS_SHUTDOWN = 1
     WAS_DESTROYED = 2
     WAS_CRASHED = 3
+    WAS_MIGRATED = 4
     WAS_SAVED = 5
     WAS_FAILED = 6
     WAS_FROM_SNAPSHOT = 7
@@ -72,6 +74,7 @@ ENDS = {
     "killed": (DomainReason.WAS_DESTROYED, 1),
     "signal": (DomainReason.WAS_DESTROYED, 1),
     "crash": (DomainReason.WAS_CRASHED, 2),
+    "migrated": (DomainReason.WAS_MIGRATED, 3),
     "triple-fault": (DomainReason.WAS_CRASHED, 2),
     "guest-error": (DomainReason.WAS_CRASHED, 2),
 }
@@ -410,6 +413,15 @@ class Domains:
             self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, 0)
         self._follow(domain, control)
 
+    def received(self, domain: Domain, spec: Spec, process: Process) -> None:
+        """A machine arrived from another host, in a process of this daemon: it is what was described there. Raises
+        HostError."""
+        self._processes[domain.name] = process
+        if domain.live is not None:
+            self.set_live(domain, described(spec, domain.live.config))
+        domain.reason = DomainReason.FROM_ANOTHER_HOST
+        self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 1)
+
     # Inside.
 
     def _claim(self, spec: Spec) -> Domain | None:
@@ -522,6 +534,8 @@ class Domains:
                         self.told_device(domain, "refused", str(event.get("id")))
                     case "disk-job":
                         await self.told_job(domain, event)
+                    case "migration":
+                        domain.extra.get("migration", {}).update(event)
                     case "rebooted":
                         self._events.domain(DomainEvent.REBOOT, domain.ref)
                     case "ended":

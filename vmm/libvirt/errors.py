@@ -44,6 +44,7 @@ class Code(enum.IntEnum):
     OPERATION_UNSUPPORTED = 84
     AGENT_UNRESPONSIVE = 86
     STORAGE_VOL_EXIST = 90
+    MIGRATE_FINISH_OK = 93
 
 
 TEXTS = {
@@ -75,6 +76,7 @@ TEXTS = {
     Code.BLOCK_COPY_ACTIVE: "block copy still active: ",
     Code.OPERATION_UNSUPPORTED: "Operation not supported: ",
     Code.AGENT_UNRESPONSIVE: "Guest agent is not responding: ",
+    Code.MIGRATE_FINISH_OK: "migration successfully aborted: ",
     Code.STORAGE_VOL_EXIST: "storage volume already exists: ",
 }
 

@@ -18,6 +18,7 @@ TITLES = {
     "domain_calls": "Domains",
     "device_calls": "Devices of definitions and of running machines",
     "block_calls": "Disks' jobs, and limits",
+    "migrate_calls": "Live migration",
     "event_calls": "Registering for events",
     "network_calls": "Networks, interfaces, node devices, filters, secrets",
     "snapshot_calls": "Saved states and snapshots",
@@ -29,7 +30,7 @@ TITLES = {
 REASONS = (
     (r".*_event_(?!.*register).*", "are events that the daemon sends, not calls"),
     (r"auth_(sasl|polkit).*", "a UNIX socket's client is known by its user, TLS's by its certificate"),
-    (r"domain_migrate.*|domain_(abort_job|start_dirty|get_.*dirty).*", "machines are not moved by this protocol"),
+    (r"domain_migrate.*|domain_(start_dirty|get_.*dirty).*", "machines move by version 3, by parameters"),
     (r"domain_(set_|send_|inject_|core_dump|screenshot|open_graphics|graphics|memory_peek|block_peek|pm_).*(key|nmi|dump|"
      r"screenshot|graphics|peek|pm_|signal).*|domain_(screenshot|core_dump).*|domain_pm_.*|domain_graphics.*",
      "the machine has no display, keyboard, NMI button or sleep; its memory is not read from outside"),

@@ -12,6 +12,7 @@ from vmm.libvirt.domain_calls import check_flags, listed, spec_for
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.live import balloon_of
+from vmm.libvirt.migrate_calls import JOB_UNBOUNDED, job_numbers, job_of, job_params
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.statistics import (
     KNOWN,
@@ -257,14 +258,16 @@ async def domain_get_interface_parameters(
     " file_remaining:uhyper",
 )
 async def domain_get_job_info(call: Call, dom: DomainRef) -> tuple[int, ...]:
-    call.daemon.domains.of(dom).running_entry()
-    return (0,) * 12
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    job = job_of(domain)
+    return (0,) * 12 if job is None else job_numbers(job)
 
 
 @calls.query(298, "domain_get_job_stats", "dom:domain flags:uint", "type:int params:param<64>")
 async def domain_get_job_stats(call: Call, dom: DomainRef, flags: int) -> tuple[int, list[Param]]:
-    call.daemon.domains.of(dom)
-    return 0, []
+    job = job_of(call.daemon.domains.of(dom))
+    return (0, []) if job is None else (JOB_UNBOUNDED, job_params(job))
 
 
 @calls.query(263, "domain_get_disk_errors", "dom:domain max:uint flags:uint", "errors:diskerror<256> count:int")

@@ -1,0 +1,333 @@
+"""Procedures that move a running machine to another daemon: version 3 of libvirt's migration, managed by the client.
+
+Begin (source) tells the description, Prepare (target) starts a process that waits for the machine and says where,
+Perform (source) moves it, Finish (target) takes it up as a domain, Confirm (source) looks whether it has gone. What
+moves is vmm.migration's; the machine is on one side throughout, whatever becomes of the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vmm.convert import MIB
+from vmm.errors import HostError, VmmError
+from vmm.libvirt.client import Call
+from vmm.libvirt.domains import Domain
+from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.machines import Process, ask, last_words
+from vmm.libvirt.procedures import Procedures
+from vmm.libvirt.spec import Spec
+from vmm.libvirt.wire import DomainRef, Param, ullong_param
+
+calls = Procedures()
+
+LIVE, PEER2PEER, TUNNELLED, PERSIST_DEST, UNDEFINE_SOURCE, PAUSED = (1 << bit for bit in range(6))
+NON_SHARED_DISK, UNSAFE, COMPRESSED, ABORT_ON_ERROR, AUTO_CONVERGE = 1 << 6, 1 << 9, 1 << 11, 1 << 12, 1 << 13
+TLS, PARALLEL = 1 << 16, 1 << 17
+KNOWN = (
+    LIVE | PERSIST_DEST | UNDEFINE_SOURCE | PAUSED | NON_SHARED_DISK | UNSAFE | COMPRESSED | ABORT_ON_ERROR
+    | AUTO_CONVERGE | TLS | PARALLEL
+)  # fmt: skip
+REFUSED = {
+    PEER2PEER: "--p2p: the client has to be connected to both daemons; leave it out",
+    TUNNELLED: "--tunnelled: the machine goes from host to host itself, by --tls if asked for",
+    1 << 7: "--copy-storage-inc: disks are copied whole, by --copy-storage-all",
+    1 << 10: "--offline: only what runs moves; define it on the other host",
+    1 << 15: "--postcopy: memory moves before the machine does",
+}
+"""What is not here, by flag."""
+PARAMS = (
+    "migrate_uri", "destination_name", "destination_xml", "persistent_xml", "bandwidth", "parallel.connections",
+)  # fmt: skip
+LISTEN_SECONDS = 20.0
+ARRIVE_SECONDS = 60.0
+PERFORM_SECONDS = 24 * 3600.0
+MAX_CONNECTIONS = 16
+JOB_UNBOUNDED, JOB_NONE = 2, 0
+"""virDomainJobType."""
+_ADDRESS = re.compile(r"waiting at (tcp|unix):(.*)")
+
+
+class AwaitedMachine:
+    """A process that waits for a machine, from Prepare to Finish."""
+
+    def __init__(self, process: Process, spec: Spec, log: Path) -> None:
+        self.process, self.spec, self.log = process, spec, log
+
+
+def _arrivals(call: Call) -> dict[str, AwaitedMachine]:
+    return call.daemon.arrivals
+
+
+def _params(params: list[Param], flags: int) -> dict[str, Any]:
+    """Raises LibvirtError for what is not here, by name."""
+    for bit, why in REFUSED.items():
+        if flags & bit:
+            raise LibvirtError(Code.OPERATION_UNSUPPORTED, why)
+    if flags & ~KNOWN:
+        raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"migration flags 0x{flags & ~KNOWN:x} are not supported here")
+    found: dict[str, Any] = {}
+    for param in params:
+        if param.field not in PARAMS:
+            what = f"the migration parameter '{param.field}' is not supported here"
+            raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, what)
+        found[param.field] = param.value[1]
+    return found
+
+
+# The source.
+
+
+@calls.change(
+    302, "domain_migrate_begin3_params", "dom:domain params:param<64> flags:uint", "cookie:opaque<4194304> xml:string"
+)
+async def domain_migrate_begin3_params(
+    call: Call, dom: DomainRef, params: list[Param], flags: int
+) -> tuple[bytes, str]:
+    _params(params, flags)
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    if not flags & LIVE:
+        raise LibvirtError(Code.OPERATION_UNSUPPORTED, "a machine moves as it runs; add --live")
+    return b"", domain.xml(call.daemon.emulator)
+
+
+@calls.change(
+    305,
+    "domain_migrate_perform3_params",
+    "dom:domain uri:string? params:param<64> cookie:opaque<4194304> flags:uint",
+    "cookie:opaque<4194304>",
+)
+async def domain_migrate_perform3_params(
+    call: Call, dom: DomainRef, uri: str | None, params: list[Param], cookie: bytes, flags: int
+) -> bytes:
+    given = _params(params, flags)
+    domain = call.daemon.domains.of(dom)
+    entry = domain.running_entry()
+    address = given.get("migrate_uri")
+    if not isinstance(address, str):
+        raise LibvirtError(Code.INVALID_ARG, "the target said not where it waits")
+    options: dict[str, Any] = {"uri": address, "copy_storage": bool(flags & NON_SHARED_DISK)}
+    if given.get("bandwidth"):
+        options["bandwidth"] = int(given["bandwidth"]) * MIB
+    if flags & COMPRESSED:
+        options["compress"] = True
+    if flags & PARALLEL:
+        options["connections"] = max(1, min(int(given.get("parallel.connections", 2)), MAX_CONNECTIONS))
+    if flags & TLS:
+        options["tls"] = str(_tls(call))
+    job = domain.extra["migration"] = {"begun": time.monotonic()}
+    try:
+        await ask(entry, "migrate", PERFORM_SECONDS, **options)
+    finally:
+        job["over"] = True
+    return b""
+
+
+@calls.change(
+    307,
+    "domain_migrate_confirm3_params",
+    "dom:domain params:param<64> cookie:opaque<4194304> flags:uint cancelled:int",
+)
+async def domain_migrate_confirm3_params(
+    call: Call, dom: DomainRef, params: list[Param], cookie: bytes, flags: int, cancelled: int
+) -> None:
+    domains = call.daemon.domains
+    domain = domains.of(dom)
+    if cancelled:
+        return  # the machine is here and runs, or is paused and says why
+    if domain.active:
+        await domains.gone(domain)
+    if flags & UNDEFINE_SOURCE and domain.persistent is not None:
+        domains.undefine(domain)
+
+
+def _tls(call: Call) -> Path:
+    directory = call.daemon.settings.tls
+    if directory is None:
+        raise LibvirtError(Code.OPERATION_UNSUPPORTED, "--tls: this daemon has no certificates; run it with --tls DIR")
+    return directory
+
+
+# The target.
+
+
+@calls.change(
+    303,
+    "domain_migrate_prepare3_params",
+    "params:param<64> cookie:opaque<4194304> flags:uint",
+    "cookie:opaque<4194304> uri:string?",
+)
+async def domain_migrate_prepare3_params(
+    call: Call, params: list[Param], cookie: bytes, flags: int
+) -> tuple[bytes, str | None]:
+    given = _params(params, flags)
+    text = given.get("destination_xml")
+    if not isinstance(text, str):
+        raise LibvirtError(Code.INVALID_ARG, "no domain XML passed")
+    domains = call.daemon.domains
+    spec = domains.read(text)
+    if name := given.get("destination_name"):
+        spec = spec.with_config(name=name)
+    there = next((domain for domain in domains.all() if spec.name == domain.name or spec.uuid == domain.uuid), None)
+    if there is not None and (there.active or there.name != spec.name or there.uuid != spec.uuid):
+        raise LibvirtError(Code.OPERATION_INVALID, f"domain '{there.name}' is already active or another one here")
+    if spec.name in _arrivals(call):
+        raise LibvirtError(Code.OPERATION_INVALID, f"domain '{spec.name}' is being received already")
+    listen, host = _where(given.get("migrate_uri"))
+    arguments = ["receive", listen, "--name", spec.name, "--console", "none", "--trust"]
+    if spec.config.core != "auto":
+        arguments += ["--core", spec.config.core]
+    if flags & TLS:
+        arguments += ["--tls", str(_tls(call))]
+    log = call.daemon.store.file("log", f"{spec.name}.log")
+    process = Process.start([*call.daemon.settings.launcher, *arguments], log)
+    arrival = _arrivals(call)[spec.name] = AwaitedMachine(process, spec, log)
+    try:
+        place = await _listening(arrival)
+    except BaseException:
+        _abandon(call, spec.name)
+        raise
+    if place.startswith("tcp:"):
+        port = place.rpartition(":")[2]
+        place = f"tcp:{host}:{port}"
+    return b"", place
+
+
+def _where(wanted: object) -> tuple[str, str]:
+    """(where the process listens, the name under which the source reaches it). Raises LibvirtError."""
+    if not isinstance(wanted, str):
+        return "tcp:[::]:0" if socket.has_ipv6 else "tcp:0.0.0.0:0", socket.gethostname()
+    if found := re.fullmatch(r"unix:(?://)?(/.*)", wanted):
+        return f"unix:{found[1]}", ""
+    found = re.fullmatch(r"tcp:(?://)?(\[[0-9a-fA-F:.]+\]|[^:/\[\]]+)(?::([0-9]{1,5}))?/?", wanted)
+    if found is None:
+        what = f"{wanted}: not an address to move to; write tcp://HOST[:PORT] or unix:///PATH"
+        raise LibvirtError(Code.INVALID_ARG, what)
+    return f"tcp:{found[1]}:{found[2] or 0}", found[1]
+
+
+async def _listening(arrival: AwaitedMachine) -> str:
+    """Where the process says that it waits. Raises HostError with what it says instead."""
+    deadline = asyncio.get_running_loop().time() + LISTEN_SECONDS
+    while not arrival.process.ended.is_set() and asyncio.get_running_loop().time() < deadline:
+        said = await last_words(arrival.log)
+        if found := _ADDRESS.search(said):
+            return f"{found[1]}:{found[2]}"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(arrival.process.ended.wait(), 0.02)
+    said = await last_words(arrival.log)
+    raise HostError(f"{arrival.spec.name}: {said or 'nothing waits for the machine'}")
+
+
+def _abandon(call: Call, name: str) -> None:
+    arrival = _arrivals(call).pop(name, None)
+    if arrival is not None:
+        arrival.process.kill()
+
+
+@calls.change(
+    306,
+    "domain_migrate_finish3_params",
+    "params:param<64> cookie:opaque<4194304> flags:uint cancelled:int",
+    "dom:domain cookie:opaque<4194304>",
+)
+async def domain_migrate_finish3_params(
+    call: Call, params: list[Param], cookie: bytes, flags: int, cancelled: int
+) -> tuple[DomainRef, bytes]:
+    given = _params(params, flags & ~PEER2PEER)
+    name = given.get("destination_name")
+    if not isinstance(name, str) or name not in _arrivals(call):
+        raise LibvirtError(Code.OPERATION_INVALID, f"no machine '{name}' is expected here")
+    arrival = _arrivals(call)[name]
+    if cancelled:
+        _abandon(call, name)
+        # The client tells what went wrong before, for which this code stands.
+        raise LibvirtError(Code.MIGRATE_FINISH_OK, f"'{name}' stays where it is")
+    domain = await _arrived(call, arrival)
+    del _arrivals(call)[name]
+    domains = call.daemon.domains
+    if flags & PERSIST_DEST and domain.persistent is None:
+        text = given.get("persistent_xml")
+        domains.define(domains.read(text) if isinstance(text, str) else arrival.spec)
+    if flags & PAUSED and domain.entry is not None:
+        await ask(domain.entry, "pause")
+    return domain.ref, b""
+
+
+async def _arrived(call: Call, arrival: AwaitedMachine) -> Domain:
+    """The domain that the process's machine is. Raises HostError."""
+    domains = call.daemon.domains
+    deadline = asyncio.get_running_loop().time() + ARRIVE_SECONDS
+    while not arrival.process.ended.is_set() and asyncio.get_running_loop().time() < deadline:
+        await domains.scan()
+        with suppress(VmmError):
+            domain = domains.named(arrival.spec.name)
+            if domain.active and domain.pid == arrival.process.pid:
+                domains.received(domain, arrival.spec, arrival.process)
+                return domain
+        await asyncio.sleep(0.02)
+    said = await last_words(arrival.log)
+    raise HostError(f"{arrival.spec.name}: {said or 'the machine did not arrive'}")
+
+
+# While it moves.
+
+
+def job_of(domain: Domain) -> dict[str, Any] | None:
+    """What the machine told last of its migration; None: it does not move."""
+    job = domain.extra.get("migration")
+    return job if job is not None and not job.get("over") else None
+
+
+def job_numbers(job: dict[str, Any]) -> tuple[int, ...]:
+    """As virDomainJobInfo has them: type, times in ms, bytes of everything, memory and files."""
+    sent, left = int(job.get("sent", 0)), int(job.get("remaining", 0))
+    elapsed = int((time.monotonic() - job["begun"]) * 1000)
+    return (JOB_UNBOUNDED, elapsed, 0, sent + left, sent, left, sent + left, sent, left, 0, 0, 0)
+
+
+def job_params(job: dict[str, Any]) -> list[Param]:
+    """The same by name, with rates."""
+    sent, left = int(job.get("sent", 0)), int(job.get("remaining", 0))
+    values = {
+        "time_elapsed": int((time.monotonic() - job["begun"]) * 1000),
+        "data_total": sent + left, "data_processed": sent, "data_remaining": left,
+        "memory_total": sent + left, "memory_processed": sent, "memory_remaining": left,
+        "memory_bps": int(job.get("rate", 0)), "memory_dirty_rate": int(job.get("dirty_rate", 0)) // 4096,
+        "memory_iteration": int(job.get("rounds", 0)) + 1, "downtime": int(job.get("expected_downtime_ms", 0)),
+    }  # fmt: skip
+    return [ullong_param(name, value) for name, value in values.items()]
+
+
+@calls.change(164, "domain_abort_job", "dom:domain")
+async def domain_abort_job(call: Call, dom: DomainRef) -> None:
+    domain = call.daemon.domains.of(dom)
+    entry = domain.running_entry()
+    if job_of(domain) is None:
+        raise LibvirtError(Code.OPERATION_INVALID, "no job is active on the domain")
+    await ask(entry, "migrate-cancel")
+
+
+@calls.change(166, "domain_migrate_set_max_downtime", "dom:domain downtime:uhyper flags:uint")
+async def domain_migrate_set_max_downtime(call: Call, dom: DomainRef, downtime: int, flags: int) -> None:
+    await _change(call, dom, downtime=downtime / 1000)
+
+
+@calls.change(207, "domain_migrate_set_max_speed", "dom:domain bandwidth:uhyper flags:uint")
+async def domain_migrate_set_max_speed(call: Call, dom: DomainRef, bandwidth: int, flags: int) -> None:
+    await _change(call, dom, bandwidth=bandwidth * MIB)
+
+
+async def _change(call: Call, dom: DomainRef, **values: float) -> None:
+    domain = call.daemon.domains.of(dom)
+    entry = domain.running_entry()
+    if job_of(domain) is None:
+        raise LibvirtError(Code.OPERATION_INVALID, "domain is not being migrated")
+    await ask(entry, "migrate-set", **values)
