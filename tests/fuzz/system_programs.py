@@ -34,6 +34,7 @@ class Maker(ProgramMaker):
 
     def __init__(self, seed: int, steps: int) -> None:
         super().__init__(seed)
+        self.filled: dict[int, int] = {}  # what stands in the tables, by selector without RPL
         kinds = [
             self.segment,
             self.verify,
@@ -76,10 +77,12 @@ class Maker(ProgramMaker):
         rpl = self.chance.randrange(4)
         if self.often(20):
             index = self.chance.randrange(7)
-            self.put(LDT + index * 8, self.descriptor(code=code, wide=wide))
+            self.filled[index << 3 | 4] = self.descriptor(code=code, wide=wide)
+            self.put(LDT + index * 8, self.filled[index << 3 | 4])
             return index << 3 | 4 | rpl
         slot = self.chance.choice(SLOTS)
-        self.put(0x2000 + slot, self.descriptor(code=code, wide=wide))
+        self.filled[slot] = self.descriptor(code=code, wide=wide)
+        self.put(0x2000 + slot, self.filled[slot])
         self.put(0x2008 + slot, 0)
         return slot | rpl
 
@@ -200,6 +203,8 @@ class Maker(ProgramMaker):
         cs, ss = self.selector(code=True), self.selector(wide=True)
         if self.often(40):
             cs, ss = self.chance.choice(((CODE64, DATA), (UCODE64, UDATA), (UCODE32, UDATA), (CODE64, 0), (UCODE64, 3)))
+        if self.filled.get(cs & ~3, 0) >> 53 & 3 == 3:  # the one that was made for SS is in its place
+            self.differs("a code segment with both L and D is #GP, also where it is not present (SDM vol. 2, RET)")
         flags = 2 | self.chance.choice((0, 0, 0x3000, 0x4000, 0x200, 0x40000, 0x20000, 0x200000, 0x180000))
         rsp = USTACK if self.often(85) else NON_CANONICAL
         target = ["lea rbx, [rip + land + 0x800000]"]
