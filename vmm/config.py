@@ -225,7 +225,7 @@ class Net(Checked):
     forward: str = ""
     """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
     allow: str = ""
-    """User networking: where the guest may connect to, and nowhere else, as pypi.org:443+*.example.org+10.0.0.0/8.
+    """User networking: where the guest may connect to, and nowhere else, as example.org:443+*.example.net+10.0.0.0/8.
     Names are resolved for it here; it reaches no name server."""
     deny: str = ""
     """User networking: where it may not, whatever else is allowed; a name here has no port."""

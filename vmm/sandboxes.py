@@ -177,7 +177,7 @@ async def sandbox(
 ) -> AsyncIterator[Sandbox]:
     """A running sandbox; ends with the block. `image` as for `vmm run`, most often oci:NAME.
 
-    allow: what it may reach, as ["pypi.org:443", "10.0.0.0/8"]; without it there is no network at all, with
+    allow: what it may reach, as ["example.org:443", "10.0.0.0/8"]; without it there is no network at all, with
     `network=True` an open one. share: directories of this host, as HOST:GUEST[,ro]. lifetime: seconds after which the
     whole machine is ended. warm: go on from a machine of this kind that was booted before. `options`: fields of Config
     (memory, cpus, env, user, workdir). Raises ConfigError, HostError."""

@@ -41,7 +41,7 @@ VALID = jsonschema.Draft7Validator(SCHEMA)
 
 # What each kind of converter accepts, other than any default.
 SAMPLES: dict[Any, Any] = {
-    convert.to_rules: lambda: ["pypi.org+10.0.0.0/8:22"],
+    convert.to_rules: lambda: ["example.org+10.0.0.0/8:22"],
     convert.to_words: lambda: ["sh -c 'exit 3'"],
     convert.to_text: lambda: ["some text"],
     convert.to_path: lambda: ["/some/file"],

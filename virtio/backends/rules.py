@@ -1,6 +1,6 @@
 """What a guest may reach: rules as users write them, and which addresses and names they allow. Pure.
 
-`pypi.org:443+*.example.org+10.0.0.0/8+[2001:db8::/32]:22`: names, `*.` for every name below one, addresses and
+`example.org:443+*.example.net+10.0.0.0/8+[2001:db8::/32]:22`: names, `*.` for every name below one, addresses and
 networks, each with a port or for all.
 """
 
@@ -59,7 +59,7 @@ def _rule(text: str) -> Rule:
     except ValueError:
         if not match or re.fullmatch(r"[0-9./]*", where) or len(where) > 253 or not _NAME.fullmatch(where):
             raise ConfigError(
-                f"{text!r} is neither a name, an address nor a network; write for instance pypi.org:443+10.0.0.0/8"
+                f"{text!r} is neither a name, an address nor a network; write for instance example.org:443+10.0.0.0/8"
             ) from None
         return Rule(None, where, port)
 

@@ -228,7 +228,7 @@ def test_any_question_is_one_or_none(data: bytes) -> None:
         assert dns.parse(data[:2] + b"\1\0" + data[4:]) is not None and dns.answer(found, 0)[:2] == data[:2]
 
 
-@pytest.mark.parametrize("text", ["pypi.org:443", "*.a.b+10.0.0.0/8:22+[::1]:80+::/0", "localhost", "1.2.3.4"])
+@pytest.mark.parametrize("text", ["example.org:443", "*.a.b+10.0.0.0/8:22+[::1]:80+::/0", "localhost", "1.2.3.4"])
 def test_rules(text: str) -> None:
     assert len(parse(text)) == text.count("+") + 1
 
