@@ -10,7 +10,7 @@ import typer
 
 from cli.errors import say
 
-app = typer.Typer(no_args_is_help=True, help="Certificates for vmm daemon --listen-tls and its clients.")
+app = typer.Typer(no_args_is_help=True, help="Certificates for vmm daemon, vmm receive and their clients.")
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The authority's directory, as for vmm daemon --tls.")]
 Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, as its certificate will say.")]
