@@ -305,6 +305,16 @@ static PyObject *fs_restore(FsObject *self, PyObject *args)
     }
     fs->minor = minor;
     fs->flags = flags;
+    /* Before the guest looks a name up anew: the file would get a new node then, and what is open of the old one be lost. */
+    for (Py_ssize_t i = 0; elsewhere && i < PyList_GET_SIZE(nodes); i++) {
+        struct node *node = node_pin(fs, PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(PyList_GET_ITEM(nodes, i), 0)));
+        if (!node)
+            continue;
+        Py_BEGIN_ALLOW_THREADS
+        (void)node_fd(fs, node);
+        node_unpin(fs, node);
+        Py_END_ALLOW_THREADS
+    }
     Py_RETURN_NONE;
 }
 

@@ -471,6 +471,7 @@ async def test_a_share_is_found_by_names_on_another_host(tmp_path: Path) -> None
     again = await share(tmp_path / "there", begin=False)
     again.driver.transport.device.restore_device(state)
     again.driver.initialize()
+    assert await again.walk("folder/file") == node  # asked anew before anything open is used
     assert await again.read(node, handle, 100) == b"same"
     assert (await again.getattr(node)).ino == (tmp_path / "there/folder/file").stat().st_ino
     await again.driver.transport.device.aclose()
