@@ -12,6 +12,8 @@ from vmm.convert import MIB
 from vmm.cores import diagnose
 from vmm.errors import VmmError
 
+FINISHES = "what this KVM gives up the software core executes, slowly; vmm ps --json counts it as finished"
+
 
 def report(*, json: bool) -> int:
     """Print it; the exit status is 0 if stock kernels can run, else 4."""
@@ -28,6 +30,7 @@ def report(*, json: bool) -> int:
                 "capabilities": sorted(item.value for item in probe.capabilities),
                 "reason": probe.reason,
                 "cure": probe.cure,
+                "finishes": FINISHES if name == "kvm" and probe.available else "",
             }
             for name, probe in (diagnosis.probes.items() if diagnosis else ())
         ],
@@ -51,6 +54,8 @@ def _print(facts: dict[str, Any], failure: str) -> None:
         lines.append(f"core {core['name']}: {'yes' if core['available'] else 'no'}: {core['reason']}")
         if core["cure"]:
             lines.append(f"    to improve: {core['cure']}")
+        if core["finishes"]:
+            lines.append(f"    finishes: {core['finishes']}")
         if core["capabilities"]:
             lines.append(f"    can: {', '.join(core['capabilities'])}")
     if facts["stock_kernels"]:

@@ -362,6 +362,10 @@ class Vm(Protocol):
     def stats(self) -> dict[str, int]:
         """Counters: exits by class ('exit.port-in'...), 'posted', 'shadow', 'ioeventfd', and the core's own."""
 
+    def last_finished(self) -> bytes:
+        """The bytes of one of the last instructions that the host's KVM gave up and the software core executed (every
+        64th is kept), as far as they could be read; b"" without any."""
+
     def set_trace(self, entries: int) -> None:
         """Keep the last `entries` (at most 2^20; 0: none) blocks and events of each vCPU, while all of them are parked.
         The guest runs slower. HostError without Capability.TRACE."""

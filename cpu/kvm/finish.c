@@ -22,6 +22,7 @@
 
 enum { APIC_ENABLED = 1 << 11, APIC_X2 = 1 << 10, APIC_TPR = 0x80, APIC_EOI = 0xB0, APIC_ICR = 0x300, APIC_ICR2 = 0x310, IOAPIC_BASE = 0xFEC00000 };
 enum { MSR_TSC = 0x10, UD = 6 };
+enum { SAMPLE = 64 /* of so many instructions one is kept to be named: its bytes cost system calls */ };
 enum { XSTATE_BV = 512, LEGACY_STATE = 416 /* x87, MXCSR, XMM; the rest of 512 bytes is software's */ };
 
 /* What an instruction may read or write beside what is in the other structures. The TSC is only read. */
@@ -370,6 +371,16 @@ static bool to_kvm(struct kvm_finish *f, int fd)
 
 /* ---- one instruction ---- */
 
+static void keep_sample(struct kvm_finish *f, const struct lv_exit *instruction)
+{
+    struct kvm_core_vm *vm = f->vcpu->vm->core;
+    uint64_t length = f->after.regs.rip - f->before.regs.rip; /* unless it jumped, or raised an exception */
+    pthread_mutex_lock(&vm->lock);
+    vm->sample_size = length && length < instruction->insn_size ? (uint8_t)length : instruction->insn_size;
+    memcpy(vm->sample, instruction->insn, vm->sample_size);
+    pthread_mutex_unlock(&vm->lock);
+}
+
 enum lv_finished lv_kvm_finish(struct lv_vcpu *vcpu)
 {
     struct kvm_core_vm *vm = vcpu->vm->core;
@@ -383,6 +394,10 @@ enum lv_finished lv_kvm_finish(struct lv_vcpu *vcpu)
     bool ready = same_slots(f) && get_kvm(k->fd, &f->kvm) && !e->interrupt.injected && !e->nmi.injected &&
                  (!e->exception.injected || e->exception.nr == UD) && to_core(f->soft, &f->kvm);
     if (ready) {
+        struct lv_exit instruction = {.insn_size = 0};
+        bool sample = atomic_load_explicit(&vm->finished, memory_order_relaxed) % SAMPLE == 0;
+        if (sample)
+            lv_kvm_failed_instruction(vcpu, &instruction, f->kvm.sregs.cs.base + f->kvm.regs.rip);
         f->apic_base = f->kvm.sregs.apic_base;
         f->refused = false;
         from_core(f->soft, &f->before, &f->kvm.msrs);
@@ -392,6 +407,8 @@ enum lv_finished lv_kvm_finish(struct lv_vcpu *vcpu)
             result = LV_FINISHED_SHUTDOWN;
         else if (how == SOFT_FINISHED && !f->refused && !lv_closing(vcpu->vm) && to_kvm(f, k->fd))
             result = LV_FINISHED;
+        if (sample && result == LV_FINISHED)
+            keep_sample(f, &instruction);
     }
     lv_kvm_together(vcpu);
     if (result != LV_NOT_FINISHED)

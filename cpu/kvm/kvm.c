@@ -311,6 +311,19 @@ static void read_instruction(struct lv_vcpu *vcpu, struct lv_exit *exit, uint64_
     pthread_mutex_unlock(&vm->lock);
 }
 
+void lv_kvm_failed_instruction(struct lv_vcpu *vcpu, struct lv_exit *exit, uint64_t linear)
+{
+    const struct kvm_run *run = ((struct kvm_core_vcpu *)vcpu->core)->run;
+    uint32_t n = run->emulation_failure.insn_size;
+    if (run->emulation_failure.ndata >= 3 &&
+        (run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)) {
+        exit->insn_size = (uint8_t)(n < LV_INSN_MAX ? n : LV_INSN_MAX);
+        memcpy(exit->insn, run->emulation_failure.insn_bytes, exit->insn_size);
+    }
+    if (!exit->insn_size)
+        read_instruction(vcpu, exit, linear);
+}
+
 static void park_internal_error(struct lv_vcpu *vcpu, int64_t suberror)
 {
     struct kvm_core_vcpu *k = vcpu->core;
@@ -320,16 +333,14 @@ static void park_internal_error(struct lv_vcpu *vcpu, int64_t suberror)
     if (k->run->exit_reason == KVM_EXIT_INTERNAL_ERROR && suberror >= 0 && suberror < UNKNOWN_EXIT) {
         exit.ndata = k->run->internal.ndata < LV_EXIT_DATA ? k->run->internal.ndata : LV_EXIT_DATA;
         memcpy(exit.data, k->run->internal.data, exit.ndata * sizeof exit.data[0]);
-        if (suberror == KVM_INTERNAL_ERROR_EMULATION && k->run->emulation_failure.ndata >= 3 &&
-            (k->run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)) {
-            uint32_t n = k->run->emulation_failure.insn_size;
-            exit.insn_size = (uint8_t)(n < LV_INSN_MAX ? n : LV_INSN_MAX);
-            memcpy(exit.insn, k->run->emulation_failure.insn_bytes, exit.insn_size);
-        }
     }
     if (call(k->fd, KVM_GET_REGS, &regs) >= 0) {
         exit.rip = regs.rip;
-        if (!exit.insn_size && call(k->fd, KVM_GET_SREGS, &sregs) >= 0)
+        if (call(k->fd, KVM_GET_SREGS, &sregs) < 0)
+            ;
+        else if (k->run->exit_reason == KVM_EXIT_INTERNAL_ERROR && suberror == KVM_INTERNAL_ERROR_EMULATION)
+            lv_kvm_failed_instruction(vcpu, &exit, sregs.cs.base + regs.rip);
+        else
             read_instruction(vcpu, &exit, sregs.cs.base + regs.rip);
     }
     lv_park(vcpu, &exit);
@@ -516,6 +527,16 @@ static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
     return max ? 1 : 0;
 }
 
+static uint32_t last_finished(struct lv_vm *vm, uint8_t *bytes)
+{
+    struct kvm_core_vm *k = vm->core;
+    pthread_mutex_lock(&k->lock);
+    uint32_t size = k->sample_size;
+    memcpy(bytes, k->sample, size);
+    pthread_mutex_unlock(&k->lock);
+    return size;
+}
+
 /* In a forked child: the threads are not here. */
 static void forked(struct lv_vm *vm)
 {
@@ -539,5 +560,5 @@ const struct lv_ops lv_kvm_ops = {
     .set_irq = set_irq, .signal_msi = signal_msi, .set_routes = set_routes, .irqfd = irqfd, .ioeventfd = ioeventfd,
     .get_vcpu = lv_kvm_get_vcpu, .set_vcpu = lv_kvm_set_vcpu, .get_vm = lv_kvm_get_vm, .set_vm = lv_kvm_set_vm,
     .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = lv_kvm_set_debug, .translate = lv_kvm_translate,
-    .nmi = nmi, .forked = forked, .stats = stats,
+    .nmi = nmi, .forked = forked, .stats = stats, .last_finished = last_finished,
 };

@@ -24,6 +24,8 @@ struct kvm_core_vm {
     struct kvm_slot slots[LV_MAX_SLOTS];
     pthread_rwlock_t guest_mode; /* read: vCPUs in KVM_RUN; written: one finishes an instruction (finish.c) */
     _Atomic uint64_t finished;   /* instructions that the software core executed */
+    uint8_t sample[LV_INSN_MAX]; /* the bytes of one of the last of them, under the lock */
+    uint8_t sample_size;
 };
 
 struct kvm_core_vcpu {
@@ -52,6 +54,9 @@ static inline int vcpu_fd(const struct lv_vcpu *vcpu) { return ((struct kvm_core
 
 /* The interrupt controllers are made with the first of them that is wanted. */
 int lv_kvm_need_chips(struct lv_vm *vm);
+
+/* kvm.c: the bytes at RIP of the instruction that KVM gave up, those that can be read. [engine] */
+void lv_kvm_failed_instruction(struct lv_vcpu *vcpu, struct lv_exit *exit, uint64_t linear);
 
 /* finish.c: an instruction that KVM gave up. [engine] */
 struct kvm_finish;

@@ -184,6 +184,8 @@ struct lv_ops {
     uint32_t (*msr_list)(uint32_t *indices, uint32_t max); /* the MSRs worth saving */
     /* The core's own counters; returns how many were written (at most max). May be NULL. */
     uint32_t (*stats)(struct lv_vm *vm, struct lv_stat *stats, uint32_t max);
+    /* One of the last instructions of those that stats() counts as finished: up to LV_INSN_MAX bytes, how many. May be NULL. */
+    uint32_t (*last_finished)(struct lv_vm *vm, uint8_t *bytes);
 };
 
 /* One native thread. */

@@ -519,6 +519,16 @@ static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
     return dict;
 }
 
+static PyObject *vm_last_finished(VmObject *self, PyObject *Py_UNUSED(ignored))
+{
+    uint8_t bytes[LV_INSN_MAX];
+    struct lv_vm *vm = lv_open(self);
+    if (!vm)
+        return NULL;
+    uint32_t size = vm->ops->last_finished ? vm->ops->last_finished(vm, bytes) : 0;
+    return PyBytes_FromStringAndSize((const char *)bytes, size);
+}
+
 static PyMethodDef vm_methods[] = {
     {"set_memory_slot", (PyCFunction)(void (*)(void))vm_set_memory_slot, METH_VARARGS | METH_KEYWORDS, NULL},
     {"start_dirty_log", (PyCFunction)vm_start_dirty_log, METH_NOARGS, NULL},
@@ -545,6 +555,7 @@ static PyMethodDef vm_methods[] = {
     {"get_blob", (PyCFunction)vm_get_blob, METH_VARARGS, "get_blob(kind) -> bytes"},
     {"set_blob", (PyCFunction)vm_set_blob, METH_VARARGS, "set_blob(kind, data)"},
     {"stats", (PyCFunction)vm_stats, METH_NOARGS, NULL},
+    {"last_finished", (PyCFunction)vm_last_finished, METH_NOARGS, NULL},
     {"set_trace", (PyCFunction)lv_vm_set_trace, METH_O, "Keep the last n of what each vCPU executes."},
     {"close", (PyCFunction)vm_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -65,6 +65,17 @@ def test_operands_in_mmio(kvm, guests):
     assert finished(guest) >= 4
 
 
+def test_one_of_them_can_be_named(kvm, guests):
+    """The bytes of the instruction, and no more of them; nothing before the first."""
+    guest = guests(kvm)
+    assert guest.vm.last_finished() == b""
+    guest.load_code(code(f"fninit; fildl {MMIO:#x}", at=CODE))
+    guest.go()
+    guest.run(lambda _: 7)
+    # Where the host's KVM does not interpret supervisor code, FILD from a device is the first that it gives up.
+    assert guest.vm.last_finished().hex() in ("db05" + struct.pack("<I", MMIO).hex(), "dbe3")
+
+
 def test_state_is_whole_behind_it(kvm, guests):
     """General registers, flags, SSE and x87 registers survive that some are the core's doing."""
     guest = guests(kvm)

@@ -216,6 +216,10 @@ class Machine:
             from vmm.machine.haltwatch import HaltWatch
 
             self.add("halt-watch", HaltWatch(self._dispatcher, hardware.vcpus, self.stats))
+        if "finished" in hardware.vm.stats():
+            from vmm.machine.finishwatch import FinishWatch
+
+            self.add("finish-watch", FinishWatch(hardware.vm, self.stats, self.warn))
         if config.platform != "bare":
             level_trigger(hardware.vm)
         if isinstance(self._origin, Boot):

@@ -213,6 +213,7 @@ class Registration:
             "name": config.name,
             "state": vm.state.value,
             "core": vm.core,
+            "finished": vm.stats().get("finished", 0),
             "cpus": vm.present_cpus,
             "max_cpus": config.most_cpus,
             "memory": config.memory,
