@@ -55,6 +55,7 @@ async def test_the_session_is_negotiated(tmp_path: Path) -> None:
     await fuse.driver.transport.device.aclose()
 
 
+@pytest.mark.clause("5.11.4.2-a")
 async def test_configuration_space_has_the_tag(tmp_path: Path) -> None:
     device = FsDevice(tmp_path, "näher")
     assert device.config() == "näher".encode().ljust(36, b"\0") + b"\1\0\0\0"
@@ -69,6 +70,7 @@ async def test_configuration_space_has_the_tag(tmp_path: Path) -> None:
         FsDevice(tmp_path / "missing", "tag")
 
 
+@pytest.mark.clause("5.11.6.4.1-a")
 async def test_files_are_made_written_and_read(fuse: FuseDriver, host: Path) -> None:
     entry, handle = await fuse.create("new", mode=0o600)
     data = random.Random(1).randbytes(200_000)
