@@ -86,10 +86,19 @@ int fs_create(struct call *call)
             error = errno;
     }
     if (!error) {
-        error = lookup_at(fs, parent, directory, name, &node, &status);
-        if (!error && fd < 0) { /* it was there already */
-            fd = open_node(fs, node, flags, false);
-            error = fd < 0 ? -fd : fs_status(fd, &status);
+        if (fd >= 0) { /* the file that was made: another may have its name already */
+            int path = open(fd_path(fd).text, O_PATH | O_CLOEXEC);
+            error = path < 0 ? errno : fs_status(path, &status);
+            if (!error)
+                node = node_found(fs, path, &status, parent, name, &error);
+            else if (path >= 0)
+                close(path);
+        } else { /* it was there already */
+            error = lookup_at(fs, parent, directory, name, &node, &status);
+            if (!error) {
+                fd = open_node(fs, node, flags, false);
+                error = fd < 0 ? -fd : fs_status(fd, &status);
+            }
         }
         if (!error) {
             fill_entry(fs, entry, node, &status);

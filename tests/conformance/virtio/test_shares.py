@@ -431,6 +431,34 @@ async def test_the_host_moves_files_under_the_guest(tmp_path: Path) -> None:
     await fuse.driver.transport.device.aclose()
 
 
+async def test_what_create_opens_is_what_it_made(tmp_path: Path) -> None:
+    """Also while the host puts another file in its place, over and over."""
+    fuse = await share(tmp_path)
+    stop = asyncio.Event()
+
+    def race() -> None:
+        while not stop.is_set():
+            (tmp_path / "other").touch()
+            os.rename(tmp_path / "other", tmp_path / "new")
+            os.unlink(tmp_path / "new")
+
+    racing = asyncio.create_task(asyncio.to_thread(race))
+    try:
+        for _ in range(400):
+            try:
+                entry, handle = await fuse.create("new", flags=os.O_RDWR | os.O_EXCL)
+            except FuseError as error:
+                assert error.errno == errno.EEXIST
+                continue
+            await fuse.setattr(entry.nodeid, SIZE | 64, size=1, fh=handle)  # EBADF if it is not open
+            await fuse.release(entry.nodeid, handle)
+            await fuse.forget(entry.nodeid)
+    finally:
+        stop.set()
+        await racing
+    await fuse.driver.transport.device.aclose()
+
+
 async def test_a_share_survives_being_saved(tmp_path: Path) -> None:
     fuse = await share(tmp_path)
     folder = await fuse.mkdir("folder")
