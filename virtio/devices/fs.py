@@ -30,6 +30,8 @@ VALID: dict[str, float] = {"none": 0.0, "auto": 1.0, "always": 86400.0}
 """For how many seconds the guest may believe what it was told of names and attributes."""
 DESCRIPTORS = 32768
 _MORE, _SIGNAL = 1, 2
+HIPRIO = 0
+"""The queue of requests that wait for no others (5.11.2)."""
 I64 = Annotated[int, range(-(1 << 63), 1 << 63)]
 
 
@@ -98,7 +100,6 @@ class FsDevice(Device):
             raise ConfigError(f"share: the tag {tag!r} is not 1 to {TAG_BYTES} bytes long")
         self.path = Path(path)
         self.tag = tag
-        # 5.11.2: queue 0 is for requests that may not wait behind others
         self.queue_sizes = (128, 1024)
         self._restored = False
         self._reader: asyncio.AbstractEventLoop | None = None
@@ -203,7 +204,7 @@ class FsDevice(Device):
         ring = queue.ring
         if not isinstance(ring, _ring.Ring):
             raise GuestError("the file system device works on native rings only")
-        flags = self._engine.drain(ring)
+        flags = self._engine.drain(ring, index == HIPRIO)
         if self.synchronous:
             flags = self._finish(queue, ring, flags)
         if flags & _SIGNAL:
@@ -221,7 +222,7 @@ class FsDevice(Device):
                 waiting.poll()
                 self._reap()
             if flags & _MORE:
-                flags = self._engine.drain(ring) | flags & _SIGNAL
+                flags = self._engine.drain(ring, queue.index == HIPRIO) | flags & _SIGNAL
         return flags
 
     def _reap(self) -> None:

@@ -47,8 +47,8 @@ static int give_back(FsObject *self, struct fs_request *request, bool answered)
 static PyObject *fs_drain(FsObject *self, PyObject *args)
 {
     RingObject *ring;
-    int limit = FS_TURN;
-    if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, &limit))
+    int urgent = 0, limit = FS_TURN;
+    if (!PyArg_ParseTuple(args, "O!|pi", &ring_type, &ring, &urgent, &limit))
         return NULL;
     if (ring->closed || self->closed) {
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "the queue was reset");
@@ -84,7 +84,7 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
         self->in_flight++;
         fs_list_add(&list, request);
     }
-    if (!fs_pool_submit(&self->pool, &list)) {
+    if (!fs_pool_submit(&self->pool, &list, urgent)) {
         for (struct fs_request *request; (request = fs_list_take(&list));) {
             fs_run(&self->fs, request);
             failed |= give_back(self, request, true);
@@ -373,7 +373,7 @@ static PyObject *fs_layouts(PyObject *Py_UNUSED(type), PyObject *Py_UNUSED(unuse
 
 static PyMethodDef fs_methods[] = {
     {"drain", (PyCFunction)fs_drain, METH_VARARGS,
-     "drain(ring, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification."},
+     "drain(ring, urgent=False, limit=128) -> flags: 1 more is waiting (call again), 2 the driver wants a notification."},
     {"reap", (PyCFunction)fs_reap, METH_NOARGS, "Return what is done; rings that want a notification."},
     {"cancel", (PyCFunction)fs_cancel, METH_NOARGS,
      "cancel() -> whether nothing touches guest memory any more; drops every request that was not begun, waits for none."},

@@ -221,16 +221,17 @@ struct fs_pool {
     struct fs *fs;
     int event; /* eventfd, readable when fs_pool_done() has something */
     unsigned started;
-    pthread_t thread[FS_THREADS];
+    pthread_t thread[1 + FS_THREADS]; /* the first has the urgent requests to itself */
     pthread_mutex_t lock;
-    pthread_cond_t work;
-    struct fs_list queue, done;
+    pthread_cond_t work, urgent_work;
+    struct fs_list queue, urgent, done;
     unsigned running, idle;
     bool stopping;
 };
 
 int fs_pool_open(struct fs_pool *pool, struct fs *fs); /* 0 or an errno */
-bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests);
+/* False: no thread could be started, and the list is as it was. `urgent`: they wait for no other requests. */
+bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent);
 struct fs_list fs_pool_done(struct fs_pool *pool);
 bool fs_pool_cancel(struct fs_pool *pool, struct fs_list *dropped); /* whether nothing runs */
 void fs_pool_close(struct fs_pool *pool);                           /* waits for what runs; without the GIL */

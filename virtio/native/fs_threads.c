@@ -15,13 +15,13 @@ int fs_pool_open(struct fs_pool *pool, struct fs *fs)
     pool->fs = fs;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->urgent_work, NULL);
     pool->event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     return pool->event < 0 ? errno : 0;
 }
 
-static void *worker(void *argument)
+static void *serve(struct fs_pool *pool, struct fs_list *queue, pthread_cond_t *work, unsigned *idle)
 {
-    struct fs_pool *pool = argument;
     /* A umask of its own: the guest's kernel has applied its program's already. */
     if (!unshare(CLONE_FS))
         umask(0);
@@ -29,14 +29,14 @@ static void *worker(void *argument)
         __atomic_store_n(&pool->fs->fix_modes, true, __ATOMIC_RELAXED);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
-        while (!pool->queue.count && !pool->stopping) {
-            pool->idle++;
-            pthread_cond_wait(&pool->work, &pool->lock);
-            pool->idle--;
+        while (!queue->count && !pool->stopping) {
+            (*idle)++;
+            pthread_cond_wait(work, &pool->lock);
+            (*idle)--;
         }
         if (pool->stopping)
             break;
-        struct fs_request *request = fs_list_take(&pool->queue);
+        struct fs_request *request = fs_list_take(queue);
         pool->running++;
         pthread_mutex_unlock(&pool->lock);
         fs_run(pool->fs, request);
@@ -51,29 +51,47 @@ static void *worker(void *argument)
     return NULL;
 }
 
-static bool start(struct fs_pool *pool)
+static void *worker(void *argument)
+{
+    struct fs_pool *pool = argument;
+    return serve(pool, &pool->queue, &pool->work, &pool->idle);
+}
+
+static void *urgent_worker(void *argument)
+{
+    struct fs_pool *pool = argument;
+    unsigned idle = 0;
+    return serve(pool, &pool->urgent, &pool->urgent_work, &idle);
+}
+
+/* How many threads there are now. */
+static unsigned start(struct fs_pool *pool)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool->started < FS_THREADS && !pthread_create(&pool->thread[pool->started], NULL, worker, pool))
+    while (pool->started < 1 + FS_THREADS &&
+           !pthread_create(&pool->thread[pool->started], NULL, pool->started ? worker : urgent_worker, pool))
         pool->started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return pool->started;
 }
 
-bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests)
+bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
 {
     if (!requests->count)
         return true;
-    if (!start(pool))
+    if (start(pool) < (urgent ? 1 : 2))
         return false;
     pthread_mutex_lock(&pool->lock);
     unsigned wake = requests->count < pool->idle ? requests->count : pool->idle;
     for (struct fs_request *request; (request = fs_list_take(requests));)
-        fs_list_add(&pool->queue, request);
-    while (wake--)
-        pthread_cond_signal(&pool->work);
+        fs_list_add(urgent ? &pool->urgent : &pool->queue, request);
+    if (urgent)
+        pthread_cond_signal(&pool->urgent_work);
+    else
+        while (wake--)
+            pthread_cond_signal(&pool->work);
     pthread_mutex_unlock(&pool->lock);
     return true;
 }
@@ -94,6 +112,8 @@ bool fs_pool_cancel(struct fs_pool *pool, struct fs_list *dropped)
     pthread_mutex_lock(&pool->lock);
     for (struct fs_request *request; (request = fs_list_take(&pool->queue));)
         fs_list_add(dropped, request);
+    for (struct fs_request *request; (request = fs_list_take(&pool->urgent));)
+        fs_list_add(dropped, request);
     for (struct fs_request *request; (request = fs_list_take(&pool->done));)
         fs_list_add(dropped, request);
     bool idle = !pool->running;
@@ -106,6 +126,7 @@ void fs_pool_close(struct fs_pool *pool)
     pthread_mutex_lock(&pool->lock);
     pool->stopping = true;
     pthread_cond_broadcast(&pool->work);
+    pthread_cond_broadcast(&pool->urgent_work);
     pthread_mutex_unlock(&pool->lock);
     while (pool->started)
         pthread_join(pool->thread[--pool->started], NULL);

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import random
+import signal
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -371,6 +373,25 @@ async def test_malformed_messages_are_answered(fuse: FuseDriver) -> None:
         await fuse.raw(fuse.message(source.choice(list(Opcode)) % 48 or 1, source.randrange(4), body), 4096)
     await fuse.init()
     assert (await fuse.getattr(ROOT_ID)).nlink
+
+
+@pytest.mark.clause("5.11.6.2.1-a")
+async def test_what_is_urgent_does_not_wait_for_a_slow_file_system(fuse: FuseDriver, host: Path) -> None:
+    (host / "other").touch()
+    with (host / "leased").open("w") as held:
+        fcntl.fcntl(held, fcntl.F_SETSIG, signal.SIGURG)  # ignored unless somebody asks for it
+        try:
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            pytest.skip(f"a file system without leases: {error}")
+        leased, other = await fuse.walk("leased"), await fuse.walk("other")
+        message = fuse.message(Opcode.OPEN, leased, m.OpenIn.build({"flags": os.O_RDONLY, "open_flags": 0}))
+        for _ in range(8):  # each waits until the lease is given back
+            fuse.driver.submit(1, [fuse.driver.buffer(message)], [fuse.driver.buffer(64)])
+        await fuse.forget(other)
+        assert not fuse.driver.queues[1].used()
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        assert len(await fuse.driver.used(1, 8, 60)) == 8
 
 
 async def test_any_number_of_nodes_costs_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
