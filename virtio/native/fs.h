@@ -18,6 +18,7 @@
 
 #include "module.h" /* first: it includes Python.h */
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -37,6 +38,10 @@ enum {
     FS_IOVS = 1026,
     FS_COPY = 64 << 20          /* bytes of one COPY_FILE_RANGE at most */
 };
+
+/* What of open(2)'s flags a guest may ask for. The position and appending are the guest's kernel's matter, and its memory
+ * is not aligned for O_DIRECT. */
+enum { OPEN_FLAGS = O_ACCMODE | O_NONBLOCK | O_DSYNC | O_SYNC | O_TRUNC };
 
 /* One file of the host that the guest knows of. Under `fs.lock`. */
 struct node {

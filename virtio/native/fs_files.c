@@ -10,10 +10,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* What of open(2)'s flags a guest may ask for. The position and appending are the guest's kernel's matter, and its memory
- * is not aligned for O_DIRECT. */
-enum { OPEN_FLAGS = O_ACCMODE | O_NONBLOCK | O_DSYNC | O_SYNC | O_TRUNC };
-
 static int reply_open(struct call *call, struct node *node, int fd, uint32_t flags, bool directory)
 {
     struct fuse_open_out *out = CALL_OUT(call, fuse_open_out);

@@ -603,7 +603,9 @@ void nodes_close(struct fs *fs)
 int node_restore(struct fs *fs, const struct node *saved, uint64_t parent, const char *name)
 {
     struct node *above = by_id(fs, parent), *node = calloc(1, sizeof *node);
-    if (!above || !node || by_id(fs, saved->id) || saved->id == FUSE_ROOT_ID || fs->nodes >= FS_NODES) {
+    /* Only directories have something below them, so that parents make no circle; and numbers do not run out. */
+    if (!above || above->type != S_IFDIR || !node || by_id(fs, saved->id) || saved->id <= FUSE_ROOT_ID ||
+        saved->id > INT64_MAX || fs->nodes >= FS_NODES) {
         free(node);
         return -1;
     }
@@ -624,10 +626,13 @@ int file_restore(struct fs *fs, uint64_t handle, uint64_t id, uint32_t flags, bo
 {
     struct node *node = by_id(fs, id);
     uint64_t made;
-    if (!node || !(handle >> 32) || (directory ? S_IFDIR : S_IFREG) != node->type || (flags & O_PATH) ||
+    if (!node || !(handle >> 32) || (directory ? S_IFDIR : S_IFREG) != node->type ||
+        flags & ~(uint32_t)(directory ? 0 : OPEN_FLAGS | O_APPEND) ||
         file_put(fs, node, -1, flags, directory, (int64_t)(handle & 0xFFFFFFFF), (uint32_t)(handle >> 32), &made))
         return -1;
     if (handle >> 32 >= fs->next_generation)
         fs->next_generation = (uint32_t)(handle >> 32) + 1;
+    if (!fs->next_generation)
+        fs->next_generation = 1;
     return 0;
 }

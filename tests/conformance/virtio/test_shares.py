@@ -10,13 +10,14 @@ import random
 import signal
 import stat
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.fuse import FuseDriver, FuseError, names, share
 from virtio.devices.fs import FsDevice
-from virtio.errors import ConfigError, HostError
+from virtio.errors import ConfigError, HostError, StateError
 from virtio.fs import messages as m
 from virtio.fs.messages import ROOT_ID, Opcode
 
@@ -526,6 +527,40 @@ async def test_a_share_is_found_by_names_on_another_host(tmp_path: Path) -> None
     assert await again.read(node, handle, 100) == b"same"
     assert (await again.getattr(node)).ino == (tmp_path / "there/folder/file").stat().st_ino
     await again.driver.transport.device.aclose()
+
+
+async def test_a_saved_state_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    fuse = await share(tmp_path)
+    folder, file = await fuse.walk("folder"), await fuse.walk("file")
+    handle = await fuse.open(file, os.O_RDWR | os.O_APPEND)
+    device = fuse.driver.transport.device
+    assert isinstance(device, FsDevice)
+    state = device.save_device()
+    nodes = {node.id: node for node in state.nodes}
+    for changed in (
+        (nodes[file], replace(nodes[folder], parent=file)),  # a directory below a file
+        (nodes[file], replace(nodes[folder], parent=77)),
+        (nodes[file], replace(nodes[folder], id=0)),
+        (nodes[file], replace(nodes[folder], id=ROOT_ID)),
+        (nodes[file], replace(nodes[folder], id=(1 << 64) - 1)),  # the next one would have the root's number
+        (nodes[file], replace(nodes[folder], name=b"..")),
+    ):
+        with pytest.raises(StateError, match="contradict"):
+            device.restore_device(replace(state, nodes=changed))
+        assert device._engine.sizes == (1, 0, 0)
+    for flags in (os.O_CREAT, os.O_TMPFILE, os.O_DIRECT, os.O_PATH, 1 << 31):
+        with pytest.raises(StateError, match="contradict"):
+            device.restore_device(replace(state, files=(replace(state.files[0], flags=flags),)))
+    last = handle | 0xFFFFFFFF << 32
+    device.restore_device(replace(state, files=(replace(state.files[0], handle=last),)))
+    await fuse.write(file, last, b"appended")
+    await fuse.open(file)
+    await fuse.open(file)
+    device.restore_device(device.save_device())
+    assert await fuse.read(file, last, 100) == b"appended"
+    await device.aclose()
 
 
 async def test_a_reset_in_the_midst_forgets_all(fuse: FuseDriver, host: Path) -> None:
