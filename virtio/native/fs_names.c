@@ -244,6 +244,8 @@ void finish_new(const struct call *call, int fd, int directory, mode_t mode)
     bool inherits = !fs_status(directory, &above) && above.stx_mode & S_ISGID;
     if (call->fs->own_ids && fchownat(fd, "", call->in.uid, inherits ? (gid_t)-1 : call->in.gid, AT_EMPTY_PATH))
         return; /* it keeps the owner that the host gave it */
+    if (inherits && call->in.opcode == FUSE_MKDIR)
+        mode |= S_ISGID; /* the host's kernel gave it to the new directory */
     /* A change of owner takes the set-user-ID bits away; and a thread may have had to apply a foreign umask. */
     if ((call->fs->own_ids && mode & 06000) || __atomic_load_n(&call->fs->fix_modes, __ATOMIC_RELAXED))
         (void)!chmod(fd_path(fd).text, mode & 07777);

@@ -203,6 +203,9 @@ async def test_owners_are_the_guests_if_this_process_is_roots(fuse: FuseDriver, 
     os.chmod(host / "team", 0o2777)
     await fuse.create("inner", (await fuse.lookup("team")).nodeid)
     assert (host / "team/inner").stat().st_gid == 99
+    await fuse.mkdir("below", (await fuse.lookup("team")).nodeid, mode=0o4750)
+    found = (host / "team/below").stat()
+    assert found.st_gid == 99 and stat.S_IMODE(found.st_mode) == 0o6750
 
 
 async def test_owners_are_mapped(tmp_path: Path) -> None:
