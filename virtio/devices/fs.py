@@ -234,6 +234,13 @@ class FsDevice(Device):
 
 
 def _descriptors() -> int:
-    """How many descriptors a share may keep: half of what this process may still open, which is left to others."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    """How many descriptors a share may keep: half of what this process may open, the rest is left to others.
+
+    The soft limit, often 1024, is first raised as far as the hard limit and a few shares need it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * DESCRIPTORS if hard == resource.RLIM_INFINITY else min(4 * DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
     return DESCRIPTORS if soft == resource.RLIM_INFINITY else max(min((soft - 64) // 2, DESCRIPTORS), 16)

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import random
+import resource
 import signal
 import stat
 from collections.abc import AsyncIterator
@@ -419,6 +420,21 @@ async def test_any_number_of_nodes_costs_few_descriptors(tmp_path: Path, monkeyp
             handles.append(await fuse.open(found["3"].nodeid))
     assert len(handles) == 31
     await fuse.driver.transport.device.aclose()
+
+
+async def test_a_low_soft_limit_does_not_bound_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"this process may open {hard} files at most")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        fuse = await share(tmp_path)
+        entry, _ = await fuse.create("file")
+        handles = [await fuse.open(entry.nodeid) for _ in range(600)]
+        assert len(set(handles)) == 600
+        await fuse.driver.transport.device.aclose()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_the_host_moves_files_under_the_guest(tmp_path: Path) -> None:
