@@ -66,6 +66,12 @@ def test_lzcnt_is_bsr_without_its_bit() -> None:
     assert outcome("f30fbdc3", 0, cpuid) == (32, cf)
     assert outcome("66f30fbdc3", 0xFFFF_0000, cpuid) == (16, cf)
     assert outcome("66f30fbdc3", 0x0001, cpuid) == (15, 0)
+    # SDM 2A LZCNT: OF is undefined. AMD processors keep it, also that of an INC none of whose other flags live on.
+    of = 0x800
+    after_inc = "b8ffffff7f40f30fbdc3"  # mov eax, 0x7fffffff; inc eax
+    assert outcome(after_inc, 1, cpuid) == (31, of)
+    assert outcome("b8ffffff7f83c001f30fbdc3", 1, cpuid) == (31, of)
+    assert outcome("31c0f30fbdc3", 1, cpuid) == (31, 0)
     lacking = without(cpuid, 0x8000_0001, "ecx", 5)
     found = outcome("f30fbdc3", 0x0012_3456, lacking)
     assert found is not None

@@ -351,7 +351,7 @@ static bool decode_row(struct dec *d, unsigned map, uint8_t opcode)
     if (!found)
         return false;
     dec_modrm(d);
-    two_operands(d, found->op, found->flags, found->flags);
+    two_operands(d, found->op, FLAGS_ALL, found->flags);
     return true;
 }
 

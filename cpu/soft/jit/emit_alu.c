@@ -179,3 +179,44 @@ EMITTER(imul_rri)
     imul_flags(g, u);
     return true;
 }
+
+/* By BSR, which every host has. RCX: the count; RAX: what is stored. */
+EMITTER(lzcnt)
+{
+    unsigned bits = u->size * 8, wide = u->size == 8 ? 3 : 2;
+    if (!ok_reg(u->r0) || !ok_reg(u->r1))
+        return false;
+    gen_settle(g);
+    unsigned from = gen_reg_of(g, u->r1, true);
+    if (u->size == 2) {
+        gen_op_0f_rr(g, 2, 0xB7, H_RSI, from); /* movzx */
+        from = H_RSI;
+    }
+    gen_mov_imm64(g, H_RAX, 2 * bits - 1);
+    gen_op_0f_rr(g, wide, 0xBD, H_RCX, from);                                         /* bsr */
+    gen_op_0f_rr(g, wide, 0x44, H_RCX, H_RAX);                                        /* cmovz */
+    gen_op_imm(g, 2, 6, H_RCX, bits - 1);                                             /* xor: bits for a zero source */
+    gen_op_rm(g, 3, 0x8B, H_RAX, H_RDI, FIELD(lf[1]));
+    gen_op_rr(g, 3, 0x8B, H_RSI, H_RAX);
+    gen_op_rr(g, 3, 0x03, H_RSI, H_RSI);
+    gen_op_rr(g, 3, 0x33, H_RAX, H_RSI);
+    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 63);   /* shr: OF */
+    gen_op_rr(g, 2, 0x8B, H_RSI, H_RCX);
+    gen_prefix(g, 2, 0, 0, H_RSI), gen_b1(g, 0xC1), gen_b1(g, 0xEE), gen_b1(g, (unsigned)__builtin_ctz(bits)); /* shr: CF */
+    gen_op_rr(g, 2, 0x33, H_RAX, H_RSI);
+    gen_op_rr(g, 2, 0x03, H_RSI, H_RSI);
+    gen_op_rr(g, 2, 0x0B, H_RAX, H_RSI);
+    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 62);   /* shl */
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[1]));
+    gen_mov_imm64(g, H_RAX, 0);
+    gen_op_rr(g, 2, 0x85, H_RCX, H_RCX);                                              /* test */
+    gen_b1(g, 0x0F), gen_b1(g, 0x95), gen_b1(g, 0xC0);                                /* setne al */
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[0]));
+    gen_op_imm(g, 2, 6, H_RAX, 1);
+    gen_prefix(g, 2, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 8);    /* shl */
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[2]));
+    unsigned h = gen_reg_of(g, u->r0, u->size == 2);
+    g->dirty[h] = true;
+    gen_op_rr(g, u->size == 2 ? 1 : 2, 0x8B, h, H_RCX);
+    return true;
+}

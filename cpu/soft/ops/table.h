@@ -14,8 +14,8 @@
  * INSTRUCTION(name, map, prefix, opcode, feature, flags, emitter, { body }): besides, an instruction "register, register
  *     or memory" of 2, 4 or 8 bytes by operand size that has an opcode for itself. prefix: 0xF2, 0xF3, or 0: whatever
  *     others of the opcode have not. feature: it is decoded as this one only for a guest whose CPUID has that.
- *     flags: FLAG*_, those that it sets, whatever they were. The body is its meaning, and becomes the handler: v is the
- *     source, zero-extended; RESULT() sets the destination.
+ *     flags: FLAG*_, those that it sets, whatever they were (a set of flags of which it keeps one is not among them). The body
+ *     is its meaning, and becomes the handler: v is the source, zero-extended; RESULT() sets the destination.
  * FEATURE(name, leaf, index, register, bit): a bit of CPUID that decides how bytes are decoded, and that this core has.
  */
 #ifndef OPERATION
@@ -135,8 +135,8 @@ INSTRUCTION(bsr, 0x0F, 0, 0xBD, ALWAYS, FLAGS_ALL, none, {
         RESULT(r);
 })
 FEATURE(LZCNT, 0x80000001, 0, ecx, 5)
-/* Undefined flags of LZCNT: AMD processors keep OF and clear SF, AF and PF. */
-INSTRUCTION(lzcnt, 0x0F, 0xF3, 0xBD, LZCNT, FLAGS_REST, none, {
+/* Undefined flags of LZCNT: AMD processors keep OF and clear SF, AF and PF. So all flags that live behind it do before it. */
+INSTRUCTION(lzcnt, 0x0F, 0xF3, 0xBD, LZCNT, 0, lzcnt, {
     unsigned bits = u->size * 8, r = v ? (unsigned)__builtin_clzll(v) - (64 - bits) : bits;
     flags_set_arith(c, (v ? 0 : F_CF) | (r ? 0 : F_ZF) | (flag_of(c) ? F_OF : 0));
     RESULT(r);
