@@ -421,7 +421,9 @@ async def domain_set_vcpus_flags(call: Call, dom: DomainRef, count: int, flags: 
         await set_processors(call.daemon, domain, count)
     if config and domain.persistent is not None:
         defined = domain.persistent.config
-        if flags & VCPU_MAXIMUM:
+        if flags & VCPU_MAXIMUM and defined.platform == "bare":  # all run from the start
+            _redefine(call, domain, cpus=count)
+        elif flags & VCPU_MAXIMUM:
             _redefine(call, domain, max_cpus=count, cpus=min(defined.cpus, count))
         elif defined.max_cpus is None:
             _redefine(call, domain, cpus=count)
