@@ -215,17 +215,20 @@ class BalloonDevice(Device):
         queue = self._statistics_queue
         if queue is not None and queue.enabled and not self.paused:
             self._heard.clear()
-            if not self._asked and (chain := queue.pop()) is not None:
-                self._asked = True
-                queue.complete(chain, 0)
-                queue.ring.enable_notification()
-                self._look_at_statistics(queue)
+            self.guarded(self._ask, queue)
             try:
                 async with asyncio.timeout(timeout):
                     await self._heard.wait()
             except TimeoutError:
                 pass
         return dict(self.statistics)
+
+    def _ask(self, queue: Queue) -> None:
+        if not self._asked and (chain := queue.pop()) is not None:
+            self._asked = True
+            queue.complete(chain, 0)
+            queue.ring.enable_notification()
+            self._look_at_statistics(queue)
 
     def _look_at_statistics(self, queue: Queue) -> None:
         chain = queue.pop()

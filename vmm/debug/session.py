@@ -168,6 +168,9 @@ class GdbSession:
         except ConfigError:
             return E_FULL
         except VmmError:
+            stop = self._debugger.stopped
+            if stop is not None and stop.why is Why.ENDED and data[:1] in (b"c", b"C", b"s", b"S", b"v"):
+                return self._stop_reply(stop)  # it ended before it was asked to run on
             return E_INVALID
 
     # Stops.
