@@ -141,7 +141,8 @@ def test_a_bar_counts_bytes_or_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(master)
 
 
-def test_tables_fit_the_window(tmp_path: Path) -> None:
+def test_tables_fit_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # images with long names may be in the user's
     (tmp_path / "run").mkdir()
     with Background(tmp_path / "run", "echo", "--name", "echo", "--console", "none") as machine:
         wait_for(lambda: (tmp_path / "run/loopvisor/echo/info.json").exists() or machine.process.poll() is not None)

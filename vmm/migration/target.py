@@ -252,6 +252,7 @@ class Session:
         self._state: MachineState | None = None
         self._console: Any = None
         self._rounds: dict[int, int] = {}
+        self._early_state: Any = None
         """Connections over which a round has come whole."""
         self._disks: list[tuple[protocol.DiskOffer, BlockDevice]] = []
         self._taken: list[BlockDevice] = []
@@ -498,6 +499,12 @@ class Session:
             if self._pings is not None:
                 self._pings.cancel()
 
+    async def _ready(self, state: Any) -> None:
+        """All memory and the state are here."""
+        await self._take_state(state)
+        self.phase = "ready"
+        await self._threads.call(self._links[0].send_message, Kind.READY)
+
     async def _handle(self, kind: Kind, message: Any) -> None:
         main, call = self._links[0], self._threads.call
         if kind is Kind.ROUND and self.phase == "receiving":
@@ -508,10 +515,14 @@ class Session:
             if self._rounds[message.number] == self.offer.connections:
                 del self._rounds[message.number]
                 await call(main.send_message, Kind.ROUND_DONE, message)
-        elif kind is Kind.STATE and self.phase == "receiving":
-            await self._take_state(message)
-            self.phase = "ready"
-            await call(main.send_message, Kind.READY)
+                if self._early_state is not None and not self._rounds:
+                    await self._ready(self._early_state)
+        elif kind is Kind.STATE and self.phase == "receiving" and self._early_state is None:
+            # It follows the last round on the first connection, and may overtake what is left of it on others.
+            if self._rounds:
+                self._early_state = message
+            else:
+                await self._ready(message)
         elif kind is Kind.HANDOVER and self.phase == "ready":
             try:
                 await self._take_over()
