@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from tests.support.command import VMM
 from tests.support.libvirtd import DaemonProcess, needs_virsh, wait_for
 
 pytestmark = [needs_virsh, pytest.mark.debian]
+
+
+NETWORK = "<interface type='user'/>" if shutil.which("passt") else ""
+"""With a card from the start the guest has its driver loaded."""
 
 
 class Linux(DaemonProcess):
@@ -68,7 +73,7 @@ def linux() -> Iterator[Linux]:
             <disk type='file'><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
             <filesystem type='mount' accessmode='passthrough'><driver type='virtiofs'/>
             <source dir='{daemon.path}/shared'/><target dir='tag'/></filesystem>
-            <memballoon model='virtio'/></devices>
+            <memballoon model='virtio'/>{NETWORK}</devices>
             <loopvisor:machine xmlns:loopvisor='urn:loopvisor:domain:1' agent='on' append='root=/dev/vda rw quiet'/>
             </domain>"""
         )
@@ -125,6 +130,22 @@ def test_processors_come_and_go(linux: Linux) -> None:
     assert "greater than max" in linux.virsh("setvcpus", "d", "4", "--live", ok=False)
 
 
+def test_a_card_that_the_guest_gives_up_leaves_the_description(linux: Linux) -> None:
+    if not shutil.which("passt"):
+        pytest.skip("passt is not installed")
+    card = linux.path / "card.xml"
+    card.write_text("<interface type='user'><mac address='52:54:00:aa:bb:cc'/><model type='virtio'/></interface>")
+    linux.virsh("attach-device", "d", str(card), "--live")
+    assert "52:54:00:aa:bb:cc" in linux.virsh("domiflist", "d")
+    wait_for(lambda: "52:54:00:aa:bb:cc" in linux.sh("cat /sys/class/net/*/address"), "no card in the guest")
+    linux.sh(
+        "card=$(dirname $(grep -l 52:54:00:aa:bb:cc /sys/class/net/*/address));"
+        "at=$(basename $(dirname $(readlink -f $card/device)));"
+        "for slot in /sys/bus/pci/slots/*; do grep -q ${at%.0} $slot/address && echo 0 >$slot/power; done"
+    )
+    wait_for(lambda: "52:54:00:aa:bb:cc" not in linux.virsh("domiflist", "d"), "it is described on")
+
+
 def test_limits_of_disks(linux: Linux) -> None:
     linux.virsh(
         "blkdeviotune", "d", "vda", "--total-iops-sec", "500", "--total-bytes-sec", "50000000", "--live", "--config"
@@ -132,6 +153,9 @@ def test_limits_of_disks(linux: Linux) -> None:
     shown = linux.virsh("blkdeviotune", "d", "vda")
     assert re.search(r"total_bytes_sec: 50000000", shown) and re.search(r"total_iops_sec : 500", shown)
     assert "<total_iops_sec>500</total_iops_sec>" in linux.virsh("dumpxml", "d", "--inactive")
+    linux.kill()
+    linux.start()  # another daemon knows them too
+    assert re.search(r"total_iops_sec : 500", linux.virsh("blkdeviotune", "d", "vda"))
     linux.virsh("blkdeviotune", "d", "vda", "--total-iops-sec", "0", "--total-bytes-sec", "0", "--live", "--config")
 
 

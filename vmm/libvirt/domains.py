@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
+from vmm.libvirt import live
 from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
@@ -528,12 +529,14 @@ class Domains:
                 match event.get("event"):
                     case "state":
                         self._state_changed(domain, str(event.get("state")))
-                    case "detached":
-                        self.told_device(domain, "detached", str(event.get("id")))
+                    case "attached" | "detached":
+                        await self._refresh(domain)
                     case "detach-refused":
-                        self.told_device(domain, "refused", str(event.get("id")))
+                        self._events.domain(DomainEvent.DEVICE_REMOVAL_FAILED, domain.ref, str(event.get("id")))
                     case "disk-job":
-                        await self.told_job(domain, event)
+                        if event.get("state") == "done":  # the disk may be in another file
+                            await self._refresh(domain)
+                        live.job_told(self._events, domain, event)
                     case "migration":
                         domain.extra.get("migration", {}).update(event)
                     case "rebooted":
@@ -544,24 +547,9 @@ class Domains:
             control.close()
         await self._ended(domain, outcome if isinstance(outcome, dict) else None)
 
-    def told_device(self, domain: Domain, what: str, name: str) -> None:
-        """A device left the machine, or stays although it was asked for."""
-        from vmm.libvirt import live
-
-        if what == "detached":
-            live.gone(self, self._events, domain, name)
-        else:
-            self._events.domain(DomainEvent.DEVICE_REMOVAL_FAILED, domain.ref, name)
-
-    async def told_job(self, domain: Domain, event: dict[str, Any]) -> None:
-        """A job of a disk is ready, or over: then the disk may be in another file."""
-        from vmm.libvirt import live
-
-        if event.get("state") == "done" and domain.live is not None and domain.entry is not None:
-            with suppress(VmmError):
-                config = Config.from_dict((await ask(domain.entry, "config"))["config"])
-                self.set_live(domain, described(domain.live, config))
-        live.job_told(self._events, domain, event)
+    async def _refresh(self, domain: Domain) -> None:
+        with suppress(VmmError):  # it may be about to end
+            await live.refresh(self, self._events, domain)
 
     def _state_changed(self, domain: Domain, state: str) -> None:
         if state == "paused" and domain.state != DomainState.PAUSED:

@@ -7,19 +7,18 @@ left it, by whoever's wish, is taken out.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element
 
-from vmm.config import Disk, Net
+from vmm.config import Config, Disk, Net
 from vmm.convert import KIB, plain
 from vmm.errors import HostError
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import DomainEvent
 from vmm.libvirt.format import domain_xml
 from vmm.libvirt.machines import ask
-from vmm.libvirt.spec import Spec, disk_ids
+from vmm.libvirt.spec import DiskName, NetName, Spec, described, disk_ids
 from vmm.libvirt.xmltree import malformed, parse, serialise
 
 if TYPE_CHECKING:
@@ -48,6 +47,32 @@ def _live(domain: Domain) -> Spec:
     return domain.live
 
 
+def _devices(spec: Spec) -> dict[tuple[str, str | None], str]:
+    """What tells a device of this description from others -> its alias."""
+    found: dict[tuple[str, str | None], str] = {}
+    for index, name in enumerate(disk_ids(spec.config)):
+        found["disk", name] = f"virtio-disk{index}"
+    for index, net in enumerate(spec.config.nets):
+        found["net", net.mac] = f"net{index}"
+    return found
+
+
+async def refresh(domains: Domains, events: Hub, domain: Domain) -> None:
+    """The description follows what the machine has now, at whoever's wish; clients hear what came and what left. Raises
+    VmmError."""
+    config = Config.from_dict((await ask(domain.running_entry(), "config"))["config"])
+    before = domain.live
+    if before is None:
+        return
+    after = described(before, config, domain.extra.get("coming", {}))
+    domains.set_live(domain, after)
+    had, has = _devices(before), _devices(after)
+    for device in had.keys() - has.keys():
+        events.domain(DomainEvent.DEVICE_REMOVED, domain.ref, had[device])
+    for device in has.keys() - had.keys():
+        events.domain(DomainEvent.DEVICE_ADDED, domain.ref, has[device])
+
+
 async def attach(daemon: Daemon, domain: Domain, element: Element) -> None:
     """Give a device to the running machine. Raises VmmError; nothing is left behind then."""
     if element.tag not in ("disk", "interface"):
@@ -63,25 +88,18 @@ async def attach(daemon: Daemon, domain: Domain, element: Element) -> None:
             raise malformed("<devices> is missing")
         devices.append(element)
         read = daemon.domains.read(serialise(root))
+        coming: dict[str | None, DiskName | NetName] = domain.extra.setdefault("coming", {})
         if element.tag == "disk":
             target = _target(element)
             index = next(at for at, name in enumerate(read.disks) if name.target == target)
             disk = read.config.disks[index]
             disk = disk.replace(id=disk.id or _free(target, disk_ids(spec.config)))
-            await ask(entry, "attach", 60, disk=plain(disk), timeout=ATTACH_SECONDS)
-            spec = named(_live(domain))
-            config = spec.config.replace(disks=[*spec.config.disks, disk])
-            spec = replace(spec, config=config, disks=(*spec.disks, read.disks[index]))
-            alias = f"virtio-disk{len(config.disks) - 1}"
+            coming[disk.id], asked = read.disks[index], {"disk": plain(disk)}
         else:
             net = read.config.nets[-1]
-            await ask(entry, "attach", 60, net=plain(net), timeout=ATTACH_SECONDS)
-            spec = _live(domain)
-            config = spec.config.replace(nets=[*spec.config.nets, net])
-            spec = replace(spec, config=config, nets=(*spec.nets, read.nets[-1]))
-            alias = f"net{len(config.nets) - 1}"
-        daemon.domains.set_live(domain, spec)
-        daemon.events.domain(DomainEvent.DEVICE_ADDED, domain.ref, alias)
+            coming[net.mac], asked = read.nets[-1], {"net": plain(net)}
+        await ask(entry, "attach", 60, **asked, timeout=ATTACH_SECONDS)
+        await refresh(daemon.domains, daemon.events, domain)
 
 
 def _target(element: Element) -> str:
@@ -119,48 +137,8 @@ async def detach(daemon: Daemon, domain: Domain, element: Element) -> None:
                 Code.OPERATION_UNSUPPORTED,
                 f"<{element.tag}> cannot leave a running machine; use --config for the next start",
             )
-        if element.tag == "interface":
-            _remember_mac(domain, name, address)
         await ask(entry, "detach", DETACH_SECONDS + 30, id=name, timeout=DETACH_SECONDS)
-        gone(daemon.domains, daemon.events, domain, name)
-
-
-def _remember_mac(domain: Domain, name: str, mac: str) -> None:
-    macs: dict[str, str] = domain.extra.setdefault("macs", {})
-    macs[name] = mac
-
-
-def gone(domains: Domains, events: Hub, domain: Domain, name: str) -> None:
-    """A device left the machine, at whoever's wish: it is taken out of the description, once."""
-    spec = domain.live
-    if spec is None:
-        return
-    spec = named(spec)
-    ids = disk_ids(spec.config)
-    if name in ids:
-        index = ids.index(name)
-        disks = [disk for at, disk in enumerate(spec.config.disks) if at != index]
-        spec = replace(
-            spec,
-            config=spec.config.replace(disks=disks),
-            disks=tuple(one for at, one in enumerate(spec.disks) if at != index),
-        )
-        alias = f"virtio-disk{index}"
-    else:
-        mac = domain.extra.get("macs", {}).get(name)
-        place = next((at for at, net in enumerate(spec.config.nets) if mac and (net.mac or "") == mac), None)
-        if place is None:
-            return
-        nets = [net for at, net in enumerate(spec.config.nets) if at != place]
-        spec = replace(
-            spec,
-            config=spec.config.replace(nets=nets),
-            nets=tuple(one for at, one in enumerate(spec.nets) if at != place),
-        )
-        alias = f"net{place}"
-    with suppress(HostError):
-        domains.set_live(domain, spec)
-    events.domain(DomainEvent.DEVICE_REMOVED, domain.ref, alias)
+        await refresh(daemon.domains, daemon.events, domain)
 
 
 JOB_STATES = {"done": 0, "failed": 1, "cancelled": 2, "ready": 3}

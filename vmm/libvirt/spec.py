@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from vmm.config import Config
+from vmm.config import Config, limit_names
 from vmm.firmware.smbios import name_uuid
 
 TYPE_OF_CORE = {"kvm": "kvm", "soft": "qemu", "auto": "loopvisor"}
@@ -75,15 +77,34 @@ def disk_ids(config: Config) -> list[str]:
     return [disk.id or f"disk{index}" for index, disk in enumerate(config.disks)]
 
 
-def described(spec: Spec, config: Config) -> Spec:
-    """What was remembered of a machine, with its present configuration: disks by their ids, cards by their
-    addresses."""
-    plain = spec_of(config)
-    names = dict(zip(disk_ids(spec.config), spec.disks, strict=True))
-    cards = {net.mac: name for net, name in zip(spec.config.nets, spec.nets, strict=True)}
-    disks = [names.get(name, other) for name, other in zip(disk_ids(config), plain.disks, strict=True)]
-    nets = [cards.get(net.mac, other) for net, other in zip(config.nets, plain.nets, strict=True)]
-    return replace(spec, config=config, disks=tuple(disks), nets=tuple(nets))
+def described(spec: Spec, config: Config, coming: Mapping[str | None, Any] | None = None) -> Spec:
+    """What was remembered of a machine, with the devices of its present configuration: disks are known by their ids,
+    cards by their addresses. `coming`: the DiskName or NetName of one that was not there. Limits and the number of
+    processors stay as remembered, for the machine's configuration has those of its start."""
+    plain, was = spec_of(config), spec.config
+    disks = dict(zip(disk_ids(was), zip(was.disks, spec.disks, strict=True), strict=True))
+    nets = dict(zip([net.mac for net in was.nets], zip(was.nets, spec.nets, strict=True), strict=True))
+    disk_parts, disk_names = _merged(disk_ids(config), config.disks, plain.disks, disks, coming or {})
+    net_parts, net_names = _merged([net.mac for net in config.nets], config.nets, plain.nets, nets, coming or {})
+    present = config.replace(disks=disk_parts, nets=net_parts, cpus=was.cpus, max_cpus=was.max_cpus)
+    return replace(spec, config=present, disks=disk_names, nets=net_names)
+
+
+def _merged(
+    keys: Sequence[str | None],
+    parts: Sequence[Any],
+    names: Sequence[Any],
+    remembered: Mapping[Any, tuple[Any, Any]],
+    coming: Mapping[str | None, Any],
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(parts of the configuration, what libvirt says of them) of devices with these keys. `remembered`: both, of those
+    that were there; `names`: for want of anything better."""
+    found = []
+    for key, part, name in zip(keys, parts, names, strict=True):
+        old, said = remembered.get(key, (None, coming.get(key, name)))
+        limits = {each: getattr(old, each) for each in limit_names(type(part))} if old is not None else {}
+        found.append((part.replace(**limits), said))
+    return tuple(part for part, _ in found), tuple(said for _, said in found)
 
 
 def spec_of(config: Config) -> Spec:

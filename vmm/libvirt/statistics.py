@@ -94,7 +94,7 @@ async def bulk(domain: Domain, groups: int) -> list[Param]:
         if domain.active:
             params.append(ullong_param("balloon.rss", host.resident(domain.pid)))
     if groups & VCPU:
-        params += [uint_param("vcpu.current", config.cpus), uint_param("vcpu.maximum", config.cpus)]
+        params += [uint_param("vcpu.current", config.cpus), uint_param("vcpu.maximum", config.most_cpus)]
         for number in range(config.cpus if domain.active else 0):
             params.append(int_param(f"vcpu.{number}.state", 1))
             params.append(ullong_param(f"vcpu.{number}.time", (user + system) // config.cpus))
