@@ -20,7 +20,8 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-MOUNT = re.compile(r"/[!#-+\--~]+")
+MOUNT = re.compile(r"/[!#-+\--~]{1,254}")
+"""images/init/root.c has room for so much."""
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 FORWARD = re.compile(r"[0-9]{1,5}:[0-9]{1,5}")
 TRUE, FALSE = ("on", "yes", "true"), ("off", "no", "false")
@@ -120,7 +121,8 @@ def to_mount(where: str, value: object) -> str:
     text = to_text(where, value)
     if text and (not MOUNT.fullmatch(text) or ".." in text.split("/")):
         raise ConfigError(
-            f"{where}: {text!r} is no absolute path of plain characters, as the kernel's command line can carry"
+            f"{where}: {text!r} is no absolute path of at most 255 plain characters,"
+            " which the kernel's command line can carry"
         )
     return text
 

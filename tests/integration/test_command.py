@@ -403,6 +403,11 @@ def test_options_win_over_the_file(runtime: Path, tmp_path: Path) -> None:
 
 def test_print_cmdline(runtime: Path) -> None:
     assert vmm(runtime, "run", "exit", "--cmdline", "a", "--append", "b", "--print-cmdline").stdout == "a b\n"
+    spaced = vmm(runtime, "run", "exit", "--cmdline", 'a="x  y"', "--append", "b  -- c", "--print-cmdline").stdout
+    assert spaced == 'a="x  y" b  -- c\n', "what is given stays as it is"
+    share = f"{runtime}:/work"
+    shared = vmm(runtime, "run", "exit", "--cmdline", 'a="x  y" -- c', "--share", share, "--print-cmdline").stdout
+    assert shared == 'a="x  y" loopvisor.share.share0=/work -- c\n', "a share's word is the kernel's, not init's"
 
 
 def test_a_warning_is_told_and_the_machine_goes_on(runtime: Path) -> None:

@@ -144,6 +144,7 @@ def test_the_configuration_is_checked(tmp_path: Path) -> None:
     for text, what in (
         (f"{tmp_path}:/a b", "plain characters"),
         (f"{tmp_path}:/../x", "absolute path"),
+        (f"{tmp_path}:/{'x' * 255}", "at most 255"),
         (f"{tmp_path},gid=5", "gid needs uid"),
         (f"{tmp_path},cache=maybe", "cache"),
     ):

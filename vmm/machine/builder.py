@@ -73,9 +73,12 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
         base = boot.default_cmdline(capabilities)
     else:
         base = ""
+    line = f"{base} {config.append}".strip()
+    if not config.share_words:
+        return line
     # The shares' words come last, where they win, but before what is for init alone.
-    words, dashes, init = f"{base} {config.append} ".partition(" -- ")
-    return " ".join(f"{words} {config.share_words}{dashes}{init}".split())
+    words, dashes, init = line.partition(" -- ")
+    return f"{words} {config.share_words}{dashes}{init}".strip()
 
 
 class Machine:
