@@ -80,20 +80,15 @@ static void set_name(void)
     replace_file("/etc/hostname", text);
 }
 
+static void configure_card(const char *name)
+{
+    if (name[0] == 'e') configure_network(name);
+}
+
 /* The network cards, one after another. Each has a name in /sys/class/net. */
 static void bring_network_up(void)
 {
-    char entries[4096];
-    long fd = open_file("/sys/class/net", O_RDONLY | O_CLOEXEC), length;
-    if (fd < 0) return;
-    while ((length = SYS(__NR_getdents64, fd, entries, sizeof entries)) > 0)
-        for (long at = 0; at < length;) {
-            struct { uint64_t inode; int64_t offset; uint16_t size; uint8_t type; char name[]; } *entry;
-            entry = (void *)(entries + at);
-            at += entry->size;
-            if (entry->name[0] == 'e') configure_network(entry->name);
-        }
-    SYS(__NR_close, fd);
+    each_entry("/sys/class/net", configure_card);
 }
 
 /* Send a signal to every program that is not ours: none of the kernel's threads, not init, not the agent. How many. */
@@ -153,10 +148,7 @@ void run_container(void)
     for (int i = 0; i < 4; i++) SYS(__NR_symlink, links[i][0], links[i][1]);
     set_name();
     loopback_up();
-    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGUSR1 - 1) | 1ull << (SIGUSR2 - 1) | 1ull << (SIGTERM - 1) |
-                    1ull << (SIGINT - 1);
-    signal_mask(mask);
-    struct pollfd fds[11] = {{(int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC), POLLIN, 0}};
+    struct pollfd fds[11] = {{open_signals(), POLLIN, 0}};
     int settled[2] = {-1, -1};
     SYS(__NR_pipe2, settled, 0);
     if (!SYS(__NR_fork, 0)) {

@@ -298,6 +298,29 @@ int open_buttons(struct pollfd *to, int most)
     return count;
 }
 
+void each_entry(const char *path, void (*look)(const char *name))
+{
+    char entries[4096];
+    long fd = open_file(path, O_RDONLY | O_CLOEXEC), length;
+    if (fd < 0) return;
+    while ((length = SYS(__NR_getdents64, fd, entries, sizeof entries)) > 0)
+        for (long at = 0; at < length;) {
+            struct { uint64_t inode; int64_t offset; uint16_t size; uint8_t type; char name[]; } *entry;
+            entry = (void *)(entries + at);
+            at += entry->size;
+            look(entry->name);
+        }
+    SYS(__NR_close, fd);
+}
+
+int open_signals(void)
+{
+    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGUSR1 - 1) | 1ull << (SIGUSR2 - 1) | 1ull << (SIGTERM - 1) |
+                    1ull << (SIGINT - 1);
+    signal_mask(mask);
+    return (int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC);
+}
+
 int power_key(int fd)
 {
     struct { long time[2]; uint16_t type, code; int value; } event;
@@ -321,10 +344,7 @@ static void run_system(char *const arguments[])
     if (length > 0) SYS(__NR_sethostname, name, length);
     loopback_up();
 
-    uint64_t mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGUSR1 - 1) | 1ull << (SIGUSR2 - 1) | 1ull << (SIGTERM - 1) |
-                    1ull << (SIGINT - 1);
-    signal_mask(mask);
-    struct pollfd fds[11] = {{(int)SYS(__NR_signalfd4, -1, &mask, 8, O_CLOEXEC), POLLIN, 0}};
+    struct pollfd fds[11] = {{open_signals(), POLLIN, 0}};
 
     /* Only /etc/rc and what it starts hold the pipe's other end: when that is closed, /etc/rc has ended. */
     int settled[2] = {-1, -1};

@@ -106,20 +106,15 @@ static void look_at(const char *name)
     device_count++;
 }
 
+static void look_unless_hidden(const char *name)
+{
+    if (name[0] != '.') look_at(name);
+}
+
 static void scan(void)
 {
-    char entries[4096];
-    long fd = open_file("/sys/class/block", O_RDONLY | O_CLOEXEC), length;
     device_count = 0;
-    if (fd < 0) return;
-    while ((length = SYS(__NR_getdents64, fd, entries, sizeof entries)) > 0)
-        for (long at = 0; at < length;) {
-            struct { uint64_t inode; int64_t offset; uint16_t size; uint8_t type; char name[]; } *entry;
-            entry = (void *)(entries + at);
-            at += entry->size;
-            if (entry->name[0] != '.') look_at(entry->name);
-        }
-    SYS(__NR_close, fd);
+    each_entry("/sys/class/block", look_unless_hidden);
 }
 
 /* A label in /dev/disk/by-label is written as udev does: \x20 for what is no plain character. */
