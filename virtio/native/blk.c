@@ -112,19 +112,12 @@ static bool merge(struct request *job, struct request *request)
     return true;
 }
 
-/* The ring is among those with used buffers. 0, or -1 with an exception. */
-static int remember_ring(PyObject *rings, RingObject *ring)
-{
-    int known = ring->closed ? 1 : PySequence_Contains(rings, (PyObject *)ring);
-    return known < 0 || (!known && PyList_Append(rings, (PyObject *)ring)) ? -1 : 0;
-}
-
 /* job_return(); with `rings`, the job's are remembered there. */
 static int job_finish(BlockObject *self, struct request *job, PyObject *rings)
 {
     int failed = 0;
     for (const struct request *part = rings ? job : NULL; part; part = part->merged)
-        failed |= remember_ring(rings, part->ring);
+        failed |= rings_add(rings, part->ring);
     return job_return(self, job) | failed;
 }
 
@@ -151,16 +144,11 @@ static struct request *request_new(RingObject *ring, const struct chain *chain)
 {
     uint32_t segments = chain->readable + chain->writable;
     struct request *request = calloc(1, sizeof *request + (segments + 1) * sizeof *request->iov);
-    struct segment *copy = malloc((segments + 1) * sizeof *copy);
-    if (!request || !copy) {
+    if (!request || !chain_keep(&request->chain, chain)) {
         free(request);
-        free(copy);
         PyErr_NoMemory();
         return NULL;
     }
-    memcpy(copy, chain->segments, segments * sizeof *copy);
-    request->chain = *chain;
-    request->chain.segments = copy;
     request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
     return request;
 }
@@ -281,20 +269,6 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
     return PyLong_FromLong(flags);
 }
 
-/* Of `rings`, which is given up, those whose drivers want a notification; NULL with an exception. */
-static PyObject *to_notify(PyObject *rings)
-{
-    for (Py_ssize_t i = PyList_GET_SIZE(rings) - 1; i >= 0; i--) {
-        RingObject *ring = (RingObject *)PyList_GET_ITEM(rings, i);
-        if (ring_notify_area(ring) ||
-            (!ring_needs_notification(&ring->ring) && PyList_SetSlice(rings, i, i + 1, NULL))) {
-            Py_DECREF(rings);
-            return NULL;
-        }
-    }
-    return rings;
-}
-
 static PyObject *block_release(BlockObject *self, PyObject *args)
 {
     long long now;
@@ -310,7 +284,7 @@ static PyObject *block_release(BlockObject *self, PyObject *args)
         Py_DECREF(rings);
         return NULL;
     }
-    rings = to_notify(rings);
+    rings = rings_to_notify(rings);
     int64_t wait = more ? 0 : gate_wait(&self->gate, now);
     return rings ? Py_BuildValue("(NL)", rings, (long long)wait) : NULL;
 }
@@ -337,7 +311,7 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
         failed |= !!job_finish(self, job, failed ? NULL : rings);
     if (failed)
         Py_CLEAR(rings);
-    return rings ? to_notify(rings) : NULL;
+    return rings ? rings_to_notify(rings) : NULL;
 }
 
 /* Drop every request that the kernel does not have, and ask it to end the others, without waiting. Whether none is

@@ -6,35 +6,13 @@
 
 static void copy_out(const struct chain *chain, uint64_t offset, void *to, uint64_t length)
 {
-    for (uint32_t i = 0; i < chain->readable && length; i++) {
-        if (offset >= chain->segments[i].len) {
-            offset -= chain->segments[i].len;
-            continue;
-        }
-        uint64_t part = chain->segments[i].len - offset;
-        if (part > length)
-            part = length;
-        memcpy(to, chain->segments[i].host + offset, part);
-        to = (char *)to + part;
-        length -= part;
-        offset = 0;
-    }
+    segments_copy(chain->segments, chain->readable, offset, to, length, true);
 }
 
-static void add_iovs(struct request *request, const struct segment *segments, uint32_t count, uint64_t skip, uint64_t length)
+/* The request's bytes in guest memory; it has room for a piece of each segment. */
+static void find_bytes(struct request *request, const struct segment *segments, uint32_t count, uint64_t skip, uint64_t length)
 {
-    for (uint32_t i = 0; i < count && length; i++) {
-        if (skip >= segments[i].len) {
-            skip -= segments[i].len;
-            continue;
-        }
-        uint64_t part = segments[i].len - skip;
-        if (part > length)
-            part = length;
-        request->iov[request->iovs++] = (struct iovec){segments[i].host + skip, part};
-        length -= part;
-        skip = 0;
-    }
+    request->iovs = segments_iovs(segments, count, skip, length, request->iov, count);
 }
 
 static uint8_t check_zeroes(const struct disk *disk, struct request *request, uint64_t length)
@@ -90,9 +68,9 @@ int blk_prepare(const struct disk *disk, struct request *request)
             return S_IOERR;
         request->offset = header.sector * SECTOR;
         if (header.type == T_IN)
-            add_iovs(request, writable, chain->writable, 0, in);
+            find_bytes(request, writable, chain->writable, 0, in);
         else
-            add_iovs(request, chain->segments, chain->readable, HEADER, out);
+            find_bytes(request, chain->segments, chain->readable, HEADER, out);
         if (request->iovs > IOV_LIMIT)
             return S_IOERR;
         return S_OK;
@@ -101,7 +79,7 @@ int blk_prepare(const struct disk *disk, struct request *request)
     case T_GET_ID: {
         if (in < ID_BYTES)
             return S_IOERR;
-        add_iovs(request, writable, chain->writable, 0, ID_BYTES);
+        find_bytes(request, writable, chain->writable, 0, ID_BYTES);
         const char *from = disk->serial;
         for (uint32_t i = 0; i < request->iovs; from += request->iov[i++].iov_len)
             memcpy(request->iov[i].iov_base, from, request->iov[i].iov_len);

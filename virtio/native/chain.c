@@ -37,20 +37,7 @@ static PyObject *chain_read(ChainObject *self, PyObject *const *args, Py_ssize_t
     if (!result)
         return NULL;
     char *to = PyBytes_AS_STRING(result);
-    for (uint32_t i = 0; i < self->chain.readable && left; i++) {
-        struct segment *segment = &self->chain.segments[i];
-        if (skip >= segment->len) {
-            skip -= segment->len;
-            continue;
-        }
-        uint64_t part = segment->len - skip;
-        if (part > left)
-            part = left;
-        memcpy(to, segment->host + skip, part);
-        to += part;
-        left -= part;
-        skip = 0;
-    }
+    segments_copy(self->chain.segments, self->chain.readable, skip, to, left, true);
     return result;
 }
 
@@ -69,27 +56,11 @@ static PyObject *chain_write(ChainObject *self, PyObject *const *args, Py_ssize_
     Py_buffer data;
     if (!chain_usable(self) || PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE))
         return NULL;
-    const char *from = data.buf;
-    uint64_t left = (uint64_t)data.len, at = skip;
-    struct segment *segments = self->chain.segments + self->chain.readable;
-    for (uint32_t i = 0; i < self->chain.writable && left; i++) {
-        if (skip >= segments[i].len) {
-            skip -= segments[i].len;
-            continue;
-        }
-        uint64_t part = segments[i].len - skip;
-        if (part > left)
-            part = left;
-        memcpy(segments[i].host + skip, from, part);
-        from += part;
-        left -= part;
-        at += part;
-        skip = 0;
-    }
-    uint64_t done = (uint64_t)data.len - left;
+    uint64_t done = segments_copy(self->chain.segments + self->chain.readable, self->chain.writable, skip, data.buf,
+                                  (uint64_t)data.len, false);
     PyBuffer_Release(&data);
-    if (done && at > self->written)
-        self->written = at;
+    if (done && skip + done > self->written)
+        self->written = skip + done;
     return PyLong_FromUnsignedLongLong(done);
 }
 

@@ -105,27 +105,12 @@ static PyObject *fs_reap(FsObject *self, PyObject *Py_UNUSED(unused))
     PyObject *rings = PyList_New(0);
     bool failed = !rings;
     for (struct fs_request *request; (request = fs_list_take(&done));) {
-        RingObject *ring = (RingObject *)Py_NewRef((PyObject *)request->ring);
+        failed |= !failed && rings_add(rings, request->ring);
         failed |= !!give_back(self, request, true);
-        int known = failed || ring->closed ? 1 : PySequence_Contains(rings, (PyObject *)ring);
-        if (known < 0 || (!known && PyList_Append(rings, (PyObject *)ring)))
-            failed = true;
-        Py_DECREF(ring);
-    }
-    for (Py_ssize_t i = failed ? -1 : PyList_GET_SIZE(rings) - 1; i >= 0; i--) {
-        RingObject *ring = (RingObject *)PyList_GET_ITEM(rings, i);
-        if (ring_notify_area(ring)) {
-            failed = true;
-            break;
-        }
-        if (!ring_needs_notification(&ring->ring) && PyList_SetSlice(rings, i, i + 1, NULL)) {
-            failed = true;
-            break;
-        }
     }
     if (failed)
         Py_CLEAR(rings);
-    return rings;
+    return rings ? rings_to_notify(rings) : NULL;
 }
 
 /* Drop what no thread has begun. Whether nothing touches guest memory any more; waits for nothing. */
@@ -213,9 +198,11 @@ static PyObject *fs_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fs.valid_ns = (uint64_t)(valid * 1e9);
     self->fs.descriptors_max = self->fs.files_max = descriptors / 2;
     self->pool.event = -1;
-    int error = fs_pool_open(&self->pool, &self->fs), own = dup(root);
-    if (!error)
+    int error = fs_pool_open(&self->pool, &self->fs);
+    if (!error) {
+        int own = dup(root);
         error = own < 0 ? errno : nodes_open(&self->fs, own);
+    }
     if (error) {
         errno = error;
         PyErr_SetFromErrno(PyExc_OSError);

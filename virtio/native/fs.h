@@ -35,7 +35,7 @@ enum {
     FS_ARGUMENTS = 72 << 10,    /* bytes of a request without its data: an xattr of 64 KiB, two names */
     FS_REPLY = 66 << 10,        /* bytes of a reply that is not file data: an xattr, or entries of a directory */
     FS_NODES = 1 << 20,         /* nodes that a guest may know of at a time */
-    FS_IOVS = 1026,
+    FS_IOVS = 1024,             /* IOV_MAX: what preadv(2) takes */
     FS_COPY = 64 << 20          /* bytes of one COPY_FILE_RANGE at most */
 };
 

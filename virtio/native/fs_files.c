@@ -112,23 +112,6 @@ int fs_create(struct call *call)
     return error;
 }
 
-/* At most `length` bytes of segments from `skip` on. */
-static int gather(const struct segment *segments, uint32_t count, uint64_t skip, uint64_t length, struct iovec *iov)
-{
-    int iovs = 0;
-    for (uint32_t i = 0; i < count && length && iovs < FS_IOVS; i++) {
-        if (skip >= segments[i].len) {
-            skip -= segments[i].len;
-            continue;
-        }
-        uint64_t part = segments[i].len - skip < length ? segments[i].len - skip : length;
-        iov[iovs++] = (struct iovec){segments[i].host + skip, part};
-        length -= part;
-        skip = 0;
-    }
-    return iovs;
-}
-
 int fs_read(struct call *call)
 {
     const struct fuse_read_in *in = CALL_IN(call, fuse_read_in);
@@ -139,8 +122,9 @@ int fs_read(struct call *call)
     struct file *file = file_pin(call->fs, in->fh, false);
     if (!file)
         return EBADF;
-    int count = gather(chain->segments + chain->readable, chain->writable, sizeof(struct fuse_out_header), in->size, iov);
-    ssize_t got = preadv(file->fd, iov, count < 1024 ? count : 1024, (off_t)in->offset);
+    uint32_t count = segments_iovs(chain->segments + chain->readable, chain->writable, sizeof(struct fuse_out_header),
+                                   in->size, iov, FS_IOVS);
+    ssize_t got = preadv(file->fd, iov, (int)count, (off_t)in->offset);
     int error = got < 0 ? file->fd < 0 ? ESTALE : errno : 0;
     file_unpin(call->fs, file);
     if (!error) {
@@ -164,9 +148,7 @@ int fs_write(struct call *call)
     struct file *file = file_pin(call->fs, in->fh, false);
     if (!file)
         return EBADF;
-    int count = gather(chain->segments, chain->readable, skip, in->size, iov), error = 0;
-    if (count > 1024)
-        count = 1024;
+    int count = (int)segments_iovs(chain->segments, chain->readable, skip, in->size, iov, FS_IOVS), error = 0;
     /* Pages that the guest's cache writes back go to their place, whichever open file they come by. */
     bool append = file->append && !(in->write_flags & FUSE_WRITE_CACHE);
     ssize_t done = append ? pwritev2(file->fd, iov, count, (off_t)in->offset, RWF_APPEND)

@@ -173,12 +173,16 @@ static void evict(struct fs *fs)
     }
 }
 
-static void set_fd(struct fs *fs, struct node *node, int fd)
+/* A descriptor of the node's file: the node takes it if it has none. What is left to be closed; -1: nothing. */
+static int offer_fd(struct fs *fs, struct node *node, int fd)
 {
+    if (node->fd >= 0)
+        return fd;
     node->fd = fd;
     fs->descriptors++;
     enlist(fs, node);
     evict(fs);
+    return -1;
 }
 
 static bool in_use(const struct fs *fs, const struct node *node)
@@ -267,10 +271,8 @@ static int open_again(struct fs *fs, struct node *above, const struct step *step
     }
     if (!error && !is_file(step->node, &status))
         error = ESTALE;
-    if (!error && step->node->fd < 0) {
-        set_fd(fs, step->node, fd);
-        fd = -1;
-    }
+    if (!error)
+        fd = offer_fd(fs, step->node, fd);
     pthread_mutex_unlock(&fs->lock);
     if (fd >= 0)
         close(fd);
@@ -337,10 +339,7 @@ struct node *node_found(struct fs *fs, int fd, const struct statx *status, struc
     node->pins++;
     node->lookups++;
     set_place(fs, node, parent, name);
-    if (node->fd < 0) {
-        set_fd(fs, node, fd);
-        fd = -1;
-    }
+    fd = offer_fd(fs, node, fd);
     pthread_mutex_unlock(&fs->lock);
     if (fd >= 0)
         close(fd);
@@ -370,10 +369,7 @@ struct node *node_named(struct fs *fs, int directory, const char *name)
         node = by_file(fs, &status);
         if (node) {
             node->pins++;
-            if (node->fd < 0) {
-                set_fd(fs, node, fd);
-                fd = -1;
-            }
+            fd = offer_fd(fs, node, fd);
         }
         pthread_mutex_unlock(&fs->lock);
     }

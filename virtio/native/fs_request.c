@@ -8,17 +8,11 @@
 
 struct fs_request *fs_request_new(RingObject *ring, const struct chain *chain)
 {
-    uint32_t segments = chain->readable + chain->writable;
     struct fs_request *request = calloc(1, sizeof *request);
-    struct segment *copy = malloc((segments + 1) * sizeof *copy);
-    if (!request || !copy) {
+    if (!request || !chain_keep(&request->chain, chain)) {
         free(request);
-        free(copy);
         return NULL;
     }
-    memcpy(copy, chain->segments, segments * sizeof *copy);
-    request->chain = *chain;
-    request->chain.segments = copy;
     request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
     return request;
 }
@@ -66,27 +60,9 @@ void *call_room(struct call *call, size_t length)
 }
 
 /* Into the device-writable part from its start. */
-static void put(const struct chain *chain, const void *from, uint64_t length)
+static void put(const struct chain *chain, void *from, uint64_t length)
 {
-    const struct segment *segment = chain->segments + chain->readable;
-    for (uint32_t i = 0; i < chain->writable && length; i++, segment++) {
-        uint64_t part = segment->len < length ? segment->len : length;
-        memcpy(segment->host, from, part);
-        from = (const char *)from + part;
-        length -= part;
-    }
-}
-
-/* At most `length` device-readable bytes from their start; how many there were. */
-static size_t get(const struct chain *chain, void *to, size_t length)
-{
-    size_t done = 0;
-    for (uint32_t i = 0; i < chain->readable && done < length; i++) {
-        size_t part = chain->segments[i].len < length - done ? chain->segments[i].len : length - done;
-        memcpy((char *)to + done, chain->segments[i].host, part);
-        done += part;
-    }
-    return done;
+    segments_copy(chain->segments + chain->readable, chain->writable, 0, from, length, false);
 }
 
 static int init(struct call *call)
@@ -218,7 +194,7 @@ void fs_run(struct fs *fs, struct fs_request *request)
     if (chain->readable_length < most)
         most = chain->readable_length;
     uint8_t *copy = malloc(most + 1);
-    size_t got = copy ? get(chain, copy, most) : 0;
+    size_t got = copy ? segments_copy(chain->segments, chain->readable, 0, copy, most, true) : 0;
     if (got >= sizeof call.in) {
         memcpy(&call.in, copy, sizeof call.in);
         copy[got] = 0;

@@ -303,6 +303,25 @@ static PyObject *ring_error(RingObject *self, void *Py_UNUSED(unused))
     Py_RETURN_NONE;
 }
 
+int rings_add(PyObject *rings, RingObject *ring)
+{
+    int known = ring->closed ? 1 : PySequence_Contains(rings, (PyObject *)ring);
+    return known < 0 || (!known && PyList_Append(rings, (PyObject *)ring)) ? -1 : 0;
+}
+
+PyObject *rings_to_notify(PyObject *rings)
+{
+    for (Py_ssize_t i = PyList_GET_SIZE(rings) - 1; i >= 0; i--) {
+        RingObject *ring = (RingObject *)PyList_GET_ITEM(rings, i);
+        if (ring_notify_area(ring) ||
+            (!ring_needs_notification(&ring->ring) && PyList_SetSlice(rings, i, i + 1, NULL))) {
+            Py_DECREF(rings);
+            return NULL;
+        }
+    }
+    return rings;
+}
+
 static PyMethodDef ring_methods[] = {
     {"pop", (PyCFunction)ring_py_pop, METH_NOARGS, "pop() -> Chain or None; GuestError if the ring is malformed."},
     {"pop_batch", (PyCFunction)ring_py_pop_batch, METH_O, "pop_batch(limit) -> list of at most `limit` chains."},

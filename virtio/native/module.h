@@ -55,6 +55,10 @@ PyObject *region_slice(MemoryObject *memory, const uint8_t *host, uint64_t size)
 bool image_holds(ImageObject *image, uint64_t length);
 /* Whether the chain may still be touched; false with StateError. */
 bool chain_usable(ChainObject *chain);
+/* The ring is among those with used buffers. 0, or -1 with an exception. */
+int rings_add(PyObject *rings, RingObject *ring);
+/* Of `rings`, which is given up, those whose drivers want a notification; NULL with an exception. */
+PyObject *rings_to_notify(PyObject *rings);
 /* Raise GuestError from ring.error. */
 PyObject *ring_raise(RingObject *self);
 

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 enum {
     DESC_F_NEXT = 1,
@@ -73,6 +74,14 @@ struct chain {
     uint16_t slots;                            /* packed: descriptors in the ring; split: 1 */
     uint64_t order;                            /* how many chains were popped before it */
 };
+
+/* segments.c. Copy bytes [skip, skip + length) of segments into `flat` or out of it; how many there were. */
+uint64_t segments_copy(const struct segment *segments, uint32_t count, uint64_t skip, void *flat, uint64_t length, bool to_flat);
+/* The same bytes as at most `most` pieces; how many. */
+uint32_t segments_iovs(const struct segment *segments, uint32_t count, uint64_t skip, uint64_t length, struct iovec *iov,
+                       uint32_t most);
+/* A chain that outlives the next pop: `kept` has segments of its own, to be freed. false: no memory. */
+bool chain_keep(struct chain *kept, const struct chain *chain);
 
 struct pending {
     uint64_t order;
