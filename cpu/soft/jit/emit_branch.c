@@ -90,12 +90,7 @@ EMITTER(call_rel)
         gen_write_back(g);
         gen_due(g, u, delta, false);
         gen_add_rip(g, H_RDX, delta);
-        gen_op_rr(g, 3, 0x8B, H_RAX, H_RDX);
-        gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12);
-        gen_op_rr(g, 2, 0x33, H_RAX, H_RDX);
-        gen_op_imm(g, 2, 4, H_RAX, JUMP_SIZE - 1);
-        gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);
-        gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(jumps));
+        gen_jump_entry(g, H_RDX);
         gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
         gen_jump_rsi(g);
     }

@@ -328,15 +328,21 @@ void gen_add_rip(struct gen *g, unsigned to, int64_t delta)
         gen_op_rr(g, 3, 0x03, to, H_RDX);
     }
 }
-/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
-void gen_probe(struct gen *g)
+/* RAX: the jump cache's entry for the linear address in a register. */
+void gen_jump_entry(struct gen *g, unsigned address)
 {
-    gen_op_rr(g, 3, 0x8B, H_RAX, H_RCX);
+    gen_op_rr(g, 3, 0x8B, H_RAX, address);
     gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12);
-    gen_op_rr(g, 2, 0x33, H_RAX, H_RCX);
+    gen_op_rr(g, 2, 0x33, H_RAX, address);
     gen_op_imm(g, 2, 4, H_RAX, JUMP_SIZE - 1);
     gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);
     gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(jumps));
+}
+
+/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
+void gen_probe(struct gen *g)
+{
+    gen_jump_entry(g, H_RCX);
     gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, 0);
     jump_to_stub(g, 5);
 }
