@@ -20,36 +20,11 @@ import pytest
 
 import vmm
 from images import builder
-from images.errors import ImageError
 from images.oci import find
-from tests.support.oci import entry, layer, layout
+from tests.support.oci import base, entry, layer, layout, need_container_kernel
 
 pytestmark = pytest.mark.debian
 PATIENCE = 120
-BUSYBOX = Path("/bin/busybox")
-APPLETS = (
-    *("sh", "id", "pwd", "env", "cat", "hostname", "stat", "touch"),
-    *("echo", "ls", "sleep", "nc", "mount", "rm", "true"),
-)
-ETC = {
-    "etc/passwd": b"root:x:0:0::/root:/bin/sh\nalice:x:1000:1001::/home/alice:/bin/sh\n",
-    "etc/group": b"users:x:1001:\n",
-}
-
-
-def base() -> bytes:
-    """A layer with busybox."""
-    if not BUSYBOX.exists():
-        pytest.skip("busybox is not installed")
-    return layer(
-        entry("bin/busybox", data=BUSYBOX.read_bytes(), mode=0o755),
-        *[entry(f"bin/{name}", "hard", target="bin/busybox") for name in APPLETS],
-        *[entry(name, data=data) for name, data in ETC.items()],
-        entry("home/alice", "dir", uid=1000, gid=1001),
-        entry("tmp", "dir", mode=0o1777),
-    )
-
-
 UPPER = layer(
     entry("etc/.wh.group"),
     entry("data/setuid", data=b"#!", mode=0o4711, uid=7, gid=8, mtime=1_234_567_890),
@@ -70,10 +45,7 @@ def own_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An image of two layers; else the test is skipped with the reason."""
-    try:
-        builder.build("container")
-    except ImageError as error:
-        pytest.skip(f"no kernel for container images: {error}")
+    need_container_kernel()
     wishes = {"Entrypoint": ["/bin/sh", "-c"], "Cmd": ["id; pwd; echo $FOO $PATH"], "Env": ["PATH=/bin", "FOO=bar"],
               "User": "alice", "WorkingDir": "/work/dir", "StopSignal": "SIGUSR1"}  # fmt: skip
     folder = tmp_path_factory.mktemp("oci") / "image"

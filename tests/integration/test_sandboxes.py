@@ -11,10 +11,8 @@ import pytest
 
 import vmm
 from images import builder
-from images.errors import ImageError
 from images.oci import find
-from tests.integration.test_oci import base
-from tests.support.oci import layout
+from tests.support.oci import base, layout, need_container_kernel
 
 pytestmark = pytest.mark.debian
 SECONDS = 120
@@ -22,10 +20,7 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    try:
-        builder.build("container")
-    except ImageError as error:
-        pytest.skip(f"no kernel for container images: {error}")
+    need_container_kernel()
     folder = tmp_path_factory.mktemp("sandbox")
     name = f"oci:{layout(folder / 'image', [base()], Env=['PATH=/bin', 'WHO=image'], Cmd=['/bin/echo', 'its own'])}"
     yield name

@@ -10,6 +10,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from images import builder
+from images.errors import ImageError
+
 TYPES = {"file": tarfile.REGTYPE, "dir": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE,
          "char": tarfile.CHRTYPE, "block": tarfile.BLKTYPE, "fifo": tarfile.FIFOTYPE}  # fmt: skip
 
@@ -89,3 +94,35 @@ def saved(path: Path, layers: list[bytes], tag: str = "made/here:1", **settings:
     files = {"config.json": config, "manifest.json": manifest, **dict(zip(names, layers, strict=True))}
     path.write_bytes(layer(*[entry(name, data=data) for name, data in files.items()]))
     return path
+
+
+BUSYBOX = Path("/bin/busybox")
+APPLETS = (
+    *("sh", "id", "pwd", "env", "cat", "hostname", "stat", "touch"),
+    *("echo", "ls", "sleep", "nc", "mount", "rm", "true"),
+)
+ETC = {
+    "etc/passwd": b"root:x:0:0::/root:/bin/sh\nalice:x:1000:1001::/home/alice:/bin/sh\n",
+    "etc/group": b"users:x:1001:\n",
+}
+
+
+def base() -> bytes:
+    """A layer with busybox."""
+    if not BUSYBOX.exists():
+        pytest.skip("busybox is not installed")
+    return layer(
+        entry("bin/busybox", data=BUSYBOX.read_bytes(), mode=0o755),
+        *[entry(f"bin/{name}", "hard", target="bin/busybox") for name in APPLETS],
+        *[entry(name, data=data) for name, data in ETC.items()],
+        entry("home/alice", "dir", uid=1000, gid=1001),
+        entry("tmp", "dir", mode=0o1777),
+    )
+
+
+def need_container_kernel() -> None:
+    """Skips the test, with the reason, where the kernel for container images cannot be had."""
+    try:
+        builder.build("container")
+    except ImageError as error:
+        pytest.skip(f"no kernel for container images: {error}")
