@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from vmm.libvirt import guest
+from vmm.libvirt import guest, host
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain_calls import check_flags
+from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
-from vmm.libvirt.wire import Addresses, DomainRef, Param, int_param, string_param
+from vmm.libvirt.wire import Addresses, DomainRef, IpAddress, Param, int_param, string_param
 
 calls = Procedures()
 qemu = Procedures()
@@ -33,8 +34,30 @@ async def domain_interface_addresses(call: Call, dom: DomainRef, source: int, fl
     if source == AGENT:
         return await guest.addresses(domain)
     if source == LEASE:
-        return []  # user networking keeps no leases
-    raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"addresses from source {source}; here is the agent (1)")
+        return leased(call, domain)
+    if source == ARP:
+        return resolved(domain)
+    raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, f"addresses from source {source}; here are 0 to 2")
+
+
+def leased(call: Call, domain: Domain) -> list[Addresses]:
+    """What networks of this daemon gave to a domain's cards; user networking keeps no leases."""
+    found = []
+    for net in domain.spec.config.nets:
+        for network, lease in call.daemon.networks.lease_of(net.mac or ""):
+            prefix = network.spec.address.network.prefixlen if network.spec.address is not None else 32
+            found.append(Addresses(net.target or network.spec.bridge, lease.mac, [IpAddress(0, lease.address, prefix)]))
+    return found
+
+
+def resolved(domain: Domain) -> list[Addresses]:
+    """What the host's own table of neighbours knows of a domain's cards."""
+    macs = {(net.mac or "").lower(): net.target for net in domain.spec.config.nets if net.mac}
+    found = []
+    for address, mac in host.neighbours():
+        if mac in macs:
+            found.append(Addresses(macs[mac] or mac, mac, [IpAddress(0, address, 0)]))
+    return found
 
 
 @calls.change(418, "domain_get_guest_info", "dom:domain types:uint flags:uint", "params:param<2048>")

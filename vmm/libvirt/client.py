@@ -192,7 +192,7 @@ class Client:
             self._refuse(header, translated(error))
             return
         except OSError as error:
-            self._refuse(header, LibvirtError(Code.OPERATION_FAILED, str(error)))
+            self._refuse(header, LibvirtError(Code.OPERATION_FAILED, str(error) or type(error).__name__))
             return
         except Exception:
             log.exception("%s: procedure %d", self.who, header.procedure)

@@ -31,6 +31,7 @@ FEATURES = {
     13: "what a migration is asked for as parameters",
     14: "events by callback id",
     15: "the connection's end as an event",
+    16: "a network's update says first what is done, then to what",
 }
 """The features (VIR_DRV_FEATURE_…) that are here; of all others clients hear no."""
 KEEPALIVE_FEATURE = 10

@@ -30,6 +30,7 @@ from vmm.libvirt import (
     device_calls,
     domain_calls,
     event_calls,
+    hostdevice_calls,
     migrate_calls,
     network_calls,
     rpc,
@@ -44,6 +45,7 @@ from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domain, Domains
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import Hub
 from vmm.libvirt.migrate_calls import AwaitedMachine
+from vmm.libvirt.networks import Networks
 from vmm.libvirt.procedures import joined
 from vmm.libvirt.rpc import Budget
 from vmm.libvirt.saves import Saves
@@ -70,6 +72,7 @@ MODULES = (
     device_calls,
     block_calls,
     event_calls,
+    hostdevice_calls,
     migrate_calls,
     network_calls,
     snapshot_calls,
@@ -121,7 +124,8 @@ class Daemon:
         self.budget = Budget(MESSAGE_MEMORY)
         self.events = Hub()
         self.store = Store(settings.state)
-        self.domains = Domains(self.store, self.events, settings.launcher, settings.emulator)
+        self.networks = Networks(self.store, self.events)
+        self.domains = Domains(self.store, self.events, settings.launcher, settings.emulator, self.networks)
         self.saves = Saves(self.store, self.domains)
         self.pools = Pools(self.store, self.events)
         self.arrivals: dict[str, AwaitedMachine] = {}
@@ -142,6 +146,8 @@ class Daemon:
         try:
             self.domains.load()
             self.pools.load()
+            self.networks.load()
+            await self.networks.resume()
             await self.domains.scan()
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)
@@ -250,6 +256,7 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         await self.domains.aclose()
+        self.networks.close()
         self.store.close()
 
     # Inside.

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vmm.libvirt.iotune import IO_TUNE
-from vmm.libvirt.spec import DiskName, NetName, disk_name
+from vmm.libvirt.spec import DiskName, NetName, disk_name, tap_name
 from vmm.libvirt.xmltree import Reader, malformed, unsupported
+from vmm.network.bridge import NAME as INTERFACE
 
 TARGET = re.compile(r"vd[a-z]{1,2}")
+CHOSEN = re.compile(r"vnet[0-9]|lv[0-9a-f]{12}$")
+"""Names that libvirt or this daemon chose, and choose anew."""
 CHANNEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -140,11 +143,11 @@ def _disk(item: Reader, found: DeviceList) -> None:
 
 
 def _interface(item: Reader, found: DeviceList) -> None:
-    kind = item.choice("type", ("user", "network", "ethernet", "unix"))
+    kind = item.choice("type", ("user", "network", "bridge", "ethernet", "unix"))
     if kind is None:
         raise malformed("<interface>: attribute 'type' is missing")
     values: dict[str, Any] = {}
-    network = ""
+    network = bridge = ""
     if model := item.child("model"):
         model.choice("type", ("virtio", "virtio-net", "virtio-non-transitional", "virtio-transitional"))
     source = item.child("source")
@@ -153,12 +156,15 @@ def _interface(item: Reader, found: DeviceList) -> None:
         if source is None:
             raise malformed("<interface type='network'>: <source> is missing")
         network = source.needed("network")
-        if network != "default":
-            raise unsupported(
-                f"<interface>: there is no network {network!r}; here is default, which is user networking"
-            )
         source.ignore("portid", "bridge")
-        values["kind"] = "user"
+        values["kind"] = "user" if network == "default" else "tap"
+    elif kind == "bridge":
+        if source is None:
+            raise malformed("<interface type='bridge'>: <source> is missing")
+        bridge = source.needed("bridge")
+        if not INTERFACE.fullmatch(bridge):
+            raise malformed(f"<interface>: {bridge!r} is no bridge's name")
+        values["kind"] = "tap"
     elif kind == "ethernet":
         if target is None:
             raise malformed("<interface type='ethernet'>: <target> names no device")
@@ -170,10 +176,17 @@ def _interface(item: Reader, found: DeviceList) -> None:
         values |= {"kind": "unix", "target": source.needed("path")}
     else:
         values["kind"] = "user"
-    if target is not None and kind != "ethernet":
-        target.ignore("dev")  # the host has no interface of that name
     mac = item.child("mac")
     values["mac"] = mac.needed("address") if mac is not None else random_mac()
+    if target is not None and kind != "ethernet":
+        wanted = target.attribute("dev", "") or ""
+        target.choice("managed", ("yes",))
+        if values["kind"] == "tap" and wanted and not CHOSEN.match(wanted):
+            if not INTERFACE.fullmatch(wanted):
+                raise malformed(f"<interface>: {wanted!r} is no interface's name")
+            values["target"] = wanted
+    if values["kind"] == "tap" and "target" not in values:
+        values["target"] = tap_name(values["mac"])
     if driver := item.child("driver"):
         driver.choice("name", ("qemu",))
         if (queues := driver.attribute("queues")) is not None:
@@ -192,7 +205,7 @@ def _interface(item: Reader, found: DeviceList) -> None:
         found.notes.append("interface: the kernel is given, so nothing boots from the network")
     values["transport"] = _address(item, found, "interface")
     found.nets.append(values)
-    found.net_names.append(NetName(network))
+    found.net_names.append(NetName(network, bridge))
 
 
 def random_mac() -> str:

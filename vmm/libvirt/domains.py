@@ -26,6 +26,7 @@ from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import Live, domain_xml
 from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, last_words
+from vmm.libvirt.networks import Networks
 from vmm.libvirt.spec import Spec, described, spec_of
 from vmm.libvirt.store import Store
 from vmm.libvirt.wire import DomainRef
@@ -154,8 +155,9 @@ class Domain:
 class Domains:
     """All of them."""
 
-    def __init__(self, store: Store, events: Hub, launcher: Sequence[str], emulator: str) -> None:
+    def __init__(self, store: Store, events: Hub, launcher: Sequence[str], emulator: str, networks: Networks) -> None:
         """`launcher`: the command that `run` and its options are appended to."""
+        self.networks = networks
         self._store, self._events = store, events
         self._launcher, self.emulator = tuple(launcher), emulator
         self._by_name: dict[str, Domain] = {}
@@ -414,12 +416,13 @@ class Domains:
             self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, 0)
         self._follow(domain, control)
 
-    def received(self, domain: Domain, spec: Spec, process: Process) -> None:
+    async def received(self, domain: Domain, spec: Spec, process: Process) -> None:
         """A machine arrived from another host, in a process of this daemon: it is what was described there. Raises
         HostError."""
         self._processes[domain.name] = process
         if domain.live is not None:
             self.set_live(domain, described(spec, domain.live.config))
+            await self._replug(domain)
         domain.reason = DomainReason.FROM_ANOTHER_HOST
         self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 1)
 
@@ -446,6 +449,7 @@ class Domains:
 
     def _prepare(self, spec: Spec) -> None:
         """Files and directories of a start. Raises VmmError."""
+        self.networks.check(spec)
         spec.config.check_host()
         for path in [port.path for port in spec.config.ports] + ([spec.config.vsock] if spec.config.vsock else []):
             if path.is_relative_to(self._store.path / "channel"):
@@ -466,6 +470,7 @@ class Domains:
                 if (event := await control.next_event()) is None:
                     raise await self._failure(spec, process)
                 status |= {"state": event.get("state", status["state"])}
+            await self.networks.plug(spec)
         except BaseException as error:
             control.close()
             if isinstance(error, HostError):
@@ -540,12 +545,19 @@ class Domains:
                     case "migration":
                         domain.extra.get("migration", {}).update(event)
                     case "rebooted":
+                        await self._replug(domain)
                         self._events.domain(DomainEvent.REBOOT, domain.ref)
                     case "ended":
                         outcome = event.get("outcome")
         finally:
             control.close()
         await self._ended(domain, outcome if isinstance(outcome, dict) else None)
+
+    async def _replug(self, domain: Domain) -> None:
+        """Its interfaces may be new ones."""
+        if domain.live is not None:
+            with suppress(VmmError):
+                await self.networks.plug(domain.live)
 
     async def _refresh(self, domain: Domain) -> None:
         with suppress(VmmError):  # it may be about to end

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from vmm.convert import KIB
 from vmm.libvirt.extras import is_plain, write_extras
 from vmm.libvirt.iotune import IO_TUNE
-from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec
+from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec, tap_name
 from vmm.libvirt.xmltree import add, parse, serialise
 
 
@@ -109,18 +109,23 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
     if config.platform == "pc":
         add(devices, "controller", type="pci", index="0", model="pcie-root")
     for index, net in enumerate(config.nets):
-        network = spec.nets[index].network
-        kind = {"user": "network" if network else "user", "tap": "ethernet", "unix": "unix"}[net.kind]
+        network, bridge = spec.nets[index].network, spec.nets[index].bridge
+        plain = {"user": "user", "tap": "ethernet", "unix": "unix"}[net.kind]
+        kind = "network" if network else "bridge" if bridge else plain
         element = add(devices, "interface", type=kind)
         mac = net.mac or (live.macs[index] if live is not None and index < len(live.macs) else None)
         if mac:
             add(element, "mac", address=mac)
         if network:
             add(element, "source", network=network)
+        elif bridge:
+            add(element, "source", bridge=bridge)
         elif net.kind == "unix":
             add(element, "source", path=net.target)
-        if net.kind == "tap":
+        if kind == "ethernet":
             add(element, "target", dev=net.target, managed="no")
+        elif net.kind == "tap" and (live is not None or net.target != tap_name(mac or "")):
+            add(element, "target", dev=net.target)
         add(element, "model", type="virtio")
         if net.queues != 1 or net.packed:
             queues = net.queues if net.queues != 1 else None

@@ -69,6 +69,16 @@ def topology() -> Topology:
     return Topology(len(found), int(match[1]) if match else 0, len(sockets), per_socket, threads)
 
 
+def neighbours() -> list[tuple[str, str]]:
+    """(IPv4 address, MAC) of those that the host has heard of."""
+    found = []
+    for line in _read("/proc/net/arp").splitlines()[1:]:
+        words = line.split()
+        if len(words) >= 4 and int(words[2], 16) & 2:  # the entry is whole
+            found.append((words[0], words[3].lower()))
+    return found
+
+
 def memory() -> dict[str, int]:
     """/proc/meminfo, in KiB by its names."""
     found = {}

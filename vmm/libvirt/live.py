@@ -88,6 +88,8 @@ async def attach(daemon: Daemon, domain: Domain, element: Element) -> None:
             raise malformed("<devices> is missing")
         devices.append(element)
         read = daemon.domains.read(serialise(root))
+        alone: Spec | None = None
+        """Of the interface, if it is one."""
         coming: dict[str | None, DiskName | NetName] = domain.extra.setdefault("coming", {})
         if element.tag == "disk":
             target = _target(element)
@@ -97,8 +99,12 @@ async def attach(daemon: Daemon, domain: Domain, element: Element) -> None:
             coming[disk.id], asked = read.disks[index], {"disk": plain(disk)}
         else:
             net = read.config.nets[-1]
+            alone = replace(read, config=read.config.replace(nets=[net]), nets=read.nets[-1:])
+            daemon.networks.check(alone)
             coming[net.mac], asked = read.nets[-1], {"net": plain(net)}
         await ask(entry, "attach", 60, **asked, timeout=ATTACH_SECONDS)
+        if alone is not None:
+            await daemon.networks.plug(alone)
         await refresh(daemon.domains, daemon.events, domain)
 
 

@@ -178,6 +178,7 @@ async def domain_migrate_prepare3_params(
     there = next((domain for domain in domains.all() if spec.name == domain.name or spec.uuid == domain.uuid), None)
     if there is not None and (there.active or there.name != spec.name or there.uuid != spec.uuid):
         raise LibvirtError(Code.OPERATION_INVALID, f"domain '{there.name}' is already active or another one here")
+    domains.networks.check(spec)
     if spec.name in _arrivals(call):
         raise LibvirtError(Code.OPERATION_INVALID, f"domain '{spec.name}' is being received already")
     listen, host = _where(given.get("migrate_uri"))
@@ -270,7 +271,7 @@ async def _arrived(call: Call, arrival: AwaitedMachine) -> Domain:
         with suppress(VmmError):
             domain = domains.named(arrival.spec.name)
             if domain.active and domain.pid == arrival.process.pid:
-                domains.received(domain, arrival.spec, arrival.process)
+                await domains.received(domain, arrival.spec, arrival.process)
                 return domain
         await asyncio.sleep(0.02)
     said = await last_words(arrival.log)

@@ -1,409 +1,214 @@
-"""Procedures about networks, the host's interfaces and devices, filters and secrets.
-
-There is one network, `default`: user networking, which needs no privileges and is always there. It translates addresses
-as libvirt's own `default` does, by passt instead of a bridge.
-"""
+"""Procedures about networks."""
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
-from xml.etree.ElementTree import Element
+from typing import NamedTuple
 
-from vmm.libvirt import host
 from vmm.libvirt.client import Call
-from vmm.libvirt.domain_calls import at_least_zero
+from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, at_least_zero, check_flags
 from vmm.libvirt.errors import Code, From, LibvirtError
+from vmm.libvirt.network_xml import read_network
+from vmm.libvirt.networks import Network, Networks
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.storage import any_of
-from vmm.libvirt.wire import FilterRef, InterfaceRef, NetworkRef, NodeDeviceRef, SecretRef
-from vmm.libvirt.xmltree import add, serialise
+from vmm.libvirt.wire import NetworkRef
 
 calls = Procedures()
 
-DEFAULT = NetworkRef("default", uuid.uuid5(uuid.NAMESPACE_URL, "loopvisor:network:default").bytes)
-NET = Path("/sys/class/net")
-USER_NETWORKING = "the network 'default' is user networking, which is always there; others cannot be made here"
+XML_INACTIVE = 1
+IPV4 = 0
+"""virIPAddrType."""
 
 
-def _network(net: NetworkRef) -> NetworkRef:
-    if net.uuid != DEFAULT.uuid:
-        text = f"no network with matching uuid '{uuid.UUID(bytes=net.uuid)}' ({net.name})"
-        raise LibvirtError(Code.NO_NETWORK, text, From.NETWORK)
-    return DEFAULT
+def _all(call: Call) -> Networks:
+    networks: Networks = call.daemon.networks
+    return networks
 
 
-def fixed() -> LibvirtError:
-    """For whoever wants to change networks."""
-    return LibvirtError(Code.OPERATION_UNSUPPORTED, USER_NETWORKING, From.NETWORK)
+def _network(call: Call, net: NetworkRef) -> Network:
+    return _all(call).of(net)
 
 
 @calls.query(283, "connect_list_all_networks", "need:int flags:uint", "nets:network<16384> count:uint")
 async def connect_list_all_networks(call: Call, need: int, flags: int) -> tuple[list[NetworkRef], int]:
-    # inactive, active, persistent, transient, autostart, no autostart
-    groups = ({1: False, 2: True}, {4: True, 8: False}, {16: True, 32: False})
-    found = [DEFAULT] if any_of(groups, flags) else []
+    found = []
+    for network in _all(call).all():
+        persistent, autostart = network.persistent is not None, _all(call).autostart(network)
+        groups = (
+            {1: not network.active, 2: network.active},
+            {4: persistent, 8: not persistent},
+            {16: autostart, 32: not autostart},
+        )
+        if any_of(groups, flags):
+            found.append(network.ref)
     return (found if need else []), len(found)
+
+
+def _names(call: Call, *, active: bool) -> list[str]:
+    return [network.name for network in _all(call).all() if network.active == active]
 
 
 @calls.query(52, "connect_num_of_networks", "", "count:int")
 async def connect_num_of_networks(call: Call) -> int:
-    return 1
+    return len(_names(call, active=True))
 
 
 @calls.query(38, "connect_list_networks", "max:int", "names:string<16384>")
 async def connect_list_networks(call: Call, max: int) -> list[str]:
-    return [DEFAULT.name][: at_least_zero(max)]
+    return _names(call, active=True)[: at_least_zero(max)]
 
 
 @calls.query(50, "connect_num_of_defined_networks", "", "count:int")
 async def connect_num_of_defined_networks(call: Call) -> int:
-    return 0
+    return len(_names(call, active=False))
 
 
 @calls.query(36, "connect_list_defined_networks", "max:int", "names:string<16384>")
 async def connect_list_defined_networks(call: Call, max: int) -> list[str]:
-    return []
+    return _names(call, active=False)[: at_least_zero(max)]
 
 
 @calls.query(46, "network_lookup_by_name", "name:string", "net:network")
 async def network_lookup_by_name(call: Call, name: str) -> NetworkRef:
-    if name != DEFAULT.name:
-        raise LibvirtError(Code.NO_NETWORK, f"no network with matching name '{name}'", From.NETWORK)
-    return DEFAULT
+    return _all(call).named(name).ref
 
 
 @calls.query(47, "network_lookup_by_uuid", "uuid:uuid", "net:network")
 async def network_lookup_by_uuid(call: Call, uuid: bytes) -> NetworkRef:
-    return _network(NetworkRef("", uuid))
+    return _all(call).with_uuid(uuid).ref
 
 
 @calls.query(43, "network_get_xml_desc", "net:network flags:uint", "xml:string")
 async def network_get_xml_desc(call: Call, net: NetworkRef, flags: int) -> str:
-    _network(net)
-    root = Element("network")
+    check_flags(flags, XML_INACTIVE)
+    network = _network(call, net)
+    if flags & XML_INACTIVE and network.persistent is not None:
+        return network.persistent.xml()
     users = sum(
-        name.network == DEFAULT.name
+        name.network == network.name
         for domain in call.daemon.domains.all()
         if domain.active
         for name in domain.spec.nets
     )
-    if users:
-        root.set("connections", str(users))
-    add(root, "name", DEFAULT.name)
-    add(root, "uuid", str(uuid.UUID(bytes=DEFAULT.uuid)))
-    add(root, "forward", mode="nat")
-    return serialise(root)
+    return network.spec.xml(users)
 
 
 @calls.query(44, "network_get_autostart", "net:network", "autostart:int")
 async def network_get_autostart(call: Call, net: NetworkRef) -> int:
-    _network(net)
-    return 1
+    return int(_all(call).autostart(_network(call, net)))
 
 
 @calls.change(48, "network_set_autostart", "net:network autostart:int")
 async def network_set_autostart(call: Call, net: NetworkRef, autostart: int) -> None:
-    _network(net)
-    if not autostart:
-        raise fixed()
+    _all(call).set_autostart(_network(call, net), on=bool(autostart))
 
 
 @calls.query(152, "network_is_active", "net:network", "active:int")
 async def network_is_active(call: Call, net: NetworkRef) -> int:
-    _network(net)
-    return 1
+    return int(_network(call, net).active)
 
 
 @calls.query(153, "network_is_persistent", "net:network", "persistent:int")
 async def network_is_persistent(call: Call, net: NetworkRef) -> int:
-    _network(net)
-    return 1
+    return int(_network(call, net).persistent is not None)
 
 
 @calls.query(45, "network_get_bridge_name", "net:network", "name:string")
 async def network_get_bridge_name(call: Call, net: NetworkRef) -> str:
-    _network(net)
-    raise LibvirtError(Code.INTERNAL_ERROR, "network 'default' does not have a bridge name.", From.NETWORK)
+    network = _network(call, net)
+    if not network.spec.bridge:
+        text = f"network '{network.name}' does not have a bridge name."
+        raise LibvirtError(Code.INTERNAL_ERROR, text, From.NETWORK)
+    return network.spec.bridge
+
+
+class LeaseAnswer(NamedTuple):
+    """A lease as clients know it; `expires`: seconds since 1970."""
+
+    interface: str
+    expires: int
+    type: int
+    mac: str
+    iaid: str | None
+    address: str
+    prefix: int
+    hostname: str | None
+    client: str | None
 
 
 @calls.query(
-    341, "network_get_dhcp_leases", "net:network mac:string? need:int flags:uint", "leases:int<65536> count:uint"
+    341, "network_get_dhcp_leases", "net:network mac:string? need:int flags:uint", "leases:lease<65536> count:uint"
 )
 async def network_get_dhcp_leases(
     call: Call, net: NetworkRef, mac: str | None, need: int, flags: int
-) -> tuple[list[int], int]:
-    _network(net)
-    return [], 0  # passt gives every guest the host's own address and keeps no leases
+) -> tuple[list[LeaseAnswer], int]:
+    check_flags(flags, 0)
+    network = _network(call, net)
+    address = network.spec.address
+    found = [
+        LeaseAnswer(
+            network.spec.bridge, int(lease.expires), IPV4, lease.mac, None, lease.address,
+            address.network.prefixlen, lease.hostname or None, lease.client or None,
+        )
+        for lease in _all(call).leases(network)
+        if address is not None and (mac is None or mac.lower() == lease.mac)
+    ]  # fmt: skip
+    return (found if need else []), len(found)
 
 
 @calls.change(39, "network_create", "net:network")
 async def network_create(call: Call, net: NetworkRef) -> None:
-    _network(net)
-    raise LibvirtError(Code.OPERATION_INVALID, "network is already active", From.NETWORK)
+    network = _network(call, net)
+    await _all(call).start(network)
+    # Machines that were in it while it was away come back into it.
+    for domain in call.daemon.domains.all():
+        if domain.live is not None and _all(call).uses(domain.live, network):
+            await _all(call).plug(domain.live)
 
 
 @calls.change(42, "network_destroy", "net:network")
 async def network_destroy(call: Call, net: NetworkRef) -> None:
-    _network(net)
-    raise fixed()
+    await _all(call).destroy(_network(call, net))
 
 
 @calls.change(49, "network_undefine", "net:network")
 async def network_undefine(call: Call, net: NetworkRef) -> None:
-    _network(net)
-    raise fixed()
+    _all(call).undefine(_network(call, net))
 
 
 @calls.change(41, "network_define_xml", "xml:string", "net:network")
 async def network_define_xml(call: Call, xml: str) -> NetworkRef:
-    raise fixed()
+    return _all(call).define(read_network(xml)).ref
 
 
 @calls.change(432, "network_define_xml_flags", "xml:string flags:uint", "net:network")
 async def network_define_xml_flags(call: Call, xml: str, flags: int) -> NetworkRef:
-    raise fixed()
+    check_flags(flags, 1)  # to validate, which is always done
+    return _all(call).define(read_network(xml)).ref
 
 
 @calls.change(40, "network_create_xml", "xml:string", "net:network")
 async def network_create_xml(call: Call, xml: str) -> NetworkRef:
-    raise fixed()
+    return (await _all(call).create(read_network(xml))).ref
 
 
 @calls.change(437, "network_create_xml_flags", "xml:string flags:uint", "net:network")
 async def network_create_xml_flags(call: Call, xml: str, flags: int) -> NetworkRef:
-    raise fixed()
-
-
-# The host's interfaces.
-
-
-def interfaces() -> dict[str, tuple[str, bool]]:
-    """Name to (MAC, whether it is up)."""
-    found = {}
-    try:
-        names = sorted(path.name for path in NET.iterdir())
-    except OSError:
-        return {}
-    for name in names:
-        try:
-            mac = (NET / name / "address").read_text().strip()
-            flags = int((NET / name / "flags").read_text(), 16)
-        except (OSError, ValueError):
-            continue  # it has gone meanwhile
-        found[name] = mac, bool(flags & 1)
-    return found
-
-
-def _interface(name: str) -> tuple[str, bool]:
-    found = interfaces().get(name)
-    if found is None:
-        raise LibvirtError(Code.NO_INTERFACE, f"couldn't find interface named '{name}'", From.INTERFACE)
-    return found
-
-
-def _chosen(*, active: bool) -> list[str]:
-    return [name for name, (_, up) in interfaces().items() if up == active and name != "lo"]
-
-
-@calls.query(284, "connect_list_all_interfaces", "need:int flags:uint", "ifaces:interface<16384> count:uint")
-async def connect_list_all_interfaces(call: Call, need: int, flags: int) -> tuple[list[InterfaceRef], int]:
-    found = [
-        InterfaceRef(name, mac)
-        for name, (mac, up) in interfaces().items()
-        if name != "lo" and any_of(({1: not up, 2: up},), flags)
-    ]
-    return (found if need else []), len(found)
-
-
-@calls.query(126, "connect_num_of_interfaces", "", "count:int")
-async def connect_num_of_interfaces(call: Call) -> int:
-    return len(_chosen(active=True))
-
-
-@calls.query(127, "connect_list_interfaces", "max:int", "names:string<16384>")
-async def connect_list_interfaces(call: Call, max: int) -> list[str]:
-    return _chosen(active=True)[: at_least_zero(max)]
-
-
-@calls.query(137, "connect_num_of_defined_interfaces", "", "count:int")
-async def connect_num_of_defined_interfaces(call: Call) -> int:
-    return len(_chosen(active=False))
-
-
-@calls.query(138, "connect_list_defined_interfaces", "max:int", "names:string<16384>")
-async def connect_list_defined_interfaces(call: Call, max: int) -> list[str]:
-    return _chosen(active=False)[: at_least_zero(max)]
-
-
-@calls.query(128, "interface_lookup_by_name", "name:string", "iface:interface")
-async def interface_lookup_by_name(call: Call, name: str) -> InterfaceRef:
-    return InterfaceRef(name, _interface(name)[0])
-
-
-@calls.query(129, "interface_lookup_by_mac_string", "mac:string", "iface:interface")
-async def interface_lookup_by_mac_string(call: Call, mac: str) -> InterfaceRef:
-    for name, (address, _) in interfaces().items():
-        if address == mac.lower() and name != "lo":
-            return InterfaceRef(name, address)
-    raise LibvirtError(Code.NO_INTERFACE, f"couldn't find interface with MAC address '{mac}'", From.INTERFACE)
-
-
-@calls.query(130, "interface_get_xml_desc", "iface:interface flags:uint", "xml:string")
-async def interface_get_xml_desc(call: Call, iface: InterfaceRef, flags: int) -> str:
-    mac, _ = _interface(iface.name)
-    kind = "bridge" if (NET / iface.name / "bridge").exists() else "ethernet"
-    root = Element("interface", {"type": kind, "name": iface.name})
-    add(root, "mac", address=mac)
-    return serialise(root)
-
-
-@calls.query(156, "interface_is_active", "iface:interface", "active:int")
-async def interface_is_active(call: Call, iface: InterfaceRef) -> int:
-    return int(_interface(iface.name)[1])
-
-
-# The host's devices: the computer and its network interfaces.
-
-COMPUTER = "computer"
-CAP_SYSTEM, CAP_NET = 1, 16
-"""virConnectListAllNodeDeviceFlags."""
-
-
-def _devices() -> dict[str, str]:
-    """Name to the interface that it is, "" for the computer."""
-    named = {f"net_{name}_{mac.replace(':', '_')}": name for name, (mac, _) in interfaces().items()}
-    return {COMPUTER: "", **named}
-
-
-def _capability(name: str) -> str:
-    return "system" if name == COMPUTER else "net"
-
-
-def _device(name: str) -> str:
-    found = _devices().get(name)
-    if found is None:
-        raise LibvirtError(Code.NO_NODE_DEVICE, f"no node device with matching name '{name}'", From.NODEDEV)
-    return found
-
-
-@calls.query(285, "connect_list_all_node_devices", "need:int flags:uint", "devices:nodedev<65536> count:uint")
-async def connect_list_all_node_devices(call: Call, need: int, flags: int) -> tuple[list[NodeDeviceRef], int]:
-    capabilities = flags & 0x000F_FFFF
-    found = [
-        NodeDeviceRef(name)
-        for name in _devices()
-        if not capabilities or capabilities & (CAP_SYSTEM if name == COMPUTER else CAP_NET)
-    ]
-    return (found if need else []), len(found)
-
-
-@calls.query(111, "node_num_of_devices", "cap:string? flags:uint", "count:int")
-async def node_num_of_devices(call: Call, cap: str | None, flags: int) -> int:
-    return sum(cap in (None, _capability(name)) for name in _devices())
-
-
-@calls.query(112, "node_list_devices", "cap:string? max:int flags:uint", "names:string<65536>")
-async def node_list_devices(call: Call, cap: str | None, max: int, flags: int) -> list[str]:
-    return [name for name in _devices() if cap in (None, _capability(name))][: at_least_zero(max)]
-
-
-@calls.query(113, "node_device_lookup_by_name", "name:string", "dev:nodedev")
-async def node_device_lookup_by_name(call: Call, name: str) -> NodeDeviceRef:
-    _device(name)
-    return NodeDeviceRef(name)
-
-
-@calls.query(114, "node_device_get_xml_desc", "name:string flags:uint", "xml:string")
-async def node_device_get_xml_desc(call: Call, name: str, flags: int) -> str:
-    interface = _device(name)
-    root = Element("device")
-    add(root, "name", name)
-    if not interface:
-        capability = add(root, "capability", type="system")
-        add(add(capability, "hardware"), "uuid", str(host.host_uuid()))
-        return serialise(root)
-    add(root, "path", str((NET / interface).resolve()))
-    add(root, "parent", COMPUTER)
-    capability = add(root, "capability", type="net")
-    mac, up = _interface(interface)
-    add(capability, "interface", interface)
-    add(capability, "address", mac)
-    add(capability, "link", state="up" if up else "down")
-    return serialise(root)
-
-
-@calls.query(115, "node_device_get_parent", "name:string", "parent:string?")
-async def node_device_get_parent(call: Call, name: str) -> str | None:
-    return COMPUTER if _device(name) else None
-
-
-@calls.query(116, "node_device_num_of_caps", "name:string", "count:int")
-async def node_device_num_of_caps(call: Call, name: str) -> int:
-    _device(name)
-    return 1
-
-
-@calls.query(117, "node_device_list_caps", "name:string max:int", "names:string<65536>")
-async def node_device_list_caps(call: Call, name: str, max: int) -> list[str]:
-    _device(name)
-    return [_capability(name)][: at_least_zero(max)]
-
-
-@calls.query(436, "node_device_is_active", "name:string", "active:int")
-async def node_device_is_active(call: Call, name: str) -> int:
-    _device(name)
-    return 1
-
-
-# Filters and secrets: there are none.
-
-
-@calls.query(286, "connect_list_all_nwfilters", "need:int flags:uint", "filters:nwfilter<16384> count:uint")
-async def connect_list_all_nwfilters(call: Call, need: int, flags: int) -> tuple[list[FilterRef], int]:
-    return [], 0
-
-
-@calls.query(178, "connect_num_of_nwfilters", "", "count:int")
-async def connect_num_of_nwfilters(call: Call) -> int:
-    return 0
-
-
-@calls.query(179, "connect_list_nwfilters", "max:int", "names:string<16384>")
-async def connect_list_nwfilters(call: Call, max: int) -> list[str]:
-    return []
-
-
-@calls.query(175, "nwfilter_lookup_by_name", "name:string", "filter:nwfilter")
-async def nwfilter_lookup_by_name(call: Call, name: str) -> FilterRef:
-    raise LibvirtError(Code.NO_NWFILTER, f"no nwfilter with matching name '{name}'", From.NWFILTER)
-
-
-@calls.query(401, "connect_list_all_nwfilter_bindings", "need:int flags:uint", "bindings:nwfilter<16384> count:uint")
-async def connect_list_all_nwfilter_bindings(call: Call, need: int, flags: int) -> tuple[list[FilterRef], int]:
-    return [], 0
-
-
-@calls.query(287, "connect_list_all_secrets", "need:int flags:uint", "secrets:secret<16384> count:uint")
-async def connect_list_all_secrets(call: Call, need: int, flags: int) -> tuple[list[SecretRef], int]:
-    return [], 0
-
-
-@calls.query(139, "connect_num_of_secrets", "", "count:int")
-async def connect_num_of_secrets(call: Call) -> int:
-    return 0
-
-
-@calls.query(140, "connect_list_secrets", "max:int", "uuids:string<16384>")
-async def connect_list_secrets(call: Call, max: int) -> list[str]:
-    return []
-
-
-@calls.query(141, "secret_lookup_by_uuid", "uuid:uuid", "secret:secret")
-async def secret_lookup_by_uuid(call: Call, uuid: bytes) -> SecretRef:
-    raise LibvirtError(Code.NO_SECRET, "no secret with matching uuid", From.SECRET)
-
-
-@calls.query(147, "secret_lookup_by_usage", "type:int id:string", "secret:secret")
-async def secret_lookup_by_usage(call: Call, type: int, id: str) -> SecretRef:
-    raise LibvirtError(Code.NO_SECRET, f"no secret with matching usage '{id}'", From.SECRET)
+    check_flags(flags, 1)
+    return (await _all(call).create(read_network(xml))).ref
+
+
+@calls.change(291, "network_update", "net:network command:uint section:uint parent:int xml:string flags:uint")
+async def network_update(
+    call: Call, net: NetworkRef, command: int, section: int, parent: int, xml: str, flags: int
+) -> None:
+    check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG)
+    network = _network(call, net)
+    live, config = bool(flags & AFFECT_LIVE), bool(flags & AFFECT_CONFIG)
+    if not live and not config:
+        live, config = network.active, not network.active
+    if parent not in (-1, 0):
+        raise LibvirtError(
+            Code.INVALID_ARG, f"network '{network.name}' has one <ip>, not number {parent}", From.NETWORK
+        )
+    _all(call).update(network, command, section, xml, live=live, config=config)

@@ -33,6 +33,8 @@ class NetName:
 
     network: str = ""
     """The libvirt network that it belongs to, "" for none."""
+    bridge: str = ""
+    """The host's bridge that it is a port of, where it belongs to no network."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Spec:
     def with_config(self, **values: object) -> Spec:
         """With some of the configuration's values changed. Raises ConfigError."""
         return replace(self, config=Config.from_dict({**self.config.to_dict(), **values}))
+
+
+def tap_name(mac: str) -> str:
+    """The host's name for the interface of a card with this address: 14 characters, the same on every host."""
+    return "lv" + mac.lower().replace(":", "")
 
 
 def disk_name(index: int) -> str:

@@ -8,6 +8,7 @@
     STATE/log/NAME.log         what that process said
     STATE/channel/NAME/…       sockets of its channels
     STATE/pools                as domains
+    STATE/networks             see vmm/libvirt/networks.py
     STATE/saves, STATE/snapshots  see vmm/libvirt/saves.py
 Blocking, for a few system calls each.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from vmm.errors import ConfigError, HostError, os_reason
 
-FOLDERS = ("domains", "autostart", "live", "config", "log", "channel", "pools", "saves", "snapshots")
+FOLDERS = ("domains", "autostart", "live", "config", "log", "channel", "pools", "networks", "saves", "snapshots")
 
 
 class Store:

@@ -199,6 +199,13 @@ TYPES: dict[str, Type] = {
     "addresses": Record(Addresses, (_STRING, Optional(_STRING), Array(_ADDRESS, 2048))),
     "statsrecord": Record(StatsRecord, (_DOMAIN, Array(_PARAM, 262144))),
     "diskerror": Record(Stat, (_STRING, INT)),
+    "lease": Record(
+        lambda *values: values,
+        (
+            *(_STRING, HYPER, INT, Optional(_STRING), Optional(_STRING)),
+            *(_STRING, UINT, Optional(_STRING), Optional(_STRING)),
+        ),
+    ),
 }
 _FIELD = re.compile(r"(\w+):(\w+)(\?)?(?:<(\d+)>)?")
 

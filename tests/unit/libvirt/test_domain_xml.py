@@ -194,7 +194,7 @@ def test_libvirts_defaults() -> None:
         ("<disk><driver cache='unsafe'/><source file='/i'/><target dev='vda'/></disk>", "unsafe"),
         ("<interface type='user'><model type='e1000'/></interface>", "e1000"),
         ("<interface type='user'><bandwidth/></interface>", "bandwidth"),
-        ("<interface type='bridge'><source bridge='br0'/></interface>", "bridge"),
+        ("<interface type='bridge'><source bridge='a/b'/></interface>", "a/b"),
         ("<serial type='pty'><target port='1'/></serial>", "port 1"),
         ("<rng model='virtio'><rate bytes='1'/><backend model='random'/></rng>", "rate"),
         ("<controller type='scsi'/>", "scsi"),
