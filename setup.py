@@ -19,6 +19,7 @@ if os.environ.get("LOOPVISOR_SANITIZE"):
 
 CORE_FOLDERS = sorted({str(path.parent) for path in Path("cpu/soft").rglob("*.[ch]")})
 GUESTS = Path("images/guests")
+RUNNER = Path("cpu/runner")
 GUEST_LINK = ["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"]
 INIT_SOURCES = sorted(glob.glob("images/init/*.c"))
 INIT_FLAGS = ["-m64", "-std=gnu11", "-Os", "-Wall", "-Wextra", "-ffreestanding", "-fno-stack-protector", "-fno-pic",
@@ -52,6 +53,10 @@ class BuildNative(build_ext):
         init = target.parent / "init" / "guest-init.bin"
         init.parent.mkdir(parents=True, exist_ok=True)
         self.spawn([compiler, *INIT_FLAGS, *GUEST_LINK, "-Wl,-s", "-o", str(init), *INIT_SOURCES])
+        runner = (Path() if in_place else Path(self.build_lib)) / RUNNER / "runner.bin"
+        runner.parent.mkdir(parents=True, exist_ok=True)
+        sources = [str(path) for pattern in ("*.c", "*.S") for path in sorted(RUNNER.glob(pattern))]
+        self.spawn([compiler, *INIT_FLAGS, *GUEST_LINK, "-Icpu", "-Wl,-s", "-o", str(runner), *sources])
         for source in sorted(GUESTS.glob("*.S")):
             binary = target / f"{source.stem}.bin"
             if binary.exists() and binary.stat().st_mtime > max(newest, source.stat().st_mtime):
@@ -61,7 +66,8 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         guests = [str(Path(self.build_lib) / GUESTS / f"{path.stem}.bin") for path in GUESTS.glob("*.S")]
-        return [*super().get_outputs(), *guests, str(Path(self.build_lib) / "images/init/guest-init.bin")]
+        others = [str(Path(self.build_lib) / name) for name in ("images/init/guest-init.bin", RUNNER / "runner.bin")]
+        return [*super().get_outputs(), *guests, *others]
 
 
 setup(

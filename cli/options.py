@@ -77,6 +77,7 @@ RUN_OPTIONS = (
     RunOption("--slot", "slots", "list", "ID=NUMBER: the PCI device number of a device.", "SPEC"),
     RunOption("--testdev", "testdev", "switch", "The ports of QEMU's pc-testdev, for processor tests."),
     RunOption("--hugepages", "hugepages", "switch", "Guest memory from the host's reserved huge pages."),
+    RunOption("--direct", "direct", "text", "Guest programs run natively, beside the software core.", "auto|on|off"),
     RunOption("--config", "config_file", "text", "TOML file; options win over it.", "FILE", "command"),
     RunOption("--paused", "paused", "switch", "Build the machine, run it when vmm resume says so.", of="command"),
     RunOption("--warm", "warm", "switch", "Go on from a machine of this kind that was booted before.", of="command"),

@@ -61,6 +61,7 @@ CpuModel = Literal["v2", "host"]
 ClockKind = Literal["real", "virtual"]
 EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
+Direct = Literal["auto", "on", "off"]
 ConsoleKind = Literal["stdio", "socket", "none"]
 NetKind = Literal["user", "tap", "unix"]
 GdbArchitecture = Literal["x86-64", "i386", "i8086"]
@@ -609,6 +610,9 @@ class Config(Checked):
     """Interrupt lines, I/O RAM and a device's memory at the ports of QEMU's pc-testdev, for processor tests."""
     hugepages: bool = False
     """Guest memory from the host's reserved 2 MiB pages."""
+    direct: Direct = "off"
+    """64-bit programs of a guest on the software core run natively, in processes beside this one. on: always; auto:
+    where the host can and it pays."""
 
     _converters = {
         "name": to_name,
@@ -652,6 +656,7 @@ class Config(Checked):
         "slots": to_parts(PciSlot),
         "testdev": to_boolean,
         "hugepages": to_boolean,
+        "direct": to_choice(Direct),
     }
 
     def _check(self) -> None:

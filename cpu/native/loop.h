@@ -127,6 +127,12 @@ struct lv_vcpu;
 struct lv_engine;
 struct kvm_cpuid_entry2;
 
+/* Guest memory that a descriptor holds; struct soft_direct_memory. */
+struct lv_direct_memory {
+    void *host;
+    uint64_t size, offset;
+};
+
 /* What a core implements. [loop] where not said; NULL is allowed where said. */
 struct lv_ops {
     const char *name;
@@ -182,6 +188,9 @@ struct lv_ops {
     /* Without a VM, any may be NULL (KVM: Python asks /dev/kvm). Both return how many they wrote, at most max. */
     uint32_t (*supported_cpuid)(struct kvm_cpuid_entry2 *entries, uint32_t max);
     uint32_t (*msr_list)(uint32_t *indices, uint32_t max); /* the MSRs worth saving */
+    /* Let guest programs run natively over memory that `fd` holds; with fd -1 no longer, while all vCPUs are parked. May be NULL. */
+    int (*set_direct)(struct lv_vm *vm, const struct lv_direct_memory *memory, uint32_t count, int fd, const char *program,
+                      bool always);
     /* The core's own counters; returns how many were written (at most max). May be NULL. */
     uint32_t (*stats)(struct lv_vm *vm, struct lv_stat *stats, uint32_t max);
     /* One of the last instructions of those that stats() counts as finished: up to LV_INSN_MAX bytes, how many. May be NULL. */

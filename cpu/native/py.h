@@ -64,6 +64,9 @@ PyObject *lv_vm_set_msi_routes(VmObject *self, PyObject *sequence);
 PyObject *lv_vm_add_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
 PyObject *lv_vm_remove_irqfd(VmObject *self, PyObject *args, PyObject *kwargs);
 
+/* pydirect.c */
+PyObject *lv_vm_set_direct(VmObject *self, PyObject *args);
+PyObject *lv_direct_probe(PyObject *module, PyObject *args);
 /* Methods of Vcpu and Vm in pydebug.c. */
 PyObject *lv_vcpu_set_debug_blob(VcpuObject *self, PyObject *args);
 PyObject *lv_vcpu_translate(VcpuObject *self, PyObject *address);

@@ -557,6 +557,7 @@ static PyMethodDef vm_methods[] = {
     {"stats", (PyCFunction)vm_stats, METH_NOARGS, NULL},
     {"last_finished", (PyCFunction)vm_last_finished, METH_NOARGS, NULL},
     {"set_trace", (PyCFunction)lv_vm_set_trace, METH_O, "Keep the last n of what each vCPU executes."},
+    {"set_direct", (PyCFunction)lv_vm_set_direct, METH_VARARGS, "set_direct(fd, [(buffer, offset)], program, always)"},
     {"close", (PyCFunction)vm_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -258,6 +258,8 @@ struct soft_vcpu {
     uint16_t features;  /* MODE_FEATURE(): those of its CPUID that decide how bytes are decoded */
     uint64_t phys_mask; /* of the physical addresses that the guest's CPUID announces, at most PHYS_BITS */
 
+    struct direct_vcpu *direct; /* NULL: its code never runs natively */
+
     struct soft_jumps jump;
     struct soft_replay replay;
 
@@ -283,6 +285,7 @@ struct soft_vm {
     bool turn_over;             /* end the turn under way: the timers or the turn order need a look */
     uint64_t start_ns, alarm_ns, tsc_base;
     uint64_t stops[64];         /* breakpoint.c: offsets in pages at which blocks end */
+    struct direct_vm *direct;   /* NULL: no direct execution */
 };
 
 /* Instructions retired by this vCPU. Exact between instructions and in every call out of a handler (there: without
@@ -339,6 +342,8 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
 /* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */
 void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size);
 void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
+/* For another CR3; keep: the guest asked for no flush. */
+void soft_tlb_switch(struct soft_vcpu *c, bool keep);
 /* Whether code at `linear` is fetched through an entry that outlives a change of CR3. */
 bool soft_tlb_executes_global(struct soft_vcpu *c, uint64_t linear);
 void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear);
@@ -434,9 +439,22 @@ void soft_watch_caller(struct soft_vcpu *c, uint64_t linear, unsigned size, bool
 bool soft_page_watched(const struct soft_vcpu *c, uint64_t page);
 void soft_trace(struct soft_vcpu *c, unsigned kind, uint64_t rip, uint64_t instructions, uint32_t count);
 
+/* ---- direct/: what it has to know. Only where c->direct (vm->direct) is there. ---- */
+void soft_direct_flushed(struct soft_vcpu *c);                         /* with soft_tlb_flush() */
+void soft_direct_flushed_page(struct soft_vcpu *c, uint64_t linear);   /* with soft_tlb_flush_page() */
+void soft_direct_switched(struct soft_vcpu *c, bool keep);             /* CR3 was written; keep: without a flush */
+void soft_direct_protect(struct soft_vm *vm, const uint8_t *host);     /* writes to the page must be seen */
+void soft_direct_protect_all(struct soft_vm *vm);                      /* the next write to every page must be */
+void soft_direct_returned(struct soft_vcpu *c);                        /* SYSRET or IRET, to a program perhaps */
+void soft_direct_kick(struct soft_vcpu *c);                            /* [any] c->attention was set */
+
 /* ---- block.c / exec.c ---- */
 /* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
 void soft_execute(struct soft_vcpu *c);
+/* The same for about `most` instructions of the budget. */
+void soft_execute_some(struct soft_vcpu *c, int64_t most);
+/* Give back what soft_step() or soft_execute_some() kept of the budget when a fault ended them. */
+void soft_release_budget(struct soft_vcpu *c);
 /* Run exactly one instruction (one iteration of a repeated string instruction is enough), whatever c->attention and
  * c->budget are; counts it. */
 void soft_step(struct soft_vcpu *c);

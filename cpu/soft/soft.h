@@ -120,9 +120,24 @@ uint64_t soft_vm_instructions(struct soft_vm *vm);
 
 struct soft_stats {
     uint64_t instructions, blocks_decoded, blocks_invalidated, tlb_flushes, tlb_fills, exceptions, interrupts,
-        halts, accesses, icache_misses;
+        halts, accesses, icache_misses, native_ns, native_stops;
 };
 void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats);
+
+/* ---- direct execution (direct/): 64-bit code of CPL 3 runs natively, in processes that map guest memory ---- */
+
+/* What of guest memory stands where in the descriptor that holds all of it. */
+struct soft_direct_memory {
+    void *host;
+    uint64_t size, offset;
+};
+/* From now on, for memory that `fd` (which is duplicated) holds and that is mapped shared. `program`: the path of cpu/runner's
+ * program. always: also where it does not pay. Once for a VM with the real clock; with fd -1 and count 0 it ends, for
+ * good: memory is about to be mapped otherwise. -EINVAL, -EBUSY, -ENOMEM. */
+int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memory, uint32_t count, int fd, const char *program,
+                       bool always);
+/* Whether this host can: 1, or 0: it can, but CPUID does not fault; -errno, and why in a few words. On any thread without a VM. */
+int soft_direct_probe(const char *program, char *why, size_t size);
 
 /* CPUID as the VMM sets it; the layout is struct kvm_cpuid_entry2's. */
 struct kvm_cpuid_entry2;

@@ -67,7 +67,8 @@ SOFT_ARROWS: dict[str, set[str]] = {
     "mmu": {"ops", "system"},
     "interp": {"ops", "mmu"},
     "jit": {"ops", "mmu"},
-    "run": {"ops", "mmu", "system", "jit", ""},
+    "direct": {"system", ""},
+    "run": {"ops", "mmu", "system", "jit", "direct", ""},
 }
 """Folders of the software core -> those whose headers they may include, besides their own. "" is cpu.h, the state of a
 vCPU and what the folders offer each other, and soft.h; the decoder, the interpreter and the translator know operations

@@ -15,7 +15,8 @@ from cpu.contract import Capability, System, Vcpu, Vm, VmConfig
 from vmm.config import Config
 from vmm.cores import open_system
 from vmm.errors import ConfigError, HostError
-from vmm.machine.memory import GuestMemory
+from vmm.machine.direct import runs_directly, start_direct
+from vmm.machine.memory import GuestMemory, Shared
 from vmm.machine.origin import BOOT, Arrival, Origin, Restore
 
 
@@ -44,7 +45,8 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
         epoch_ns = time.time_ns() if epoch is None else epoch * 1_000_000_000
         if isinstance(origin, Arrival):
             epoch_ns = origin.epoch_ns
-        memory = GuestMemory(config.memory, hugepages=config.hugepages)
+        direct = origin is BOOT and runs_directly(config, system)
+        memory = GuestMemory(config.memory, hugepages=config.hugepages, source=Shared() if direct else None)
     vm: Vm | None = None
     try:
         vm = system.create_vm(
@@ -57,6 +59,8 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
             )
         )
         memory.attach(vm)
+        if memory.shared:
+            start_direct(vm, memory, always=config.direct == "on")
         return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.most_cpus)], epoch_ns)
     except BaseException:
         if vm is not None:

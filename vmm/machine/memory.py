@@ -108,6 +108,8 @@ class GuestMemory:
         self.source: MemorySource = source if source is not None else Anonymous(hugepages)
         self.on_written: Callable[[int, int], None] | None = None
         self.on_written_ranges: Callable[[bytes], None] | None = None
+        self.before_freeze: Callable[[], None] | None = None
+        """Has whoever else maps a `Shared` source let go of it."""
         self._core: MemoryCore | None = None
         self._regions: list[_Region] = []
         self._fd = -1  # of all memory, while it is shared
@@ -341,6 +343,8 @@ class GuestMemory:
         """
         if self._granule > PAGE:
             raise HostError("memory: pages of the reserved pool cannot be shared by copies; leave hugepages out")
+        if self.before_freeze is not None:
+            self.before_freeze()
         fd = -1
         fresh: list[Extent] = []
         try:
@@ -448,7 +452,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
-        self._core = self.on_written = self.on_written_ranges = None
+        self._core = self.on_written = self.on_written_ranges = self.before_freeze = None
         regions, self._regions = self._regions, []
         for region in regions:
             for release in (region.view.release, region.mapping.close):

@@ -244,7 +244,7 @@ static bool clear_list(struct soft_vcpu *c, unsigned global)
     return true;
 }
 
-void soft_tlb_flush(struct soft_vcpu *c, bool global_too)
+static void flush(struct soft_vcpu *c, bool global_too)
 {
     c->vm->stats.tlb_flushes++;
     clear_victims(c);
@@ -253,11 +253,27 @@ void soft_tlb_flush(struct soft_vcpu *c, bool global_too)
     soft_jump_cache_flush(c, global_too);
 }
 
+void soft_tlb_flush(struct soft_vcpu *c, bool global_too)
+{
+    flush(c, global_too);
+    if (c->direct)
+        soft_direct_flushed(c);
+}
+
+void soft_tlb_switch(struct soft_vcpu *c, bool keep)
+{
+    flush(c, false);
+    if (c->direct)
+        soft_direct_switched(c, keep);
+}
+
 void soft_tlb_flush_page(struct soft_vcpu *c, uint64_t linear)
 {
     uint64_t page = linear & PAGE_MASK;
     unsigned shift = 0;
     clear_victims(c);
+    if (c->direct)
+        soft_direct_flushed_page(c, linear);
     if (bit_test(c->mmu.large1g, 4, linear >> 30))
         shift = 30;
     else if (bit_test(c->mmu.large4m, 16, linear >> 22))
@@ -293,6 +309,8 @@ void soft_tlb_flush_all_vcpus(struct soft_vm *vm)
 
 void soft_tlb_flush_writes(struct soft_vm *vm)
 {
+    if (vm->direct)
+        soft_direct_protect_all(vm);
     for (unsigned index = 0; index < vm->config.vcpus; index++) {
         struct soft_vcpu *vcpu = vm->vcpus[index];
         for (unsigned view = 0; view < VIEW_COUNT; view++)
@@ -308,6 +326,8 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
     const uint8_t *host = soft_phys(vm, gpa & PAGE_MASK, false, &slot);
     if (!host)
         return;
+    if (vm->direct)
+        soft_direct_protect(vm, host);
     for (unsigned n = 0; n < vm->config.vcpus; n++) {
         struct soft_vcpu *c = vm->vcpus[n];
         clear_victims(c);

@@ -537,6 +537,17 @@ static uint32_t trace(struct lv_vm *vm, uint32_t vcpu, struct lv_trace_entry *ou
     return n;
 }
 
+static int set_direct(struct lv_vm *vm, const struct lv_direct_memory *memory, uint32_t count, int fd, const char *program,
+                      bool always)
+{
+    struct backend *b = of(vm);
+    static_assert(sizeof *memory == sizeof(struct soft_direct_memory), "the same structure");
+    enter(b);
+    int r = soft_vm_set_direct(b->soft, (const struct soft_direct_memory *)(const void *)memory, count, fd, program, always);
+    leave(b);
+    return r;
+}
+
 static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
 {
     struct backend *b = of(vm);
@@ -548,7 +559,7 @@ static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
         {"instructions", s.instructions}, {"blocks-decoded", s.blocks_decoded},
         {"blocks-invalidated", s.blocks_invalidated}, {"tlb-flushes", s.tlb_flushes}, {"tlb-fills", s.tlb_fills},
         {"exceptions", s.exceptions}, {"interrupts", s.interrupts}, {"halts", s.halts}, {"accesses", s.accesses},
-        {"icache-misses", s.icache_misses},
+        {"icache-misses", s.icache_misses}, {"native-ns", s.native_ns}, {"native-stops", s.native_stops},
     };
     uint32_t count = sizeof all / sizeof *all < max ? (uint32_t)(sizeof all / sizeof *all) : max;
     memcpy(out, all, count * sizeof *all);
@@ -564,6 +575,6 @@ const struct lv_ops lv_soft_ops = {
     .now = now, .set_alarm = set_alarm,
     .get_vcpu = get_vcpu, .set_vcpu = set_vcpu, .get_vm = get_vm, .set_vm = set_vm,
     .stood_still = stood_still, .set_cpuid = set_cpuid, .set_debug = set_debug, .translate = translate,
-    .set_trace = set_trace, .trace = trace, .nmi = nmi, .stats = stats,
+    .set_trace = set_trace, .trace = trace, .nmi = nmi, .stats = stats, .set_direct = set_direct,
     .supported_cpuid = soft_supported_cpuid, .msr_list = soft_msr_list,
 };

@@ -581,7 +581,7 @@ HANDLER(block_link_next)
 }
 
 /* What a step that ended with a fault kept back. */
-static void release_budget(struct soft_vcpu *c)
+void soft_release_budget(struct soft_vcpu *c)
 {
     c->budget += c->budget_held;
     c->budget_held = 0;
@@ -596,19 +596,31 @@ static __attribute__((noinline, cold)) void execute_traced(struct soft_vcpu *c)
         c->budget_held = c->budget - 1;
         c->budget = 1;
         host_enter(c, &empty_jump, rip);
-        release_budget(c);
+        soft_release_budget(c);
     }
 }
 
 void soft_execute(struct soft_vcpu *c)
 {
-    release_budget(c);
+    soft_release_budget(c);
     if (SOFT_UNLIKELY(c->caller.trace != NULL)) {
         execute_traced(c);
         return;
     }
     while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED))
         host_enter(c, &empty_jump, c->rip);
+}
+
+void soft_execute_some(struct soft_vcpu *c, int64_t most)
+{
+    soft_release_budget(c);
+    if (c->budget > most) {
+        c->budget_held = c->budget - most;
+        c->budget = most;
+    }
+    while (c->budget > 0 && !__atomic_load_n(&c->attention, __ATOMIC_RELAXED))
+        host_enter(c, &empty_jump, c->rip);
+    soft_release_budget(c);
 }
 
 bool soft_undefined_by_name(struct soft_vcpu *c)
@@ -625,7 +637,7 @@ bool soft_undefined_by_name(struct soft_vcpu *c)
 void soft_step_unkept(struct soft_vcpu *c)
 {
     uint64_t linear = c->rip, limit = UINT64_MAX;
-    release_budget(c);
+    soft_release_budget(c);
     c->vm->blocks->changed = false;
     c->access_ss = 0;
     if (!c->code64) {
@@ -641,18 +653,18 @@ void soft_step_unkept(struct soft_vcpu *c)
     c->budget_held = c->budget - 1;
     c->budget = 1;
     host_enter(c, decode_unkept(c, linear, mode, limit), c->rip);
-    release_budget(c);
+    soft_release_budget(c);
 }
 
 void soft_step(struct soft_vcpu *c)
 {
     /* With a budget of one the instruction leaves at its end, wherever it goes. */
-    release_budget(c);
+    soft_release_budget(c);
     if (SOFT_UNLIKELY(c->caller.trace != NULL))
         soft_trace(c, SOFT_TRACE_STEP, c->rip, soft_instructions(c), 1);
     c->budget_held = c->budget - 1;
     c->budget = 1;
     struct uop *u = find_code(c, current_mode(c) | MODE_SINGLE, false);
     host_enter(c, u, c->rip);
-    release_budget(c);
+    soft_release_budget(c);
 }

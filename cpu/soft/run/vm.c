@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "soft/direct/direct.h"
 #include "soft/system/system.h"
 
 enum { MWAIT_NS = 50000 }; /* MWAIT may return at any time; this is when it does if nothing happens */
@@ -136,6 +137,7 @@ void soft_vm_destroy(struct soft_vm *vm)
 {
     if (!vm)
         return;
+    soft_direct_destroy(vm);
     if (vm->irqchip)
         irqchip_destroy(vm->irqchip);
     if (vm->blocks)
@@ -153,12 +155,17 @@ void soft_vm_destroy(struct soft_vm *vm)
     free(vm);
 }
 
-void soft_vm_forked(struct soft_vm *vm) { soft_events_forked(vm->events); }
+void soft_vm_forked(struct soft_vm *vm)
+{
+    soft_events_forked(vm->events);
+    soft_direct_forked(vm);
+}
 
 void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats)
 {
     *stats = vm->stats;
     stats->instructions = soft_vm_instructions(vm);
+    soft_direct_stats(vm, &stats->native_ns, &stats->native_stops);
 }
 
 /* ---- turns ---- */
@@ -289,6 +296,8 @@ static int run_turn(struct soft_vcpu *c)
     struct soft_vm *vm = c->vm;
     int jump = _setjmp(c->fault);
     c->replay.allowed = false;
+    if (jump)
+        soft_release_budget(c);
     switch (jump) {
     case JUMP_FAULT:
         c->in_step = c->caller.touched = false;
@@ -329,6 +338,8 @@ static int run_turn(struct soft_vcpu *c)
             if (stop != GO_ON)
                 return stop;
             soft_drop_deferred(c);
+        } else if (c->direct) {
+            soft_direct_execute(c);
         } else {
             soft_execute(c);
         }

@@ -87,7 +87,7 @@ static void write_cr3(struct soft_vcpu *c, uint64_t value)
     bool same = value == c->cr3;
     c->cr3 = value;
     if (!(keep && same))
-        soft_tlb_flush(c, false);
+        soft_tlb_switch(c, keep);
 }
 
 static void write_cr4(struct soft_vcpu *c, uint64_t value)

@@ -401,4 +401,6 @@ void soft_iret(struct soft_vcpu *c, unsigned op_size)
     if (c->nmi_pending)
         soft_attend(c);
     soft_system_flags_changed(c);
+    if (c->direct)
+        soft_direct_returned(c);
 }

@@ -76,6 +76,8 @@ void soft_sysret(struct soft_vcpu *c, bool to64)
     soft_mode_changed(c);
     trap_at_end(c);
     soft_system_flags_changed(c);
+    if (c->direct)
+        soft_direct_returned(c);
 }
 
 void soft_sysenter(struct soft_vcpu *c)

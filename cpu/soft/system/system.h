@@ -30,7 +30,12 @@ enum { SYS_TSS16 = 1, SYS_LDT = 2, SYS_TSS16_BUSY = 3, SYS_CALL16 = 4, SYS_TASK 
 #define DR6_BD (1u << 13)
 #define DR7_GD (1u << 13)
 
-static inline void soft_attend(struct soft_vcpu *c) { __atomic_store_n(&c->attention, 1, __ATOMIC_RELEASE); }
+static inline void soft_attend(struct soft_vcpu *c)
+{
+    __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
+    if (SOFT_UNLIKELY(c->direct != NULL))
+        soft_direct_kick(c);
+}
 
 /* mmu.c: a page holds RAM that a processor or device wrote. */
 void soft_written(struct soft_vm *vm, struct soft_slot *slot, uint64_t gpa, unsigned size);

@@ -1,0 +1,244 @@
+/* When guest code runs natively: the run loop's way in, and what decides.
+ *
+ * A stop costs some 10 us, as much as the core needs for a few thousand instructions. So after the guest's kernel returned to a
+ * program, its first instructions run in the core, unless this address space has shown that its native stretches are long
+ * enough; and one whose stretches are short stays in the core for a while, longer each time.
+ */
+#include "soft/direct/internal.h"
+
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    TRIAL = 3000,          /* instructions in the core before an unknown program goes native */
+    PAYS_NS = 4000,        /* average native stretch from which on it goes native at once */
+    POOR_NS = 2500,        /* and below which it stays away */
+    BACKOFF = 200000,      /* instructions, doubled each time */
+    BACKOFF_MAX = 6,
+    GROWN = 400000,        /* instructions before an address space gets a runner */
+    FAILURES_MAX = 3,
+};
+
+static void close_runner(struct soft_vcpu *c, struct runner *r)
+{
+    pthread_mutex_lock(&c->vm->direct->lock);
+    runner_close(r);
+    pthread_mutex_unlock(&c->vm->direct->lock);
+    if (c->direct->current == r)
+        c->direct->current = NULL;
+}
+
+static struct runner *open_runner(struct soft_vcpu *c, struct runner *r)
+{
+    struct direct_vm *direct = c->vm->direct;
+    const char *why;
+    if (!kick_start(direct, c->vm) || runner_open(direct, r, &why) < 0) {
+        if (++c->direct->failures >= FAILURES_MAX)
+            direct->off = true;
+        return NULL;
+    }
+    return r;
+}
+
+/* The runner of the current address space, if there is one. */
+static struct runner *known_runner(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK;
+    for (unsigned i = 0; i < RUNNERS && !d->current; i++)
+        if (d->runner[i].used && d->runner[i].root == root)
+            d->current = &d->runner[i];
+    return d->current;
+}
+
+/* One for the current address space: an unused one, or the one that was not used for longest. */
+static struct runner *take_runner(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    struct runner *r = &d->runner[0];
+    for (unsigned i = 1; i < RUNNERS && r->used; i++)
+        if (!d->runner[i].used || d->runner[i].last_used < r->last_used)
+            r = &d->runner[i];
+    if (r->used && (!pages_drop_all(r) || !trip_clean(r)))
+        close_runner(c, r);
+    if (!r->mapper && !open_runner(c, r))
+        return NULL;
+    r->used = true;
+    r->root = c->cr3 & PHYS_MASK & PAGE_MASK;
+    r->pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
+    r->stale = true;
+    r->average_ns = PAYS_NS;
+    r->core_until = 0;
+    r->backoff = 0;
+    return d->current = r;
+}
+
+/* The tracer is a thread: if another one runs the vCPU now, the runners ended with the last. */
+static void follow_thread(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    static __thread pid_t self;
+    if (!self)
+        self = (pid_t)syscall(SYS_gettid);
+    if (d->thread == self)
+        return;
+    for (unsigned i = 0; i < RUNNERS; i++)
+        if (d->runner[i].mapper)
+            close_runner(c, &d->runner[i]);
+    d->thread = self;
+    d->bound = -1;
+}
+
+/* How long an address space without a runner has been executing: those that die young get none. */
+static struct young *young_of(struct soft_vcpu *c)
+{
+    uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK;
+    struct young *y = &c->direct->young[(root >> 12) % YOUNG];
+    if (y->root != root)
+        *y = (struct young){.root = root};
+    return y;
+}
+
+/* The guest's program is where it was when the stretch began, memory is not: only the program's end is left. */
+static void lose(struct soft_vcpu *c, struct runner *r)
+{
+    close_runner(c, r);
+    if (++c->direct->failures >= FAILURES_MAX)
+        c->vm->direct->off = true;
+    soft_raise_error(c, VEC_GP, 0);
+}
+
+static void in_core(struct soft_vcpu *c, int64_t most)
+{
+    uint64_t before = soft_instructions(c);
+    struct young *y = young_of(c);
+    soft_execute_some(c, most);
+    int64_t done = (int64_t)(soft_instructions(c) - before);
+    c->direct->slice -= done;
+    y->spent += (uint64_t)done;
+}
+
+/* Whether it stays in the core for a while, since stops follow each other too closely. */
+static bool poor(struct soft_vcpu *c, struct runner *r)
+{
+    if (c->vm->direct->always)
+        return false;
+    if (r->core_until > soft_instructions(c))
+        return true;
+    if (r->average_ns >= POOR_NS) {
+        if (r->average_ns > 4 * PAYS_NS)
+            r->backoff = 0;
+        return false;
+    }
+    r->core_until = soft_instructions(c) + ((uint64_t)BACKOFF << r->backoff);
+    if (r->backoff < BACKOFF_MAX)
+        r->backoff++;
+    r->average_ns = PAYS_NS;
+    return true;
+}
+
+void soft_direct_returned(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    if (c->cpl != 3 || !c->code64 || c->vm->direct->off)
+        return;
+    d->returned = true;
+    const struct runner *r = d->current;
+    if (!r || r->core_until <= soft_instructions(c))
+        __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
+}
+
+/* Natively, once. */
+static void stretch(struct soft_vcpu *c, struct runner *r)
+{
+    struct direct_vcpu *d = c->direct;
+    r->last_used = ++d->use;
+    if ((r->regs.eflags & F_ID) || !pages_prepare(c, r)) { /* a tracer cannot clear that flag */
+        close_runner(c, r);
+        return;
+    }
+    if (r->blocked)
+        d->slice = TRIAL;
+    if (d->slice > 0)
+        return;
+    if (trip_run(c, r) == TRIP_LOST)
+        lose(c, r);
+    d->failures = 0;
+}
+
+void soft_direct_execute(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    struct direct_vm *direct = c->vm->direct;
+    if (direct->off || !trip_possible(c)) {
+        soft_execute(c);
+        return;
+    }
+    follow_thread(c);
+    struct runner *r = known_runner(c);
+    if (d->returned) {
+        d->returned = false;
+        d->slice = direct->always || (r && r->average_ns >= PAYS_NS) ? 0 : TRIAL;
+    }
+    if (d->slice > 0) {
+        in_core(c, d->slice);
+        return;
+    }
+    if (!r && !direct->always && young_of(c)->spent < GROWN) {
+        in_core(c, GROWN);
+        return;
+    }
+    if (!r)
+        r = take_runner(c);
+    if (!r || poor(c, r))
+        in_core(c, GROWN);
+    else
+        stretch(c, r);
+}
+
+/* ---- what the core tells ---- */
+
+void soft_direct_flushed(struct soft_vcpu *c)
+{
+    for (unsigned i = 0; i < RUNNERS; i++)
+        c->direct->runner[i].stale = true;
+}
+
+void soft_direct_flushed_page(struct soft_vcpu *c, uint64_t linear)
+{
+    for (unsigned i = 0; i < RUNNERS; i++) {
+        struct runner *r = &c->direct->runner[i];
+        struct region *region = r->used && !r->stale ? region_of(r, linear) : NULL;
+        if (region)
+            region->stale = r->some_stale = true;
+    }
+}
+
+/* A flush of one process-context identifier (SDM vol. 3, 4.10.4.1), or of none. */
+void soft_direct_switched(struct soft_vcpu *c, bool keep)
+{
+    uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK, pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
+    c->direct->current = NULL;
+    for (unsigned i = 0; i < RUNNERS; i++) {
+        struct runner *r = &c->direct->runner[i];
+        if (!r->used)
+            continue;
+        if (!keep && r->pcid == pcid)
+            r->stale = true;
+        if (r->root == root && r->pcid != pcid) {
+            r->stale = true;
+            r->pcid = pcid;
+        }
+    }
+}
+
+void soft_direct_protect(struct soft_vm *vm, const uint8_t *host)
+{
+    const struct direct_range *range = range_of(vm->direct, host);
+    uint64_t n = range ? (range->offset + (uint64_t)(host - range->host)) >> 12 : 0;
+    if (range && (vm->direct->writable[n >> 3] >> (n & 7) & 1))
+        vm->direct->protect_seq++;
+}
+
+void soft_direct_protect_all(struct soft_vm *vm) { vm->direct->protect_seq++; }

@@ -1,0 +1,144 @@
+/* What the files of direct execution share. */
+#ifndef SOFT_DIRECT_INTERNAL_H
+#define SOFT_DIRECT_INTERNAL_H
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/types.h>
+#include <sys/user.h>
+#undef PAGE_MASK /* sys/user.h has another */
+
+#include "soft/direct/direct.h"
+#include "soft/direct/layout.h"
+#include "soft/system/system.h"
+
+enum { RUNNERS = 8, REGION_PAGES = 512, REGION_HASH = 256 };
+/* A host allows a process vm.max_map_count mappings, 65,530 unless it was changed. */
+enum { MAX_PAGES = 60000 };
+
+enum { PAGE_R = 1, PAGE_W = 2, PAGE_X = 4 };
+
+/* What a runner has mapped in 2 MiB of the guest's linear addresses. */
+struct region {
+    struct region *next;  /* of the same hash */
+    uint64_t base;
+    uint32_t count;       /* pages mapped */
+    bool stale;           /* check against the page tables before it is used */
+    uint64_t page[REGION_PAGES]; /* guest-physical address | PAGE_*; 0: not mapped */
+    uint8_t turns[REGION_PAGES]; /* how often a page that is both writable and executable changed sides */
+    uint8_t in_core[REGION_PAGES]; /* how often the core had to execute code of a page, in powers of two */
+};
+
+struct runner {
+    pid_t guest, mapper;
+    struct runner_page *commands;
+    bool used;
+    uint64_t root, pcid;  /* the address space it is for */
+    bool stale;           /* all regions have to be checked */
+    bool some_stale;      /* some have */
+    uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
+    struct region *regions[REGION_HASH];
+    uint32_t pages;
+    uint64_t last_used;
+    bool blocked;         /* the guest has a page where ours are */
+    /* The guest half as it stopped last. */
+    struct user_regs_struct regs;
+    struct user_fpregs_struct fp;
+    struct fpu fpu;       /* what `fp` is in the core */
+    bool fp_known;
+    cpu_set_t affinity;
+    int cpu;              /* it is bound to this processor; -1: to none */
+    /* Whether it pays: decide.c's own. */
+    uint64_t average_ns;  /* of native time between two stops, a moving average */
+    uint64_t core_until;  /* stay in the core until that many instructions are retired */
+    uint32_t backoff;
+};
+
+/* An address space without a runner. */
+struct young {
+    uint64_t root, spent; /* instructions */
+};
+
+enum { PENDING = 8, YOUNG = 64 };
+struct direct_vcpu {
+    struct runner runner[RUNNERS];
+    struct runner *current;   /* of c->cr3 when it was last looked for, else NULL */
+    uint64_t pending[PENDING];/* linear addresses that the guest touched without a mapping */
+    uint32_t pending_count;
+    int64_t slice;            /* instructions to execute in the core before it goes native */
+    bool returned;            /* the guest's kernel went back to a program */
+    struct young young[YOUNG];
+    uint64_t use;             /* counts look-ups */
+    pid_t thread;             /* who made the runners: nobody else can resume them */
+    pid_t running;            /* atomic: the guest half that executes, or 0 */
+    uint64_t deadline;        /* atomic: CLOCK_MONOTONIC ns at which it has to stop */
+    cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
+    int bound;                /* the processor, or -1 */
+    uint64_t bound_ns;
+    uint32_t stops;
+    uint64_t native_ns, native_stops;
+    uint64_t failures;        /* runners that could not be made or went wrong, in a row */
+};
+
+struct direct_range {
+    uint8_t *host;
+    uint64_t size, offset;
+};
+struct direct_vm {
+    int memory_fd;
+    struct direct_range ranges[4];
+    uint32_t range_count;
+    char stub[4096];
+    uint32_t page_slice;      /* instructions in the core once a page cannot run natively */
+    bool off;                 /* it went wrong too often */
+    bool always;              /* `on`: whether or not it pays */
+    bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
+    uint8_t *writable;        /* a bit a page of memory_fd: it was mapped writable for a runner */
+    uint32_t protect_seq;     /* bumped when pages that are mapped writable must no longer be */
+    /* kick.c */
+    pthread_t kicker;
+    bool kicker_started, kicker_end;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    uint64_t sleeps_until;    /* atomic */
+};
+
+/* runner.c. All on the thread that made the runner; a runner that fails is to be closed. */
+/* 0, or -errno; *why names the step. */
+int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
+void runner_close(struct runner *r);
+/* Carry out the commands in its page. False: the runner is of no use any more. */
+bool runner_command(struct runner *r, uint32_t count);
+/* Let the guest half go on until it stops; the status of waitpid(), or -1. */
+int runner_resume(struct runner *r);
+void runner_bind(struct direct_vcpu *d, struct runner *r);
+void runner_unbind(struct direct_vcpu *d);
+
+/* pages.c */
+struct region *region_of(struct runner *r, uint64_t linear);
+void pages_forget(struct runner *r);
+struct direct_range *range_of(struct direct_vm *direct, const uint8_t *host);
+/* Bring what the runner has mapped in line with the guest's page tables, and map what is pending. */
+bool pages_prepare(struct soft_vcpu *c, struct runner *r);
+/* Whether the runner has the page of `linear` mapped with these rights. */
+bool pages_have(struct runner *r, uint64_t linear, unsigned rights);
+/* Take everything of it away, for another address space. */
+bool pages_drop_all(struct runner *r);
+
+/* scan.c: whether a page of code may be executed natively: none of its bytes begin what would see the host. */
+bool scan_page(const struct direct_vm *direct, const uint8_t *page);
+
+/* trip.c */
+enum trip { TRIP_NATIVE /* go on natively */, TRIP_CORE /* the core has to go on */, TRIP_LOST /* the runner is gone */ };
+bool trip_possible(const struct soft_vcpu *c);
+/* Nothing of what ran in it is left in its registers. */
+bool trip_clean(struct runner *r);
+enum trip trip_run(struct soft_vcpu *c, struct runner *r);
+
+/* kick.c */
+bool kick_start(struct direct_vm *direct, struct soft_vm *vm);
+void kick_end(struct direct_vm *direct);
+void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline);
+void kick_after(struct direct_vm *direct, struct direct_vcpu *d);
+
+#endif

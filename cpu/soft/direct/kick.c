@@ -1,0 +1,109 @@
+/* Native code ends in time: by whoever has something for the vCPU (soft_attend()), and by a thread that knows until when each
+ * may run. A signal stops the guest half; that it is SIGUSR1 means nothing. */
+#include "soft/direct/internal.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <time.h>
+
+enum { NS = 1000000000, AGAIN_NS = 500000 };
+
+/* The lock is held: whoever ends the runner takes it first. */
+static void stop(struct direct_vcpu *d)
+{
+    pid_t pid = __atomic_load_n(&d->running, __ATOMIC_SEQ_CST);
+    if (pid > 0)
+        kill(pid, SIGUSR1);
+}
+
+void soft_direct_kick(struct soft_vcpu *c)
+{
+    struct direct_vm *direct = c->vm->direct;
+    if (!__atomic_load_n(&c->direct->running, __ATOMIC_SEQ_CST))
+        return;
+    pthread_mutex_lock(&direct->lock);
+    stop(c->direct);
+    pthread_mutex_unlock(&direct->lock);
+}
+
+static void *kicker(void *argument)
+{
+    struct soft_vm *vm = argument;
+    struct direct_vm *direct = vm->direct;
+    pthread_mutex_lock(&direct->lock);
+    while (!direct->kicker_end) {
+        uint64_t now = soft_host_now(), next = UINT64_MAX;
+        for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+            struct direct_vcpu *d = vm->vcpus[i]->direct;
+            uint64_t at = d ? __atomic_load_n(&d->deadline, __ATOMIC_SEQ_CST) : UINT64_MAX;
+            if (at <= now) {
+                stop(d);
+                at = now + AGAIN_NS; /* until it is seen to have stopped */
+            }
+            next = at < next ? at : next;
+        }
+        __atomic_store_n(&direct->sleeps_until, next, __ATOMIC_SEQ_CST);
+        bool again = false; /* one that was set before it could see how long this thread sleeps */
+        for (uint32_t i = 0; i < vm->config.vcpus; i++) {
+            struct direct_vcpu *d = vm->vcpus[i]->direct;
+            uint64_t at = d ? __atomic_load_n(&d->deadline, __ATOMIC_SEQ_CST) : UINT64_MAX;
+            again |= at < next && at > now;
+        }
+        if (again)
+            continue;
+        if (next == UINT64_MAX) {
+            pthread_cond_wait(&direct->cond, &direct->lock);
+        } else {
+            struct timespec t = {.tv_sec = (time_t)(next / NS), .tv_nsec = (long)(next % NS)};
+            pthread_cond_timedwait(&direct->cond, &direct->lock, &t);
+        }
+    }
+    pthread_mutex_unlock(&direct->lock);
+    return NULL;
+}
+
+bool kick_start(struct direct_vm *direct, struct soft_vm *vm)
+{
+    if (direct->kicker_started)
+        return true;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    direct->kicker_started = pthread_create(&direct->kicker, NULL, kicker, vm) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return direct->kicker_started;
+}
+
+void kick_end(struct direct_vm *direct)
+{
+    if (!direct->kicker_started)
+        return;
+    pthread_mutex_lock(&direct->lock);
+    direct->kicker_end = true;
+    pthread_cond_signal(&direct->cond);
+    pthread_mutex_unlock(&direct->lock);
+    pthread_join(direct->kicker, NULL);
+    direct->kicker_started = false;
+}
+
+/* The guest half is about to run until `deadline`. What asks for attention afterwards stops it; what asked before is seen by the
+ * caller, who looks at c->attention next. */
+void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline)
+{
+    struct direct_vm *direct = vm->direct;
+    __atomic_store_n(&d->running, guest, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&d->deadline, deadline, __ATOMIC_SEQ_CST);
+    if (deadline < __atomic_load_n(&direct->sleeps_until, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&direct->lock);
+        pthread_cond_signal(&direct->cond);
+        pthread_mutex_unlock(&direct->lock);
+    }
+}
+
+/* It stopped. Nobody signals it any more once this returns. */
+void kick_after(struct direct_vm *direct, struct direct_vcpu *d)
+{
+    (void)direct;
+    __atomic_store_n(&d->deadline, UINT64_MAX, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&d->running, 0, __ATOMIC_SEQ_CST);
+}

@@ -1,0 +1,357 @@
+/* What a runner has mapped: kept like a TLB. An entry says no more than the guest's page tables do with their accessed and
+ * dirty bits set, so nothing that runs natively could have set one; after a flush entries are compared with the tables and most
+ * stay. A page is writable natively only while no translated code was made from it and the dirty log has it already.
+ *
+ * The walk here only reads. What is not there, or may not be accessed so, is left to the core's own walker by executing the
+ * instruction in the core.
+ */
+#include "soft/direct/internal.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 16, TURNS_MAX = 32, POPULATE_MAX = 16 };
+#define NX (1ull << 63)
+#define ADDRESS (PHYS_MASK & PAGE_MASK)
+#define REGION_BYTES (REGION_PAGES * PAGE_BYTES)
+
+/* ---- the guest's tables ---- */
+
+/* What decides the pages of a region: a page table, or a large page's entry. */
+struct leaf {
+    const uint64_t *table; /* NULL: `large` stands for all */
+    uint64_t large;        /* its address and rights, for the region's first page; P clear: nothing is mapped */
+    bool writable, nx;
+};
+
+/* need: which of P, U and A have to be set. */
+static bool valid(const struct soft_vcpu *c, uint64_t entry, uint64_t zero, uint64_t need)
+{
+    uint64_t reserved = (0x000FFFFFFFFFFFFFull & ~c->phys_mask) | (c->efer & EFER_NXE ? 0 : NX) | zero;
+    return (entry & need) == need && !(entry & reserved);
+}
+
+static struct leaf walk(struct soft_vcpu *c, uint64_t base, uint64_t need)
+{
+    struct leaf leaf = {.writable = true};
+    uint64_t table = c->cr3 & ADDRESS;
+    for (unsigned level = 4; level >= 2; level--) {
+        const uint8_t *at = soft_phys(c->vm, table, false, NULL);
+        if (!at)
+            return leaf;
+        unsigned shift = 12 + (level - 1) * 9;
+        uint64_t entry = __atomic_load_n((const uint64_t *)(const void *)at + (base >> shift & 511), __ATOMIC_RELAXED);
+        bool large = level < 4 && (entry & PS);
+        if (!valid(c, entry, level == 4 ? PS : large ? ((1ull << shift) - 1) & ~0x1FFFull : 0, need))
+            return leaf;
+        leaf.writable &= (entry & W) != 0;
+        leaf.nx |= (entry & NX) != 0;
+        if (large) {
+            uint64_t in = base & ((1ull << shift) - 1);
+            leaf.large = ((entry & ADDRESS & ~((1ull << shift) - 1)) + in) | (entry & D) | P;
+            return leaf;
+        }
+        table = entry & ADDRESS;
+    }
+    leaf.table = (const uint64_t *)(const void *)soft_phys(c->vm, table, false, NULL);
+    return leaf;
+}
+
+struct direct_range *range_of(struct direct_vm *direct, const uint8_t *host)
+{
+    for (uint32_t i = 0; i < direct->range_count; i++)
+        if (host >= direct->ranges[i].host && (uint64_t)(host - direct->ranges[i].host) < direct->ranges[i].size)
+            return &direct->ranges[i];
+    return NULL;
+}
+
+/* Whether a page of RAM may be written without the core seeing each store. */
+static bool unseen_writes(const struct soft_slot *slot, uint64_t gpa)
+{
+    uint64_t n = (gpa - slot->gpa) >> 12;
+    return !slot->readonly && !slot->code_pages[n] && (!slot->log_dirty || (slot->dirty[n >> 3] >> (n & 7) & 1));
+}
+
+/* What the tables allow of the i-th page, as region.page has it: nothing unless it was accessed, no writing unless it is
+ * dirty. */
+static uint64_t allowed(struct soft_vcpu *c, const struct leaf *leaf, unsigned i)
+{
+    uint64_t entry, rights = PAGE_R;
+    if (leaf->table) {
+        entry = __atomic_load_n(&leaf->table[i], __ATOMIC_RELAXED);
+        if (!valid(c, entry, 0, P | U | A))
+            return 0;
+        rights |= leaf->writable && (entry & W) && (entry & D) ? PAGE_W : 0;
+        rights |= leaf->nx || (entry & NX) ? 0 : PAGE_X;
+        entry &= ADDRESS;
+    } else {
+        if (!(leaf->large & P))
+            return 0;
+        rights |= leaf->writable && (leaf->large & D) ? PAGE_W : 0;
+        rights |= leaf->nx ? 0 : PAGE_X;
+        entry = (leaf->large & ADDRESS) + i * PAGE_BYTES;
+    }
+    struct soft_slot *slot = soft_find_slot(c->vm, entry);
+    if (!slot || !range_of(c->vm->direct, slot->host + (entry - slot->gpa)))
+        return 0;
+    if ((rights & PAGE_W) && !unseen_writes(slot, entry))
+        rights &= ~(uint64_t)PAGE_W;
+    return entry | rights;
+}
+
+/* ---- what is mapped ---- */
+
+static unsigned hash(uint64_t base) { return (unsigned)((base >> 21) * 0x9E3779B97F4A7C15ull >> 56) % REGION_HASH; }
+
+struct region *region_of(struct runner *r, uint64_t linear)
+{
+    uint64_t base = linear & ~(REGION_BYTES - 1);
+    struct region *region = r->regions[hash(base)];
+    while (region && region->base != base)
+        region = region->next;
+    return region;
+}
+
+static struct region *make_region(struct runner *r, uint64_t linear)
+{
+    struct region *region = region_of(r, linear);
+    if (region || !(region = calloc(1, sizeof *region)))
+        return region;
+    region->base = linear & ~(REGION_BYTES - 1);
+    region->next = r->regions[hash(region->base)];
+    r->regions[hash(region->base)] = region;
+    return region;
+}
+
+void pages_forget(struct runner *r)
+{
+    for (unsigned i = 0; i < REGION_HASH; i++)
+        while (r->regions[i]) {
+            struct region *region = r->regions[i];
+            r->regions[i] = region->next;
+            free(region);
+        }
+    r->pages = 0;
+}
+
+bool pages_have(struct runner *r, uint64_t linear, unsigned rights)
+{
+    const struct region *region = region_of(r, linear);
+    return region && !region->stale && (region->page[linear >> 12 & 511] & rights) == rights;
+}
+
+/* Changes that follow one another become one call. */
+struct batch {
+    struct soft_vcpu *c;
+    struct runner *r;
+    uint32_t count;
+    bool failed;
+    uint64_t linear, bytes, what; /* the run under way; what: as region.page of its first page */
+};
+
+static void end_run(struct batch *b)
+{
+    if (!b->bytes || b->failed)
+        return;
+    struct runner_command *command = &b->r->commands->commands[b->count++];
+    if (!b->what) {
+        *command = (struct runner_command){SYS_munmap, {b->linear, b->bytes}};
+    } else {
+        struct soft_slot *slot;
+        uint64_t gpa = b->what & PAGE_MASK;
+        const uint8_t *host = soft_phys(b->c->vm, gpa, false, &slot);
+        const struct direct_range *range = host ? range_of(b->c->vm->direct, host) : NULL;
+        if (!range || b->bytes > range->size - (uint64_t)(host - range->host)) {
+            b->failed = true;
+            return;
+        }
+        uint64_t protection = PROT_READ | (b->what & PAGE_W ? PROT_WRITE : 0) | (b->what & PAGE_X ? PROT_EXEC : 0);
+        uint64_t flags = MAP_SHARED | MAP_FIXED | (b->bytes <= POPULATE_MAX * PAGE_BYTES ? MAP_POPULATE : 0);
+        *command = (struct runner_command){
+            SYS_mmap, {b->linear, b->bytes, protection, flags, RUNNER_MEMORY_FD, range->offset + (uint64_t)(host - range->host)}};
+    }
+    b->bytes = 0;
+    if (b->count == RUNNER_MAX_COMMANDS) {
+        b->failed |= !runner_command(b->r, b->count);
+        b->count = 0;
+    }
+}
+
+/* From now on the i-th page of the region is `what`. */
+static void set_page(struct batch *b, struct region *region, unsigned i, uint64_t what)
+{
+    uint64_t linear = region->base + i * PAGE_BYTES, *page = &region->page[i];
+    bool had = *page != 0, has = what != 0;
+    region->count += (uint32_t)has - (uint32_t)had;
+    b->r->pages += (uint32_t)has - (uint32_t)had;
+    *page = what;
+    bool follows = b->bytes && linear == b->linear + b->bytes && (what ? what == b->what + b->bytes && b->what : !b->what);
+    if (what && follows) { /* one piece of the file, too */
+        const struct soft_slot *slot = soft_find_slot(b->c->vm, b->what & PAGE_MASK);
+        follows = slot && (what & PAGE_MASK) - slot->gpa < slot->size;
+    }
+    if (!follows) {
+        end_run(b);
+        b->linear = linear;
+        b->what = what;
+    }
+    b->bytes += PAGE_BYTES;
+}
+
+static bool end_batch(struct batch *b)
+{
+    end_run(b);
+    if (!b->failed && b->count)
+        b->failed = !runner_command(b->r, b->count);
+    b->count = 0;
+    return !b->failed;
+}
+
+bool pages_drop_all(struct runner *r)
+{
+    pages_forget(r);
+    r->commands->commands[0] = (struct runner_command){SYS_munmap, {0, RUNNER_GATE}};
+    r->commands->commands[1] = (struct runner_command){SYS_munmap, {RUNNER_OWN_END, RUNNER_END - RUNNER_OWN_END}};
+    return runner_command(r, 2);
+}
+
+/* ---- after a flush ---- */
+
+static void check_region(struct batch *b, struct region *region)
+{
+    region->stale = false;
+    if (!region->count)
+        return;
+    struct leaf leaf = walk(b->c, region->base, P | U | A);
+    for (unsigned i = 0; i < REGION_PAGES; i++) {
+        uint64_t old = region->page[i];
+        if (!old)
+            continue;
+        uint64_t now = allowed(b->c, &leaf, i);
+        if (((now ^ old) & PAGE_MASK) || !now)
+            now = 0;
+        else
+            now &= old | PAGE_MASK;
+        if (now != old)
+            set_page(b, region, i, now);
+    }
+}
+
+/* Pages of which code was made, or whose writes the dirty log wants to see again. */
+static void protect_region(struct batch *b, struct region *region)
+{
+    for (unsigned i = 0; i < REGION_PAGES; i++) {
+        uint64_t old = region->page[i];
+        if (!(old & PAGE_W))
+            continue;
+        const struct soft_slot *slot = soft_find_slot(b->c->vm, old & PAGE_MASK);
+        if (!slot || !unseen_writes(slot, old & PAGE_MASK))
+            set_page(b, region, i, old & ~(uint64_t)PAGE_W);
+    }
+}
+
+static bool maps_ours(struct soft_vcpu *c)
+{
+    struct leaf leaf = walk(c, RUNNER_GATE & ~(REGION_BYTES - 1), P | U);
+    for (uint64_t at = RUNNER_GATE; at < RUNNER_OWN_END; at += PAGE_BYTES)
+        if (leaf.table ? (leaf.table[at >> 12 & 511] & P) : (leaf.large & P))
+            return true;
+    return false;
+}
+
+/* ---- what the guest touched ---- */
+
+static bool usable(uint64_t linear)
+{
+    return linear >= RUNNER_LOWEST && linear < RUNNER_END && (linear < RUNNER_GATE || linear >= RUNNER_OWN_END);
+}
+
+static void note_writable(struct direct_vm *direct, const uint8_t *host)
+{
+    const struct direct_range *range = range_of(direct, host);
+    uint64_t n = range ? (range->offset + (uint64_t)(host - range->host)) >> 12 : 0;
+    if (range)
+        direct->writable[n >> 3] |= (uint8_t)(1u << (n & 7));
+}
+
+static void map_page(struct batch *b, struct region *region, unsigned i, uint64_t now, bool touched, bool executed)
+{
+    struct direct_vm *direct = b->c->vm->direct;
+    uint64_t old = region->page[i];
+    if ((now & PAGE_W) && (now & PAGE_X) && !(direct->cpuid_faults && region->turns[i] >= TURNS_MAX)) {
+        /* Either side in turn, so that what is executed was looked at as it is. */
+        now &= ~(uint64_t)(executed && touched ? PAGE_W : PAGE_X);
+        if (touched && old && ((old ^ now) & (PAGE_W | PAGE_X)) && region->turns[i] < TURNS_MAX)
+            region->turns[i]++;
+    }
+    const uint8_t *host = soft_phys(b->c->vm, now & PAGE_MASK, false, NULL);
+    if ((now & PAGE_X) && !scan_page(direct, host))
+        now &= ~(uint64_t)PAGE_X;
+    if (now & PAGE_W)
+        note_writable(direct, host);
+    if (now != old)
+        set_page(b, region, i, now);
+}
+
+static void map_around(struct batch *b, uint64_t linear, bool executed)
+{
+    struct soft_vcpu *c = b->c;
+    if (!usable(linear)) {
+        c->direct->slice = c->vm->direct->page_slice;
+        return;
+    }
+    struct region *region = make_region(b->r, linear);
+    if (!region)
+        return;
+    if (region->stale)
+        check_region(b, region);
+    struct leaf leaf = walk(c, region->base, P | U | A);
+    unsigned target = linear >> 12 & 511;
+    unsigned first = leaf.table ? target & ~(AROUND - 1u) : 0, end = leaf.table ? first + AROUND : REGION_PAGES;
+    if (leaf.table && !executed) {
+        /* What the core translated of a page that the guest goes on writing to is given up. */
+        uint64_t entry = leaf.table[target];
+        struct soft_slot *slot;
+        if (valid(c, entry, 0, P | U | A) && (entry & W) && (entry & D) && leaf.writable && soft_phys(c->vm, entry & ADDRESS, true, &slot) &&
+            slot->code_pages[((entry & ADDRESS) - slot->gpa) >> 12])
+            soft_blocks_invalidate(c->vm, entry & ADDRESS, PAGE_BYTES);
+    }
+    for (unsigned i = first; i < end; i++) {
+        bool touched = i == target;
+        if (!usable(region->base + i * PAGE_BYTES) || (region->page[i] && !touched))
+            continue;
+        uint64_t now = allowed(c, &leaf, i);
+        if (now)
+            map_page(b, region, i, now, touched, executed);
+    }
+    if (!region->page[target])
+        c->direct->slice = c->vm->direct->page_slice;
+}
+
+bool pages_prepare(struct soft_vcpu *c, struct runner *r)
+{
+    struct direct_vcpu *d = c->direct;
+    struct direct_vm *direct = c->vm->direct;
+    struct batch b = {.c = c, .r = r};
+    uint32_t seq = direct->protect_seq;
+    bool all = r->stale, protect = r->protect_seq != seq;
+    if (r->pages > MAX_PAGES && !pages_drop_all(r))
+        return false;
+    r->blocked = maps_ours(c);
+    if (all || protect || r->some_stale) {
+        for (unsigned i = 0; i < REGION_HASH; i++)
+            for (struct region *region = r->regions[i]; region; region = region->next) {
+                if (all || region->stale)
+                    check_region(&b, region);
+                if (protect && region->count)
+                    protect_region(&b, region);
+            }
+    }
+    r->stale = r->some_stale = false;
+    r->protect_seq = seq;
+    for (uint32_t i = 0; i < d->pending_count; i++)
+        map_around(&b, d->pending[i] & PAGE_MASK, d->pending[i] & 1);
+    d->pending_count = 0;
+    return end_batch(&b);
+}
