@@ -11,7 +11,7 @@ MODULES = (
     "vmm.vm",
     "vmm.image",
     "vmm.launch",
-    "vmm.sandboxes",
+    "vmm.sandboxes.box",
     "vmm.migration.target",
     "vmm.migration.source",
     "vmm.migration.precopy",

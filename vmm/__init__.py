@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vmm.machine.bus import Register
     from vmm.machine.peripheral import Peripheral, Stateless
     from vmm.migration.target import receive
-    from vmm.sandboxes import RunResult, Sandbox, SyncSandbox, sandbox
+    from vmm.sandboxes.box import RunResult, Sandbox, SyncSandbox, sandbox
     from vmm.vm import VirtualMachine
 
 __version__ = "0.1.0"
@@ -52,7 +52,7 @@ _HOMES = {
     "vmm.machine.bus": ("Register",),
     "vmm.machine.peripheral": ("Peripheral", "Stateless"),
     "vmm.migration.target": ("receive",),
-    "vmm.sandboxes": ("RunResult", "Sandbox", "SyncSandbox", "sandbox"),
+    "vmm.sandboxes.box": ("RunResult", "Sandbox", "SyncSandbox", "sandbox"),
     "vmm.vm": ("VirtualMachine",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
