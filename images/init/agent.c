@@ -1,8 +1,9 @@
 /* The guest agent: runs programs for the host over vsock. One connection is one program; each has a process of its own.
  *
- * Version 2 of the protocol. The agent listens on port 1024, and says so, and which version it speaks, by connecting once
+ * Version 3 of the protocol. The agent listens on port 1024, and says so, and which version it speaks, by connecting once
  * to the host's port 1024 + version. Frames, both ways: type (1 byte), length (4, little-endian), payload.
- *   host to guest: 5 START  flags (4: bit 0 terminal), rows (2), columns (2), argc (4), envc (4), then zero-terminated
+ *   host to guest: 5 START  flags (4), rows (2), columns (2), argc (4), envc (4), with LIMITED bytes of memory (8), bytes
+ *                           that the root file system may hold more (8), processes (4), zero (4), then zero-terminated
  *                           strings: working directory (empty: the user's home), user (empty: the agent's own; else
  *                           USER[:GROUP], names or numbers), argc arguments, envc NAME=value
  *                  6 PART   what follows in further PART frames and then in START: for a START beyond MAX_FRAME
@@ -11,6 +12,13 @@
  *                  0x85 CREDIT bytes (4) of STDIN that were taken, since the last CREDIT
  *                  0x86 USAGE  microseconds of CPU (8), KiB of memory at most (8): before EXIT, the program's own and those
  *                              of its children that it waited for, as getrusage(2) has them
+ *                  0x87 STARTED process (4): with NUMBERED, before anything else
+ *                  0x88 USED   with LIMITED, before USAGE: microseconds of CPU, bytes read from disks, bytes written to them,
+ *                              bytes that the root file system holds more, the limit that was hit (8 each; 0 none,
+ *                              1 memory, 2 processes, 3 disk), of all that the program started (limits.c)
+ * Flags: 1 TERMINAL; 2 TOOL: the words are for tools.c; 4 NUMBERED; 8 LIMITED: a control group of its own, which SIGKILL
+ * ends, and the end of the connection before EXIT; 16 KEPT: the end of the connection ends nothing, and the next one to port
+ * KEPT_PORT + the program's process goes on with it: nothing of STDIN may be sent there before CREDIT says so.
  * The host has at most WINDOW bytes of STDIN on their way, so signals and sizes are never stuck behind input that the
  * program does not read. A connection that begins with RESIZE is about the console's terminal, and ends with that. One that
  * begins with 7 IDENTITY tells a copy of a machine who it is, and is answered by EXIT: nanoseconds since 1970 (8), 64 random
@@ -25,10 +33,12 @@
  * A process that served a small program waits for another connection, which the agent hands it, for forking costs a third
  * of running a program; a few wait so, and a large stream ends its process, which gives its memory back. */
 #include "sys.h"
+#include "limits.h"
 
-enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 2, BACKLOG = 1024 };
+enum { AF_VSOCK = 40, SOCK_STREAM = 1, ANY = -1, HOST_CID = 2, AGENT_PORT = 1024, VERSION = 3, BACKLOG = 1024 };
 enum { EXEC_OF_VERSION_1 = 1, STDIN = 2, SIGNAL = 3, RESIZE = 4, START = 5, PART = 6, IDENTITY = 7 };
-enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85, USAGE = 0x86 };
+enum { STDOUT = 0x81, STDERR = 0x82, EXIT = 0x83, ERROR = 0x84, CREDIT = 0x85, USAGE = 0x86, STARTED = 0x87, USED = 0x88 };
+enum { TERMINAL = 1, TOOL = 2, NUMBERED = 4, LIMITED = 8, KEPT = 16, KEPT_PORT = 65536, TOOL_FILES = 32 };
 enum { HEAD = 5, MAX_FRAME = 65536, MAX_START = (2 << 20) + 65536, PIPE = 256 << 10 };
 enum { WINDOW = 256 << 10, RING = WINDOW + 64 /* a terminal's end of file takes a byte that nobody counts */ };
 enum { AF_UNIX = 1, MSG_CMSG_CLOEXEC = 0x40000000, SERVERS = 2, SMALL = 256 << 10 };
@@ -169,6 +179,7 @@ struct request {
     unsigned flags, rows, columns;
     const char *directory, *user;
     char **arguments, **environment;
+    struct limits limits;
     void *memory[2];
     size_t size[2];
 };
@@ -183,7 +194,7 @@ static struct request receive_start(int link)
     while (head[0] != START) {
         if (!read_all(link, head, HEAD)) SYS(__NR_exit_group, 0);
         uint32_t more = word(head + 1);
-        if (head[0] == EXEC_OF_VERSION_1) refuse(link, "the host speaks version 1 of its protocol, this agent version 2");
+        if (head[0] == EXEC_OF_VERSION_1) refuse(link, "the host speaks version 1 of its protocol, this agent version 3");
         if (head[0] != START && head[0] != PART && !(head[0] == RESIZE && !length && more == 4)
             && !(head[0] == IDENTITY && !length))
             refuse(link, "expected START");
@@ -206,10 +217,16 @@ static struct request receive_start(int link)
     request.memory[0] = start;
     request.size[0] = MAX_START + 1;
     request.memory[1] = strings;
-    request.directory = (char *)start + 16;
+    uint8_t *text = start + 16;
+    if (request.flags & LIMITED) {
+        if (length < 16 + sizeof request.limits) refuse(link, "START is too short");
+        memcpy(&request.limits, text, sizeof request.limits);
+        text += sizeof request.limits;
+    }
+    request.directory = (char *)text;
     request.arguments = strings;
     request.environment = strings + argc + 1;
-    char *p = (char *)start + 16, *end = (char *)start + length;
+    char *p = (char *)text, *end = (char *)start + length;
     for (uint32_t i = 0; i < 2 + argc + envc; i++) {
         if (p >= end) refuse(link, "START is too short");
         if (i == 1) request.user = p;
@@ -277,6 +294,9 @@ static int store(struct input *input, const uint8_t *from, uint32_t n)
     return 1;
 }
 
+/* The group of the program that this process serves; NULL: it has none. */
+static struct account *limited;
+
 /* A whole SIGNAL or RESIZE, or the end of the input. 0: the host breaks the protocol. */
 static int command(uint8_t type, uint32_t length, const uint8_t *payload, long child, int master, struct input *input)
 {
@@ -286,6 +306,7 @@ static int command(uint8_t type, uint32_t length, const uint8_t *payload, long c
         input->ends = 1;
     } else if (type == SIGNAL && length == 1) {
         if (child > 0) SYS(__NR_kill, -child, payload[0]);
+        if (child > 0 && limited && payload[0] == SIGKILL) kill_limits(limited);
     } else if (type == RESIZE && length == 4) {
         if (master >= 0) set_size(master, half(payload), half(payload + 2));
     } else return 0;
@@ -318,16 +339,20 @@ static int take(struct incoming *in, const uint8_t *p, uint32_t n, long child, i
 }
 
 /* What a child needs to become the program. */
-struct start { const struct request *request; int standard[3], slave; };
+struct start { const struct request *request; const struct account *account; int standard[3], slave; };
 
 static void run_child(struct start *start)
 {
     SYS(__NR_setsid, 0);
+    if (start->account) join_limits(start->account);
     if (start->slave >= 0) SYS(__NR_ioctl, start->slave, TIOCSCTTY, 1);
     for (int i = 0; i < 3; i++) SYS(__NR_dup2, start->standard[i], i);
     if (start->slave > 2) SYS(__NR_close, start->slave);
+    if (start->request->flags & TOOL) /* what another program's execve would close */
+        for (int i = 3; i < TOOL_FILES; i++) SYS(__NR_close, i);
     const struct request *request = start->request;
-    become(request->directory, request->user, request->arguments, request->environment, start->slave >= 0);
+    become(request->directory, request->user, request->arguments, request->environment, start->slave >= 0,
+           (request->flags & TOOL) != 0);
 }
 
 /* A child that shares our memory, on a stack of its own, until it becomes another program or ends, while we wait: no page
@@ -349,11 +374,12 @@ static long spawn(struct start *start)
 
 /* Start the program: its process id. *input, output: our ends of its standard streams; of a terminal, which is *master,
  * the first two are that. */
-static long start_program(int link, const struct request *request, int *input, int output[2], int *master)
+static long start_program(int link, const struct request *request, const struct account *account, int *input,
+                          int output[2], int *master)
 {
     int in[2] = {-1, -1}, out[2] = {-1, -1}, error[2] = {-1, -1}, slave = -1;
     *master = -1;
-    if (request->flags & 1) {
+    if (request->flags & TERMINAL) {
         *master = open_terminal(&slave);
         if (*master < 0) refuse(link, "no terminal to be had");
         set_size(*master, request->rows, request->columns);
@@ -364,9 +390,10 @@ static long start_program(int link, const struct request *request, int *input, i
         SYS(__NR_fcntl, in[1], F_SETPIPE_SZ, PIPE); /* fewer switches between the program and us; it may be refused */
         SYS(__NR_fcntl, out[0], F_SETPIPE_SZ, PIPE);
     }
-    struct start start = {request, {in[0], out[1], error[1]}, slave};
+    struct start start = {request, account, {in[0], out[1], error[1]}, slave};
     if (slave >= 0) start.standard[0] = start.standard[1] = start.standard[2] = slave;
-    long child = spawn(&start);
+    long child = request->flags & TOOL ? SYS(__NR_fork, 0) : spawn(&start);
+    if (!child) run_child(&start); /* a tool is this program, and lives in a copy of its memory */
     if (child < 0) refuse(link, "no process to be had");
     SYS(__NR_close, slave >= 0 ? slave : in[0]);
     if (slave < 0) {
@@ -378,6 +405,17 @@ static long start_program(int link, const struct request *request, int *input, i
     output[STANDARD_ERROR] = error[0];
     SYS(__NR_fcntl, *input, F_SETFL, (*master >= 0 ? O_RDWR : O_WRONLY) | O_NONBLOCK);
     return child;
+}
+
+/* The connection is gone: wait for another one, to a port that is this program's. -1: there is none to be had. */
+static int listen_for_host(long child)
+{
+    int listener = (int)SYS(__NR_socket, AF_VSOCK, SOCK_STREAM | O_CLOEXEC, 0);
+    struct sockaddr_vm address = {AF_VSOCK, 0, (uint32_t)(KEPT_PORT + child), (uint32_t)ANY, 0, {0}};
+    if (listener >= 0 && SYS(__NR_bind, listener, &address, sizeof address) >= 0 && SYS(__NR_listen, listener, 1) >= 0)
+        return listener;
+    if (listener >= 0) SYS(__NR_close, listener);
+    return -1;
 }
 
 /* One connection from its first frame to its end. 1: this process may serve another, as little as it moved. */
@@ -403,29 +441,46 @@ static int serve_one(int link)
     input.from = input.count = input.credit = 0;
     input.ends = 0;
     incoming.head_got = 0;
-    const long child = start_program(link, &request, &input.fd, output, &master);
+    static struct account account;
+    int is_limited = (request.flags & LIMITED) != 0, is_kept = (request.flags & KEPT) != 0, listener = -1;
+    if (is_limited && !begin_limits(&account, &request.limits)) {
+        if (request.limits.memory | request.limits.disk | request.limits.processes)
+            refuse(link, "the guest's kernel has no such limits");
+        is_limited = 0; /* only its use was to be told */
+    }
+    limited = is_limited ? &account : NULL;
+    int looks = is_limited && (request.limits.processes || request.limits.disk);
+    const long child = start_program(link, &request, is_limited ? &account : NULL, &input.fd, output, &master);
+    if (request.flags & NUMBERED) {
+        put_head(going, STARTED, 4);
+        memcpy(going + HEAD, &child, 4);
+        going_to = HEAD + 4;
+    }
     SYS(__NR_fcntl, link, F_SETFL, O_RDWR | O_NONBLOCK);
 
+on:
     for (;;) {
         feed(&input, master >= 0);
-        if (going_from == going_to && input.credit >= WINDOW / 4) {
+        if (link >= 0 && going_from == going_to && input.credit >= WINDOW / 4) {
             put_head(going, CREDIT, 4);
             memcpy(going + HEAD, &input.credit, 4);
             input.credit = 0;
             going_from = 0, going_to = HEAD + 4;
         }
-        int is_free = going_from == going_to;
+        int is_free = link >= 0 && going_from == going_to;
         if (exited && is_free && (output[0] < 0 || !left[0]) && (output[1] < 0 || !left[1])) break;
         struct pollfd fds[5] = {
-            {link, (short)(POLLIN | (is_free ? 0 : POLLOUT)), 0},
+            {link >= 0 ? link : listener, (short)(POLLIN | (link < 0 || is_free ? 0 : POLLOUT)), 0},
             {is_free && left[0] ? output[0] : -1, POLLIN, 0},
             {is_free && left[1] ? output[1] : -1, POLLIN, 0},
             {exited ? -1 : signals, POLLIN, 0},
             {input.count ? input.fd : -1, POLLOUT, 0},
         };
-        long ready = SYS(__NR_poll, fds, 5, exited && master >= 0 && is_free ? TERMINAL_QUIET_MS : -1);
+        int is_quiet = exited && master >= 0 && is_free;
+        long ready = SYS(__NR_poll, fds, 5, is_quiet ? TERMINAL_QUIET_MS : looks && !exited ? LOOK_MS : -1);
         if (ready < 0) continue;
-        if (!ready) left[0] = 0; /* a terminal that others hold open says nothing more */
+        if (looks && !exited) look_at_limits(&account);
+        if (!ready && is_quiet) left[0] = 0; /* a terminal that others hold open says nothing more */
         if (fds[3].revents) {
             uint32_t information[32];
             while (SYS(__NR_read, signals, information, sizeof information) > 0);
@@ -439,7 +494,7 @@ static int serve_one(int link)
                 continue; /* what the poll said of the outputs may be more than that */
             }
         }
-        for (int i = 0; i < 2 && going_from == going_to; i++) {
+        for (int i = 0; i < 2 && is_free && going_from == going_to; i++) {
             if (!fds[1 + i].revents) continue;
             long most = MAX_FRAME - HEAD;
             if (left[i] >= 0 && left[i] < most) most = left[i];
@@ -456,6 +511,17 @@ static int serve_one(int link)
             output[i] = -1;
             if (master >= 0) master = input.fd = -1, drop_input(&input);
         }
+        if (link < 0) {
+            if (!fds[0].revents) continue;
+            link = (int)SYS(__NR_accept4, listener, 0, 0, O_CLOEXEC | O_NONBLOCK);
+            if (link < 0) continue;
+            SYS(__NR_close, listener);
+            listener = -1;
+            incoming.head_got = 0;
+            going_from = 0; /* a frame that was sent in part is sent again */
+            input.credit = WINDOW - (input.count < WINDOW ? input.count : WINDOW);
+            continue;
+        }
         if (going_from < going_to) {
             long put = SYS(__NR_write, link, going + going_from, going_to - going_from);
             if (put > 0) going_from += (uint32_t)put;
@@ -469,6 +535,14 @@ static int serve_one(int link)
         }
     }
     SYS(__NR_fcntl, link, F_SETFL, O_RDWR);
+    if (is_limited) {
+        struct used used;
+        read_limits(&account, &used);
+        end_limits(&account);
+        put_head(going, USED, sizeof used);
+        memcpy(going + HEAD, &used, sizeof used);
+        write_all(link, going, HEAD + sizeof used);
+    }
     const uint64_t used[2] = {(usage[0] + usage[2]) * 1000000 + usage[1] + usage[3], usage[4]};
     put_head(going, USAGE, sizeof used);
     memcpy(going + HEAD, used, sizeof used);
@@ -480,11 +554,21 @@ static int serve_one(int link)
     if (master >= 0) output[STANDARD_OUT] = -1; /* the same descriptor: once it is closed, the terminal hangs up */
     if (master >= 0 || input.fd >= 0) SYS(__NR_close, master >= 0 ? master : input.fd);
     discard(link, output);
-    int again = moved < SMALL && !*request.user; /* looking a user up leaves files mapped */
+    if (is_limited) end_limits(&account);
+    int again = moved < SMALL && !is_kept && !*request.user; /* looking a user up leaves files mapped */
     for (int i = 0; i < 2; i++) SYS(__NR_munmap, request.memory[i], request.size[i]);
     return again;
 gone:
+    SYS(__NR_close, link);
+    link = -1;
+    if (is_kept && (listener = listen_for_host(child)) >= 0) goto on;
     if (!exited) SYS(__NR_kill, -child, SIGKILL);
+    if (is_limited) {
+        kill_limits(&account);
+        for (int i = 0; i < 100 && !exited; i++, pause_ms(10)) /* a group goes when its last member has been reaped */
+            exited = SYS(__NR_wait4, child, &status, 1, usage) == child;
+        end_limits(&account);
+    }
     SYS(__NR_exit_group, 0);
     __builtin_unreachable();
 }

@@ -105,6 +105,26 @@ static void find_user(const char *wanted, struct user *user)
     }
 }
 
+void name_of_id(const char *file, uint32_t id, char *to, size_t size)
+{
+    size_t length = 0, n = 0;
+    const char *all = map_file(file, &length), *start[8], *p = all;
+    while (p && p < all + length) {
+        p = fields(p, all + length, start);
+        if (number_field(start, 2) != (long)id || (size_t)(start[1] - 1 - start[0]) >= size) continue;
+        n = (size_t)(start[1] - 1 - start[0]);
+        memcpy(to, start[0], n);
+        break;
+    }
+    if (all) SYS(__NR_munmap, all, length);
+    char digits[12];
+    int count = 0;
+    if (!n)
+        do digits[count++] = (char)('0' + id % 10); while ((id /= 10) > 0);
+    while (count) to[n++] = digits[--count];
+    to[n] = 0;
+}
+
 /* Is NAME of `entry` (NAME=value) among `list`? */
 static int is_given(char **list, const char *entry)
 {
@@ -184,7 +204,7 @@ static const char *reason(long error)
     }
 }
 
-void become(const char *directory, const char *wanted, char **arguments, char **given, int terminal)
+void become(const char *directory, const char *wanted, char **arguments, char **given, int terminal, int is_tool)
 {
     static struct user user;
     signal_mask(0);
@@ -202,6 +222,7 @@ void become(const char *directory, const char *wanted, char **arguments, char **
         if (*directory) fail(NOT_RUNNABLE, directory, "no such directory");
         SYS(__NR_chdir, "/");
     }
+    if (is_tool) run_tool(arguments);
     long error = execute(arguments, given);
     fail(error == -ENOENT ? NOT_FOUND : NOT_RUNNABLE, arguments[0], reason(error));
 }

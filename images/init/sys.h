@@ -130,8 +130,14 @@ void agent(int settled) __attribute__((noreturn));
 void serve(int link) __attribute__((noreturn));
 /* identity.c: 0: the payload is not of the right form. */
 int take_identity(const uint8_t *payload, uint32_t length);
-/* program.c: in the child, become the program. Ends with 126 or 127 if that fails. */
-void become(const char *directory, const char *user, char **arguments, char **given, int terminal)
+/* program.c: in the child, become the program, or with `is_tool` one of tools.c. Ends with 126 or 127 if that fails. */
+void become(const char *directory, const char *user, char **arguments, char **given, int terminal, int is_tool)
     __attribute__((noreturn));
+/* program.c: the name that passwd(5) or group(5) has for a number, or its digits. */
+void name_of_id(const char *file, uint32_t id, char *to, size_t size);
+/* tools.c: do what these words say, and end. */
+void run_tool(char **words) __attribute__((noreturn));
+/* limits.c: bytes of the file system that holds `path`, and bytes that are free. */
+void file_system_size(const char *path, uint64_t *size, uint64_t *available);
 extern char **guest_environment;
 #endif

@@ -304,7 +304,7 @@ async def test_an_agent_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) ->
         await asyncio.wait_for(waiting, 30)
     agent = Agent(full, waits=True)
     agent.set_ready(1)
-    with pytest.raises(GuestError, match="speaks version 1 of its protocol, this vmm version 2; build .* again"):
+    with pytest.raises(GuestError, match="speaks version 1 of its protocol, this vmm version 3; build .* again"):
         await agent.exec("true")
 
 

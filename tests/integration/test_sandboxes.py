@@ -96,3 +96,29 @@ async def test_without_a_loop_of_ones_own(image: str) -> None:
     with pytest.raises(vmm.ConfigError):
         with vmm.SyncSandbox("oci:/none/such"):
             pass
+
+
+async def test_what_a_run_takes_is_limited_and_told(image: str) -> None:
+    """Limits of the guest end a run with everything it started, as a value; what it used is told, also then."""
+    async with vmm.sandbox(image, core="soft", memory="192M", lifetime=SECONDS) as box:
+        fork = "i=0; while [ $i -lt 9 ]; do sleep 90 & i=$((i+1)); done; wait"
+        many = await box.run("sh", "-c", fork, processes=4, timeout=SECONDS)
+        assert (many.end, many.status, many.detail) == ("processes", -1, "more processes than allowed")
+        wide = await box.run("sh", "-c", "busybox tail -c 60000000 /dev/zero", memory=12 << 20, timeout=SECONDS)
+        assert (wide.end, wide.ok) == ("memory", False)
+        with pytest.raises(vmm.GuestError, match="more memory than allowed"):
+            wide.check()
+        full = await box.run("busybox", "dd", "if=/dev/zero", "of=/full", "bs=64k", "count=500", disk=2 << 20)
+        assert full.end == "disk" and full.disk_used > 2 << 20
+        left = await box.run("sh", "-c", "busybox rm /full; busybox ps | busybox grep -c '[s]leep 90'")
+        assert (left.end, left.text) == ("exited", "0"), "what a run over its limit had started goes with it"
+        within = await box.run(
+            "sh", "-c", "echo 123456789 >/small; (i=0; while [ $i -lt 9000 ]; do i=$((i+1)); done); echo ok",
+            memory=64 << 20, disk=1 << 20, processes=10,
+        )  # fmt: skip
+        assert within.check().text == "ok" and within.cpu_seconds > 0.005
+        assert within.disk_used <= 1 << 20 and (within.network_sent, within.network_received) == (0, 0)
+        late = await box.run("sh", "-c", "while :; do :; done", timeout=1)
+        assert late.end == "timeout" and late.cpu_seconds > 0.01, "what it used is known although it was ended"
+        with pytest.raises(vmm.ConfigError, match="processes: -1 is no limit"):
+            await box.run("true", processes=-1)

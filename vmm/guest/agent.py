@@ -12,7 +12,18 @@ from pathlib import Path
 
 from virtio.backends.vsock import Streams
 from vmm.errors import GuestError
-from vmm.guest.frames import EXIT, HEAD, RESIZE, VERSION, Environment, Text, frame, start
+from vmm.guest.frames import (
+    EXIT,
+    HEAD,
+    KEPT_PORT,
+    RESIZE,
+    VERSION,
+    Environment,
+    RunLimits,
+    Text,
+    frame,
+    start,
+)
 from vmm.guest.identity import IDENTITY
 from vmm.guest.process import ExecResult, GuestProcess
 
@@ -33,9 +44,18 @@ Connect = Callable[[], Awaitable[Streams]]
 class Agent:
     """The guest's agent. With `waits`, programs wait until set_ready() says that it listens."""
 
-    def __init__(self, connect: Connect, *, waits: bool = False, patience: float | None = BUSY_SECONDS) -> None:
-        """`patience`: seconds that a program waits for a connection once the agent listens; None: without end."""
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        waits: bool = False,
+        patience: float | None = BUSY_SECONDS,
+        reach: Callable[[int], Awaitable[Streams]] | None = None,
+    ) -> None:
+        """`patience`: seconds that a program waits for a connection once the agent listens; None: without end. `reach`:
+        a connection to a port of the guest, which rejoin() needs."""
         self._connect = connect
+        self._reach = reach
         self._patience = patience
         self._dials = asyncio.Semaphore(DIALS)
         self._closed = False
@@ -86,17 +106,32 @@ class Agent:
         cwd: Text = "",
         user: Text = "",
         terminal: tuple[int, int] | None = None,
+        flags: int = 0,
+        limits: RunLimits | None = None,
     ) -> GuestProcess:
-        """Start a program; with `terminal` (rows, columns) on a terminal of its own. `env` is added to the agent's own
-        environment and wins over it, PATH also for finding the program. `user`: USER[:GROUP], names or numbers of the
-        guest; without it root. Text that is not UTF-8 is given as bytes, or as os.fsdecode makes it.
+        """Start a program; with `terminal` (rows, columns) on a terminal of its own. `flags`: NUMBERED, KEPT, TOOL of
+        vmm.guest.frames. `limits`: what it may use, with all that it starts; its end is in `use` then. `env` is added
+        to the agent's own environment and wins over it, PATH also for finding the program. `user`: USER[:GROUP], names
+        or numbers of the guest; without it root. Text that is not UTF-8 is given as bytes, or as os.fsdecode makes it.
 
         ConfigError for what cannot be started, GuestError if the guest does not answer."""
-        frames = start(arguments, env or {}, cwd, user, terminal)
+        frames = start(arguments, env or {}, cwd, user, terminal, flags, limits)
         reader, writer = await self.dial()
         for data in frames:
             writer.write(data)
         return GuestProcess(reader, writer)
+
+    async def rejoin(self, number: int) -> GuestProcess:
+        """A program that was started with KEPT, and whose connection has ended: go on with it. `number`: its process.
+        GuestError if it is gone."""
+        if self._reach is None:
+            raise GuestError("programs of this machine cannot be gone on with from here")
+        await self.wait_ready()
+        try:
+            reader, writer = await self._reach(KEPT_PORT + number)
+        except OSError as error:
+            raise GuestError(f"program {number} is gone") from error
+        return GuestProcess(reader, writer, window=0)
 
     async def resize_console(self, rows: int, columns: int) -> None:
         """Tell the guest how large the terminal is on which its console is shown; a shell there hears of the change.

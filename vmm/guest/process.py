@@ -24,10 +24,12 @@ from vmm.guest.frames import (
     MAX_FRAME,
     RESIZE,
     SIGNAL,
+    STARTED,
     STDERR,
     STDIN,
     STDOUT,
     USAGE,
+    USED,
     WINDOW,
     frame,
 )
@@ -61,6 +63,21 @@ class ExecResult:
             last = self.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             raise GuestError(f"the program in the guest ended with status {self.status}: {last[0]}")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class RunUse:
+    """What a run with limits used, with all that it started."""
+
+    cpu_us: int
+    disk_read: int
+    """Bytes that came from disks for it."""
+    disk_written: int
+    """Bytes that went to disks for it so far; what a file system keeps in memory is not among them."""
+    disk_used: int
+    """Bytes that the root file system holds more."""
+    hit: int
+    """The limit that ended it: 0 none, 1 memory, 2 processes, 3 disk."""
 
 
 class GuestStream:
@@ -123,7 +140,8 @@ class GuestProcess:
     runs on, and what that writes afterwards is thrown away (as with docker exec).
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, window: int = WINDOW) -> None:
+        """`window`: bytes of input that the agent has room for."""
         self._reader = reader
         self._writer = writer
         self.stdout = GuestStream()
@@ -133,7 +151,10 @@ class GuestProcess:
         """Known when the program has ended: its user and system time."""
         self.memory_peak = 0
         """Known when the program has ended: bytes of memory that it had at most."""
-        self._window = WINDOW
+        self.use: RunUse | None = None
+        """Known when a program with limits has ended."""
+        self._number: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._window = window
         self._credit = asyncio.Event()
         self._task = asyncio.create_task(self._pump(), name="guest-process")
 
@@ -166,6 +187,10 @@ class GuestProcess:
     async def resize(self, rows: int, columns: int) -> None:
         """The terminal's new size."""
         await self._send(RESIZE, struct.pack("<HH", rows, columns))
+
+    async def number(self) -> int:
+        """The program's process in the guest, if it was started with NUMBERED. GuestError if the guest is gone."""
+        return await asyncio.shield(self._number)
 
     async def wait(self) -> int:
         """The exit status, or 128 + signal. GuestError if the guest went away before."""
@@ -232,6 +257,9 @@ class GuestProcess:
         except GuestError as error:
             self._status.set_exception(error)
         finally:
+            if not self._number.done():
+                self._number.set_exception(GuestError("the program did not start"))
+                self._number.exception()
             self._end()
 
     async def _frame(self) -> None:
@@ -250,6 +278,10 @@ class GuestProcess:
         elif kind == USAGE and length == 16:
             microseconds, kib = struct.unpack("<QQ", payload)
             self.cpu_seconds, self.memory_peak = microseconds / 1e6, kib << 10
+        elif kind == STARTED and length == 4 and not self._number.done():
+            self._number.set_result(int.from_bytes(payload, "little"))
+        elif kind == USED and length == 40:
+            self.use = RunUse(*struct.unpack("<5Q", payload))
         elif kind == EXIT and length == 2:
             self._status.set_result(128 + payload[1] if payload[0] else payload[1])
         elif kind == ERROR:

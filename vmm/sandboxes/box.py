@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from vmm.errors import ConfigError, GuestError, StateError
-from vmm.guest.frames import Environment, Text
+from vmm.guest.frames import Environment, RunLimits, Text
 
 if TYPE_CHECKING:
     from vmm.config import Net
@@ -28,7 +29,11 @@ OUTPUT_LIMIT = 16 << 20
 """Bytes of each of a program's outputs that are kept unless it is said otherwise."""
 ENDING_SECONDS = 5.0
 T = TypeVar("T")
-RunEnd = Literal["exited", "timeout", "output", "machine"]
+RunEnd = Literal["exited", "timeout", "output", "memory", "processes", "disk", "machine"]
+_HITS: tuple[RunEnd, ...] = ("exited", "memory", "processes", "disk")
+"""By what vmm.guest.process.RunUse calls them."""
+LAST_SECONDS = 2.0
+"""How long a guest may take to say what a program used that was ended from outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,8 @@ class RunResult:
     """How a program ended and what it took."""
 
     end: RunEnd
-    """exited: by itself, or by a signal of the guest's; timeout: it ran too long; output: it wrote too much; machine:
-    the whole machine ended, of which `detail` says how."""
+    """exited: by itself, or by a signal of the guest's; timeout: it ran too long; output, memory, processes, disk: it
+    wrote or took more than it may; machine: the whole machine ended, of which `detail` says how."""
     status: int
     """Its exit status, or 128 + the signal that ended it; -1 where it was ended from outside."""
     stdout: bytes
@@ -45,9 +50,19 @@ class RunResult:
     seconds: float
     """From its start to its end, as this host's clock has it."""
     cpu_seconds: float
-    """User and system time in the guest, with that of children that it waited for; 0 if it was ended from outside."""
+    """User and system time in the guest, with that of all that it started."""
     memory_peak: int
-    """Bytes of the guest's memory that it, or such a child, had at most; 0 if it was ended from outside."""
+    """Bytes of the guest's memory that it, or a child that it waited for, had at most."""
+    network_sent: int = 0
+    """Bytes that left the machine meanwhile, as Ethernet frames, also for programs that ran beside it."""
+    network_received: int = 0
+    """Bytes that came to the machine meanwhile."""
+    disk_read: int = 0
+    """Bytes that came from the machine's disks for it and all that it started."""
+    disk_written: int = 0
+    """Bytes that went to the machine's disks for it so far; a file system in memory is none."""
+    disk_used: int = 0
+    """Bytes that the guest's root file system holds more than before."""
     detail: str = ""
 
     @property
@@ -85,42 +100,102 @@ class Sandbox:
         user: Text = "",
         timeout: float | None = None,
         output_limit: int = OUTPUT_LIMIT,
+        memory: int = 0,
+        disk: int = 0,
+        processes: int = 0,
     ) -> RunResult:
         """Run a program to its end; without arguments the image's own. After `timeout` seconds, or when it has written
-        more than `output_limit` bytes to either output, it is killed with its process group. ConfigError for what
-        cannot be started; whatever the guest does is a result."""
-        begin = time.monotonic()
-        out, error = _Kept(output_limit), _Kept(output_limit)
-        process: GuestProcess | None = None
-
-        def result(end: RunEnd, status: int = -1, detail: str = "") -> RunResult:
-            cpu, memory = (process.cpu_seconds, process.memory_peak) if process is not None else (0.0, 0)
-            return RunResult(
-                end, status, bytes(out.data), bytes(error.data), time.monotonic() - begin, cpu, memory, detail
-            )
-
+        more than `output_limit` bytes to either output, it is killed with all that it started; so it is when that
+        takes more than `memory` bytes, has more than `processes` processes at once, or makes the root file system hold
+        more than `disk` bytes more; 0: as much as the machine has. Looked at every 20 ms but for memory, which the
+        guest's kernel keeps. ConfigError for what cannot be started; whatever the guest does is a result."""
+        limits = RunLimits(memory, disk, processes)
+        run = _Run(self.vm, output_limit)
         try:
             async with asyncio.timeout(timeout):
-                process = await self.vm.start_process(*arguments, env=env or {}, cwd=cwd, user=user)
-                async with process:
+                options = {"env": env or {}, "cwd": cwd, "user": user, "limits": limits}
+                run.process = await self.vm.start_process(*arguments, **options)
+                async with run.process as process:
                     feeding = asyncio.create_task(_feed(process, input), name="sandbox-stdin")
                     try:
-                        await _read(process, out, error)
-                        if out.full or error.full:
-                            return result("output", detail=f"more than {output_limit} bytes of output")
-                        return result("exited", await process.wait())
+                        await _read(process, run.out, run.error)
+                        if run.out.full or run.error.full:
+                            await _end(process)
+                            return run.result("output", detail=f"more than {output_limit} bytes of output")
+                        return run.exited(await process.wait())
+                    except asyncio.CancelledError:
+                        await _end(process)
+                        raise
                     finally:
                         feeding.cancel()
                         await asyncio.gather(feeding, return_exceptions=True)
         except TimeoutError:
-            return result("timeout", detail=f"no end within {timeout:g} s")
+            return run.result("timeout", detail=f"no end within {timeout:g} s")
         except (GuestError, StateError) as failure:
             # A machine that ends takes its agent along first.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
                     outcome = await self.vm.ended()
-                    return result("machine", detail=f"the end of its machine: {outcome}")
-            return result("machine", detail=str(failure))
+                    return run.result("machine", detail=f"the end of its machine: {outcome}")
+            return run.result("machine", detail=str(failure))
+
+
+class _Run:
+    """One run, and what it has used so far."""
+
+    def __init__(self, vm: VirtualMachine, output_limit: int) -> None:
+        self.out, self.error = _Kept(output_limit), _Kept(output_limit)
+        self.process: GuestProcess | None = None
+        self._vm = vm
+        self._begin = time.monotonic()
+        self._network = _network(vm)
+
+    def exited(self, status: int) -> RunResult:
+        """The program has ended by itself, or because of a limit that the guest keeps."""
+        hit = self.process.use.hit if self.process is not None and self.process.use is not None else 0
+        end = _HITS[hit] if hit < len(_HITS) else "exited"
+        if end != "exited":
+            return self.result(end, detail=f"more {end} than allowed")
+        return self.result(end, status)
+
+    def result(self, end: RunEnd, status: int = -1, detail: str = "") -> RunResult:
+        """What there is to say now."""
+        process = self.process
+        use = process.use if process is not None else None
+        network = _network(self._vm)
+        return RunResult(
+            end,
+            status,
+            bytes(self.out.data),
+            bytes(self.error.data),
+            time.monotonic() - self._begin,
+            use.cpu_us / 1e6 if use is not None else process.cpu_seconds if process is not None else 0.0,
+            process.memory_peak if process is not None else 0,
+            max(0, network[0] - self._network[0]),
+            max(0, network[1] - self._network[1]),
+            *((use.disk_read, use.disk_written, use.disk_used) if use is not None else (0, 0, 0)),
+            detail=detail,
+        )
+
+
+def _network(vm: VirtualMachine) -> tuple[int, int]:
+    """Bytes that the machine's cards have sent and received."""
+    counters = [device.counters for device in vm.nets().values()]
+    return sum(each["bytes_sent"] for each in counters), sum(each["bytes_received"] for each in counters)
+
+
+async def _end(process: GuestProcess) -> None:
+    """Kill it with all that it started, and wait a moment for the guest to say what it used."""
+    with contextlib.suppress(TimeoutError, GuestError):
+        async with asyncio.timeout(LAST_SECONDS):
+            await process.send_signal(signal.SIGKILL)
+            # What it has written meanwhile must be read, for its end comes behind that.
+            await asyncio.gather(_drain(process.stdout), _drain(process.stderr), process.wait())
+
+
+async def _drain(stream: GuestStream) -> None:
+    async for _ in stream:
+        pass
 
 
 class _Kept:

@@ -25,7 +25,7 @@ class VsockMaker(Maker):
         self._device: VsockDevice | None = None
         self.agent: Agent | None = None
         if config.agent:
-            self.agent = Agent(self._dial, waits=True)
+            self.agent = Agent(lambda: self._reach(AGENT_PORT), waits=True, reach=self._reach)
             self.agent.on_ready = on_agent
 
     async def make(self) -> Device:
@@ -36,7 +36,7 @@ class VsockMaker(Maker):
         await self._device.start()
         return self._device
 
-    async def _dial(self) -> Streams:
+    async def _reach(self, port: int) -> Streams:
         if self._device is None:
             raise ConnectionRefusedError("the machine is not built")
-        return await self._device.open(AGENT_PORT)
+        return await self._device.open(port)
