@@ -102,6 +102,11 @@ class Client:
             greeting.cancel()
             await self._release()
 
+    @property
+    def gone(self) -> bool:
+        """Whether the connection has ended."""
+        return self._writer.transport.is_closing()
+
     def abort(self) -> None:
         """Cut the connection at once; `serve` then ends."""
         self._writer.transport.abort()

@@ -25,6 +25,7 @@ AUTH_NONE = 0
 READ_ONLY = 1
 """virConnectFlags."""
 FEATURES = {
+    4: "machines move from peer to peer",
     6: "machines move, in five steps",
     9: "typed parameters may be strings",
     10: "keepalive",

@@ -231,8 +231,10 @@ class Daemon:
         """Send clients away and stop listening; the machines go on. Idempotent."""
         self._stopped.set()
         arrivals, self.arrivals = self.arrivals, {}
+        arrived = {domain.pid for domain in self.domains.all() if domain.active}
         for arrival in arrivals.values():
-            arrival.process.kill()
+            if arrival.process.pid not in arrived:
+                arrival.process.kill()
         if self.tls is not None:
             await self.tls.aclose()
         servers, self._servers = self._servers, []

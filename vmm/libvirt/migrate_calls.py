@@ -1,8 +1,10 @@
-"""Procedures that move a running machine to another daemon: version 3 of libvirt's migration, managed by the client.
+"""Procedures that move a running machine to another daemon: version 3 of libvirt's migration.
 
-Begin (source) tells the description, Prepare (target) starts a process that waits for the machine and says where,
-Perform (source) moves it, Finish (target) takes it up as a domain, Confirm (source) looks whether it has gone. What
-moves is vmm.migration's; the machine is on one side throughout, whatever becomes of the client.
+The client manages it, or, from peer to peer, the source's daemon does: Perform then is all that the client calls, and
+this daemon calls the rest at the target. Begin (source) tells the description, Prepare (target) starts a process that
+waits for the machine and says where, Perform (source) moves it, Finish (target) takes it up as a domain, Confirm
+(source) looks whether it has gone. What moves is vmm.migration's; the machine is on one side throughout, whatever
+becomes of the client.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any
 
 from vmm.convert import MIB
 from vmm.errors import HostError, VmmError
-from vmm.libvirt.client import Call
+from vmm.libvirt.client import Call, Client
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.machines import Process, ask, last_words
+from vmm.libvirt.peer import Peer, own_certificates
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import Spec
-from vmm.libvirt.wire import DomainRef, Param, ullong_param
+from vmm.libvirt.wire import DomainRef, Param, string_param, ullong_param
 
 calls = Procedures()
 
@@ -32,11 +35,10 @@ NON_SHARED_DISK, UNSAFE, COMPRESSED, ABORT_ON_ERROR, AUTO_CONVERGE = 1 << 6, 1 <
 TLS, PARALLEL = 1 << 16, 1 << 17
 KNOWN = (
     LIVE | PERSIST_DEST | UNDEFINE_SOURCE | PAUSED | NON_SHARED_DISK | UNSAFE | COMPRESSED | ABORT_ON_ERROR
-    | AUTO_CONVERGE | TLS | PARALLEL
+    | AUTO_CONVERGE | TLS | PARALLEL | PEER2PEER
 )  # fmt: skip
 REFUSED = {
-    PEER2PEER: "--p2p: the client has to be connected to both daemons; leave it out",
-    TUNNELLED: "--tunnelled: the machine goes from host to host itself, by --tls if asked for",
+    TUNNELLED: "--tunnelled: a machine goes to the other host by a connection of its own; --tls protects it",
     1 << 7: "--copy-storage-inc: disks are copied whole, by --copy-storage-all",
     1 << 10: "--offline: only what runs moves; define it on the other host",
     1 << 15: "--postcopy: memory moves before the machine does",
@@ -44,6 +46,11 @@ REFUSED = {
 """What is not here, by flag."""
 PARAMS = (
     "migrate_uri", "destination_name", "destination_xml", "persistent_xml", "bandwidth", "parallel.connections",
+)  # fmt: skip
+PREPARE, FINISH = 303, 306
+PREPARE_FORM = ("params:param<64> cookie:opaque<4194304> flags:uint", "cookie:opaque<4194304> uri:string?")
+FINISH_FORM = (
+    "params:param<64> cookie:opaque<4194304> flags:uint cancelled:int", "dom:domain cookie:opaque<4194304>",
 )  # fmt: skip
 LISTEN_SECONDS = 20.0
 ARRIVE_SECONDS = 60.0
@@ -57,8 +64,8 @@ _ADDRESS = re.compile(r"waiting at (tcp|unix):(.*)")
 class AwaitedMachine:
     """A process that waits for a machine, from Prepare to Finish."""
 
-    def __init__(self, process: Process, spec: Spec, log: Path) -> None:
-        self.process, self.spec, self.log = process, spec, log
+    def __init__(self, process: Process, spec: Spec, log: Path, client: Client) -> None:
+        self.process, self.spec, self.log, self.client = process, spec, log, client
 
 
 def _arrivals(call: Call) -> dict[str, AwaitedMachine]:
@@ -91,11 +98,17 @@ async def domain_migrate_begin3_params(
     call: Call, dom: DomainRef, params: list[Param], flags: int
 ) -> tuple[bytes, str]:
     _params(params, flags)
-    domain = call.daemon.domains.of(dom)
+    return b"", _begin(call, call.daemon.domains.of(dom), flags)
+
+
+def _begin(call: Call, domain: Domain, flags: int) -> str:
+    """The description of what is to move. Raises LibvirtError."""
     domain.running_entry()
     if not flags & LIVE:
         raise LibvirtError(Code.OPERATION_UNSUPPORTED, "a machine moves as it runs; add --live")
-    return b"", domain.xml(call.daemon.emulator)
+    if job_of(domain) is not None:
+        raise LibvirtError(Code.OPERATION_INVALID, "another migration job is already running for domain")
+    return domain.xml(call.daemon.emulator)
 
 
 @calls.change(
@@ -109,6 +122,17 @@ async def domain_migrate_perform3_params(
 ) -> bytes:
     given = _params(params, flags)
     domain = call.daemon.domains.of(dom)
+    if flags & PEER2PEER:
+        if not uri:
+            raise LibvirtError(Code.INVALID_ARG, "--p2p: the other daemon's name is missing")
+        await _to_peer(call, domain, uri, params, flags)
+    else:
+        await _perform(call, domain, given, flags)
+    return b""
+
+
+async def _perform(call: Call, domain: Domain, given: dict[str, Any], flags: int) -> None:
+    """Move it to where it is awaited. Raises VmmError; then it is here."""
     entry = domain.running_entry()
     address = given.get("migrate_uri")
     if not isinstance(address, str):
@@ -121,13 +145,37 @@ async def domain_migrate_perform3_params(
     if flags & PARALLEL:
         options["connections"] = max(1, min(int(given.get("parallel.connections", 2)), MAX_CONNECTIONS))
     if flags & TLS:
-        options["tls"] = str(_tls(call))
+        options["tls"] = str(own_certificates(call.daemon.settings.tls))
     job = domain.extra["migration"] = {"begun": time.monotonic()}
     try:
         await ask(entry, "migrate", PERFORM_SECONDS, **options)
     finally:
         job["over"] = True
-    return b""
+
+
+async def _to_peer(call: Call, domain: Domain, uri: str, params: list[Param], flags: int) -> None:
+    """All five steps, with the target's by this daemon's own calls. Raises VmmError; then the machine is here."""
+    description = _begin(call, domain, flags)
+    flags &= ~PEER2PEER
+    named = {param.field for param in params}
+    told = [*params]
+    if "destination_xml" not in named:
+        told.append(string_param("destination_xml", description))
+    if "destination_name" not in named:
+        told.append(string_param("destination_name", domain.name))
+    async with await Peer.open(uri, call.daemon.settings.tls) as peer:
+        answer = await peer.call(PREPARE, *PREPARE_FORM, told, b"", flags)
+        given = {param.field: param.value[1] for param in params} | {"migrate_uri": answer["uri"]}
+        try:
+            await _perform(call, domain, given, flags)
+        except BaseException:
+            with suppress(VmmError):  # the peer answers a cancelled migration with an error, by which it agrees
+                await peer.call(FINISH, *FINISH_FORM, told, b"", flags, 1)
+            raise
+        try:
+            await peer.call(FINISH, *FINISH_FORM, told, b"", flags, 0)
+        finally:
+            await _confirm(call, domain, flags)  # it is there, whether or not the peer said so
 
 
 @calls.change(
@@ -138,10 +186,13 @@ async def domain_migrate_perform3_params(
 async def domain_migrate_confirm3_params(
     call: Call, dom: DomainRef, params: list[Param], cookie: bytes, flags: int, cancelled: int
 ) -> None:
+    if not cancelled:  # else the machine is here and runs, or is paused and says why
+        await _confirm(call, call.daemon.domains.of(dom), flags)
+
+
+async def _confirm(call: Call, domain: Domain, flags: int) -> None:
+    """It has gone. Raises VmmError."""
     domains = call.daemon.domains
-    domain = domains.of(dom)
-    if cancelled:
-        return  # the machine is here and runs, or is paused and says why
     if domain.active:
         await domains.gone(domain)
     if flags & UNDEFINE_SOURCE and domain.persistent is not None:
@@ -158,12 +209,7 @@ def _tls(call: Call) -> Path:
 # The target.
 
 
-@calls.change(
-    303,
-    "domain_migrate_prepare3_params",
-    "params:param<64> cookie:opaque<4194304> flags:uint",
-    "cookie:opaque<4194304> uri:string?",
-)
+@calls.change(PREPARE, "domain_migrate_prepare3_params", *PREPARE_FORM)
 async def domain_migrate_prepare3_params(
     call: Call, params: list[Param], cookie: bytes, flags: int
 ) -> tuple[bytes, str | None]:
@@ -179,8 +225,13 @@ async def domain_migrate_prepare3_params(
     if there is not None and (there.active or there.name != spec.name or there.uuid != spec.uuid):
         raise LibvirtError(Code.OPERATION_INVALID, f"domain '{there.name}' is already active or another one here")
     domains.networks.check(spec)
-    if spec.name in _arrivals(call):
-        raise LibvirtError(Code.OPERATION_INVALID, f"domain '{spec.name}' is being received already")
+    if old := _arrivals(call).get(spec.name):
+        # What ended, what arrived, and what a client left behind that has gone is no arrival any more.
+        if there is None or there.pid != old.process.pid:
+            if not old.process.ended.is_set() and not old.client.gone:
+                raise LibvirtError(Code.OPERATION_INVALID, f"domain '{spec.name}' is being received already")
+            old.process.kill()
+        del _arrivals(call)[spec.name]
     listen, host = _where(given.get("migrate_uri"))
     arguments = ["receive", listen, "--name", spec.name, "--console", "none", "--trust"]
     if spec.config.core != "auto":
@@ -189,7 +240,7 @@ async def domain_migrate_prepare3_params(
         arguments += ["--tls", str(_tls(call))]
     log = call.daemon.store.file("log", f"{spec.name}.log")
     process = Process.start([*call.daemon.settings.launcher, *arguments], log)
-    arrival = _arrivals(call)[spec.name] = AwaitedMachine(process, spec, log)
+    arrival = _arrivals(call)[spec.name] = AwaitedMachine(process, spec, log, call.client)
     try:
         place = await _listening(arrival)
     except BaseException:
@@ -233,16 +284,11 @@ def _abandon(call: Call, name: str) -> None:
         arrival.process.kill()
 
 
-@calls.change(
-    306,
-    "domain_migrate_finish3_params",
-    "params:param<64> cookie:opaque<4194304> flags:uint cancelled:int",
-    "dom:domain cookie:opaque<4194304>",
-)
+@calls.change(FINISH, "domain_migrate_finish3_params", *FINISH_FORM)
 async def domain_migrate_finish3_params(
     call: Call, params: list[Param], cookie: bytes, flags: int, cancelled: int
 ) -> tuple[DomainRef, bytes]:
-    given = _params(params, flags & ~PEER2PEER)
+    given = _params(params, flags)
     name = given.get("destination_name")
     if not isinstance(name, str) or name not in _arrivals(call):
         raise LibvirtError(Code.OPERATION_INVALID, f"no machine '{name}' is expected here")

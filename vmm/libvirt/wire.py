@@ -265,3 +265,11 @@ def encode_error(error: LibvirtError) -> bytes:
     values = (int(error.code), int(error.source), message, LEVEL_ERROR, None, message, error.detail, None, -1, -1, None)
     _ERROR.write(out, values)
     return bytes(out)
+
+
+def decode_error(body: bytes) -> str:
+    """The text of an error in a peer's reply. Raises XdrError."""
+    from vmm.libvirt.xdr import decode
+
+    _, _, message, *_ = decode(_ERROR, body)
+    return " ".join(str(message or "it failed and says not why").split())[:2000]
