@@ -1,9 +1,10 @@
-"""kill -9 of the daemon at random moments while clients define, start, save and end domains.
+"""kill -9 of a daemon at random moments while clients define, start, save, migrate and end domains.
 
 LOOPVISOR_KILLS says how often (3). No machine is harmed, every definition is whole, and the state is right after the
-restart.
+restart; a machine that moves to and fro meanwhile is on one side.
 """
 
+import logging
 import os
 import random
 import subprocess
@@ -44,28 +45,68 @@ def busy(daemon: DaemonProcess, stop: threading.Event, source: random.Random) ->
         )  # fmt: skip
 
 
+def running(daemon: DaemonProcess) -> list[str]:
+    """What is listed as running; nothing while the daemon is dead."""
+    command = ["virsh", "-q", "-c", daemon.uri(), "list", "--name"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.split()
+
+
+def nomads(*daemons: DaemonProcess) -> list[str]:
+    """Where a process runs the machine."""
+    return [str(one.path) for one in daemons if (one.path / "loopvisor" / "nomad" / "control.sock").exists()]
+
+
+def moving(here: DaemonProcess, there: DaemonProcess, stop: threading.Event, moves: list[bool]) -> None:
+    """Another client: the domain `nomad` goes to and fro, managed by the client or from peer to peer."""
+    source = random.Random(99)
+    while not stop.is_set():
+        for one, other in ((here, there), (there, here)):
+            if "nomad" not in running(one):
+                continue
+            how = source.choice(((), ("--p2p",)))
+            place = f"unix://{other.path}/arrival{len(moves)}.sock"
+            where = ["nomad", other.uri(), "--migrateuri", place]
+            done = subprocess.run(
+                ["virsh", "-q", "-c", one.uri(), "migrate", "--live", *how, *where],
+                capture_output=True, stdin=subprocess.DEVNULL, timeout=300, env=environment(one.path),
+            )  # fmt: skip
+            moves.append(done.returncode == 0)
+
+
 @pytest.mark.slow
 def test_a_daemon_that_is_killed_harms_nothing() -> None:
     source = random.Random(time.time_ns())
-    with DaemonProcess() as daemon:
+    moves: list[bool] = []
+    with DaemonProcess() as daemon, DaemonProcess() as other:
         daemon.define(tiny("steady"))
+        (daemon.path / "nomad.xml").write_text(tiny("nomad"))
+        daemon.virsh("create", str(daemon.path / "nomad.xml"))
         daemon.virsh("start", "steady")
         steady = daemon.pid("steady")
         stop = threading.Event()
         clients = [threading.Thread(target=busy, args=(daemon, stop, random.Random(number))) for number in range(2)]
+        clients.append(threading.Thread(target=moving, args=(daemon, other, stop, moves)))
         for client in clients:
             client.start()
         try:
             for _ in range(KILLS):
                 time.sleep(source.uniform(0.05, 1.5))  # the moment of the kill is what is tried, not waited for
-                daemon.kill()
-                daemon.start()
+                victim = source.choice((daemon, daemon, other))
+                victim.kill()
+                victim.start()
                 assert daemon.pid("steady") == steady
                 assert daemon.virsh("domstate", "steady") == "running"
         finally:
             stop.set()
             for client in clients:
                 client.join()
+        wait_for(lambda: len(nomads(daemon, other)) == 1, f"nomad is not on one side, after {len(moves)} moves")
+        (side,) = [one for one in (daemon, other) if "nomad" in running(one)]
+        assert side.virsh("domstate", "nomad") == "running"
+        far = other if side is daemon else daemon
+        side.virsh("migrate", "--live", "nomad", far.uri(), "--migrateuri", f"unix://{far.path}/last.sock")
+        assert far.virsh("domstate", "nomad") == "running"
+        logging.getLogger(__name__).info("%d kills, %d moves tried, %d told as done", KILLS, len(moves), sum(moves))
         log = daemon.log.read_text()
         assert "domains/" not in log, log  # no definition that could not be read
         for name in daemon.virsh("list", "--all", "--name").split():

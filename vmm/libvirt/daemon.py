@@ -148,6 +148,7 @@ class Daemon:
             self.pools.load()
             self.networks.load()
             await self.networks.resume()
+            self.domains.end_expecting()
             await self.domains.scan()
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)

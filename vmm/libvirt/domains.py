@@ -25,7 +25,7 @@ from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import Live, domain_xml
-from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, last_words
+from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, end_waiting, last_words
 from vmm.libvirt.networks import Networks
 from vmm.libvirt.spec import Spec, described, spec_of
 from vmm.libvirt.store import Store
@@ -415,6 +415,29 @@ class Domains:
             self._remember(domain)
             self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, 0)
         self._follow(domain, control)
+
+    def expect(self, spec: Spec, pid: int) -> None:
+        """A process waits for this machine. Whoever finds it later, perhaps another daemon, knows what it is. Raises
+        HostError."""
+        self._store.write("live", f"{spec.name}.xml", domain_xml(spec, self.emulator))
+        self._store.write("live", f"{spec.name}.json", json.dumps({"pid": pid, "expected": True}))
+
+    def unexpect(self, name: str) -> None:
+        """It does not come. Raises HostError."""
+        domain = self._by_name.get(name)
+        if domain is None or not domain.active:
+            for suffix in ("xml", "json"):
+                self._store.remove("live", f"{name}.{suffix}")
+
+    def end_expecting(self) -> None:
+        """End processes that a daemon before this one let wait for machines, and to which none has come."""
+        there = {entry.info.get("pid") for entry in entries()}
+        for name in self._store.names("live", ".json"):
+            remembered = self._store.read_json("live", f"{name}.json")
+            pid = remembered.get("pid")
+            if remembered.get("expected") and isinstance(pid, int) and pid not in there:
+                end_waiting(pid, name)
+                self.unexpect(name)
 
     async def received(self, domain: Domain, spec: Spec, process: Process) -> None:
         """A machine arrived from another host, in a process of this daemon: it is what was described there. Raises

@@ -131,6 +131,18 @@ class Process:
         self.ended.set()
 
 
+def end_waiting(pid: int, name: str) -> None:
+    """End a process that waits for a machine of that name, if the number still is such a process's."""
+    with suppress(OSError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"receive" in words and name.encode() in words:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        finally:
+            os.close(descriptor)
+
+
 async def last_words(log: Path) -> str:
     """The last line that a machine's process wrote, without who says it."""
     try:

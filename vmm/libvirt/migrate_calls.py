@@ -242,6 +242,7 @@ async def domain_migrate_prepare3_params(
     process = Process.start([*call.daemon.settings.launcher, *arguments], log)
     arrival = _arrivals(call)[spec.name] = AwaitedMachine(process, spec, log, call.client)
     try:
+        domains.expect(spec, process.pid)
         place = await _listening(arrival)
     except BaseException:
         _abandon(call, spec.name)
@@ -282,6 +283,7 @@ def _abandon(call: Call, name: str) -> None:
     arrival = _arrivals(call).pop(name, None)
     if arrival is not None:
         arrival.process.kill()
+        call.daemon.domains.unexpect(name)
 
 
 @calls.change(FINISH, "domain_migrate_finish3_params", *FINISH_FORM)
