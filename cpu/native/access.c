@@ -19,6 +19,8 @@ struct lv_entry {
     int user_fd, fd;           /* ioeventfd: the caller's number, our duplicate */
     uint64_t match;            /* ioeventfd */
     uint64_t value, after;     /* shadow */
+    struct lv_entry *next_put_off; /* ioeventfd: in the list of its engine */
+    uint64_t put_off;              /* ioeventfd: so many writes the descriptor is not told of yet */
 };
 
 static uint32_t slot_of(uint8_t space, uint64_t address)
@@ -69,12 +71,25 @@ static int insert(struct lv_vm *vm, const struct lv_entry *entry)
     return 0;
 }
 
+/* Under the lock: the descriptor of an entry that goes is not told any more. */
+static void forget_doorbell(struct lv_vm *vm, const struct lv_entry *gone)
+{
+    for (uint32_t i = 0; i < vm->engine_count; i++)
+        for (struct lv_entry **link = &vm->engines[i]->put_off; *link; link = &(*link)->next_put_off)
+            if (*link == gone) {
+                *link = gone->next_put_off;
+                return;
+            }
+}
+
 static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
 {
     struct lv_entry *gone = *link;
     pthread_mutex_lock(&vm->lock);
     *link = gone->next;
     vm->entry_count--;
+    if (gone->put_off)
+        forget_doorbell(vm, gone);
     pthread_mutex_unlock(&vm->lock);
     if (gone->kind == ENTRY_IOEVENTFD)
         close(gone->fd);
@@ -190,6 +205,57 @@ void lv_table_free(struct lv_vm *vm)
 
 /* ---- [engine] ---- */
 
+/* Telling a descriptor wakes the loop's thread. Where no processor is free for it, it takes the vCPU's: two switches of
+ * threads, and then an interrupt, for each request of a driver that was about to make more. So an engine looks how
+ * long telling takes. While that is long, doorbells are put off to the end of the vCPU's turn (at most
+ * some 100 us), or until it halts or exits: what the driver has made available by then is served in one go. Now and
+ * then one is told at once, to see whether that is still so. Benchmark: tests/bench/bench_guest_io.py.
+ */
+enum {
+    DOORBELL_SLOW_NS = 10000, /* a thread that wakes on another processor takes 2 to 6 us of the one that wakes it */
+    DOORBELL_MOST_NS = 30000, /* what a slow one counts for: one alone puts nothing off */
+    DOORBELL_PROBE = 64,      /* the first after so many that were put off is told at once */
+};
+
+/* Under the lock, so that the descriptor cannot be removed and its number reused meanwhile. */
+static void tell(struct lv_entry *e, uint64_t writes)
+{
+    (void)!write(e->fd, &writes, sizeof writes);
+}
+
+static void doorbell(struct lv_engine *engine, struct lv_entry *e)
+{
+    if (engine->puts_off && engine->doorbell_ns >= DOORBELL_SLOW_NS && ++engine->doorbells % DOORBELL_PROBE) {
+        if (!e->put_off++) {
+            e->next_put_off = engine->put_off;
+            engine->put_off = e;
+        }
+        lv_count(engine->vm, LV_STAT_PUT_OFF);
+        return;
+    }
+    uint64_t begin = engine->puts_off ? lv_clock() : 0;
+    tell(e, 1);
+    if (engine->puts_off) {
+        uint64_t took = lv_clock() - begin;
+        engine->doorbell_ns = (3 * engine->doorbell_ns + (took < DOORBELL_MOST_NS ? took : DOORBELL_MOST_NS)) / 4;
+    }
+}
+
+void lv_tell_put_off(struct lv_engine *engine)
+{
+    struct lv_vm *vm = engine->vm;
+    if (!__atomic_load_n(&engine->put_off, __ATOMIC_RELAXED)) /* only this thread adds to it */
+        return;
+    pthread_mutex_lock(&vm->lock);
+    while (engine->put_off) {
+        struct lv_entry *e = engine->put_off;
+        engine->put_off = e->next_put_off;
+        tell(e, e->put_off);
+        e->put_off = 0;
+    }
+    pthread_mutex_unlock(&vm->lock);
+}
+
 /* True: the write is done. The lock is held on entry and, when false, on return. */
 static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a)
 {
@@ -202,9 +268,7 @@ static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a)
             posted = e;
         if (e->kind == ENTRY_IOEVENTFD && (!e->size || e->size == a->size) &&
             (!e->has_match || e->match == (a->value & mask(a->size)))) {
-            uint64_t one = 1;
-            /* Under the lock, so that the descriptor cannot be removed and its number reused meanwhile. */
-            (void)!write(e->fd, &one, sizeof one);
+            doorbell(vcpu->engine, e);
             lv_count(vm, LV_STAT_IOEVENTFD);
             if (vm->config.virtual_clock)
                 lv_push_locked(vcpu->engine, &(struct lv_event){.kind = LV_EVENT_BARRIER});

@@ -53,6 +53,7 @@ void lv_engine_wake(struct lv_engine *engine)
 
 void lv_engine_wait(struct lv_engine *engine, uint32_t seq)
 {
+    lv_tell_put_off(engine);
     atomic_store(&engine->sleeping, 1);
     if (atomic_load(&engine->seq) == seq && !lv_closing(engine->vm)) {
         lv_count(engine->vm, LV_STAT_SLEEP);
@@ -295,6 +296,7 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit)
 {
     struct lv_vm *vm = vcpu->vm;
     struct lv_event event = {.kind = LV_EVENT_EXIT, .vcpu = (uint8_t)vcpu->index};
+    lv_tell_put_off(vcpu->engine); /* doorbells that were rung before come first */
     vcpu->exit = *exit;
     vcpu->wants_value = exit->kind == LV_PORT_IN || exit->kind == LV_MMIO_READ;
     lv_count(vm, exit->kind);

@@ -209,6 +209,10 @@ struct lv_engine {
     _Atomic int tid;
     uint32_t spin_ns;          /* adaptive: how long to spin for an answer */
     struct lv_vcpu *waiting;   /* the vCPU whose access or exit the thread is inside: not between instructions */
+    bool puts_off;             /* the core calls lv_tell_put_off(), so doorbells may wait for it */
+    uint64_t doorbell_ns;      /* how long telling an ioeventfd takes here, on average */
+    uint32_t doorbells;        /* those that could have been put off */
+    struct lv_entry *put_off;  /* ioeventfds that are to be told; under the lock */
     void *core;                /* the core's own, per engine */
 };
 
@@ -228,7 +232,7 @@ struct lv_vcpu {
     void *core;                /* the core's own, per vCPU */
 };
 
-enum { LV_STAT_POSTED = LV_EXIT_KINDS, LV_STAT_SHADOW, LV_STAT_IOEVENTFD, LV_STAT_POSTED_WAIT, LV_STAT_SLEEP, LV_STATS };
+enum { LV_STAT_POSTED = LV_EXIT_KINDS, LV_STAT_SHADOW, LV_STAT_IOEVENTFD, LV_STAT_PUT_OFF, LV_STAT_POSTED_WAIT, LV_STAT_SLEEP, LV_STATS };
 
 struct lv_event {
     uint8_t kind;      /* enum lv_event_kind */
@@ -303,6 +307,9 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit);
 /* Shared engines: every RUNNING vCPU with `kicked` set is held and gets its Interrupted exit. Returns how many of the
  * engine's vCPUs are still RUNNING. [engine] */
 uint32_t lv_park_kicked(struct lv_engine *engine);
+/* Tell the ioeventfds whose telling was put off. Called by cores with engine->puts_off between their vCPUs' turns and before the
+ * thread sleeps by other means than lv_engine_wait(). [engine] */
+void lv_tell_put_off(struct lv_engine *engine);
 /* Sleep until engine->seq differs from `seq` (read it before looking at the states). [engine] */
 void lv_engine_wait(struct lv_engine *engine, uint32_t seq);
 /* Make a sleeping engine look again. [any] */

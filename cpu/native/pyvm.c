@@ -498,7 +498,7 @@ static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
         [LV_SYSTEM_EVENT] = "exit.system-event", [LV_FAIL_ENTRY] = "exit.fail-entry",
         [LV_INTERNAL_ERROR] = "exit.internal-error", [LV_DEBUG] = "exit.debug", [LV_INTERRUPTED] = "exit.interrupted",
         [LV_STAT_POSTED] = "posted", [LV_STAT_SHADOW] = "shadow", [LV_STAT_IOEVENTFD] = "ioeventfd",
-        [LV_STAT_POSTED_WAIT] = "posted.waits", [LV_STAT_SLEEP] = "sleeps"};
+        [LV_STAT_PUT_OFF] = "ioeventfd.put_off", [LV_STAT_POSTED_WAIT] = "posted.waits", [LV_STAT_SLEEP] = "sleeps"};
     struct lv_stat own[64];
     struct lv_vm *vm = lv_open(self);
     PyObject *dict = vm ? PyDict_New() : NULL;

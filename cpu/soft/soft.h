@@ -39,6 +39,8 @@ struct soft_host {
     void (*written)(void *ctx, uint64_t gpa);
     /* EOI of a level-triggered GSI (for resampling irqfds); may be NULL. */
     void (*eoi)(void *ctx, uint32_t gsi);
+    /* Between two turns, before the thread sleeps and at times besides; may be NULL. */
+    void (*between)(void *ctx);
 };
 
 struct soft_config {

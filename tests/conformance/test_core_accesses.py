@@ -1,13 +1,15 @@
 """cpu/contract.py: exits and their answers; posted writes, shadow reads, ioeventfds. Every core."""
 
 import os
+import select
+import time
 
 import pytest
 
 from cpu.contract import Capability, Space
 from cpu.errors import ConfigError, StateError
 from cpu.exits import CompleteRead, InternalError, MmioRead, MmioWrite, PortIn, PortOut, Posted, Resume, Shutdown
-from tests.support.cores import CODE, DONE, MMIO, RESUME, set_long
+from tests.support.cores import CODE, DEADLINE_S, DONE, MMIO, RESUME, set_long
 
 SIZES = [1, 2, 4]
 VALUE = 0x8899_AABB
@@ -311,3 +313,33 @@ def test_a_removed_ioeventfd_exits_again(core, guests, eventfd):
 def test_an_ioeventfd_must_be_an_open_descriptor(core, guests):
     with pytest.raises(ConfigError):
         guests(core).vm.add_ioeventfd(999_999, Space.PORT, 0x100, 2)
+
+
+@pytest.fixture
+def one_processor():
+    """What this process starts has one processor for all of its threads."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("then", ["spins", "halts", "exits"])
+def test_no_write_to_an_ioeventfd_is_lost_where_one_processor_does_all(real_core, guests, eventfd, one_processor, then):
+    """The core may put off telling the descriptor there, but not beyond what a guest that goes on would wait for."""
+    guest = guests(real_core)
+    pauses = 30_000 if real_core.name == "soft" else 100  # long enough that the test waits for the next one
+    rings = 1000
+    guest.vm.add_ioeventfd(eventfd, Space.MMIO, MMIO, 4)
+    ring = b"\xa3" + MMIO.to_bytes(4, "little")
+    pause = b"\xba" + pauses.to_bytes(4, "little") + bytes.fromhex("4a 75fd")  # mov edx, pauses; dec edx; jnz
+    body = ring + pause + b"\x49"  # dec ecx
+    loop = b"\xb9" + rings.to_bytes(4, "little") + body + bytes([0x75, 0x100 - len(body) - 2])
+    ends = {"spins": b"\xeb\xfe", "halts": b"\xfb\xf4\xeb\xfe", "exits": bytes.fromhex("baf00f0000 ee ebfe")}
+    guest.load_code(loop + ends[then])
+    guest.go()
+    heard, deadline = 0, time.monotonic() + DEADLINE_S
+    while heard < rings:
+        assert select.select([eventfd], [], [], deadline - time.monotonic())[0], f"{heard} of {rings}"
+        heard += os.eventfd_read(eventfd)
+    assert heard == rings

@@ -126,6 +126,8 @@ static void on_random(void *ctx, void *buffer, size_t size)
 
 static void on_eoi(void *ctx, uint32_t gsi) { lv_eoi(((struct backend *)ctx)->vm, gsi); }
 
+static void on_between(void *ctx) { lv_tell_put_off(((struct backend *)ctx)->vm->engines[0]); }
+
 /* ---- the engine ---- */
 
 static void post(struct lv_engine *engine, uint32_t index, struct lv_exit exit)
@@ -170,6 +172,7 @@ static void run(struct lv_engine *engine)
 {
     struct lv_vm *vm = engine->vm;
     struct backend *b = of(vm);
+    engine->puts_off = !vm->config.virtual_clock; /* there the loop is waited for */
     while (!lv_closing(vm)) {
         uint32_t seq = atomic_load(&engine->seq), index = 0;
         for (uint32_t i = 0; i < engine->count; i++)
@@ -247,7 +250,8 @@ static int vm_create(struct lv_vm *vm)
     struct backend *b = calloc(1, sizeof *b);
     if (!b)
         return -ENOMEM;
-    struct soft_host host = {.ctx = b, .access = on_access, .random = on_random, .eoi = on_eoi};
+    struct soft_host host = {.ctx = b, .access = on_access, .random = on_random, .eoi = on_eoi,
+                             .between = on_between};
     b->vm = vm;
     b->accessing = -1;
     b->defers = c->vcpus > 1 && !c->virtual_clock;

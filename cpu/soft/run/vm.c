@@ -398,6 +398,8 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
 {
     *vcpu = 0;
     for (;;) {
+        if (vm->host.between)
+            vm->host.between(vm->host.ctx);
         if (soft_events_pending(vm) && soft_events_apply(vm))
             return SOFT_STOP_WAKE;
         uint64_t now = soft_now(vm);
