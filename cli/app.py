@@ -387,6 +387,15 @@ def migrate(
     drop_connections: Annotated[
         bool, typer.Option("--drop-connections", help="The guest's connections through passt may end.")
     ] = False,
+    postcopy: Annotated[
+        bool, typer.Option("--postcopy", help="Once rounds no longer pay it goes, and its memory follows.")
+    ] = False,
+    postcopy_now: Annotated[
+        bool, typer.Option("--postcopy-now", help="Likewise, at once; also of a migration begun with --postcopy.")
+    ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="The connection broke in post-copy: go on over a new one, to URI.")
+    ] = False,
     tls: Annotated[Path | None, typer.Option(metavar="DIR", help="A client's certificate (vmm tls client).")] = None,
     cancel: Annotated[bool, typer.Option("--cancel", help="End a migration that is under way.")] = False,
     json: Json = False,
@@ -405,6 +414,8 @@ def migrate(
         downtime=downtime,
         tls=tls,
         json=json,
+        recover=recover,
+        postcopy="now" if postcopy_now else "auto" if postcopy else None,
         connections=connections,
         compress=compress,
         throttle=throttle,
@@ -425,10 +436,17 @@ def receive(
     disk: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="The file of a disk here; may be repeated.")
     ] = None,
+    recover: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Have this machine wait at URI for its source, which was lost.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Wait for a machine that vmm migrate sends, and run it in the foreground."""
-    from cli.migrate import receive_machine
+    from cli.migrate import receive_again, receive_machine
+
+    if recover is not None:
+        receive_again(recover, uri, tls=tls)
+        return
 
     sys.exit(
         receive_machine(

@@ -82,6 +82,9 @@ def list_machines(*, json: bool, stats: bool, metrics: bool) -> None:
 
 def _state(status: dict[str, Any]) -> str:
     migration = status.get("migration")
+    if (fetching := status.get("fetching")) and fetching["missing"]:
+        broken = " broken" if fetching["state"] == "broken" else ""
+        return f"{status['state']}, post-copy{broken}, {fetching['missing'] >> 20} MiB to come"
     if not migration:
         return "arriving" if "has not arrived" in str(status.get("obstacle")) else str(status["state"])
     total = migration["total"] + migration["disk_total"]

@@ -35,9 +35,10 @@ def migrate_machine(
     downtime: float | None,
     tls: Path | None,
     json: bool,
+    recover: bool,
     **options: Any,
 ) -> None:
-    """To its end, or change or cancel one that is under way. Raises VmmError."""
+    """To its end, or change, cancel or recover one that is under way. Raises VmmError."""
     entry = find(name)
     values: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, False)}
     if bandwidth is not None:
@@ -48,12 +49,20 @@ def migrate_machine(
         request(entry, "migrate-cancel")
         say(f"{name}: the migration is cancelled")
         return
+    if recover:
+        if uri is None:
+            raise ConfigError("migrate: give the address where the machine waits for its memory, as tcp:HOST:PORT")
+        values = {"recover": True}
     if uri is None:
+        if values.pop("postcopy", None) == "now":
+            request(entry, "migrate-postcopy")
+            if not values:
+                return
         if not values:
             raise ConfigError("migrate: give the address where vmm receive waits, as tcp:HOST:PORT")
         request(entry, "migrate-set", **values)
         return
-    with _shown(entry), _cancelled_by_us(entry):
+    with _shown(entry), _cancelled_by_us(entry) if not recover else contextlib.nullcontext():
         answer = request(
             entry, "migrate", PATIENCE, uri=uri, tls=None if tls is None else str(tls.absolute()), **values
         )
@@ -73,9 +82,11 @@ def _cancelled_by_us(entry: RegistryEntry) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        with contextlib.suppress(VmmError):
+        try:
             request(entry, "migrate-cancel")
-        say(f"{entry.name}: the migration is cancelled; the machine runs on here")
+            say(f"{entry.name}: the migration is cancelled; the machine runs on here")
+        except VmmError as error:
+            say(f"{entry.name}: {error}")
         raise
 
 
@@ -106,6 +117,12 @@ def _shown(entry: RegistryEntry) -> Iterator[None]:
         over.set()
         watcher.join()
         line.clear()
+
+
+def receive_again(name: str, uri: str, *, tls: Path | None) -> None:
+    """A machine whose source was lost in post-copy waits for it at one more address. Raises VmmError."""
+    answer = request(find(name), "receive-recover", uri=uri, tls=None if tls is None else str(tls.absolute()))
+    say(f"{name}: waiting at {answer['uri']}")
 
 
 def receive_machine(

@@ -224,6 +224,12 @@ class Device:
             if queue.enabled and not self._broken:
                 self.queue_notified(queue.index)
 
+    def memory_came(self) -> None:
+        """Pages of guest memory that a queue waits for may have come: it is looked at again."""
+        for queue in self._active.queues if self._active is not None and not self.paused else ():
+            if queue.look_again():
+                self.guarded(self.queue_notified, queue.index)
+
     async def quiesce(self) -> None:
         """Pause, and wait until every chain taken is returned; not if the device is reset, or needs to be. A device
         takes no chain that it cannot answer soon."""

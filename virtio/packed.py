@@ -119,6 +119,10 @@ class PackedRing(ReferenceRing):
             offset -= self.size
         return (self.next_used - offset - 1) & 0xFFFF < delta
 
+    def look_again(self) -> bool:
+        """Never: this ring is for memory that is all there."""
+        return False
+
     def has_available(self) -> bool:
         self._open()
         return not self.error and self._available(self._flags(self.next_avail), self.avail_wrap)

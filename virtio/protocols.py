@@ -41,7 +41,11 @@ class DmaMemory(Protocol):
         A memory may have `written_ranges(ranges: bytes)` besides: the same for many, pairs of 64 bits (gpa, length);
         and `discard_ranges(ranges: Sequence[tuple[int, int]]) -> int`: the host takes back what is behind the whole
         pages of these, which hold zeros afterwards or what they held; how many bytes it took. GuestError if they are
-        not RAM."""
+        not RAM.
+
+        A memory of which parts are still on their way from another host has `missing`, a bitmap of pages of 4 KiB for
+        each region, and `want(gpa, length)`, which has those of a range fetched: a ring (`virtio._ring.Ring`) gives
+        out no chain before all of it has come, so that no device ever waits for a page in the loop."""
 
 
 class Interrupts(Protocol):
@@ -146,6 +150,9 @@ class Ring(Protocol):
 
     def disable_notification(self) -> None:
         """Tell the driver not to notify."""
+
+    def look_again(self) -> bool:
+        """Pages of memory that were missing have come: whether the ring waited for some, and is to be popped again."""
 
     def has_available(self) -> bool:
         """A chain is available."""

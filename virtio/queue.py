@@ -84,6 +84,10 @@ class Queue:
         """Whether this is the queue's ring now."""
         return self._ring is ring
 
+    def look_again(self) -> bool:
+        """Ring.look_again"""
+        return self._ring is not None and self._ring.look_again()
+
     def wake(self) -> None:
         """The driver notified the queue."""
         self._event.set()

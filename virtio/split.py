@@ -214,6 +214,10 @@ class SplitRing(ReferenceRing):
             return (self.next_used - self._driver[2 + self.size] - 1) & 0xFFFF < delta
         return not self._driver[0] & AVAIL_F_NO_INTERRUPT
 
+    def look_again(self) -> bool:
+        """Never: this ring is for memory that is all there."""
+        return False
+
     def has_available(self) -> bool:
         self._open()
         return not self.error and self._driver[1] != self.next_avail

@@ -183,7 +183,8 @@ class Transport:
     def _native_ring(self, memory: DmaMemory, size: int, desc: int, driver: int, device: int, features: int) -> Ring:
         if self._native is None:
             self._native = _ring.Memory(
-                list(memory.regions()), getattr(memory, "written", None), getattr(memory, "written_ranges", None)
+                list(memory.regions()),
+                *(getattr(memory, name, None) for name in ("written", "written_ranges", "missing", "want")),
             )
         return _ring.Ring(self._native, size, desc, driver, device, features)
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vmm.hotplug import Attachment, Hotplug
     from vmm.live import DiskJobs, MachineDisks
     from vmm.machine.peripheral import Peripheral
+    from vmm.migration.fetching import Fetching
     from vmm.migration.precopy import Progress
     from vmm.migration.source import Outgoing
     from vmm.state.manifest import Manifest
@@ -134,6 +135,8 @@ class VirtualMachine:
         """Why a paused machine cannot just run on."""
         self.migration: Outgoing | None = None
         """The one under way."""
+        self.fetching: Fetching | None = None
+        """It came by post-copy, and parts of its memory are on their way."""
         if saved is not None and isinstance(saved.origin, Arrival):
             self.obstacle = Obstacle("the machine has not arrived yet")
         self._disk_jobs: DiskJobs | None = None
@@ -236,6 +239,14 @@ class VirtualMachine:
             if self._saved.touched is not None:
                 watching = self._watch_pages(self._saved.touched)
                 self._after_restore.append(asyncio.create_task(watching, name="touched pages"))
+
+    def halt_for(self, obstacle: Obstacle) -> None:
+        """Pause, for what the obstacle says, and do not wait until every vCPU is parked."""
+        self.obstacle = obstacle
+        if self.state is State.RUNNING:
+            self._change(Change.PAUSE)
+        if self._machine is not None:
+            self._machine.dispatcher.hold("pause")
 
     async def pause(self) -> None:
         """Park every vCPU. Raises StateError."""
@@ -426,6 +437,8 @@ class VirtualMachine:
         """StateError if the machine moves to another host: its devices and their files stay what they are then."""
         if self.migration is not None:
             raise StateError("the machine is moving to another host; wait for that, or cancel it")
+        if self._machine is not None:
+            self._machine.memory.check_whole()
 
     def check_no_jobs(self) -> None:
         """StateError if a job is at work on a disk: what it changes cannot be saved."""

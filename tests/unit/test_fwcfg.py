@@ -30,6 +30,11 @@ class Memory(Ram):
     def view(self, gpa: int, length: int) -> bytes:
         return self.read(gpa, length)
 
+    absent = None
+
+    def here(self, gpa: int, length: int) -> bool:
+        return True
+
     def written(self, gpa: int, length: int) -> None:
         self.forgotten = (gpa, length)
 

@@ -6,16 +6,22 @@ static int memory_clear(MemoryObject *self)
     for (size_t i = 0; i < self->memory.count; i++) {
         Py_CLEAR(self->objects[i]);
         PyBuffer_Release(&self->buffers[i]);
+        if (self->missing[i].obj)
+            PyBuffer_Release(&self->missing[i]);
     }
     self->memory.count = 0;
+    self->memory.incomplete = false;
     PyMem_Free(self->memory.regions);
     PyMem_Free(self->buffers);
     PyMem_Free(self->objects);
+    PyMem_Free(self->missing);
     self->memory.regions = NULL;
+    self->missing = NULL;
     self->buffers = NULL;
     self->objects = NULL;
     Py_CLEAR(self->written);
     Py_CLEAR(self->written_ranges);
+    Py_CLEAR(self->want);
     return 0;
 }
 
@@ -25,11 +31,48 @@ static void memory_dealloc(MemoryObject *self)
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+static void want_pages(void *context, uint64_t gpa, uint64_t length)
+{
+    MemoryObject *self = context;
+    PyObject *result = PyObject_CallFunction(self->want, "KK", (unsigned long long)gpa, (unsigned long long)length);
+    if (!result)
+        PyErr_WriteUnraisable(self->want);
+    Py_XDECREF(result);
+}
+
+/* The bitmaps of pages that are missing, one a region. 0, or -1 with an exception. */
+static int take_missing(MemoryObject *self, PyObject *bitmaps, PyObject *want)
+{
+    PyObject *list = PySequence_Fast(bitmaps, "missing must be a sequence of bitmaps");
+    if (!list)
+        return -1;
+    bool ok = PySequence_Fast_GET_SIZE(list) == (Py_ssize_t)self->memory.count;
+    for (size_t i = 0; ok && i < self->memory.count; i++) {
+        struct region *region = &self->memory.regions[i];
+        ok = !PyObject_GetBuffer(PySequence_Fast_GET_ITEM(list, (Py_ssize_t)i), &self->missing[i], PyBUF_SIMPLE) &&
+             (uint64_t)self->missing[i].len >= (region->size / 4096 + 63) / 64 * 8 &&
+             !((uintptr_t)self->missing[i].buf % 8);
+        if (ok)
+            region->missing = self->missing[i].buf;
+    }
+    Py_DECREF(list);
+    if (!ok) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "the bitmaps do not fit the regions");
+        return -1;
+    }
+    self->memory.incomplete = true;
+    self->memory.want = want_pages;
+    self->memory.context = self;
+    self->want = Py_NewRef(want);
+    return 0;
+}
+
 static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"regions", "written", "written_ranges", NULL};
-    PyObject *regions, *written = Py_None, *written_ranges = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO", names, &regions, &written, &written_ranges))
+    static char *names[] = {"regions", "written", "written_ranges", "missing", "want", NULL};
+    PyObject *regions, *written = Py_None, *written_ranges = Py_None, *missing = Py_None, *want = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOO", names, &regions, &written, &written_ranges, &missing, &want))
         return -1;
     PyObject *list = PySequence_Fast(regions, "regions must be a sequence of (gpa, buffer)");
     if (!list)
@@ -39,7 +82,8 @@ static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
     self->memory.regions = PyMem_Calloc((size_t)count + 1, sizeof *self->memory.regions);
     self->buffers = PyMem_Calloc((size_t)count + 1, sizeof *self->buffers);
     self->objects = PyMem_Calloc((size_t)count + 1, sizeof *self->objects);
-    if (!self->memory.regions || !self->buffers || !self->objects) {
+    self->missing = PyMem_Calloc((size_t)count + 1, sizeof *self->missing);
+    if (!self->memory.regions || !self->buffers || !self->objects || !self->missing) {
         Py_DECREF(list);
         PyErr_NoMemory();
         return -1;
@@ -58,7 +102,7 @@ static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
             PyBuffer_Release(&self->buffers[i]);
             goto failed;
         }
-        self->memory.regions[i] = (struct region){gpa, (uint64_t)self->buffers[i].len, self->buffers[i].buf};
+        self->memory.regions[i] = (struct region){gpa, (uint64_t)self->buffers[i].len, self->buffers[i].buf, NULL};
         self->memory.count++;
     }
     Py_DECREF(list);
@@ -66,6 +110,8 @@ static int memory_init(MemoryObject *self, PyObject *args, PyObject *kwargs)
         self->written = Py_NewRef(written);
     if (written_ranges != Py_None)
         self->written_ranges = Py_NewRef(written_ranges);
+    if (missing != Py_None)
+        return take_missing(self, missing, want);
     return 0;
 failed:
     Py_DECREF(list);
@@ -166,8 +212,9 @@ static PyMethodDef memory_methods[] = {
 
 PyTypeObject memory_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "virtio._ring.Memory",
-    .tp_doc = "Memory(regions, written=None, written_ranges=None): guest memory as [(gpa, writable buffer), ...], exported "
-              "while this lives.",
+    .tp_doc = "Memory(regions, written=None, written_ranges=None, missing=None, want=None): guest memory as [(gpa, writable "
+              "buffer), ...], exported while this lives. `missing`: a bitmap for each, of pages that are still to come, and "
+              "want(gpa, length) has them fetched.",
     .tp_basicsize = sizeof(MemoryObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = PyType_GenericNew,

@@ -249,6 +249,11 @@ static PyObject *ring_py_has_available(RingObject *self, PyObject *Py_UNUSED(unu
     return PyBool_FromLong(ring_has_available(&self->ring));
 }
 
+static PyObject *ring_py_look_again(RingObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(!self->closed && ring_look_again(&self->ring));
+}
+
 static PyObject *ring_py_close(RingObject *self, PyObject *Py_UNUSED(unused))
 {
     self->closed = true;
@@ -338,6 +343,8 @@ static PyMethodDef ring_methods[] = {
      "Ask for a notification with the next chain although some are available; then try once more."},
     {"disable_notification", (PyCFunction)ring_py_disable, METH_NOARGS, "Ask for silence."},
     {"has_available", (PyCFunction)ring_py_has_available, METH_NOARGS, "Whether a chain is available."},
+    {"look_again", (PyCFunction)ring_py_look_again, METH_NOARGS,
+     "Pages that were missing have come: whether the ring waited for some, and is to be popped again."},
     {"close", (PyCFunction)ring_py_close, METH_NOARGS, "Reset: chains in flight can no longer touch guest memory."},
     {"save", (PyCFunction)ring_py_save, METH_NOARGS, "The positions as a dict; StateError while chains are in flight."},
     {"restore", (PyCFunction)(void (*)(void))ring_py_restore, METH_VARARGS | METH_KEYWORDS,

@@ -14,6 +14,8 @@ typedef struct {
     Py_buffer *buffers;   /* one export per region */
     PyObject **objects;   /* the regions as memoryviews, to slice */
     PyObject *written;    /* called with (gpa, length) after a device wrote; or NULL */
+    Py_buffer *missing;   /* one export per region, or none */
+    PyObject *want;       /* called with (gpa, length) whose missing pages are wanted; or NULL */
     PyObject *written_ranges; /* the same for several ranges, with bytes: pairs of 64 bits; or NULL */
 } MemoryObject;
 

@@ -14,6 +14,26 @@ uint8_t *memory_at(const struct memory *memory, uint64_t gpa, uint64_t size)
     return NULL;
 }
 
+bool memory_here(const struct memory *memory, uint64_t gpa, uint64_t size)
+{
+    for (size_t i = 0; memory->incomplete && i < memory->count; i++) {
+        const struct region *region = &memory->regions[i];
+        if (gpa < region->gpa || gpa - region->gpa >= region->size || !region->missing || !size)
+            continue;
+        uint64_t first = (gpa - region->gpa) >> 12, last = (gpa - region->gpa + size - 1) >> 12;
+        for (uint64_t page = first; page <= last; page++) {
+            uint64_t word = __atomic_load_n(&region->missing[page / 64], __ATOMIC_ACQUIRE);
+            if (word >> page % 64 & 1) {
+                memory->want(memory->context, gpa, size);
+                return false;
+            }
+            if (!word)
+                page |= 63;
+        }
+    }
+    return true;
+}
+
 static uint16_t load16(const uint8_t *at)
 {
     return __atomic_load_n((const uint16_t *)(const void *)at, __ATOMIC_ACQUIRE);
@@ -39,6 +59,19 @@ static int broken(struct ring *ring, const char *error)
     if (!ring->error)
         ring->error = error;
     return -1;
+}
+
+/* Whether the ring's areas may be touched. */
+static bool areas_here(struct ring *ring)
+{
+    if (ring->here)
+        return true;
+    bool desc = memory_here(ring->memory, ring->desc_gpa, ring->desc_size);
+    bool driver = memory_here(ring->memory, ring->driver_gpa, ring->driver_size);
+    bool device = memory_here(ring->memory, ring->device_gpa, ring->device_size);
+    ring->here = desc && driver && device;
+    ring->waits |= !ring->here;
+    return ring->here;
 }
 
 int ring_init(struct ring *ring, const struct memory *memory, uint32_t size, uint64_t desc, uint64_t driver,
@@ -112,6 +145,8 @@ static int add_segment(struct ring *ring, struct chain *chain, uint64_t addr, ui
     uint8_t *host = memory_at(ring->memory, addr, len);
     if (!host)
         return broken(ring, "descriptor points outside guest memory");
+    if (!memory_here(ring->memory, addr, len))
+        ring->waits = true; /* the rest of the chain is looked at, so that all of it is asked for at once */
     chain->segments[at] = (struct segment){host, addr, len};
     if (write) {
         chain->writable++;
@@ -146,8 +181,12 @@ static const uint8_t *indirect_table(struct ring *ring, uint64_t addr, uint32_t 
         return NULL;
     }
     const uint8_t *table = memory_at(ring->memory, addr, len);
-    if (!table)
+    if (!table) {
         broken(ring, "indirect table is outside guest memory");
+    } else if (!memory_here(ring->memory, addr, len)) {
+        ring->waits = true;
+        return NULL;
+    }
     return table;
 }
 
@@ -175,7 +214,9 @@ static int walk_split(struct ring *ring, struct chain *chain, const uint8_t *tab
              * that refers to an indirect table." "The device MUST handle the case of zero or more normal chained
              * descriptors followed by a single descriptor with flags&VIRTQ_DESC_F_INDIRECT." */
             const uint8_t *indirect = indirect_table(ring, desc.addr, desc.len, &inner);
-            return indirect ? walk_split(ring, chain, indirect, inner, 0, true) : -1;
+            if (!indirect)
+                return ring->error ? -1 : 0; /* a table that is missing: the ring waits */
+            return walk_split(ring, chain, indirect, inner, 0, true);
         }
         if (add_segment(ring, chain, desc.addr, desc.len, desc.flags & DESC_F_WRITE))
             return -1;
@@ -198,6 +239,8 @@ static int pop_split(struct ring *ring, struct chain *chain)
     uint16_t head = load16(ring->driver + 4 + 2 * (size_t)(ring->next_avail & (ring->size - 1)));
     if (walk_split(ring, chain, ring->desc, ring->size, head, false))
         return -1;
+    if (ring->waits)
+        return 0;
     chain->id = head;
     chain->slots = 1;
     ring->next_avail++;
@@ -241,7 +284,7 @@ static int pop_packed(struct ring *ring, struct chain *chain)
             uint32_t entries;
             const uint8_t *table = indirect_table(ring, desc.addr, desc.len, &entries);
             if (!table)
-                return -1;
+                return ring->error ? -1 : 0;
             for (uint32_t i = 0; i < entries; i++) {
                 struct packed_desc inner;
                 memcpy(&inner, table + 16 * (size_t)i, sizeof inner);
@@ -259,6 +302,8 @@ static int pop_packed(struct ring *ring, struct chain *chain)
             break;
         }
     }
+    if (ring->waits)
+        return 0;
     chain->slots = (uint16_t)slots;
     ring->next_avail = (uint16_t)at;
     ring->avail_wrap = wrap;
@@ -270,6 +315,9 @@ int ring_pop(struct ring *ring, struct chain *chain)
     if (ring->error)
         return -1;
     *chain = (struct chain){.segments = ring->scratch};
+    ring->waits = false;
+    if (!areas_here(ring))
+        return 0;
     int got = ring->packed ? pop_packed(ring, chain) : pop_split(ring, chain);
     if (got != 1)
         return got;
@@ -411,16 +459,23 @@ bool ring_needs_notification(struct ring *ring)
 
 bool ring_has_available(struct ring *ring)
 {
-    if (ring->error)
+    if (ring->error || ring->waits || !areas_here(ring))
         return false;
     if (ring->packed)
         return packed_available(load16(ring->desc + 16 * (size_t)ring->next_avail + 14), ring->avail_wrap);
     return load16(ring->driver + 2) != ring->next_avail;
 }
 
+bool ring_look_again(struct ring *ring)
+{
+    bool waited = ring->waits;
+    ring->waits = false;
+    return waited && !ring->error;
+}
+
 bool ring_enable_notification(struct ring *ring)
 {
-    if (ring->error)
+    if (ring->error || !areas_here(ring))
         return false;
     if (ring->packed) {
         uint32_t offset = ring->next_avail | (ring->avail_wrap ? 0x8000u : 0);
@@ -438,7 +493,7 @@ bool ring_enable_notification(struct ring *ring)
 
 void ring_want_more(struct ring *ring)
 {
-    if (ring->error)
+    if (ring->error || !areas_here(ring))
         return;
     if (ring->packed)
         store32(ring->device, (uint32_t)EVENT_ENABLE << 16);
@@ -452,7 +507,7 @@ void ring_want_more(struct ring *ring)
 
 void ring_disable_notification(struct ring *ring)
 {
-    if (ring->error)
+    if (ring->error || !areas_here(ring))
         return;
     if (ring->packed)
         store32(ring->device, (uint32_t)EVENT_DISABLE << 16);

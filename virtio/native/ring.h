@@ -50,15 +50,22 @@ _Static_assert(sizeof(struct split_desc) == 16 && sizeof(struct packed_desc) == 
 struct region {
     uint64_t gpa, size;
     uint8_t *host;
+    const uint64_t *missing; /* bit n: page n is still on its way from another host; NULL: none is. Others clear bits. */
 };
 
 struct memory {
     struct region *regions;
     size_t count;
+    bool incomplete; /* there are regions with `missing` */
+    void (*want)(void *context, uint64_t gpa, uint64_t size); /* have pages of this range fetched; of an incomplete memory */
+    void *context;
 };
 
 /* Host address of [gpa, gpa + size), or NULL unless one region holds all of it. */
 uint8_t *memory_at(const struct memory *memory, uint64_t gpa, uint64_t size);
+/* Whether no page of the range is missing; those that are, are asked for. Whoever touches a missing page waits in a page
+ * fault, which the loop must not. */
+bool memory_here(const struct memory *memory, uint64_t gpa, uint64_t size);
 
 struct segment {
     uint8_t *host;
@@ -105,6 +112,8 @@ struct ring {
     uint32_t signal_delta; /* used slots since the last needs_notification */
     struct pending *order; /* IN_ORDER: `size` entries, by order % size */
     const char *error;     /* set once, by the first malformed thing seen: the ring is broken from then on */
+    bool here;             /* no page of the ring's areas is missing */
+    bool waits;            /* for pages: nothing is available until ring_look_again() */
     bool used_dirty;       /* the device wrote its area since ring_take_dirty */
     struct segment *scratch; /* of `scratch_size` segments: one chain */
     uint32_t scratch_size;
@@ -115,7 +124,8 @@ int ring_init(struct ring *ring, const struct memory *memory, uint32_t size, uin
               uint64_t device, uint64_t features, const char **error);
 void ring_free(struct ring *ring);
 
-/* 1: a chain, its segments in ring->scratch until the next pop; 0: none available; -1: ring->error. */
+/* 1: a chain, its segments in ring->scratch until the next pop; 0: none available, or its memory has not come yet
+ * (ring->waits); -1: ring->error. No page of a chain that was popped is missing. */
 int ring_pop(struct ring *ring, struct chain *chain);
 /* Take back the most recent pop that was not undone; nothing may have been pushed since. */
 void ring_undo_pop(struct ring *ring, const struct chain *chain);
@@ -130,5 +140,7 @@ bool ring_enable_notification(struct ring *ring);
 void ring_want_more(struct ring *ring);
 void ring_disable_notification(struct ring *ring);
 bool ring_has_available(struct ring *ring);
+/* Some of the pages that were missing have come: whether the ring waited, and is to be looked at again. */
+bool ring_look_again(struct ring *ring);
 
 #endif

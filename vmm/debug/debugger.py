@@ -97,6 +97,7 @@ class Debugger:
             raise StateError("a debugger is attached to this machine already; let it detach first")
         if self._vm.migration is not None:
             raise StateError("the machine is on its way to another host; wait, or cancel that")
+        machine.memory.check_whole()
         self._vm.debugger = self
         self.attached = True
         self._take(machine)

@@ -163,6 +163,8 @@ class FwCfg:
         self._key, self._offset, self._high = KEY_SIGNATURE, 0, 0
         self._transfers: list[tuple[Transfer, Callable[[], None]]] = []
         """DMAs that go on in later turns, the oldest first, each with what lets its vCPU run on: one a vCPU at most."""
+        self._fetching: dict[asyncio.Task[None], Callable[[], None]] = {}
+        """DMAs whose memory is on its way from another host, with what lets their vCPUs run on."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._turn: asyncio.Handle | None = None
@@ -216,10 +218,45 @@ class FwCfg:
 
     def _start(self, control: int) -> None:
         """The guest wrote the address of a control structure."""
+        self._begin(control, None)
+
+    def _begin(self, control: int, resume: Callable[[], None] | None) -> None:
+        """`resume` lets the vCPU run on, if it was stalled."""
+        if not self._memory.here(control, CONTROL.size):
+            self._wait(control, control, CONTROL.size, resume)
+            return
+        waits = self._prepare(control, resume)
+        if not waits and resume is not None:
+            resume()
+            self._look_idle()
+
+    def _wait(self, control: int, address: int, length: int, resume: Callable[[], None] | None) -> None:
+        """Pages of the guest's are on their way from another host: begin again when they are here."""
+        resume = resume or self._board.stall()
+        self._idle.clear()
+        fetching = self._fetch(control, address, length, resume)
+        task = asyncio.get_running_loop().create_task(fetching, name="fw_cfg pages")
+        self._fetching[task] = resume
+        task.add_done_callback(lambda task: self._fetching.pop(task, None))
+
+    async def _fetch(self, control: int, address: int, length: int, resume: Callable[[], None]) -> None:
+        if self._memory.absent is not None:
+            await self._memory.absent.fetch([(address, length)])
+        task = asyncio.current_task()
+        assert task is not None
+        self._fetching.pop(task, None)
+        self._begin(control, resume)
+
+    def _look_idle(self) -> None:
+        if not self._transfers and not self._fetching:
+            self._idle.set()
+
+    def _prepare(self, control: int, resume: Callable[[], None] | None) -> bool:
+        """Whether it goes on later, and the vCPU waits."""
         try:
             flags, length, address = CONTROL.unpack(self._memory.read(control, CONTROL.size))
         except GuestError:
-            return  # there is no place to report it
+            return False  # there is no place to report it
         if flags & SELECT:
             self._select(flags >> 16)
         kind = READ if flags & READ else WRITE if flags & WRITE else SKIP if flags & SKIP else 0
@@ -228,24 +265,28 @@ class FwCfg:
             self._offset = min(self._offset + length, item.size if item is not None else 0)
         elif kind == WRITE:
             self._report(control, 0 if not length else ERROR)
-            return
+            return False
         if kind != READ or not length:
             self._report(control, 0)
-            return
+            return False
         try:
             self._memory.view(address, length)
         except GuestError:
             self._report(control, ERROR)
-            return
+            return False
+        if not self._memory.here(address, length):
+            self._wait(control, address, length, resume)
+            return True
         transfer = Transfer(control, kind, address, length)
         if not self._transfers:
             rest = self._move(transfer)
             if rest is None:
-                return
+                return False
             transfer = rest
-        self._transfers.append((transfer, self._board.stall()))
+        self._transfers.append((transfer, resume or self._board.stall()))
         self._idle.clear()
         self._continue()
+        return True
 
     def _move(self, transfer: Transfer) -> Transfer | None:
         """Move one slice; what is left, or None when the guest has been told that it is done. Beyond the end of an item
@@ -271,8 +312,7 @@ class FwCfg:
         else:
             del self._transfers[0]
             resume()
-        if not self._transfers:
-            self._idle.set()
+        self._look_idle()
         self._continue()
 
     def _report(self, control: int, flags: int) -> None:
@@ -297,7 +337,10 @@ class FwCfg:
             self._turn.cancel()
             self._turn = None
         dropped, self._transfers = self._transfers, []
-        for _, resume in dropped:
+        fetching, self._fetching = self._fetching, {}
+        for task in fetching:
+            task.cancel()
+        for resume in (*(resume for _, resume in dropped), *fetching.values()):
             resume()
         self._idle.set()
 

@@ -325,7 +325,10 @@ class Machine:
         if self._board is not None:
             self._board.close()
         if self._hardware is not None:
-            self._hardware.memory.on_written = self._hardware.memory.on_written_ranges = None
+            memory = self._hardware.memory
+            memory.on_written = memory.on_written_ranges = None
+            if memory.absent is not None:
+                memory.absent.forget()
         self._closer = threading.Thread(target=self._close_core, name="close-vm")
         try:
             self._closer.start()
@@ -335,6 +338,8 @@ class Machine:
     def _close_core(self) -> None:
         """The closing thread."""
         try:
+            if self._hardware is not None:  # no vCPU waits for a page of another host any more
+                self._hardware.memory.abandon()
             if self._making is not None:
                 self._making.close_core()
         finally:

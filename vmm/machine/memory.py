@@ -20,7 +20,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cpu.values import dataclass
 from virtio.errors import GuestError as VirtioGuestError
@@ -28,6 +28,9 @@ from vmm._native import Mapping, nonzero_pages, runs
 from vmm.convert import format_size
 from vmm.errors import GuestError, HostError, StateError, os_reason
 from vmm.machine.layout import HIGH_MEMORY, PCI_HOLE
+
+if TYPE_CHECKING:
+    from vmm.machine.absent import AbsentPages
 
 PAGE = 4096
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # asm-generic/mman-common.h; the mmap module has neither
@@ -119,6 +122,8 @@ class GuestMemory:
         self._files: set[int] = set()
         self._holes = 0
         self._logging = False
+        self.absent: AbsentPages | None = None
+        """Of a machine that came by post-copy: the pages that are still on their way."""
         self._prepared = -1  # a file with memory's content from before the writes in the dirty log
         low = min(size, PCI_HOLE)
         try:
@@ -162,16 +167,46 @@ class GuestMemory:
         self._core = core
         self.on_written, self.on_written_ranges = core.memory_written, core.memory_written_ranges
 
+    # Pages that are still on another host.
+    def expect(self, *, kernel: bool) -> AbsentPages:
+        """Some of it will come after the machine: vmm.machine.absent. Raises HostError."""
+        from vmm.machine.absent import AbsentPages  # seldom needed
+
+        self.absent = AbsentPages(self.regions(), kernel=kernel)
+        return self.absent
+
+    @property
+    def missing(self) -> Sequence[mmap.mmap] | None:
+        """Bitmaps of pages that are on their way, a region each; None: there are none (virtio.protocols.DmaMemory)."""
+        return self.absent.bitmaps if self.absent is not None else None
+
+    def want(self, gpa: int, length: int) -> None:
+        """Have missing pages of the range fetched. *any thread*"""
+        if self.absent is not None:
+            self.absent.want(gpa, length)
+
+    def here(self, gpa: int, length: int) -> bool:
+        """Whether whoever touches the range will not wait for pages of another host."""
+        return self.absent is None or self.absent.here(gpa, length)
+
+    def check_whole(self) -> None:
+        """StateError while a part of it is on its way."""
+        if self.absent is not None and self.absent.active:
+            raise StateError("the machine's memory is still on its way from another host; wait until all has come")
+
     # Access.
     def regions(self) -> list[tuple[int, memoryview]]:
         """(guest-physical address, writable buffer) by address; they stay until close(). Region n is slot n."""
         return [(region.start, region.view) for region in self._regions]
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise."""
+        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise. For
+        pages that are on their way from another host it waits, and so keeps the loop: ask here() first."""
         for region in self._regions:
             offset = gpa - region.start
             if 0 <= offset <= offset + length <= region.size:
+                if self.absent is not None:
+                    self.absent.wait(gpa, length)
                 return region.view[offset : offset + length]
         raise OutsideMemory(f"guest-physical range {gpa:#x}+{length:#x} is not within memory")
 
@@ -200,6 +235,7 @@ class GuestMemory:
         """Log every write from now on, by vCPUs and by the VMM. The machine may run. One at a time: StateError. Raises
         CpuError."""
         assert self._core is not None
+        self.check_whole()
         if self._logging:
             raise StateError("memory is watched already, for another snapshot, copy or migration; wait for its end")
         self._core.start_dirty_log()
@@ -258,13 +294,15 @@ class GuestMemory:
     def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> int:
         """`discard` for many (gpa, length). Raises OutsideMemory, and does nothing then."""
         wanted: dict[_Region, list[tuple[int, int]]] = {}
+        # Pages that are on their way would come nevertheless.
+        on_their_way = self.absent is not None and self.absent.active
         for gpa, length in ranges:
             region, offset, whole = self._pages_within(gpa, length, self._granule)
             if whole:
                 wanted.setdefault(region, []).append((offset, whole))
         advice = mmap.MADV_REMOVE if self._fd >= 0 and not self._frozen else mmap.MADV_DONTNEED
         taken = 0
-        for region, pieces in wanted.items():
+        for region, pieces in () if on_their_way else wanted.items():
             if self._extents:
                 pieces = [piece for piece in pieces if self._uncover(region, *piece)]
             packed = struct.pack(f"={2 * len(pieces)}Q", *itertools.chain.from_iterable(pieces))
@@ -341,6 +379,7 @@ class GuestMemory:
         however large it is. Else pages that are this memory's own are copied: all of an anonymous source's, or after
         prepare_freeze() those written since; later those written since the last freeze().
         """
+        self.check_whole()
         if self._granule > PAGE:
             raise HostError("memory: pages of the reserved pool cannot be shared by copies; leave hugepages out")
         if self.before_freeze is not None:
@@ -450,9 +489,15 @@ class GuestMemory:
             region.mapping.map_file(mine.gpa - region.start, mine.length, mine.fd, mine.offset)
             self._extents.append(mine)
 
+    def abandon(self) -> None:
+        """Nobody needs pages that are on their way any more: whoever waits goes on. *any thread*. Idempotent."""
+        if self.absent is not None:
+            self.absent.close()
+
     def close(self) -> None:
         """Unmap. A view that someone still holds keeps its mapping until it goes. Idempotent."""
         self._core = self.on_written = self.on_written_ranges = self.before_freeze = None
+        self.abandon()
         regions, self._regions = self._regions, []
         for region in regions:
             for release in (region.view.release, region.mapping.close):

@@ -10,7 +10,7 @@
     {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
     attach, detach                              -> vmm/management/hotplug.py
     gdb, registers, trace                       -> vmm/management/debugging.py
-    migrate, migrate-cancel, migrate-set        -> vmm/management/migrating.py
+    migrate, migrate-cancel, migrate-set, …     -> vmm/management/migrating.py
     block                                       -> vmm/management/block.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
     anything else                               -> {"ok": false, "kind": "ConfigError", "error": "…"}
@@ -224,6 +224,7 @@ class Registration:
             **await self._present(),
             "devices": self._vm.attached(),
             "migration": None if vm.migration is None else vm.migration.progress.as_dict(),
+            "fetching": None if vm.fetching is None else vm.fetching.as_dict(),
             "obstacle": None if vm.obstacle is None else vm.obstacle.text,
         }
 
@@ -393,6 +394,8 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "migrate": _of("migrating", "migrate"),
     "migrate-cancel": _of("migrating", "cancel"),
     "migrate-set": _of("migrating", "change"),
+    "migrate-postcopy": _of("migrating", "start_postcopy"),
+    "receive-recover": _of("migrating", "listen_again"),
 }
 
 

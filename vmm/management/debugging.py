@@ -65,6 +65,7 @@ async def gdb(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
 async def _looking(vm: VirtualMachine) -> AsyncIterator[Machine]:
     """Every vCPU is parked for a moment, between two instructions."""
     machine = vm.machine
+    machine.memory.check_whole()
     machine.dispatcher.hold(LOOK)
     try:
         await machine.dispatcher.wait_parked()

@@ -2,13 +2,17 @@
 
     {"command": "migrate", "uri": "tcp:host:4444", …}  -> {"ok": true, "migration": {…}} when it runs there
     {"command": "migrate-cancel"}                      -> {"ok": true}; the request above then fails
+    {"command": "migrate", "uri": …, "recover": true}  -> likewise: post-copy goes on over a new connection
     {"command": "migrate-set", "bandwidth": …}         -> {"ok": true}; also "downtime", seconds
+    {"command": "migrate-postcopy"}                    -> {"ok": true}: what is left of its memory follows the machine
+    {"command": "receive-recover", "uri": …}           -> {"ok": true, "uri": where the source may come back}
 
 Loop thread.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, StateError
@@ -25,7 +29,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "connections": int,
     "compress": bool,
     "throttle": int,
-    "postcopy": bool,
+    "postcopy": (bool, str),
     "copy_storage": bool,
     "drop_connections": bool,
 }
@@ -33,7 +37,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 def _typed(request: dict[str, Any], name: str) -> Any:
     value, kind = request[name], _FIELDS[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and name != "postcopy"):
         raise ConfigError(f"{name}: {str(value)[:60]!r} is not what belongs there")
     return value
 
@@ -43,6 +47,9 @@ async def migrate(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]
     uri, tls = request.get("uri"), request.get("tls")
     if not isinstance(uri, str) or not (tls is None or isinstance(tls, str)):
         raise ConfigError("migrate: uri and tls are text")
+    if request.get("recover"):
+        outgoing = _under_way(vm)
+        return {"migration": (await outgoing.recover(parse_uri(uri), tls)).as_dict()}
     options = Options(**{name: _typed(request, name) for name in _FIELDS if request.get(name) is not None})
     address = parse_uri(uri)
     if address.kind == "fd":
@@ -61,6 +68,22 @@ async def cancel(vm: VirtualMachine, _request: dict[str, Any]) -> dict[str, Any]
     """The machine stays. Raises StateError."""
     _under_way(vm).cancel()
     return {}
+
+
+async def start_postcopy(vm: VirtualMachine, _request: dict[str, Any]) -> dict[str, Any]:
+    """Raises StateError."""
+    _under_way(vm).start_postcopy()
+    return {}
+
+
+async def listen_again(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
+    """Raises ConfigError, StateError, HostError."""
+    uri, tls = request.get("uri"), request.get("tls")
+    if not isinstance(uri, str) or not (tls is None or isinstance(tls, str)):
+        raise ConfigError("receive: uri and tls are text")
+    if vm.fetching is None or not vm.fetching.needed:
+        raise StateError("the machine waits for no memory of another host")
+    return {"uri": await vm.fetching.listen(uri, None if tls is None else Path(tls))}
 
 
 async def change(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:

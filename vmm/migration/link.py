@@ -264,6 +264,10 @@ class Link:
             raise StateError(f"{self.peer}: sent {kind.name} instead of {' or '.join(k.name for k in kinds)}")
         return kind, protocol.unpack(kind, payload)
 
+    def fileno(self) -> int:
+        """Of its socket: for a native thread that speaks over it from now on."""
+        return self._sock.fileno()
+
     def greet(self, *, newest: int = VERSION) -> None:
         """HELLO, both ways. Raises Closed, StateError."""
         self.send_message(Kind.HELLO, Hello(OLDEST, newest))

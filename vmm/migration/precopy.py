@@ -26,7 +26,7 @@ from vmm.migration.protocol import DATA_BYTES, PAGE, PAGES, TABLE_BYTES, Kind, R
 if TYPE_CHECKING:
     from vmm.machine.dispatch import Dispatcher
 
-PHASES = ("connecting", "memory", "switching", "post-copy", "done", "failed")
+PHASES = ("connecting", "memory", "switching", "post-copy", "post-copy broken", "done", "failed")
 PIECE = 64 << 20
 """Bytes of memory that one thread takes at a time."""
 MAX_THROTTLE = 90
@@ -51,16 +51,19 @@ class Options:
     compress: bool = False
     throttle: int = MAX_THROTTLE
     """Per cent of the time that vCPUs may be kept from running so that it comes to an end; 0: never."""
-    postcopy: bool = False
-    """Not built: refused."""
+    postcopy: bool | str = ""
+    """Memory may follow after the machine: "allowed", if Outgoing.start_postcopy() asks for it; "auto" or True, as soon
+    as rounds no longer pay; "now", at once."""
     copy_storage: bool = False
     drop_connections: bool = False
     """Connections of the guest that passt carries may end."""
 
     def check(self) -> None:
         """Raises ConfigError."""
-        if self.postcopy:
-            raise ConfigError("postcopy: this version moves memory before the machine, not after; leave it out")
+        if isinstance(self.postcopy, bool):
+            self.postcopy = "auto" if self.postcopy else ""
+        if self.postcopy not in ("", "allowed", "auto", "now"):
+            raise ConfigError(f"postcopy: {str(self.postcopy)[:40]!r} is none of allowed, auto and now")
         if self.bandwidth and self.bandwidth < LEAST_BANDWIDTH:
             raise ConfigError(f"bandwidth: {self.bandwidth} bytes a second; at least {LEAST_BANDWIDTH} are needed")
         if not 0.001 <= self.downtime <= 3600:
@@ -92,6 +95,8 @@ class Progress:
     zero_pages: int = 0
     unchanged: int = 0
     """Pages that were written, and held what was sent already."""
+    asked: int = 0
+    """Pages that the machine waited for after it ran there."""
     throttle: int = 0
     expected_downtime: float = 0.0
     downtime: float = 0.0
@@ -163,6 +168,8 @@ class Sent:
     pages: int = 0
     zero: int = 0
     unchanged: int = 0
+    rest: list[tuple[Piece, int]] = field(default_factory=list)
+    """Of an interrupted round: pieces that were not sent, from which page of each on."""
 
 
 class Pages:
@@ -180,6 +187,8 @@ class Pages:
         self._rooms = [mmap.mmap(-1, DATA_BYTES) for _ in links]
         self._compressors: list[Any] = [None] * len(links)
         self.round = 0
+        self.interrupted = threading.Event()
+        """Set: a round ends early; what it has not sent is in Sent.rest."""
 
     def pieces(self, bitmaps: Sequence[bytes | bytearray]) -> queue.SimpleQueue[Piece]:
         """A round's work, for all threads."""
@@ -215,6 +224,9 @@ class Pages:
         if self._pace.bandwidth:
             most = min(max(self._pace.bandwidth // 8 // PAGE, 1) * PAGE, DATA_BYTES)
         at, end = 0, len(piece.view) // PAGE
+        if self.interrupted.is_set():
+            sent.rest.append((piece, 0))
+            return
         with memoryview(room) as whole, whole[:most] as out, memoryview(table) as entries:
             while at < end:
                 at, runs, data, zero, same = _native.pack_pages(
@@ -231,6 +243,9 @@ class Pages:
                     link.send(Kind.PAGES, self._compressed(number, parts), flags=protocol.COMPRESSED)
                 else:
                     link.send(Kind.PAGES, *parts)
+                if self.interrupted.is_set() and at < end:
+                    sent.rest.append((piece, at))
+                    return
 
     def _compressed(self, number: int, parts: tuple[bytes | memoryview, ...]) -> bytes:
         import zstandard
@@ -241,7 +256,17 @@ class Pages:
         return frame
 
 
-Decision = Literal["again", "slower", "stop", "give up"]
+def merge_rest(bitmaps: Sequence[bytearray], rest: Sequence[tuple[Piece, int]]) -> None:
+    """Set in bitmaps, a region each, what rounds have not sent."""
+    for piece, at in rest:
+        part = int.from_bytes(piece.bitmap, "little") >> at << at
+        bits = bitmaps[piece.region]
+        start, length = piece.base // 8, len(piece.bitmap)
+        whole = int.from_bytes(bits[start : start + length], "little") | part
+        bits[start : start + length] = whole.to_bytes(length, "little")
+
+
+Decision = Literal["again", "slower", "stop", "give up", "post-copy"]
 
 
 class Planner:
@@ -266,6 +291,8 @@ class Planner:
         goal = self._options.downtime
         if self.expected_downtime(remaining, rate) <= goal:
             return "stop"
+        if self._options.postcopy == "auto" and (remaining > sent // 2 or self._rounds > MAX_ROUNDS // 4):
+            return "post-copy"  # the next round would hardly be shorter
         if self._rounds > MAX_ROUNDS:
             return "give up"
         # A round that leaves three quarters of what it sent would need many more.

@@ -9,7 +9,9 @@ whole by vmm/state/payload.py. The first frame of each side of a connection is H
 is spoken. A peer is hostile: what is malformed, too long or out of turn raises StateError, and no frame makes its
 reader keep more than its kind's limit.
 
-Version 1: one connection, no compression, no disks' contents, no post-copy. Version 2 has them.
+Version 1: one connection, no compression, no disks' contents. Version 2 has them; version 3 has post-copy: MISSING
+says which pages will come later, and one more connection, the page link (FETCH; RECOVER after it broke), brings
+them. After that frame it carries PAGES and PINGs one way, WANT and DONE the other; vmm/native/frame.h speaks it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from vmm._native import crc32c
 from vmm.errors import StateError
 from vmm.state.payload import encode, parse
 
-VERSION, OLDEST = 2, 1
+VERSION, OLDEST = 3, 1
 HEADER = struct.Struct("<BBHIII")
 _CHECKED = struct.Struct("<BBHII")
 PAGE = 4096
@@ -40,6 +42,10 @@ TABLE_BYTES = 8 << 10
 DATA_BYTES = 1 << 20
 """Of pages in one frame at most."""
 DISK_BYTES = 1 << 20
+MISSING = struct.Struct("<II")
+"""Of MISSING: the region's number, the page that bit 0 of the bitmap which follows (64-bit words) stands for."""
+MISSING_BYTES = 1 << 20
+"""Of a bitmap in one frame at most."""
 COMPRESSED = 1
 """A flag: the payload is a zstd frame."""
 MAX_CONNECTIONS = 16
@@ -70,6 +76,9 @@ class Kind(enum.IntEnum):
     DISK = 19
     FETCH = 20
     RECOVER = 21
+    MISSING = 22
+    WANT = 23
+    RECOVERED = 24
 
 
 _BULK = DATA_BYTES + TABLE_BYTES + 64
@@ -79,7 +88,7 @@ LIMITS = {kind: _SMALL for kind in Kind} | {
     Kind.STATE: 64 << 20,
     Kind.PAGES: _BULK,
     Kind.DISK: DISK_BYTES + 64,
-    Kind.RECOVER: 16 << 20,
+    Kind.MISSING: MISSING_BYTES + 64,
 }
 """Bytes of a payload at most, by kind; also after decompression."""
 
@@ -250,6 +259,35 @@ class Answer:
     state: Literal["running", "waiting", "dropped", "unknown"]
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """This connection is the page link of a migration."""
+
+    kind: ClassVar = "fetch"
+    version: ClassVar = 1
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """This connection is to be the page link of a machine that runs already, and whose link broke."""
+
+    kind: ClassVar = "recover"
+    version: ClassVar = 1
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """waiting: it needs pages, which so many frames of MISSING name; then the pages are to come. whole: it needs none.
+    unknown: no such machine here."""
+
+    kind: ClassVar = "recovered"
+    version: ClassVar = 1
+    state: Literal["waiting", "whole", "unknown"]
+    frames: U32
+
+
 MESSAGES: dict[Kind, type] = {
     Kind.HELLO: Hello,
     Kind.OFFER: Offer,
@@ -261,10 +299,23 @@ MESSAGES: dict[Kind, type] = {
     Kind.COMMIT: Commit,
     Kind.ASK: Ask,
     Kind.ANSWER: Answer,
+    Kind.FETCH: Fetch,
+    Kind.RECOVER: Recover,
+    Kind.RECOVERED: Recovered,
 }
 """What the payload of each kind is; others have none, or are binary."""
 EMPTY = (Kind.READY, Kind.HANDOVER, Kind.TAKEN, Kind.RUNNING, Kind.DONE, Kind.PING)
 """Kinds without a payload."""
+
+
+def parse_missing(payload: bytes | memoryview) -> tuple[int, int, bytes]:
+    """Of MISSING: (region, the page that the first bit stands for, the bitmap's words). Raises StateError."""
+    if len(payload) <= MISSING.size or len(payload) % 8:
+        raise StateError("a MISSING frame that is malformed")
+    region, first = MISSING.unpack_from(payload)
+    if first % 64:
+        raise StateError("a MISSING frame that is malformed")
+    return region, first, bytes(payload[MISSING.size :])
 
 
 def pack(message: Any) -> bytes:

@@ -2,7 +2,8 @@
 
 Who owns the machine at which moment is ARCHITECTURE.md's "Live migration". Until COMMIT is sent every failure ends with
 the machine running on here, its disks locked by itself. Afterwards it never runs here unless the target says that it
-gave the machine up, or the user decides. Loop thread.
+gave the machine up, or the user decides. With post-copy it then stands here, paused, until all of its memory has been
+fetched (vmm/migration/postcopy.py). Loop thread.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from vmm.migration.link import (
     connect,
     parse_uri,
 )
-from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, Throttle
-from vmm.migration.protocol import Accept, Ask, Commit, DiskOffer, Join, Kind, Offer, Refuse, Region
+from vmm.migration.postcopy import Serving, pages_of, ranges_at_once, send_missing, split
+from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, Throttle, merge_rest
+from vmm.migration.protocol import Accept, Ask, Commit, DiskOffer, Fetch, Join, Kind, Offer, Recover, Refuse, Region
 from vmm.state.payload import field_types
 from vmm.vm import Obstacle
 
@@ -51,6 +53,8 @@ LOCK_SECONDS = 10.0
 """How long a source goes on trying to lock its disks again, which the other side may have for a moment."""
 ROUND_SECONDS = 3600.0
 """How long what was sent may take to arrive over a slow link; silence ends it sooner."""
+LOOK_SECONDS = 0.2
+"""How often post-copy tells how far it is."""
 BUILD_SECONDS = 120.0
 """How long the other side may take to build the machine."""
 
@@ -61,11 +65,13 @@ async def migrate(
     *,
     tls: Path | str | None = None,
     progress: Progress | None = None,
+    recover: bool = False,
     **options: Any,
 ) -> Progress:
     """Move the machine to where `vmm receive` (vmm.receive) waits at `uri`; what it took. It has then ended here, with
     Reason.MIGRATED. `tls`: a directory with a client's certificate (vmm.migration.link). `options`: fields of
     vmm.migration.precopy.Options.
+    `recover`: the machine runs there since post-copy, and the connection broke: go on sending its memory over another.
 
     Raises ConfigError, StateError, HostError: then the machine runs on here; or, if the connection broke at the very
     moment of the handover, it is paused and `vm.obstacle` says why. One at a time: StateError. Cancelled, the machine
@@ -73,6 +79,10 @@ async def migrate(
     unknown = options.keys() - field_types(Options).keys()
     if unknown:
         raise TypeError(f"migrate: no option {sorted(unknown)[0]!r}")
+    if recover:
+        if vm.migration is None:
+            raise StateError("no migration of this machine waits for a new connection")
+        return await vm.migration.recover(parse_uri(uri), tls)
     outgoing = Outgoing(vm, parse_uri(uri), Options(**options), tls, progress)
     return await outgoing.run()
 
@@ -96,6 +106,7 @@ class Outgoing:
             raise StateError("a debugger is attached to the machine; let it detach first")
         if vm.state not in (State.RUNNING, State.PAUSED) or vm.obstacle is not None:
             raise StateError(vm.obstacle.text if vm.obstacle else f"a machine that is {vm.state.value} cannot move")
+        vm.machine.memory.check_whole()
         self.vm = vm
         self.options = options
         self.progress = progress or Progress()
@@ -116,6 +127,16 @@ class Outgoing:
         self._state_sent = False
         self._task: asyncio.Task[Any] | None = None
         self._cancelled = False
+        self._sent_before = 0
+        """Bytes, over connections that are no more."""
+        self._page_link: Link | None = None
+        self._serving: Serving | None = None
+        self._postcopy_wanted = self.options.postcopy == "now"
+        self._rest: list[Any] = []
+        self._missing: list[bytes] = []
+        """Pages that come after the machine."""
+        self.broken = False
+        """The machine runs there, waits for memory from here, and there is no connection: recover()."""
         self._running = False
         """The machine ran, and is to run there."""
 
@@ -132,6 +153,19 @@ class Outgoing:
         changed = replace(self.options, bandwidth=bandwidth)
         changed.check()
         self.options.bandwidth = self._pace.bandwidth = bandwidth
+        if self._serving is not None:
+            self._serving.set_bandwidth(bandwidth)
+
+    def start_postcopy(self) -> None:
+        """Do not wait for the end of a round: the machine goes, what is left of its memory follows. Raises StateError
+        if that was not allowed when the migration began, or it is handed over already."""
+        if not self.options.postcopy:
+            raise StateError("post-copy was not allowed when the migration began; cancel it and use --postcopy")
+        if self.committed:
+            raise StateError("the machine is handed over already")
+        self._postcopy_wanted = True
+        if hasattr(self, "_pages"):
+            self._pages.interrupted.set()
 
     def set_downtime(self, seconds: float) -> None:
         """Another goal from now on. Raises ConfigError."""
@@ -154,7 +188,7 @@ class Outgoing:
             self._phase("done")
             return progress
         except BaseException as error:
-            self._phase("failed")
+            self._phase("post-copy broken" if self.broken else "failed")
             progress.error = str(error) or type(error).__name__
             if isinstance(error, asyncio.CancelledError) and self._cancelled:
                 raise StateError("the migration was cancelled; the machine runs on here") from None
@@ -162,21 +196,37 @@ class Outgoing:
         finally:
             progress.seconds = time.monotonic() - begun
             pings.cancel()
-            vm.migration = None
+            if not self.broken:
+                vm.migration = None
             self._pace.stopped.set()
+            if self._page_link is not None:
+                self._links.append(self._page_link)
+                self._page_link = None
             for link in self._links:
                 link.abort()
             await asyncio.gather(pings, return_exceptions=True)
+            await self._end_serving()
             for link in self._links:
                 await asyncio.to_thread(link.close)
-            self._threads.close()
+            if not self.broken:
+                self._threads.close()
+
+    async def _end_serving(self) -> None:
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            await serving.aclose()
 
     def _phase(self, phase: str) -> None:
         self.progress.phase = phase
         self._report()
 
     def _report(self) -> None:
-        self.progress.sent = sum(link.sent for link in self._links)
+        serving = self._serving
+        self.progress.sent = self._sent_before + sum(link.sent for link in self._links)
+        if serving is not None:
+            sent, _, _, self.progress.asked, left = serving.counts
+            self.progress.sent += sent
+            self.progress.remaining = left * protocol.PAGE
         self.progress.tell(self.progress.event())
 
     async def _ping(self) -> None:
@@ -222,6 +272,10 @@ class Outgoing:
             link = await self._connect()
             await self._threads.call(link.greet)
             await self._threads.call(link.send_message, Kind.JOIN, Join(self._token, index))
+        if options.postcopy:
+            self._page_link = await self._threads.call(connect, self._address, self._context)
+            await self._threads.call(self._page_link.greet)
+            await self._threads.call(self._page_link.send_message, Kind.FETCH, Fetch(self._token))
 
     async def _connect(self) -> Link:
         link: Link = await self._threads.call(connect, self._address, self._context)
@@ -234,6 +288,8 @@ class Outgoing:
         self.vm.check_no_jobs()
         if self._address.kind == "fd" and self.options.connections > 1:
             raise ConfigError("connections: an inherited descriptor is one; leave the option out")
+        if self._address.kind == "fd" and self.options.postcopy:
+            raise ConfigError("postcopy: an inherited descriptor is one connection, and pages need another")
         if config.hugepages:
             raise ConfigError("memory from the reserved pool of large pages cannot move yet; leave hugepages out")
         if config.clock == "virtual":
@@ -249,11 +305,12 @@ class Outgoing:
                 )
 
     def _check_version(self, version: int) -> None:
+        if version < 3 and self.options.postcopy:
+            raise StateError(f"{self._address}: speaks version {version} of the protocol, which has not post-copy")
         if version < 2:
             for what, wanted in (
                 ("several connections", self.options.connections > 1),
                 ("compression", self.options.compress),
-                ("post-copy", self.options.postcopy),
                 ("disks' contents", any(entry.how in ("overlay", "copy") for entry, _ in self._disks)),
             ):
                 if wanted:
@@ -298,7 +355,7 @@ class Outgoing:
             disks=tuple(entry for entry, _ in self._disks),
             connections=self.options.connections,
             compress=self.options.compress,
-            postcopy=self.options.postcopy,
+            postcopy=bool(self.options.postcopy),
             paused=not self._running,
         )
 
@@ -318,7 +375,10 @@ class Outgoing:
             self._storage.start()
             todo: Sequence[bytes] = await self._threads.call(self._present)
             fresh = True
+            postcopy = False
             while True:
+                if self._postcopy_wanted:
+                    self._pages.interrupted.set()
                 size = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
                 progress.remaining = size
                 begun, slept = time.monotonic(), self._pace.slept
@@ -328,7 +388,7 @@ class Outgoing:
                 seconds = max(time.monotonic() - begun, 1e-6)
                 unhindered = max(seconds - (self._pace.slept - slept) / len(self._links), 1e-6)
                 with core_errors():
-                    todo = [bitmap for _, bitmap in memory.take_dirty()]
+                    todo = self._and_rest([bitmap for _, bitmap in memory.take_dirty()])
                 self._storage.take()
                 dirty = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
                 rate = self._measured(unhindered)
@@ -337,7 +397,12 @@ class Outgoing:
                 progress.expected_downtime = planner.expected_downtime(dirty, rate)
                 self._report()
                 decision = planner.after_round(size, dirty, rate) if self._running else "stop"
-                if decision == "stop":
+                if self._postcopy_wanted:
+                    decision = "post-copy"
+                if decision == "post-copy":
+                    # Disks cannot follow later.
+                    postcopy = self._storage.remaining <= rate * options.downtime
+                if decision == "stop" or postcopy:
                     break
                 if decision == "give up":
                     raise StateError(
@@ -348,12 +413,21 @@ class Outgoing:
                 throttle.set(planner.throttle)
                 progress.throttle = planner.throttle
             self._phase("switching")
-            await self._switch(todo, throttle)
+            await self._switch(todo, throttle, postcopy=postcopy)
         finally:
             await throttle.stop()
             self._storage.stop()
             with contextlib.suppress(Exception):  # it went with the machine
                 memory.stop_dirty_log()
+
+    def _and_rest(self, bitmaps: Sequence[bytes]) -> Sequence[bytes]:
+        """With what an interrupted round did not send."""
+        if not self._rest:
+            return bitmaps
+        merged = [bytearray(bitmap) for bitmap in bitmaps]
+        merge_rest(merged, self._rest)
+        self._rest = []
+        return [bytes(bitmap) for bitmap in merged]
 
     def _present(self) -> list[bytes]:
         """The pages that may hold anything. *worker thread*"""
@@ -388,6 +462,7 @@ class Outgoing:
             progress.pages += sent.pages
             progress.zero_pages += sent.zero
             progress.unchanged += sent.unchanged
+            self._rest += sent.rest
         progress.rounds += 1
         self._round_bytes = sum(link.sent for link in self._links) - before
 
@@ -418,9 +493,8 @@ class Outgoing:
 
     # The handover.
 
-    async def _switch(self, dirty: Sequence[bytes], throttle: Throttle) -> None:
-        vm, machine, main = self.vm, self._machine, self._links[0]
-        call = self._threads.call
+    async def _switch(self, dirty: Sequence[bytes], throttle: Throttle, *, postcopy: bool) -> None:
+        machine, main, call = self._machine, self._links[0], self._threads.call
         with core_errors():  # what is durable already need not be made so while it stands still
             for entry, device in self._disks:
                 if entry.how == "shared":
@@ -439,16 +513,23 @@ class Outgoing:
                 for merged, (_, bitmap) in zip(last, machine.memory.take_dirty(), strict=True):
                     _native.merge(merged, bitmap)
             self._storage.take()
-            sending = asyncio.ensure_future(self._send_round([bytes(bitmap) for bitmap in last], fresh=False))
-            try:
-                await asyncio.sleep(0)  # its threads begin, and the state is taken meanwhile
-                state = {"machine": save(machine), "console": vm.save_console()}
-                payload = json.dumps(state, separators=(",", ":")).encode()
-            finally:
-                await asyncio.gather(sending, return_exceptions=True)
-            sending.result()
+            self._pages.interrupted.clear()
+            if postcopy:
+                state = self._state()
+                now = pages_of(ranges_at_once(state["machine"]), machine.memory.regions())
+                first, self._missing = split(last, now)
+                await self._send_round(first, fresh=False)
+                await self._begin_serving()
+            else:
+                sending = asyncio.ensure_future(self._send_round([bytes(bitmap) for bitmap in last], fresh=False))
+                try:
+                    await asyncio.sleep(0)  # its threads begin, and the state is taken meanwhile
+                    state = self._state()
+                finally:
+                    await asyncio.gather(sending, return_exceptions=True)
+                sending.result()
             self._state_sent = True
-            await call(main.send, Kind.STATE, payload)
+            await call(main.send, Kind.STATE, json.dumps(state, separators=(",", ":")).encode())
             await self._round_done()
             await self._answer(Kind.READY)
             self._check_standing()
@@ -460,6 +541,22 @@ class Outgoing:
             await asyncio.shield(asyncio.ensure_future(self._go_on_here()))
             raise
         await asyncio.shield(asyncio.ensure_future(self._commit(begun)))
+        if self._serving is not None:
+            await self._serve()
+            with contextlib.suppress(VmmError):
+                await call(main.send_message, Kind.DONE)
+            self._gone()
+
+    def _state(self) -> dict[str, Any]:
+        return {"machine": save(self._machine), "console": self.vm.save_console()}
+
+    async def _begin_serving(self) -> None:
+        """Say which pages come later; they can be asked for from now on."""
+        assert self._page_link is not None
+        await send_missing(self._threads.call, self._links[0], self._missing)
+        views = [view for _, view in self._machine.memory.regions()]
+        link, self._page_link = self._page_link, None
+        self._serving = Serving(link, views, self._missing, self.options.bandwidth)
 
     async def _commit(self, begun: float) -> None:
         """Nothing that happens from here on lets the machine run here, unless the other side says that it does not."""
@@ -472,9 +569,124 @@ class Outgoing:
             await self._undecided(error)
             return
         self.progress.downtime = time.monotonic() - begun
-        with contextlib.suppress(VmmError):
-            await self._threads.call(main.send_message, Kind.DONE)
-        self._gone()
+        if self._serving is None:
+            with contextlib.suppress(VmmError):
+                await self._threads.call(main.send_message, Kind.DONE)
+            self._gone()
+
+    # Post-copy: the machine runs there.
+
+    async def _serve(self) -> None:
+        """Until the other side has all of the memory. Raises HostError if the connection ends before, and
+        `self.broken` is set then; StateError if the machine is ended here."""
+        serving, vm = self._serving, self.vm
+        assert serving is not None
+        await self._stand_by(f"the machine runs at {self._address}, and still fetches memory from here")
+        self._phase("post-copy")
+        serving.stream()
+        ended = asyncio.create_task(vm.ended(), name="post-copy: end")
+        answer = asyncio.create_task(self._answers.get(), name="post-copy: main connection")
+        try:
+            while not serving.ended.done() and not ended.done():
+                waits = {serving.ended, ended, *(() if answer.done() else (answer,))}
+                await asyncio.wait(waits, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                self._report()
+                if answer.done() and isinstance(answer.result(), BaseException):
+                    serving.link.abort()  # both connections or none
+        except asyncio.CancelledError:
+            self.broken = True
+            self.vm.obstacle = Obstacle(self._broken_text("it was left"))
+            raise
+        finally:
+            for task in (ended, answer):
+                task.cancel()
+        if not serving.ended.done():
+            raise StateError("the machine was ended here before all of its memory was fetched")
+        how = serving.ended.result()
+        self._missing = []
+        self._sent_before += serving.counts[0]
+        await self._end_serving()
+        if how == "done":
+            return
+        reasons = {"lost": "the connection broke", "damaged": "the other side sent nonsense"}
+        await self._interrupted(reasons.get(how, how))
+
+    async def _interrupted(self, why: str) -> None:
+        """Raises HostError: wait for recover()."""
+        text = self._broken_text(why)
+        await self._stand_by(text)
+        self.broken = True
+        raise HostError(text)
+
+    def _broken_text(self, why: str) -> str:
+        name = self.vm.config.name or "NAME"
+        return (
+            f"the machine runs at {self._address} and waits there for memory from here, but {why}; "
+            f"vmm migrate --recover {name} URI goes on"
+        )
+
+    async def _stand_by(self, text: str) -> None:
+        """This machine is memory and no more."""
+        if self.vm.state is State.RUNNING:
+            await self.vm.pause()
+        self.vm.obstacle = Obstacle(text)
+
+    async def recover(self, address: Address, tls: Path | str | None = None) -> Progress:
+        """After the connection broke in post-copy: go on over a new one, to the end. Raises StateError if there is
+        nothing to recover, HostError and StateError if that connection fails too."""
+        if not self.broken:
+            raise StateError("no migration of this machine waits for a new connection")
+        context = None if tls is None else client_context(Path(tls))
+        self.broken = False  # nobody else's turn
+        link: Link | None = None
+        done = False
+        try:
+            link = await self._threads.call(connect, address, context)
+            await self._threads.call(link.greet)
+            await self._threads.call(link.send_message, Kind.RECOVER, Recover(self._token))
+            _, answer = await self._threads.call(link.expect, Kind.RECOVERED)
+            if answer.state == "unknown":
+                raise StateError(f"{address}: no machine waits there for memory from here")
+            if answer.state == "waiting":
+                bitmaps = await self._threads.call(self._receive_missing, link, answer.frames)
+                self._address, self._context = address, context
+                self._answers = asyncio.Queue()
+                views = [view for _, view in self._machine.memory.regions()]
+                self._serving = Serving(link, views, bitmaps, self.options.bandwidth)
+                link = None
+                await self._serve()
+            done = True
+            self._phase("done")
+            self._gone()
+            return self.progress
+        except BaseException as error:
+            self.progress.error = str(error) or type(error).__name__
+            self._phase("post-copy broken")
+            raise
+        finally:
+            await self._end_serving()
+            if link is not None:
+                link.abort()
+                await asyncio.to_thread(link.close)
+            self.broken = not done
+            if done:
+                self.vm.migration = None
+                self._threads.close()
+
+    def _receive_missing(self, link: Link, frames: int) -> list[bytes]:
+        """What the other side lacks. *worker thread*"""
+        views = [view for _, view in self._machine.memory.regions()]
+        bitmaps = [bytearray((len(view) // protocol.PAGE + 63) // 64 * 8) for view in views]
+        for _ in range(frames):
+            _, payload = link.expect(Kind.MISSING)
+            region, first, words = protocol.parse_missing(payload)
+            if region >= len(bitmaps) or first // 8 + len(words) > len(bitmaps[region]):
+                raise StateError(f"{link.peer}: lacks pages that are not in memory")
+            bitmaps[region][first // 8 : first // 8 + len(words)] = words
+        for bitmap, view in zip(bitmaps, views, strict=True):
+            if int.from_bytes(bitmap, "little") >> (len(view) // protocol.PAGE):
+                raise StateError(f"{link.peer}: lacks pages that are not in memory")
+        return [bytes(bitmap) for bitmap in bitmaps]
 
     def _gone(self) -> None:
         self.vm.end(Outcome(Reason.MIGRATED, f"to {self._address}"))
@@ -535,7 +747,8 @@ class Outgoing:
         except VmmError:
             state = "unknown"
         if state == "running":
-            self._gone()
+            if self._serving is None:
+                self._gone()
             return
         if state == "dropped":
             self.committed = False

@@ -31,8 +31,24 @@ from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import Arrival, ArrivingDisk, Restore, Saved
 from vmm.machine.saving import MachineState, parse, restore, versions
 from vmm.migration import protocol, storage
+from vmm.migration.fetching import Fetching
 from vmm.migration.link import PING_SECONDS, Closed, Link, Listener, Threads, parse_uri
-from vmm.migration.protocol import PAGES, Accept, Answer, Ask, Commit, Join, Kind, Offer, Refuse, Round
+from vmm.migration.postcopy import ranges_at_once
+from vmm.migration.protocol import (
+    PAGES,
+    Accept,
+    Answer,
+    Ask,
+    Commit,
+    Fetch,
+    Join,
+    Kind,
+    Offer,
+    Recover,
+    Recovered,
+    Refuse,
+    Round,
+)
 from vmm.vm import Obstacle, VirtualMachine
 
 if TYPE_CHECKING:
@@ -83,6 +99,8 @@ class Receiver:
         self._threads = Threads(MAX_WAITING + 2)
         self._waiting: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
+        self._others: list[tuple[Listener, asyncio.Task[None]]] = []
+        """Where else it listens, for a source that comes back."""
         self._arrived: asyncio.Future[VirtualMachine] | None = None
         self._answering: asyncio.TimerHandle | None = None
 
@@ -93,14 +111,25 @@ class Receiver:
 
     async def __aenter__(self) -> Self:
         self._arrived = asyncio.get_running_loop().create_future()
-        self._accepting = asyncio.create_task(self._accept(), name="receive")
+        self._accepting = asyncio.create_task(self._accept(self._listener), name="receive")
         return self
+
+    async def also(self, uri: str, tls: Path | str | None = None) -> str:
+        """Wait at one more address, until all of the machine's memory has come: for a source that comes back. The
+        address, with its port. Raises ConfigError, HostError."""
+        listener = Listener(parse_uri(uri), None if tls is None else Path(tls))
+        task = asyncio.create_task(self._accept(listener), name="receive: again")
+        self._others.append((listener, task))
+        return str(listener.address)
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Stop waiting; a machine that has not arrived is given up, one that has is its owner's. Idempotent."""
+        """Stop waiting; a machine that has not arrived is given up, one that has is its owner's. After a switch to
+        post-copy it waits until all of the machine's memory has come, or it has ended. Idempotent."""
+        if self.session is not None:
+            await self.session.settled()
         await self._stop_listening()
         if self.session is not None:
             await self.session.aclose()
@@ -111,6 +140,11 @@ class Receiver:
     async def _stop_listening(self) -> None:
         if self._answering is not None:
             self._answering.cancel()
+        others, self._others = self._others, []
+        for listener, task in others:
+            listener.stop()
+            await asyncio.gather(task, return_exceptions=True)
+            listener.close()
         accepting, self._accepting = self._accepting, None
         if accepting is None:
             return
@@ -131,10 +165,10 @@ class Receiver:
 
     # Connections.
 
-    async def _accept(self) -> None:
+    async def _accept(self, listener: Listener) -> None:
         while True:
             try:
-                sock = await self._threads.call(self._listener.accept)
+                sock = await self._threads.call(listener.accept)
             except OSError as error:
                 log.warning("receive: %s", os_reason(error))
                 await asyncio.sleep(0.1)
@@ -144,22 +178,29 @@ class Receiver:
             if len(self._waiting) >= MAX_WAITING:
                 sock.close()
                 continue
-            task = asyncio.create_task(self._greet(sock), name="receive: connection")
+            task = asyncio.create_task(self._greet(listener, sock), name="receive: connection")
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
 
-    async def _greet(self, sock: socket.socket) -> None:
+    async def _greet(self, listener: Listener, sock: socket.socket) -> None:
         """Find out what a connection wants. What is no migration ends here, and nobody else notices."""
         link: Link | None = None
         try:
-            link = await self._threads.call(self._listener.open, sock)
+            link = await self._threads.call(listener.open, sock)
             await self._threads.call(lambda: link.greet(newest=self.newest))
-            kind, message = await self._threads.call(link.expect, Kind.OFFER, Kind.JOIN, Kind.ASK)
+            kind, message = await self._threads.call(
+                link.expect, Kind.OFFER, Kind.JOIN, Kind.ASK, Kind.FETCH, Kind.RECOVER
+            )
             if kind is Kind.OFFER:
                 await self._begin(link, message)
             elif kind is Kind.JOIN:
                 if self.session is None or not self.session.join(link, message):
                     raise StateError("a connection that belongs to no migration")
+            elif kind is Kind.FETCH:
+                if self.session is None or not self.session.join_pages(link, message):
+                    raise StateError("a connection that belongs to no migration")
+            elif kind is Kind.RECOVER:
+                await self._recover(link, message)
             else:
                 await self._answer(link, message)
                 await asyncio.to_thread(link.close)
@@ -169,7 +210,7 @@ class Receiver:
                 await asyncio.to_thread(link.close)
             else:
                 sock.close()
-            if self._listener.address.kind == "fd":
+            if listener.address.kind == "fd":
                 self._fail(error if isinstance(error, VmmError) else HostError(str(error)))
         except asyncio.CancelledError:
             if link is not None:
@@ -214,6 +255,18 @@ class Receiver:
             state = await session.asked(drop=ask.drop)
         await self._threads.call(link.send_message, Kind.ANSWER, Answer(state))
 
+    async def _recover(self, link: Link, message: Recover) -> None:
+        session = self.session
+        if session is not None and session.offer.token == message.token and session.phase == "running":
+            if session.fetching is not None and await session.fetching.recover(link):
+                return
+            answer = Recovered("whole", 0)
+        else:
+            answer = Recovered("unknown", 0)
+        await self._threads.call(link.send_message, Kind.RECOVERED, answer)
+        link.finish()
+        await asyncio.to_thread(link.close)
+
     # What becomes of it.
 
     def _fail(self, error: VmmError) -> None:
@@ -224,14 +277,16 @@ class Receiver:
         """Called by the session: the machine will not come."""
         self._fail(error)
 
-    def has_arrived(self, vm: VirtualMachine, *, answering: float) -> None:
+    def has_arrived(self, vm: VirtualMachine, *, answering: float | None) -> None:
         """Called by the session: the machine has arrived. A source that does not know that is answered for so many
-        seconds more."""
+        seconds more; None: until it is said how long."""
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(vm)
         if self._answering is not None:
             self._answering.cancel()
-        self._answering = asyncio.get_running_loop().call_later(answering, self._listener.stop)
+        self._answering = None
+        if answering is not None:
+            self._answering = asyncio.get_running_loop().call_later(answering, self._listener.stop)
 
 
 class Session:
@@ -262,6 +317,8 @@ class Session:
         self._announcing: asyncio.Task[None] | None = None
         self._pings: asyncio.Task[None] | None = None
         self._views: list[memoryview] = []
+        self.fetching: Fetching | None = None
+        """With post-copy: memory that comes after the machine."""
 
     # The offer.
 
@@ -285,6 +342,10 @@ class Session:
         self._machine = self.vm.machine
         await self._check()
         self._views = [view for _, view in self._machine.memory.regions()]
+        if offer.postcopy:
+            if self._links[0].version < 3:
+                raise StateError("an offer of post-copy, which version 2 of the protocol has not")
+            self.fetching = Fetching(self.vm, self._receiver.also)
         self.phase = "receiving"
 
     def _config(self) -> Config:
@@ -428,10 +489,20 @@ class Session:
         link.read_on(self._took, self._over)
         return True
 
+    def join_pages(self, link: Link, message: Fetch) -> bool:
+        """The connection over which missing pages will come; False: it is none of ours."""
+        if message.token != self.offer.token or self.phase != "receiving" or self.fetching is None:
+            return False
+        return self.fetching.join(link)
+
     def _took(self, kind: Kind, payload: memoryview) -> None:
         """*a connection's thread*"""
         if kind is Kind.PAGES:
             self._take_pages(payload)
+        elif kind is Kind.MISSING:
+            if self.phase != "receiving" or self.fetching is None or self._early_state is not None:
+                raise StateError("missing pages out of turn")
+            self.fetching.absent.mark(*protocol.parse_missing(payload))
         elif kind is Kind.DISK:
             if self.phase != "receiving":
                 raise StateError("content of a disk out of turn")
@@ -484,6 +555,11 @@ class Session:
                     await self._handle(*got)
             finally:
                 ended.cancel()
+            if self.fetching is not None and self.fetching.needed:
+                self._receiver.has_arrived(self.vm, answering=None)
+                if not await self.fetching.run(self._messages):
+                    self._receiver.has_arrived(self.vm, answering=0.0)
+                    return
             await self._see_off()
             for link in self._links:
                 link.abort()
@@ -502,6 +578,8 @@ class Session:
     async def _ready(self, state: Any) -> None:
         """All memory and the state are here."""
         await self._take_state(state)
+        if self.fetching is not None and self.fetching.absent.any:
+            await self.fetching.begin(ranges_at_once(self._raw))
         self.phase = "ready"
         await self._threads.call(self._links[0].send_message, Kind.READY)
 
@@ -581,6 +659,8 @@ class Session:
         self.phase = "running"
         self._made.clear()
         self.vm.obstacle = None
+        if self.fetching is not None and self.fetching.needed:
+            self.fetching.commit()
         self._machine.resume_devices()
         if not paused:
             self.vm.resume()
@@ -607,6 +687,7 @@ class Session:
     async def _lost(self, error: VmmError) -> None:
         """The source is gone, or talks nonsense. A machine that was complete stays, paused; another goes."""
         complete = self.phase in ("ready", "taken") and not self.vm.ending
+        complete = complete and not (self.fetching is not None and self.fetching.needed)
         for link in self._links:
             link.abort()
         if not complete:
@@ -646,6 +727,8 @@ class Session:
         return "dropped"
 
     async def _discard(self, why: str) -> None:
+        if self.fetching is not None:
+            await self.fetching.aclose()
         if self._built:
             self.vm.end(Outcome(Reason.KILLED, f"the migration failed: {why}"))
             self._views = []
@@ -655,6 +738,11 @@ class Session:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._made.clear()
+
+    async def settled(self) -> None:
+        """Until a machine that runs here has all of its memory, or has ended."""
+        if self._task is not None and self.phase == "running" and self.fetching is not None and self.fetching.needed:
+            await asyncio.wait((self._task,))
 
     async def aclose(self) -> None:
         """Give up a machine that has not arrived, and all connections. Idempotent."""
@@ -668,6 +756,8 @@ class Session:
             await asyncio.gather(self._pings, return_exceptions=True)
         for link in self._links:
             await asyncio.to_thread(link.close)
+        if self.fetching is not None:
+            await self.fetching.aclose()
         self._threads.close()
         if self._announcing is not None:
             self._announcing.cancel()

@@ -29,6 +29,13 @@ static PyMethodDef functions[] = {
      "are left out."},
     {"unpack_pages", native_unpack_pages, METH_VARARGS,
      "unpack_pages(view, table, data) -> pages: the other way round. ValueError if it is out of bounds."},
+    {"can_page", native_can_page, METH_VARARGS,
+     "can_page(kernel): whether this process may have a Pager; `kernel`: for memory that the kernel itself touches (KVM)."},
+    {"serve_pages", native_serve_pages, METH_VARARGS,
+     "serve_pages(fd, wake, [(memory, bitmap), ...], counts) -> done | stopped | lost | damaged | no memory: send the pages "
+     "of the bitmaps to a Pager, those first that it asks for, until it has all. Blocks. `counts`: 64-bit numbers: stream "
+     "(also send what nobody asked for), stop, bandwidth, which are read as it goes (raise `wake`, an eventfd, after a "
+     "change), and bytes, pages, zero pages, pages asked for, pages left."},
     {0},
 };
 
@@ -39,10 +46,12 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    if (PyType_Ready(&native_mapping_type) < 0)
+    if (PyType_Ready(&native_mapping_type) < 0 || PyType_Ready(&native_pager_type) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module && PyModule_AddObjectRef(module, "Mapping", (PyObject *)&native_mapping_type) < 0)
+        Py_CLEAR(module);
+    if (module && PyModule_AddObjectRef(module, "Pager", (PyObject *)&native_pager_type) < 0)
         Py_CLEAR(module);
     return module;
 }

@@ -32,6 +32,11 @@ PyObject *native_checksums(PyObject *module, PyObject *args);
 PyObject *native_pack_pages(PyObject *module, PyObject *args);
 PyObject *native_unpack_pages(PyObject *module, PyObject *args);
 
+/* pypager.c */
+extern PyTypeObject native_pager_type;
+PyObject *native_can_page(PyObject *module, PyObject *args);
+PyObject *native_serve_pages(PyObject *module, PyObject *args);
+
 /* Bit n of a bitmap in 64-bit words of this host. */
 static inline void native_set_bit(uint64_t *words, uint64_t n) { words[n / 64] |= 1ull << n % 64; }
 static inline size_t native_words(uint64_t bits) { return (size_t)((bits + 63) / 64); }

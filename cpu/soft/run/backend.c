@@ -36,6 +36,7 @@ struct backend {
     _Atomic bool idle;
     _Atomic int accessing;        /* the vCPU that waits inside an access, or -1 */
     bool defers;                  /* accesses are put off */
+    struct soft_stats told;       /* the last that stats() gave */
     bool halt_told;               /* Halt was reported at this number of instructions */
     uint64_t halt_instructions;
 };
@@ -52,6 +53,26 @@ static void enter(struct backend *b)
         pthread_mutex_lock(&b->guest);
     }
     atomic_fetch_sub(&b->wanted, 1);
+}
+
+/* enter(), unless the engine does not leave guest code soon: it may wait in a page fault for memory of another host. */
+static bool enter_soon(struct backend *b)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += 5000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    atomic_fetch_add(&b->wanted, 1);
+    int busy = pthread_mutex_trylock(&b->guest);
+    if (busy) {
+        soft_vm_wake(b->soft);
+        busy = pthread_mutex_timedlock(&b->guest, &until);
+    }
+    atomic_fetch_sub(&b->wanted, 1);
+    return !busy;
 }
 
 /* As enter(), to read state: interrupts that were sent while all vCPUs were parked belong to it. */
@@ -555,10 +576,11 @@ static int set_direct(struct lv_vm *vm, const struct lv_direct_memory *memory, u
 static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
 {
     struct backend *b = of(vm);
-    struct soft_stats s;
-    enter(b);
-    soft_vm_stats(b->soft, &s);
-    leave(b);
+    if (enter_soon(b)) {
+        soft_vm_stats(b->soft, &b->told);
+        leave(b);
+    }
+    const struct soft_stats s = b->told;
     const struct lv_stat all[] = {
         {"instructions", s.instructions}, {"blocks-decoded", s.blocks_decoded},
         {"blocks-invalidated", s.blocks_invalidated}, {"tlb-flushes", s.tlb_flushes}, {"tlb-fills", s.tlb_fills},
