@@ -18,6 +18,8 @@ NAMES = ("kvm", "soft")
 """In order of preference. The scripted core is for tests only and never chosen."""
 
 _NONE: frozenset[Capability] = frozenset()
+_OF_HARDWARE = frozenset({Capability.STOCK_KERNELS, Capability.PAE_PAGING})
+"""What a KVM has or lacks by what is below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ def choose(core: str = "auto", needs: frozenset[Capability] = _NONE, vcpus: int 
             raise HostError(_sentence(found))
         missing = needs - found.capabilities
         if missing:
+            if never := missing - _OF_HARDWARE:
+                raise HostError(f"the {core} core has no {_list(never)}, on any host; --core auto takes one that has it")
             raise HostError(f"the {core} core here lacks {_list(missing)}: {found.reason}" + _cure(found))
         if vcpus > found.max_vcpus:
             raise ConfigError(f"cpus: {vcpus} is more than the {found.max_vcpus} of one machine on the {core} core")

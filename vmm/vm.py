@@ -54,7 +54,7 @@ TOUCHED_SECONDS = 2.0
 """For so long a restored machine is watched, to learn which pages it uses first."""
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
-KILLED = Outcome(Reason.KILLED, "killed")
+KILLED = Outcome(Reason.KILLED)
 MAX_WARNINGS = 100
 
 

@@ -122,7 +122,7 @@ BAD = [
     (["run", "hello", "--console", "socket=/nothing/here"], 2, "console socket: /nothing/here: no such file"),
     (["run", "hello", "--disk", "/nothing.img"], 2, "disk: /nothing.img: no such file or directory"),
     (["run", "hello", "--core", "xen"], 2, "core: 'xen' is none of auto, kvm, soft"),
-    (["run", "hello", "--core", "kvm", "--clock", "virtual"], 4, "the kvm core here lacks virtual-clock"),
+    (["run", "hello", "--core", "kvm", "--clock", "virtual"], 4, "the kvm core has no virtual-clock, on any host"),
     (["run", "hello", "--config", "/nothing.toml"], 2, "/nothing.toml: no such file or directory"),
     (["run"], 2, "nothing to run: name an image or give --kernel"),
     (["run", "hello", "--", "ls"], 2, "agent"),
@@ -331,7 +331,7 @@ def test_ps_pause_resume_stats_kill(runtime: Path, echo: Background) -> None:
     assert "posted" in vmm(runtime, "ps", "--stats").stdout
     assert 'loopvisor_events_total{machine="echo"' in vmm(runtime, "ps", "--metrics").stdout
     killed = json.loads(vmm(runtime, "kill", "echo", "--json").stdout)
-    assert killed == {"reason": "killed", "detail": "killed", "status": 137}
+    assert killed == {"reason": "killed", "detail": "", "status": 137}
     assert echo.process.wait(20) == 137
     assert empty(runtime)
 
@@ -374,7 +374,7 @@ def test_a_client_that_is_connected_at_the_end_is_no_error(runtime: Path, echo: 
     with socket.socket(socket.AF_UNIX) as idle:
         idle.connect(str(runtime / "loopvisor/echo/control.sock"))
         assert vmm(runtime, "kill", "echo").returncode == 0
-        assert echo.process.communicate(timeout=20)[1] == "vmm: echo: killed: killed\n"
+        assert echo.process.communicate(timeout=20)[1] == "vmm: echo: killed\n"
         assert idle.recv(1) == b""
 
 

@@ -373,7 +373,8 @@ class NetDevice(Device):
     def restore_device(self, state: NetState) -> None:
         if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
             raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
-        self.mac, self.link, self.pairs = state.mac, state.link, state.pairs
+        self.mac = self._mac_default = state.mac
+        self.link, self.pairs = state.link, state.pairs
         self._new_peer = state.peer_lost
         for flow, limits in zip(self._flows.values(), (state.limits_in, state.limits_out), strict=True):
             if limits is not None:

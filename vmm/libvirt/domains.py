@@ -611,7 +611,8 @@ class Domains:
         domain.state, domain.reason = DomainState.SHUTOFF, reason
         domain.live = domain.entry = domain.follower = None
         domain.id, domain.pid, domain.updated = -1, 0, False
-        domain.end = f"{why}: {outcome.get('detail')}" if outcome is not None else "its process ended unexpectedly"
+        said = (why, str(outcome.get("detail") or "")) if outcome is not None else ("its process ended unexpectedly",)
+        domain.end = ": ".join(word for word in said if word)
         for name in (f"{domain.name}.xml", f"{domain.name}.json"):
             with suppress(HostError):
                 self._store.remove("live", name)
