@@ -59,7 +59,8 @@ def choose(core: str = "auto", needs: frozenset[Capability] = _NONE, vcpus: int 
         missing = needs - found.capabilities
         if missing:
             if never := missing - _OF_HARDWARE:
-                raise HostError(f"the {core} core has no {_list(never)}, on any host; --core auto takes one that has it")
+                lacks = f"the {core} core has no {_list(never)}, on any host"
+                raise HostError(f"{lacks}; --core auto takes one that has it")
             raise HostError(f"the {core} core here lacks {_list(missing)}: {found.reason}" + _cure(found))
         if vcpus > found.max_vcpus:
             raise ConfigError(f"cpus: {vcpus} is more than the {found.max_vcpus} of one machine on the {core} core")

@@ -5,7 +5,7 @@
  *   soft_fuzz SECONDS [SEED]        campaigns until the time is over; a failing case prints its seed
  *   soft_fuzz --case SEED           one case, with the state at every stop
  *   soft_fuzz --list SEED COUNT     cases, each with a hash of what it left: equal for every build of the core
- * Exit status 0: nothing found. The sanitizers abort with their own report; a hang is reported by SIGALRM.
+ * Exit status 0: nothing found. The sanitizers abort with their own report; a hang is reported by SIGPROF or SIGALRM.
  */
 #include <linux/kvm.h>
 #include <signal.h>
@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -21,7 +22,9 @@
 enum {
     RAM_SIZE = 2 << 20, ROM_SIZE = 0x10000, CODE = 0x10000, CODE_SIZE = 0x3000, DATA = 0x40000, TABLES = 0x100000,
     IDT_AT = 0x1000, GDT_AT = 0x2000, TSS_AT = 0x3000, HANDLER = 0x4000, STACK = 0x8000,
-    CASE_NS = 1000, /* shortest */ HANG_SECONDS = 20,
+    CASE_NS = 1000, /* shortest */
+    HANG_SECONDS = 20, /* of processor time: a busy host is no hang */
+    SLEEP_SECONDS = 1800, /* nothing in a case waits */
 };
 #define ROM_AT 0xFFFF0000ull
 
@@ -389,6 +392,14 @@ static void on_hang(int signal_number)
     abort();
 }
 
+/* Seconds from now; 0: none. */
+static void watch(unsigned busy, unsigned asleep)
+{
+    struct itimerval time = {.it_value.tv_sec = busy};
+    setitimer(ITIMER_PROF, &time, NULL);
+    alarm(asleep);
+}
+
 static struct soft_vm *create(void)
 {
     static const struct soft_host host = { .access = access_bus, .random = random_bytes };
@@ -452,7 +463,7 @@ static uint64_t run_case(uint64_t seed)
 {
     current_seed = seed;
     random_state = seed;
-    alarm(HANG_SECONDS);
+    watch(HANG_SECONDS, SLEEP_SECONDS);
     memset(ram, 0, RAM_SIZE);
     struct soft_vm *vm = create();
     enum mode mode = (enum mode)below(MODES);
@@ -485,7 +496,7 @@ static uint64_t run_case(uint64_t seed)
     }
     uint64_t hash = hash_case(vm);
     soft_vm_destroy(vm);
-    alarm(0);
+    watch(0, 0);
     return hash;
 }
 
@@ -510,6 +521,7 @@ int main(int argc, char **argv)
         return 2;
     }
     signal(SIGALRM, on_hang);
+    signal(SIGPROF, on_hang);
     ram = guarded(RAM_SIZE);
     rom = guarded(ROM_SIZE);
     memset(ram, 0, RAM_SIZE);

@@ -1,4 +1,4 @@
-"""A guest of which the host's KVM gives up many instructions: the software core executes them, and the machine says so."""
+"""The host's KVM gives up many of a guest's instructions: the software core executes them, and the machine says so."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ bool soft_lar(struct soft_vcpu *c, uint16_t selector, uint32_t *value)
                                         | 1u << SYS_TSS | 1u << SYS_TSS_BUSY | 1u << SYS_CALL;
     if (!visible(c, selector, types, &d))
         return false;
-    *value = (uint32_t)(d.raw >> 32) & 0x00F0FF00u;
+    *value = (uint32_t)(d.raw >> 32) & 0x00FFFF00u; /* bits 19:16 are undefined (SDM vol. 2, LAR); AMD's load the limit's */
     return true;
 }
 

@@ -17,4 +17,9 @@ test_long:
     SAY "icebp and null TR\n"
     TRY ".byte 0xF1"
     TRY "xor eax, eax; ltr ax"
+    SAY "lar\n"             /* bits 19:16 are undefined (SDM vol. 2, LAR); AMD's load the limit's */
+    mov eax, DATA
+    lar eax, eax
+    call hex32_64
+    PUTC64 10
     EXIT 0

@@ -208,6 +208,9 @@ descriptors:
     mov eax, 0xAAAAAAAA
     lar eax, r14d
     setz bl
+    jnz 4f
+    and eax, 0x00F0FF00     /* bits 19:16 are undefined; long_checks.S */
+4:
     call hex32_64
     mov eax, ebx
     call flag

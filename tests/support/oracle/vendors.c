@@ -391,7 +391,7 @@ const struct difference integer_differences[] = {
      .intel_source = "SDM 3B 17.3.1.1, 17.3.1.4; SDM 2B REP", .amd_source = "APM 2, 13.1.4"},
     {.name = "SYSCALL SYSRET SYSENTER SYSEXIT", .what = "AMD's: SYSCALL in legacy and compatibility mode, SYSENTER is #UD in long mode, SYSRET takes any RCX; Intel's: SYSCALL in 64-bit mode alone, SYSENTER everywhere, SYSRET to an address that is not canonical is #GP at CPL 0. Not run beside a host: firmware images of test_soft_roms.py",
      .intel_source = "SDM 2B SYSCALL, SYSENTER, SYSRET", .amd_source = "APM 3 SYSCALL, SYSENTER, SYSRET; APM 2, 6.1"},
-    {.name = "null selectors, descriptor tables", .what = "whether a null selector clears base and limit (CPUID.80000021:EAX[6]); LAR and LSL of system descriptors. Not run beside a host",
+    {.name = "null selectors, descriptor tables", .what = "whether a null selector clears base and limit (CPUID.80000021:EAX[6]); LAR and LSL of system descriptors; bits 19:16 of what LAR loads: AMD's have the limit's. Not run beside a host",
      .intel_source = "SDM 2A LAR, LSL", .amd_source = "APM 2, 4.5.1; APM 3 LAR, LSL"},
     {.name = "TZCNT CPUID", .what = "what the host has and the guest's CPUID does not name. Not run beside a host", .intel_source = "SDM 2A CPUID, 2B TZCNT", .amd_source = "APM 3 TZCNT; appendix E"},
     {.name = "registers outside 64-bit mode", .what = "bits 63:32 undefined", .intel_source = "SDM 1, 3.4.1.1", .amd_source = "APM 1, 3.1.2", .free = compatibility_free},
