@@ -20,6 +20,8 @@ class ProgramMaker:
         self.number = 0
         self.unlike: dict[int, str] = {}
         """Steps in which QEMU 7.2 differs from the manuals: how, and by which clause."""
+        self.bochs_unlike: dict[int, str] = {}
+        """Steps in which Bochs 2.7 differs, likewise."""
         self.hits: dict[int, list[int]] = {}
         """What DR6's low bits must say in each #DB of a step with breakpoints."""
 
@@ -41,6 +43,10 @@ class ProgramMaker:
     def differs(self, reason: str) -> None:
         """QEMU does not do this step as the manuals have it."""
         self.unlike.setdefault(self.number, reason)
+
+    def bochs_differs(self, reason: str) -> None:
+        """Bochs does not do this step as the manuals have it."""
+        self.bochs_unlike.setdefault(self.number, reason)
 
     def add(self, *lines: str) -> None:
         self.lines += lines

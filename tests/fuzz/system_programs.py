@@ -21,6 +21,7 @@ ALIAS = 0x80_0000
 CANONICAL = (
     "addresses that are not canonical are refused before anything changes (SDM vol. 1, 3.3.7.1; APM vol. 2, 5.3.1)"
 )
+FAR_POINTER = "on AMD's processors REX.W does not widen a pointer in memory (APM vol. 3, CALL (Far), JMP (Far))"
 DATA, CODE32, CODE64, UDATA, UCODE64, UCODE32 = 0x10, 0x08, 0x18, 0x23, 0x2B, 0x33
 NON_CANONICAL = 0x8000_0000_0000
 STACK, USTACK, MEMORY = 0x7000, 0x18000, 0x20000
@@ -179,9 +180,6 @@ class Maker(ProgramMaker):
         else:
             value = self.selector(code=True)
         self.add("lea rax, [rip + land + 0x800000]")
-        if self.often(10):
-            self.add("mov rbx, 0x800000000000", "or rax, rbx")
-            self.differs(CANONICAL)
         instruction = self.one("jmp", "call")
         if where == "user32":
             self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
@@ -192,8 +190,10 @@ class Maker(ProgramMaker):
             self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
             self.run(where, f"{instruction} fword ptr [{MEMORY:#x}]")
         else:
-            self.add(f"mov [{MEMORY:#x}], rax", f"mov word ptr [{MEMORY + 8:#x}], {value:#x}")
-            # GNU as knows no 80-bit pointer in this syntax: REX.W FF /5 or /3 with a displacement of 32 bits
+            self.differs(FAR_POINTER)
+            self.bochs_differs(FAR_POINTER)
+            self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
+            # REX.W FF /5 or /3 with a displacement of 32 bits
             reg = 0x2C if instruction == "jmp" else 0x1C
             self.run(where, f".byte 0x48, 0xFF, {reg:#x}, 0x25", f".long {MEMORY:#x}")
 
@@ -211,6 +211,7 @@ class Maker(ProgramMaker):
         if self.often(10):
             target += ["mov rax, 0x800000000000", "or rbx, rax"]
             self.differs(CANONICAL)
+            self.bochs_differs("in compatibility mode all 64 bits are held against the limit (APM vol. 3, RET (Far))")
         if flags & 0x180000:
             self.differs("IRET at CPL 0 loads VIF and VIP (SDM vol. 2, IRET)")
         if flags & 0x20000:
@@ -239,6 +240,8 @@ class Maker(ProgramMaker):
             code.append(f"sub rsp, {count * 4}")
             code += [f"mov dword ptr [rsp + {at}], {value}" for value, at in values]
             code.append("iretd" if kind == "iretd" else ".byte 0xCB")
+            if kind == "iretd":
+                self.bochs_differs("in 64-bit mode IRET loads SS and RSP, whatever its operand size (SDM vol. 2, IRET)")
         self.run(where, *code)
 
     def gate(self) -> None:
@@ -263,6 +266,8 @@ class Maker(ProgramMaker):
             self.differs(
                 "a handler of CPL 3 pushes as CPL 3, and a segment that is neither present nor of 64 bits is #GP"
             )
+        if self.filled.get(target & ~3, 0) >> 40 & 0x1C == 0x1C:
+            self.bochs_differs("a handler in conforming code has the CPL of what was interrupted (SDM vol. 3, 6.12.1)")
         flags = self.chance.choice((2, 2, 0x202, 0x4002, 0x40002))
         if where != "kernel":
             flags = flags & ~0x4000 | 0x3000  # a handler of CPL 1 to 3 is to print
@@ -511,6 +516,10 @@ class Maker(ProgramMaker):
             self.differs(CANONICAL)
         if body in ("jmp rbx", "call rbx", "push rbx; ret", "mov rsp, rbx; push rax", "lgdt [rbx]"):
             value = self.chance.choice((NON_CANONICAL, 0xFFFF_8000_0000_0000, 0x1234_5678_9ABC_DEF0))
+        if body == "sysexitd":
+            self.bochs_differs("AMD's processors have no SYSEXIT in long mode (APM vol. 3, SYSEXIT)")
+        elif body == "lgdt [rbx]":
+            self.bochs_differs("which of an operand's bytes faults is open (SDM vol. 2, LGDT)")
         self.add("mov r9, cr3", "xor edi, edi")
         if body.startswith("sysretq") and where == "kernel":
             self.add(

@@ -15,6 +15,10 @@ static inline uint64_t next_rip(const struct soft_vcpu *c, const struct uop *u)
     return c->code64 ? next : next & UINT32_MAX;
 }
 
+/* Bytes of the offset in a far pointer in memory. AMD's processors have none of 64 bits (APM vol. 3, CALL (Far), JMP (Far),
+ * LFS, LGS, LSS). */
+static inline unsigned far_offset(unsigned operand_size) { return operand_size == 8 ? 4 : operand_size; }
+
 /* exec_legacy.c: the stack and branches in every mode. size: operand size */
 HELPER(h_push_r); HELPER(h_push_i); HELPER(h_push_m); HELPER(h_pop_r); HELPER(h_pop_m); HELPER(h_push_seg); HELPER(h_pop_seg);
 HELPER(h_pusha); HELPER(h_popa); HELPER(h_pushf); HELPER(h_popf); HELPER(h_enter); HELPER(h_leave);
