@@ -26,6 +26,8 @@ from vmm.management.registry import RegistryEntry, find
 CHUNK = 1 << 16
 MAX_KALLSYMS = 256 << 20
 GUEST_SECONDS = 30.0
+ANSWER_S = 60
+"""How long GDB waits for an answer."""
 
 
 def debug_machine(
@@ -70,7 +72,8 @@ def _run_gdb(entry: RegistryEntry, symbols: Path | None, execute: Path | None, a
     if gdb is None:
         raise HostError("gdb: is not installed (apt install gdb); or give an address for one elsewhere")
     with tempfile.TemporaryDirectory(prefix="vmm-gdb-") as folder:
-        commands = ["set confirm off", *_symbol_commands(entry, symbols, Path(folder))]
+        # By default GDB gives up after 2 s, which the program between it and the machine may take to start.
+        commands = ["set confirm off", f"set remotetimeout {ANSWER_S}", *_symbol_commands(entry, symbols, Path(folder))]
         vmm = shlex.join([sys.executable, "-c", "from cli.main import main; main()"])
         commands.append(
             f"target remote | {vmm} gdb {shlex.quote(entry.name)} --stdio --arch {shlex.quote(architecture)}"

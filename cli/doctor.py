@@ -12,7 +12,10 @@ from vmm.convert import MIB
 from vmm.cores import diagnose
 from vmm.errors import VmmError
 
-FINISHES = "what this KVM gives up the software core executes, slowly; vmm ps --json counts it as finished,\nand above 500 in a second the machine says so"
+FINISHES = (
+    "what this KVM gives up the software core executes, slowly; vmm ps --json counts it as finished, and above 500 in "
+    "a second the machine says so"
+)
 
 
 def report(*, json: bool) -> int:

@@ -88,7 +88,8 @@ def require_gdb() -> str:
 
 async def run_gdb(target: str, commands: Sequence[str], symbols: str = "") -> str:
     """What GDB prints for the commands, on a stub at `target`."""
-    first = ["set pagination off", "set confirm off", "set width 0", *([f"file {symbols}"] if symbols else [])]
+    first = ["set pagination off", "set confirm off", "set width 0", f"set remotetimeout {DEADLINE_S:.0f}"]
+    first += [f"file {symbols}"] if symbols else []
     words = [word for command in [*first, f"target remote {target}", *commands] for word in ("-ex", command)]
     process = await asyncio.create_subprocess_exec(
         require_gdb(), "-q", "-nx", "-batch", *words,
