@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,12 @@ class Guest:
     initrd: Path
 
 
-def build() -> Guest:
-    """The guest of the Debian packages that apt offers now, from the cache if it was built before."""
+def build(wanted: Sequence[str] = MODULES, init: str = INIT) -> Guest:
+    """The guest of the Debian packages that apt offers now, from the cache if it was built before: with these modules
+    and what they need, and this first program."""
     kernel = packages.resolve(packages.dependency("linux-image-amd64", r"linux-image-[\d.]+-\d+-amd64"))
     busybox = packages.resolve("busybox-static")
-    inputs = [kernel.sha256, busybox.sha256, INIT, SECOND, *MODULES, *ARGUMENTS.values()]
+    inputs = [kernel.sha256, busybox.sha256, init, SECOND, *wanted, *ARGUMENTS.values()]
     key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
     folder = cache.directory("rig")
     target = folder / key
@@ -75,12 +77,12 @@ def build() -> Guest:
             with cache.workspace() as work:
                 made = work / "guest"
                 made.mkdir()
-                _make(packages.download(kernel), packages.download(busybox), made)
+                _make(packages.download(kernel), packages.download(busybox), made, wanted, init)
                 cache.publish(made, target)
     return Guest(target / "vmlinuz", target / "initrd")
 
 
-def _make(kernel: Path, busybox: Path, made: Path) -> None:
+def _make(kernel: Path, busybox: Path, made: Path, wanted: Sequence[str], init: str) -> None:
     files: dict[str, bytes] = {}
     built_in: set[str] = set()
     for member, data in packages.contents(kernel):
@@ -95,9 +97,9 @@ def _make(kernel: Path, busybox: Path, made: Path) -> None:
     for name in ("dev", "proc", "sys", "etc"):
         tree.directory(name)
     tree.character_device("dev/console", 5, 1)
-    tree.file("init", INIT.encode(), 0o755)
+    tree.file("init", init.encode(), 0o755)
     listed = []
-    for path in modules.closure([*MODULES, "qemu_fw_cfg"], files, built_in):
+    for path in modules.closure([*wanted, "qemu_fw_cfg"], files, built_in):
         short = f"lib/{modules.module_name(path)}.ko"
         tree.file(short, files[path])
         listed.append(f"/{short} {ARGUMENTS.get(modules.module_name(path), '')}\n")
