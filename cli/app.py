@@ -479,6 +479,30 @@ def daemon(
     run_daemon(socket=socket, state=state, group=group, listen_tls=listen_tls, tls=tls)
 
 
+def serve(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where clients connect.")] = "127.0.0.1:3000",
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may: a token a line; needed off loopback.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(metavar="DIR", help="Where paused sandboxes are kept.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=IMAGE", help="What a template means, as base=oci:python:3.12.")
+    ] = None,
+    domain: Annotated[str, typer.Option(help="Behind PORT-ID. the name of a sandbox's port.")] = "",
+    internet: Annotated[bool, typer.Option("--internet", help="Sandboxes that ask for the internet have it.")] = False,
+    memory: Annotated[str, typer.Option(help="Memory of each sandbox, as 1G; by default the image's.")] = "",
+    core: Annotated[str, typer.Option(help="auto, kvm or soft.")] = "",
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For requests under way, on SIGTERM.")] = 30.0,
+) -> None:
+    """Serve sandboxes over HTTP to clients of E2B's API: each is a machine of its own, in this process."""
+    from cli.serve import run_serve
+
+    run_serve(
+        listen=listen, token_file=token_file, state=state, templates=template or [], domain=domain, internet=internet,
+        memory=memory, core=core, drain=drain,
+    )  # fmt: skip
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from vmm import __version__
@@ -504,7 +528,7 @@ def build() -> typer.Typer:
     app.command("set")(set_)
     for command in (
         cp, console, ps, stop, kill, pause, resume, attach, detach, snapshot, restore, fork, snapshot_info, gdb,
-        registers, trace, symbols, migrate, receive, doctor, daemon,
+        registers, trace, symbols, migrate, receive, doctor, daemon, serve,
     ):  # fmt: skip
         app.command()(command)
     for name in SUB_APPS:

@@ -35,6 +35,8 @@ BUSY_SECONDS = 60.0
 """How long a program waits for a place among the connections of a machine's socket device."""
 SILENT_SECONDS = 2.0
 """How long an agent that listened may refuse connections: a service manager starts it again."""
+REJOIN_SECONDS = 5.0
+"""How long a kept program may take to wait for another connection."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.2
 
 Connect = Callable[[], Awaitable[Streams]]
@@ -127,11 +129,17 @@ class Agent:
         if self._reach is None:
             raise GuestError("programs of this machine cannot be gone on with from here")
         await self.wait_ready()
-        try:
-            reader, writer = await self._reach(KEPT_PORT + number)
-        except OSError as error:
-            raise GuestError(f"program {number} is gone") from error
-        return GuestProcess(reader, writer, window=0)
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + REJOIN_SECONDS, FIRST_PAUSE
+        while True:
+            try:
+                reader, writer = await self._reach(KEPT_PORT + number)
+                return GuestProcess(reader, writer, window=0)
+            except OSError as error:  # its agent has not heard yet that the old connection is gone
+                if loop.time() > deadline:
+                    raise GuestError(f"program {number} is gone") from error
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def resize_console(self, rows: int, columns: int) -> None:
         """Tell the guest how large the terminal is on which its console is shown; a shell there hears of the change.
