@@ -69,6 +69,7 @@ RUN_OPTIONS = (
     RunOption("--uuid", "uuid", "text", "What the guest reads in SMBIOS; by default it belongs to the name.", "UUID"),
     RunOption("--timeout", "timeout", "text", "End the machine after this long; exit status 124.", "SECONDS"),
     RunOption("--clock", "clock", "text", "virtual: guest time follows instructions; runs repeat.", "real|virtual"),
+    RunOption("--parallel", "parallel", "text", "A host thread for each vCPU of the software core.", "auto|on|off"),
     RunOption("--seed", "seed", "text", "Makes every random byte for the guest a function of it.", "N"),
     RunOption("--epoch", "epoch", "text", "The guest's wall clock at the start, seconds since 1970.", "SECONDS"),
     RunOption("--platform", "platform", "text", "bare: no ACPI, PCI, virtio; tiny guests start quicker.", "pc|bare"),

@@ -30,6 +30,7 @@ class Vm:
         system_fd: int = -1,
         pit: bool = True,
         finish: bool = True,
+        parallel: bool = False,
     ) -> Self: ...
     @property
     def closed(self) -> bool: ...

@@ -76,6 +76,8 @@ class VmConfig:
     """Seeds RDRAND and RDSEED (software core); None: the host's entropy."""
     pit: bool = True
     """An 8254 at ports 0x40 to 0x43, and port 0x61. Without it KVM closes the VM 14 ms sooner (tests.bench start)."""
+    parallel: bool = False
+    """Software core with the real clock: each vCPU has a native thread of its own. KVM's always have."""
     finish: bool = True
     """The software core executes the instructions that the host's KVM gives up (`stats()['finished']`)."""
     tsc_khz: int = 0

@@ -164,6 +164,7 @@ class CoreVm(_core.Vm):
             system_fd=system_fd,
             pit=config.pit,
             finish=config.finish,
+            parallel=config.parallel,
         )
         self.msr_indices = tuple(msr_indices)
         self.supported_cpuid = supported_cpuid

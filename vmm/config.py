@@ -59,6 +59,7 @@ ROOT_TAG = "root"
 CoreName = Literal["auto", "kvm", "soft"]
 CpuModel = Literal["v2", "host"]
 ClockKind = Literal["real", "virtual"]
+Parallel = Literal["auto", "on", "off"]
 EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
 Direct = Literal["auto", "on", "off"]
@@ -593,6 +594,9 @@ class Config(Checked):
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
     """virtual: guest time follows the instructions executed, so that runs repeat; only on the software core."""
+    parallel: Parallel = "off"
+    """Each vCPU of the software core has a host thread of its own; auto: where there are two vCPUs or more, two host
+    processors or more, and the real clock. KVM's always have."""
     seed: int | None = None
     """Makes every random byte that the guest can get a function of it."""
     epoch: int | None = None
@@ -648,6 +652,7 @@ class Config(Checked):
         "packed": to_boolean,
         "timeout": optional(to_seconds),
         "clock": to_choice(ClockKind),
+        "parallel": to_choice(Parallel),
         "seed": optional(to_integer(0, (1 << 64) - 1)),
         "epoch": optional(to_integer(0, 1 << 40)),
         "platform": to_choice(Platform),
@@ -678,6 +683,8 @@ class Config(Checked):
             raise ConfigError("platform: bare has no virtio devices; use --platform pc")
         if self.platform == "bare" and (self.fw_cfg or self.testdev):
             raise ConfigError("platform: bare has neither fw_cfg nor testdev; use --platform pc")
+        if self.parallel == "on" and self.clock == "virtual":
+            raise ConfigError("parallel: on, but with the virtual clock one thread runs all vCPUs; use --parallel auto")
         items = [item.name for item in self.fw_cfg]
         for name in items:
             if items.count(name) > 1:

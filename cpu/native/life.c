@@ -151,7 +151,7 @@ int lv_vcpu_create(struct lv_vm *vm, uint32_t index)
         return -EEXIST;
     struct lv_vcpu *vcpu = calloc(1, sizeof *vcpu);
     struct lv_engine *engine = NULL;
-    if (vm->ops->shared_engine && vm->engine_count)
+    if (vm->shared_engine && vm->engine_count)
         engine = vm->engines[0];
     else if ((engine = calloc(1, sizeof *engine)))
         engine->spin_ns = LV_SPIN_MAX_NS;

@@ -2,7 +2,7 @@
  *
  * Knows nothing of Python (module.c does) and nothing of how a core executes. A core offers `struct lv_ops`; the
  * loop starts one native thread per *engine* and calls ops->run() on it. An engine runs one vCPU (KVM, scripted), or
- * all vCPUs of a VM when ops->shared_engine (software core).
+ * all vCPUs of a VM when vm->shared_engine (software core, unless they run in parallel).
  *
  * On its thread the core calls lv_access() for every port and memory-mapped access that it cannot answer itself, and
  * lv_park() (or lv_post_exit()) for every other exit. Posted writes, shadow reads and ioeventfds are done on the spot;
@@ -109,6 +109,7 @@ struct lv_config {
     uint64_t seed;
     int system_fd;       /* KVM: /dev/kvm; others -1 */
     bool pit;            /* an 8254 at 0x40 to 0x43, and port 0x61 */
+    bool parallel;       /* software core: each vCPU has a thread of its own, with the real clock */
     bool finish;         /* KVM: the software core finishes what the host's KVM gives up */
 };
 
@@ -136,8 +137,7 @@ struct lv_direct_memory {
 /* What a core implements. [loop] where not said; NULL is allowed where said. */
 struct lv_ops {
     const char *name;
-    bool shared_engine;
-    int (*vm_create)(struct lv_vm *vm);      /* sets vm->core; vm->config is filled */
+    int (*vm_create)(struct lv_vm *vm);      /* sets vm->core, and vm->shared_engine if so; vm->config is filled */
     void (*vm_destroy)(struct lv_vm *vm);    /* all engine threads have ended */
     /* In a forked child, before vm_destroy: the threads are not here, and locks are as they left them. May be NULL. */
     void (*forked)(struct lv_vm *vm);
@@ -256,6 +256,7 @@ struct lv_vm {
     const struct lv_ops *ops;
     struct lv_config config;
     void *core;                      /* the core's own, per VM */
+    bool shared_engine;              /* one engine runs all vCPUs */
     struct lv_engine *engines[LV_MAX_VCPUS];
     struct lv_vcpu *vcpus[LV_MAX_VCPUS];
     uint32_t engine_count;

@@ -35,14 +35,14 @@ PyObject *lv_none_or_raise(int r, const char *what)
 static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"core", "vcpus", "virtual_clock", "virtual_ips", "epoch_ns", "seed", "system_fd", "pit", "finish",
-                            NULL};
+                            "parallel", NULL};
     const char *core;
     unsigned int vcpus = 1;
-    int virtual_clock = 0, system_fd = -1, pit = 1, finish = 1, error = 0;
+    int virtual_clock = 0, system_fd = -1, pit = 1, finish = 1, parallel = 0, error = 0;
     unsigned long long ips = 1000000000, epoch = 0;
     PyObject *seed = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|IpKKOipp:Vm", names, &core, &vcpus, &virtual_clock, &ips, &epoch,
-                                     &seed, &system_fd, &pit, &finish))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|IpKKOippp:Vm", names, &core, &vcpus, &virtual_clock, &ips, &epoch,
+                                     &seed, &system_fd, &pit, &finish, &parallel))
         return NULL;
     const struct lv_ops *ops = lv_core_by_name(core);
     if (!ops) {
@@ -55,7 +55,7 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     struct lv_config config = {.vcpus = vcpus, .virtual_clock = virtual_clock, .virtual_ips = ips, .epoch_ns = epoch,
                                .seeded = seed != Py_None, .system_fd = system_fd, .pit = pit,
-                               .finish = finish};
+                               .finish = finish, .parallel = parallel};
     if (config.seeded && !lv_u64(seed, &config.seed))
         return NULL;
     VmObject *self = (VmObject *)type->tp_alloc(type, 0);

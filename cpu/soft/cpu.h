@@ -13,6 +13,7 @@
 #ifndef SOFT_CPU_H
 #define SOFT_CPU_H
 
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -113,7 +114,9 @@ struct soft_slot {
     uint8_t *host;
     bool readonly, log_dirty;
     uint8_t *dirty;      /* bitmap, when log_dirty */
-    uint8_t *code_pages; /* a byte a page: translated code was made from it (owned by block.c) */
+    uint16_t *code_pages; /* for each page: bit i: vm->caches[i] has translated code of it */
+    uint64_t *granules;   /* parallel.c, else NULL: for each page, bit i: there is code in the i-th 64 bytes */
+    uint16_t *writers;    /* parallel.c, else NULL: for each page, bit i: vCPU i may have a TLB entry to write to it */
 };
 
 enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
@@ -187,6 +190,28 @@ struct soft_caller {
     uint64_t trace_count;    /* entries ever made */
 };
 
+/* parallel.c's own: what other threads ask of a vCPU's thread, which looks between blocks and as it enters the guest. */
+enum { INBOX_RANGES = 64 };
+struct soft_inbox {
+    pthread_mutex_t lock;
+    uint32_t pending;                       /* atomic: anything below */
+    const uint8_t *protect[SOFT_MAX_VCPUS]; /* by who asks: forget how to write to this host page; atomic */
+    bool protect_all;
+    bool flush;                             /* there were more ranges */
+    uint32_t range_count;
+    struct { uint64_t gpa, size; } ranges[INBOX_RANGES]; /* code bytes that were written */
+};
+struct soft_own_thread {
+    struct soft_inbox inbox;
+    uint32_t inside;   /* atomic: executes, or is about to; others must not touch its state */
+    uint32_t wake;     /* atomic: soft_vcpu_run() is to return */
+    uint32_t dead;     /* atomic: sleeps, and only an NMI, INIT or SIPI could wake it */
+    uint32_t told;     /* atomic: `lives` of the VM at which it reported so */
+    bool alone;        /* soft_alone_begin() */
+    uint32_t pauses;   /* PAUSEs in a row, the last at this number of instructions */
+    uint64_t paused_at;
+};
+
 struct soft_vcpu {
     /* --- hot: touched by every handler --- */
     uint64_t gpr[16];
@@ -213,6 +238,8 @@ struct soft_vcpu {
     uint8_t access_ss;       /* the slow access under way goes through SS: non-canonical raises #SS, not #GP */
 
     struct soft_vm *vm;
+    struct block_cache *blocks; /* block.c */
+    uint32_t asleep;         /* atomic: its own thread waits, or is about to, until `attention` is set */
     uint32_t index;
     jmp_buf fault;           /* soft_raise() and soft_leave() come here */
 
@@ -246,6 +273,8 @@ struct soft_vcpu {
     bool init_pending, sipi_pending;
     uint8_t sipi_vector;
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
+    uint64_t turn_limit_ns;  /* the turn under way ends no later: the next timer event */
+    bool turn_over;          /* end the turn under way: the timers or the turn order need a look */
     bool in_step;            /* soft_step() is under way; step_flags: RFLAGS before it */
     bool trap_taken;         /* the instruction entered a handler by itself (INT n, SYSCALL): no single-step trap */
     uint32_t step_flags;
@@ -255,11 +284,12 @@ struct soft_vcpu {
 
     struct soft_cpuid_entry { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
+    struct soft_stats stats;
     uint16_t features;  /* MODE_FEATURE(): those of its CPUID that decide how bytes are decoded */
     uint64_t phys_mask; /* of the physical addresses that the guest's CPUID announces, at most PHYS_BITS */
 
     struct direct_vcpu *direct; /* NULL: its code never runs natively */
-
+    struct soft_own_thread own;
     struct soft_jumps jump;
     struct soft_replay replay;
 
@@ -277,12 +307,11 @@ struct soft_vm {
     struct soft_tlb no_tlb; /* always empty */
     uint32_t turn;      /* whose turn it is */
     int64_t turn_left;  /* instructions of its quantum that are left; what interrupts a turn does not end it */
-    struct soft_stats stats;
-    struct block_cache *blocks; /* block.c */
+    struct block_cache *caches[SOFT_MAX_VCPUS]; /* block.c: of the vCPUs, which may share one */
+    uint32_t cache_count;
+    struct soft_parallel *parallel; /* parallel.c; NULL: one thread runs all vCPUs */
     struct vm_events *events;   /* vm.c: what other threads sent (irqs, MSIs, wake, DMA), under its own lock */
     uint64_t virtual_ns_skipped;/* virtual clock: time that HLT skipped */
-    uint64_t turn_limit_ns;     /* the turn under way ends no later: the next timer event */
-    bool turn_over;             /* end the turn under way: the timers or the turn order need a look */
     uint64_t start_ns, alarm_ns, tsc_base;
     uint64_t stops[64];         /* breakpoint.c: offsets in pages at which blocks end */
     struct direct_vm *direct;   /* NULL: no direct execution */
@@ -297,6 +326,35 @@ static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
     c->turn_end = soft_instructions(c) + (uint64_t)n;
     c->budget_held = 0;
     c->budget = n;
+}
+
+/* ---- guest memory ----
+ * It has no alignment, and others look at it at the same time: each of these is one access of the host. The host orders them
+ * as the guest's processor does (Intel SDM vol. 3, 8.2), being of its kind. */
+typedef uint8_t mem8;
+typedef uint16_t mem16 __attribute__((aligned(1), may_alias));
+typedef uint32_t mem32 __attribute__((aligned(1), may_alias));
+typedef uint64_t mem64 __attribute__((aligned(1), may_alias));
+#define MEM(bits, p) (*(volatile mem##bits *)(p))
+#ifdef __SANITIZE_THREAD__ /* what guests race for is theirs */
+#define GUEST_ACCESS __attribute__((noinline, unused, no_sanitize_thread))
+#else
+#define GUEST_ACCESS inline
+#endif
+static GUEST_ACCESS uint8_t soft_load8(const uint8_t *p) { return MEM(8, (uintptr_t)p); }
+static GUEST_ACCESS uint16_t soft_load16(const uint8_t *p) { return MEM(16, (uintptr_t)p); }
+static GUEST_ACCESS uint32_t soft_load32(const uint8_t *p) { return MEM(32, (uintptr_t)p); }
+static GUEST_ACCESS uint64_t soft_load64(const uint8_t *p) { return MEM(64, (uintptr_t)p); }
+static GUEST_ACCESS void soft_store8(uint8_t *p, uint8_t v) { MEM(8, p) = v; }
+static GUEST_ACCESS void soft_store16(uint8_t *p, uint16_t v) { MEM(16, p) = v; }
+static GUEST_ACCESS void soft_store32(uint8_t *p, uint32_t v) { MEM(32, p) = v; }
+static GUEST_ACCESS void soft_store64(uint8_t *p, uint64_t v) { MEM(64, p) = v; }
+static GUEST_ACCESS void soft_load_code(uint8_t *to, const uint8_t *from, unsigned size)
+{
+    for (; size >= 8; to += 8, from += 8, size -= 8)
+        MEM(64, to) = MEM(64, (uintptr_t)from);
+    for (; size; to++, from++, size--)
+        *to = MEM(8, (uintptr_t)from);
 }
 
 /* ---- faults ---- */
@@ -327,8 +385,19 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
 void soft_check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size);
 /* Raise now if [linear, +size) cannot be written (probe before a multi-part store or read-modify-write). */
 void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size);
-/* For a LOCKed or plain read-modify-write: host address if all in one plain-RAM writable page, else NULL. */
-uint8_t *soft_rmw_pointer(struct soft_vcpu *c, uint64_t linear, unsigned size);
+/* Where a locked read-modify-write works; raises what its accesses would. LOCKED_RAM: at `host`, by a locked operation of
+ * the host, and soft_unlock() follows. LOCKED_ALONE: by loads and stores between soft_alone_begin() and soft_alone_end(),
+ * while no other vCPU executes. LOCKED_BUS: not all of it is RAM, plain loads and stores. */
+enum soft_locking { LOCKED_RAM, LOCKED_ALONE, LOCKED_BUS };
+struct soft_locked {
+    uint8_t *host;
+    struct soft_slot *slot; /* to be told of the write, or NULL */
+    uint64_t gpa;
+    unsigned size;
+};
+enum soft_locking soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l);
+void soft_unlock(struct soft_vcpu *c, const struct soft_locked *l);
+static inline bool soft_one_line(uint64_t at, unsigned size) { return (at & 63) + size <= 64; }
 /* Supervisor accesses of the processor itself (descriptor tables, TSS, IDT): as above with CPL 0, no SMAP. */
 uint64_t soft_sys_load(struct soft_vcpu *c, uint64_t linear, unsigned size);
 void soft_sys_store(struct soft_vcpu *c, uint64_t linear, unsigned size, uint64_t value);
@@ -340,7 +409,7 @@ uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access)
 uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size);          /* RAM, in-core MMIO or callback */
 void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t value);
 /* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */
-void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size);
+void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size); /* by no vCPU's store */
 void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
 /* For another CR3; keep: the guest asked for no flush. */
 void soft_tlb_switch(struct soft_vcpu *c, bool keep);
@@ -352,6 +421,8 @@ void soft_tlb_flush_all_vcpus(struct soft_vm *vm);
 void soft_tlb_flush_writes(struct soft_vm *vm);
 /* A page now holds (or no longer holds) translated code: drop write entries for it in every vCPU's TLBs. */
 void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa);
+/* The same of one vCPU. NULL: for all pages. */
+void soft_tlb_protect(struct soft_vcpu *c, const uint8_t *host);
 /* Recompute c->view, c->tlb, c->long_mode, c->code64 after CPL, AC, CR0/4, EFER or CS changed. */
 void soft_mode_changed(struct soft_vcpu *c);
 
@@ -448,6 +519,20 @@ void soft_direct_protect_all(struct soft_vm *vm);                      /* the ne
 void soft_direct_returned(struct soft_vcpu *c);                        /* SYSRET or IRET, to a program perhaps */
 void soft_direct_kick(struct soft_vcpu *c);                            /* [any] c->attention was set */
 
+/* ---- parallel.c ---- */
+/* A page of a slot gets (or has no longer) blocks of this vCPU. When it returns, writes to the page are told. */
+void soft_shared_mark(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page, bool on);
+void soft_shared_granules(struct soft_vm *vm, const uint8_t *host, uint64_t granules); /* of a page that is marked */
+/* Bytes of one page were written, by a vCPU or (NULL) by anyone: who has code of them is told. */
+void soft_shared_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, uint64_t size);
+/* A TLB entry to write to the page is about to be made: whether it may. */
+bool soft_shared_may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page);
+/* PAUSE where vCPUs have threads of their own: now and then the processor goes to another thread. */
+void soft_shared_pause(struct soft_vcpu *c);
+/* Between the two no other vCPU executes (but for a fault, which ends it as well). */
+void soft_alone_begin(struct soft_vcpu *c);
+void soft_alone_end(struct soft_vcpu *c);
+
 /* ---- block.c / exec.c ---- */
 /* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
 void soft_execute(struct soft_vcpu *c);
@@ -462,13 +547,15 @@ void soft_step(struct soft_vcpu *c);
 void soft_step_unkept(struct soft_vcpu *c);
 /* Whether the instruction at c->rip is UD0, UD1 or UD2. */
 bool soft_undefined_by_name(struct soft_vcpu *c);
-struct block_cache *soft_blocks_create(bool shares); /* memory, with the other VMs of this process */
+struct block_cache *soft_blocks_create(struct soft_vm *vm, uint32_t index); /* index: in vm->caches */
 void soft_blocks_destroy(struct block_cache *blocks);
-void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size); /* after code bytes changed */
-void soft_blocks_flush(struct soft_vm *vm);                                   /* everything (slots changed) */
+const struct soft_stats *soft_blocks_stats(const struct block_cache *blocks); /* what it counts itself; others are 0 */
+void soft_blocks_invalidate(struct block_cache *blocks, uint64_t gpa, uint64_t size); /* after code bytes changed */
+void soft_blocks_flush(struct block_cache *blocks); /* everything */
+void soft_blocks_flush_all(struct soft_vm *vm);     /* everything of all vCPUs (slots changed) */
 /* At these offsets in every page (a bit each) blocks end, and soft_stop_at_breakpoint() is asked. Flushes. */
 void soft_blocks_set_stops(struct soft_vm *vm, const uint64_t stops[64]);
-void soft_blocks_rest(struct soft_vm *vm); /* the VM sleeps, no block runs: give back what exceeds its share of memory */
+void soft_blocks_rest(struct block_cache *blocks); /* its vCPUs sleep, no block runs: give back what exceeds its share of memory */
 /* ---- jump.c ---- */
 void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too);       /* mmu.c: with every TLB flush */
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */

@@ -50,6 +50,7 @@ struct soft_config {
     uint64_t epoch_ns;        /* wall clock (CLOCK_REALTIME, ns) at time 0, for kvmclock's wall clock */
     uint64_t tsc_khz;         /* rate of the guest's TSC */
     uint32_t quantum;         /* instructions a vCPU runs before the next has its turn, e.g. 100000 */
+    bool parallel;            /* each vCPU has a thread of its own, which calls soft_vcpu_run(); not with the virtual clock */
     bool no_pit;              /* no 8254 and no port 0x61 */
     bool no_irqchip;          /* the interrupt controllers are elsewhere: accesses to them go to the callback */
 };
@@ -57,7 +58,7 @@ struct soft_config {
 enum soft_stop {
     SOFT_STOP_WAKE,     /* soft_vm_wake() was called; all vCPUs are between instructions */
     SOFT_STOP_SHUTDOWN, /* triple fault of *vcpu */
-    SOFT_STOP_HALTED,   /* every vCPU is in HLT with interrupts off or waits for SIPI: nothing can wake the VM
+    SOFT_STOP_HALTED,   /* (soft_vcpu_run(): told to each thread once) every vCPU is in HLT with interrupts off or waits for SIPI: nothing can wake the VM
                            but an NMI, an INIT or the caller */
     SOFT_STOP_ALARM,    /* the alarm of soft_vm_set_alarm() is due */
     SOFT_STOP_DEBUG,    /* a breakpoint or single step that the caller asked for with soft_vcpu_set_debug() */
@@ -81,9 +82,24 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size);
 enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu);
 /* [any] Make soft_vm_run() return SOFT_STOP_WAKE within 1 ms. Sticky: if no run is under way, the next returns at once. */
 void soft_vm_wake(struct soft_vm *vm);
-/* The same from within the access callback, so that no instruction follows the one that makes the access (after a read of
- * MMIO: few, to the end of its block). */
-void soft_vm_wake_now(struct soft_vm *vm);
+/* The same from within the access callback of a vCPU, so that no instruction follows the one that makes the access (after a
+ * read of MMIO: few, to the end of its block). */
+void soft_vm_wake_now(struct soft_vm *vm, uint32_t vcpu);
+
+/* ---- several vCPUs at once (soft_config.parallel) ----
+ * Each vCPU is run by its own thread. What says "only while no thread is inside soft_vm_run()" holds between
+ * soft_vm_stop_all() and soft_vm_go(), or inside of a callback for the vCPU's own registers. */
+/* Run one vCPU until something of enum soft_stop. [its thread] */
+enum soft_stop soft_vcpu_run(struct soft_vm *vm, uint32_t vcpu);
+/* [any] As soft_vm_wake(), of one vCPU. */
+void soft_vcpu_wake(struct soft_vm *vm, uint32_t vcpu);
+/* Around what blocks in an access callback, so that others need not wait for this thread. [its thread] */
+void soft_vcpu_outside(struct soft_vm *vm, uint32_t vcpu);
+void soft_vcpu_inside(struct soft_vm *vm, uint32_t vcpu);
+/* Wait until every vCPU is between instructions, or in an access callback, and keep them there: under 1 ms. Not from a callback. */
+void soft_vm_stop_all(struct soft_vm *vm);
+void soft_vm_go(struct soft_vm *vm);
+
 /* Apply what the functions marked [any] sent, so that a state which is read next includes it. Not from a callback. */
 void soft_vm_settle(struct soft_vm *vm);
 /* From within the access callback: this access is not answered now. What the callback returns is ignored, the vCPU is

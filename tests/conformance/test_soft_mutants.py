@@ -23,7 +23,7 @@ MUTANTS = {
         "smc", MMU, "while (run < size && may_write(c->vm, slot, ++n))", "while (run < size)",
     ),
     "the block that is written to goes on": (
-        "smc", BLOCK, "bool changed = c->vm->blocks->changed;", "bool changed = false;",
+        "smc", BLOCK, "bool changed = c->blocks->changed;", "bool changed = false;",
     ),
     "the end of a block counts for nothing": (
         "smc", BLOCK, "p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));",
@@ -40,7 +40,7 @@ MUTANTS = {
         "for (unsigned view = 0; view < VIEW_COUNT; view++) {",
     ),
     "addresses still lead to the old block": (
-        "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(vm);", "b->changed = true;",
+        "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(b);", "b->changed = true;",
     ),
     "INVLPG leaves addresses of code": ("smc", MMU, "soft_jump_cache_flush_page(c, linear);", ""),
     "another processor can still write": (
@@ -48,15 +48,15 @@ MUTANTS = {
         "if (!host)\n        return;\n    for (unsigned n = 0; n < 1; n++) {",
     ),
     "another processor's addresses": (
-        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (vm->vcpus[i])",
-        "for (unsigned i = 0; i < 1; i++)\n        if (vm->vcpus[i])",
+        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)",
+        "for (unsigned i = 0; i < 1; i++)\n        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)",
     ),
     "DMA is not looked at": (
-        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);", ";",
+        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);", ";",
     ),
     "DMA at the end of what it wrote": (
-        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);",
-        "soft_blocks_invalidate(vm, ranges[i].gpa & ~0xFFFull, 1);",
+        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);",
+        "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa & ~0xFFFull, 1);",
     ),
 }  # fmt: skip
 SECONDS = 20

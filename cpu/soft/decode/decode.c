@@ -279,7 +279,6 @@ unsigned rmw_begin(struct dec *d, unsigned size)
 {
     if (!d->mem)
         return reg_off(d, d->rm, size);
-    d->lock_ok = true;
     emit_address(d, size, true);
     struct uop *u = emit(d, OP_rmw_load);
     u->size = (uint8_t)size;
@@ -370,8 +369,6 @@ static bool decode_one(struct dec *d)
         d->rip_fix = -1;
         emit_helper_end(d, len > 15 ? h_gp : h_ud);
         len = len > 15 ? 15 : len;
-    } else if (d->lock && !d->end) {
-        emit(d, OP_fence);
     }
     if (d->rip_fix >= 0)
         o->uops[d->rip_fix].imm += d->pos;

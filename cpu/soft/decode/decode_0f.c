@@ -254,7 +254,7 @@ static void group9(struct dec *d)
             bool wide = d->rex & 8;
             d->lock_ok = true;
             emit_address(d, wide ? 16 : 8, true);
-            emit_helper_store(d, wide ? h_cmpxchg16b : h_cmpxchg8b);
+            emit_helper_store(d, d->lock ? wide ? h_lock_cmpxchg16b : h_lock_cmpxchg8b : wide ? h_cmpxchg16b : h_cmpxchg8b);
             return;
         }
         if (n >= 3 && n <= 5 && !d->rep && !d->p66) { /* XRSTORS, XSAVEC, XSAVES */
@@ -278,6 +278,14 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
     struct uop *u;
     if (by_imm) {
         uint8_t imm = dec_u8(d);
+        if (d->lock && d->mem && op) {
+            d->lock_ok = true;
+            emit_address(d, size, true);
+            u = emit_helper_store(d, h_lock_bit);
+            u->disp = imm & (int)(size * 8 - 1);
+            u->aux = (uint8_t)op;
+            return;
+        }
         unsigned r = op == 0 ? source_rm(d, size) : rmw_begin(d, size);
         u = emit_flags(d, OP_bt_ri, OP_NONE, FLAG_C, FLAG_C, 0);
         u->r0 = (uint8_t)r;
@@ -292,6 +300,7 @@ static void bit_test(struct dec *d, unsigned op, bool by_imm)
         emit_address(d, 0, op != 0); /* the operand's own address need not be inside its segment, only the bit's */
         u = emit_helper_store(d, h_bt_m);
         u->base = (uint8_t)d->adsize;
+        u->scale = d->lock && op;
     } else {
         u = emit_flags(d, OP_bt_rr, OP_NONE, FLAG_C, FLAG_C, 0);
         u->r0 = (uint8_t)(d->rm * 8);
@@ -506,7 +515,6 @@ void decode_two_byte(struct dec *d)
         dec_modrm(d);
         uint8_t count = b & 1 ? 0 : dec_u8(d);
         unsigned r = rmw_begin(d, d->opsize);
-        d->lock_ok = false;
         unsigned op = b & 8 ? b & 1 ? OP_shrd_rc : OP_shrd_ri : b & 1 ? OP_shld_rc : OP_shld_ri;
         u = emit_flags(d, op, OP_NONE, FLAGS_ALL, 0, 0);
         u->r0 = (uint8_t)r;
@@ -526,7 +534,7 @@ void decode_two_byte(struct dec *d)
         if (d->mem) {
             d->lock_ok = true;
             emit_address(d, size, true);
-            u = emit_helper_store(d, h_cmpxchg_m);
+            u = emit_helper_store(d, d->lock ? h_lock_cmpxchg : h_cmpxchg_m);
         } else {
             u = emit_helper(d, h_cmpxchg);
             u->r0 = (uint8_t)reg_off(d, d->rm, size);
@@ -555,6 +563,14 @@ void decode_two_byte(struct dec *d)
     case 0xC0: case 0xC1: {
         unsigned size = b & 1 ? d->opsize : 1;
         dec_modrm(d);
+        if (d->lock && d->mem) {
+            d->lock_ok = true;
+            emit_address(d, size, true);
+            u = emit_helper_store(d, h_lock_xadd);
+            u->r1 = (uint8_t)reg_off(d, d->reg, size);
+            u->size = (uint8_t)size;
+            return;
+        }
         unsigned r = rmw_begin(d, size);
         /* The register gets the old value only when the store can no longer fault: rmw_begin has probed it. */
         u = emit_flags(d, OP_xadd, OP_NONE, FLAGS_ALL, FLAGS_ALL, 0);

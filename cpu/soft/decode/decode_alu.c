@@ -19,6 +19,27 @@ static void note_fusable(struct dec *d, unsigned op, bool imm)
     m->fuse_imm = imm;
 }
 
+/* LOCK: memory op= register, or the immediate `imm` if reg is negative. */
+static void locked_alu(struct dec *d, unsigned op, unsigned size, int reg, int64_t imm)
+{
+    d->lock_ok = true;
+    emit_address(d, size, true);
+    struct uop *u = emit_helper_store(d, h_lock_alu);
+    u->aux = (uint8_t)op;
+    u->size = (uint8_t)size;
+    u->index = reg < 0;
+    u->r1 = (uint8_t)(reg < 0 ? 0 : reg);
+    u->disp = (int32_t)imm;
+}
+static void locked_unary(struct dec *d, unsigned op, unsigned size)
+{
+    d->lock_ok = true;
+    emit_address(d, size, true);
+    struct uop *u = emit_helper_store(d, h_lock_unary);
+    u->aux = (uint8_t)op;
+    u->size = (uint8_t)size;
+}
+
 /* r/m op= register */
 void decode_alu_rm_reg(struct dec *d, unsigned op, unsigned size)
 {
@@ -32,7 +53,10 @@ void decode_alu_rm_reg(struct dec *d, unsigned op, unsigned size)
         note_fusable(d, op, false);
         return;
     }
-    d->lock_ok = op < ALU_CMP;
+    if (d->lock && op < ALU_CMP) {
+        locked_alu(d, op, size, (int)reg, 0);
+        return;
+    }
     int form = address_form(d, size, op < ALU_CMP);
     u = emit_alu(d, op, OP_OF(alu_mr, op, s, 0, form), OP_OF(alu_mr, op, s, 1, form));
     operand(d, u);
@@ -75,7 +99,10 @@ void decode_alu_rm_imm(struct dec *d, unsigned op, unsigned size, int64_t imm)
         return;
     }
     unsigned s = LOG2(size);
-    d->lock_ok = op < ALU_CMP;
+    if (d->lock && op < ALU_CMP) {
+        locked_alu(d, op, size, -1, imm);
+        return;
+    }
     int form = address_form(d, size, op < ALU_CMP);
     struct uop *u = emit_alu(d, op, OP_OF(alu_mi, op, s, 0, form), OP_OF(alu_mi, op, s, 1, form));
     operand(d, u);
@@ -93,7 +120,6 @@ void decode_shift(struct dec *d, unsigned size, int count) /* count -1: CL */
             struct uop *u = emit_pure(d, OP_SIZED(mov_rr, s));
             u->r0 = u->r1 = (uint8_t)r;
             rmw_end(d, size);
-            d->lock_ok = false;
             return;
         }
     }
@@ -108,7 +134,6 @@ void decode_shift(struct dec *d, unsigned size, int count) /* count -1: CL */
     }
     u->r0 = (uint8_t)r;
     rmw_end(d, size);
-    d->lock_ok = false;
 }
 
 void decode_group3(struct dec *d)
@@ -121,8 +146,9 @@ void decode_group3(struct dec *d)
         return;
     case 2: case 3: {
         unsigned op = (d->reg & 7) == 2 ? UN_NOT : UN_NEG, effects = op == UN_NEG ? FLAGS_ALL : 0;
-        if (d->mem) {
-            d->lock_ok = true;
+        if (d->mem && d->lock) {
+            locked_unary(d, op, size);
+        } else if (d->mem) {
             int form = address_form(d, size, true);
             u = impure(d, emit_flags(d, OP_OF(unary_m, op, s, 0, form), OP_OF(unary_m, op, s, 1, form), effects, effects, 0));
             operand(d, u);
@@ -149,8 +175,9 @@ void decode_inc_dec(struct dec *d, unsigned op, unsigned size)
 {
     unsigned s = LOG2(size);
     struct uop *u;
-    if (d->mem) {
-        d->lock_ok = true;
+    if (d->mem && d->lock) {
+        locked_unary(d, op, size);
+    } else if (d->mem) {
         int form = address_form(d, size, true);
         u = impure(d, emit_flags(d, OP_OF(unary_m, op, s, 0, form), OP_OF(unary_m, op, s, 1, form), FLAGS_REST, FLAGS_REST, 0));
         operand(d, u);

@@ -315,7 +315,7 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
         struct soft_slot *slot;
         if (valid(c, entry, 0, P | U | A) && (entry & W) && (entry & D) && leaf.writable && soft_phys(c->vm, entry & ADDRESS, true, &slot) &&
             slot->code_pages[((entry & ADDRESS) - slot->gpa) >> 12])
-            soft_blocks_invalidate(c->vm, entry & ADDRESS, PAGE_BYTES);
+            soft_blocks_invalidate(c->blocks, entry & ADDRESS, PAGE_BYTES);
     }
     for (unsigned i = first; i < end; i++) {
         bool touched = i == target;

@@ -260,7 +260,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, int status)
 static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
 {
     struct soft_vm *vm = c->vm;
-    uint64_t at = vm->turn_limit_ns, limit = vm->config.vcpus > 1 ? SHARE_NS : LONGEST_NS;
+    uint64_t at = c->turn_limit_ns, limit = vm->config.vcpus > 1 ? SHARE_NS : LONGEST_NS;
     uint64_t end = at > UINT64_MAX - vm->start_ns ? UINT64_MAX : at + vm->start_ns;
     return end < now + limit ? end : now + limit;
 }

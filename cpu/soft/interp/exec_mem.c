@@ -4,7 +4,7 @@
 
 HANDLER(nop) { NEXT; }
 
-/* After a LOCKed operation: no later load may pass it (devices on other threads look at the same memory). */
+/* No later load may pass an earlier store: other vCPUs and devices look at the same memory. */
 HANDLER(fence)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);

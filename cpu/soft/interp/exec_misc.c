@@ -23,6 +23,8 @@ HANDLER(call_helper_end)
     SYNC();
     ((helper_fn)(uintptr_t)u->ptr)(c, u);
     c->budget--;
+    if (c->vm->parallel) /* serializing instructions are among them (Intel SDM vol. 3, 8.3) */
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return block_enter(c, u, rip);
 }
 
@@ -63,12 +65,15 @@ HELPER(h_bt_m)
         at = base + ((at - base) & (u->base == 4 ? UINT32_MAX : 0xFFFF));
     if (!c->code64)
         at = soft_seg_check(c, u->seg, at - base, size, u->aux != 0);
-    if (u->aux)
-        soft_probe_write(c, at, size);
-    uint64_t v = load(c, at, size);
-    if (u->aux) {
-        store(c, at, size, bit_result(v, bit, u->aux));
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    uint64_t v;
+    if (u->scale) { /* LOCK */
+        v = soft_locked_bit(c, at, size, u->aux, bit);
+    } else {
+        if (u->aux)
+            soft_probe_write(c, at, size);
+        v = load(c, at, size);
+        if (u->aux)
+            store(c, at, size, bit_result(v, bit, u->aux));
     }
     flags_set_co(c, v >> bit & 1, flag_of(c));
 }
@@ -151,17 +156,6 @@ HELPER(h_cmpxchg16b)
         c->gpr[RAX] = low;
         c->gpr[RDX] = high;
     }
-}
-HELPER(h_xchg_m)
-{
-    uint64_t at = c->tmp[0];
-    uint8_t *p;
-    if (!tlb_hit(c, at, u->size, ACCESS_WRITE, &p))
-        soft_probe_write(c, at, u->size);
-    uint64_t old = load(c, at, u->size);
-    store(c, at, u->size, get_reg(c, u->r0, u->size));
-    set_reg(c, u->r0, u->size, old);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 HELPER(h_xlat)
 {

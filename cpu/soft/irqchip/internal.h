@@ -9,6 +9,7 @@
 #include "soft/irqchip/irqchip.h"
 
 #include <linux/kvm.h>
+#include <pthread.h>
 
 enum { IRQCHIP_MAX_VCPUS = 16, IOAPIC_PINS = KVM_IOAPIC_NUM_PINS, PIC_CASCADE = 2 };
 #define IRQCHIP_NEVER UINT64_MAX
@@ -59,6 +60,7 @@ struct irqchip {
     bool pic_output;         /* INTR of the master */
     struct pit pit;
     bool no_pit;             /* its ports are nobody's */
+    pthread_mutex_t lock;    /* host.threads; recursive, since callbacks come back */
 };
 
 /* A message on the APIC bus. */

@@ -14,6 +14,13 @@ struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host)
         return NULL;
     chip->host = *host;
     chip->vcpus = vcpus;
+    if (host->threads) {
+        pthread_mutexattr_t attributes;
+        pthread_mutexattr_init(&attributes);
+        pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
+        pthread_mutex_init(&chip->lock, &attributes);
+        pthread_mutexattr_destroy(&attributes);
+    }
     pic_reset(chip);
     ioapic_reset(chip);
     pit_reset(chip);
@@ -25,11 +32,39 @@ struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host)
     return chip;
 }
 
-void irqchip_destroy(struct irqchip *chip) { free(chip); }
+void irqchip_destroy(struct irqchip *chip)
+{
+    if (chip->host.threads)
+        pthread_mutex_destroy(&chip->lock);
+    free(chip);
+}
+
+void irqchip_lock(struct irqchip *chip)
+{
+    if (chip->host.threads)
+        pthread_mutex_lock(&chip->lock);
+}
+void irqchip_unlock(struct irqchip *chip)
+{
+    if (chip->host.threads)
+        pthread_mutex_unlock(&chip->lock);
+}
+static struct irqchip *locked(struct irqchip *chip)
+{
+    irqchip_lock(chip);
+    return chip;
+}
+static void unlock(struct irqchip **chip) { irqchip_unlock(*chip); }
+/* To the end of the function. */
+#define ALONE_IN(chip) __attribute__((cleanup(unlock), unused)) struct irqchip *guard_ = locked(chip)
 
 void irqchip_without_pit(struct irqchip *chip) { chip->no_pit = true; }
 
-void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init) { lapic_reset(&chip->lapics[index], init); }
+void irqchip_reset_lapic(struct irqchip *chip, uint32_t index, bool init)
+{
+    ALONE_IN(chip);
+    lapic_reset(&chip->lapics[index], init);
+}
 
 /* ---- routes ---- */
 #define ICR_LOGICAL_OR_SHORTHAND (1u << 11 | 3u << 18)
@@ -86,6 +121,7 @@ bool irqchip_send(struct irqchip *chip, const struct apic_message *m)
 
 int irqchip_multicast(struct irqchip *chip, uint64_t low, uint64_t high, unsigned width, uint32_t first, uint32_t icr)
 {
+    ALONE_IN(chip);
     uint8_t vector = (uint8_t)icr, mode = (icr >> 8) & 7;
     int reached = 0;
     if (icr & ICR_LOGICAL_OR_SHORTHAND)
@@ -101,6 +137,7 @@ int irqchip_multicast(struct irqchip *chip, uint64_t low, uint64_t high, unsigne
 
 void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t now)
 {
+    ALONE_IN(chip);
     (void)now;
     if (gsi >= IOAPIC_PINS || gsi == PIC_CASCADE)
         return;
@@ -112,6 +149,7 @@ void irqchip_set_gsi(struct irqchip *chip, uint32_t gsi, bool level, uint64_t no
 /* SDM 11.11: message address and data. */
 void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
 {
+    ALONE_IN(chip);
     struct apic_message m = {.destination = (address >> 12) & 0xFF, .vector = (uint8_t)data, .mode = (data >> 8) & 7,
                              .logical = address & 4, .level = data & 0x8000};
     if (address >> 20 != 0xFEE)
@@ -127,6 +165,7 @@ void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
 
 int irqchip_pending(struct irqchip *chip, uint32_t index)
 {
+    ALONE_IN(chip);
     struct lapic *l = &chip->lapics[index];
     if (chip->pic_output && irqchip_accepts_pic(chip, l))
         return pic_peek(chip);
@@ -135,6 +174,7 @@ int irqchip_pending(struct irqchip *chip, uint32_t index)
 
 int irqchip_acknowledge(struct irqchip *chip, uint32_t index)
 {
+    ALONE_IN(chip);
     struct lapic *l = &chip->lapics[index];
     bool from_pic = irqchip_accepts_pic(chip, l) && (chip->pic_output || !lapic_hw_enabled(l));
     return from_pic ? pic_acknowledge(chip) : lapic_acknowledge(l);
@@ -150,23 +190,34 @@ bool irqchip_may_nmi(const struct irqchip *chip)
     return false;
 }
 
-uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index) { return lapic_tpr(&chip->lapics[index]); }
+uint8_t irqchip_get_tpr(struct irqchip *chip, uint32_t index)
+{
+    ALONE_IN(chip);
+    return lapic_tpr(&chip->lapics[index]);
+}
 
-void irqchip_set_tpr(struct irqchip *chip, uint32_t index, uint8_t tpr) { lapic_set_tpr(&chip->lapics[index], tpr); }
+void irqchip_set_tpr(struct irqchip *chip, uint32_t index, uint8_t tpr)
+{
+    ALONE_IN(chip);
+    lapic_set_tpr(&chip->lapics[index], tpr);
+}
 
 /* ---- accesses ---- */
 bool irqchip_msr_read(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t *value, uint64_t now)
 {
+    ALONE_IN(chip);
     return lapic_msr_read(&chip->lapics[index], msr, value, now);
 }
 
 bool irqchip_msr_write(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now)
 {
+    ALONE_IN(chip);
     return lapic_msr_write(&chip->lapics[index], msr, value, now, false);
 }
 
 bool irqchip_restore_msr(struct irqchip *chip, uint32_t index, uint32_t msr, uint64_t value, uint64_t now)
 {
+    ALONE_IN(chip);
     return lapic_msr_write(&chip->lapics[index], msr, value, now, true);
 }
 
@@ -179,6 +230,7 @@ static bool in_ioapic(uint64_t gpa) { return gpa >= IOAPIC_BASE && gpa < IOAPIC_
 
 bool irqchip_mmio_read(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8_t size, uint64_t *value, uint64_t now)
 {
+    ALONE_IN(chip);
     struct lapic *l = &chip->lapics[index];
     if (in_lapic(l, gpa))
         return lapic_mmio_read(l, gpa & 0xFFF, size, value, now);
@@ -193,6 +245,7 @@ bool irqchip_mmio_read(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8
 
 bool irqchip_mmio_write(struct irqchip *chip, uint32_t index, uint64_t gpa, uint8_t size, uint64_t value, uint64_t now)
 {
+    ALONE_IN(chip);
     struct lapic *l = &chip->lapics[index];
     if (in_lapic(l, gpa)) {
         lapic_mmio_write(l, gpa & 0xFFF, size, value, now);
@@ -215,6 +268,7 @@ static bool is_pit(const struct irqchip *chip, uint16_t port)
 /* Wider accesses reach the byte ports one after the other; a byte that nobody answers reads as ones. */
 bool irqchip_port_read(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t *value, uint64_t now)
 {
+    ALONE_IN(chip);
     if (!is_pic(port) && !is_pit(chip, port))
         return false;
     *value = 0;
@@ -228,6 +282,7 @@ bool irqchip_port_read(struct irqchip *chip, uint16_t port, uint8_t size, uint64
 
 bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint64_t value, uint64_t now)
 {
+    ALONE_IN(chip);
     if (!is_pic(port) && !is_pit(chip, port))
         return false;
     for (unsigned i = 0; i < size; i++) {
@@ -243,6 +298,7 @@ bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint6
 /* ---- time ---- */
 uint64_t irqchip_next_event(struct irqchip *chip)
 {
+    ALONE_IN(chip);
     uint64_t next = pit_next_event(chip);
     for (uint32_t i = 0; i < chip->vcpus; i++) {
         uint64_t at = lapic_next_event(&chip->lapics[i]);
@@ -254,13 +310,29 @@ uint64_t irqchip_next_event(struct irqchip *chip)
 
 void irqchip_advance(struct irqchip *chip, uint64_t now)
 {
+    ALONE_IN(chip);
     pit_advance(chip, now);
     for (uint32_t i = 0; i < chip->vcpus; i++)
         lapic_advance(&chip->lapics[i], now);
 }
 
+uint64_t irqchip_next_event_of(struct irqchip *chip, uint32_t index)
+{
+    ALONE_IN(chip);
+    uint64_t pit = pit_next_event(chip), own = lapic_next_event(&chip->lapics[index]);
+    return pit < own ? pit : own;
+}
+
+void irqchip_advance_of(struct irqchip *chip, uint32_t index, uint64_t now)
+{
+    ALONE_IN(chip);
+    pit_advance(chip, now);
+    lapic_advance(&chip->lapics[index], now);
+}
+
 void irqchip_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now)
 {
+    ALONE_IN(chip);
     pit_clock_moved(chip, before, now);
     for (uint32_t i = 0; i < chip->vcpus; i++)
         lapic_clock_moved(&chip->lapics[i], before, now);
@@ -275,17 +347,20 @@ uint32_t irqchip_levels(const struct irqchip *chip)
 /* ---- state ---- */
 void irqchip_get_lapic(struct irqchip *chip, uint32_t index, struct kvm_lapic_state *state, uint64_t now)
 {
+    ALONE_IN(chip);
     irqchip_advance(chip, now);
     lapic_save(&chip->lapics[index], state, now);
 }
 
 void irqchip_set_lapic(struct irqchip *chip, uint32_t index, const struct kvm_lapic_state *state, uint64_t now)
 {
+    ALONE_IN(chip);
     lapic_load(&chip->lapics[index], state, now);
 }
 
 int irqchip_get(struct irqchip *chip, struct kvm_irqchip *state)
 {
+    ALONE_IN(chip);
     uint32_t id = state->chip_id;
     memset(&state->chip, 0, sizeof state->chip);
     if (id == KVM_IRQCHIP_IOAPIC)
@@ -299,6 +374,7 @@ int irqchip_get(struct irqchip *chip, struct kvm_irqchip *state)
 
 int irqchip_set(struct irqchip *chip, const struct kvm_irqchip *state, uint64_t now)
 {
+    ALONE_IN(chip);
     (void)now;
     if (state->chip_id == KVM_IRQCHIP_IOAPIC) {
         ioapic_load(chip, &state->chip.ioapic);
@@ -309,8 +385,13 @@ int irqchip_set(struct irqchip *chip, const struct kvm_irqchip *state, uint64_t 
 
 void irqchip_get_pit(struct irqchip *chip, struct kvm_pit_state2 *state, uint64_t now)
 {
+    ALONE_IN(chip);
     irqchip_advance(chip, now);
     pit_save(chip, state, now);
 }
 
-void irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, uint64_t now) { pit_load(chip, state, now); }
+void irqchip_set_pit(struct irqchip *chip, const struct kvm_pit_state2 *state, uint64_t now)
+{
+    ALONE_IN(chip);
+    pit_load(chip, state, now);
+}

@@ -1,6 +1,7 @@
 /* PIC, IOAPIC, LAPIC and PIT of the software core, as one state machine without threads.
  *
- * All calls are made by the thread that runs the VM. Time is an argument: nothing here reads a clock.
+ * Calls are made by the thread that runs the VM, or by any if it was created for `threads`: then one at a time is inside, the
+ * callbacks included. Time is an argument: nothing here reads a clock.
  * Sources: Intel SDM vol. 3 ch. 11 (APIC), 82093AA (IOAPIC), 8259A, 8254.
  */
 #ifndef SOFT_IRQCHIP_H
@@ -15,6 +16,7 @@ struct irqchip;
 /* What the irqchip asks of the vCPUs. `index` is the vCPU's. */
 struct irqchip_host {
     void *ctx;
+    bool threads;
     void (*wake)(void *ctx, uint32_t index);    /* re-check irqchip_pending(); it may have changed */
     void (*nmi)(void *ctx, uint32_t index);
     void (*init)(void *ctx, uint32_t index);
@@ -23,6 +25,10 @@ struct irqchip_host {
     uint64_t (*tsc)(void *ctx, uint32_t index, uint64_t now_ns);                /* guest TSC at a time */
     uint64_t (*tsc_to_ns)(void *ctx, uint32_t index, uint64_t tsc); /* inverse, UINT64_MAX if never */
 };
+
+/* Keep all others out; nests. */
+void irqchip_lock(struct irqchip *chip);
+void irqchip_unlock(struct irqchip *chip);
 
 struct irqchip *irqchip_create(uint32_t vcpus, const struct irqchip_host *host);
 void irqchip_destroy(struct irqchip *chip);
@@ -66,6 +72,9 @@ bool irqchip_port_write(struct irqchip *chip, uint16_t port, uint8_t size, uint6
 /* Timers: the earliest time (ns) at which irqchip_advance() has work, UINT64_MAX if none; and do it. */
 uint64_t irqchip_next_event(struct irqchip *chip);
 void irqchip_advance(struct irqchip *chip, uint64_t now);
+/* The same of what one vCPU's thread looks after: the 8254 and its own LAPIC. */
+uint64_t irqchip_next_event_of(struct irqchip *chip, uint32_t index);
+void irqchip_advance_of(struct irqchip *chip, uint32_t index, uint64_t now);
 
 /* The clock was set: what was running goes on as far from its end as it was. */
 void irqchip_clock_moved(struct irqchip *chip, uint64_t before, uint64_t now);

@@ -29,13 +29,6 @@
 #define SYNC() (c->rip = rip + u->off, c->budget -= u->idx, c->access_ss = u->seg == SEG_SS)
 #define UNSYNC() (c->budget += u->idx)
 
-/* Guest memory has no alignment. */
-typedef uint8_t mem8;
-typedef uint16_t mem16 __attribute__((aligned(1), may_alias));
-typedef uint32_t mem32 __attribute__((aligned(1), may_alias));
-typedef uint64_t mem64 __attribute__((aligned(1), may_alias));
-#define MEM(bits, p) (*(mem##bits *)(p))
-
 /* Whether a TLB entry allows the access to [a, a+size); *p is then its host address. */
 static inline bool tlb_hit(const struct soft_vcpu *c, uint64_t a, unsigned size, enum soft_kind kind, uint8_t **p)
 {

@@ -10,13 +10,13 @@
 
 struct soft_slot *soft_find_slot(struct soft_vm *vm, uint64_t gpa)
 {
-    struct soft_slot *slot = &vm->slots[vm->last_slot];
+    struct soft_slot *slot = &vm->slots[__atomic_load_n(&vm->last_slot, __ATOMIC_RELAXED)];
     if (gpa - slot->gpa < slot->size)
         return slot;
     for (uint32_t i = 0; i < vm->slot_count; i++) {
         slot = &vm->slots[i];
         if (gpa - slot->gpa < slot->size) {
-            vm->last_slot = i;
+            __atomic_store_n(&vm->last_slot, i, __ATOMIC_RELAXED);
             return slot;
         }
     }
@@ -33,17 +33,19 @@ uint8_t *soft_phys(struct soft_vm *vm, uint64_t gpa, bool for_write, struct soft
     return slot->host + (gpa - slot->gpa);
 }
 
-void soft_written(struct soft_vm *vm, struct soft_slot *slot, uint64_t gpa, unsigned size)
+void soft_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, unsigned size)
 {
     uint64_t first = (gpa - slot->gpa) >> 12;
     if (first >= slot->size >> 12)
         return;
     if (slot->log_dirty)
-        slot->dirty[first >> 3] |= (uint8_t)(1u << (first & 7));
+        soft_set_dirty(slot, first);
     if (SOFT_UNLIKELY(vm->host.written != NULL))
         vm->host.written(vm->host.ctx, gpa & PAGE_MASK);
-    if (slot->code_pages[first])
-        soft_blocks_invalidate(vm, gpa, size);
+    if (vm->parallel)
+        soft_shared_written(vm, by, slot, gpa, size);
+    else if (slot->code_pages[first])
+        soft_blocks_invalidate(vm->caches[0], gpa, size);
 }
 
 void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size)
@@ -57,7 +59,7 @@ void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigne
         uint8_t *host = soft_phys(vm, gpa, true, &slot);
         if (host) {
             memcpy(host, bytes, part);
-            soft_written(vm, slot, gpa, part);
+            soft_written(vm, NULL, slot, gpa, part);
         }
         gpa += part;
         bytes += part;
@@ -71,10 +73,10 @@ static uint64_t read_host(const uint8_t *host, unsigned size)
 {
     uint64_t v = 0;
     switch (size) {
-    case 1: return *host;
-    case 2: { uint16_t x; memcpy(&x, host, 2); return x; }
-    case 4: { uint32_t x; memcpy(&x, host, 4); return x; }
-    case 8: memcpy(&v, host, 8); return v;
+    case 1: return soft_load8(host);
+    case 2: return soft_load16(host);
+    case 4: return soft_load32(host);
+    case 8: return soft_load64(host);
     default: memcpy(&v, host, size & 7); return v;
     }
 }
@@ -82,10 +84,10 @@ static uint64_t read_host(const uint8_t *host, unsigned size)
 static void write_host(uint8_t *host, unsigned size, uint64_t value)
 {
     switch (size) {
-    case 1: *host = (uint8_t)value; break;
-    case 2: { uint16_t x = (uint16_t)value; memcpy(host, &x, 2); break; }
-    case 4: { uint32_t x = (uint32_t)value; memcpy(host, &x, 4); break; }
-    case 8: memcpy(host, &value, 8); break;
+    case 1: soft_store8(host, (uint8_t)value); break;
+    case 2: soft_store16(host, (uint16_t)value); break;
+    case 4: soft_store32(host, (uint32_t)value); break;
+    case 8: soft_store64(host, value); break;
     default: memcpy(host, &value, size & 7); break;
     }
 }
@@ -126,7 +128,7 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
     uint8_t *host = soft_phys(vm, gpa, true, &slot);
     if (host && (gpa & ~PAGE_MASK) + size <= PAGE_BYTES) {
         write_host(host, size, value);
-        soft_written(vm, slot, gpa, size);
+        soft_written(vm, c, slot, gpa, size);
         return;
     }
     value &= mask_of(size);
@@ -330,12 +332,29 @@ void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size)
         translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
 }
 
-uint8_t *soft_rmw_pointer(struct soft_vcpu *c, uint64_t linear, unsigned size)
+enum soft_locking soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l)
 {
     struct parts p;
     check_alignment(c, linear, size);
     translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
-    return p.size[1] ? NULL : p.host[0];
+    *l = (struct soft_locked){ .host = p.host[0], .gpa = p.gpa[0], .size = size };
+    if (soft_one_line(linear, size)) {
+        if (l->host)
+            return LOCKED_RAM;
+        l->host = c->mmu.watching ? NULL : soft_phys(c->vm, l->gpa, true, &l->slot);
+        if (l->host)
+            return LOCKED_RAM;
+    }
+    for (unsigned i = 0; i < 2 && p.size[i]; i++)
+        if (!p.host[i] && !soft_phys(c->vm, p.gpa[i], true, NULL))
+            return LOCKED_BUS;
+    return LOCKED_ALONE;
+}
+
+void soft_unlock(struct soft_vcpu *c, const struct soft_locked *l)
+{
+    if (l->slot)
+        soft_written(c->vm, c, l->slot, l->gpa, l->size);
 }
 
 /* ---- data breakpoints ---- */
@@ -371,6 +390,19 @@ static int set_log(struct soft_vm *vm, struct soft_slot *slot, bool log_dirty)
     return 0;
 }
 
+static void free_maps(struct soft_slot *slot)
+{
+    free(slot->code_pages);
+    free(slot->granules);
+    free(slot->writers);
+    free(slot->dirty);
+}
+void soft_slots_free(struct soft_vm *vm)
+{
+    for (uint32_t i = 0; i < SOFT_MAX_SLOTS; i++)
+        free_maps(&vm->slots[i]);
+}
+
 int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t size, void *host, bool readonly,
                      bool log_dirty)
 {
@@ -387,15 +419,16 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
     }
     if (size) {
         fresh = (struct soft_slot){ .gpa = gpa, .size = size, .host = host, .readonly = readonly, .log_dirty = log_dirty };
-        fresh.code_pages = calloc(size >> 12, 1);
+        fresh.code_pages = calloc(size >> 12, sizeof *fresh.code_pages);
         fresh.dirty = log_dirty ? calloc((size >> 15) + 1, 1) : NULL;
-        if (!fresh.code_pages || (log_dirty && !fresh.dirty)) {
-            free(fresh.code_pages);
-            free(fresh.dirty);
+        fresh.granules = vm->parallel ? calloc(size >> 12, sizeof *fresh.granules) : NULL;
+        fresh.writers = vm->parallel ? calloc(size >> 12, sizeof *fresh.writers) : NULL;
+        if (!fresh.code_pages || (log_dirty && !fresh.dirty) || (vm->parallel && !(fresh.granules && fresh.writers))) {
+            free_maps(&fresh);
             return -ENOMEM;
         }
     }
-    soft_blocks_flush(vm);
+    soft_blocks_flush_all(vm);
     soft_events_lock(vm);
     struct soft_slot old = *slot;
     *slot = fresh;
@@ -405,8 +438,7 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
             vm->slot_count = i + 1;
     vm->last_slot = 0;
     soft_events_unlock(vm);
-    free(old.code_pages);
-    free(old.dirty);
+    free_maps(&old);
     soft_tlb_flush_all_vcpus(vm);
     return 0;
 }

@@ -28,15 +28,9 @@ static uint64_t load_entry(struct soft_vcpu *c, uint64_t gpa, unsigned size, str
     step->host = soft_phys(c->vm, gpa, false, &step->slot);
     if (!step->host)
         return step->entry = ~0ull; /* an unclaimed read; reserved bits make it fault */
-    if (size == 8) {
-        uint64_t v;
-        memcpy(&v, step->host, 8);
-        step->entry = v;
-    } else {
-        uint32_t v;
-        memcpy(&v, step->host, 4);
-        step->entry = v;
-    }
+    /* Whole, since another vCPU may change it. */
+    step->entry = size == 8 ? __atomic_load_n((const uint64_t *)(const void *)step->host, __ATOMIC_RELAXED)
+                            : __atomic_load_n((const uint32_t *)(const void *)step->host, __ATOMIC_RELAXED);
     return step->entry;
 }
 
@@ -56,7 +50,7 @@ static bool mark(struct soft_vcpu *c, struct step *step, unsigned size, uint64_t
                                          __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             return false;
     }
-    soft_written(c->vm, step->slot, step->gpa, size);
+    soft_written(c->vm, c, step->slot, step->gpa, size);
     return true;
 }
 
@@ -246,7 +240,7 @@ static bool clear_list(struct soft_vcpu *c, unsigned global)
 
 static void flush(struct soft_vcpu *c, bool global_too)
 {
-    c->vm->stats.tlb_flushes++;
+    c->stats.tlb_flushes++;
     clear_victims(c);
     if (!clear_list(c, 0) || (global_too && !clear_list(c, 1)))
         clear_all(c);
@@ -311,12 +305,18 @@ void soft_tlb_flush_writes(struct soft_vm *vm)
 {
     if (vm->direct)
         soft_direct_protect_all(vm);
-    for (unsigned index = 0; index < vm->config.vcpus; index++) {
-        struct soft_vcpu *vcpu = vm->vcpus[index];
-        for (unsigned view = 0; view < VIEW_COUNT; view++)
-            for (unsigned i = 0; i < TLB_SIZE; i++)
-                vcpu->tlbs[view].e[ACCESS_WRITE][i].tag = 1;
-        clear_victims(vcpu);
+    for (unsigned index = 0; index < vm->config.vcpus; index++)
+        soft_tlb_protect(vm->vcpus[index], NULL);
+}
+
+void soft_tlb_protect(struct soft_vcpu *c, const uint8_t *host)
+{
+    clear_victims(c);
+    for (unsigned view = 0; view < VIEW_COUNT; view++) {
+        struct soft_tlb_entry *e = c->tlbs[view].e[ACCESS_WRITE];
+        for (unsigned i = 0; i < TLB_SIZE; i++)
+            if (!host || (e[i].tag != 1 && e[i].tag + e[i].addend == (uint64_t)(uintptr_t)host))
+                e[i].tag = 1;
     }
 }
 
@@ -328,16 +328,8 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
         return;
     if (vm->direct)
         soft_direct_protect(vm, host);
-    for (unsigned n = 0; n < vm->config.vcpus; n++) {
-        struct soft_vcpu *c = vm->vcpus[n];
-        clear_victims(c);
-        for (unsigned view = 0; view < VIEW_COUNT; view++) {
-            struct soft_tlb_entry *e = c->tlbs[view].e[ACCESS_WRITE];
-            for (unsigned i = 0; i < TLB_SIZE; i++)
-                if (e[i].tag != 1 && e[i].tag + e[i].addend == (uint64_t)(uintptr_t)host)
-                    e[i].tag = 1;
-        }
-    }
+    for (unsigned n = 0; n < vm->config.vcpus; n++)
+        soft_tlb_protect(vm->vcpus[n], host);
 }
 
 /* ---- translation ---- */
@@ -346,12 +338,15 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
 enum { UNPAGED = 32 };
 
 /* Before the n-th page of a slot is written directly: false if it holds code, so that every write must be seen. */
-static inline bool may_write(struct soft_vm *vm, struct soft_slot *slot, uint64_t n)
+static inline bool may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64_t n)
 {
+    struct soft_vm *vm = c->vm;
     if (SOFT_UNLIKELY(vm->host.written != NULL))
         vm->host.written(vm->host.ctx, slot->gpa + (n << 12));
     if (slot->log_dirty)
-        slot->dirty[n >> 3] |= (uint8_t)(1u << (n & 7));
+        soft_set_dirty(slot, n);
+    if (vm->parallel)
+        return soft_shared_may_write(c, slot, n);
     return !slot->code_pages[n];
 }
 
@@ -376,13 +371,13 @@ static inline uint8_t *fill(struct soft_vcpu *c, uint64_t linear, enum soft_kind
         if (!walk(c, linear, kind, view, page, &error))
             soft_raise_pf(c, linear, error);
     }
-    c->vm->stats.tlb_fills++;
+    c->stats.tlb_fills++;
     uint8_t *host = soft_phys(c->vm, page->gpa, kind == ACCESS_WRITE, slot);
     if (!host)
         return NULL;
     if (kind != ACCESS_EXEC && c->mmu.watching && page_watched(c, linear))
         return NULL;
-    if (kind == ACCESS_WRITE && !may_write(c->vm, *slot, (page->gpa - (*slot)->gpa) >> 12))
+    if (kind == ACCESS_WRITE && !may_write(c, *slot, (page->gpa - (*slot)->gpa) >> 12))
         return NULL;
     if (page->shift > 12 && page->shift != UNPAGED) {
         if (page->shift == 30)
@@ -454,7 +449,7 @@ uint64_t soft_mmu_run(struct soft_vcpu *c, uint64_t linear, uint64_t size, enum 
     if (kind != ACCESS_WRITE)
         return size;
     uint64_t run = first, n = (page.gpa - slot->gpa) >> 12;
-    while (run < size && may_write(c->vm, slot, ++n))
+    while (run < size && may_write(c, slot, ++n))
         run += PAGE_BYTES;
     return run < size ? run : size;
 }

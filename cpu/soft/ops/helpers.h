@@ -35,10 +35,16 @@ HELPER(h_lahf); HELPER(h_sahf); HELPER(h_bound); HELPER(h_arpl_r); HELPER(h_arpl
 
 /* exec_misc.c */
 HELPER(h_daa); HELPER(h_das); HELPER(h_aaa); HELPER(h_aas); HELPER(h_aam); HELPER(h_aad); HELPER(h_salc); HELPER(h_xlat);
- HELPER(h_bt_m);              /* aux: 0 BT, 1 BTS, 2 BTR, 3 BTC; h_bt: register r0 by r1; _m: bit string */
+HELPER(h_bt_m);              /* a bit string by r1; aux: 0 BT, 1 BTS, 2 BTR, 3 BTC; base: address size; scale: locked */
 HELPER(h_crc32);
-HELPER(h_xadd); HELPER(h_cmpxchg); HELPER(h_cmpxchg_m); HELPER(h_cmpxchg8b); HELPER(h_cmpxchg16b); HELPER(h_xchg_m);
+HELPER(h_cmpxchg); HELPER(h_cmpxchg_m); HELPER(h_cmpxchg8b); HELPER(h_cmpxchg16b);
 HELPER(h_rdrand); HELPER(h_cpuid); HELPER(h_rdtsc); HELPER(h_rdtscp); HELPER(h_rdpmc);
+
+/* exec_lock.c: with LOCK; XCHG always is. aux: ALU_*, UN_*, of a bit as above; index: the operand is disp, else r1 */
+HELPER(h_lock_alu); HELPER(h_lock_unary); HELPER(h_lock_bit); HELPER(h_lock_xadd); HELPER(h_xchg_m);
+HELPER(h_lock_cmpxchg); HELPER(h_lock_cmpxchg8b); HELPER(h_lock_cmpxchg16b);
+/* The old value of an operand of which a bit is changed. */
+uint64_t soft_locked_bit(struct soft_vcpu *c, uint64_t at, unsigned size, unsigned op, unsigned bit);
 
 /* exec_sys.c */
 HELPER(h_in); HELPER(h_out);               /* disp: port, or -1: DX */

@@ -1,4 +1,5 @@
-/* The software core behind the thread loop: one native thread runs all vCPUs of a VM (soft_vm_run()).
+/* The software core behind the thread loop: one native thread runs all vCPUs of a VM (soft_vm_run()), or each has its own
+ * (soft_vcpu_run()).
  *
  * Who may touch the VM: soft.h allows most calls only while no thread executes guest code. `guest` is held by the
  * engine while it does, and given up around every access that may wait for the loop, so that the loop can read a parked vCPU's state
@@ -6,6 +7,8 @@
  *
  * An access that waits for the loop is put off (soft_vcpu_defer()), so that the other vCPUs of the VM go on. Where there is
  * no other, and with the virtual clock (where what the others do meanwhile would depend on timing), the thread waits in it.
+ *
+ * A vCPU with a thread of its own waits in its accesses, outside of the guest; enter() then makes all threads leave guest code.
  */
 #define _GNU_SOURCE
 #include "native/loop.h"
@@ -31,6 +34,8 @@ struct backend {
     pthread_mutex_t guest;
     _Atomic uint32_t wanted;      /* threads waiting in enter() */
     struct soft_entropy entropy;
+    pthread_mutex_t entropy_lock;
+    bool parallel;                /* each vCPU has an engine of its own */
     /* Every vCPU halted for good. Set before the last look at the guest, so that who raises an interrupt either is seen
      * by that look or sees this. */
     _Atomic bool idle;
@@ -47,6 +52,10 @@ static struct backend *of(struct lv_vm *vm) { return vm->core; }
 
 static void enter(struct backend *b)
 {
+    if (b->parallel) {
+        soft_vm_stop_all(b->soft);
+        return;
+    }
     atomic_fetch_add(&b->wanted, 1);
     if (pthread_mutex_trylock(&b->guest)) {
         soft_vm_wake(b->soft);
@@ -79,11 +88,17 @@ static bool enter_soon(struct backend *b)
 static void enter_to_read(struct backend *b)
 {
     enter(b);
-    if (atomic_load(&b->accessing) < 0)
+    if (!b->parallel && atomic_load(&b->accessing) < 0)
         soft_vm_settle(b->soft);
 }
 
-static void leave(struct backend *b) { pthread_mutex_unlock(&b->guest); }
+static void leave(struct backend *b)
+{
+    if (b->parallel)
+        soft_vm_go(b->soft);
+    else
+        pthread_mutex_unlock(&b->guest);
+}
 
 /* The engine's way back in: others first, since a mutex is not fair. */
 static void enter_guest(struct backend *b)
@@ -113,10 +128,18 @@ static uint64_t on_access(void *ctx, const struct soft_access *a)
         access.value &= (1ull << (8 * a->size)) - 1;
     struct lv_vcpu *vcpu = b->vm->vcpus[a->vcpu];
     uint64_t value;
+    if (b->parallel) {
+        soft_vcpu_outside(b->soft, a->vcpu);
+        value = lv_access(vcpu, &access);
+        soft_vcpu_inside(b->soft, a->vcpu);
+        if (atomic_load(&vcpu->kicked))
+            soft_vm_wake_now(b->soft, a->vcpu);
+        return value;
+    }
     if (a->retry) {
         vcpu->unfinished = false;
         if (atomic_load(&vcpu->kicked))
-            soft_vm_wake_now(b->soft); /* it could not park for that kick before this access was complete */
+            soft_vm_wake_now(b->soft, a->vcpu); /* it could not park for that kick before this access was complete */
         return vcpu->answer;
     }
     b->accessing = a->vcpu;
@@ -124,7 +147,7 @@ static uint64_t on_access(void *ctx, const struct soft_access *a)
     if (!b->defers) {
         value = lv_access(vcpu, &access);
         if (atomic_load(&vcpu->kicked))
-            soft_vm_wake_now(b->soft);
+            soft_vm_wake_now(b->soft, a->vcpu);
     } else if (!lv_try_access(vcpu, &access, &value)) {
         if (soft_vcpu_defer(b->soft, a->vcpu)) {
             struct lv_exit exit = lv_access_exit(&access);
@@ -142,7 +165,10 @@ static uint64_t on_access(void *ctx, const struct soft_access *a)
 
 static void on_random(void *ctx, void *buffer, size_t size)
 {
-    soft_entropy_fill(&((struct backend *)ctx)->entropy, buffer, size);
+    struct backend *b = ctx;
+    pthread_mutex_lock(&b->entropy_lock);
+    soft_entropy_fill(&b->entropy, buffer, size);
+    pthread_mutex_unlock(&b->entropy_lock);
 }
 
 static void on_eoi(void *ctx, uint32_t gsi) { lv_eoi(((struct backend *)ctx)->vm, gsi); }
@@ -189,10 +215,16 @@ static void halted(struct lv_engine *engine, uint32_t seq, uint32_t running)
     lv_engine_wait(engine, seq);
 }
 
+static void run_one(struct lv_engine *engine);
+
 static void run(struct lv_engine *engine)
 {
     struct lv_vm *vm = engine->vm;
     struct backend *b = of(vm);
+    if (b->parallel) {
+        run_one(engine);
+        return;
+    }
     engine->puts_off = !vm->config.virtual_clock; /* there the loop is waited for */
     while (!lv_closing(vm)) {
         uint32_t seq = atomic_load(&engine->seq), index = 0;
@@ -235,14 +267,52 @@ static void run(struct lv_engine *engine)
     }
 }
 
+/* The engine of a vCPU that has one for itself. */
+static void run_one(struct lv_engine *engine)
+{
+    struct lv_vcpu *vcpu = engine->vcpus[0];
+    struct backend *b = of(engine->vm);
+    while (!lv_closing(engine->vm)) {
+        uint32_t seq = atomic_load(&engine->seq);
+        if (!lv_park_kicked(engine)) {
+            lv_engine_wait(engine, seq);
+            continue;
+        }
+        struct lv_exit exit = {0};
+        switch (soft_vcpu_run(b->soft, vcpu->index)) {
+        case SOFT_STOP_WAKE: case SOFT_STOP_ALARM:
+            continue;
+        case SOFT_STOP_HALTED:
+            exit = (struct lv_exit){.kind = LV_HALT};
+            break;
+        case SOFT_STOP_SHUTDOWN:
+            exit = (struct lv_exit){.kind = LV_SHUTDOWN};
+            break;
+        case SOFT_STOP_DEBUG:
+            exit = debug_exit(b, vcpu->index);
+            break;
+        case SOFT_STOP_ERROR:
+            exit = (struct lv_exit){.kind = LV_INTERNAL_ERROR, .code = 4};
+            break;
+        }
+        lv_park(vcpu, &exit);
+    }
+}
+
 static void kick(struct lv_vcpu *vcpu)
 {
-    soft_vm_wake(of(vcpu->vm)->soft);
+    struct backend *b = of(vcpu->vm);
+    if (b->parallel)
+        soft_vcpu_wake(b->soft, vcpu->index);
+    else
+        soft_vm_wake(b->soft);
 }
 
 static void hold(struct lv_vcpu *vcpu, bool held)
 {
     struct backend *b = of(vcpu->vm);
+    if (b->parallel)
+        return; /* its thread waits until it is RUNNING */
     if (b->accessing == (int)vcpu->index)
         return; /* its thread waits for the answer: waking it by other means would make its turn's end depend on timing */
     soft_vcpu_park(b->soft, vcpu->index, held);
@@ -265,7 +335,8 @@ static int vm_create(struct lv_vm *vm)
     const struct lv_config *c = &vm->config;
     struct soft_config config = {.vcpus = c->vcpus, .virtual_clock = c->virtual_clock, .virtual_ips = c->virtual_ips,
                                  .epoch_ns = c->epoch_ns, .tsc_khz = TSC_KHZ, .quantum = QUANTUM,
-                                 .no_pit = !c->pit};
+                                 .no_pit = !c->pit,
+                                 .parallel = c->parallel && c->vcpus > 1 && !c->virtual_clock};
     if (c->vcpus > SOFT_MAX_VCPUS)
         return -E2BIG;
     struct backend *b = calloc(1, sizeof *b);
@@ -275,6 +346,7 @@ static int vm_create(struct lv_vm *vm)
                              .between = on_between};
     b->vm = vm;
     b->accessing = -1;
+    b->parallel = config.parallel;
     b->defers = c->vcpus > 1 && !c->virtual_clock;
     b->entropy = (struct soft_entropy){.seeded = c->seeded, .seed = c->seed};
     b->soft = soft_vm_create(&config, &host);
@@ -283,7 +355,9 @@ static int vm_create(struct lv_vm *vm)
         return -ENOMEM;
     }
     pthread_mutex_init(&b->guest, NULL);
-    for (uint32_t i = 0; i < c->vcpus; i++)
+    pthread_mutex_init(&b->entropy_lock, NULL);
+    vm->shared_engine = !b->parallel;
+    for (uint32_t i = 0; !b->parallel && i < c->vcpus; i++)
         soft_vcpu_park(b->soft, i, true); /* until its first resume() */
     vm->core = b;
     align_clock(vm);
@@ -300,6 +374,7 @@ static void vm_destroy(struct lv_vm *vm)
     struct backend *b = of(vm);
     soft_vm_destroy(b->soft);
     pthread_mutex_destroy(&b->guest);
+    pthread_mutex_destroy(&b->entropy_lock);
     free(b);
 }
 
@@ -593,7 +668,7 @@ static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
 }
 
 const struct lv_ops lv_soft_ops = {
-    .name = "soft", .shared_engine = true,
+    .name = "soft",
     .vm_create = vm_create, .vm_destroy = vm_destroy, .forked = forked,
     .run = run, .kick = kick, .hold = hold,
     .set_slot = set_slot, .dirty_log = dirty_log, .memory_written = memory_written,

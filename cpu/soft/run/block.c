@@ -15,6 +15,9 @@
 #include "soft/ops/operations.h"
 #include "soft/jit/translate.h"
 
+/* What a block can consist of at most, in multiples of 8. */
+enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
+enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
 enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, HUGE = 2 << 20, SHARERS_MAX = 20 };
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
@@ -34,6 +37,9 @@ struct crossing {
 };
 
 struct block_cache {
+    struct soft_vm *vm;
+    uint32_t index; /* in vm->caches */
+    struct soft_stats stats;
     struct block *hash[1 << HASH_BITS];
     struct code_page *pages[1 << PAGE_HASH_BITS];
     uint8_t *mapping, *arena; /* the arena is aligned in its mapping */
@@ -46,6 +52,7 @@ struct block_cache {
     uint64_t stops[64]; /* soft_blocks_set_stops() */
     bool any_stops;
     struct decoded scratch;
+    uint8_t bytes[CODE_BYTES]; /* what it was made from: memory may change meanwhile */
     struct uop single[BLOCK_MAX_UOPS + 1]; /* code that is not kept */
 };
 
@@ -78,7 +85,7 @@ void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, i
     }
 }
 
-struct block_cache *soft_blocks_create(bool shares)
+struct block_cache *soft_blocks_create(struct soft_vm *vm, uint32_t index)
 {
     struct block_cache *b = calloc(1, sizeof *b);
     if (!b)
@@ -91,8 +98,10 @@ struct block_cache *soft_blocks_create(bool shares)
     b->arena = b->mapping + (-(uintptr_t)b->mapping & (HUGE - 1));
     /* Huge pages but for the first, so that a tiny guest has none to clear. */
     madvise(b->arena + HUGE, ARENA_SIZE - HUGE, MADV_HUGEPAGE);
-    b->shares = shares;
-    b->host_code = host_code_create(shares);
+    b->vm = vm;
+    b->index = index;
+    b->shares = !vm->config.virtual_clock;
+    b->host_code = host_code_create(b->shares);
     __atomic_add_fetch(&sharers, 1, __ATOMIC_RELAXED);
     return b;
 }
@@ -106,6 +115,8 @@ void soft_blocks_destroy(struct block_cache *b)
         free(b);
     }
 }
+
+const struct soft_stats *soft_blocks_stats(const struct block_cache *b) { return &b->stats; }
 
 /* The mode that decides how bytes are decoded; selects the jump table. */
 static unsigned current_mode(struct soft_vcpu *c)
@@ -128,16 +139,17 @@ static unsigned current_mode(struct soft_vcpu *c)
 
 /* ---- invalidation ---- */
 
-static void flush_all_jumps(struct soft_vm *vm)
+static void flush_all_jumps(struct block_cache *b)
 {
     for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)
-        if (vm->vcpus[i])
-            soft_jump_cache_flush(vm->vcpus[i], true);
+        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)
+            soft_jump_cache_flush(b->vm->vcpus[i], true);
 }
 
 /* Set or clear the mark of a host page in every slot that maps it. */
-static void mark_page(struct soft_vm *vm, const uint8_t *page, bool on)
+static void mark_page(struct block_cache *b, const uint8_t *page, bool on)
 {
+    struct soft_vm *vm = b->vm;
     for (unsigned i = 0; i < SOFT_MAX_SLOTS; i++) {
         struct soft_slot *s = &vm->slots[i];
         if (!s->size || page < s->host || (uint64_t)(page - s->host) >= s->size)
@@ -146,9 +158,13 @@ static void mark_page(struct soft_vm *vm, const uint8_t *page, bool on)
         if (!s->code_pages) {
             if (!on)
                 continue;
-            s->code_pages = calloc(s->size >> 12, 1);
+            s->code_pages = calloc(s->size >> 12, sizeof *s->code_pages);
             if (!s->code_pages)
                 abort();
+        }
+        if (vm->parallel) {
+            soft_shared_mark(vm->vcpus[b->index], s, offset >> 12, on);
+            continue;
         }
         bool was = s->code_pages[offset >> 12];
         __atomic_store_n(&s->code_pages[offset >> 12], on, __ATOMIC_RELEASE);
@@ -171,9 +187,8 @@ static void unlink_block(struct block *k)
         k->links->taken = k->links->next = NULL;
 }
 
-static void kill_page(struct soft_vm *vm, struct code_page *p)
+static void kill_page(struct block_cache *b, struct code_page *p)
 {
-    struct block_cache *b = vm->blocks;
     for (struct block *k = p->blocks; k; k = k->page_next) {
         struct block **at = &b->hash[block_hash(k->host, k->mode)];
         while (*at && *at != k)
@@ -181,20 +196,20 @@ static void kill_page(struct soft_vm *vm, struct code_page *p)
         if (*at)
             *at = k->hash_next;
         unlink_block(k);
-        vm->stats.blocks_invalidated++;
+        b->stats.blocks_invalidated++;
     }
     p->blocks = NULL;
     p->granules = 0;
-    mark_page(vm, p->host, false);
+    mark_page(b, p->host, false);
     struct crossing *x = p->crossings;
     p->crossings = NULL;
     for (; x; x = x->next)
-        kill_page(vm, x->from);
+        kill_page(b, x->from);
 }
 
-void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size)
+void soft_blocks_invalidate(struct block_cache *b, uint64_t gpa, uint64_t size)
 {
-    struct block_cache *b = vm->blocks;
+    struct soft_vm *vm = b->vm;
     bool killed = false;
     for (unsigned i = 0; i < SOFT_MAX_SLOTS; i++) {
         struct soft_slot *s = &vm->slots[i];
@@ -203,7 +218,7 @@ void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size)
         uint64_t from = gpa > s->gpa ? gpa - s->gpa : 0;
         uint64_t to = gpa + size < s->gpa + s->size ? gpa + size - s->gpa : s->size;
         for (uint64_t page = from >> 12; page <= (to - 1) >> 12; page++) {
-            if (!s->code_pages[page])
+            if (!(__atomic_load_n(&s->code_pages[page], __ATOMIC_RELAXED) >> b->index & 1))
                 continue;
             struct code_page *p = find_page(b, s->host + (page << 12));
             if (!p)
@@ -212,26 +227,25 @@ void soft_blocks_invalidate(struct soft_vm *vm, uint64_t gpa, uint64_t size)
             unsigned high = to < (page + 1) << 12 ? (unsigned)((to - 1) & 0xFFF) : 0xFFF;
             uint64_t touched = (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
             if (p->granules & touched) {
-                kill_page(vm, p);
+                kill_page(b, p);
                 killed = true;
             }
         }
     }
     if (killed) {
         b->changed = true;
-        flush_all_jumps(vm);
+        flush_all_jumps(b);
     }
 }
 
 /* Nothing is freed here: this may be called from inside a running block's access. */
-void soft_blocks_flush(struct soft_vm *vm)
+void soft_blocks_flush(struct block_cache *b)
 {
-    struct block_cache *b = vm->blocks;
     for (unsigned i = 0; i < 1u << PAGE_HASH_BITS; i++)
         for (struct code_page *p = b->pages[i]; p; p = p->next) {
             for (struct block *k = p->blocks; k; k = k->page_next)
                 unlink_block(k);
-            mark_page(vm, p->host, false);
+            mark_page(b, p->host, false);
         }
     memset(b->pages, 0, sizeof b->pages);
     if (b->used)
@@ -239,23 +253,32 @@ void soft_blocks_flush(struct soft_vm *vm)
     b->changed = true;
     b->reset = true;
     b->flushes++;
-    flush_all_jumps(vm);
+    flush_all_jumps(b);
+}
+
+void soft_blocks_flush_all(struct soft_vm *vm)
+{
+    for (uint32_t i = 0; i < vm->cache_count; i++)
+        soft_blocks_flush(vm->caches[i]);
 }
 
 bool block_code_changed(struct soft_vcpu *c)
 {
-    bool changed = c->vm->blocks->changed;
-    c->vm->blocks->changed = false;
+    bool changed = c->blocks->changed;
+    c->blocks->changed = false;
     return changed;
 }
 
 void soft_blocks_set_stops(struct soft_vm *vm, const uint64_t stops[64])
 {
-    memcpy(vm->blocks->stops, stops, sizeof vm->blocks->stops);
-    vm->blocks->any_stops = false;
-    for (unsigned i = 0; i < 64; i++)
-        vm->blocks->any_stops |= stops[i] != 0;
-    soft_blocks_flush(vm);
+    for (uint32_t i = 0; i < vm->cache_count; i++) {
+        struct block_cache *b = vm->caches[i];
+        memcpy(b->stops, stops, sizeof b->stops);
+        b->any_stops = false;
+        for (unsigned k = 0; k < 64; k++)
+            b->any_stops |= stops[k] != 0;
+        soft_blocks_flush(b);
+    }
 }
 
 static bool stops_at(const struct block_cache *b, unsigned offset) { return b->stops[offset >> 6] >> (offset & 63) & 1; }
@@ -269,10 +292,13 @@ static unsigned until_stop(const struct block_cache *b, unsigned offset, unsigne
     return rest;
 }
 
-void soft_vm_wake_now(struct soft_vm *vm)
+void soft_vm_wake_now(struct soft_vm *vm, uint32_t vcpu)
 {
-    vm->blocks->changed = true; /* makes a store leave its block */
-    soft_vm_wake(vm);
+    vm->vcpus[vcpu]->blocks->changed = true; /* makes a store leave its block */
+    if (vm->parallel)
+        soft_vcpu_wake(vm, vcpu);
+    else
+        soft_vm_wake(vm);
 }
 
 /* Begin the arena anew: everything in it is dead, and nothing of it runs. */
@@ -284,12 +310,11 @@ static void recycle(struct block_cache *b)
     host_code_reset(b->host_code);
 }
 
-void soft_blocks_rest(struct soft_vm *vm)
+void soft_blocks_rest(struct block_cache *b)
 {
-    struct block_cache *b = vm->blocks;
     size_t share = soft_share(ARENA_SIZE, b->shares);
     if (b->used > share || !host_code_rest(b->host_code)) {
-        soft_blocks_flush(vm);
+        soft_blocks_flush(b);
         recycle(b);
     } else {
         soft_give_back(b->arena, &b->touched, b->used, share, MADV_DONTNEED); /* what was used before the last flush */
@@ -300,19 +325,17 @@ void soft_blocks_rest(struct soft_vm *vm)
 
 /* Room for any block and what belongs to it. Flushes if there is none: afterwards nothing does until it is made, although
  * this VM's share may shrink meanwhile (another thread makes a VM). */
-static void reserve(struct soft_vm *vm)
+static void reserve(struct block_cache *b)
 {
-    const struct block_cache *b = vm->blocks;
     size_t share = soft_share(ARENA_SIZE, b->shares);
     size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * (sizeof(struct uop) + sizeof(uint16_t)) + 4096;
     if (b->used > share || share - b->used < size)
-        soft_blocks_flush(vm);
+        soft_blocks_flush(b);
 }
 
 /* After reserve(). */
-static void *allocate(struct soft_vm *vm, size_t size)
+static void *allocate(struct block_cache *b, size_t size)
 {
-    struct block_cache *b = vm->blocks;
     size = (size + 63) & ~(size_t)63;
     if (b->reset)
         recycle(b);
@@ -323,17 +346,17 @@ static void *allocate(struct soft_vm *vm, size_t size)
 
 /* The record of a page that code is about to be decoded from. Before its bytes are read it is marked: a device that writes
  * to it from another thread finds the mark, or the decoder finds what it wrote (see soft_vm_memory_written()). */
-static struct code_page *make_page(struct soft_vm *vm, const uint8_t *page)
+static struct code_page *make_page(struct block_cache *b, const uint8_t *page)
 {
-    struct code_page *p = find_page(vm->blocks, page);
+    struct code_page *p = find_page(b, page);
     if (!p) {
-        p = allocate(vm, sizeof *p);
+        p = allocate(b, sizeof *p);
         memset(p, 0, sizeof *p);
         p->host = page;
-        p->next = vm->blocks->pages[page_hash(page)];
-        vm->blocks->pages[page_hash(page)] = p;
+        p->next = b->pages[page_hash(page)];
+        b->pages[page_hash(page)] = p;
     }
-    mark_page(vm, page, true);
+    mark_page(b, page, true);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return p;
 }
@@ -344,8 +367,8 @@ static HANDLER(count_entry)
     struct block *k = (struct block *)((char *)u - offsetof(struct block, code));
     if (++k->entered >= SOFT_HOT) {
         u->fn = k->first;
-        if (!host_code_translate(c->vm->blocks->host_code, k))
-            soft_blocks_flush(c->vm);
+        if (!host_code_translate(c->blocks->host_code, k))
+            soft_blocks_flush(c->blocks);
         return u->fn(c, u, rip);
     }
     return k->first(c, u, rip);
@@ -378,11 +401,10 @@ static void bind_handlers(struct uop *code, uint16_t *ops, const struct decoded 
 }
 
 /* Keep what was decoded from page p. host2, q: NULL unless the block is one instruction that crosses a page. */
-static struct block *make_block(struct soft_vm *vm, const struct decoded *d, const uint8_t *host, struct code_page *p,
+static struct block *make_block(struct block_cache *b, const struct decoded *d, const uint8_t *host, struct code_page *p,
                                 const uint8_t *host2, struct code_page *q, unsigned mode)
 {
-    struct block_cache *b = vm->blocks;
-    struct block *k = allocate(vm, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
+    struct block *k = allocate(b, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
     *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint16_t)mode,
                         .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
     k->ops = (uint16_t *)(k->code + d->count);
@@ -399,15 +421,20 @@ static struct block *make_block(struct soft_vm *vm, const struct decoded *d, con
     unsigned offset = (unsigned)((uintptr_t)host & 0xFFF), end = offset + d->bytes - 1;
     mark_granules(p, offset, end < 0xFFF ? end : 0xFFF);
     if (host2) {
-        struct crossing *x = allocate(vm, sizeof *x);
+        struct crossing *x = allocate(b, sizeof *x);
         *x = (struct crossing){q->crossings, p};
         q->crossings = x;
         mark_granules(q, 0, end & 0xFFF);
     }
+    if (b->vm->parallel) {
+        soft_shared_granules(b->vm, p->host, p->granules);
+        if (q)
+            soft_shared_granules(b->vm, q->host, q->granules);
+    }
     unsigned h = block_hash(host, mode);
     k->hash_next = b->hash[h];
     b->hash[h] = k;
-    vm->stats.blocks_decoded++;
+    b->stats.blocks_decoded++;
     return k;
 }
 
@@ -422,7 +449,7 @@ static const uint8_t *fetch_page(struct soft_vcpu *c, uint64_t linear, uint64_t 
 /* One instruction that is not kept: from bytes of which some are outside CS.limit or RAM. */
 static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned mode, uint64_t limit)
 {
-    struct block_cache *b = c->vm->blocks;
+    struct block_cache *b = c->blocks;
     uint8_t bytes[16];
     unsigned n = limit < 15 ? (unsigned)limit : 15;
     if (SOFT_UNLIKELY(stops_at(b, (unsigned)(linear & 0xFFF))) && !(mode & MODE_SINGLE))
@@ -432,7 +459,7 @@ static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned 
         if (!c->code64)
             at &= UINT32_MAX;
         const uint8_t *p = fetch_page(c, at, &gpa);
-        bytes[i - 1] = p ? *p : (uint8_t)soft_phys_load(c, gpa, 1);
+        bytes[i - 1] = p ? soft_load8(p) : (uint8_t)soft_phys_load(c, gpa, 1);
         decode_block(&b->scratch, bytes, i, mode, 1);
         if (!b->scratch.need_more) {
             bind_handlers(b->single, NULL, &b->scratch);
@@ -442,11 +469,35 @@ static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned 
     soft_raise_error(c, VEC_GP, 0);
 }
 
+/* Nobody finds the block any more. It stays in its page's list. */
+static void forget_block(struct block_cache *b, struct block *k)
+{
+    unlink_block(k);
+    struct block **at = &b->hash[block_hash(k->host, k->mode)];
+    while (*at != k)
+        at = &(*at)->hash_next;
+    *at = k->hash_next;
+    k->mode = UINT16_MAX;
+}
+
+/* Another vCPU or a device wrote to the bytes of a block after they were read, and perhaps before their granules were marked.
+ * crossing: both parts of an instruction that crosses a page, of which `rest` bytes are in the first. */
+static bool changed_meanwhile(const struct block_cache *b, const struct block *k, unsigned rest, const uint8_t *crossing)
+{
+    uint8_t now[CODE_BYTES];
+    if (!k->host2) {
+        soft_load_code(now, k->host, k->bytes);
+        return memcmp(now, b->bytes, k->bytes) != 0;
+    }
+    soft_load_code(now, k->host, rest);
+    soft_load_code(now + rest, k->host2, 15);
+    return memcmp(now, crossing, rest + 15) != 0;
+}
+
 /* The block at c->rip, made if necessary. Raises if it cannot be fetched. */
 static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
 {
-    struct soft_vm *vm = c->vm;
-    struct block_cache *b = vm->blocks;
+    struct block_cache *b = c->blocks;
     uint64_t linear = c->rip, limit = UINT64_MAX, gpa = 0;
     b->changed = false;
     c->access_ss = 0;
@@ -470,41 +521,43 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
         uint64_t page2 = (linear & ~0xFFFull) + 4096;
         const uint8_t *host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
         if (host2 != k->host2) {
-            unlink_block(k);
-            struct block **at = &b->hash[block_hash(k->host, k->mode)];
-            while (*at != k)
-                at = &(*at)->hash_next;
-            *at = k->hash_next;
-            k->mode = UINT16_MAX; /* still in its page's list, found by nobody */
+            forget_block(b, k);
             k = NULL;
         }
     }
-    if (!k) {
+    for (unsigned tries = 0; !k; tries++) {
+        if (SOFT_UNLIKELY(tries == REMADE_MOST))
+            return decode_unkept(c, linear, mode, limit);
         unsigned rest = 4096 - (unsigned)(linear & 0xFFF);
         const uint8_t *host2 = NULL;
-        reserve(vm);
-        struct code_page *p = make_page(vm, page_of(host)), *q = NULL;
-        unsigned until = until_stop(b, (unsigned)(linear & 0xFFF), rest);
-        decode_block(&b->scratch, host, until, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
+        reserve(b);
+        struct code_page *p = make_page(b, page_of(host)), *q = NULL;
+        unsigned until = until_stop(b, (unsigned)(linear & 0xFFF), rest), most = rest < CODE_BYTES ? rest : CODE_BYTES;
+        uint8_t bytes[32];
+        soft_load_code(b->bytes, host, most);
+        decode_block(&b->scratch, b->bytes, until < most ? until : most, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
         if (b->scratch.need_more && until < rest) /* a stop inside of the first instruction */
-            decode_block(&b->scratch, host, rest, mode, 1);
+            decode_block(&b->scratch, b->bytes, most, mode, 1);
         if (b->scratch.need_more) {
-            uint8_t bytes[32];
             uint64_t page2 = (linear & ~0xFFFull) + 4096;
             if (limit <= rest)
                 return decode_unkept(c, linear, mode, limit);
             host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
             if (!host2)
                 return decode_unkept(c, linear, mode, limit);
-            p = make_page(vm, page_of(host)); /* again: the walk may have written to it */
-            q = make_page(vm, host2);
-            memcpy(bytes, host, rest);
-            memcpy(bytes + rest, host2, 15);
+            p = make_page(b, page_of(host)); /* again: the walk may have written to it */
+            q = make_page(b, host2);
+            soft_load_code(bytes, host, rest);
+            soft_load_code(bytes + rest, host2, 15);
             decode_block(&b->scratch, bytes, rest + 15, mode, 1);
         }
         if (b->scratch.bytes > limit)
             return decode_unkept(c, linear, mode, limit);
-        k = make_block(vm, &b->scratch, host, p, host2, q, mode);
+        k = make_block(b, &b->scratch, host, p, host2, q, mode);
+        if (b->vm->parallel && changed_meanwhile(b, k, rest, bytes)) {
+            forget_block(b, k);
+            k = NULL;
+        }
     }
     if (SOFT_UNLIKELY(k->bytes > limit))
         return decode_unkept(c, linear, mode, limit);
@@ -546,7 +599,7 @@ HANDLER(block_enter)
 
 static __attribute__((noinline)) struct uop *link_code(struct soft_vcpu *c, struct uop_links *links, bool taken)
 {
-    struct block_cache *b = c->vm->blocks;
+    struct block_cache *b = c->blocks;
     struct block *from = links->block;
     uint32_t flushes = b->flushes;
     struct uop *code = find_code(c, current_mode(c), true);
@@ -629,7 +682,7 @@ bool soft_undefined_by_name(struct soft_vcpu *c)
     uint8_t bytes[2];
     for (unsigned i = 0; i < 2; i++) {
         const uint8_t *p = fetch_page(c, linear + i, &gpa);
-        bytes[i] = p ? *p : (uint8_t)soft_phys_load(c, gpa, 1);
+        bytes[i] = p ? soft_load8(p) : (uint8_t)soft_phys_load(c, gpa, 1);
     }
     return bytes[0] == 0x0F && (bytes[1] == 0x0B || bytes[1] == 0xB9 || bytes[1] == 0xFF); /* UD2, UD1, UD0 */
 }
@@ -638,7 +691,7 @@ void soft_step_unkept(struct soft_vcpu *c)
 {
     uint64_t linear = c->rip, limit = UINT64_MAX;
     soft_release_budget(c);
-    c->vm->blocks->changed = false;
+    c->blocks->changed = false;
     c->access_ss = 0;
     if (!c->code64) {
         c->rip &= UINT32_MAX;

@@ -39,7 +39,7 @@ static struct soft_replay *record_of(struct soft_vcpu *c)
 static uint64_t ask(struct soft_vcpu *c, const struct soft_access *access)
 {
     uint64_t rip = c->rip;
-    c->vm->stats.accesses += !access->retry;
+    c->stats.accesses += !access->retry;
     fpu_collect(&c->fpu);
     uint64_t value = c->vm->host.access(c->vm->host.ctx, access);
     if (SOFT_UNLIKELY(c->rip != rip)) /* the caller set other registers: they win */
@@ -49,7 +49,7 @@ static uint64_t ask(struct soft_vcpu *c, const struct soft_access *access)
 
 uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access)
 {
-    if (c->vm->config.vcpus == 1 && !c->mmu.watching) /* soft_watch_caller() abandons instructions, too */
+    if ((c->vm->config.vcpus == 1 || c->vm->parallel) && !c->mmu.watching) /* soft_watch_caller() abandons instructions, too */
         return ask(c, access);
     struct soft_replay *r = record_of(c);
     if (r->next < r->count)
@@ -74,7 +74,7 @@ uint64_t soft_host_access(struct soft_vcpu *c, const struct soft_access *access)
 bool soft_vcpu_defer(struct soft_vm *vm, uint32_t vcpu)
 {
     struct soft_vcpu *c = vm->vcpus[vcpu];
-    if (vm->config.vcpus == 1 || !c->replay.allowed || c->replay.count >= SOFT_REPLAY)
+    if (vm->config.vcpus == 1 || vm->parallel || !c->replay.allowed || c->replay.count >= SOFT_REPLAY)
         return false;
     c->replay.deferring = true;
     soft_vcpu_park(vm, vcpu, true);

@@ -80,6 +80,10 @@ static void announce(struct soft_vm *vm)
 
 void soft_vm_wake(struct soft_vm *vm)
 {
+    for (uint32_t i = 0; vm->parallel && i < vm->config.vcpus; i++)
+        soft_vcpu_wake(vm, i);
+    if (vm->parallel)
+        return;
     soft_events_lock(vm);
     vm->events->wake = true;
     announce(vm);
@@ -104,6 +108,15 @@ void soft_vm_set_irq(struct soft_vm *vm, uint32_t gsi, bool level)
         return;
     struct vm_events *e = vm->events;
     uint32_t bit = 1u << gsi;
+    if (vm->parallel) {
+        irqchip_lock(vm->irqchip);
+        if (((e->gsi_last & bit) != 0) != level) {
+            e->gsi_last ^= bit;
+            irqchip_set_gsi(vm->irqchip, gsi, level, soft_now(vm));
+        }
+        irqchip_unlock(vm->irqchip);
+        return;
+    }
     soft_events_lock(vm);
     if (((e->gsi_last & bit) != 0) != level) {
         e->gsi_last ^= bit;
@@ -119,15 +132,21 @@ void soft_vm_set_irq(struct soft_vm *vm, uint32_t gsi, bool level)
 void soft_events_set_levels(struct soft_vm *vm, uint32_t levels)
 {
     struct vm_events *e = vm->events;
+    irqchip_lock(vm->irqchip);
     soft_events_lock(vm);
     e->gsi_applied = e->gsi_last = levels;
     e->gsi_rose = e->gsi_fell = 0;
     soft_events_unlock(vm);
+    irqchip_unlock(vm->irqchip);
 }
 
 void soft_vm_signal_msi(struct soft_vm *vm, uint64_t address, uint32_t data)
 {
     struct vm_events *e = vm->events;
+    if (vm->parallel) {
+        irqchip_msi(vm->irqchip, address, data);
+        return;
+    }
     soft_events_lock(vm);
     size_t i = 0;
     while (i < e->message_count && (e->messages[i].address != address || e->messages[i].data != data))
@@ -152,6 +171,11 @@ void soft_vm_nmi(struct soft_vm *vm, uint32_t vcpu)
 {
     if (vcpu >= vm->config.vcpus)
         return;
+    if (vm->parallel) {
+        __atomic_store_n(&vm->vcpus[vcpu]->nmi_pending, true, __ATOMIC_SEQ_CST);
+        soft_attend(vm->vcpus[vcpu]);
+        return;
+    }
     soft_events_lock(vm);
     vm->events->nmi |= 1u << vcpu;
     announce(vm);
@@ -172,6 +196,22 @@ uint64_t soft_alarm(struct soft_vm *vm)
     uint64_t alarm = vm->alarm_ns;
     soft_events_unlock(vm);
     return alarm;
+}
+
+/* vCPUs with threads of their own: tell those that have code of the range. The lock is held, so slots do not change. */
+static void tell_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
+{
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        struct soft_slot *slot = &vm->slots[i];
+        if (!slot->size || gpa >= slot->gpa + slot->size || slot->gpa >= gpa + size)
+            continue;
+        uint64_t at = gpa > slot->gpa ? gpa : slot->gpa;
+        uint64_t end = gpa + size < slot->gpa + slot->size ? gpa + size : slot->gpa + slot->size;
+        for (uint64_t next; at < end; at = next) {
+            next = (at & PAGE_MASK) + PAGE_BYTES < end ? (at & PAGE_MASK) + PAGE_BYTES : end;
+            soft_shared_written(vm, NULL, slot, at, next - at);
+        }
+    }
 }
 
 /* Does any page of the range hold translated code? The lock is held, so slots do not change. */
@@ -196,7 +236,9 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
     if (!size || gpa >> PHYS_BITS || size > 1ull << PHYS_BITS)
         return;
     soft_events_lock(vm);
-    if (holds_code(vm, gpa, size)) {
+    if (vm->parallel) {
+        tell_written(vm, gpa, size);
+    } else if (holds_code(vm, gpa, size)) {
         if (e->range_count < DMA_RANGES)
             e->ranges[e->range_count++] = (struct range){ gpa, size };
         else
@@ -233,6 +275,10 @@ void soft_events_apply_line(struct soft_vm *vm, uint32_t gsi)
     struct vm_events *e = vm->events;
     uint32_t bit = 1u << gsi;
     soft_events_lock(vm);
+    if (vm->parallel) { /* soft_vm_set_irq() does it at once */
+        soft_events_unlock(vm);
+        return;
+    }
     bool rose = e->gsi_rose & bit, fell = e->gsi_fell & bit, last = e->gsi_last & bit;
     e->gsi_rose &= ~bit;
     e->gsi_fell &= ~bit;
@@ -279,10 +325,10 @@ bool soft_events_apply(struct soft_vm *vm)
         if (nmi >> i & 1)
             vm->vcpus[i]->nmi_pending = true;
     if (all_memory) {
-        soft_blocks_flush(vm);
+        soft_blocks_flush_all(vm);
     } else {
         for (unsigned i = 0; i < range_count; i++)
-            soft_blocks_invalidate(vm, ranges[i].gpa, ranges[i].size);
+            soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);
     }
     return wake;
 }

@@ -8,10 +8,9 @@
 #include <stdlib.h>
 
 #include "soft/direct/direct.h"
-#include "soft/system/system.h"
+#include "soft/run/turn.h"
 
 enum { MWAIT_NS = 50000 }; /* MWAIT may return at any time; this is when it does if nothing happens */
-enum { GO_ON = -1 };
 
 /* ---- what the interrupt controller asks for ---- */
 
@@ -32,7 +31,7 @@ static void on_nmi(void *ctx, uint32_t index)
 {
     struct soft_vcpu *c = vcpu_at(ctx, index);
     if (c) {
-        c->nmi_pending = true;
+        __atomic_store_n(&c->nmi_pending, true, __ATOMIC_SEQ_CST);
         soft_attend(c);
     }
 }
@@ -41,8 +40,8 @@ static void on_init(void *ctx, uint32_t index)
 {
     struct soft_vcpu *c = vcpu_at(ctx, index);
     if (c) {
-        c->init_pending = true;
-        c->sipi_pending = false;
+        __atomic_store_n(&c->sipi_pending, false, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&c->init_pending, true, __ATOMIC_SEQ_CST);
         soft_attend(c);
     }
 }
@@ -50,9 +49,10 @@ static void on_init(void *ctx, uint32_t index)
 static void on_sipi(void *ctx, uint32_t index, uint8_t vector)
 {
     struct soft_vcpu *c = vcpu_at(ctx, index);
-    if (c && (c->activity == ACT_WAIT_SIPI || c->init_pending)) {
-        c->sipi_pending = true;
+    if (c && (__atomic_load_n(&c->activity, __ATOMIC_SEQ_CST) == ACT_WAIT_SIPI
+              || __atomic_load_n(&c->init_pending, __ATOMIC_SEQ_CST))) {
         c->sipi_vector = vector;
+        __atomic_store_n(&c->sipi_pending, true, __ATOMIC_SEQ_CST);
         soft_attend(c);
     }
 }
@@ -89,14 +89,17 @@ static struct soft_vcpu *create_vcpu(struct soft_vm *vm, uint32_t index)
     memset(c, 0, size);
     c->vm = vm;
     c->index = index;
+    c->turn_limit_ns = UINT64_MAX;
     c->mmu.have_victims = true;
+    pthread_mutex_init(&c->own.inbox.lock, NULL);
     c->mmu.used[0] = c->mmu.used[1] = TLB_LIST + 1; /* the first flush fills the TLBs with empty entries */
     return c;
 }
 
 struct soft_vm *soft_vm_create(const struct soft_config *config, const struct soft_host *host)
 {
-    if (config->vcpus < 1 || config->vcpus > SOFT_MAX_VCPUS || !host->access || !host->random)
+    if (config->vcpus < 1 || config->vcpus > SOFT_MAX_VCPUS || !host->access || !host->random ||
+        (config->parallel && config->virtual_clock))
         return NULL;
     struct soft_vm *vm = calloc(1, sizeof *vm);
     if (!vm)
@@ -112,13 +115,19 @@ struct soft_vm *soft_vm_create(const struct soft_config *config, const struct so
         vm->config.quantum = 100000;
     vm->host = *host;
     vm->alarm_ns = UINT64_MAX;
-    vm->turn_limit_ns = UINT64_MAX;
     vm->start_ns = soft_host_now();
-    const struct irqchip_host chip_host = { .ctx = vm, .wake = on_wake, .nmi = on_nmi, .init = on_init, .sipi = on_sipi,
+    const struct irqchip_host chip_host = { .ctx = vm, .threads = config->parallel, .wake = on_wake, .nmi = on_nmi, .init = on_init, .sipi = on_sipi,
                                             .eoi = on_eoi, .tsc = on_tsc, .tsc_to_ns = on_tsc_to_ns };
-    bool ok = (vm->blocks = soft_blocks_create(!config->virtual_clock)) && (vm->events = soft_events_create());
-    for (uint32_t i = 0; ok && i < config->vcpus; i++)
+    bool ok = (vm->events = soft_events_create()) != NULL && (!config->parallel || !soft_parallel_create(vm));
+    for (uint32_t i = 0; ok && i < (config->parallel ? config->vcpus : 1); i++) {
+        ok = (vm->caches[i] = soft_blocks_create(vm, i)) != NULL;
+        vm->cache_count += ok;
+    }
+    for (uint32_t i = 0; ok && i < config->vcpus; i++) {
         ok = (vm->vcpus[i] = create_vcpu(vm, i)) != NULL;
+        if (ok)
+            vm->vcpus[i]->blocks = vm->caches[config->parallel ? i : 0];
+    }
     ok = ok && (vm->irqchip = irqchip_create(config->vcpus, &chip_host));
     if (!ok) {
         soft_vm_destroy(vm);
@@ -140,18 +149,16 @@ void soft_vm_destroy(struct soft_vm *vm)
     soft_direct_destroy(vm);
     if (vm->irqchip)
         irqchip_destroy(vm->irqchip);
-    if (vm->blocks)
-        soft_blocks_destroy(vm->blocks);
+    for (uint32_t i = 0; i < vm->cache_count; i++)
+        soft_blocks_destroy(vm->caches[i]);
     soft_events_destroy(vm->events);
     for (uint32_t i = 0; i < SOFT_MAX_VCPUS; i++) {
         if (vm->vcpus[i])
             soft_caller_free(vm->vcpus[i]);
         free(vm->vcpus[i]);
     }
-    for (uint32_t i = 0; i < SOFT_MAX_SLOTS; i++) {
-        free(vm->slots[i].dirty);
-        free(vm->slots[i].code_pages);
-    }
+    soft_slots_free(vm);
+    soft_parallel_destroy(vm);
     free(vm);
 }
 
@@ -161,9 +168,20 @@ void soft_vm_forked(struct soft_vm *vm)
     soft_direct_forked(vm);
 }
 
+static void add_stats(struct soft_stats *sum, const struct soft_stats *one)
+{
+    enum { COUNTERS = sizeof *sum / sizeof(uint64_t) };
+    for (unsigned i = 0; i < COUNTERS; i++)
+        ((uint64_t *)sum)[i] += ((const uint64_t *)one)[i];
+}
+
 void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats)
 {
-    *stats = vm->stats;
+    memset(stats, 0, sizeof *stats);
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        add_stats(stats, &vm->vcpus[i]->stats);
+    for (uint32_t i = 0; i < vm->cache_count; i++)
+        add_stats(stats, soft_blocks_stats(vm->caches[i]));
     stats->instructions = soft_vm_instructions(vm);
     soft_direct_stats(vm, &stats->native_ns, &stats->native_stops);
 }
@@ -178,36 +196,47 @@ static uint64_t next_event(struct soft_vm *vm)
 
 void soft_irqchip_touched(struct soft_vcpu *c)
 {
-    if (irqchip_next_event(c->vm->irqchip) < c->vm->turn_limit_ns) {
-        c->vm->turn_over = true;
+    struct irqchip *chip = c->vm->irqchip;
+    if ((c->vm->parallel ? irqchip_next_event_of(chip, c->index) : irqchip_next_event(chip)) < c->turn_limit_ns) {
+        c->turn_over = true;
         soft_attend(c);
     }
 }
 
-static bool can_run(struct soft_vcpu *c, uint64_t now)
+bool soft_can_run(struct soft_vcpu *c, uint64_t now)
 {
     if (c->parked || c->caller.frozen)
         return false;
-    if (c->activity == ACT_RUNNING || c->init_pending)
+    if (c->activity == ACT_RUNNING || __atomic_load_n(&c->init_pending, __ATOMIC_SEQ_CST))
         return true;
     if (c->activity == ACT_WAIT_SIPI)
-        return c->sipi_pending;
-    if ((c->nmi_pending && !c->nmi_blocked) || c->pending_valid)
+        return __atomic_load_n(&c->sipi_pending, __ATOMIC_SEQ_CST);
+    if ((__atomic_load_n(&c->nmi_pending, __ATOMIC_SEQ_CST) && !c->nmi_blocked) || c->pending_valid)
         return true;
     if (c->activity == ACT_MWAIT && now >= c->mwait_until)
         return true;
     return ((c->rflags & F_IF) || c->activity == ACT_MWAIT) && irqchip_pending(c->vm->irqchip, c->index) >= 0;
 }
 
+bool soft_sleeps_for_good(const struct soft_vcpu *c)
+{
+    return !c->parked && !c->caller.frozen
+           && (c->activity == ACT_WAIT_SIPI || (c->activity == ACT_HALTED && !(c->rflags & F_IF)));
+}
+
 void soft_pause(struct soft_vcpu *c)
 {
     struct soft_vm *vm = c->vm;
+    if (vm->parallel) {
+        soft_shared_pause(c);
+        return;
+    }
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct soft_vcpu *other = vm->vcpus[i];
         if (other == c || other->parked || other->caller.frozen)
             continue;
         if (other->activity == ACT_RUNNING || __atomic_load_n(&other->attention, __ATOMIC_RELAXED)) {
-            vm->turn_over = true;
+            c->turn_over = true;
             vm->turn_left = 0;
             soft_leave(c);
         }
@@ -218,7 +247,7 @@ void soft_mwait(struct soft_vcpu *c)
 {
     c->activity = ACT_MWAIT;
     c->mwait_until = soft_now(c->vm) + MWAIT_NS;
-    c->vm->stats.halts++;
+    c->stats.halts++;
     soft_leave(c);
 }
 
@@ -228,7 +257,7 @@ static void start_from_sipi(struct soft_vcpu *c)
     c->seg[SEG_CS].base = (uint64_t)c->sipi_vector << 12;
     c->rip = 0;
     c->sipi_pending = false;
-    c->activity = ACT_RUNNING;
+    __atomic_store_n(&c->activity, ACT_RUNNING, __ATOMIC_SEQ_CST);
 }
 
 /* Run one instruction with everything that can trap around it. GO_ON or SOFT_STOP_DEBUG. */
@@ -246,17 +275,21 @@ enum { DELIVER_NONE, DELIVER_STEP, DELIVER_IDLE };
  * to pass. DELIVER_IDLE: the vCPU has nothing to execute. */
 static int deliver_events(struct soft_vcpu *c)
 {
-    if (c->init_pending) {
+    if (__atomic_load_n(&c->init_pending, __ATOMIC_SEQ_CST)) {
+        irqchip_lock(c->vm->irqchip); /* another vCPU's SIPI comes before or after */
         c->init_pending = false;
         bool sipi = c->sipi_pending;
         soft_reset_vcpu(c, true);
         c->sipi_pending = sipi;
         irqchip_reset_lapic(c->vm->irqchip, c->index, true);
+        irqchip_unlock(c->vm->irqchip);
     }
     if (c->activity == ACT_WAIT_SIPI) {
-        if (!c->sipi_pending)
+        if (!__atomic_load_n(&c->sipi_pending, __ATOMIC_SEQ_CST))
             return DELIVER_IDLE;
+        irqchip_lock(c->vm->irqchip);
         start_from_sipi(c);
+        irqchip_unlock(c->vm->irqchip);
     }
     if (c->pending_valid) {
         c->pending_valid = false;
@@ -264,10 +297,10 @@ static int deliver_events(struct soft_vcpu *c)
         soft_deliver(c, c->pending_vector, (enum soft_event)c->pending_kind, c->pending_has_error, c->pending_error);
     }
     bool held = c->caller.hold_interrupts && c->activity == ACT_RUNNING;
-    if (c->nmi_pending && !c->nmi_blocked && !held) {
+    if (__atomic_load_n(&c->nmi_pending, __ATOMIC_SEQ_CST) && !c->nmi_blocked && !held) {
         if (c->shadow) /* APM vol. 3, STI; SDM vol. 3, 6.8.3: NMIs, too */
             return DELIVER_STEP;
-        c->nmi_pending = false;
+        __atomic_store_n(&c->nmi_pending, false, __ATOMIC_SEQ_CST);
         c->activity = ACT_RUNNING;
         soft_deliver(c, VEC_NMI, EVENT_NMI, false, 0);
     }
@@ -290,14 +323,15 @@ static int deliver_events(struct soft_vcpu *c)
     return c->activity == ACT_RUNNING ? DELIVER_NONE : DELIVER_IDLE;
 }
 
-/* One turn of `c`: GO_ON, or why soft_vm_run() returns. */
-static int run_turn(struct soft_vcpu *c)
+int soft_run_turn(struct soft_vcpu *c)
 {
     struct soft_vm *vm = c->vm;
     int jump = _setjmp(c->fault);
     c->replay.allowed = false;
     if (jump)
         soft_release_budget(c);
+    if (SOFT_UNLIKELY(c->own.alone))
+        soft_alone_drop(c);
     switch (jump) {
     case JUMP_FAULT:
         c->in_step = c->caller.touched = false;
@@ -319,12 +353,12 @@ static int run_turn(struct soft_vcpu *c)
         c->in_step = false;
         return GO_ON;
     default:
-        vm->turn_over = false;
+        c->turn_over = false;
         break;
     }
-    while (c->budget > 0 && !vm->turn_over && !c->parked) {
+    while (c->budget > 0 && !c->turn_over && !c->parked) {
         __atomic_store_n(&c->attention, 0, __ATOMIC_SEQ_CST);
-        if (soft_events_pending(vm))
+        if (vm->parallel ? soft_parallel_called(c) : soft_events_pending(vm))
             break;
         /* The instruction whose access was put off comes first: an interrupt now would make it another run of it. */
         int delivered = c->replay.retry ? DELIVER_STEP : deliver_events(c);
@@ -353,7 +387,7 @@ static struct soft_vcpu *next_vcpu(struct soft_vm *vm, uint64_t now)
 {
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct soft_vcpu *c = vm->vcpus[(vm->turn + i) % vm->config.vcpus];
-        if (can_run(c, now))
+        if (soft_can_run(c, now))
             return c;
     }
     return NULL;
@@ -383,7 +417,7 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
             vm->virtual_ns_skipped += deadline - now;
         return GO_ON;
     }
-    soft_blocks_rest(vm);
+    soft_blocks_rest(vm->caches[0]);
     soft_events_wait(vm, all_parked ? UINT64_MAX : deadline);
     return GO_ON;
 }
@@ -420,16 +454,16 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
             vm->turn = c->index;
             vm->turn_left = vm->config.quantum;
         }
-        vm->turn_limit_ns = next_event(vm);
-        int64_t budget = soft_budget_until(vm, now, vm->turn_limit_ns);
+        c->turn_limit_ns = next_event(vm);
+        int64_t budget = soft_budget_until(vm, now, c->turn_limit_ns);
         uint64_t before = soft_instructions(c);
         soft_set_budget(c, budget < vm->turn_left ? budget : vm->turn_left);
-        int stop = run_turn(c);
+        int stop = soft_run_turn(c);
         vm->turn_left -= (int64_t)(soft_instructions(c) - before);
         if (vm->turn_left <= 0)
             vm->turn = (c->index + 1) % vm->config.vcpus;
         fpu_collect(&c->fpu);
-        vm->turn_limit_ns = UINT64_MAX;
+        c->turn_limit_ns = UINT64_MAX;
         if (stop != GO_ON) {
             *vcpu = c->index;
             return (enum soft_stop)stop;

@@ -241,7 +241,7 @@ void soft_deliver(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, boo
     struct delivery d = { .vector = vector, .kind = kind, .has_error = has_error, .error = error, .rip = c->rip,
                           .flags = soft_flags(c) };
     if (kind == EVENT_EXCEPTION) {
-        c->vm->stats.exceptions++;
+        c->stats.exceptions++;
         c->in_exception = true;
         c->exception_vector = vector;
         /* SDM vol. 3, 17.3.1.1: faults push RF set, so that an instruction breakpoint does not hit again. Traps
@@ -249,7 +249,7 @@ void soft_deliver(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, boo
         if (vector != VEC_DB && vector != VEC_BP && vector != VEC_OF && vector != VEC_DF)
             d.flags |= F_RF;
     } else {
-        c->vm->stats.interrupts++;
+        c->stats.interrupts++;
         c->in_exception = true;
         c->exception_vector = VEC_NMI; /* benign: a fault while delivering it is delivered as such */
     }
@@ -278,7 +278,7 @@ void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_even
         c->held_hits = 0;
     }
     struct delivery d = { .vector = vector, .kind = kind, .rip = next_rip, .flags = soft_flags(c) & ~F_RF };
-    c->vm->stats.interrupts++;
+    c->stats.interrupts++;
     deliver(c, &d);
     c->trap_taken = true;
     soft_system_flags_changed(c);

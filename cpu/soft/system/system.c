@@ -173,7 +173,7 @@ void soft_hlt(struct soft_vcpu *c, uint64_t next_rip)
     c->rip = next_rip;
     c->activity = ACT_HALTED;
     c->shadow = 0; /* HLT was the instruction that STI protected */
-    c->vm->stats.halts++;
+    c->stats.halts++;
     soft_leave(c);
 }
 
@@ -205,7 +205,7 @@ void soft_reset_vcpu(struct soft_vcpu *c, bool init)
     c->in_exception = c->pending_valid = c->nmi_pending = c->nmi_blocked = false;
     c->data_hits = c->held_hits = 0;
     c->irq_waiting = false;
-    c->activity = c->index == 0 ? ACT_RUNNING : ACT_WAIT_SIPI;
+    __atomic_store_n(&c->activity, c->index == 0 ? ACT_RUNNING : ACT_WAIT_SIPI, __ATOMIC_SEQ_CST);
     c->sipi_pending = false;
     if (!init) {
         c->xcr0 = 1;

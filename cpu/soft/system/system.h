@@ -30,16 +30,26 @@ enum { SYS_TSS16 = 1, SYS_LDT = 2, SYS_TSS16_BUSY = 3, SYS_CALL16 = 4, SYS_TASK 
 #define DR6_BD (1u << 13)
 #define DR7_GD (1u << 13)
 
+void soft_rouse(struct soft_vcpu *c); /* parallel.c: end its sleep */
 static inline void soft_attend(struct soft_vcpu *c)
 {
     __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
+    if (SOFT_UNLIKELY(__atomic_load_n(&c->asleep, __ATOMIC_SEQ_CST)))
+        soft_rouse(c);
     if (SOFT_UNLIKELY(c->direct != NULL))
         soft_direct_kick(c);
 }
 
-/* mmu.c: a page holds RAM that a processor or device wrote. */
-void soft_written(struct soft_vm *vm, struct soft_slot *slot, uint64_t gpa, unsigned size);
+/* mmu.c: RAM was written, by a vCPU's store or (NULL) by anyone. */
+void soft_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, unsigned size);
 struct soft_slot *soft_find_slot(struct soft_vm *vm, uint64_t gpa);
+static inline void soft_set_dirty(struct soft_slot *slot, uint64_t page)
+{
+    uint8_t bit = (uint8_t)(1u << (page & 7));
+    if (!(__atomic_load_n(&slot->dirty[page >> 3], __ATOMIC_RELAXED) & bit))
+        __atomic_fetch_or(&slot->dirty[page >> 3], bit, __ATOMIC_RELAXED);
+}
+void soft_slots_free(struct soft_vm *vm); /* what belongs to them; no thread is left */
 /* As soft_mmu_lookup(), with another view. */
 uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, uint64_t *gpa);
 /* Load the four PDPTEs of PAE paging; false: a reserved bit is set (#GP). */
@@ -144,6 +154,13 @@ uint64_t soft_alarm(struct soft_vm *vm);
 void soft_events_set_levels(struct soft_vm *vm, uint32_t levels); /* of the GSIs, as restored */
 void soft_events_lock(struct soft_vm *vm);
 void soft_events_unlock(struct soft_vm *vm);
+
+/* parallel.c */
+int soft_parallel_create(struct soft_vm *vm); /* 0, or -ENOMEM */
+void soft_parallel_destroy(struct soft_vm *vm);
+/* The vCPU's thread has to leave guest code for more than what is pending. */
+bool soft_parallel_called(const struct soft_vcpu *c);
+void soft_alone_drop(struct soft_vcpu *c); /* after a fault */
 
 /* cpuid.c */
 void soft_default_cpuid(struct soft_vcpu *c);
