@@ -428,8 +428,10 @@ static int sleep_until(struct soft_vcpu *c, uint64_t now, uint64_t deadline)
     return GO_ON;
 }
 
-static void lives_again(struct soft_vcpu *c)
+void soft_lives_again(struct soft_vcpu *c)
 {
+    if (!__atomic_load_n(&c->own.dead, __ATOMIC_RELAXED))
+        return;
     __atomic_store_n(&c->own.dead, 0, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&c->vm->parallel->lives, 1, __ATOMIC_SEQ_CST);
 }
@@ -458,8 +460,7 @@ enum soft_stop soft_vcpu_run(struct soft_vm *vm, uint32_t vcpu)
             stop = sleep_until(c, now, next);
             continue;
         }
-        if (__atomic_load_n(&c->own.dead, __ATOMIC_RELAXED))
-            lives_again(c);
+        soft_lives_again(c);
         c->turn_limit_ns = next;
         soft_set_budget(c, soft_budget_until(vm, now, next));
         stop = soft_run_turn(c);

@@ -391,7 +391,7 @@ int soft_vcpu_set(struct soft_vm *vm, uint32_t vcpu, enum soft_state kind, const
     if (vcpu >= vm->config.vcpus)
         return -EINVAL;
     struct soft_vcpu *c = vm->vcpus[vcpu];
-    __atomic_store_n(&c->own.dead, 0, __ATOMIC_SEQ_CST);
+    soft_lives_again(c);
     if (kind == SOFT_STATE_MSRS)
         return each_msr(c, NULL, data, size);
     if (size != state_size(kind))

@@ -1,0 +1,359 @@
+/* Litmus programs for vCPUs that run at the same time (soft_config.parallel): what x86-TSO forbids (Intel SDM vol. 3, 8.2.3),
+ * locked operations, code that another vCPU, a device or another mapping changes. 64-bit guests without interrupts; each
+ * batch of rounds begins at a barrier and ends with HLT. Prints "ok NAME ROUNDS" for each; exits 1 at the first that fails.
+ *
+ *   soft_litmus [ROUNDS [NAME]]
+ */
+#define _GNU_SOURCE
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "soft/soft.h"
+
+enum { RAM = 16 << 20, THREADS = 4, BATCH = 2000, LINE = 128 };
+enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PT = 0x4000, STACKS = 0x10000, CODE = 0x20000, PATCHED = 0x40000,
+       SHARED = 0x100000, X = 0x200000, Y = 0x300000, OUT = 0x400000 /* per thread 64 KiB: two words a round */ };
+enum { ALIAS = 1 << 30 }; /* the same memory once more */
+
+/* Every program: RDI = SHARED, RSI = rounds, RBX = X, RBP = Y, R12 = where its results go, R13 = its number, R14 = how many
+ * threads there are. It begins at BARRIER and ends with HLT. */
+#define BARRIER "lock incq (%rdi); 1: pause; cmpq %r14, (%rdi); jb 1b;"
+#define PROGRAM(name, ...)                                                                                             \
+    extern const uint8_t name##_begin[], name##_end[];                                                                 \
+    __asm__(".pushsection .rodata; .globl " #name "_begin, " #name "_end; " #name "_begin: " BARRIER __VA_ARGS__       \
+            "; cli; hlt; " #name "_end: .popsection")
+/* Rounds over X and Y: `body` may use RAX and RDX as the round's results, which are stored. */
+#define ROUNDS(body)                                                                                                   \
+    "xor %r8d, %r8d; xor %r9d, %r9d; 2: xor %eax, %eax; xor %edx, %edx; " body                                         \
+    "; mov %eax, (%r12,%r9); mov %edx, 4(%r12,%r9); add $8, %r9; add $128, %r8; dec %rsi; jnz 2b"
+
+PROGRAM(write_both, ROUNDS("movl $1, (%rbx,%r8); movl $1, (%rbp,%r8)"));
+PROGRAM(read_both, ROUNDS("mov (%rbp,%r8), %eax; mov (%rbx,%r8), %edx"));
+PROGRAM(write_x_read_y, ROUNDS("movl $1, (%rbx,%r8); mfence; mov (%rbp,%r8), %eax"));
+PROGRAM(write_y_read_x, ROUNDS("movl $1, (%rbp,%r8); mfence; mov (%rbx,%r8), %eax"));
+PROGRAM(xchg_x_read_y, ROUNDS("mov $1, %r10d; xchg %r10d, (%rbx,%r8); mov (%rbp,%r8), %eax"));
+PROGRAM(xchg_y_read_x, ROUNDS("mov $1, %r10d; xchg %r10d, (%rbp,%r8); mov (%rbx,%r8), %eax"));
+PROGRAM(cpuid_x_read_y, ROUNDS("movl $1, (%rbx,%r8); mov %rbx, %r10; mov %rdx, %r11; xor %eax, %eax; cpuid; mov %r10, %rbx;"
+                               "xor %edx, %edx; mov (%rbp,%r8), %eax"));
+PROGRAM(cpuid_y_read_x, ROUNDS("movl $1, (%rbp,%r8); mov %rbx, %r10; mov %rdx, %r11; xor %eax, %eax; cpuid; mov %r10, %rbx;"
+                               "xor %edx, %edx; mov (%rbx,%r8), %eax"));
+PROGRAM(plain_x_read_y, ROUNDS("movl $1, (%rbx,%r8); mov (%rbp,%r8), %eax"));
+PROGRAM(plain_y_read_x, ROUNDS("movl $1, (%rbp,%r8); mov (%rbx,%r8), %eax"));
+PROGRAM(read_x_write_y, ROUNDS("mov (%rbx,%r8), %eax; movl $1, (%rbp,%r8)"));
+PROGRAM(read_y_write_x, ROUNDS("mov (%rbp,%r8), %eax; movl $1, (%rbx,%r8)"));
+PROGRAM(write_x, ROUNDS("movl $1, (%rbx,%r8)"));
+PROGRAM(write_y, ROUNDS("movl $1, (%rbp,%r8)"));
+PROGRAM(read_x_then_y, ROUNDS("mov (%rbx,%r8), %eax; mov (%rbp,%r8), %edx"));
+PROGRAM(read_y_then_x, ROUNDS("mov (%rbp,%r8), %eax; mov (%rbx,%r8), %edx"));
+
+/* Each adds 1 to counters, a kind of operation and a place each: inside a line, across lines, across pages. */
+#define PLACES(op) op "0x100(%rbx); " op "0x13D(%rbx); " op "0xFFD(%rbx);"
+PROGRAM(counters,
+        "2:" PLACES("lock incl ") "lock addq $1, 0x200(%rbx); lock addw $1, 0x211(%rbx); lock addb $1, 0x220(%rbx);"
+        "mov $1, %eax; lock xadd %rax, 0x280(%rbx); lock subl $-1, 0x2BE(%rbx); stc; lock adcl $0, 0x300(%rbx);"
+        "mov 0x380(%rbx), %eax; 3: lea 1(%rax), %edx; lock cmpxchg %edx, 0x380(%rbx); jne 3b;"
+        "mov 0x3FE(%rbx), %eax; 3: lea 1(%rax), %edx; lock cmpxchg %edx, 0x3FE(%rbx); jne 3b;"
+        "push %rbx; mov %rbx, %r10; mov 0x440(%r10), %rax; mov 0x448(%r10), %rdx;"
+        "3: lea 1(%rax), %rbx; lea 2(%rdx), %rcx; lock cmpxchg16b 0x440(%r10); jne 3b; pop %rbx;"
+        /* a lock of a bit, one of XCHG; what they guard is changed by plain instructions */
+        "4: lock btsl $5, 0x480(%rbx); jnc 5f; pause; jmp 4b; 5: incl 0x500(%rbx); lock btrl $5, 0x480(%rbx);"
+        "mov $1, %eax; 4: xchg %eax, 0x580(%rbx); test %eax, %eax; jz 5f; pause; jmp 4b; 5: incl 0x600(%rbx); movl $0, 0x580(%rbx);"
+        "dec %rsi; jnz 2b");
+
+/* The first vCPU changes what a function of the others returns and tells them; they serialize and call it. R15: through
+ * which address it writes. The page has a second function, which runs all the time, so that the page holds code. */
+PROGRAM(patch, "1: mov 0x80(%rdi), %rax; inc %rax; test %r13, %r13; jnz 3f;"
+               /* writer: RAX = next value */
+               "2: mov %eax, 1(%r15); mov %rax, 0x80(%rdi); lea -1(%r14), %rdx; imul %rax, %rdx;"
+               "4: pause; cmp %rdx, 0x100(%rdi); jb 4b; inc %rax; cmp %rsi, %rax; jbe 2b; jmp 9f;"
+               /* readers: R8 = the value that is next */
+               "3: mov $0x40000, %r9d; mov $1, %r8d;"
+               "5: pause; lea 0x40(%r9), %rax; call *%rax; cmp %r8, 0x80(%rdi); jb 5b;"
+               "xor %eax, %eax; mov %rbx, %r10; cpuid; mov %r10, %rbx; call *%r9; cmp %r8d, %eax; je 6f;"
+               "lock incl 0x180(%rdi); 6: lock incq 0x100(%rdi); inc %r8; cmp %rsi, %r8; jbe 5b; 9:");
+/* The same with code that is new each time, which nobody has to serialize for in practice: 16 bytes from 0x40000 on. */
+PROGRAM(fresh, "test %r13, %r13; jnz 3f; mov $1, %eax; mov %r15, %r9;"
+               "2: movb $0xB8, (%r9); mov %eax, 1(%r9); movb $0xC3, 5(%r9); mov %rax, 0x80(%rdi);"
+               "lea -1(%r14), %rdx; imul %rax, %rdx; 4: pause; cmp %rdx, 0x100(%rdi); jb 4b;"
+               "add $16, %r9; inc %rax; cmp %rsi, %rax; jbe 2b; jmp 9f;"
+               "3: mov $0x40000, %r9d; mov $1, %r8d;"
+               "5: pause; cmp %r8, 0x80(%rdi); jb 5b; call *%r9; cmp %r8d, %eax; je 6f; lock incl 0x180(%rdi);"
+               "6: lock incq 0x100(%rdi); add $16, %r9; inc %r8; cmp %rsi, %r8; jbe 5b; 9:");
+
+static struct soft_vm *vm;
+static uint8_t *ram;
+static unsigned threads;
+static pthread_barrier_t begin, end;
+static bool ending;
+static const char *current;
+
+static void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    printf("FAILED %s: ", current);
+    vprintf(format, arguments);
+    printf("\n");
+    fflush(stdout);
+    _exit(1);
+}
+
+static uint64_t on_access(void *ctx, const struct soft_access *access)
+{
+    (void)ctx, (void)access;
+    return ~0ull;
+}
+static void on_random(void *ctx, void *buffer, size_t size)
+{
+    (void)ctx;
+    memset(buffer, 7, size);
+}
+
+static void *run(void *arg)
+{
+    uint32_t index = (uint32_t)(uintptr_t)arg;
+    for (;;) {
+        pthread_barrier_wait(&begin);
+        if (ending)
+            return NULL;
+        enum soft_stop stop;
+        while ((stop = soft_vcpu_run(vm, index)) == SOFT_STOP_WAKE)
+            ;
+        if (stop != SOFT_STOP_HALTED)
+            fail("vCPU %u stopped with %d", index, stop);
+        pthread_barrier_wait(&end);
+    }
+}
+
+static void put64(uint32_t at, uint64_t v) { memcpy(ram + at, &v, 8); }
+static uint32_t get32(uint32_t at)
+{
+    uint32_t v;
+    memcpy(&v, ram + at, 4);
+    return v;
+}
+
+static void prepare(uint32_t index, const uint8_t *from, const uint8_t *to, uint64_t rounds, uint64_t r15)
+{
+    uint32_t at = CODE + index * 0x2000;
+    memcpy(ram + at, from, (size_t)(to - from));
+    soft_vm_memory_written(vm, at, (uint64_t)(to - from));
+    struct kvm_sregs s;
+    struct kvm_regs r = { .rip = at, .rsp = STACKS + 0x1000 * (index + 1), .rflags = 2, .rdi = SHARED, .rsi = rounds, .rbx = X,
+                          .rbp = Y, .r12 = OUT + 0x10000 * index, .r13 = index, .r14 = threads, .r15 = r15 };
+    soft_vcpu_get(vm, index, SOFT_STATE_SREGS, &s, sizeof s);
+    struct kvm_segment code = { .limit = ~0u, .selector = 8, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1 };
+    struct kvm_segment data = { .limit = ~0u, .selector = 16, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1 };
+    s.cs = code;
+    s.ds = s.es = s.ss = s.fs = s.gs = data;
+    s.cr0 = 0x80000033;
+    s.cr3 = PML4;
+    s.cr4 = 0x20;
+    s.efer = 0x500;
+    struct kvm_mp_state mp = { KVM_MP_STATE_RUNNABLE };
+    if (soft_vcpu_set(vm, index, SOFT_STATE_SREGS, &s, sizeof s) || soft_vcpu_set(vm, index, SOFT_STATE_REGS, &r, sizeof r) ||
+        soft_vcpu_set(vm, index, SOFT_STATE_MP, &mp, sizeof mp))
+        fail("a state was refused");
+}
+
+/* The first `count` vCPUs run programs[0..count-1], the others sleep. */
+struct program {
+    const uint8_t *begin, *end;
+};
+#define P(name) { name##_begin, name##_end }
+
+static void batch(const struct program *programs, unsigned count, uint64_t rounds, uint64_t r15)
+{
+    static const uint8_t halt[] = { 0xFA, 0xF4 };
+    memset(ram + SHARED, 0, 0x1000);
+    threads = count;
+    for (unsigned i = 0; i < THREADS; i++)
+        prepare(i, i < count ? programs[i].begin : halt, i < count ? programs[i].end : halt + sizeof halt, rounds, r15);
+    pthread_barrier_wait(&begin);
+    pthread_barrier_wait(&end);
+}
+
+/* ---- what orders of loads and stores may be seen ---- */
+
+struct litmus {
+    const char *name;
+    unsigned count;
+    struct program programs[THREADS];
+    bool (*forbidden)(const uint32_t (*results)[2]); /* by vCPU: EAX, EDX; NULL: nothing is */
+};
+static bool both_zero(const uint32_t (*r)[2]) { return !r[0][0] && !r[1][0]; }
+static bool both_one(const uint32_t (*r)[2]) { return r[0][0] && r[1][0]; }
+static bool second_alone(const uint32_t (*r)[2]) { return r[1][0] && !r[1][1]; }
+static bool two_orders(const uint32_t (*r)[2]) { return r[2][0] && !r[2][1] && r[3][0] && !r[3][1]; }
+
+static const struct litmus ORDERS[] = {
+    { "message passing", 2, { P(write_both), P(read_both) }, second_alone },
+    { "store buffering", 2, { P(plain_x_read_y), P(plain_y_read_x) }, NULL },
+    { "store buffering, mfence", 2, { P(write_x_read_y), P(write_y_read_x) }, both_zero },
+    { "store buffering, xchg", 2, { P(xchg_x_read_y), P(xchg_y_read_x) }, both_zero },
+    { "store buffering, cpuid", 2, { P(cpuid_x_read_y), P(cpuid_y_read_x) }, both_zero },
+    { "load buffering", 2, { P(read_x_write_y), P(read_y_write_x) }, both_one },
+    { "iriw", 4, { P(write_x), P(write_y), P(read_x_then_y), P(read_y_then_x) }, two_orders },
+};
+
+static void order(const struct litmus *l, uint64_t rounds)
+{
+    for (uint64_t done = 0; done < rounds; done += BATCH) {
+        memset(ram + X, 0, BATCH * LINE);
+        memset(ram + Y, 0, BATCH * LINE);
+        batch(l->programs, l->count, BATCH, 0);
+        for (unsigned k = 0; l->forbidden && k < BATCH; k++) {
+            uint32_t results[THREADS][2];
+            for (unsigned i = 0; i < l->count; i++)
+                for (unsigned word = 0; word < 2; word++)
+                    results[i][word] = get32(OUT + 0x10000 * i + 8 * k + 4 * word);
+            if (l->forbidden((const uint32_t (*)[2])results))
+                fail("round %u: %u %u, %u %u", k, results[0][0], results[0][1], results[1][0], results[1][1]);
+        }
+    }
+}
+
+static void count_up(uint64_t rounds)
+{
+    static const struct program all[THREADS] = { P(counters), P(counters), P(counters), P(counters) };
+    static const struct { uint32_t at; unsigned bytes, each; } sums[] = {
+        { 0x100, 4, 1 }, { 0x13D, 4, 1 }, { 0xFFD, 4, 1 }, { 0x200, 8, 1 }, { 0x211, 2, 1 }, { 0x220, 1, 1 }, { 0x280, 8, 1 },
+        { 0x2BE, 4, 1 }, { 0x300, 4, 1 }, { 0x380, 4, 1 }, { 0x3FE, 4, 1 }, { 0x440, 8, 1 }, { 0x448, 8, 2 }, { 0x480, 4, 0 },
+        { 0x500, 4, 1 }, { 0x580, 4, 0 }, { 0x600, 4, 1 } };
+    memset(ram + X, 0, 0x2000);
+    batch(all, THREADS, rounds, 0);
+    for (unsigned i = 0; i < sizeof sums / sizeof *sums; i++) {
+        uint64_t v = 0, wanted = rounds * THREADS * sums[i].each;
+        memcpy(&v, ram + X + sums[i].at, sums[i].bytes);
+        if (sums[i].bytes < 8)
+            wanted &= (1ull << (8 * sums[i].bytes)) - 1;
+        if (v != wanted)
+            fail("the counter at %#x has %llu instead of %llu", sums[i].at, (unsigned long long)v, (unsigned long long)wanted);
+    }
+}
+
+static void write_code(uint32_t at, const void *bytes, size_t size)
+{
+    memcpy(ram + at, bytes, size);
+    soft_vm_memory_written(vm, at, size);
+}
+
+static void modify(uint64_t rounds, unsigned count, uint64_t through)
+{
+    static const struct program all[THREADS] = { P(patch), P(patch), P(patch), P(patch) };
+    static const uint8_t function[] = { 0xB8, 0, 0, 0, 0, 0xC3 }, other[] = { 0x31, 0xC0, 0xC3 };
+    write_code(PATCHED, function, sizeof function); /* mov eax, 0; ret */
+    write_code(PATCHED + 0x40, other, sizeof other);
+    batch(all, count, rounds, PATCHED + through);
+    if (get32(SHARED + 0x180))
+        fail("old code ran %u times", get32(SHARED + 0x180));
+}
+
+static void make_code(uint64_t rounds, unsigned count, uint64_t through)
+{
+    static const struct program all[THREADS] = { P(fresh), P(fresh), P(fresh), P(fresh) };
+    while (rounds) {
+        uint64_t part = rounds < 8192 ? rounds : 8192; /* 128 KiB */
+        memset(ram + PATCHED, 0xCC, 16 * part);
+        soft_vm_memory_written(vm, PATCHED, 16 * part);
+        batch(all, count, part, PATCHED + through);
+        if (get32(SHARED + 0x180))
+            fail("old code ran %u times", get32(SHARED + 0x180));
+        rounds -= part;
+    }
+}
+
+/* A device changes the code instead: the writer is this program. */
+static void *device(void *arg)
+{
+    uint64_t rounds = *(const uint64_t *)arg, readers = 1;
+    while (__atomic_load_n((uint64_t *)(void *)(ram + SHARED), __ATOMIC_SEQ_CST) < 2)
+        sched_yield();
+    for (uint32_t value = 1; value <= rounds; value++) {
+        __atomic_store_n((uint32_t *)(void *)(ram + PATCHED + 4), value, __ATOMIC_SEQ_CST);
+        soft_vm_memory_written(vm, PATCHED + 4, 4);
+        __atomic_store_n((uint64_t *)(void *)(ram + SHARED + 0x80), value, __ATOMIC_SEQ_CST);
+        while (__atomic_load_n((uint64_t *)(void *)(ram + SHARED + 0x100), __ATOMIC_SEQ_CST) < value * readers)
+            sched_yield();
+    }
+    return NULL;
+}
+static void modify_by_device(uint64_t rounds)
+{
+    static const uint8_t function[] = { 0x90, 0x90, 0x90, 0xB8, 0, 0, 0, 0, 0xC3 }, other[] = { 0x31, 0xC0, 0xC3 };
+    pthread_t thread;
+    static const uint8_t arrive[] = { 0xF0, 0x48, 0xFF, 0x07, 0xFA, 0xF4 }; /* lock incq (%rdi); cli; hlt */
+    const struct program programs[2] = { { arrive, arrive + sizeof arrive }, P(patch) };
+    write_code(PATCHED, function, sizeof function);
+    write_code(PATCHED + 0x40, other, sizeof other);
+    memset(ram + SHARED, 0, 0x1000);
+    if (pthread_create(&thread, NULL, device, &rounds))
+        fail("no thread");
+    batch(programs, 2, rounds, 0);
+    pthread_join(thread, NULL);
+    if (get32(SHARED + 0x180))
+        fail("old code ran %u times", get32(SHARED + 0x180));
+}
+
+static void build_tables(void)
+{
+    put64(PML4, PDPT | 3);
+    put64(PDPT, PD | 3);
+    put64(PDPT + 8, PD | 3); /* ALIAS */
+    put64(PD, PT | 3);
+    for (unsigned i = 1; i < RAM >> 21; i++)
+        put64(PD + 8 * i, (uint64_t)i << 21 | 0x83);
+    for (unsigned i = 0; i < 512; i++)
+        put64(PT + 8 * i, (uint64_t)i << 12 | 3);
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 20000;
+    const char *only = argc > 2 ? argv[2] : NULL;
+    const struct soft_config config = { .vcpus = THREADS, .parallel = true, .tsc_khz = 1000000, .quantum = 50000 };
+    const struct soft_host host = { .access = on_access, .random = on_random };
+    pthread_t ids[THREADS];
+    ram = aligned_alloc(4096, RAM);
+    memset(ram, 0, RAM);
+    build_tables();
+    vm = soft_vm_create(&config, &host);
+    if (!vm || soft_vm_set_slot(vm, 0, 0, RAM, ram, false, false))
+        fail("no VM");
+    pthread_barrier_init(&begin, NULL, THREADS + 1);
+    pthread_barrier_init(&end, NULL, THREADS + 1);
+    for (uintptr_t i = 0; i < THREADS; i++)
+        if (pthread_create(&ids[i], NULL, run, (void *)i))
+            fail("no thread");
+#define CHECK(name, n, call)                                                                                           \
+    if (!only || !strcmp(only, name)) {                                                                                \
+        current = name;                                                                                                \
+        call;                                                                                                          \
+        printf("ok %s %llu\n", name, (unsigned long long)(n));                                                         \
+        fflush(stdout);                                                                                                \
+    }
+    for (unsigned i = 0; i < sizeof ORDERS / sizeof *ORDERS; i++)
+        CHECK(ORDERS[i].name, rounds, order(&ORDERS[i], rounds));
+    CHECK("locked counters", rounds / 4, count_up(rounds / 4));
+    uint64_t code_rounds = rounds / 8 + 1;
+    CHECK("changed code", code_rounds, modify(code_rounds, 2, 0));
+    CHECK("changed code, three readers", code_rounds, modify(code_rounds, 4, 0));
+    CHECK("changed code, another mapping", code_rounds, modify(code_rounds, 2, ALIAS));
+    CHECK("new code", code_rounds, make_code(code_rounds, 2, 0));
+    CHECK("new code, three readers", code_rounds, make_code(code_rounds, 4, ALIAS));
+    CHECK("code changed by a device", code_rounds, modify_by_device(code_rounds));
+    ending = true;
+    pthread_barrier_wait(&begin);
+    for (unsigned i = 0; i < THREADS; i++)
+        pthread_join(ids[i], NULL);
+    soft_vm_destroy(vm);
+    free(ram);
+    return 0;
+}
