@@ -39,7 +39,7 @@ static uint64_t tsc_to_ns(void *ctx, uint32_t i, uint64_t t) { (void)ctx; (void)
 static struct world *make(void)
 {
     struct world *w = calloc(1, sizeof *w);
-    struct irqchip_host host = {w, on_wake, on_nmi, on_init, on_sipi, on_eoi, tsc, tsc_to_ns};
+    struct irqchip_host host = {w, false, on_wake, on_nmi, on_init, on_sipi, on_eoi, tsc, tsc_to_ns};
     w->chip = irqchip_create(VCPUS, &host);
     CHECK(w->chip);
     return w;
