@@ -1,7 +1,7 @@
 """The tests of self-modifying code can fail: without any one part of the invalidation, one of them does.
 
 Every mutant is the software core with one line changed. What must notice it is a firmware image of test_soft_roms.py
-(smc: one processor; smc_smp: two) or the check of DMA in tests/support/soft_api.c.
+(smc: one processor; smc_smp: two), the check of DMA in tests/support/soft_api.c, or a litmus program.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from tests.support import soft_programs
 
 pytestmark = pytest.mark.slow
 
-BLOCK, JUMP, MEMORY, MMU = (f"cpu/soft/{name}.c" for name in ("run/block", "run/jump", "mmu/memory", "mmu/mmu"))
+BLOCK, JUMP, MEMORY, MMU, EVENTS, PARALLEL, LOCK = (
+    f"cpu/soft/{name}.c"
+    for name in ("run/block", "run/jump", "mmu/memory", "mmu/mmu", "run/events", "run/parallel", "interp/exec_lock")
+)
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
     "strings of several pages look at the first": (
-        "smc", MMU, "while (run < size && may_write(c->vm, slot, ++n))", "while (run < size)",
+        "smc", MMU, "while (run < size && may_write(c, slot, ++n))", "while (run < size)",
     ),
     "the block that is written to goes on": (
         "smc", BLOCK, "bool changed = c->blocks->changed;", "bool changed = false;",
@@ -36,27 +39,35 @@ MUTANTS = {
         "smc", BLOCK, "if (on && !was)\n            soft_tlb_protect_page(vm, s->gpa + offset);", "",
     ),
     "a replaced translation can still write": (
-        "smc", MMU, "clear_victims(c);\n        for (unsigned view = 0; view < VIEW_COUNT; view++) {",
-        "for (unsigned view = 0; view < VIEW_COUNT; view++) {",
+        "smc", MMU, "clear_victims(c);\n    for (unsigned view = 0; view < VIEW_COUNT; view++) {\n        struct",
+        "for (unsigned view = 0; view < VIEW_COUNT; view++) {\n        struct",
     ),
     "addresses still lead to the old block": (
         "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(b);", "b->changed = true;",
     ),
     "INVLPG leaves addresses of code": ("smc", MMU, "soft_jump_cache_flush_page(c, linear);", ""),
     "another processor can still write": (
-        "smc_smp", MMU, "if (!host)\n        return;\n    for (unsigned n = 0; n < vm->config.vcpus; n++) {",
-        "if (!host)\n        return;\n    for (unsigned n = 0; n < 1; n++) {",
+        "smc_smp", MMU, "for (unsigned n = 0; n < vm->config.vcpus; n++)\n        soft_tlb_protect(vm->vcpus[n]",
+        "for (unsigned n = 0; n < 1; n++)\n        soft_tlb_protect(vm->vcpus[n]",
     ),
     "another processor's addresses": (
-        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)",
-        "for (unsigned i = 0; i < 1; i++)\n        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)",
+        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (b->vm->vcpus[i] && b->vm",
+        "for (unsigned i = 0; i < 1; i++)\n        if (b->vm->vcpus[i] && b->vm",
     ),
     "DMA is not looked at": (
-        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);", ";",
+        "soft_api", EVENTS, "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);", ";",
     ),
     "DMA at the end of what it wrote": (
-        "soft_api", "cpu/soft/run/events.c", "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);",
+        "soft_api", EVENTS, "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);",
         "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa & ~0xFFFull, 1);",
+    ),
+    "vCPUs on other threads are not told": ("soft_litmus", PARALLEL, "post_range(vm->vcpus[i], gpa, size);", ";"),
+    "vCPUs on other threads can still write": (
+        "soft_litmus", PARALLEL, "ask_to_protect(c->vm->vcpus[i], c, host);", ";",
+    ),
+    "locked operations are none": ("soft_litmus", LOCK, "lock cmpxchg %[new]", "cmpxchg %[new]"),
+    "locked operations across lines are none": (
+        "soft_litmus", LOCK, "soft_alone_begin(c);\n        old = load", "old = load",
     ),
 }  # fmt: skip
 SECONDS = 20
@@ -67,6 +78,9 @@ def noticed(program: Path, check: str, folder: Path) -> bool:
     """Whether the check fails on this program."""
     if check == "soft_api":
         command = [program, "dma_into_code", "4"]
+        wanted, status = None, 0
+    elif check == "soft_litmus":
+        command = [program, "100000"]
         wanted, status = None, 0
     else:
         command = [program, "--memory", "64", "--timeout", str(SECONDS), "--cpus", str(CPUS.get(check, 1)), "--bios",
@@ -83,13 +97,13 @@ def noticed(program: Path, check: str, folder: Path) -> bool:
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_missing_invalidation_is_noticed(tmp_path: Path, mutant: str, hot: bool) -> None:
     check, source, old, new = MUTANTS[mutant]
-    name = check if check == "soft_api" else "soft_boot"
+    name = check if check in ("soft_api", "soft_litmus") else "soft_boot"
     program = soft_programs.build_mutant(name, source, old, new, tmp_path, hot=hot)
     assert noticed(program, check, tmp_path)
 
 
 @pytest.mark.parametrize("hot", [False, True], ids=["interpreted", "translated"])
-@pytest.mark.parametrize("check", ["smc", "smc_smp", "soft_api"])
+@pytest.mark.parametrize("check", ["smc", "smc_smp", "soft_api", "soft_litmus"])
 def test_the_core_itself_passes(tmp_path: Path, check: str, hot: bool) -> None:
-    name = check if check == "soft_api" else "soft_boot"
+    name = check if check in ("soft_api", "soft_litmus") else "soft_boot"
     assert not noticed(soft_programs.build(name, hot=hot), check, tmp_path)

@@ -84,7 +84,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     }
     if (fd < 0)
         return 0;
-    if (vm->config.virtual_clock || !count || count > 4 || strlen(program) >= sizeof vm->direct->stub)
+    if (vm->config.virtual_clock || vm->parallel || !count || count > 4 || strlen(program) >= sizeof vm->direct->stub)
         return -EINVAL;
     struct direct_vm *direct = calloc(1, sizeof *direct);
     if (!direct)
