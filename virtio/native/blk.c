@@ -27,6 +27,7 @@ typedef struct {
     ImageObject *image;
     struct pool pool;
     struct blk_uring uring; /* not open: everything goes to the threads */
+    bool by_kind;           /* with an io_uring: threads do what they do better */
     struct gate gate;       /* of what is limited */
     uint32_t in_flight;     /* requests between pop and push */
     bool closed;
@@ -121,22 +122,38 @@ static int job_finish(BlockObject *self, struct request *job, PyObject *rings)
     return job_return(self, job) | failed;
 }
 
-/* Begin what may block. Returns 0, or -1 with an exception. */
-static int begin(BlockObject *self, struct jobs *jobs, PyObject *rings)
+/* A write into the page cache of a file system that has no RWF_NOWAIT for it. An io_uring gives such writes to a thread of
+ * the kernel's, one after the other, and wakes the loop for each; ours take several and wake it once (bench_guest_io). */
+static bool is_cached_write(const struct disk *disk, const struct request *job)
 {
-    struct jobs threads = {0};
+    return job->type == T_OUT && !job->dsync && disk->writes_wait;
+}
+
+/* Give jobs to the threads; with `one` a single thread begins with them. Does them itself if there can be no threads. */
+static int begin_on_threads(BlockObject *self, struct jobs *jobs, bool one, PyObject *rings)
+{
     int failed = 0;
-    if (self->uring.ring.fd >= 0)
-        blk_uring_submit(&self->uring, jobs, &threads);
-    else
-        jobs_join(&threads, jobs);
-    if (threads.count && !pool_submit(&self->pool, &threads)) {
-        for (struct request *job; (job = jobs_take(&threads));) {
+    if (jobs->count && !pool_submit(&self->pool, jobs, one)) {
+        for (struct request *job; (job = jobs_take(jobs));) {
             blk_run(&self->disk, job);
             failed |= job_finish(self, job, rings);
         }
     }
     return failed;
+}
+
+/* Begin what may block. Returns 0, or -1 with an exception. */
+static int begin(BlockObject *self, struct jobs *jobs, PyObject *rings)
+{
+    struct jobs threads = {0}, cached = {0}, uring = {0};
+    if (self->uring.ring.fd < 0)
+        jobs_join(&threads, jobs);
+    for (struct request *job; (job = jobs_take(jobs));)
+        jobs_add(self->by_kind && is_cached_write(&self->disk, job) ? &cached : &uring, job);
+    if (uring.count)
+        blk_uring_submit(&self->uring, &uring, &threads);
+    /* The file's lock lets one of them write at a time. */
+    return begin_on_threads(self, &cached, true, rings) | begin_on_threads(self, &threads, false, rings);
 }
 
 /* A request of its own from what was popped; NULL with an exception. */
@@ -301,7 +318,7 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
     bool failed = !rings;
     if (self->uring.ring.fd >= 0) {
         blk_uring_done(&self->uring, &done, &elsewhere);
-        if (elsewhere.count && !pool_submit(&self->pool, &elsewhere)) {
+        if (elsewhere.count && !pool_submit(&self->pool, &elsewhere, false)) {
             for (struct request *job = elsewhere.first; job; job = job->next)
                 blk_run(&self->disk, job);
             jobs_join(&done, &elsewhere);
@@ -393,6 +410,7 @@ static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                                .nowait_read = immediate, .nowait_write = immediate};
     memcpy(self->disk.serial, serial, (size_t)(serial_length < ID_BYTES ? serial_length : ID_BYTES));
     self->uring.ring.fd = -1;
+    self->by_kind = !wants_uring;
     int error = pool_open(&self->pool, &self->disk, threads);
     if (!error && strcmp(engine, "threads")) {
         int refused = blk_uring_open(&self->uring, &self->disk);

@@ -114,6 +114,7 @@ struct disk {
     uint64_t sectors;
     bool read_only, writeback, discard, write_zeroes;
     bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
+    bool writes_wait; /* it refused RWF_NOWAIT for a write into the page cache; loop thread */
     bool abandoned; /* skip requests that were not yet submitted; set by the loop's thread, atomic */
     char serial[ID_BYTES];
 };
@@ -163,8 +164,8 @@ struct pool {
 
 /* 0 or an errno. Threads start with the first job. */
 int pool_open(struct pool *pool, struct disk *disk, unsigned threads);
-/* Takes the jobs; false, and takes none, if no thread can be started. */
-bool pool_submit(struct pool *pool, struct jobs *jobs);
+/* Takes the jobs; false, and takes none, if no thread can be started. `one`: wake one thread for all of them. */
+bool pool_submit(struct pool *pool, struct jobs *jobs, bool one);
 struct jobs pool_done(struct pool *pool);
 /* Drop what waits. Whether nothing runs. */
 bool pool_cancel(struct pool *pool, struct jobs *dropped);

@@ -83,10 +83,12 @@ static bool move_now(struct disk *disk, const struct extent *extent, bool write,
     ssize_t done = write ? pwritev2(extent->fd, iov, (int)count, (off_t)extent->offset, RWF_NOWAIT)
                          : preadv2(extent->fd, iov, (int)count, (off_t)extent->offset, RWF_NOWAIT);
     if (done < 0 && errno != EAGAIN && errno != EINTR) {
-        if (write)
+        if (write) { /* for good: an error proper comes again where it is told */
             disk->nowait_write = false;
-        else
+            disk->writes_wait = errno == EOPNOTSUPP;
+        } else {
             disk->nowait_read = false;
+        }
     }
     return done >= 0 && (uint64_t)done == extent->length;
 }

@@ -65,14 +65,14 @@ static bool start(struct pool *pool)
     return pool->started;
 }
 
-bool pool_submit(struct pool *pool, struct jobs *jobs)
+bool pool_submit(struct pool *pool, struct jobs *jobs, bool one)
 {
     if (!start(pool))
         return false;
     unsigned count = jobs->count;
     pthread_mutex_lock(&pool->lock);
     jobs_join(&pool->queue, jobs);
-    if (count > 1)
+    if (count > 1 && !one)
         pthread_cond_broadcast(&pool->work);
     else
         pthread_cond_signal(&pool->work);
