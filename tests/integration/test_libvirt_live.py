@@ -115,6 +115,8 @@ def test_memory_goes_to_the_balloon_and_comes_back(linux: Linux) -> None:
     wait_for(lambda: re.search(r"Used memory: +131072 KiB", linux.virsh("dominfo", "d")), "it keeps its memory")
     stats = dict(line.split() for line in linux.virsh("dommemstat", "d").splitlines())
     assert int(stats["actual"]) == 131072 and 0 < int(stats["unused"]) < 131072 and "available" in stats
+    told = linux.virsh("domstats", "d", "--balloon")
+    assert "balloon.current=131072" in told and "balloon.maximum=262144" in told
     linux.virsh("setmem", "d", "256M", "--live")
     assert "higher than max" in linux.virsh("setmem", "d", "512M", "--live", ok=False)
     assert "active domain" in linux.virsh("setmaxmem", "d", "512M", "--live", ok=False)
@@ -125,6 +127,7 @@ def test_processors_come_and_go(linux: Linux) -> None:
     linux.virsh("setvcpus", "d", "2", "--live")
     wait_for(lambda: linux.sh("nproc") == "2", "it has not come")
     assert linux.virsh("vcpucount", "d", "--current", "--live") == "2"
+    assert "vcpu.current=2" in linux.virsh("domstats", "d", "--vcpu")
     linux.virsh("setvcpus", "d", "1", "--live")
     assert linux.sh("nproc") == "1"
     assert "greater than max" in linux.virsh("setvcpus", "d", "4", "--live", ok=False)

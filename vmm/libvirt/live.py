@@ -195,12 +195,12 @@ async def set_processors(daemon: Daemon, domain: Domain, count: int) -> None:
     daemon.domains.set_live(domain, replace(spec, config=config))
 
 
-async def balloon_of(domain: Domain) -> dict[str, Any] | None:
+async def balloon_of(domain: Domain, patience: float = 5.0) -> dict[str, Any] | None:
     """What the machine says of its balloon; None: it has none, does not run, or does not answer."""
     if domain.live is None or domain.entry is None or not domain.live.config.balloon:
         return None
     try:
-        found = (await ask(domain.entry, "status", 5)).get("balloon")
+        found = (await ask(domain.entry, "status", patience)).get("balloon")
     except HostError:
         return None
     return found if isinstance(found, dict) else None

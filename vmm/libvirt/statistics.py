@@ -11,6 +11,7 @@ from vmm.errors import VmmError
 from vmm.libvirt import host
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
+from vmm.libvirt.live import balloon_of
 from vmm.libvirt.machines import ask
 from vmm.libvirt.spec import disk_ids
 from vmm.libvirt.wire import Param, int_param, string_param, uint_param, ullong_param
@@ -89,8 +90,9 @@ async def bulk(domain: Domain, groups: int) -> list[Param]:
             ullong_param("cpu.system", system),
         ]
     if groups & BALLOON:
-        kib = config.memory // KIB
-        params += [ullong_param("balloon.current", kib), ullong_param("balloon.maximum", kib)]
+        balloon = await balloon_of(domain, STATS_SECONDS) if domain.active else None
+        now = config.memory if balloon is None else int(balloon["actual"])
+        params += [ullong_param("balloon.current", now // KIB), ullong_param("balloon.maximum", config.memory // KIB)]
         if domain.active:
             params.append(ullong_param("balloon.rss", host.resident(domain.pid)))
     if groups & VCPU:
