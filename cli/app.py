@@ -208,25 +208,28 @@ def attach(
     name: Name,
     disk: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="A disk, as of vmm run.")] = None,
     net: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="A network card, as of vmm run.")] = None,
+    share: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="A directory, HOST[:/GUEST][,ro], as of vmm run.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the guest's driver.")] = 10.0,
     json: Json = False,
 ) -> None:
-    """Add disks and network cards to a machine that runs."""
+    """Add disks, network cards and shared directories to a machine that runs."""
     from cli.hotplug import attach_device
 
-    attach_device(name, disk or [], net or [], timeout, json=json)
+    attach_device(name, disk or [], net or [], share or [], timeout, json=json)
 
 
 def detach(
     name: Name,
-    device: Annotated[str, typer.Argument(metavar="ID", help="A disk or card, as vmm ps --json names it.")],
+    device: Annotated[str, typer.Argument(metavar="ID", help="A disk, card or share, as vmm ps --json names it.")],
     force: Annotated[bool, typer.Option("--force", help="Pull it if the guest does not give it up.")] = False,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds that the guest has; by default 30, with --force 5.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Take a disk or network card from a machine that runs: the guest is asked, and gives it up."""
+    """Take a disk, network card or share from a machine that runs: the guest is asked, and gives it up."""
     from cli.hotplug import detach_device
 
     detach_device(name, device, timeout, force=force, json=json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import say
-from vmm.config import Disk, Net
+from vmm.config import Disk, Net, Share
 from vmm.convert import plain
 from vmm.errors import ConfigError
 from vmm.management.control import request
@@ -23,10 +23,12 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def attach_device(name: str, disks: list[str], nets: list[str], timeout: float, *, json: bool) -> None:
+def attach_device(
+    name: str, disks: list[str], nets: list[str], shares: list[str], timeout: float, *, json: bool
+) -> None:
     """Attach one after the other. Raises VmmError."""
-    if not disks and not nets:
-        raise ConfigError("attach: give a device: --disk FILE or --net user")
+    if not disks and not nets and not shares:
+        raise ConfigError("attach: give a device: --disk FILE, --net user or --share DIR:/PLACE")
     _check(timeout)
     wanted: list[tuple[str, dict[str, Any]]] = []
     # The machine may run in another directory.
@@ -37,6 +39,9 @@ def attach_device(name: str, disks: list[str], nets: list[str], timeout: float, 
         net = Net.parse(text)
         target = str(Path(net.target).absolute()) if net.kind == "unix" else net.target
         wanted.append(("net", plain(net.replace(target=target, pcap=_absolute(net.pcap)))))
+    for text in shares:
+        share = Share.parse(text)
+        wanted.append(("share", plain(share.replace(path=_absolute(share.path)))))
     entry = find(name)
     answers = []
     try:
@@ -46,6 +51,10 @@ def attach_device(name: str, disks: list[str], nets: list[str], timeout: float, 
             if not json:
                 state = "" if answer["driven"] else "; the guest has not taken it yet"
                 say(f"{name}: attached {answer['id']} in slot {answer['slot']}{state}")
+                if kind == "share" and (answer["note"] or not values.get("mount")):
+                    why = f"not mounted: {answer['note']}; " if answer["note"] else ""
+                    place = values.get("mount") or "/PLACE"
+                    say(f"{name}: {why}in the guest: mount -t virtiofs {answer['id']} {place}")
     finally:
         if json:
             sys.stdout.write(json_text.dumps(answers) + "\n")

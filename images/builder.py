@@ -60,7 +60,7 @@ def build(name: str, progress: BuildProgress | None = None) -> Built:
                     debs = dict(zip(system, files[len(wanted) :], strict=True))
                     debian.make(recipe, kernel, debs, made / "root.img", work, lambda what: tell(what, 2, STEPS))
                 elif recipe["kind"] == "busybox":
-                    busybox.make(recipe, files[1:], made / "root.img", work)
+                    busybox.make(recipe, kernel, files[1:], made / "root.img", work)
                 tell("writing", 3, STEPS)
                 hashes = {path.name: cache.file_hash(path) for path in sorted(made.iterdir())}
                 manifest = {"format": FORMAT, "key": key, "recipe": recipe, "files": hashes}

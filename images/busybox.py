@@ -6,14 +6,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from images import packages
+from images import modules, packages
 from images.errors import ImageError
-from images.kernel import guest_init
+from images.kernel import Kernel, guest_init
 from images.programs import run
 from images.tree import Tree
 
 
-def make(recipe: dict[str, Any], debs: list[Path], image: Path, work: Path) -> None:
+def make(recipe: dict[str, Any], kernel: Kernel, debs: list[Path], image: Path, work: Path) -> None:
     """Write the root disk. `debs` are the recipe's packages."""
     tree = Tree()
     for name in ("dev", "proc", "sys", "run", "root", "mnt", "var/log", "sbin", "usr/bin", "usr/sbin"):
@@ -32,10 +32,32 @@ def make(recipe: dict[str, Any], debs: list[Path], image: Path, work: Path) -> N
     for path in _applets(tree, work):
         if path not in tree.nodes:
             tree.link(path, "/bin/busybox")
+    _add_modules(tree, kernel, recipe["root"].get("modules", []))
     hostname = recipe["root"].get("hostname", "linux")
     for path, text in _ETC.items():
         tree.file(path, text.format(hostname=hostname).encode(), 0o755 if "script" in path else 0o644)
     tree.ext4(image, recipe["root"]["size_mib"], hostname, work)
+
+
+def _add_modules(tree: Tree, kernel: Kernel, names: list[str]) -> None:
+    """Modules of the kernel's that modprobe finds, with those that they need. Raises ImageError."""
+    by_name = {modules.module_name(path): path for path in kernel.modules}
+    lines: dict[str, str] = {}
+
+    def add(name: str) -> str:
+        if name not in by_name:
+            raise ImageError(f"root.modules: {name} is none of kernel.modules and kernel.file_systems", "config")
+        data = kernel.modules[by_name[name]]
+        place = by_name[name].removesuffix(".xz").removesuffix(".zst")
+        needed = [add(other) for other in modules.depends(data) if other in by_name]
+        tree.file(f"lib/modules/{kernel.version}/{place}", data)
+        lines[place] = f"{place}: {' '.join(needed)}".rstrip() + "\n"
+        return place
+
+    for name in names:
+        add(name.replace("-", "_"))
+    if lines:
+        tree.file(f"lib/modules/{kernel.version}/modules.dep", "".join(lines.values()).encode())
 
 
 def binary(debs: list[Path]) -> bytes | None:

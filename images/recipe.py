@@ -14,7 +14,7 @@ MAX_MIB = 1 << 20
 
 _TEXT, _TEXTS, _SIZE, _PATTERN = "text", "a list of texts", "a number of MiB", "a regular expression"
 _ROOTS: dict[str, dict[str, str]] = {
-    "busybox": {"packages": _TEXTS, "size_mib": _SIZE, "hostname": _TEXT},
+    "busybox": {"packages": _TEXTS, "modules": _TEXTS, "size_mib": _SIZE, "hostname": _TEXT},
     "container": {},
     "debian": {"suite": _TEXT, "include": _TEXTS, "size_mib": _SIZE, "hostname": _TEXT},
 }

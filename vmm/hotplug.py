@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cpu.values import dataclass
 from virtio.constants import Status
 from virtio.devices.blk import BlockDevice
-from vmm.config import Config, Disk, Net, check_file
+from vmm.config import Config, Disk, Net, Share, check_directory, check_file
 from vmm.errors import ConfigError, StateError, VmmError, core_errors
 from vmm.events import Attached, Detached, DetachRefused
 from vmm.lifecycle import State
@@ -47,6 +47,10 @@ LOOKED_SECONDS = 5.0
 """How long `attach` waits for the guest's first read of a disk that is driven."""
 
 
+Part = Disk | Net | Share
+"""What comes and goes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """What `attach` made."""
@@ -57,6 +61,8 @@ class Attachment:
     """Its device number on PCI bus 0."""
     driven: bool
     """The guest's driver has taken it."""
+    note: str = ""
+    """Of a share that was to be mounted: why the guest has not."""
 
 
 class _Leaving:
@@ -73,11 +79,13 @@ class Hotplug:
     def __init__(self, vm: VirtualMachine) -> None:
         self._vm = vm
         config = vm.config
-        self._parts: dict[str, Disk | Net] = {}
+        self._parts: dict[str, Part] = {}
         for index, disk in enumerate(config.disks):
             self._parts[disk.id or f"disk{index}"] = disk
         for index, net in enumerate(config.nets):
             self._parts[net.id or f"net{index}"] = net
+        for index, share in enumerate(config.shares):
+            self._parts[share.id or f"share{index}"] = share
         self._changed = False
         self._leaving: dict[str, _Leaving] = {}
         self._coming: set[str] = set()
@@ -98,21 +106,24 @@ class Hotplug:
         return config.replace(
             disks=[part for part in named.values() if isinstance(part, Disk)],
             nets=[part for part in named.values() if isinstance(part, Net)],
+            shares=[part for part in named.values() if isinstance(part, Share)],
             slots=[{"id": name, "device": slot} for name, slot in (virtio.slots if virtio is not None else {}).items()],
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """Disks and cards for people, JSON-like: id, kind, slot (null: none), and what each is."""
+        """Disks, cards and shares for people, JSON-like: id, kind, slot (null: none), and what each is."""
         virtio = self._virtio_or_none()
         found: list[dict[str, Any]] = []
         for name, part in self._parts.items():
-            kind = "disk" if isinstance(part, Disk) else "net"
+            kind = kind_of(part)
             slot = virtio.slots.get(name) if virtio is not None else None
             job = self._vm.disk_jobs.on(name)
             facts: dict[str, Any] = {"id": name, "kind": kind, "slot": slot, "leaving": name in self._leaving}
             if isinstance(part, Disk):
                 facts |= {"path": str(part.path), "readonly": part.readonly, "chain": self._chain(name)}
                 facts["job"] = job.describe() if job is not None else None
+            elif isinstance(part, Share):
+                facts |= {"path": str(part.path), "readonly": part.readonly, "mount": part.mount}
             else:
                 facts |= {"network": f"{part.kind}={part.target}" if part.target else part.kind}
             found.append(facts)
@@ -162,11 +173,11 @@ class Hotplug:
 
     # Coming.
 
-    async def attach(self, part: Disk | Net, *, timeout: float = DRIVER_SECONDS) -> Attachment:
+    async def attach(self, part: Part, *, timeout: float = DRIVER_SECONDS) -> Attachment:
         """vmm.vm.VirtualMachine.attach"""
         self._vm.check_alive()
         self._vm.check_settled()
-        kind = "disk" if isinstance(part, Disk) else "net"
+        kind = kind_of(part)
         if part.transport != "pci":
             raise ConfigError(f"{kind}: transport=mmio: such devices are found at boot only; leave that out")
         self._bus()
@@ -176,12 +187,15 @@ class Hotplug:
         if isinstance(part, Disk):
             check_file("disk", part.path, writable=not (part.readonly or part.snapshot))
             self._check_other_disks(part)
+        if isinstance(part, Share):
+            check_directory("share", part.path)
+        packed = not isinstance(part, Share) and part.packed
         self._coming.add(name)
         try:
             maker = self._maker(name, part)
             pool = self._vm.pool
             with core_errors():
-                device = await pool.add(name, maker, part.packed)
+                device = await pool.add(name, maker, packed)
             try:
                 async with self.lock:
                     self._vm.check_alive()
@@ -201,7 +215,26 @@ class Hotplug:
         finally:
             self._coming.discard(name)
         self._vm.tell_event(Attached(name, kind, slot))
-        return Attachment(name, slot, await self._driven(virtio, name, timeout))
+        note = await self._mount(name, part, timeout) if isinstance(part, Share) else ""
+        return Attachment(name, slot, await self._driven(virtio, name, 0 if note else timeout), note)
+
+    async def _mount(self, name: str, share: Share, timeout: float) -> str:
+        """Attachment.note. A driver of file systems comes with the first mount, which goes before waiting for it."""
+        if self._vm.state is not State.RUNNING:
+            return "the machine is paused" if share.mount else ""
+        if not self._vm.config.agent:
+            return "the guest runs no agent" if share.mount else ""
+        from vmm.guest.mounts import mount
+
+        return await mount(self._vm.agent.exec, name, share.mount, readonly=share.readonly, timeout=timeout)
+
+    async def _unmount(self, name: str, *, force: bool, timeout: float) -> str:
+        """A share that is to go is unmounted first, wherever the guest has it. "", or why it stays."""
+        if not isinstance(self._parts[name], Share) or not self._vm.config.agent or self._vm.state is not State.RUNNING:
+            return ""
+        from vmm.guest.mounts import unmount
+
+        return await unmount(self._vm.agent.exec, name, force=force, timeout=timeout)
 
     def _check_other_disks(self, part: Disk) -> None:
         """ConfigError if this machine itself has the image in a way that excludes this use of it."""
@@ -219,11 +252,15 @@ class Hotplug:
         taken = self._taken()
         return next(name for name in (f"{kind}{index}" for index in range(len(taken) + 1)) if name not in taken)
 
-    def _maker(self, name: str, part: Disk | Net) -> Maker:
+    def _maker(self, name: str, part: Part) -> Maker:
         if isinstance(part, Disk):
             from vmm.devices.virtio.disk import DiskMaker
 
             return DiskMaker(part, name)
+        if isinstance(part, Share):
+            from vmm.devices.virtio.share import ShareMaker
+
+            return ShareMaker(part.replace(id=name))
         from vmm.devices.virtio.net import NetMaker
 
         return NetMaker(part, self._vm.machine.resources.random, part.id or "net", self._vm.machine.resources.warn)
@@ -278,8 +315,8 @@ class Hotplug:
         if part is None:
             known = ", ".join(self._parts) or "none"
             if name in self._vm.pool.makers:
-                raise ConfigError(f"{name}: stays as long as the machine; disks and network cards can go: {known}")
-            raise ConfigError(f"{name}: there is no such device; disks and network cards are: {known}")
+                raise ConfigError(f"{name}: stays as long as the machine; disks, cards and shares can go: {known}")
+            raise ConfigError(f"{name}: there is no such device; disks, cards and shares are: {known}")
         if part.transport != "pci":
             raise ConfigError(f"{name}: is a virtio-mmio device, which stays as long as the machine")
         if name not in self._vm.virtio_devices():
@@ -301,8 +338,10 @@ class Hotplug:
             if self._vm.state is State.PAUSED:
                 refusal = "the machine is paused"
             elif not force or timeout:
-                registers.ask(slot)
-                refusal = await self._answer(leaving, timeout)
+                refusal = await self._unmount(name, force=False, timeout=timeout)
+                if not refusal:
+                    registers.ask(slot)
+                    refusal = await self._answer(leaving, timeout)
             if not refusal and (timeout or not force):
                 return "guest"
             if not force:
@@ -340,6 +379,8 @@ class Hotplug:
             if there() and isinstance(device, BlockDevice):
                 with core_errors():
                     await device.withdraw()
+            elif there():
+                await self._unmount(name, force=True, timeout=FORCE_SECONDS)
         finally:
             if there() and name in virtio.slots and self._vm.state is State.RUNNING:
                 virtio.hide(name)
@@ -434,13 +475,18 @@ def _nobody() -> None:
     """Nobody waits for a change of status."""
 
 
-def part_of(values: Mapping[str, Any]) -> Disk | Net:
+def kind_of(part: Part) -> str:
+    """Its word in options, events and tables."""
+    return "disk" if isinstance(part, Disk) else "net" if isinstance(part, Net) else "share"
+
+
+def part_of(values: Mapping[str, Any]) -> Part:
     """The one part that a request names, as text or a table. Raises ConfigError."""
-    given = [key for key in ("disk", "net") if values.get(key) is not None]
+    given = [key for key in ("disk", "net", "share") if values.get(key) is not None]
     if len(given) != 1:
-        raise ConfigError("attach: give one disk or one net")
-    value = values[given[0]]
-    config = Config.from_dict({f"{given[0]}s": [value]})
-    return config.disks[0] if given[0] == "disk" else config.nets[0]
-
-
+        raise ConfigError("attach: give one disk, one net or one share")
+    key = given[0]
+    config = Config.from_dict({f"{key}s": [values[key]]})
+    if key == "share":
+        return config.shares[0]
+    return config.disks[0] if key == "disk" else config.nets[0]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from virtio.device import Device
     from virtio.devices.blk import BlockDevice
     from virtio.devices.net import NetDevice
-    from vmm.config import Disk, Net
+    from vmm.config import Disk, Net, Share
     from vmm.debug.debugger import Debugger
     from vmm.debug.server import GdbServer
     from vmm.devices.virtio.pool import DevicePool
@@ -370,14 +370,14 @@ class VirtualMachine:
 
     # Devices that come and go.
 
-    async def attach(self, part: Disk | Net, *, timeout: float = 10.0) -> Attachment:
-        """Add a disk or a network card while the machine runs, and wait up to `timeout` seconds for the guest's driver:
-        what it is called, where it stands, and whether the driver has taken it. Raises ConfigError, StateError,
-        HostError; nothing is left behind then."""
+    async def attach(self, part: Disk | Net | Share, *, timeout: float = 10.0) -> Attachment:
+        """Add a disk, a network card or a shared directory while the machine runs, and wait up to `timeout` seconds for
+        the guest's driver: what it is called, where it stands, and whether the driver has taken it. The agent mounts a
+        share that says where. Raises ConfigError, StateError, HostError; nothing is left behind then."""
         return await self._hotplug.attach(part, timeout=timeout)
 
     async def detach(self, name: str, *, force: bool = False, timeout: float | None = None) -> str:
-        """Ask the guest to give up a disk or a network card, and wait until it has ("guest"). With `force` one that it
+        """Ask the guest to give up a disk, a card or a share, and wait until it has ("guest"). With `force` one that it
         does not give up within `timeout` seconds (5; without 30) is pulled ("force"): what it has not written is lost.
         Raises ConfigError, HostError; StateError if the guest keeps it."""
         return await self._hotplug.detach(name, force=force, timeout=timeout)
@@ -388,8 +388,8 @@ class VirtualMachine:
         return self._hotplug.present if self._plugging is not None else self.config
 
     def attached(self) -> list[dict[str, Any]]:
-        """Its disks and network cards, JSON-like."""
-        if self._plugging is None and not (self.config.disks or self.config.nets):
+        """Its disks, network cards and shares, JSON-like."""
+        if self._plugging is None and not (self.config.disks or self.config.nets or self.config.shares):
             return []
         return self._hotplug.describe()
 

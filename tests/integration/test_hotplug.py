@@ -14,7 +14,7 @@ import vmm
 from tests.support.command import vmm as command
 from tests.support.guestprograms import static
 from tests.support.patience import PATIENCE
-from vmm.config import Disk, Net
+from vmm.config import Disk, Net, Share
 from vmm.errors import ConfigError, HostError, StateError
 from vmm.events import Attached, Detached, DetachRefused, Rebooted
 from vmm.machine import layout
@@ -312,3 +312,31 @@ async def test_events_and_the_command(linux: Any, tmp_path: Path, monkeypatch: p
         assert await asyncio.wait_for(anext(events), 30) == Detached("data", "guest")
         status, out, said = await cli("detach", "web", "data")
         assert status == 2 and "there is no such device" in said
+
+
+async def test_a_share_comes_is_mounted_and_goes(linux: Any, tmp_path: Path) -> None:
+    """The guest's agent mounts and unmounts it; one that is in use stays, or is pulled."""
+    (tmp_path / "from-host").write_text("1")
+    long = 60 * PATIENCE
+    async with vmm.run("linux", **OPTIONS) as vm:
+        made = await vm.attach(Share(path=tmp_path, mount="/there/below"), timeout=long)
+        assert made.driven and not made.note
+        assert await text(vm, "cd /there/below && cat from-host && echo 2 >from-guest") == "1"
+        assert (tmp_path / "from-guest").read_text() == "2\n"
+        assert [device["kind"] for device in vm.attached()] == ["disk", "share"]
+        assert [share.id for share in vm.present.shares] == [made.id] and not vm.config.shares
+        with pytest.raises(ConfigError, match="already"):
+            await vm.attach(Share(path=tmp_path, id=made.id))
+        await text(vm, "sh -c 'cd /there/below; echo >/inside; exec sleep 10000' >/dev/null 2>&1 &")
+        await text(vm, "until [ -e /inside ]; do sleep 0.02; done")
+        with pytest.raises(StateError, match="busy"):
+            await vm.detach(made.id, timeout=long)
+        assert await text(vm, "cat /there/below/from-guest") == "2"
+        assert await vm.detach(made.id, force=True, timeout=1) == "force"
+        assert "virtiofs" not in await text(vm, "cat /proc/mounts") and str(tmp_path) not in descriptors()
+        again = await vm.attach(Share(path=tmp_path, mount="/there", readonly=True), timeout=long)
+        assert (await vm.exec("sh", "-c", "cat /there/from-host && ! echo 3 >/there/no", timeout=long)).status == 0
+        assert await vm.detach(again.id, timeout=long) == "guest"
+        assert "virtiofs" not in await text(vm, "cat /proc/mounts") and not vm.present.shares
+        with pytest.raises(ConfigError, match="no directory|not a directory|there is no"):
+            await vm.attach(Share(path=tmp_path / "from-host"))

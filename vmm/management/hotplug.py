@@ -1,10 +1,11 @@
 """Control-socket operations by which devices come and go.
 
     {"command": "attach", "disk": "FILE,ro", "timeout": 10}   -> {"ok": true, "id": "disk1", "slot": 5, "driven": true}
-    {"command": "attach", "net": {"kind": "user"}}            -> likewise; text as of --disk and --net, or a table
+    {"command": "attach", "net": {"kind": "user"}}            -> likewise; text as of --disk, --net, --share, or a table
     {"command": "detach", "id": "disk1", "force": false, "timeout": 30} -> {"ok": true, "id": "disk1", "by": "guest"}
 
-`driven`: the guest's driver has taken the device within `timeout`. Loop thread.
+`driven`: the guest's driver has taken the device within `timeout`. `note`, of a share that was to be mounted: why it is
+not. Loop thread.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ async def attach(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
 
     timeout = seconds(request, DRIVER_SECONDS)
     made = await vm.attach(part_of(request), timeout=DRIVER_SECONDS if timeout is None else timeout)
-    return {"id": made.id, "slot": made.slot, "driven": made.driven}
+    return {"id": made.id, "slot": made.slot, "driven": made.driven, "note": made.note}
 
 
 async def detach(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
