@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -56,6 +56,10 @@ soak: venv       ## Debian's kernels under load, compared with the host; SECONDS
 test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test
 	$(BIN)/python -m tests.rig
+
+test-gdb-rig: venv ## GDB on Debian's kernel on kvm-intel, in a guest under Bochs; a quarter of an hour and more
+	@.ci/packages test
+	$(BIN)/python -m tests.rig.bochs
 
 test-kut: venv   ## a build of kvm-unit-tests that you made, program by program beside QEMU; KUT=FOLDER
 	$(BIN)/python -m tests.kut $${KUT:?give the folder of your kvm-unit-tests build}
