@@ -21,7 +21,7 @@ ALIAS = 0x80_0000
 CANONICAL = (
     "addresses that are not canonical are refused before anything changes (SDM vol. 1, 3.3.7.1; APM vol. 2, 5.3.1)"
 )
-FAR_POINTER = "on AMD's processors REX.W does not widen a pointer in memory (APM vol. 3, CALL (Far), JMP (Far))"
+COMPATIBLE = "all 64 bits of an address are held against the limit of a segment of 32 bits (APM vol. 3, RET (Far))"
 DATA, CODE32, CODE64, UDATA, UCODE64, UCODE32 = 0x10, 0x08, 0x18, 0x23, 0x2B, 0x33
 NON_CANONICAL = 0x8000_0000_0000
 STACK, USTACK, MEMORY = 0x7000, 0x18000, 0x20000
@@ -180,6 +180,10 @@ class Maker(ProgramMaker):
         else:
             value = self.selector(code=True)
         self.add("lea rax, [rip + land + 0x800000]")
+        if self.often(10):
+            self.add("mov rbx, 0x800000000000", "or rax, rbx")
+            self.differs(CANONICAL)
+            self.bochs_differs(COMPATIBLE)
         instruction = self.one("jmp", "call")
         if where == "user32":
             self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
@@ -190,10 +194,8 @@ class Maker(ProgramMaker):
             self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
             self.run(where, f"{instruction} fword ptr [{MEMORY:#x}]")
         else:
-            self.differs(FAR_POINTER)
-            self.bochs_differs(FAR_POINTER)
-            self.add(f"mov [{MEMORY:#x}], eax", f"mov word ptr [{MEMORY + 4:#x}], {value:#x}")
-            # REX.W FF /5 or /3 with a displacement of 32 bits
+            self.add(f"mov [{MEMORY:#x}], rax", f"mov word ptr [{MEMORY + 8:#x}], {value:#x}")
+            # GNU as knows no 80-bit pointer in this syntax: REX.W FF /5 or /3 with a displacement of 32 bits
             reg = 0x2C if instruction == "jmp" else 0x1C
             self.run(where, f".byte 0x48, 0xFF, {reg:#x}, 0x25", f".long {MEMORY:#x}")
 
@@ -211,7 +213,7 @@ class Maker(ProgramMaker):
         if self.often(10):
             target += ["mov rax, 0x800000000000", "or rbx, rax"]
             self.differs(CANONICAL)
-            self.bochs_differs("in compatibility mode all 64 bits are held against the limit (APM vol. 3, RET (Far))")
+            self.bochs_differs(COMPATIBLE)
         if flags & 0x180000:
             self.differs("IRET at CPL 0 loads VIF and VIP (SDM vol. 2, IRET)")
         if flags & 0x20000:

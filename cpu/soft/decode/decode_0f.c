@@ -549,7 +549,8 @@ void decode_two_byte(struct dec *d)
         dec_modrm(d);
         if (!d->mem)
             break;
-        d->opsize = far_offset(d->opsize); /* and so does the register get 32 bits (APM vol. 3, LFS, LGS, LSS) */
+        if (d->opsize == 8)
+            d->opsize = 4; /* AMD's load 32 bits of the register and no more of an offset (APM vol. 3, LFS, LGS, LSS) */
         emit_address(d, d->opsize + 2, false);
         u = (b == 0xB2 ? emit_helper_end : emit_helper)(d, h_load_far);
         u->r0 = (uint8_t)(d->reg * 8);

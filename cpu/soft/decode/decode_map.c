@@ -88,7 +88,7 @@ static void group5(struct dec *d)
             d->bad = true;
             return;
         }
-        emit_address(d, far_offset(d->opsize) + 2, false);
+        emit_address(d, d->opsize + 2, false);
         emit_helper_end(d, (d->reg & 7) == 3 ? h_call_far_m : h_jmp_far_m);
         return;
     case 6:

@@ -249,15 +249,13 @@ HELPER(h_jmp_far) { soft_far_jump(c, far_selector(u), (uint32_t)u->disp, u->size
 HELPER(h_call_far) { soft_far_call(c, far_selector(u), (uint32_t)u->disp, u->size, next_rip(c, u)); }
 HELPER(h_jmp_far_m)
 {
-    unsigned size = far_offset(u->size);
-    uint64_t offset = load(c, c->tmp[0], size);
-    soft_far_jump(c, (uint16_t)load(c, c->tmp[0] + size, 2), offset, u->size);
+    uint64_t offset = load(c, c->tmp[0], u->size);
+    soft_far_jump(c, (uint16_t)load(c, c->tmp[0] + u->size, 2), offset, u->size);
 }
 HELPER(h_call_far_m)
 {
-    unsigned size = far_offset(u->size);
-    uint64_t offset = load(c, c->tmp[0], size);
-    soft_far_call(c, (uint16_t)load(c, c->tmp[0] + size, 2), offset, u->size, next_rip(c, u));
+    uint64_t offset = load(c, c->tmp[0], u->size);
+    soft_far_call(c, (uint16_t)load(c, c->tmp[0] + u->size, 2), offset, u->size, next_rip(c, u));
 }
 HELPER(h_ret_far) { soft_far_return(c, u->size, (uint16_t)u->disp); }
 HELPER(h_iret) { soft_iret(c, u->size); }

@@ -15,10 +15,6 @@ static inline uint64_t next_rip(const struct soft_vcpu *c, const struct uop *u)
     return c->code64 ? next : next & UINT32_MAX;
 }
 
-/* Bytes of the offset in a far pointer in memory. AMD's processors have none of 64 bits (APM vol. 3, CALL (Far), JMP (Far),
- * LFS, LGS, LSS). */
-static inline unsigned far_offset(unsigned operand_size) { return operand_size == 8 ? 4 : operand_size; }
-
 /* exec_legacy.c: the stack and branches in every mode. size: operand size */
 HELPER(h_push_r); HELPER(h_push_i); HELPER(h_push_m); HELPER(h_pop_r); HELPER(h_pop_m); HELPER(h_push_seg); HELPER(h_pop_seg);
 HELPER(h_pusha); HELPER(h_popa); HELPER(h_pushf); HELPER(h_popf); HELPER(h_enter); HELPER(h_leave);
@@ -26,6 +22,8 @@ HELPER(h_jmp_rel); HELPER(h_jcc_rel); HELPER(h_call_rel); HELPER(h_jmp_r); HELPE
 HELPER(h_loop);      /* aux: 0 LOOPNE, 1 LOOPE, 2 LOOP, 3 JCXZ; base: address size in bytes */
 HELPER(h_fall);
 HELPER(h_jmp_far); HELPER(h_call_far);     /* immediate: disp, r0 | r1 << 8 is the selector */
+/* With REX.W the offset in memory has 64 bits as on Intel's processors. AMD's read 32 (APM vol. 3, CALL (Far), JMP (Far)), on
+ * which no program relies; kvm-unit-tests' `emulator` relies on 64. */
 HELPER(h_jmp_far_m); HELPER(h_call_far_m); HELPER(h_ret_far); HELPER(h_iret);
 HELPER(h_load_far);  /* LDS...: aux: segment; tmp[0] points to offset and selector */
 HELPER(h_mov_to_seg); HELPER(h_mov_to_seg_m); HELPER(h_mov_from_seg); HELPER(h_mov_from_seg_m);

@@ -17,23 +17,7 @@ test_long:
     SAY "icebp and null TR\n"
     TRY ".byte 0xF1"
     TRY "xor eax, eax; ltr ax"
-    SAY "far pointers with REX.W\n" /* an offset of 32 bits; CALL pushes 64 (APM vol. 3, CALL (Far), LFS) */
-    lea eax, [rip + 1f]
-    mov [0x20000], eax
-    mov dword ptr [0x20004], CODE64
-    mov word ptr [0x20008], 0
-    mov r12, rsp
-    mov rax, 0x20000
-    .byte 0x48, 0xFF, 0x28  /* jmp */
-1:  lea eax, [rip + 2f]
-    mov [0x20000], eax
-    mov rax, 0x20000
-    .byte 0x48, 0xFF, 0x18  /* call */
-2:  mov rax, r12
-    sub rax, rsp
-    mov rsp, r12
-    call hex32_64
-    PUTC64 10
+    SAY "lfs with REX.W\n"  /* 32 bits of an offset of 32 (APM vol. 3, LFS) */
     mov rax, -1
     mov ebx, 0x20000
     mov dword ptr [rbx], 0x89ABCDEF

@@ -393,7 +393,7 @@ const struct difference integer_differences[] = {
      .intel_source = "SDM 2B SYSCALL, SYSENTER, SYSRET", .amd_source = "APM 3 SYSCALL, SYSENTER, SYSRET; APM 2, 6.1"},
     {.name = "null selectors, descriptor tables", .what = "whether a null selector clears base and limit (CPUID.80000021:EAX[6]); LAR and LSL of system descriptors; bits 19:16 of what LAR loads: AMD's have the limit's. Not run beside a host",
      .intel_source = "SDM 2A LAR, LSL", .amd_source = "APM 2, 4.5.1; APM 3 LAR, LSL"},
-    {.name = "far pointers in memory", .what = "with REX.W an offset of 32 bits on AMD's (CALL pushes 64 bits all the same), of 64 on Intel's. Not run beside a host",
+    {.name = "far pointers in memory", .what = "with REX.W an offset of 32 bits on AMD's, of 64 on Intel's. The core has AMD's in LFS, LGS, LSS, and Intel's in CALL and JMP, for which kvm-unit-tests' `emulator` has it. Not run beside a host",
      .intel_source = "SDM 2A CALL, JMP, LDS/LES/LFS/LGS/LSS", .amd_source = "APM 3 CALL (Far), JMP (Far), LFS"},
     {.name = "TZCNT CPUID", .what = "what the host has and the guest's CPUID does not name. Not run beside a host", .intel_source = "SDM 2A CPUID, 2B TZCNT", .amd_source = "APM 3 TZCNT; appendix E"},
     {.name = "registers outside 64-bit mode", .what = "bits 63:32 undefined", .intel_source = "SDM 1, 3.4.1.1", .amd_source = "APM 1, 3.1.2", .free = compatibility_free},
