@@ -49,31 +49,25 @@ class _Protocol(HttpToolsProtocol):
     """A connection whose client must send a request's head in time."""
 
     _head: asyncio.TimerHandle | None = None
-    _at_head = True
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait_for_head()
 
-    def data_received(self, data: bytes) -> None:
-        if self._head is None and self._at_head:
-            self._wait_for_head()
-        super().data_received(data)
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._wait_for_head()
 
     def on_headers_complete(self) -> None:
-        self._at_head = False
         self._forget_head()
         super().on_headers_complete()
-
-    def on_response_complete(self) -> None:
-        self._at_head = True
-        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
+        self._forget_head()
         self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def _forget_head(self) -> None:
