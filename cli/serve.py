@@ -65,7 +65,12 @@ async def _serve(settings: object) -> None:
         paused = [box for box in server.fleet.list() if box.phase == "paused"]
         if paused:
             say(f"serve: {len(paused)} paused sandbox{'es' if len(paused) > 1 else ''} found")
-        await server.serve()
+        preparing = asyncio.create_task(server.fleet.prepare(lambda text: say(f"serve: {text}")), name="prepare")
+        try:
+            await server.serve()
+        finally:
+            preparing.cancel()
+            await asyncio.gather(preparing, return_exceptions=True)
         kept = [box for box in server.fleet.list() if box.phase == "paused"]
         if kept:
             say(f"serve: {len(kept)} sandbox{'es' if len(kept) > 1 else ''} paused, for the next server")

@@ -305,9 +305,12 @@ def application(fleet: Fleet, tokens: Tokens, domain: str) -> FastAPI:
         if fleet.draining:
             raise Draining("the server is about to end")
 
-    async def create(body: NewSandbox, tenant: Caller) -> dict[str, Any]:
+    async def create(body: NewSandbox, tenant: Caller, request: Request) -> dict[str, Any]:
         """Make a sandbox of a template: an image's name, or oci: and what a registry calls it."""
-        return _created(await fleet.create(_wish(body), tenant), domain)
+        box = await fleet.create(_wish(body), tenant)
+        if await request.is_disconnected():  # nobody knows that it is there
+            await fleet.kill(box)
+        return _created(box, domain)
 
     for path in ("/sandboxes", "/v2/sandboxes"):
         app.post(path, status_code=201, name=f"create {path}")(create)

@@ -257,6 +257,26 @@ class Fleet:
             self._images[name] = found
         return found[1]
 
+    async def prepare(self, tell: Callable[[str], None]) -> None:
+        """Make ready what has a name, one after another, so that its first sandbox does not wait for an image to be
+        made, or a boot. `tell` hears what takes long, and what fails."""
+        from vmm.image import config_for
+        from vmm.state import warm
+
+        for template, name in sorted(self._settings.templates.items()):
+            wish = Wish(template, 0.0, {}, {}, internet=False)
+            try:
+                image = await self._image(name)
+                options = self._options(wish)
+                path = await asyncio.to_thread(warm.folder, config_for(image, **options))
+                if not self._settings.warm or warm.is_there(path):
+                    continue
+                tell(f"the template {template} ({name}) boots once, and is kept")
+                async with self._first.setdefault(name, asyncio.Lock()), self._machine(image, options) as vm:
+                    self._shells[name] = await _shell(vm)
+            except VmmError as error:
+                tell(f"the template {template} ({name}): {error}")
+
     # Times and ends.
 
     def _check_open(self) -> None:
