@@ -43,6 +43,7 @@ def report(*, json: bool) -> int:
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "runtime_directory": _runtime(),
         "passt": _found("passt"),
+        "direct": _direct(),
     }
     if json:
         sys.stdout.write(json_text.dumps(facts) + "\n")
@@ -66,6 +67,9 @@ def _print(facts: dict[str, Any], failure: str) -> None:
         lines.append(f"a small test guest runs on: {facts['small_guests']}")
     else:
         lines.append(f"no stock kernel can run here: {failure}")
+    direct = facts["direct"]
+    can = "CPUID faults" if direct["cpuid_faults"] else "CPUID does not fault: code pages that hold it stay in the core"
+    lines.append(f"direct execution: {'yes: ' + can if direct['available'] else 'no: ' + direct['reason']}")
     lines.append(f"runtime directory: {facts['runtime_directory']}")
     passt = facts["passt"] or "not installed; --net user needs it: apt-get install passt"
     lines.append(f"passt: {passt}")
@@ -79,6 +83,12 @@ def _runtime() -> str:
         return str(runtime_directory())
     except VmmError as error:
         return str(error)
+
+
+def _direct() -> dict[str, Any]:
+    from vmm.machine.direct import host_support
+
+    return host_support()
 
 
 def _found(program: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, HostError
 
@@ -42,6 +42,14 @@ def runs_directly(config: Config, system: System) -> bool:
     if not found.available and config.direct == "on":
         raise HostError(f"direct: this host cannot: {found.reason}; use --direct auto or off")
     return found.available
+
+
+def host_support() -> dict[str, Any]:
+    """What `vmm doctor` tells: available, reason (why not), cpuid_faults."""
+    from cpu.direct import support
+
+    found = support()
+    return {"available": found.available, "reason": found.reason, "cpuid_faults": found.cpuid_faults}
 
 
 def start_direct(vm: Vm, memory: GuestMemory, *, always: bool) -> None:

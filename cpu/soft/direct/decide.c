@@ -18,6 +18,8 @@ enum {
     BACKOFF_MAX = 6,
     GROWN = 400000,        /* instructions before an address space gets a runner */
     FAILURES_MAX = 3,
+    BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
+    BOUND_NS = 4000000,    /* another one perhaps after this */
 };
 
 static void close_runner(struct soft_vcpu *c, struct runner *r)
@@ -162,6 +164,12 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         d->slice = TRIAL;
     if (d->slice > 0)
         return;
+    if (r->average_ns < BIND_NS && (d->bound < 0 || soft_host_now() - d->bound_ns < BOUND_NS))
+        runner_bind(d, r);
+    else
+        runner_unbind(d);
+    if (!(d->stops & 255))
+        runner_quiet();
     if (trip_run(c, r) == TRIP_LOST)
         lose(c, r);
     d->failures = 0;

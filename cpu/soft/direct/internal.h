@@ -14,7 +14,7 @@
 
 enum { RUNNERS = 8, REGION_PAGES = 512, REGION_HASH = 256 };
 /* A host allows a process vm.max_map_count mappings, 65,530 unless it was changed. */
-enum { MAX_PAGES = 60000 };
+enum { MAX_MAPPED = 60000 };
 
 enum { PAGE_R = 1, PAGE_W = 2, PAGE_X = 4 };
 
@@ -39,6 +39,7 @@ struct runner {
     uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
     struct region *regions[REGION_HASH];
     uint32_t pages;
+    uint32_t mapped;      /* calls of mmap() since it was empty: no more mappings than that */
     uint64_t last_used;
     bool blocked;         /* the guest has a page where ours are */
     /* The guest half as it stopped last. */
@@ -49,6 +50,7 @@ struct runner {
     cpu_set_t affinity;
     int cpu;              /* it is bound to this processor; -1: to none */
     /* Whether it pays: decide.c's own. */
+    uint64_t used_ns;     /* processor time of the guest half */
     uint64_t average_ns;  /* of native time between two stops, a moving average */
     uint64_t core_until;  /* stay in the core until that many instructions are retired */
     uint32_t backoff;
@@ -65,6 +67,7 @@ struct direct_vcpu {
     struct runner *current;   /* of c->cr3 when it was last looked for, else NULL */
     uint64_t pending[PENDING];/* linear addresses that the guest touched without a mapping */
     uint32_t pending_count;
+    const struct runner *pending_for;
     int64_t slice;            /* instructions to execute in the core before it goes native */
     bool returned;            /* the guest's kernel went back to a program */
     struct young young[YOUNG];
@@ -91,6 +94,7 @@ struct direct_vm {
     char stub[4096];
     uint32_t page_slice;      /* instructions in the core once a page cannot run natively */
     bool off;                 /* it went wrong too often */
+    uint64_t floor_ns;        /* the least that a stop has cost of the guest half's processor time */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
     uint8_t *writable;        /* a bit a page of memory_fd: it was mapped writable for a runner */
@@ -113,6 +117,8 @@ bool runner_command(struct runner *r, uint32_t count);
 int runner_resume(struct runner *r);
 void runner_bind(struct direct_vcpu *d, struct runner *r);
 void runner_unbind(struct direct_vcpu *d);
+/* Stops of traced processes are no news for whoever handles SIGCHLD in this program. */
+void runner_quiet(void);
 
 /* pages.c */
 struct region *region_of(struct runner *r, uint64_t linear);

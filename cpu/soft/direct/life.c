@@ -94,6 +94,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     direct->sleeps_until = 0;
     direct->always = always;
     direct->page_slice = PAGE_SLICE;
+    direct->floor_ns = UINT64_MAX;
     strcpy(direct->stub, program);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);

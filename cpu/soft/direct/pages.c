@@ -132,7 +132,7 @@ void pages_forget(struct runner *r)
             r->regions[i] = region->next;
             free(region);
         }
-    r->pages = 0;
+    r->pages = r->mapped = 0;
 }
 
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights)
@@ -168,6 +168,7 @@ static void end_run(struct batch *b)
         }
         uint64_t protection = PROT_READ | (b->what & PAGE_W ? PROT_WRITE : 0) | (b->what & PAGE_X ? PROT_EXEC : 0);
         uint64_t flags = MAP_SHARED | MAP_FIXED | (b->bytes <= POPULATE_MAX * PAGE_BYTES ? MAP_POPULATE : 0);
+        b->r->mapped++;
         *command = (struct runner_command){
             SYS_mmap, {b->linear, b->bytes, protection, flags, RUNNER_MEMORY_FD, range->offset + (uint64_t)(host - range->host)}};
     }
@@ -336,7 +337,7 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
     struct batch b = {.c = c, .r = r};
     uint32_t seq = direct->protect_seq;
     bool all = r->stale, protect = r->protect_seq != seq;
-    if (r->pages > MAX_PAGES && !pages_drop_all(r))
+    if (r->mapped > MAX_MAPPED && !pages_drop_all(r))
         return false;
     r->blocked = maps_ours(c);
     if (all || protect || r->some_stale) {
@@ -350,7 +351,7 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
     }
     r->stale = r->some_stale = false;
     r->protect_seq = seq;
-    for (uint32_t i = 0; i < d->pending_count; i++)
+    for (uint32_t i = 0; i < d->pending_count && d->pending_for == r; i++)
         map_around(&b, d->pending[i] & PAGE_MASK, d->pending[i] & 1);
     d->pending_count = 0;
     return end_batch(&b);

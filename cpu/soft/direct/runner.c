@@ -198,3 +198,13 @@ void runner_unbind(struct direct_vcpu *d)
     if (r && r->cpu >= 0 && sched_setaffinity(r->guest, sizeof d->own_affinity, &d->own_affinity) == 0)
         r->cpu = -1;
 }
+
+void runner_quiet(void)
+{
+    struct sigaction action;
+    if (sigaction(SIGCHLD, NULL, &action) == 0 && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN &&
+        !(action.sa_flags & SA_NOCLDSTOP)) {
+        action.sa_flags |= SA_NOCLDSTOP;
+        sigaction(SIGCHLD, &action, NULL);
+    }
+}

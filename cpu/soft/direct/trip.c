@@ -30,9 +30,9 @@ bool trip_possible(const struct soft_vcpu *c)
 {
     static const unsigned null[] = {SEG_DS, SEG_ES, SEG_FS, SEG_GS};
     if (c->cpl != 3 || !c->code64 || c->align_check || c->mmu.watching || c->caller.count || c->caller.active ||
-        c->caller.trace || c->caller.step || c->caller.int3 || c->parked || c->shadow || c->replay.retry || c->pending_valid)
+        c->caller.trace || c->caller.step || c->caller.int3 || c->parked || c->replay.retry || c->pending_valid)
         return false;
-    if ((c->rflags & (F_IF | F_IOPL | F_TF | F_ID | F_VM | F_RF)) != F_IF || (c->dr[7] & 0xFF) || c->in_exception)
+    if ((c->rflags & (F_IF | F_IOPL | F_TF | F_ID | F_VM)) != F_IF || (c->dr[7] & 0xFF) || c->in_exception)
         return false;
     if ((c->cr0 & (CR0_TS | CR0_EM | CR0_NE)) != CR0_NE || !(c->cr4 & CR4_OSFXSR) || !(c->cr4 & CR4_OSXMMEXCPT))
         return false;
@@ -64,7 +64,7 @@ static bool load(struct soft_vcpu *c, struct runner *r)
     for (unsigned i = 0; i < 16; i++)
         memcpy((char *)to + places[i], &c->gpr[i], 8);
     to->rip = c->rip;
-    to->eflags = soft_flags(c);
+    to->eflags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
     to->cs = USER_CS;
     to->ss = USER_DS;
     to->ds = to->es = to->fs = to->gs = 0;
@@ -98,7 +98,7 @@ static bool store(struct soft_vcpu *c, struct runner *r)
     for (unsigned i = 0; i < 16; i++)
         memcpy(&c->gpr[i], (const char *)from + places[i], 8);
     c->rip = from->rip;
-    soft_set_flags(c, ((uint32_t)from->eflags & F_USER) | (soft_flags(c) & ~F_USER));
+    soft_set_flags(c, ((uint32_t)from->eflags & F_USER) | (soft_flags(c) & ~(F_USER | F_RF)));
     c->seg[SEG_FS].base = from->fs_base;
     c->seg[SEG_GS].base = from->gs_base;
     if (!r->fp_known || memcmp(&image, &r->fp, sizeof image)) {
@@ -159,8 +159,11 @@ static bool segments_changed(const struct user_regs_struct *regs)
 
 /* ---- stops ---- */
 
-static void pend(struct direct_vcpu *d, uint64_t linear, bool executed)
+static void pend(struct direct_vcpu *d, struct runner *r, uint64_t linear, bool executed)
 {
+    if (d->pending_for != r)
+        d->pending_count = 0;
+    d->pending_for = r;
     if (d->pending_count < PENDING)
         d->pending[d->pending_count++] = (linear & PAGE_MASK) | executed;
 }
@@ -177,7 +180,7 @@ static enum trip page_stop(struct soft_vcpu *c, struct runner *r, uint64_t linea
     bool executed = (linear & PAGE_MASK) == (c->rip & PAGE_MASK) || (linear & PAGE_MASK) == ((c->rip + 14) & PAGE_MASK);
     executed = executed && !pages_have(r, linear, PAGE_X);
     bool scanned_out = executed && pages_have(r, linear, PAGE_R);
-    pend(c->direct, linear, executed);
+    pend(c->direct, r, linear, executed);
     int64_t slice = 0;
     if (scanned_out) { /* its code stays in the core: the longer the more often it comes there */
         uint8_t *often = &region_of(r, linear)->in_core[linear >> 12 & 511];
@@ -279,15 +282,20 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     struct soft_vm *vm = c->vm;
     if (!load(c, r))
         return TRIP_LOST;
-    uint64_t began = soft_host_now(), used = guest_time(r->guest);
+    uint64_t began = soft_host_now();
     kick_before(vm, d, r->guest, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
         kick_after(vm->direct, d);
         return TRIP_CORE;
     }
+    c->shadow = 0; /* of an STI or MOV SS that is past */
     int status = runner_resume(r);
     kick_after(vm->direct, d);
-    uint64_t ns = soft_host_now() - began, worked = guest_time(r->guest) - used;
+    uint64_t ns = soft_host_now() - began, used = guest_time(r->guest), worked = used - r->used_ns;
+    r->used_ns = used;
+    if (worked < vm->direct->floor_ns)
+        vm->direct->floor_ns = worked;
+    worked -= vm->direct->floor_ns;
     d->native_ns += worked;
     d->stops++;
     d->native_stops++;
