@@ -279,12 +279,21 @@ static void signal_flood(void)
     }
     setitimer(ITIMER_REAL, &(struct itimerval){0}, NULL);
     printf("under a timer: %.15f %lx\n", sum, x);
-    /* A frame of the program's own making. */
-    TRY("forged frame", {
-        static uint64_t frame[128];
-        memset(frame, 0xFF, sizeof frame);
-        __asm__ volatile("mov %0, %%rsp; mov $15, %%eax; syscall" : : "r"(&frame[16]) : "rax", "rcx", "r11", "memory");
-    });
+    for (int i = 0; i < 2; i++) { /* frames of the program's own making: all bits set, and some */
+        fflush(stdout);
+        pid_t child = fork();
+        if (!child) {
+            alarm(5);
+            static uint64_t frame[128];
+            memset(frame, 0xFF, sizeof frame);
+            for (int n = 0; i && n < 128; n++)
+                frame[n] = mix((uint64_t)i, (uint64_t)n) & (n & 1 ? 0xFFFF : ~0ul);
+            __asm__ volatile("mov %0, %%rsp; mov $15, %%eax; syscall" : : "r"(&frame[16]) : "rax", "rcx", "r11", "memory");
+        }
+        int status;
+        waitpid(child, &status, 0);
+        printf("forged frame %d: %d\n", i, WIFSIGNALED(status) ? WTERMSIG(status) : -1);
+    }
 }
 
 /* ---- every system call ---- */
