@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -160,6 +161,65 @@ def test_limits_of_disks(linux: Linux) -> None:
     linux.start()  # another daemon knows them too
     assert re.search(r"total_iops_sec : 500", linux.virsh("blkdeviotune", "d", "vda"))
     linux.virsh("blkdeviotune", "d", "vda", "--total-iops-sec", "0", "--total-bytes-sec", "0", "--live", "--config")
+
+
+@pytest.mark.skipif(not NETWORK, reason="passt is not installed")
+def test_a_cable_is_pulled_and_bandwidth_changes_in_place(linux: Linux) -> None:
+    mac = linux.virsh("domiflist", "d").split()[-1]
+    state = "cat /sys/class/net/eth0/carrier"
+    linux.sh("ip link set eth0 up")
+    wait_for(lambda: linux.sh(state) == "1", "no carrier")
+    linux.virsh("domif-setlink", "d", mac, "down")
+    assert linux.virsh("domif-getlink", "d", mac).endswith("down")
+    wait_for(lambda: linux.sh(state) == "0", "the carrier is left")
+    linux.virsh("domif-setlink", "d", mac, "up")
+    wait_for(lambda: linux.sh(state) == "1", "the carrier does not come back")
+    linux.virsh("domiftune", "d", mac, "--inbound", "1000,0,200", "--live")
+    assert "<inbound average='1000' burst='200'/>" in linux.virsh("dumpxml", "d")
+    changed = f"<interface type='user'><mac address='{mac}'/><model type='e1000'/></interface>"
+    (linux.path / "card.xml").write_text(changed)
+    assert "e1000" in linux.virsh("update-device", "d", str(linux.path / "card.xml"), "--live", ok=False)
+
+
+def test_the_agent_freezes_trims_and_sets_the_clock(linux: Linux) -> None:
+    assert re.search(r"/\s+vda\s+ext4\s+vda", linux.virsh("domfsinfo", "d"))
+    linux.virsh("domfsfreeze", "d")
+    status = ("qemu-agent-command", "d", '{"execute":"guest-fsfreeze-status"}')
+    assert "frozen" in linux.virsh(*status)
+    assert "frozen already" in linux.virsh("domfsfreeze", "d", ok=False)
+    # A frozen file system takes no write before it is thawed.
+    linux.sh("(echo x >/root-written; echo done >/run/written) >/dev/null 2>&1 &")
+    assert linux.sh("cat /run/written 2>/dev/null; true") == ""
+    linux.virsh("domfsthaw", "d")
+    assert "thawed" in linux.virsh(*status)
+    wait_for(lambda: linux.sh("cat /run/written 2>/dev/null; true") == "done", "the write does not go on")
+    assert "no file system" in linux.virsh("domfsfreeze", "d", "--mountpoint", "/nowhere", ok=False)
+    linux.virsh("domtime", "d", "--time", "1000000000")
+    assert int(linux.sh("date +%s")) - 1_000_000_000 < 300
+    linux.virsh("domtime", "d", "--now")
+    assert abs(int(linux.sh("date +%s")) - time.time()) < 300
+    assert linux.virsh("domhostname", "d", "--source", "agent")
+
+
+def test_an_nmi_and_a_core_file(linux: Linux) -> None:
+    linux.virsh("inject-nmi", "d")
+    wait_for(lambda: "NMI" in linux.sh("dmesg | grep -i 'NMI received'; true"), "the guest saw no NMI")
+    core = linux.path / "core"
+    linux.virsh("dump", "d", str(core), "--memory-only", "--live")
+    data = core.read_bytes()
+    assert data[:5] == b"\x7fELF\x02"
+    kind, machine = struct.unpack_from("<HH", data, 16)
+    assert (kind, machine) == (4, 62)
+    start, count = struct.unpack_from("<Q", data, 32)[0], struct.unpack_from("<H", data, 56)[0]
+    segments = [struct.unpack_from("<IIQQQQQQ", data, start + 56 * at) for at in range(count)]
+    assert sum(segment[5] for segment in segments if segment[0] == 1) == 256 << 20
+    (note,) = [segment for segment in segments if segment[0] == 4]
+    assert note[5] % (20 + 336) == 0
+    release = linux.sh("uname -r").encode()
+    assert b"Linux version " + release in data
+    assert "--format" in linux.virsh("dump", "d", str(core), "--memory-only", "--format", "kdump-zlib", ok=False)
+    assert "no such file" in linux.virsh("dump", "d", "/no/such/place/core", ok=False).lower()
+    assert linux.virsh("domstate", "d") == "running"
 
 
 def test_a_disk_is_resized_copied_and_committed(linux: Linux) -> None:

@@ -8,13 +8,14 @@ from vmm.libvirt.domain_calls import check_flags
 from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
-from vmm.libvirt.wire import Addresses, DomainRef, IpAddress, Param, int_param, string_param
+from vmm.libvirt.wire import Addresses, DomainRef, FileSystem, IpAddress, Param, int_param, string_param
 
 calls = Procedures()
 qemu = Procedures()
 
 LEASE, AGENT, ARP = 0, 1, 2
 """virDomainInterfaceAddressesSource."""
+TIME_SYNC, PASSWORD_CRYPTED = 1, 1
 OS, TIMEZONE, HOSTNAME = 2, 4, 8
 """virDomainGuestInfoTypes that are here."""
 PREFIXES = {OS: "os.", TIMEZONE: "timezone.", HOSTNAME: "hostname"}
@@ -24,6 +25,79 @@ PREFIXES = {OS: "os.", TIMEZONE: "timezone.", HOSTNAME: "hostname"}
 async def domain_get_time(call: Call, dom: DomainRef, flags: int) -> tuple[int, int]:
     check_flags(flags, 0)
     return await guest.clock(call.daemon.domains.of(dom)), 0
+
+
+@calls.change(338, "domain_set_time", "dom:domain seconds:hyper nanoseconds:uint flags:uint")
+async def domain_set_time(call: Call, dom: DomainRef, seconds: int, nanoseconds: int, flags: int) -> None:
+    check_flags(flags, TIME_SYNC)
+    if not 0 <= seconds < 1 << 40:
+        raise LibvirtError(Code.INVALID_ARG, f"time {seconds}: seconds since 1970 are expected")
+    await guest.set_clock(call.daemon.domains.of(dom), None if flags & TIME_SYNC else seconds)
+
+
+@calls.change(277, "domain_get_hostname", "dom:domain flags:uint", "hostname:string")
+async def domain_get_hostname(call: Call, dom: DomainRef, flags: int) -> str:
+    check_flags(flags, 1 | 2)  # by lease, by agent
+    domain = call.daemon.domains.of(dom)
+    if flags & 1:
+        domain.running_entry()
+        for net in domain.spec.config.nets:
+            for _, lease in call.daemon.networks.lease_of(net.mac or ""):
+                if lease.hostname:
+                    return lease.hostname
+        raise LibvirtError(Code.OPERATION_FAILED, f"no hostname found for domain {domain.name}")
+    return (await guest.facts(domain)).get("hostname", "")
+
+
+@calls.change(335, "domain_fsfreeze", "dom:domain mountpoints:string<256> flags:uint", "filesystems:int")
+async def domain_fsfreeze(call: Call, dom: DomainRef, mountpoints: list[str], flags: int) -> int:
+    check_flags(flags, 0)
+    return await guest.freeze(call.daemon.domains.of(dom), mountpoints)
+
+
+@calls.change(336, "domain_fsthaw", "dom:domain mountpoints:string<256> flags:uint", "filesystems:int")
+async def domain_fsthaw(call: Call, dom: DomainRef, mountpoints: list[str], flags: int) -> int:
+    check_flags(flags, 0)
+    return await guest.thaw(call.daemon.domains.of(dom))
+
+
+@calls.change(294, "domain_fstrim", "dom:domain mountpoint:string? minimum:uhyper flags:uint")
+async def domain_fstrim(call: Call, dom: DomainRef, mountpoint: str | None, minimum: int, flags: int) -> None:
+    check_flags(flags, 0)
+    await guest.trim(call.daemon.domains.of(dom), mountpoint, minimum)
+
+
+@calls.change(349, "domain_get_fsinfo", "dom:domain flags:uint", "filesystems:filesystem<256> count:uint")
+async def domain_get_fsinfo(call: Call, dom: DomainRef, flags: int) -> tuple[list[FileSystem], int]:
+    check_flags(flags, 0)
+    domain = call.daemon.domains.of(dom)
+    names = {f"/dev/{name.target}": name.target for name in domain.spec.disks}
+    found = [
+        FileSystem(one.point, one.device.removeprefix("/dev/"), one.kind, [names[one.device]] * (one.device in names))
+        for one in await guest.mounts(domain)
+    ][:256]
+    return found, len(found)
+
+
+@calls.change(357, "domain_set_user_password", "dom:domain user:string? password:string? flags:uint")
+async def domain_set_user_password(
+    call: Call, dom: DomainRef, user: str | None, password: str | None, flags: int
+) -> None:
+    check_flags(flags, PASSWORD_CRYPTED)
+    crypted = bool(flags & PASSWORD_CRYPTED)
+    await guest.set_password(call.daemon.domains.of(dom), user or "", password or "", crypted=crypted)
+
+
+@calls.change(420, "domain_agent_set_response_timeout", "dom:domain timeout:int flags:uint", "result:int")
+async def domain_agent_set_response_timeout(call: Call, dom: DomainRef, timeout: int, flags: int) -> int:
+    check_flags(flags, 0)
+    if timeout < -2:
+        raise LibvirtError(Code.INVALID_ARG, f"guest agent timeout '{timeout}' is less than the minimum '-2'")
+    domain = call.daemon.domains.of(dom)
+    domain.running_entry()
+    # Without an end, by default, not at all, or so many seconds.
+    domain.extra["agent seconds"] = {-2: 86_400, -1: guest.ANSWER_SECONDS, 0: 0.1}.get(timeout, timeout)
+    return 0
 
 
 @calls.change(353, "domain_interface_addresses", "dom:domain source:uint flags:uint", "ifaces:addresses<2048>")

@@ -29,6 +29,7 @@ from vmm.libvirt import (
     connect_calls,
     device_calls,
     domain_calls,
+    dump_calls,
     event_calls,
     hostdevice_calls,
     migrate_calls,
@@ -69,6 +70,7 @@ CLOSED_EVENT, CLOSED_MESSAGE = 362, Signature("reason:int")
 MODULES = (
     connect_calls,
     domain_calls,
+    dump_calls,
     device_calls,
     block_calls,
     event_calls,

@@ -117,14 +117,14 @@ async def domain_detach_device_flags(call: Call, dom: DomainRef, xml: str, flags
 
 @calls.change(174, "domain_update_device_flags", "dom:domain xml:string flags:uint")
 async def domain_update_device_flags(call: Call, dom: DomainRef, xml: str, flags: int) -> None:
-    domain, running, _ = _domain(call, dom, flags)
+    domain, running, config = _domain(call, dom, flags)
+    spec = None
+    if config:
+        root, devices = _definition(call, domain)
+        changed = _device(xml)
+        old = _find(devices, changed)
+        devices[list(devices).index(old)] = changed
+        spec = call.daemon.checked(call.daemon.domains.read(serialise(root)))
     if running:
-        raise LibvirtError(
-            Code.OPERATION_UNSUPPORTED,
-            "a device of a running machine is not changed in place; detach it and attach another, or use --config",
-        )
-    root, devices = _definition(call, domain)
-    changed = _device(xml)
-    old = _find(devices, changed)
-    devices[list(devices).index(old)] = changed
-    _replace(call, domain, call.daemon.checked(call.daemon.domains.read(serialise(root))))
+        await live.update(call.daemon, domain, _device(xml))
+    _replace(call, domain, spec)

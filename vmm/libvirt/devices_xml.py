@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmm.libvirt.iotune import IO_TUNE
+from vmm.convert import KIB
+from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE
 from vmm.libvirt.spec import DiskName, NetName, disk_name, tap_name
 from vmm.libvirt.xmltree import Reader, malformed, unsupported
 from vmm.network.bridge import NAME as INTERFACE
@@ -193,8 +194,11 @@ def _interface(item: Reader, found: DeviceList) -> None:
             values["queues"] = queues
         if driver.choice("packed", ("on", "off")) == "on":
             values["packed"] = True
+    plugged = True
     if link := item.child("link"):
-        link.choice("state", ("up",))
+        plugged = link.choice("state", ("up", "down"), "up") == "up"
+    if bandwidth := item.child("bandwidth"):
+        _bandwidth(bandwidth, values)
     if backend := item.child("backend"):
         backend.choice("type", ("passt",))
     forwards = [_forward(forward) for forward in item.children("portForward")]
@@ -205,7 +209,19 @@ def _interface(item: Reader, found: DeviceList) -> None:
         found.notes.append("interface: the kernel is given, so nothing boots from the network")
     values["transport"] = _address(item, found, "interface")
     found.nets.append(values)
-    found.net_names.append(NetName(network, bridge))
+    found.net_names.append(NetName(network, bridge, plugged))
+
+
+def _bandwidth(item: Reader, values: dict[str, Any]) -> None:
+    """Limits; libvirt's inbound is what the guest receives, in KiB."""
+    for way in ("inbound", "outbound"):
+        if limit := item.child(way):
+            for name in ("average", "burst"):
+                given = limit.attribute(name)
+                if given is not None and not re.fullmatch(r"[0-9]{1,10}", given):
+                    raise malformed(f"<bandwidth/{way} {name}='{given}'>: a number of KiB is expected")
+                if given is not None:
+                    values[BANDWIDTH[f"{way}.{name}"]] = int(given) * KIB
 
 
 def random_mac() -> str:

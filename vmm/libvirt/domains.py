@@ -493,7 +493,6 @@ class Domains:
                 if (event := await control.next_event()) is None:
                     raise await self._failure(spec, process)
                 status |= {"state": event.get("state", status["state"])}
-            await self.networks.plug(spec)
         except BaseException as error:
             control.close()
             if isinstance(error, HostError):
@@ -503,6 +502,13 @@ class Domains:
         if entry is None:
             control.close()
             raise await self._failure(spec, process)
+        try:
+            await self.networks.plug(spec)
+            await live.set_cables(spec, entry)
+        except BaseException:
+            control.close()
+            process.kill()
+            raise
         self._activate(domain, spec, entry, status)
         domain.state = DomainState.PAUSED if paused else DomainState.RUNNING
         domain.reason = DomainReason.STARTING_UP if paused else how.reason
@@ -581,6 +587,8 @@ class Domains:
         if domain.live is not None:
             with suppress(VmmError):
                 await self.networks.plug(domain.live)
+                if domain.entry is not None:
+                    await live.set_cables(domain.live, domain.entry)
 
     async def _refresh(self, domain: Domain) -> None:
         with suppress(VmmError):  # it may be about to end

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from vmm.config import Config, ConsoleConfig, Disk, Net, Share
 from vmm.convert import Checked, parts, plain, takes
-from vmm.libvirt.iotune import IO_TUNE
+from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, says_bandwidth
 from vmm.libvirt.spec import Spec
 from vmm.libvirt.xmltree import Reader, add, malformed
 
@@ -115,7 +115,7 @@ def _disk(disk: Disk) -> dict[str, str]:
 
 
 def _net(net: Net) -> dict[str, str]:
-    given = _given(net)
+    given = _given(net, tuple(BANDWIDTH.values()) if says_bandwidth(net) else ())
     return {**given, "id": net.id} if net.id else given
 
 

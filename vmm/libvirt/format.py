@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
+from vmm.config import Net
 from vmm.convert import KIB
 from vmm.libvirt.extras import is_plain, write_extras
-from vmm.libvirt.iotune import IO_TUNE
+from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, says_bandwidth
 from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec, tap_name
 from vmm.libvirt.xmltree import add, parse, serialise
 
@@ -135,6 +136,10 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
         for pair in net.forward.split("+") if net.forward else ():
             host, _, guest = pair.partition(":")
             add(add(element, "portForward", proto="tcp"), "range", start=host, to=guest)
+        if not spec.nets[index].link:
+            add(element, "link", state="down")
+        if says_bandwidth(net):
+            _bandwidth(element, net)
         _place(element, net.transport, f"net{index}" if live else None)
     for share in filter(is_plain, config.shares):
         element = add(devices, "filesystem", type="mount", accessmode="passthrough")
@@ -154,6 +159,16 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
         if config.rng:
             add(add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
         add(devices, "panic", model="pvpanic")
+
+
+def _bandwidth(element: Element, net: Net) -> None:
+    limits = {name: getattr(net, ours) // KIB for name, ours in BANDWIDTH.items() if getattr(net, ours)}
+    if limits:
+        bandwidth = add(element, "bandwidth")
+        for way in ("inbound", "outbound"):
+            said = {name.partition(".")[2]: value for name, value in limits.items() if name.startswith(way)}
+            if said:
+                add(bandwidth, way, **said)
 
 
 def _place(element: Element, transport: str, alias: str | None) -> None:

@@ -11,7 +11,7 @@ import base64
 import contextlib
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmm.errors import VmmError
 from vmm.libvirt.domains import Domain
@@ -21,6 +21,9 @@ from vmm.management.agentlink import agent_of
 
 ANSWER_SECONDS = 5.0
 MAX_OUTPUT = 64 << 10
+MAX_MOUNTS = 1000
+FREEZE_SECONDS = 60.0
+"""How long file systems may take to write out what they have."""
 MAX_PROGRAMS = 64
 """Programs of guest-exec whose results are kept for one domain."""
 FACTS = (
@@ -28,9 +31,11 @@ FACTS = (
 )
 
 
-async def run(domain: Domain, *arguments: str, seconds: float = ANSWER_SECONDS) -> str:
-    """A program's output. Raises LibvirtError."""
-    result = await _exec(domain, list(arguments), None, seconds)
+async def run(domain: Domain, *arguments: str, seconds: float | None = None) -> str:
+    """A program's output; `seconds`: how long it may take, else what a client said or ANSWER_SECONDS. Raises
+    LibvirtError."""
+    patience = seconds if seconds is not None else float(domain.extra.get("agent seconds", ANSWER_SECONDS))
+    result = await _exec(domain, list(arguments), None, patience)
     if result.status:
         told = (result.stderr or result.stdout)[:200].decode(errors="replace").strip()
         raise LibvirtError(Code.OPERATION_FAILED, f"{arguments[0]} in the guest: status {result.status} {told}".strip())
@@ -73,6 +78,94 @@ async def addresses(domain: Domain) -> list[Addresses]:
         if match and match[1] in found:
             found[match[1]].append(IpAddress(int(match[2] == "inet6"), match[3], int(match[4])))
     return [Addresses(name, macs[name] or None, listed) for name, listed in found.items()]
+
+
+async def set_clock(domain: Domain, seconds: int | None) -> None:
+    """Set the guest's clock, to its hardware's if None. Raises LibvirtError."""
+    if seconds is None:
+        await run(domain, "hwclock", "-s", "-u")
+    else:
+        await run(domain, "date", "-s", f"@{seconds}")
+
+
+class Mounted(NamedTuple):
+    """A file system of the guest that is on a disk."""
+
+    point: str
+    device: str
+    kind: str
+
+
+async def mounts(domain: Domain) -> list[Mounted]:
+    """The guest's file systems that are on disks and may be written, in the order of mounting. Raises LibvirtError."""
+    found: list[Mounted] = []
+    for line in (await run(domain, "cat", "/proc/self/mounts")).splitlines()[:MAX_MOUNTS]:
+        words = line.split()
+        if len(words) >= 4 and words[0].startswith("/dev/") and "rw" in words[3].split(","):
+            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[1])
+            if all(point != one.point and words[0] != one.device for one in found):
+                found.append(Mounted(point, words[0], words[2]))
+    return found
+
+
+async def freeze(domain: Domain, wanted: list[str]) -> int:
+    """Have file systems write out what they have and stand still, all or those wanted; how many. If one will not, none
+    does. Raises LibvirtError."""
+    frozen: list[str] = domain.extra.setdefault("frozen", [])
+    if frozen:
+        raise LibvirtError(Code.OPERATION_FAILED, "the guest's file systems are frozen already; thaw them first")
+    chosen = [one.point for one in await mounts(domain) if not wanted or one.point in wanted]
+    for missing in sorted(set(wanted) - set(chosen)):
+        raise LibvirtError(Code.INVALID_ARG, f"{missing}: no file system on a disk is mounted there")
+    try:
+        for point in reversed(chosen):  # what is mounted in another comes first
+            frozen.append(point)
+            await run(domain, "fsfreeze", "--freeze", point, seconds=FREEZE_SECONDS)
+    except BaseException:
+        with contextlib.suppress(LibvirtError):
+            await thaw(domain)
+        raise
+    return len(chosen)
+
+
+async def thaw(domain: Domain) -> int:
+    """Let them go on; how many. Raises LibvirtError if one does not."""
+    frozen: list[str] = domain.extra.get("frozen", [])
+    count, error = 0, None
+    while frozen:
+        try:
+            await run(domain, "fsfreeze", "--unfreeze", frozen[-1], seconds=FREEZE_SECONDS)
+            count += 1
+        except LibvirtError as failed:
+            error = error or failed
+        frozen.pop()
+    if error is not None and not count:
+        raise error
+    return count
+
+
+async def trim(domain: Domain, point: str | None, minimum: int) -> dict[str, int]:
+    """Have a file system, or all, tell their disk which blocks are free; bytes by mount point. Raises LibvirtError."""
+    found = {}
+    for one in await mounts(domain):
+        if point in (None, one.point):
+            said = await run(domain, "fstrim", "-v", "-m", str(minimum), one.point, seconds=FREEZE_SECONDS)
+            match = re.search(r"(\d{1,18}) bytes", said)
+            found[one.point] = int(match[1]) if match else 0
+    if point is not None and not found:
+        raise LibvirtError(Code.INVALID_ARG, f"{point}: no file system on a disk is mounted there")
+    return found
+
+
+async def set_password(domain: Domain, user: str, password: str, *, crypted: bool) -> None:
+    """Raises LibvirtError."""
+    if not re.fullmatch(r"[^:\n\0/]{1,256}", user) or "\n" in password or "\0" in password:
+        raise LibvirtError(Code.INVALID_ARG, "a user's name has no colon, and a password is one line")
+    command = ["chpasswd", "-e"] if crypted else ["chpasswd"]
+    result = await _exec(domain, command, f"{user}:{password}\n".encode(), ANSWER_SECONDS)
+    if result.status:
+        told = (result.stderr or result.stdout)[:200].decode(errors="replace").strip()
+        raise LibvirtError(Code.OPERATION_FAILED, f"chpasswd in the guest: status {result.status} {told}".strip())
 
 
 async def facts(domain: Domain) -> dict[str, str]:
@@ -121,6 +214,55 @@ async def _info(domain: Domain, arguments: dict[str, Any], seconds: float | None
 
 async def _time(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
     return await clock(domain) * 10**9
+
+
+async def _set_time(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    when = arguments.get("time")
+    if when is not None and (isinstance(when, bool) or not isinstance(when, int) or when < 0):
+        raise LibvirtError(Code.INVALID_ARG, "guest-set-time: time is nanoseconds since 1970")
+    await set_clock(domain, None if when is None else when // 10**9)
+    return {}
+
+
+async def _fs_info(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    return [
+        {"name": one.device.removeprefix("/dev/"), "mountpoint": one.point, "type": one.kind, "disk": []}
+        for one in await mounts(domain)
+    ]
+
+
+async def _fs_status(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    return "frozen" if domain.extra.get("frozen") else "thawed"
+
+
+async def _fs_freeze(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    points = arguments.get("mountpoints", [])
+    if not isinstance(points, list) or not all(isinstance(point, str) for point in points):
+        raise LibvirtError(Code.INVALID_ARG, "mountpoints is a list of strings")
+    return await freeze(domain, points)
+
+
+async def _fs_thaw(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    return await thaw(domain)
+
+
+async def _fs_trim(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    minimum = arguments.get("minimum", 0)
+    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
+        raise LibvirtError(Code.INVALID_ARG, "guest-fstrim: minimum is a number of bytes")
+    return {"paths": [{"path": at, "trimmed": count} for at, count in (await trim(domain, None, minimum)).items()]}
+
+
+async def _password(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
+    user, crypted = arguments.get("username"), arguments.get("crypted", False)
+    try:
+        password = base64.b64decode(arguments.get("password", ""), validate=True).decode()
+    except (ValueError, TypeError):
+        raise LibvirtError(Code.INVALID_ARG, "guest-set-user-password: password is base64") from None
+    if not isinstance(user, str) or not isinstance(crypted, bool):
+        raise LibvirtError(Code.INVALID_ARG, "guest-set-user-password: username is text, crypted true or false")
+    await set_password(domain, user, password, crypted=crypted)
+    return {}
 
 
 async def _host_name(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
@@ -190,6 +332,14 @@ COMMANDS = {
     "guest-ping": _ping,
     "guest-info": _info,
     "guest-get-time": _time,
+    "guest-set-time": _set_time,
+    "guest-get-fsinfo": _fs_info,
+    "guest-fsfreeze-status": _fs_status,
+    "guest-fsfreeze-freeze": _fs_freeze,
+    "guest-fsfreeze-freeze-list": _fs_freeze,
+    "guest-fsfreeze-thaw": _fs_thaw,
+    "guest-fstrim": _fs_trim,
+    "guest-set-user-password": _password,
     "guest-get-host-name": _host_name,
     "guest-get-osinfo": _osinfo,
     "guest-network-get-interfaces": _interfaces,

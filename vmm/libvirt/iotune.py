@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from vmm.config import Net
+from vmm.convert import KIB
+
 IO_TUNE = {
     f"{which}_{unit}_sec{suffix}": f"{ours}{part}{burst}"
     for suffix, burst in (("", ""), ("_max", "_burst"))
@@ -12,3 +15,10 @@ IO_TUNE = {
 BANDWIDTH = {"inbound.average": "bps_in", "inbound.burst": "bps_in_burst", "outbound.average": "bps_out",
              "outbound.burst": "bps_out_burst"}  # fmt: skip
 """The same of a card's, which libvirt counts in KiB (a second)."""
+
+
+def says_bandwidth(net: Net) -> bool:
+    """Whether <bandwidth> can say a card's limits: an average each way that has a burst, all in whole KiB."""
+    if any(getattr(net, name) % KIB for name in BANDWIDTH.values()):
+        return False
+    return (net.bps_in > 0 or not net.bps_in_burst) and (net.bps_out > 0 or not net.bps_out_burst)

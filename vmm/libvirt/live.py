@@ -17,9 +17,11 @@ from vmm.errors import HostError
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import DomainEvent
 from vmm.libvirt.format import domain_xml
+from vmm.libvirt.iotune import BANDWIDTH
 from vmm.libvirt.machines import ask
 from vmm.libvirt.spec import DiskName, NetName, Spec, described, disk_ids
 from vmm.libvirt.xmltree import malformed, parse, serialise
+from vmm.management.registry import RegistryEntry
 
 if TYPE_CHECKING:
     from vmm.libvirt.daemon import Daemon
@@ -204,6 +206,56 @@ async def balloon_of(domain: Domain, patience: float = 5.0) -> dict[str, Any] | 
     except HostError:
         return None
     return found if isinstance(found, dict) else None
+
+
+async def _cards(entry: RegistryEntry) -> dict[str, str]:
+    """The machine's names of its cards, by their addresses. Raises VmmError."""
+    return {str(net["mac"]): str(net["id"]) for net in (await ask(entry, "devices", 15))["nets"] if net}
+
+
+async def set_cables(spec: Spec, entry: RegistryEntry) -> None:
+    """Pull the cables of a machine's cards that are described so; all are plugged in when it starts. Raises
+    VmmError."""
+    if all(name.link for name in spec.nets):
+        return
+    cards = await _cards(entry)
+    for net, name in zip(spec.config.nets, spec.nets, strict=True):
+        if not name.link:
+            await ask(entry, "link", 15, id=cards[(net.mac or "").lower()], up=False)
+
+
+async def update(daemon: Daemon, domain: Domain, element: Element) -> None:
+    """Change what can be changed in place of a card: its cable and its limits. Raises LibvirtError for the rest."""
+    async with _lock(domain):
+        spec, entry = _live(domain), domain.running_entry()
+        mac = element.find("mac")
+        address = mac.get("address", "").lower() if mac is not None else ""
+        places = [at for at, net in enumerate(spec.config.nets) if (net.mac or "").lower() == address]
+        if element.tag != "interface" or not places:
+            raise LibvirtError(
+                Code.OPERATION_UNSUPPORTED,
+                f"<{element.tag}> of a running machine is not changed in place, but an interface's link and bandwidth "
+                "are; detach it and attach another, or use --config",
+            )
+        at = places[0]
+        root = parse(domain_xml(spec, daemon.emulator), "domain")
+        devices = root.find("devices")
+        assert devices is not None
+        old = devices.findall("interface")[at]
+        devices[list(devices).index(old)] = element
+        read = daemon.domains.read(serialise(root))
+        limits = {name: getattr(read.config.nets[at], name) for name in BANDWIDTH.values()}
+        others = read.config.nets[at].replace(**{name: getattr(spec.config.nets[at], name) for name in limits})
+        if others != spec.config.nets[at] or replace(read.nets[at], link=spec.nets[at].link) != spec.nets[at]:
+            raise LibvirtError(
+                Code.OPERATION_UNSUPPORTED, "of an interface, link and bandwidth change while the machine runs"
+            )
+        name = (await _cards(entry))[address]
+        await ask(entry, "link", 15, id=name, up=read.nets[at].link)
+        await ask(entry, "set", 15, nets={name: limits})
+        nets, names = list(spec.config.nets), list(spec.nets)
+        nets[at], names[at] = read.config.nets[at], read.nets[at]
+        daemon.domains.set_live(domain, replace(spec, config=spec.config.replace(nets=nets), nets=tuple(names)))
 
 
 async def set_limits(daemon: Daemon, domain: Domain, kind: str, index: int, limits: dict[str, int]) -> None:

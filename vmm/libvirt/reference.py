@@ -17,6 +17,7 @@ TITLES = {
     "connect_calls": "The connection and the host",
     "domain_calls": "Domains",
     "device_calls": "Devices of definitions and of running machines",
+    "dump_calls": "Core files and interrupts",
     "block_calls": "Disks' jobs, and limits",
     "migrate_calls": "Live migration",
     "event_calls": "Registering for events",
@@ -34,7 +35,7 @@ REASONS = (
     (r"domain_migrate.*|domain_(start_dirty|get_.*dirty).*", "machines move by version 3, by parameters"),
     (r"domain_(set_|send_|inject_|core_dump|screenshot|open_graphics|graphics|memory_peek|block_peek|pm_).*(key|nmi|dump|"
      r"screenshot|graphics|peek|pm_|signal).*|domain_(screenshot|core_dump).*|domain_pm_.*|domain_graphics.*",
-     "the machine has no display, keyboard, NMI button or sleep; its memory is not read from outside"),
+     "the machine has no display, keyboard or sleep; its memory is not read from outside"),
     (r"domain_(backup|set_block_threshold|.*throttle).*", "disks have neither backups nor thresholds"),
     (r"domain_(pin|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf|guest_vcpus)|"
      r"add_iothread|del_iothread).*",

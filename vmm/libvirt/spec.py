@@ -35,6 +35,8 @@ class NetName:
     """The libvirt network that it belongs to, "" for none."""
     bridge: str = ""
     """The host's bridge that it is a port of, where it belongs to no network."""
+    link: bool = True
+    """Whether its cable is plugged in."""
 
 
 @dataclass(frozen=True)

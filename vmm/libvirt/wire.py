@@ -112,6 +112,15 @@ class Addresses(NamedTuple):
     addresses: list[IpAddress]
 
 
+class FileSystem(NamedTuple):
+    """Of a guest. `disks`: targets of the domain's."""
+
+    point: str
+    name: str
+    kind: str
+    disks: list[str]
+
+
 class StatsRecord(NamedTuple):
     dom: DomainRef
     params: list[Param]
@@ -199,6 +208,7 @@ TYPES: dict[str, Type] = {
     "addresses": Record(Addresses, (_STRING, Optional(_STRING), Array(_ADDRESS, 2048))),
     "statsrecord": Record(StatsRecord, (_DOMAIN, Array(_PARAM, 262144))),
     "diskerror": Record(Stat, (_STRING, INT)),
+    "filesystem": Record(FileSystem, (_STRING, _STRING, _STRING, Array(_STRING, 256))),
     "lease": Record(
         lambda *values: values,
         (

@@ -10,6 +10,7 @@
     {"command": "snapshot", "directory": "/…"}  -> {"ok": true, "identity": …} when it is whole
     attach, detach                              -> vmm/management/hotplug.py
     gdb, registers, trace                       -> vmm/management/debugging.py
+    nmi, dump; link                             -> vmm/management/dumping.py; vmm/management/linking.py
     migrate, migrate-cancel, migrate-set, …     -> vmm/management/migrating.py
     block                                       -> vmm/management/block.py
     pause, resume, kill, shutdown, reboot, reset, stats, devices, config, metrics -> see COMMANDS
@@ -391,6 +392,9 @@ COMMANDS: dict[str, Callable[[Registration, dict[str, Any]], Awaitable[dict[str,
     "gdb": _of("debugging", "gdb"),
     "registers": _of("debugging", "registers"),
     "trace": _of("debugging", "trace"),
+    "nmi": _of("dumping", "nmi"),
+    "dump": _of("dumping", "dump"),
+    "link": _of("linking", "link"),
     "migrate": _of("migrating", "migrate"),
     "migrate-cancel": _of("migrating", "cancel"),
     "migrate-set": _of("migrating", "change"),

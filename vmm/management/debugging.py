@@ -62,7 +62,7 @@ async def gdb(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _looking(vm: VirtualMachine) -> AsyncIterator[Machine]:
+async def looking(vm: VirtualMachine) -> AsyncIterator[Machine]:
     """Every vCPU is parked for a moment, between two instructions."""
     machine = vm.machine
     machine.memory.check_whole()
@@ -88,7 +88,7 @@ def _chosen(machine: Machine, request: dict[str, Any]) -> Sequence[Vcpu]:
 
 async def registers(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
     """Raises ConfigError, StateError."""
-    async with _looking(vm) as machine:
+    async with looking(vm) as machine:
         return {
             "cpus": [
                 inspect.registers(vcpu) | {"handlers": inspect.handlers(vcpu, machine.memory)}
@@ -105,7 +105,7 @@ async def trace(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
     found: dict[int, dict[str, Any]] = {}
     if seconds:
         found = await _record(vm, request, seconds)
-    async with _looking(vm) as machine:
+    async with looking(vm) as machine:
         cpus = [inspect.exits(vcpu) | found.get(vcpu.index, {}) for vcpu in _chosen(machine, request)]
         for values, vcpu in zip(cpus, _chosen(machine, request), strict=True):
             values |= {"pc": inspect.pc(vcpu), "does": inspect.activity(vcpu)}
@@ -114,7 +114,7 @@ async def trace(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
 
 async def _record(vm: VirtualMachine, request: dict[str, Any], seconds: float) -> dict[int, dict[str, Any]]:
     """What the vCPUs execute: blocks, on cores that tell; else where they are, time and again."""
-    async with _looking(vm) as machine:
+    async with looking(vm) as machine:
         native = Capability.TRACE in machine.capabilities
         if native:
             machine.vm.set_trace(TRACE_ENTRIES)
@@ -122,13 +122,13 @@ async def _record(vm: VirtualMachine, request: dict[str, Any], seconds: float) -
         return await _sample(vm, request, seconds)
     try:
         await asyncio.sleep(seconds)
-        async with _looking(vm) as again:
+        async with looking(vm) as again:
             if again is not machine:
                 raise StateError("the machine was started again meanwhile")
             return {vcpu.index: inspect.trace(vcpu) for vcpu in _chosen(machine, request)}
     finally:
         if not machine.dispatcher.ended:
-            async with _looking(vm) as last:
+            async with looking(vm) as last:
                 if last is machine:
                     machine.vm.set_trace(0)
 
@@ -136,7 +136,7 @@ async def _record(vm: VirtualMachine, request: dict[str, Any], seconds: float) -
 async def _sample(vm: VirtualMachine, request: dict[str, Any], seconds: float) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[int, int]] = {}
     for _ in range(max(1, round(seconds * SAMPLES_A_SECOND))):
-        async with _looking(vm) as machine:
+        async with looking(vm) as machine:
             for vcpu in _chosen(machine, request):
                 counts, pc = found.setdefault(vcpu.index, {}), inspect.pc(vcpu)
                 counts[pc] = counts.get(pc, 0) + 1

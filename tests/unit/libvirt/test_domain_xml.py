@@ -193,7 +193,7 @@ def test_libvirts_defaults() -> None:
         ("<disk><source file='/i'/><target dev='vda'/><iotune><group_name>g</group_name></iotune></disk>", "iotune"),
         ("<disk><driver cache='unsafe'/><source file='/i'/><target dev='vda'/></disk>", "unsafe"),
         ("<interface type='user'><model type='e1000'/></interface>", "e1000"),
-        ("<interface type='user'><bandwidth/></interface>", "bandwidth"),
+        ("<interface type='user'><bandwidth><inbound floor='1'/></bandwidth></interface>", "floor"),
         ("<interface type='bridge'><source bridge='a/b'/></interface>", "a/b"),
         ("<serial type='pty'><target port='1'/></serial>", "port 1"),
         ("<rng model='virtio'><rate bytes='1'/><backend model='random'/></rng>", "rate"),
