@@ -9,8 +9,10 @@ thread.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -58,8 +60,17 @@ class Client:
         who: str,
         read_only: bool,
         secure: bool = True,
+        credentials: tuple[int, int, int] = (0, 0, 0),
+        subject: str = "",
+        address: str = "",
+        admin: bool = False,
     ) -> None:
+        """`credentials`: process, user and group of a UNIX socket's client; `subject` and `address`: of TLS's; `admin`:
+        it came by the socket for administration."""
         self.daemon = daemon
+        self.credentials, self.subject, self.address, self.admin = credentials, subject, address, admin
+        self.number = next(_numbers)
+        self.since = time.time()
         self.who = who
         """For the log: a user or a certificate's name."""
         self.read_only = read_only
@@ -101,6 +112,11 @@ class Client:
         finally:
             greeting.cancel()
             await self._release()
+
+    @property
+    def working(self) -> int:
+        """Calls that are worked on."""
+        return len(self._calls)
 
     @property
     def gone(self) -> bool:
@@ -184,7 +200,7 @@ class Client:
         try:
             procedure = self._find(header)
             arguments = procedure.arguments.read(message.body)
-            if self.uri is None and not (header.program == rpc.REMOTE and procedure.number in BEFORE_OPEN):
+            if self.uri is None and procedure.number not in BEFORE_OPEN.get(header.program, ()):
                 raise LibvirtError(Code.INTERNAL_ERROR, "connection not open", From.RPC)
             if not procedure.read_only:
                 self.may_change()
@@ -216,7 +232,8 @@ class Client:
             raise LibvirtError(Code.RPC, f"message type {header.kind} is not supported", From.RPC)
         if header.version != rpc.VERSION:
             raise LibvirtError(Code.RPC, f"program version {header.version} is not {rpc.VERSION}", From.RPC)
-        table: Mapping[int, Procedure] | None = self.daemon.programs.get(header.program)
+        programs = self.daemon.admin_programs if self.admin else self.daemon.programs
+        table: Mapping[int, Procedure] | None = programs.get(header.program)
         if table is None:
             raise LibvirtError(Code.RPC, f"Cannot find program {header.program} version {header.version}", From.RPC)
         found = table.get(header.procedure)
@@ -283,5 +300,6 @@ class Call:
         """Functions that are called when the reply is on its way: events that the client must see later than it."""
 
 
-BEFORE_OPEN = frozenset({1, 2, 60, 66, 67, 68, 69, 70})
-"""Procedures that are answered before connect_open: features and authentication."""
+BEFORE_OPEN = {rpc.REMOTE: frozenset({1, 2, 60, 66, 67, 68, 69, 70}), rpc.ADMIN: frozenset({1, 2})}
+"""Procedures that are answered before connect_open, by program: features and authentication."""
+_numbers = itertools.count(1)

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.libvirt import (
+    admin_calls,
     agent_calls,
     block_calls,
     connect_calls,
@@ -65,7 +66,7 @@ MAX_LEFT = 64
 """Calls that go on though their clients have left."""
 MESSAGE_MEMORY = 128 << 20
 """Bytes of large messages of all clients together while they arrive."""
-SOCKET, SOCKET_READ_ONLY = "libvirt-sock", "libvirt-sock-ro"
+SOCKET, ADMIN_SOCKET = "libvirt-sock", "libvirt-admin-sock"
 CLOSED_EVENT, CLOSED_MESSAGE = 362, Signature("reason:int")
 MODULES = (
     connect_calls,
@@ -84,7 +85,16 @@ MODULES = (
     agent_calls,
 )
 PROGRAMS = {rpc.REMOTE: joined(module.calls for module in MODULES), rpc.QEMU: joined([agent_calls.qemu])}
+ADMIN_PROGRAMS = {rpc.ADMIN: joined([admin_calls.calls])}
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class ClientLimits:
+    """How many may be connected, and how many of them that have not opened their connection yet."""
+
+    clients: int = MAX_CLIENTS
+    greeting: int = MAX_GREETING_CLIENTS
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,10 @@ class Daemon:
         self.settings = settings
         self.kinds = kinds
         self.emulator = settings.emulator
-        self.programs = PROGRAMS
+        self.programs, self.admin_programs = PROGRAMS, ADMIN_PROGRAMS
+        self.limits = ClientLimits()
+        self.log_filters: dict[str, int] = {}
+        """Levels that virt-admin chose, by loggers."""
         self.budget = Budget(MESSAGE_MEMORY)
         self.events = Hub()
         self.store = Store(settings.state)
@@ -154,6 +167,7 @@ class Daemon:
             await self.domains.scan()
             for path, read_only in ((self.socket, False), (self.socket.with_name(self.socket.name + "-ro"), True)):
                 await self._listen(path, read_only=read_only)
+            await self._listen(self.socket.with_name(ADMIN_SOCKET), admin=True)
             if self.settings.listen_tls is not None:
                 from vmm.libvirt.tls import Files, TlsListener  # OpenSSL takes a while to load
 
@@ -203,6 +217,10 @@ class Daemon:
             await self.saves.start_managed(domain, paused=paused)
         else:
             await self.domains.start(domain, paused=paused)
+
+    def clients(self) -> list[Client]:
+        """Who is connected."""
+        return list(self._clients.values())
 
     def keep(self, task: asyncio.Task[None]) -> bool:
         """A client left while a call of its changed something: whether that may go on to its end."""
@@ -274,11 +292,11 @@ class Daemon:
             except VmmError as error:
                 log.warning("machines: %s", error)
 
-    async def _listen(self, path: Path, *, read_only: bool) -> None:
+    async def _listen(self, path: Path, *, read_only: bool = False, admin: bool = False) -> None:
         listener = listen(path, "socket")
         self._paths.append(path)
         try:
-            if self.settings.group is not None:
+            if self.settings.group is not None and not admin:
                 try:
                     group = grp.getgrnam(self.settings.group).gr_gid
                 except KeyError:
@@ -291,28 +309,43 @@ class Daemon:
             # The clients' tasks are this object's; asyncio's own would be cancelled with a complaint.
             self._servers.append(
                 await asyncio.start_unix_server(
-                    lambda reader, writer: self._unix_client(reader, writer, read_only=read_only), sock=listener
+                    lambda reader, writer: self._unix_client(reader, writer, read_only=read_only, admin=admin),
+                    sock=listener,
                 )
             )
         except BaseException:
             listener.close()
             raise
 
-    def _unix_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, read_only: bool) -> None:
+    def _unix_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, read_only: bool, admin: bool
+    ) -> None:
         peer: socket.socket = writer.get_extra_info("socket")
-        pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        self._accept(reader, writer, who=f"{_user(uid)}, process {pid}", read_only=read_only)
+        pid, uid, gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        who = f"{_user(uid)}, process {pid}"
+        self._accept(reader, writer, who=who, read_only=read_only, admin=admin, credentials=(pid, uid, gid))
 
     def _tls_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, who: str) -> None:
-        self._accept(reader, writer, who=who, read_only=False)
+        subject, _, address = who.rpartition(", ")
+        self._accept(reader, writer, who=who, read_only=False, subject=subject, address=address)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, who: str, read_only: bool) -> None:
+    def _accept(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        who: str,
+        read_only: bool,
+        admin: bool = False,
+        **more: Any,
+    ) -> None:
         greeting = sum(client.uri is None for client in self._clients.values())
-        if len(self._clients) >= MAX_CLIENTS or greeting >= MAX_GREETING_CLIENTS:
+        full = len(self._clients) >= self.limits.clients or greeting >= self.limits.greeting
+        if full and not admin:  # who can let others in must come in
             log.warning("%s: sent away, for there are too many clients", who)
             writer.transport.abort()
             return
-        client = Client(self, reader, writer, who=who, read_only=read_only)
+        client = Client(self, reader, writer, who=who, read_only=read_only, admin=admin, **more)
         task = asyncio.create_task(self._serve(client), name=f"client {who}")
         self._clients[task] = client
         task.add_done_callback(self._clients.pop)

@@ -43,6 +43,8 @@ class Code(enum.IntEnum):
     BLOCK_COPY_ACTIVE = 83
     OPERATION_UNSUPPORTED = 84
     AGENT_UNRESPONSIVE = 86
+    NO_CLIENT = 96
+    NO_SERVER = 95
     STORAGE_VOL_EXIST = 90
     MIGRATE_FINISH_OK = 93
 
@@ -75,6 +77,8 @@ TEXTS = {
     Code.NO_DOMAIN_METADATA: "metadata not found: ",
     Code.BLOCK_COPY_ACTIVE: "block copy still active: ",
     Code.OPERATION_UNSUPPORTED: "Operation not supported: ",
+    Code.NO_SERVER: "Server not found: ",
+    Code.NO_CLIENT: "Client not found: ",
     Code.AGENT_UNRESPONSIVE: "Guest agent is not responding: ",
     Code.MIGRATE_FINISH_OK: "migration successfully aborted: ",
     Code.STORAGE_VOL_EXIST: "storage volume already exists: ",
@@ -95,6 +99,7 @@ class From(enum.IntEnum):
     SECRET = 30
     NWFILTER = 33
     STREAMS = 38
+    ADMIN = 62
 
 
 class LibvirtError(VmmError):

@@ -126,6 +126,21 @@ class StatsRecord(NamedTuple):
     params: list[Param]
 
 
+class ServerRef(NamedTuple):
+    """One of the daemon's servers, as virt-admin names them."""
+
+    name: str
+
+
+class ClientRef(NamedTuple):
+    """A client of the daemon. `since`: seconds since 1970; `transport`: 0 UNIX socket, 2 TLS."""
+
+    server: ServerRef
+    id: int
+    since: int
+    transport: int
+
+
 class Param(NamedTuple):
     """A typed parameter: a name and a pair of a kind (PARAM_INT …) and a value."""
 
@@ -182,6 +197,7 @@ _PARAM = Record(
         ),
     ),
 )
+_SERVER = Record(ServerRef, (_STRING,))
 _ADDRESS = Record(IpAddress, (INT, _STRING, UINT))
 
 TYPES: dict[str, Type] = {
@@ -209,6 +225,8 @@ TYPES: dict[str, Type] = {
     "statsrecord": Record(StatsRecord, (_DOMAIN, Array(_PARAM, 262144))),
     "diskerror": Record(Stat, (_STRING, INT)),
     "filesystem": Record(FileSystem, (_STRING, _STRING, _STRING, Array(_STRING, 256))),
+    "server": _SERVER,
+    "client": Record(ClientRef, (_SERVER, UHYPER, HYPER, UINT)),
     "lease": Record(
         lambda *values: values,
         (
