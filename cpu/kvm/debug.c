@@ -9,7 +9,7 @@
 #define KVM_GUESTDBG_BLOCKIRQ 0x00100000
 #endif
 
-/* SDM vol. 3, 17.2.4: R/W and LEN of a debug register, or -1. */
+/* SDM vol. 3, 18.2.4: R/W and LEN of a debug register, or -1. */
 static int condition(const struct lv_point *p)
 {
     static const int8_t lengths[9] = {[0] = -1, [1] = 0, [2] = 1, [3] = -1, [4] = 3, [5] = -1, [6] = -1, [7] = -1, [8] = 2};

@@ -330,7 +330,7 @@ static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
 
 /* ---- guest memory ----
  * It has no alignment, and others look at it at the same time: each of these is one access of the host. The host orders them
- * as the guest's processor does (Intel SDM vol. 3, 8.2), being of its kind. */
+ * as the guest's processor does (Intel SDM vol. 3, 9.2), being of its kind. */
 typedef uint8_t mem8;
 typedef uint16_t mem16 __attribute__((aligned(1), may_alias));
 typedef uint32_t mem32 __attribute__((aligned(1), may_alias));

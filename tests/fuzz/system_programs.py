@@ -217,7 +217,7 @@ class Maker(ProgramMaker):
         if flags & 0x180000:
             self.differs("IRET at CPL 0 loads VIF and VIP (SDM vol. 2, IRET)")
         if flags & 0x20000:
-            self.differs("long mode has no virtual-8086 mode, so IRET ignores VM (APM vol. 2, 4.12)")
+            self.differs("long mode has no virtual-8086 mode, so IRET ignores VM (SDM vol. 2, IRET: Operation)")
         self.add(*target)
         if where == "user32":
             kind = self.one("iret", "lret")
@@ -349,7 +349,7 @@ class Maker(ProgramMaker):
 
     def breakpoint(self) -> None:
         """An access beside and on what DR0 to DR3 watch, and instruction breakpoints. What must hit is computed here:
-        SDM vol. 3, 17.2.5 (ranges are aligned to their length; every byte of an access counts)."""
+        SDM vol. 3, 18.2.5 (ranges are aligned to their length; every byte of an access counts)."""
         where = self.one("kernel", "user64")
         # instruction, and (offset, size, written) of what it touches from MEMORY + place on; DI: 8 further
         access, touched = self.chance.choice(

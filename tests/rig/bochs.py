@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -55,7 +56,7 @@ exec $b switch_root /root /bin/busybox sh /rig
 """
 RIG = """
 b=/bin/busybox
-export PATH={path} HOME=/root TMPDIR=/tmp XDG_RUNTIME_DIR=/tmp/run LC_ALL=C.UTF-8 LOOPVISOR_PATIENCE=60
+export PATH={path} HOME=/root TMPDIR=/tmp XDG_RUNTIME_DIR=/tmp/run LC_ALL=C.UTF-8 LOOPVISOR_PATIENCE=20
 export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 $b mkdir -p /dev/shm /dev/pts
 $b mount -t tmpfs -o mode=1777 shm /dev/shm
@@ -160,6 +161,7 @@ def main() -> int:
     parser.add_argument("--cpu", default="broadwell_ult", help="Bochs' name of the processor (default: %(default)s)")
     parser.add_argument("--shell", metavar="COMMAND", help="run this instead of pytest")
     arguments, rest = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Bochs is ended, too
     begin = time.monotonic()
     try:
         catalog.resolve("linux", build=True)

@@ -1,7 +1,7 @@
 """Where breakpoints go: into the core, the processor's four debug registers, or guest memory as INT3.
 
 A core with Capability.BREAKPOINTS takes all of them. Another has four debug registers, each for 1, 2, 4 or 8 aligned
-bytes (SDM vol. 3, 17.2), for watched ranges and hardware breakpoints; other breakpoints are INT3 instructions, which
+bytes (SDM vol. 3, 18.2), for watched ranges and hardware breakpoints; other breakpoints are INT3 instructions, which
 stand in memory only while the guest runs, and never while its state is saved or copied. A KVM that interprets
 supervisor code cannot execute INT3 (it has no Capability.STOCK_KERNELS): there all are in debug registers.
 """

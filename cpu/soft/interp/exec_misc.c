@@ -23,7 +23,7 @@ HANDLER(call_helper_end)
     SYNC();
     ((helper_fn)(uintptr_t)u->ptr)(c, u);
     c->budget--;
-    if (c->vm->parallel) /* serializing instructions are among them (Intel SDM vol. 3, 8.3) */
+    if (c->vm->parallel) /* serializing instructions are among them (Intel SDM vol. 3, 9.3) */
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
     return block_enter(c, u, rip);
 }

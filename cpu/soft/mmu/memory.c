@@ -142,7 +142,7 @@ void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t 
 
 /* ---- linear accesses ---- */
 
-/* Record which data breakpoints an access touches (SDM vol. 3, 17.2.5). */
+/* Record which data breakpoints an access touches (SDM vol. 3, 18.2.5). */
 static void watch(struct soft_vcpu *c, uint64_t linear, unsigned size, bool write)
 {
     const uint64_t *dr = c->dr;

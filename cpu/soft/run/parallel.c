@@ -5,7 +5,7 @@
  * interrupt controllers have a lock. Slots, the clock and the caller's debugging change only while no thread is *inside*:
  * soft_vm_stop_all() waits until all are outside, between instructions, asleep, or in an access callback.
  *
- * Code that another vCPU writes (Intel SDM vol. 3, 8.1.3): before a vCPU reads bytes to translate them, it marks their page,
+ * Code that another vCPU writes (Intel SDM vol. 3, 9.1.3): before a vCPU reads bytes to translate them, it marks their page,
  * and every other vCPU that may have a TLB entry to write to it gives that up at its next block's end, which the translator
  * waits for. From then on each write there takes the slow path and afterwards looks who has code of these 64 bytes: that vCPU
  * finds a note in its inbox, and its attention set, before any later store of the writer can be seen. Bytes are

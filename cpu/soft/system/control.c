@@ -201,7 +201,7 @@ void soft_write_dr(struct soft_vcpu *c, unsigned n, uint64_t value)
         value = (value & 0xE00F) | DR6_FIXED;
     else if (n == 7)
         value = (value & 0xFFFF2BFFull) | 0x400;
-    /* DR0 to DR3 take any address: "MOV DRn instructions do not check [...]", SDM vol. 3, 17.2.6. */
+    /* DR0 to DR3 take any address: "MOV DRn instructions do not check [...]", SDM vol. 3, 18.2.6. */
     c->dr[n] = value;
     if (n != 6) {
         soft_watch_changed(c);

@@ -244,7 +244,7 @@ void soft_deliver(struct soft_vcpu *c, uint8_t vector, enum soft_event kind, boo
         c->stats.exceptions++;
         c->in_exception = true;
         c->exception_vector = vector;
-        /* SDM vol. 3, 17.3.1.1: faults push RF set, so that an instruction breakpoint does not hit again. Traps
+        /* SDM vol. 3, 18.3.1.1: faults push RF set, so that an instruction breakpoint does not hit again. Traps
          * (#DB, #BP, #OF) do not. */
         if (vector != VEC_DB && vector != VEC_BP && vector != VEC_OF && vector != VEC_DF)
             d.flags |= F_RF;

@@ -1,4 +1,4 @@
-/* The local APIC's timer: one-shot, periodic, masked, changes of mode. SDM vol. 3, 10.5.4. */
+/* The local APIC's timer: one-shot, periodic, masked, changes of mode. SDM vol. 3, 11.5.4. */
 .include "apic.inc"
 .macro CURRENT              /* ZF: the current count is 0 */
     cmp dword ptr [rbp + 0x390], 0

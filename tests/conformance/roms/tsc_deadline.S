@@ -1,4 +1,4 @@
-/* The local APIC's timer with TSC deadlines: SDM vol. 3, 10.5.4.1. */
+/* The local APIC's timer with TSC deadlines: SDM vol. 3, 11.5.4.1. */
 .include "apic.inc"
 .set DEADLINE, 0x6E0
 .macro SHOWDEADLINE         /* ZF: no deadline */

@@ -93,7 +93,7 @@ static uint64_t alignment(uint64_t seed)
 }
 
 /* Single steps: every instruction of a small loop is seen at its place. Both vendors: but for the repetitions of a string
- * (SDM 3B 17.3.1.4), what comes after CPUID (a hypervisor's work on some hosts), and undefined flags: AF after XOR, OF after
+ * (SDM 3B 18.3.1.4), what comes after CPUID (a hypervisor's work on some hosts), and undefined flags: AF after XOR, OF after
  * ROL, SF, ZF, AF and PF after MUL. RF is the one vendor's between two repetitions.
  */
 static volatile uint64_t steps, step_digest, last_step;

@@ -388,7 +388,7 @@ const struct difference integer_differences[] = {
     {.name = "repeated strings of count 0", .what = "whether bits 63:32 are cleared with a 67 prefix; whether INS and OUTS check the port",
      .intel_source = "SDM 2B REP; SDM 1, 3.4.1.1", .amd_source = "APM 1, 3.1.2; APM 3, 1.2.6", .free = string_free, .intel = intel_string},
     {.name = "single steps", .what = "soak: RF between the repetitions of a string and how many of them are seen; the step over CPUID where a hypervisor does it. The oracle compares neither RF nor TF",
-     .intel_source = "SDM 3B 17.3.1.1, 17.3.1.4; SDM 2B REP", .amd_source = "APM 2, 13.1.4"},
+     .intel_source = "SDM 3B 18.3.1.1, 18.3.1.4; SDM 2B REP", .amd_source = "APM 2, 13.1.4"},
     {.name = "SYSCALL SYSRET SYSENTER SYSEXIT", .what = "AMD's: SYSCALL in legacy and compatibility mode, SYSENTER is #UD in long mode, SYSRET takes any RCX; Intel's: SYSCALL in 64-bit mode alone, SYSENTER everywhere, SYSRET to an address that is not canonical is #GP at CPL 0. Not run beside a host: firmware images of test_soft_roms.py",
      .intel_source = "SDM 2B SYSCALL, SYSENTER, SYSRET", .amd_source = "APM 3 SYSCALL, SYSENTER, SYSRET; APM 2, 6.1"},
     {.name = "null selectors, descriptor tables", .what = "whether a null selector clears base and limit (CPUID.80000021:EAX[6]); LAR and LSL of system descriptors; bits 19:16 of what LAR loads: AMD's have the limit's. Not run beside a host",
