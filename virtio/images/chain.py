@@ -21,7 +21,7 @@ from virtio import _ring
 from virtio.backends.file import open_locked
 from virtio.errors import ConfigError, HostError, os_reason
 from virtio.images import unpack as _unpack  # noqa: F401  # tells C how to decompress without a library
-from virtio.images.header import BITMAPS, CORRUPT, DIRTY, RAW_DATA_FILE, Qcow2Header, is_qcow2, parse
+from virtio.images.header import CORRUPT, DIRTY, RAW_DATA_FILE, Qcow2Header, is_qcow2, parse
 from virtio.images.snapshots import find, protected, read_table
 
 Format = Literal["raw", "qcow2"]
@@ -397,11 +397,8 @@ def _prepare(path: str, fd: int, header: Qcow2Header, wanted: _Wanted) -> Qcow2H
 
         repair(path, fd, header)
         header = parse(path, read_start(fd), file_size(fd))
-    # "An implementation may only write to an image with unknown auto-clear features if it clears the respective bits":
-    # and bitmaps are not kept up to date here.
     if header.autoclear & ~RAW_DATA_FILE:
-        kept = header.autoclear & RAW_DATA_FILE & ~BITMAPS
-        os.pwrite(fd, kept.to_bytes(8, "big"), 88)
-        os.fdatasync(fd)
-        header = header.with_(autoclear=kept)
+        from virtio.images.check import clear_autoclear
+
+        header = clear_autoclear(fd, header)
     return header

@@ -12,7 +12,7 @@ import struct
 import time
 
 from virtio.errors import ConfigError
-from virtio.images.check import marked, place_for, repair, reread, unmark
+from virtio.images.check import clear_autoclear, marked, place_for, repair, reread, unmark
 from virtio.images.header import CORRUPT, DIRTY, L1_BYTES_MAX, SIZE_MAX, SNAPSHOTS_MAX, Qcow2Header
 from virtio.images.scan import COPIED, numbers, scan
 from virtio.images.snapshots import InternalSnapshot, find, read_table
@@ -25,7 +25,7 @@ def _ready(path: str, fd: int) -> Qcow2Header:
     header = reread(path, fd)
     if header.incompatible & CORRUPT:
         raise ConfigError(f"{path}: is marked as corrupt; try vmm disk check --repair")
-    return repair(path, fd, header) if header.incompatible & DIRTY else header
+    return clear_autoclear(fd, repair(path, fd, header) if header.incompatible & DIRTY else header)
 
 
 def _switch(path: str, fd: int, header: Qcow2Header, wanted: Qcow2Header, at: int, data: bytes) -> None:

@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from virtio.errors import ConfigError
-from virtio.images.header import CORRUPT, DIRTY, REFTABLE_BYTES_MAX, Qcow2Header, parse
+from virtio.images.header import (
+    BITMAPS,
+    CORRUPT,
+    DIRTY,
+    RAW_DATA_FILE,
+    REFTABLE_BYTES_MAX,
+    Qcow2Header,
+    parse,
+)
 from virtio.images.progress import Progress
 from virtio.images.scan import COPIED, OFFSET, PACKED, PROBLEMS_MAX, Counts, Scan, numbers, scan
 
@@ -175,6 +183,19 @@ def _mark(fd: int, incompatible: int) -> None:
     """Write the incompatible features; they are durable then."""
     os.pwrite(fd, struct.pack(">Q", incompatible), 72)
     os.fdatasync(fd)
+
+
+def clear_autoclear(fd: int, header: Qcow2Header) -> Qcow2Header:
+    """Before an image is changed, its bitmaps are declared inconsistent, and so is what nobody here knows.
+
+    "An implementation may only write to an image with unknown auto-clear features if it clears the respective bits":
+    and bitmaps are not kept up to date here."""
+    kept = header.autoclear & RAW_DATA_FILE & ~BITMAPS
+    if kept == header.autoclear:
+        return header
+    os.pwrite(fd, struct.pack(">Q", kept), 88)
+    os.fdatasync(fd)
+    return header.with_(autoclear=kept)
 
 
 def _in_use(fd: int, found: Scan) -> Counts:

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from virtio.errors import ConfigError
-from virtio.images.header import EXTENSION_BITMAPS, L1_BYTES_MAX, Qcow2Header
+from virtio.images.header import BITMAPS, EXTENSION_BITMAPS, L1_BYTES_MAX, Qcow2Header
 
 _ENTRY = struct.Struct(">QIHHIIQII")
 TABLE_MAX = 64 << 20
@@ -122,7 +122,7 @@ def protected(path: str, fd: int, header: Qcow2Header) -> list[tuple[int, int]]:
             if item.l1_entries
         ]
     for kind, data in header.extensions:
-        if kind == EXTENSION_BITMAPS and len(data) >= 24:
+        if kind == EXTENSION_BITMAPS and len(data) >= 24 and header.autoclear & BITMAPS:
             size, offset = struct.unpack_from(">QQ", data, 8)
             if size <= TABLE_MAX and not offset % header.cluster_size:
                 found.append(clusters(offset, size, header.cluster_bits))

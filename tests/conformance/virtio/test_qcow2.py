@@ -22,7 +22,9 @@ from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.errors import ConfigError
 from virtio.images.chain import open_chain
+from virtio.images.changes import apply_snapshot, create_snapshot
 from virtio.images.create import create_qcow2
+from virtio.images.header import BITMAPS
 
 ROOT = Path(__file__).parents[3]
 SIZE = 6 << 20
@@ -170,9 +172,40 @@ def test_a_dirty_image_is_repaired_before_it_is_written(options: str, tmp_path: 
     assert qemu("qemu-img", "check", image)[0] == 0
 
 
+@needs_qemu_img
+@pytest.mark.parametrize("change", ["write", "snapshot", "apply"])
+def test_bitmaps_of_another_program_are_declared_inconsistent_by_any_change(change: str, tmp_path: Path) -> None:
+    """They do not say what changed. Their clusters are free after a repair, and may be used for anything."""
+    image = tmp_path / "image"
+    assert qemu("qemu-img", "create", "-f", "qcow2", image, "4M")[0] == 0
+    if change == "apply":
+        assert qemu("qemu-img", "snapshot", "-c", "one", image)[0] == 0
+    assert qemu("qemu-img", "bitmap", "--add", image, "seen")[0] == 0
+    assert qemu("qemu-io", "-f", "qcow2", "-c", "write -P 3 0 1M", image)[0] == 0
+    assert qemu("qemu-img", "check", image)[0] == 0 and autoclear(image) & BITMAPS
+    if change == "write":
+        with open_chain(image, format="qcow2") as chain:
+            chain.image.write(1 << 20, b"x" * 70000)
+    else:
+        with image.open("r+b") as file:
+            operation = create_snapshot if change == "snapshot" else apply_snapshot
+            operation(str(image), file.fileno(), "two" if change == "snapshot" else "one")
+    assert not autoclear(image)
+    assert qemu("qemu-img", "check", "-r", "leaks", image)[0] == 0
+    with open_chain(image, format="qcow2") as chain:
+        chain.image.write(0, b"y" * (4 << 20))
+    assert our_check(image).clean and qemu("qemu-img", "check", image)[0] == 0
+
+
+def autoclear(image: Path) -> int:
+    with image.open("rb") as file:
+        return int.from_bytes(os.pread(file.fileno(), 8, 88), "big")
+
+
 WRITER = """
 import sys
 from virtio.images.chain import open_chain
+from virtio.images.changes import apply_snapshot, create_snapshot
 chain = open_chain(sys.argv[1], format="qcow2")
 number = 0
 while True:
