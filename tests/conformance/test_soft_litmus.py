@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.conformance.test_soft_roms import CPUS, assemble
 from tests.support import soft_programs
 from tests.support.patience import PATIENCE
 
@@ -26,3 +28,17 @@ def test_nothing_forbidden_is_seen(hot: bool) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("ok ") == 14
+
+
+@pytest.mark.slow
+def test_threads_do_not_race_for_the_cores_own_structures(tmp_path: Path) -> None:
+    """ThreadSanitizer finds nothing, in the litmus programs and in firmware images with several processors."""
+    programs = [soft_programs.build(name, threads=True) for name in ("soft_litmus", "soft_boot")]
+    commands = [[programs[0], "5000"]]
+    for name in ("smp", "smc_smp"):
+        options = ["--parallel", "--memory", "64", "--timeout", f"{60 * PATIENCE:.0f}", "--cpus", str(CPUS[name])]
+        commands.append([programs[1], *options, "--bios", assemble(name, tmp_path)])
+    for command in commands:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200 * PATIENCE)
+        assert "ThreadSanitizer" not in run.stderr, run.stderr
+        assert run.returncode == (0 if command is commands[0] else 1)

@@ -47,12 +47,15 @@ def soft_boot() -> Path:
     return soft_programs.build("soft_boot", sanitize=SANITIZE)
 
 
-@pytest.mark.parametrize("clock", ["real", "virtual", "hops"])
+@pytest.mark.parametrize("clock", ["real", "parallel", "virtual", "hops"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rom(soft_boot: Path, tmp_path: Path, name: str, clock: str) -> None:
-    """The image prints what the manuals say, with both clocks, and when all state moves to a fresh VM every 5 us."""
+    """The image prints what the manuals say, with both clocks, when each processor has its own thread, and when all state
+    moves to a fresh VM every 5 us."""
     arguments = ["--memory", "64", "--timeout", f"{60 * PATIENCE:.0f}", "--cpus", str(CPUS.get(name, 1))]
-    if clock != "real":
+    if clock == "parallel":
+        arguments += ["--parallel"]
+    elif clock != "real":
         arguments += ["--virtual", "100000000"]
     if clock == "hops":
         arguments += ["--hop", "5000"]

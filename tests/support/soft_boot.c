@@ -44,6 +44,7 @@ struct machine {
         bool thre, line;
     } uart;
     uint8_t cmos_index;
+    pthread_mutex_t devices; /* with --parallel vCPUs come at once */
 };
 
 static void die(const char *what)
@@ -55,7 +56,7 @@ static void die(const char *what)
 static void stop(struct machine *m, int status)
 {
     if (m->exit_status < 0)
-        m->exit_status = status;
+        __atomic_store_n(&m->exit_status, status, __ATOMIC_SEQ_CST);
     soft_vm_wake(m->vm);
 }
 
@@ -542,15 +543,53 @@ static void *timeout_thread(void *arg)
     (void)arg;
     struct timespec t = { .tv_sec = timeout.seconds };
     nanosleep(&t, NULL);
-    timeout.m->timed_out = true;
+    __atomic_store_n(&timeout.m->timed_out, true, __ATOMIC_SEQ_CST);
     if (!timeout.m->hop_ns) /* else the next hop notices */
         soft_vm_wake(timeout.m->vm);
     return NULL;
 }
 
+/* One vCPU, on a thread of its own. */
+struct worker {
+    pthread_t thread;
+    struct machine *m;
+    uint32_t vcpu;
+};
+static void *run_vcpu(void *arg)
+{
+    struct worker *w = arg;
+    struct machine *m = w->m;
+    while (__atomic_load_n(&m->exit_status, __ATOMIC_SEQ_CST) < 0 && !__atomic_load_n(&m->timed_out, __ATOMIC_SEQ_CST)) {
+        switch (soft_vcpu_run(m->vm, w->vcpu)) {
+        case SOFT_STOP_SHUTDOWN: stop(m, EXIT_TRIPLE); break;
+        case SOFT_STOP_HALTED: stop(m, EXIT_HALTED); break;
+        case SOFT_STOP_ERROR: stop(m, 4); break;
+        default: break;
+        }
+    }
+    return NULL;
+}
+static uint64_t access_bus_alone(void *ctx, const struct soft_access *access)
+{
+    struct machine *m = ctx;
+    soft_vcpu_outside(m->vm, access->vcpu);
+    pthread_mutex_lock(&m->devices);
+    uint64_t value = access_bus(ctx, access);
+    pthread_mutex_unlock(&m->devices);
+    soft_vcpu_inside(m->vm, access->vcpu);
+    return value;
+}
+static void random_bytes_alone(void *ctx, void *buffer, size_t size)
+{
+    struct machine *m = ctx;
+    pthread_mutex_lock(&m->devices);
+    random_bytes(ctx, buffer, size);
+    pthread_mutex_unlock(&m->devices);
+}
+
 static void usage(void)
 {
-    fprintf(stderr, "soft_boot [--cpus N] [--memory MIB] [--virtual IPS] [--quantum N] [--seed N] [--timeout SECONDS]\n"
+    fprintf(stderr, "soft_boot [--cpus N] [--memory MIB] [--virtual IPS] [--quantum N] [--seed N] [--timeout SECONDS] [--parallel]\n"
                     "          [--until TEXT] [--state] [--hop NS] (--bios IMAGE | --kernel ELF [--initrd FILE] [--cmdline TEXT])\n");
     exit(2);
 }
@@ -578,7 +617,8 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         { "cpus", 1, 0, 'c' },   { "memory", 1, 0, 'm' },  { "virtual", 1, 0, 'v' }, { "seed", 1, 0, 's' },
         { "timeout", 1, 0, 't' }, { "until", 1, 0, 'u' },  { "bios", 1, 0, 'b' },    { "kernel", 1, 0, 'k' },
-        { "hop", 1, 0, 'h' },    { "initrd", 1, 0, 'i' }, { "cmdline", 1, 0, 'l' }, { "quantum", 1, 0, 'q' }, { "state", 0, 0, 'S' }, { 0 },
+        { "hop", 1, 0, 'h' },    { "initrd", 1, 0, 'i' }, { "cmdline", 1, 0, 'l' }, { "quantum", 1, 0, 'q' }, { "state", 0, 0, 'S' },
+        { "parallel", 0, 0, 'p' }, { 0 },
     };
     struct machine m = { .exit_status = -1, .random_state = 1 };
     struct soft_config config = { .vcpus = 1, .tsc_khz = 1000000, .virtual_ips = 1000000000, .quantum = 100000 };
@@ -599,15 +639,18 @@ int main(int argc, char **argv)
         case 'i': initrd = optarg; break;
         case 'l': cmdline = optarg; break;
         case 'S': state = true; break;
+        case 'p': config.parallel = true; break;
         case 'h': m.hop_ns = strtoull(optarg, NULL, 0); break;
         default: usage();
         }
     }
-    if (!bios == !kernel || memory < 2)
+    if (!bios == !kernel || memory < 2 || (config.parallel && (config.virtual_clock || m.hop_ns)))
         usage();
     config.epoch_ns = config.virtual_clock ? 1700000000ull * 1000000000 : (uint64_t)time(NULL) * 1000000000;
     double start = seconds();
-    const struct soft_host host = { .ctx = &m, .access = access_bus, .random = random_bytes };
+    const struct soft_host host = { .ctx = &m, .access = config.parallel ? access_bus_alone : access_bus,
+                                    .random = config.parallel ? random_bytes_alone : random_bytes };
+    pthread_mutex_init(&m.devices, NULL);
     m.config = config;
     m.host = &host;
     m.vm = soft_vm_create(&config, &host);
@@ -630,7 +673,15 @@ int main(int argc, char **argv)
         die("thread");
     uint32_t vcpu = 0;
     uint64_t hop_at = m.hop_ns;
-    while (m.exit_status < 0 && !m.timed_out) {
+    struct worker workers[SOFT_MAX_VCPUS];
+    for (uint32_t i = 0; config.parallel && i < config.vcpus; i++) {
+        workers[i] = (struct worker){ .m = &m, .vcpu = i };
+        if (pthread_create(&workers[i].thread, NULL, run_vcpu, &workers[i]))
+            die("thread");
+    }
+    for (uint32_t i = 0; config.parallel && i < config.vcpus; i++)
+        pthread_join(workers[i].thread, NULL);
+    while (!config.parallel && m.exit_status < 0 && !m.timed_out) {
         if (m.hop_ns)
             soft_vm_set_alarm(m.vm, hop_at);
         switch (soft_vm_run(m.vm, &vcpu)) {

@@ -26,14 +26,21 @@ SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-
             "-fno-sanitize=object-size"]
 
 
-def build(name: str, *, sanitize: bool = False, hot: bool = False) -> Path:
+THREADS = ["-O1", "-w"]
+UNCHECKED = {"interp", "decode", "jit", "fpu", "ops"}
+"""Folders whose code shares nothing with other threads but guest memory, for whose races guests answer."""
+
+
+def build(name: str, *, sanitize: bool = False, threads: bool = False, hot: bool = False) -> Path:
     """The path of the program `name`, built if need be; raises CalledProcessError if gcc fails.
 
-    sanitize: with ASan and UBSan, interpreting alone. hot: every block becomes host code when it is first entered.
+    sanitize: with ASan and UBSan, interpreting alone. threads: with TSan, but for UNCHECKED. hot: every block becomes
+    host code when it is first entered.
     """
-    out = ROOT / "build" / ("soft-sanitize" if sanitize else "soft-hot" if hot else "soft")
+    kind = "-sanitize" if sanitize else "-threads" if threads else "-hot" if hot else ""
+    out = ROOT / "build" / f"soft{kind}"
     out.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS + (SANITIZE if sanitize else ["-O2"]) + (["-DSOFT_HOT=1"] if hot else [])
+    flags = FLAGS + (SANITIZE if sanitize else THREADS if threads else ["-O2"]) + (["-DSOFT_HOT=1"] if hot else [])
     sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.c"))
                if path.name not in PYTHON_ONLY]
     own = sorted(ROOT.glob(PROGRAMS[name]))
@@ -44,14 +51,17 @@ def build(name: str, *, sanitize: bool = False, hot: bool = False) -> Path:
     def compile_one(source: Path) -> Path:
         target = out / (str(source.relative_to(ROOT)).replace("/", "_") + ".o")
         if not target.exists() or target.stat().st_mtime < max(headers, source.stat().st_mtime):
-            subprocess.run(["gcc", *flags, "-c", source, "-o", target], check=True, cwd=ROOT)
+            checked = "-D__SANITIZE_THREAD__" if source.parent.name in UNCHECKED else "-fsanitize=thread"
+            more = [checked] if threads else []
+            subprocess.run(["gcc", *flags, *more, "-c", source, "-o", target], check=True, cwd=ROOT)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     program = out / name
     if not program.exists() or program.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-        subprocess.run(["gcc", *flags, "-o", program, *objects, "-lm"], check=True, cwd=ROOT)
+        linked = ["-fsanitize=thread"] if threads else []
+        subprocess.run(["gcc", *flags, *linked, "-o", program, *objects, "-lm"], check=True, cwd=ROOT)
     return program
 
 

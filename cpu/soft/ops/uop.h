@@ -109,7 +109,12 @@ static inline unsigned jump_hash(uint64_t rip) { return (unsigned)((rip ^ (rip >
 
 /* Handlers have a section of their own so that tests/unit/test_soft_handlers.py finds them in the object code. */
 #define HANDLER_ARGUMENTS struct soft_vcpu *c, struct uop *u, uint64_t rip
-#define HANDLER(name) __attribute__((section("soft_handlers"))) void name(HANDLER_ARGUMENTS)
-#define SLOW_HANDLER(name) __attribute__((noinline, cold, section("soft_slow"))) void name(HANDLER_ARGUMENTS)
+#ifdef __SANITIZE_THREAD__ /* what they share is guest memory, and they end in tail calls */
+#define UNCHECKED no_sanitize_thread,
+#else
+#define UNCHECKED
+#endif
+#define HANDLER(name) __attribute__((UNCHECKED section("soft_handlers"))) void name(HANDLER_ARGUMENTS)
+#define SLOW_HANDLER(name) __attribute__((UNCHECKED noinline, cold, section("soft_slow"))) void name(HANDLER_ARGUMENTS)
 
 #endif
