@@ -99,6 +99,8 @@ void soft_vcpu_inside(struct soft_vm *vm, uint32_t vcpu);
 /* Wait until every vCPU is between instructions, or in an access callback, and keep them there: under 1 ms. Not from a callback. */
 void soft_vm_stop_all(struct soft_vm *vm);
 void soft_vm_go(struct soft_vm *vm);
+/* soft_vm_stop_all(), unless that takes longer than so many ns: false, and soft_vm_go() does not follow. */
+bool soft_vm_try_stop_all(struct soft_vm *vm, uint64_t ns);
 
 /* Apply what the functions marked [any] sent, so that a state which is read next includes it. Not from a callback. */
 void soft_vm_settle(struct soft_vm *vm);

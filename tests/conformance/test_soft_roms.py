@@ -50,7 +50,7 @@ def soft_boot() -> Path:
 @pytest.mark.parametrize("clock", ["real", "parallel", "virtual", "hops"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rom(soft_boot: Path, tmp_path: Path, name: str, clock: str) -> None:
-    """The image prints what the manuals say, with both clocks, when each processor has its own thread, and when all state
+    """The image prints what the manuals say, with both clocks, with threads of the processors' own, and when all state
     moves to a fresh VM every 5 us."""
     arguments = ["--memory", "64", "--timeout", f"{60 * PATIENCE:.0f}", "--cpus", str(CPUS.get(name, 1))]
     if clock == "parallel":

@@ -68,6 +68,8 @@ static void enter(struct backend *b)
 static bool enter_soon(struct backend *b)
 {
     struct timespec until;
+    if (b->parallel)
+        return soft_vm_try_stop_all(b->soft, 5000000);
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_nsec += 5000000;
     if (until.tv_nsec >= 1000000000) {

@@ -120,24 +120,57 @@ static void go_outside(struct soft_vcpu *c)
 void soft_vcpu_outside(struct soft_vm *vm, uint32_t vcpu) { go_outside(vm->vcpus[vcpu]); }
 void soft_vcpu_inside(struct soft_vm *vm, uint32_t vcpu) { come_inside(vm->vcpus[vcpu]); }
 
+static void call_outside(struct soft_vm *vm)
+{
+    __atomic_add_fetch(&vm->parallel->stops, 1, __ATOMIC_SEQ_CST);
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        __atomic_store_n(&vm->vcpus[i]->attention, 1, __ATOMIC_SEQ_CST);
+}
+static void call_back(struct soft_parallel *p)
+{
+    if (!__atomic_sub_fetch(&p->stops, 1, __ATOMIC_SEQ_CST))
+        changed(p);
+}
+
 void soft_vm_stop_all(struct soft_vm *vm)
 {
     struct soft_parallel *p = vm->parallel;
-    __atomic_add_fetch(&p->stops, 1, __ATOMIC_SEQ_CST);
-    for (uint32_t i = 0; i < vm->config.vcpus; i++)
-        __atomic_store_n(&vm->vcpus[i]->attention, 1, __ATOMIC_SEQ_CST);
+    call_outside(vm);
     pthread_mutex_lock(&p->stop);
     for (uint32_t i = 0; i < vm->config.vcpus; i++)
         for (unsigned turn = 0; !is_outside(vm->vcpus[i]);)
             wait_for_change(p, &turn, is_outside, vm->vcpus[i]);
 }
 
+bool soft_vm_try_stop_all(struct soft_vm *vm, uint64_t ns)
+{
+    struct soft_parallel *p = vm->parallel;
+    uint64_t end = soft_host_now() + ns;
+    bool have, all = false;
+    call_outside(vm);
+    while (!(have = pthread_mutex_trylock(&p->stop) == 0) && soft_host_now() < end)
+        usleep(100);
+    while (have && !all) {
+        all = true;
+        for (uint32_t i = 0; i < vm->config.vcpus; i++)
+            all &= is_outside(vm->vcpus[i]);
+        if (all)
+            return true;
+        if (soft_host_now() >= end)
+            break;
+        usleep(100);
+    }
+    if (have)
+        pthread_mutex_unlock(&p->stop);
+    call_back(p);
+    return false;
+}
+
 void soft_vm_go(struct soft_vm *vm)
 {
     struct soft_parallel *p = vm->parallel;
     pthread_mutex_unlock(&p->stop);
-    if (!__atomic_sub_fetch(&p->stops, 1, __ATOMIC_SEQ_CST))
-        changed(p);
+    call_back(p);
 }
 
 void soft_alone_begin(struct soft_vcpu *c)
