@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.command import environment
 from tests.support.libvirtd import DaemonProcess, needs_virsh, tiny, wait_for
+from vmm._native import can_page
 
 pytestmark = needs_virsh
 
@@ -63,7 +67,6 @@ def test_a_domain_moves_and_comes_back(hosts: tuple[DaemonProcess, DaemonProcess
 def test_what_is_not_there_is_refused_and_the_domain_runs_on(hosts: tuple[DaemonProcess, DaemonProcess]) -> None:
     here, there = hosts
     for options, what in (
-        (["--live", "--postcopy"], "--postcopy"),
         ([], "--live"),
         (["--live", "--copy-storage-inc"], "--copy-storage-all"),
         (["--live", "--tls"], "no certificates"),
@@ -77,6 +80,37 @@ def test_what_is_not_there_is_refused_and_the_domain_runs_on(hosts: tuple[Daemon
     assert here.virsh("domstate", "m") == there.virsh("domstate", "m") == "running"
     assert "not being migrated" in here.virsh("migrate-setmaxdowntime", "m", "100", ok=False)
     assert "no job" in here.virsh("domjobabort", "m", ok=False)
+
+
+@pytest.mark.skipif(not can_page(False), reason="the host has no userfaultfd for this process")
+def test_post_copy_is_begun_by_command(tmp_path: Path) -> None:
+    """It takes too long, so the machine goes before its memory."""
+    with open(tmp_path / "initrd", "wb") as initrd:
+        for _ in range(48):
+            initrd.write(os.urandom(1 << 20))
+    xml = tiny("m").replace("</kernel>", f"</kernel><initrd>{tmp_path / 'initrd'}</initrd>")
+    xml = xml.replace("<memory unit='MiB'>4<", "<memory unit='MiB'>128<")
+    with DaemonProcess() as here, DaemonProcess() as there:
+        here.define(xml)
+        here.virsh("start", "m")
+        talk(here, b"before")
+        assert "not being migrated" in here.virsh("migrate-postcopy", "m", ok=False)
+        command = ["virsh", "-q", "-c", here.uri(), "migrate", "--live", "--postcopy", "--bandwidth", "1", "m"]
+        command += [there.uri(), "--migrateuri", place(there)]
+        moving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(here.path))
+        try:
+            wait_for(lambda: "Unbounded" in here.virsh("domjobinfo", "m"), "no job")
+            here.virsh("migrate-postcopy", "m")
+            wait_for(lambda: here.virsh("domstate", "m") == "paused", "it does not go")
+            talk(there, b"after")
+            here.virsh("migrate-setspeed", "m", "1000")
+            assert moving.wait(60) == 0, moving.stderr and moving.stderr.read()
+        finally:
+            moving.kill()
+            moving.communicate()
+        assert here.virsh("domstate", "m", "--reason") == "shut off (migrated)"
+        assert there.virsh("domstate", "m") == "running"
+        talk(there, b"again")
 
 
 def test_a_target_that_cannot_listen_says_why(hosts: tuple[DaemonProcess, DaemonProcess]) -> None:

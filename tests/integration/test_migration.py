@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from vmm.errors import ConfigError, HostError, StateError, VmmError
 from vmm.lifecycle import Reason, State
 from vmm.migration.link import parse_uri
 from vmm.migration.precopy import Options
+from vmm.migration.protocol import Kind
 from vmm.migration.source import Outgoing
 from vmm.migration.target import Receiver
 
@@ -79,6 +81,39 @@ async def test_a_linux_guest_moves(linux: Any, tmp_path: Path, way: str) -> None
         await text(new, f"while [ $(wc -l </ram/ticks) -le {before} ]; do sleep 0.02; done")
         assert new.machine.components["generation-id"].save() == generation  # type: ignore[attr-defined]
         assert "BUG" not in await text(new, "dmesg")
+
+
+async def test_time_goes_on_by_the_standstill(linux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guest's clocks show is what the host's do, although it stood still for a second; its timers are due."""
+    answer = Outgoing._answer
+
+    async def slow(self: Outgoing, kind: Any, patience: float = 30.0) -> Any:
+        if kind is Kind.READY:
+            await asyncio.sleep(1.0)
+        return await answer(self, kind, patience)
+
+    monkeypatch.setattr(Outgoing, "_answer", slow)
+    async with vmm.run("linux", **OPTIONS) as vm, waiting(f"unix:{tmp_path / 'm'}") as receiver:
+
+        async def ahead(machine: vmm.VirtualMachine) -> tuple[float, float]:
+            """How far the host is ahead of the guest's monotonic and wall clocks; the quickest of five tells."""
+            found = []
+            for _ in range(5):
+                began, wall = time.monotonic(), time.time()
+                up, now = (await text(machine, "cut -d' ' -f1 /proc/uptime; date +%s")).split()
+                found.append((began - float(up), wall - float(now)))
+            return max(found)
+
+        before = await ahead(vm)
+        await text(vm, "(sleep 2; echo >/slept) >/dev/null 2>&1 &")
+        progress = await vm.migrate(receiver.uri)
+        new = await receiver.arrive()
+        after = await ahead(new)
+        assert progress.downtime > 1.0
+        assert after[0] - before[0] < 0.5, "the monotonic clock fell behind"
+        assert after[1] < 2.0
+        await text(new, "while [ ! -e /slept ]; do sleep 0.05; done")
+        assert not [line for line in (await text(new, "dmesg")).splitlines() if "BUG" in line or "unstable" in line]
 
 
 async def test_a_shared_disk_is_handed_over_with_its_lock(tmp_path: Path) -> None:

@@ -32,16 +32,15 @@ calls = Procedures()
 
 LIVE, PEER2PEER, TUNNELLED, PERSIST_DEST, UNDEFINE_SOURCE, PAUSED = (1 << bit for bit in range(6))
 NON_SHARED_DISK, UNSAFE, COMPRESSED, ABORT_ON_ERROR, AUTO_CONVERGE = 1 << 6, 1 << 9, 1 << 11, 1 << 12, 1 << 13
-TLS, PARALLEL = 1 << 16, 1 << 17
+POSTCOPY, TLS, PARALLEL = 1 << 15, 1 << 16, 1 << 17
 KNOWN = (
     LIVE | PERSIST_DEST | UNDEFINE_SOURCE | PAUSED | NON_SHARED_DISK | UNSAFE | COMPRESSED | ABORT_ON_ERROR
-    | AUTO_CONVERGE | TLS | PARALLEL | PEER2PEER
+    | AUTO_CONVERGE | TLS | PARALLEL | PEER2PEER | POSTCOPY
 )  # fmt: skip
 REFUSED = {
     TUNNELLED: "--tunnelled: a machine goes to the other host by a connection of its own; --tls protects it",
     1 << 7: "--copy-storage-inc: disks are copied whole, by --copy-storage-all",
     1 << 10: "--offline: only what runs moves; define it on the other host",
-    1 << 15: "--postcopy: memory moves before the machine does",
 }
 """What is not here, by flag."""
 PARAMS = (
@@ -142,6 +141,8 @@ async def _perform(call: Call, domain: Domain, given: dict[str, Any], flags: int
         options["bandwidth"] = int(given["bandwidth"]) * MIB
     if flags & COMPRESSED:
         options["compress"] = True
+    if flags & POSTCOPY:  # it is begun by domain_migrate_start_post_copy
+        options["postcopy"] = "allowed"
     if flags & PARALLEL:
         options["connections"] = max(1, min(int(given.get("parallel.connections", 2)), MAX_CONNECTIONS))
     if flags & TLS:
@@ -296,6 +297,13 @@ async def domain_migrate_finish3_params(
         raise LibvirtError(Code.OPERATION_INVALID, f"no machine '{name}' is expected here")
     arrival = _arrivals(call)[name]
     if cancelled:
+        if await _waits_for_memory(call, arrival):
+            del _arrivals(call)[name]
+            raise LibvirtError(
+                Code.OPERATION_FAILED,
+                f"'{name}' runs here since post-copy, and waits for memory that is still at its source: "
+                f"vmm migrate --recover {name} URI there",
+            )
         _abandon(call, name)
         # The client tells what went wrong before, for which this code stands.
         raise LibvirtError(Code.MIGRATE_FINISH_OK, f"'{name}' stays where it is")
@@ -308,6 +316,22 @@ async def domain_migrate_finish3_params(
     if flags & PAUSED and domain.entry is not None:
         await ask(domain.entry, "pause")
     return domain.ref, b""
+
+
+async def _waits_for_memory(call: Call, arrival: AwaitedMachine) -> bool:
+    """Whether the machine runs here already, and its source has to go on; it is a domain of this daemon then."""
+    domains = call.daemon.domains
+    await domains.scan()
+    try:
+        domain = domains.named(arrival.spec.name)
+        if not domain.active or domain.pid != arrival.process.pid or domain.entry is None:
+            return False
+        if (await ask(domain.entry, "status")).get("fetching") is None:
+            return False
+    except VmmError:
+        return False
+    await domains.received(domain, arrival.spec, arrival.process)
+    return True
 
 
 async def _arrived(call: Call, arrival: AwaitedMachine) -> Domain:
@@ -362,6 +386,15 @@ async def domain_abort_job(call: Call, dom: DomainRef) -> None:
     if job_of(domain) is None:
         raise LibvirtError(Code.OPERATION_INVALID, "no job is active on the domain")
     await ask(entry, "migrate-cancel")
+
+
+@calls.change(364, "domain_migrate_start_post_copy", "dom:domain flags:uint")
+async def domain_migrate_start_post_copy(call: Call, dom: DomainRef, flags: int) -> None:
+    domain = call.daemon.domains.of(dom)
+    entry = domain.running_entry()
+    if job_of(domain) is None:
+        raise LibvirtError(Code.OPERATION_INVALID, "domain is not being migrated")
+    await ask(entry, "migrate-postcopy")
 
 
 @calls.change(166, "domain_migrate_set_max_downtime", "dom:domain downtime:uhyper flags:uint")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vmm.machine.builder import Machine
 
 
+IA32_TSC = 0x10
+"""SDM volume 4, 2.1."""
 AGENT_OF_V1 = 2
 """The version of the agent's protocol that programs spoke which wrote version 1."""
 
@@ -151,6 +153,26 @@ def parse(machine: Machine, data: Any) -> MachineState:
     if any(index >= len(state.vcpus) for index in state.halted):
         raise StateError("machine: halted: there is no such vCPU")
     return state
+
+
+def later(state: MachineState, ns: int) -> MachineState:
+    """The same machine when `ns` more have passed, in which it did nothing: its clocks have gone on, and its timers are
+    due."""
+    core = state.vm.core
+    if core is not None:
+        core = replace(core, now_ns=core.now_ns + ns)
+    ticks = ns * state.vm.tsc_khz // 1_000_000
+    vcpus = tuple(
+        replace(
+            vcpu,
+            msrs=tuple(
+                replace(msr, value=msr.value + ticks & 2**64 - 1) if msr.index == IA32_TSC else msr for msr in vcpu.msrs
+            ),
+        )
+        for vcpu in state.vcpus
+    )
+    vm = replace(state.vm, clock_ns=state.vm.clock_ns + ns, core=core)
+    return replace(state, now_ns=state.now_ns + ns, vm=vm, vcpus=vcpus)
 
 
 def restore(machine: Machine, origin: Restore, state: MachineState | None = None, *, quiet: bool = False) -> None:

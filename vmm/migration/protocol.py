@@ -49,6 +49,7 @@ MISSING_BYTES = 1 << 20
 COMPRESSED = 1
 """A flag: the payload is a zstd frame."""
 MAX_CONNECTIONS = 16
+MAX_STOOD_NS = 86_400 * 10**9
 TOKEN = 16
 
 
@@ -231,6 +232,16 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """The disks are given up. Without a payload before version 3."""
+
+    kind: ClassVar = "handover"
+    version: ClassVar = 1
+    stood_ns: Annotated[int, range(MAX_STOOD_NS + 1)]
+    """How long ago the state was taken when this arrives, as far as is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """The source will not run again: the target's turn."""
 
@@ -296,6 +307,7 @@ MESSAGES: dict[Kind, type] = {
     Kind.JOIN: Join,
     Kind.ROUND: Round,
     Kind.ROUND_DONE: Round,
+    Kind.HANDOVER: Handover,
     Kind.COMMIT: Commit,
     Kind.ASK: Ask,
     Kind.ANSWER: Answer,
@@ -304,7 +316,7 @@ MESSAGES: dict[Kind, type] = {
     Kind.RECOVERED: Recovered,
 }
 """What the payload of each kind is; others have none, or are binary."""
-EMPTY = (Kind.READY, Kind.HANDOVER, Kind.TAKEN, Kind.RUNNING, Kind.DONE, Kind.PING)
+EMPTY = (Kind.READY, Kind.TAKEN, Kind.RUNNING, Kind.DONE, Kind.PING)
 """Kinds without a payload."""
 
 
@@ -328,6 +340,8 @@ def unpack(kind: Kind, payload: bytes | bytearray | memoryview) -> Any:
     if kind in EMPTY:
         if len(payload):
             raise StateError(f"{kind.name} with a payload")
+        return None
+    if kind is Kind.HANDOVER and not len(payload):
         return None
     declared = MESSAGES.get(kind)
     if declared is None:

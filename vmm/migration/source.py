@@ -39,7 +39,20 @@ from vmm.migration.link import (
 )
 from vmm.migration.postcopy import Serving, pages_of, ranges_at_once, send_missing, split
 from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, Throttle, merge_rest
-from vmm.migration.protocol import Accept, Ask, Commit, DiskOffer, Fetch, Join, Kind, Offer, Recover, Refuse, Region
+from vmm.migration.protocol import (
+    Accept,
+    Ask,
+    Commit,
+    DiskOffer,
+    Fetch,
+    Handover,
+    Join,
+    Kind,
+    Offer,
+    Recover,
+    Refuse,
+    Region,
+)
 from vmm.state.payload import field_types
 from vmm.vm import Obstacle
 
@@ -133,6 +146,8 @@ class Outgoing:
         self._serving: Serving | None = None
         self._postcopy_wanted = self.options.postcopy == "now"
         self._rest: list[Any] = []
+        self._taken_ns = 0
+        """When the state was taken, time.monotonic_ns()."""
         self._missing: list[bytes] = []
         """Pages that come after the machine."""
         self.broken = False
@@ -534,7 +549,11 @@ class Outgoing:
             await self._answer(Kind.READY)
             self._check_standing()
             self._given = await storage.give_up(self._disks)
-            await call(main.send_message, Kind.HANDOVER)
+            handover = None
+            if main.version >= 3:
+                stood = time.monotonic_ns() - self._taken_ns + int(self._round_trip * 5e8)
+                handover = Handover(min(stood, protocol.MAX_STOOD_NS))
+            await call(main.send_message, Kind.HANDOVER, handover)
             await self._answer(Kind.TAKEN)
             self._check_standing()
         except BaseException:
@@ -548,6 +567,7 @@ class Outgoing:
             self._gone()
 
     def _state(self) -> dict[str, Any]:
+        self._taken_ns = time.monotonic_ns()
         return {"machine": save(self._machine), "console": self.vm.save_console()}
 
     async def _begin_serving(self) -> None:

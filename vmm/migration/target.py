@@ -29,7 +29,7 @@ from vmm.errors import ConfigError, HostError, StateError, VmmError, core_errors
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import Arrival, ArrivingDisk, Restore, Saved
-from vmm.machine.saving import MachineState, parse, restore, versions
+from vmm.machine.saving import MachineState, later, parse, restore, versions
 from vmm.migration import protocol, storage
 from vmm.migration.fetching import Fetching
 from vmm.migration.link import PING_SECONDS, Closed, Link, Listener, Threads, parse_uri
@@ -603,7 +603,7 @@ class Session:
                 await self._ready(message)
         elif kind is Kind.HANDOVER and self.phase == "ready":
             try:
-                await self._take_over()
+                await self._take_over(0 if message is None else message.stood_ns)
             except VmmError as error:
                 await self._give_back()
                 await self._receiver.refuse(main, error)
@@ -630,9 +630,10 @@ class Session:
         self._raw = values["machine"]
         self._console = values["console"]
 
-    async def _take_over(self) -> None:
-        """Lock the disks and give the machine its state; it does nothing yet. Raises ConfigError, StateError,
-        HostError."""
+    async def _take_over(self, stood_ns: int = 0) -> None:
+        """Lock the disks and give the machine its state of `stood_ns` ago; it does nothing yet. Raises ConfigError,
+        StateError, HostError."""
+        begun = time.monotonic_ns()
         for entry, device in self._disks:
             if entry.how == "shared":
                 await storage.take(device)
@@ -641,6 +642,8 @@ class Session:
             return
         state, machine = self._state, self._machine
         assert state is not None
+        if stood_ns:
+            state = later(state, stood_ns + time.monotonic_ns() - begun)
         self.vm.arrive(self._console)
         machine.board.clock.epoch_ns = time.time_ns() - state.now_ns
         memory: GuestMemory = machine.memory
