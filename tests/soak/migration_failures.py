@@ -15,9 +15,11 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,32 @@ async def described(vm: vmm.VirtualMachine | None) -> dict[str, Any]:
     obstacle = None if vm.obstacle is None else vm.obstacle.text
     broken = vm.migration is not None and vm.migration.broken
     return {"state": vm.state.value, "obstacle": obstacle, "recover": broken}
+
+
+def nursery(connection: socket.socket) -> None:
+    """Forks sources and targets, for whoever asks over the connection: "SIDE FOLDER" with descriptors for its input and
+    output; the answer is its process id. So none of them has to import everything anew."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(connection, 4096, 2)
+        if not message:
+            return
+        side, folder = message.decode().split(" ", 1)
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            connection.close()
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            try:
+                asyncio.run(child(side, Path(folder)))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.send(str(pid).encode())
 
 
 async def source(orders: asyncio.StreamReader, folder: Path) -> None:
@@ -145,30 +173,33 @@ async def target(orders: asyncio.StreamReader, folder: Path) -> None:
 class Side:
     """One process."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, forker: socket.socket) -> None:
         self.name, self.folder = name, folder
-        self.process: asyncio.subprocess.Process
         self.killed = False
+        self._forker = forker
 
     async def start(self) -> None:
         """Begin it."""
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.soak.migration_failures", "--child", self.name, str(self.folder),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        theirs_in, self._input = os.pipe()
+        output, theirs_out = os.pipe()
+        socket.send_fds(self._forker, [f"{self.name} {self.folder}".encode()], [theirs_in, theirs_out])
+        self._pid = int(self._forker.recv(64))
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._output = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(self._output)
+        self._transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(output))
 
     def order(self, **values: Any) -> None:
         """Without waiting for the answer."""
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(values).encode() + b"\n")
+            os.write(self._input, json.dumps(values).encode() + b"\n")
 
     async def answer(self) -> dict[str, Any]:
         """The next; {"state": "killed"} if there will be none."""
-        assert self.process.stdout is not None
         try:
             async with asyncio.timeout(2.5 * PATIENCE):
-                line = await self.process.stdout.readline()
+                line = await self._output.readline()
         except TimeoutError:
             raise Broken(f"the {self.name} does not answer") from None
         if not line and not self.killed:
@@ -185,20 +216,26 @@ class Side:
         """SIGKILL."""
         self.killed = True
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
+            os.kill(self._pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """End it."""
         self.kill()
-        await self.process.wait()
+        while await self._output.read(4096):
+            pass
+        self._transport.close()
+        os.close(self._input)
 
 
-async def one(folder: Path, chance: random.Random, failure: str, *, postcopy: bool) -> str:
+async def one(
+    folder: Path, chance: random.Random, failure: str, forker: socket.socket, *, postcopy: bool
+) -> str:
     """A round; what came of it. Raises Broken."""
     disk = folder / "disk"
     disk.write_bytes(bytes(1 << 20))
-    here, there = Side("source", folder), Side("target", folder)
-    await asyncio.gather(here.start(), there.start())
+    here, there = Side("source", folder, forker), Side("target", folder, forker)
+    await here.start()
+    await there.start()
     options: dict[str, Any] = {"uri": f"unix:{folder / 't'}"}
     move: dict[str, Any] = {"uri": f"unix:{folder / 'p'}"}
     if failure == "certificate":
@@ -323,13 +360,12 @@ async def judge(here: Side, there: Side, link: SlowLink, failure: str) -> str:
     raise Broken(f"no machine: {mine} {theirs} {over}")
 
 
-async def main(rounds: int, seed: int) -> int:
+async def main(rounds: int, seed: int, forker: socket.socket) -> int:
     """Exit status."""
     chance = random.Random(seed)
     seen: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="lvm") as name:
         top = Path(name)
-        os.environ["XDG_RUNTIME_DIR"] = name
         for which in ("good", "bad"):
             pki.init(top / which, ["localhost", "127.0.0.1"], ["mover"])
         for number in range(rounds):
@@ -341,7 +377,7 @@ async def main(rounds: int, seed: int) -> int:
             folder.mkdir()
             what = f"{failure}, {'post' if postcopy else 'pre'}-copy"
             try:
-                found = await one(folder, part, failure, postcopy=postcopy)
+                found = await one(folder, part, failure, forker, postcopy=postcopy)
             except Broken as error:
                 sys.stdout.write(f"round {number}, seed {seed}, {what}: BROKEN: {error}\n")
                 return 1
@@ -355,8 +391,17 @@ async def main(rounds: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        asyncio.run(child(sys.argv[2], Path(sys.argv[3])))
-    else:
-        numbers = [int(word) for word in sys.argv[1:]]
-        sys.exit(asyncio.run(main(*[*numbers, *[500, random.randrange(1 << 32)][len(numbers) :]][:2])))
+    numbers = [int(word) for word in sys.argv[1:]]
+    with tempfile.TemporaryDirectory(prefix="lvr") as runtime:
+        os.environ["XDG_RUNTIME_DIR"] = runtime
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        forking = os.fork()
+        if not forking:
+            ours.close()
+            nursery(theirs)
+            os._exit(0)
+        theirs.close()
+        status = asyncio.run(main(*[*numbers, *[500, random.randrange(1 << 32)][len(numbers) :]][:2], ours))
+        ours.close()
+        os.waitpid(forking, 0)
+    sys.exit(status)
