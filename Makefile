@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[ch] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration clean
+.PHONY: help venv run test check docs bench soak test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration soak-migration-failures clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -73,6 +73,9 @@ sanitize: venv   ## C code under ASan and UBSan
 
 soak-state: venv ## a working Debian guest saved, killed and taken up again, ROUNDS (1000) times
 	$(VENV)/bin/python -m tests.soak.state $${ROUNDS:-1000}
+
+soak-migration-failures: venv ## failures injected into migrations at random moments, ROUNDS (500)
+	$(VENV)/bin/python -m tests.soak.migration_failures $${ROUNDS:-500}
 
 soak-disks: venv ## disks attached, detached, snapshot, committed and mirrored under fio verify; ATTACHES (100), CHANGES (1000)
 	$(VENV)/bin/python -m tests.soak.disks $${ATTACHES:-100} $${CHANGES:-1000}

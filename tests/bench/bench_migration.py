@@ -1,7 +1,8 @@
 """A machine that moves to another process of this host, by TCP over loopback: how long it takes, how long it stands
 still, how many bytes it takes. Beside it QEMU TCG migrates the same kernel and disk, by turns.
 
-The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure.
+The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure. At last, how
+long the machine stands still when it is handed over before its memory (post-copy).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def writing(rate: int) -> str:
     )
 
 
-async def _ours(folder: Path, rate: int) -> dict[str, float]:
+async def _ours(folder: Path, rate: int, **options: Any) -> dict[str, float]:
     """ms and MB of one migration into a process of its own."""
     runtime = folder / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
@@ -53,7 +54,7 @@ async def _ours(folder: Path, rate: int) -> dict[str, float]:
             try:
                 assert child.stderr is not None
                 where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
-                progress = await vm.migrate(where)
+                progress = await vm.migrate(where, **options)
             finally:
                 child.kill()
     return {
@@ -132,3 +133,12 @@ def rows() -> Iterator[Row]:
                     "goal": 1.0,
                     "note": f"{peer:.0f} {unit}",
                 }
+        for case, rate in CASES.items():
+            switched = [uvloop.run(_ours(folder, rate, postcopy="now")) for _ in range(ROUNDS)]
+            yield {
+                "name": f"1 GiB, {case}: switch to post-copy at once",
+                "value": median(each["still"] for each in switched),
+                "unit": "ms",
+                "goal": 50.0,
+                "note": f"all memory there after {median(each['total'] for each in switched):.0f} ms",
+            }

@@ -13,10 +13,12 @@ import os
 import random
 import resource
 import socket
+import struct
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,9 @@ def hostile(chance: random.Random, frames: list[Frame]) -> bytes:
     return stream
 
 
-async def record(folder: Path) -> list[Frame]:
-    """What a source sends in a whole migration."""
+async def record(folder: Path, *, postcopy: bool) -> list[Frame]:
+    """What a source sends in a whole migration over its first connection, and after it, with post-copy, over the page
+    link. The frames that a native thread sends there are made here: there is one for each page that follows."""
     sent: list[bytes] = []
     send = links.Link.send
 
@@ -123,16 +126,39 @@ async def record(folder: Path) -> list[Frame]:
     try:
         async with vmm.run("echo", **OPTIONS) as vm:
             await vm.console.expect(rb"Ctrl-D ends\n", timeout=60)
-            async with Receiver(f"unix:{folder / 'record'}", name="") as receiver:
-                await vm.migrate(receiver.uri)
+            async with Receiver(f"unix:{folder / f'record{postcopy}'}", name="") as receiver:
+                await vm.migrate(receiver.uri, postcopy="now" if postcopy else "")
                 await (await receiver.arrive()).aclose()
     finally:
         links.Link.send = send  # type: ignore[method-assign]
     return split(b"".join(sent))
 
 
-async def attack(folder: Path, stream: bytes) -> str:
-    """Give a receiver this stream; how it ended."""
+def page_link(chance: random.Random, frames: list[Frame]) -> tuple[list[Frame], list[Frame]]:
+    """(first connection, page link) of a recorded migration by post-copy. The page link's frames after FETCH: every page
+    that is missing, as zeroes or as data, in pieces."""
+    first = [frame for frame in frames if frame[0] is not Kind.FETCH]
+    second = _hello(frames)[:1] + [frame for frame in frames if frame[0] is Kind.FETCH]
+    del first[[number for number, frame in enumerate(first) if frame[0] is Kind.HELLO][1]]  # the page link's
+    for kind, _, payload in frames:
+        if kind is Kind.MISSING:
+            region, start, words = protocol.parse_missing(payload)
+            for page, count in _native.runs(words):
+                for at in range(page, page + count, 8):
+                    part = min(8, page + count - at)
+                    zero = chance.random() < 0.5
+                    run = struct.pack("<II", 0, part | (0x80000000 if zero else 0))
+                    data = b"" if zero else bytes(4096 * part)
+                    second.append((Kind.PAGES, 0, protocol.PAGES.pack(region, start + at, 1) + run + data))
+    return first, second
+
+
+def _hello(frames: list[Frame]) -> list[Frame]:
+    return [frame for frame in frames if frame[0] is Kind.HELLO]
+
+
+async def attack(folder: Path, stream: bytes, pages: bytes | None = None, head: int = 0) -> str:
+    """Give a receiver this stream, and the other as its page link after `head` bytes of the first; how it ended."""
     path = folder / "target"
     async with Receiver(f"unix:{path}", name="") as receiver:
         loop = asyncio.get_running_loop()
@@ -146,13 +172,22 @@ async def attack(folder: Path, stream: bytes) -> str:
                         pass
 
             reading = asyncio.create_task(read())
+            second = asyncio.create_task(_second(path, receiver, pages)) if pages is not None else None
             with suppress(OSError):
                 async with asyncio.timeout(20):
-                    await loop.sock_sendall(client, stream)
+                    await loop.sock_sendall(client, stream[:head])
+                    if second is not None:
+                        await _until(lambda: _joined(receiver) or reading.done())
+                    await loop.sock_sendall(client, stream[head:])
+                    if second is not None:
+                        await _until(lambda: second.done() or reading.done())
                 client.shutdown(socket.SHUT_WR)
             with suppress(TimeoutError):
                 async with asyncio.timeout(20):
                     await reading
+            if second is not None:
+                second.cancel()
+                await asyncio.gather(second, return_exceptions=True)
         session = receiver.session
         if session is None:
             return "refused"
@@ -167,15 +202,48 @@ async def attack(folder: Path, stream: bytes) -> str:
         return end
 
 
+def _joined(receiver: Receiver) -> bool:
+    session = receiver.session
+    return session is not None and session.fetching is not None and session.fetching.joined
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Wait for it, a second at most."""
+    deadline = time.monotonic() + 1.0
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.001)
+
+
+async def _second(path: Path, receiver: Receiver, pages: bytes) -> None:
+    """The page link, as soon as there is a session for it."""
+    loop = asyncio.get_running_loop()
+    while receiver.session is None or receiver.session.phase == "building":
+        await asyncio.sleep(0.001)
+    with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
+        client.setblocking(False)
+        await loop.sock_connect(client, str(path))
+        sending = asyncio.create_task(loop.sock_sendall(client, pages), name="pages")
+        try:
+            while await loop.sock_recv(client, 1 << 16):
+                pass
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+
 async def main(seconds: float, seed: int) -> None:
     """Until the time is over. AssertionError, or whatever came through, ends it with the stream in a file."""
     chance = random.Random(seed)
     ends: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        frames = await record(folder)
-        sys.stdout.write(f"seed {seed}: {len(frames)} frames recorded\n")
+        frames = await record(folder, postcopy=False)
+        main_link, pages = page_link(chance, await record(folder, postcopy=True))
+        sys.stdout.write(f"seed {seed}: {len(frames)}, {len(main_link)}, {len(pages)} frames recorded\n")
         assert await attack(folder, b"".join(map(whole, frames))) == "running"
+        good = b"".join(map(whole, pages))
+        head = sum(len(whole(frame)) for frame in main_link[:2])
+        assert await attack(folder, b"".join(map(whole, main_link)), good, head) == "running"
         deadline, count = time.monotonic() + seconds, 0
         loop = asyncio.get_running_loop()
         failures: list[dict[str, Any]] = []
@@ -183,12 +251,18 @@ async def main(seconds: float, seed: int) -> None:
         await attack(folder, hostile(chance, frames))
         before, open_files = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
         while time.monotonic() < deadline:
-            stream = hostile(chance, frames)
+            how = chance.randrange(3)
+            stream, second = hostile(chance, main_link if how else frames), None
+            if how == 1:  # a good stream, and hostile pages
+                stream, second = b"".join(map(whole, main_link)), hostile(chance, pages)
+            elif how == 2:
+                second = good
             try:
-                end = await attack(folder, stream)
+                end = await attack(folder, stream, second, head)
                 assert not failures, failures
             except BaseException:
                 Path("migration-fuzz-failure.bin").write_bytes(stream)
+                Path("migration-fuzz-pages.bin").write_bytes(second or b"")
                 raise
             ends[end] = ends.get(end, 0) + 1
             count += 1

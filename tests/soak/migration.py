@@ -1,5 +1,5 @@
 """One machine that moves back and forth between two hosts, over and over: `python -m tests.soak.migration [MOVES
-[CUTS]]`.
+[CUTS]]`. Every second move is by post-copy.
 
 The hosts are network namespaces, joined by a bridge in a third; a neighbour in a fourth holds a TCP connection to the
 guest and compares every byte that comes back, and pings it. In the guest fio writes to a disk on shared storage and
@@ -99,6 +99,8 @@ class Soak:
         self._name = "m0"
         self._processes: list[subprocess.Popen[str]] = []
         self.stills: list[float] = []
+        self.switches: list[float] = []
+        """Standstills of post-copy."""
         self.silences: list[float] = []
         self.failed = 0
 
@@ -154,8 +156,9 @@ class Soak:
                 raise Failure(f"no connection to the guest: {self._echo.stderr and self._echo.stderr.read()}")
         os.set_blocking(self._echo.stdout.fileno(), False)
 
-    def move(self, number: int, *, cut: bool) -> None:
-        """To the other host, and look at everything. With `cut` the connection dies on the way."""
+    def move(self, number: int, *, cut: bool, postcopy: str = "") -> None:
+        """To the other host, and look at everything. With `cut` the connection dies on the way. `postcopy`: auto or
+        now."""
         other = 1 - self._at
         name, port = f"m{number}", 4000 + number % 1000
         process = self._start(
@@ -173,11 +176,12 @@ class Soak:
             script += f"sleep {self._chance.uniform(0.0, 0.8):.3f}; ss -K {one} >/dev/null"
             killer = self._hosts[other].command("sh", "-c", script)
             killing = subprocess.Popen(killer, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = self._vmm("migrate", self._name, f"tcp:{HOSTS[other]}:{port}", "--json")
+        how = {"": "", "auto": "--postcopy", "now": "--postcopy-now"}[postcopy]
+        done = self._vmm("migrate", self._name, f"tcp:{HOSTS[other]}:{port}", "--json", *filter(None, [how]))
         if cut:
             killing.wait()
         if done.returncode == 0:
-            self.stills.append(json.loads(done.stdout)["downtime"])
+            (self.switches if postcopy else self.stills).append(json.loads(done.stdout)["downtime"])
             self._at, self._name = other, name
         elif not cut:
             raise Failure(f"vmm migrate: {done.stderr}")
@@ -234,7 +238,8 @@ async def main(moves: int, cuts: int, seed: int) -> int:
         try:
             soak.begin()
             for number in range(1, moves + 1):
-                soak.move(number, cut=number in which)
+                cut = number in which
+                soak.move(number, cut=cut, postcopy="" if cut else ("", "now", "", "auto")[number % 4])
                 sys.stdout.write(f"move {number}: ok\n")
                 sys.stdout.flush()
         except Failure as error:
@@ -242,7 +247,10 @@ async def main(moves: int, cuts: int, seed: int) -> int:
             return 1
         finally:
             soak.close()
-    still = sorted(soak.stills)
+    still = sorted(soak.stills or [0.0])
+    short = sorted(soak.switches or [0.0])
+    sys.stdout.write(f"post-copy: {len(soak.switches)} moves, standstill median {statistics.median(short) * 1e3:.0f} ms, ")
+    sys.stdout.write(f"most {short[-1] * 1e3:.0f} ms\n")
     sys.stdout.write(
         f"{moves} moves, {soak.failed} of {len(which)} cut ones failed and ran on; standstill median "
         f"{statistics.median(still) * 1e3:.0f} ms, most {still[-1] * 1e3:.0f} ms; the neighbour's longest wait: median "
