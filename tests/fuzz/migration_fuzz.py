@@ -135,8 +135,8 @@ async def record(folder: Path, *, postcopy: bool) -> list[Frame]:
 
 
 def page_link(chance: random.Random, frames: list[Frame]) -> tuple[list[Frame], list[Frame]]:
-    """(first connection, page link) of a recorded migration by post-copy. The page link's frames after FETCH: every page
-    that is missing, as zeroes or as data, in pieces."""
+    """(first connection, page link) of a recorded migration by post-copy. After FETCH the page link's frames are every
+    page that is missing, as zeroes or as data, in pieces."""
     first = [frame for frame in frames if frame[0] is not Kind.FETCH]
     second = _hello(frames)[:1] + [frame for frame in frames if frame[0] is Kind.FETCH]
     del first[[number for number, frame in enumerate(first) if frame[0] is Kind.HELLO][1]]  # the page link's

@@ -23,7 +23,7 @@ async def test_a_shared_qcow2_image_is_handed_over_with_its_lock(linux: Any, tmp
     disks.create_disk(str(image), 64 << 20)
     disk = vmm.Disk(path=image, format="qcow2", id="data")
     device = "/dev/$(grep -l data /sys/block/*/serial | cut -d/ -f4)"
-    write = f"head -c 3000000 /dev/urandom >/tmp/{{0}}; dd if=/tmp/{{0}} of={device} bs=1M seek={{1}} conv=fsync,notrunc"
+    write = f"head -c 3000000 /dev/urandom >/tmp/{{0}}; dd if=/tmp/{{0}} of={device} bs=1M seek={{1}} conv=fsync"
     compare = f"dd if={device} bs=1M skip={{1}} 2>/dev/null | head -c 3000000 | cmp - /tmp/{{0}} && echo same"
     fresh = "sync; echo 3 >/proc/sys/vm/drop_caches; "
     async with vmm.run("linux", disks=[disk], **OPTIONS) as vm:

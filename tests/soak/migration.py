@@ -249,8 +249,8 @@ async def main(moves: int, cuts: int, seed: int) -> int:
             soak.close()
     still = sorted(soak.stills or [0.0])
     short = sorted(soak.switches or [0.0])
-    sys.stdout.write(f"post-copy: {len(soak.switches)} moves, standstill median {statistics.median(short) * 1e3:.0f} ms, ")
-    sys.stdout.write(f"most {short[-1] * 1e3:.0f} ms\n")
+    middle = statistics.median(short) * 1e3
+    sys.stdout.write(f"post-copy: {len(short)} moves, standstill {middle:.0f} ms, most {short[-1] * 1e3:.0f} ms\n")
     sys.stdout.write(
         f"{moves} moves, {soak.failed} of {len(which)} cut ones failed and ran on; standstill median "
         f"{statistics.median(still) * 1e3:.0f} ms, most {still[-1] * 1e3:.0f} ms; the neighbour's longest wait: median "
