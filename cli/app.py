@@ -491,6 +491,9 @@ def serve(
     template: Annotated[
         list[str] | None, typer.Option(metavar="NAME=IMAGE", help="What a template means, as base=oci:python:3.12.")
     ] = None,
+    only_templates: Annotated[
+        bool, typer.Option("--only-templates", help="No images but those of --template; nothing else is pulled.")
+    ] = False,
     domain: Annotated[str, typer.Option(help="Behind PORT-ID. the name of a sandbox's port.")] = "",
     internet: Annotated[bool, typer.Option("--internet", help="Sandboxes that ask for the internet have it.")] = False,
     memory: Annotated[str, typer.Option(help="Memory of each sandbox, as 1G; by default the image's.")] = "",
@@ -501,7 +504,8 @@ def serve(
     from cli.serve import run_serve
 
     run_serve(
-        listen=listen, token_file=token_file, state=state, templates=template or [], domain=domain, internet=internet,
+        listen=listen, token_file=token_file, state=state, templates=template or [],
+        only_templates=only_templates, domain=domain, internet=internet,
         memory=memory, core=core, drain=drain,
     )  # fmt: skip
 

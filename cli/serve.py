@@ -19,6 +19,7 @@ def run_serve(
     token_file: Path | None,
     state: Path | None,
     templates: list[str],
+    only_templates: bool,
     domain: str,
     internet: bool,
     memory: str,
@@ -40,6 +41,7 @@ def run_serve(
         fleet=FleetSettings(
             state=(state or _default_state()).absolute(),
             templates={"base": "linux", **dict(map(_template, templates))},
+            only_named=only_templates,
             internet=internet,
             options=options,
         ),

@@ -185,6 +185,7 @@ def test_listing_and_times(box: Any) -> None:
     assert not pages.has_next
     assert [one.metadata["n"] for one in first + second] == ["2", "1", "0"], "the last one first"
     info = box.get_info()
+    assert info.memory_mb == 256
     assert (info.template_id, info.metadata, info.state.value) == ("base", {"who": "test"}, "running")
     (metrics,) = box.get_metrics()
     assert metrics.mem_total > metrics.mem_used > 0 and metrics.disk_total > 0 and metrics.cpu_count == 1

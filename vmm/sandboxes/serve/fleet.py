@@ -70,6 +70,8 @@ class FleetSettings:
     options: Mapping[str, Any] | None = None
     """Fields of Config for every machine."""
     warm: bool = True
+    only_named: bool = False
+    """No other templates than those with a name here."""
     sandboxes: int = 200
     """At most, of all tenants."""
 
@@ -96,7 +98,8 @@ class Fleet:
         self._settings = settings
         self._hosted: dict[str, Hosted] = {}
         self._images: dict[str, tuple[float, ImageLike]] = {}
-        self._shells: dict[str, str] = {}
+        self._known: dict[str, tuple[str, int]] = {}
+        """What images have: the shell, and bytes of the root file system."""
         self._starting = asyncio.Semaphore(STARTING)
         self._first: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -180,7 +183,7 @@ class Fleet:
         try:
             image = await self._image(name)
             options = self._options(wish)
-            async with self._first.setdefault(name, asyncio.Lock()) if name not in self._shells else self._starting:
+            async with self._first.setdefault(name, asyncio.Lock()) if name not in self._known else self._starting:
                 hosted = await self._start(wish, tenant, name, image, options)
         finally:
             self._wanted -= 1
@@ -208,9 +211,9 @@ class Fleet:
         await hosted.open(partial(self._machine, image, options))
         try:
             sheet.cpus, sheet.memory = hosted.vm.config.cpus, hosted.vm.config.memory
-            if name not in self._shells:
-                self._shells[name] = await _shell(hosted.vm)
-            sheet.shell = self._shells[name]
+            if name not in self._known:
+                self._known[name] = await _look(hosted.vm)
+            sheet.shell, sheet.disk = self._known[name]
             await hosted.vm.agent.identify()
         except BaseException:
             await hosted.close()
@@ -239,6 +242,9 @@ class Fleet:
         name = self._settings.templates.get(template)
         if name is not None:
             return name
+        if self._settings.only_named:
+            known = ", ".join(sorted(self._settings.templates))
+            raise ConfigError(f"template {template[:100]!r}: this server has {known}")
         if _REGISTRY.fullmatch(template) and not _is_file(template[4:]):
             return template
         if _NAME.fullmatch(template):
@@ -273,7 +279,7 @@ class Fleet:
                     continue
                 tell(f"the template {template} ({name}) boots once, and is kept")
                 async with self._first.setdefault(name, asyncio.Lock()), self._machine(image, options) as vm:
-                    self._shells[name] = await _shell(vm)
+                    self._known[name] = await _look(vm)
             except VmmError as error:
                 tell(f"the template {template} ({name}): {error}")
 
@@ -345,12 +351,14 @@ def _is_file(text: str) -> bool:
     return os.path.lexists(text) or os.path.lexists(text.rpartition(":")[0] or text)
 
 
-async def _shell(vm: VirtualMachine) -> str:
+async def _look(vm: VirtualMachine) -> tuple[str, int]:
+    tools = GuestTools(vm.agent)
+    disk = (await tools.measure()).disk_total
     try:
-        await GuestTools(vm.agent).stat(SHELL)
+        await tools.stat(SHELL)
     except GuestFileError:
-        return PLAIN_SHELL
-    return SHELL
+        return PLAIN_SHELL, disk
+    return SHELL, disk
 
 
 def matching(found: Iterable[Hosted], keep: Callable[[Hosted], bool]) -> list[Hosted]:

@@ -35,7 +35,8 @@ HOP_BY_HOP = {
     b"transfer-encoding", b"upgrade", b"proxy-connection",
 }  # fmt: skip
 """RFC 9110, 7.6.1."""
-_WEBSOCKET = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions", b"sec-websocket-accept")
+_WEBSOCKET = (b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions", b"sec-websocket-accept",
+              b"sec-websocket-protocol")  # fmt: skip
 
 
 def not_open(box: Hosted, port: int) -> Response:
@@ -151,17 +152,20 @@ class _Socket:
         target = (scope.get("raw_path") or scope["path"].encode()).decode("ascii", "replace")
         if scope["query_string"]:
             target += "?" + scope["query_string"].decode("ascii", "replace")
-        self._protocol = ClientProtocol(parse_uri(f"ws://localhost{target}"), max_size=MAX_MESSAGE)
+        words: list[Any] = list(scope.get("subprotocols") or ())
+        uri = parse_uri(f"ws://localhost{target}")
+        self._protocol = ClientProtocol(uri, subprotocols=words or None, max_size=MAX_MESSAGE)
         self._headers = [pair for pair in _headers(list(scope["headers"])) if pair[0].lower() not in _WEBSOCKET]
 
     async def run(self) -> None:
         try:
             handshake: Handshake = self._protocol.connect()
-            for name in ("Host", "User-Agent", "Origin"):
-                if any(own.decode("latin-1").lower() == name.lower() for own, _ in self._headers):
-                    del handshake.headers[name]
-            for name_bytes, value in self._headers:
-                handshake.headers[name_bytes.decode("latin-1")] = value.decode("latin-1")
+            pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self._headers]
+            for name in {name.lower() for name, _ in pairs}:
+                if name in handshake.headers:
+                    del handshake.headers[name]  # the client's own takes its place
+            for name, text in pairs:
+                handshake.headers[name] = text
             self._protocol.send_request(handshake)
             await self._flush()
             while self._protocol.state.name == "CONNECTING":
@@ -233,4 +237,8 @@ class _Socket:
                         await self._send({"type": "websocket.send", **content})
                 elif opcode is Opcode.CLOSE:
                     going = False
-        await self._send({"type": "websocket.close", "code": self._protocol.close_code or 1006})
+        close = self._protocol.close_rcvd
+        code = close.code if close is not None else 1011
+        # Codes that say how a connection ended are not sent (RFC 6455, 7.4.1).
+        sent = {1005: 1000, 1006: 1011, 1015: 1011}.get(code, int(code))
+        await self._send({"type": "websocket.close", "code": sent, "reason": close.reason if close is not None else ""})

@@ -149,7 +149,7 @@ class SandboxServer:
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=1,
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client may not fill the log
         self._server = _Uvicorn(config)
         assert self._socket is not None
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
