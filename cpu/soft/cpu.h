@@ -312,6 +312,7 @@ struct soft_vm {
     struct soft_parallel *parallel; /* parallel.c; NULL: one thread runs all vCPUs */
     struct vm_events *events;   /* vm.c: what other threads sent (irqs, MSIs, wake, DMA), under its own lock */
     uint64_t virtual_ns_skipped;/* virtual clock: time that HLT skipped */
+    uint64_t idle_since;        /* when no vCPU could run any more; UINT64_MAX: one can. One thread for all vCPUs */
     uint64_t start_ns, alarm_ns, tsc_base;
     uint64_t stops[64];         /* breakpoint.c: offsets in pages at which blocks end */
     struct direct_vm *direct;   /* NULL: no direct execution */
@@ -556,8 +557,13 @@ void soft_blocks_flush_all(struct soft_vm *vm);     /* everything of all vCPUs (
 /* At these offsets in every page (a bit each) blocks end, and soft_stop_at_breakpoint() is asked. Flushes. */
 void soft_blocks_set_stops(struct soft_vm *vm, const uint64_t stops[64]);
 void soft_blocks_rest(struct block_cache *blocks); /* its vCPUs sleep, no block runs: give back what exceeds its share of memory */
+/* Whether the VM, whose vCPUs share one cache, has more than it may keep when it has slept for a while; and then: forget
+ * all code, and give back its memory. No block runs. */
+bool soft_blocks_exceed_rest(const struct block_cache *blocks);
+void soft_blocks_rest_long(struct block_cache *blocks);
 /* ---- jump.c ---- */
 void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too);       /* mmu.c: with every TLB flush */
 void soft_jump_cache_flush_page(struct soft_vcpu *c, uint64_t linear);  /* mmu.c: with soft_tlb_flush_page() */
+void soft_jump_cache_drop(struct soft_vcpu *c);                         /* empty, and its memory goes back */
 
 #endif

@@ -562,6 +562,60 @@ static void state_is_checked(void)
     destroy(g);
 }
 
+static uint64_t decoded(struct guest *g)
+{
+    struct soft_stats stats;
+    soft_vm_stats(g->vm, &stats);
+    return stats.blocks_decoded;
+}
+
+static long resident_kib(void)
+{
+    long total, resident;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(file && fscanf(file, "%ld %ld", &total, &resident) == 2);
+    fclose(file);
+    return resident * (sysconf(_SC_PAGESIZE) / 1024);
+}
+
+/* A VM that sleeps keeps its blocks while it is alone. One of many gives them back, and makes them anew when it wakes. */
+static void resting(void)
+{
+    enum { FIRST = 0x8000, BLOCKS = 10000, OTHERS = 31 };
+    struct guest *g = create(1, false, false), *others[OTHERS];
+    CODE(g, 0x1000, "\xF4\xEB\xFD"); /* hlt; jmp hlt */
+    CODE(g, 2 * 4, "\x00\x20\x00\x00");
+    CODE(g, 0x2000, "\xE9\xFD\x5F"); /* the NMI's handler: jmp FIRST */
+    for (unsigned i = 0; i < BLOCKS; i++)
+        CODE(g, FIRST + 3 * i, "\xEB\x01"); /* a jump over a byte */
+    CODE(g, FIRST + 3 * BLOCKS, "\xFF\x06\x00\x30\xCF"); /* inc word [3000]; iret */
+    start_at(g, 0, 0x1000, true);
+    run(g);
+    soft_vm_nmi(g->vm, 0);
+    wait_word(g->ram + 0x3000, 1);
+    uint64_t made = decoded(g);
+    CHECK(made > BLOCKS);
+    usleep(500000); /* twice as long as it takes to count as resting */
+    soft_vm_nmi(g->vm, 0);
+    wait_word(g->ram + 0x3000, 2);
+    CHECK(decoded(g) < made + 10);
+    for (unsigned i = 0; i < OTHERS; i++)
+        others[i] = create(1, false, false);
+    long before = resident_kib();
+    soft_vm_nmi(g->vm, 0);
+    wait_word(g->ram + 0x3000, 3);
+    for (double end = microseconds() + patience; resident_kib() > before - 1024; usleep(1000))
+        if (microseconds() > end)
+            fail("%ld KiB are resident after a rest, %ld were before", resident_kib(), before);
+    soft_vm_nmi(g->vm, 0);
+    wait_word(g->ram + 0x3000, 4);
+    CHECK(decoded(g) > made + BLOCKS);
+    stop(g);
+    destroy(g);
+    for (unsigned i = 0; i < OTHERS; i++)
+        destroy(others[i]);
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
@@ -571,7 +625,7 @@ int main(int argc, char **argv)
         { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
         { "parking", parking }, { "caller_debug", caller_debug }, { "caller_points", caller_points }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "physical_addresses", physical_addresses }, { "alarms", alarms },
-        { "state_is_checked", state_is_checked },
+        { "state_is_checked", state_is_checked }, { "resting", resting },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {
         if (argc > 1 && strcmp(argv[1], "all") && strcmp(argv[1], checks[i].name))

@@ -8,6 +8,8 @@
 
 /* A VM's part of memory, in bytes: of what those that share have together, or the whole (block.c). */
 size_t soft_share(size_t whole, bool shares);
+/* The part that it keeps when it has slept for a while: all of it, if it is the only one. */
+size_t soft_resting_share(size_t whole, bool shares);
 /* Memory from `base` on was used up to `used`, and before up to `touched`: the host gets back what exceeds `share`,
  * by madvise() with `advice`. */
 void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice);
@@ -18,6 +20,9 @@ void host_code_destroy(struct host_code *code);
 void host_code_reset(struct host_code *code); /* all translations are dead */
 /* The VM sleeps: give back memory beyond its share. False if translations stand there; then all must be dropped first. */
 bool host_code_rest(struct host_code *code);
+/* Whether it holds more than a VM keeps that has slept for a while. */
+bool host_code_exceeds_rest(const struct host_code *code);
+void host_code_drop(struct host_code *code); /* all translations are dead, and all memory goes back */
 /* False: no room is left. */
 bool host_code_translate(struct host_code *code, struct block *k);
 /* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */

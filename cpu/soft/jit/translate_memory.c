@@ -77,11 +77,17 @@ bool host_code_rest(struct host_code *code)
     soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
     return true;
 }
-void host_code_reset(struct host_code *code)
+bool host_code_exceeds_rest(const struct host_code *code)
+{
+    size_t most = code->touched > code->used ? code->touched : code->used;
+    return code->base && most > soft_resting_share(HOST_CODE_SIZE, code->shares);
+}
+static void reset(struct host_code *code, size_t keep)
 {
     if (!code->base)
         return;
-    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
-    soft_give_back(code->base, &code->touched, code->used, share, MADV_REMOVE);
+    soft_give_back(code->base, &code->touched, code->used, keep, MADV_REMOVE);
     code->used = 0;
 }
+void host_code_reset(struct host_code *code) { reset(code, soft_share(HOST_CODE_SIZE, code->shares)); }
+void host_code_drop(struct host_code *code) { reset(code, 0); }

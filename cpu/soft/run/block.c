@@ -3,9 +3,10 @@
  *
  * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
  * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
- * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back
- * (python -m tests.bench many). One with a virtual clock has all for itself: when blocks are made anew decides where
- * turns end, and that must not depend on who else is there.
+ * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back.
+ * After a while of sleep it keeps no more than its part of ARENA_RESTING, so that many VMs at rest take little (python
+ * -m tests.bench many, state). One with a virtual clock has all for itself: when blocks are made anew decides where turns
+ * end, and that must not depend on who else is there.
  * Links only join blocks of the same page, and a page's blocks die together.
  */
 #include <stdlib.h>
@@ -18,7 +19,9 @@
 /* What a block can consist of at most, in multiples of 8. */
 enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
-enum { HASH_BITS = 17, PAGE_HASH_BITS = 12, ARENA_SIZE = 64 << 20, HUGE = 2 << 20, SHARERS_MAX = 20 };
+enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
+enum { ARENA_SIZE = 64 << 20, ARENA_RESTING = ARENA_SIZE / 2, HUGE = 2 << 20 };
+enum { SHARERS_MAX = 6, RESTERS_MAX = 32 }; /* with more VMs a part is no smaller than with so many */
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
@@ -40,7 +43,9 @@ struct block_cache {
     struct soft_vm *vm;
     uint32_t index; /* in vm->caches */
     struct soft_stats stats;
-    struct block *hash[1 << HASH_BITS];
+    struct block **hash; /* 1 << hash_bits lists; larger when there are more blocks than that */
+    unsigned hash_bits;
+    uint32_t hashed;     /* blocks in it */
     struct code_page *pages[1 << PAGE_HASH_BITS];
     uint8_t *mapping, *arena; /* the arena is aligned in its mapping */
     size_t used, touched; /* touched: the most that was used since memory was last given back */
@@ -56,10 +61,58 @@ struct block_cache {
     struct uop single[BLOCK_MAX_UOPS + 1]; /* code that is not kept */
 };
 
-static unsigned block_hash(const uint8_t *host, unsigned mode)
+static struct block **block_list(const struct block_cache *b, const uint8_t *host, unsigned mode)
 {
     uint64_t h = ((uintptr_t)host + mode * 0x9E37u) * 0x9E3779B97F4A7C15ull;
-    return (unsigned)(h >> (64 - HASH_BITS));
+    return &b->hash[h >> (64 - b->hash_bits)];
+}
+static size_t hash_bytes(unsigned bits) { return sizeof(struct block *) << bits; }
+static struct block **make_hash(unsigned bits)
+{
+    void *made = mmap(NULL, hash_bytes(bits), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return made == MAP_FAILED ? NULL : made;
+}
+static void hash_insert(struct block_cache *b, struct block *k)
+{
+    struct block **list = block_list(b, k->host, k->mode);
+    k->hash_next = *list;
+    *list = k;
+}
+/* Without memory for larger ones its lists become longer. */
+static void grow_hash(struct block_cache *b)
+{
+    struct block **old = b->hash, **made = make_hash(b->hash_bits + HASH_BITS_STEP);
+    unsigned bits = b->hash_bits;
+    if (!made)
+        return;
+    b->hash = made;
+    b->hash_bits = bits + HASH_BITS_STEP;
+    for (unsigned i = 0; i < 1u << bits; i++)
+        for (struct block *k = old[i], *next; k; k = next) {
+            next = k->hash_next;
+            hash_insert(b, k);
+        }
+    munmap(old, hash_bytes(bits));
+}
+/* The list as short as it was made. All blocks are dead. */
+static void shrink_hash(struct block_cache *b)
+{
+    struct block **made = b->hash_bits > HASH_BITS_MIN ? make_hash(HASH_BITS_MIN) : NULL;
+    if (made) {
+        munmap(b->hash, hash_bytes(b->hash_bits));
+        b->hash = made;
+        b->hash_bits = HASH_BITS_MIN;
+    }
+}
+static void hash_remove(struct block_cache *b, struct block *k)
+{
+    struct block **at = block_list(b, k->host, k->mode);
+    while (*at && *at != k)
+        at = &(*at)->hash_next;
+    if (*at) {
+        *at = k->hash_next;
+        b->hashed--;
+    }
 }
 static unsigned page_hash(const uint8_t *page)
 {
@@ -69,10 +122,23 @@ static const uint8_t *page_of(const uint8_t *host) { return (const uint8_t *)((u
 
 static uint32_t sharers; /* VMs of this process */
 
+/* In whole huge pages, if it has any: of one that is given back in part the host keeps all. */
+static size_t part(size_t whole, uint32_t parts)
+{
+    size_t size = whole / (parts < 1 ? 1 : parts);
+    return size & ~(size_t)(size < HUGE ? 0xFFF : HUGE - 1);
+}
+
 size_t soft_share(size_t whole, bool shares)
 {
     uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
-    return (n < 1 ? whole : whole / (n < SHARERS_MAX ? n : SHARERS_MAX)) & ~(size_t)0xFFF;
+    return part(whole, n < SHARERS_MAX ? n : SHARERS_MAX);
+}
+
+size_t soft_resting_share(size_t whole, bool shares)
+{
+    uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
+    return n <= 1 ? whole : part(whole / 2, n < RESTERS_MAX ? n : RESTERS_MAX);
 }
 
 void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice)
@@ -90,8 +156,14 @@ struct block_cache *soft_blocks_create(struct soft_vm *vm, uint32_t index)
     struct block_cache *b = calloc(1, sizeof *b);
     if (!b)
         return NULL;
+    b->hash_bits = HASH_BITS_MIN;
+    b->hash = make_hash(b->hash_bits);
     b->mapping = mmap(NULL, ARENA_SIZE + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (b->mapping == MAP_FAILED) {
+    if (!b->hash || b->mapping == MAP_FAILED) {
+        if (b->hash)
+            munmap(b->hash, hash_bytes(b->hash_bits));
+        if (b->mapping != MAP_FAILED)
+            munmap(b->mapping, ARENA_SIZE + HUGE);
         free(b);
         return NULL;
     }
@@ -111,6 +183,7 @@ void soft_blocks_destroy(struct block_cache *b)
     if (b) {
         __atomic_sub_fetch(&sharers, 1, __ATOMIC_RELAXED);
         munmap(b->mapping, ARENA_SIZE + HUGE);
+        munmap(b->hash, hash_bytes(b->hash_bits));
         host_code_destroy(b->host_code);
         free(b);
     }
@@ -190,11 +263,7 @@ static void unlink_block(struct block *k)
 static void kill_page(struct block_cache *b, struct code_page *p)
 {
     for (struct block *k = p->blocks; k; k = k->page_next) {
-        struct block **at = &b->hash[block_hash(k->host, k->mode)];
-        while (*at && *at != k)
-            at = &(*at)->hash_next;
-        if (*at)
-            *at = k->hash_next;
+        hash_remove(b, k);
         unlink_block(k);
         b->stats.blocks_invalidated++;
     }
@@ -249,7 +318,8 @@ void soft_blocks_flush(struct block_cache *b)
         }
     memset(b->pages, 0, sizeof b->pages);
     if (b->used)
-        memset(b->hash, 0, sizeof b->hash);
+        memset(b->hash, 0, hash_bytes(b->hash_bits));
+    b->hashed = 0;
     b->changed = true;
     b->reset = true;
     b->flushes++;
@@ -301,13 +371,12 @@ void soft_vm_wake_now(struct soft_vm *vm, uint32_t vcpu)
         soft_vm_wake(vm);
 }
 
-/* Begin the arena anew: everything in it is dead, and nothing of it runs. */
-static void recycle(struct block_cache *b)
+/* Begin the arena anew: everything in it is dead, and nothing of it runs. Memory beyond `keep` goes back. */
+static void recycle(struct block_cache *b, size_t keep)
 {
-    soft_give_back(b->arena, &b->touched, b->used, soft_share(ARENA_SIZE, b->shares), MADV_DONTNEED);
+    soft_give_back(b->arena, &b->touched, b->used, keep, MADV_DONTNEED);
     b->reset = false;
     b->used = 0;
-    host_code_reset(b->host_code);
 }
 
 void soft_blocks_rest(struct block_cache *b)
@@ -315,10 +384,28 @@ void soft_blocks_rest(struct block_cache *b)
     size_t share = soft_share(ARENA_SIZE, b->shares);
     if (b->used > share || !host_code_rest(b->host_code)) {
         soft_blocks_flush(b);
-        recycle(b);
+        recycle(b, share);
+        host_code_reset(b->host_code);
     } else {
         soft_give_back(b->arena, &b->touched, b->used, share, MADV_DONTNEED); /* what was used before the last flush */
     }
+}
+
+bool soft_blocks_exceed_rest(const struct block_cache *b)
+{
+    size_t most = b->touched > b->used ? b->touched : b->used;
+    return most > soft_resting_share(ARENA_SIZE, b->shares) || host_code_exceeds_rest(b->host_code);
+}
+
+void soft_blocks_rest_long(struct block_cache *b)
+{
+    soft_blocks_flush(b);
+    recycle(b, 0);
+    shrink_hash(b);
+    host_code_drop(b->host_code);
+    for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)
+        if (b->vm->vcpus[i])
+            soft_jump_cache_drop(b->vm->vcpus[i]);
 }
 
 /* ---- making blocks ---- */
@@ -337,8 +424,10 @@ static void reserve(struct block_cache *b)
 static void *allocate(struct block_cache *b, size_t size)
 {
     size = (size + 63) & ~(size_t)63;
-    if (b->reset)
-        recycle(b);
+    if (b->reset) {
+        recycle(b, soft_share(ARENA_SIZE, b->shares));
+        host_code_reset(b->host_code);
+    }
     void *p = b->arena + b->used;
     b->used += size;
     return p;
@@ -431,9 +520,9 @@ static struct block *make_block(struct block_cache *b, const struct decoded *d, 
         if (q)
             soft_shared_granules(b->vm, q->host, q->granules);
     }
-    unsigned h = block_hash(host, mode);
-    k->hash_next = b->hash[h];
-    b->hash[h] = k;
+    if (++b->hashed > 1u << b->hash_bits && b->hash_bits < HASH_BITS_MAX)
+        grow_hash(b);
+    hash_insert(b, k);
     b->stats.blocks_decoded++;
     return k;
 }
@@ -473,10 +562,7 @@ static struct uop *decode_unkept(struct soft_vcpu *c, uint64_t linear, unsigned 
 static void forget_block(struct block_cache *b, struct block *k)
 {
     unlink_block(k);
-    struct block **at = &b->hash[block_hash(k->host, k->mode)];
-    while (*at != k)
-        at = &(*at)->hash_next;
-    *at = k->hash_next;
+    hash_remove(b, k);
     k->mode = UINT16_MAX;
 }
 
@@ -514,7 +600,7 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
     const uint8_t *host = fetch_page(c, linear, &gpa);
     if (SOFT_UNLIKELY(!host))
         return decode_unkept(c, linear, mode, limit);
-    struct block *k = b->hash[block_hash(host, mode)];
+    struct block *k = *block_list(b, host, mode);
     while (k && (k->host != host || k->mode != mode))
         k = k->hash_next;
     if (k && SOFT_UNLIKELY(k->host2 != NULL)) {
@@ -609,7 +695,7 @@ static __attribute__((noinline)) struct uop *link_code(struct soft_vcpu *c, stru
     struct block *to = (struct block *)((char *)code - offsetof(struct block, code));
     if (to->host2 || from->host2 || page_of(to->host) != page_of(from->host))
         return code;
-    struct block *k = b->hash[block_hash(from->host, from->mode)];
+    struct block *k = *block_list(b, from->host, from->mode);
     while (k && k != from)
         k = k->hash_next;
     if (k) {

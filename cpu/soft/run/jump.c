@@ -1,4 +1,6 @@
 /* Jump caches: linear addresses of translated code, for each vCPU. */
+#include <sys/mman.h>
+
 #include "soft/mmu/access.h"
 
 /* What an empty entry of a jump cache leads to: rip is the address looked for. */
@@ -46,6 +48,16 @@ void soft_jump_cache_flush(struct soft_vcpu *c, bool global_too)
         clear_jumps(j, true);
         j->local = false;
     }
+}
+
+void soft_jump_cache_drop(struct soft_vcpu *c)
+{
+    struct soft_jumps *j = &c->jump;
+    uintptr_t from = ((uintptr_t)j->table + 4095) & ~(uintptr_t)4095, to = (uintptr_t)(&j->table + 1) & ~(uintptr_t)4095;
+    soft_jump_cache_flush(c, true);
+    /* The whole pages become zeroes, as all of it is at first; in the parts of pages at both ends empty entries stay. */
+    madvise((void *)from, to - from, MADV_DONTNEED);
+    c->jumps = NULL;
 }
 
 static unsigned jump_page_bit(uint64_t linear) { return (unsigned)((linear >> 12) ^ (linear >> 24)) & 4095; }

@@ -6,11 +6,13 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "soft/direct/direct.h"
 #include "soft/run/turn.h"
 
 enum { MWAIT_NS = 50000 }; /* MWAIT may return at any time; this is when it does if nothing happens */
+enum { LONG_REST_NS = 250000000 }; /* a VM that has slept for so long gives memory back: see soft_blocks_rest_long() */
 
 /* ---- what the interrupt controller asks for ---- */
 
@@ -82,11 +84,9 @@ static uint64_t on_tsc_to_ns(void *ctx, uint32_t index, uint64_t tsc)
 
 static struct soft_vcpu *create_vcpu(struct soft_vm *vm, uint32_t index)
 {
-    size_t size = (sizeof(struct soft_vcpu) + 63) & ~(size_t)63;
-    struct soft_vcpu *c = aligned_alloc(64, size);
-    if (!c)
+    struct soft_vcpu *c = mmap(NULL, sizeof *c, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (c == MAP_FAILED)
         return NULL;
-    memset(c, 0, size);
     c->vm = vm;
     c->index = index;
     c->turn_limit_ns = UINT64_MAX;
@@ -115,6 +115,7 @@ struct soft_vm *soft_vm_create(const struct soft_config *config, const struct so
         vm->config.quantum = 100000;
     vm->host = *host;
     vm->alarm_ns = UINT64_MAX;
+    vm->idle_since = UINT64_MAX;
     vm->start_ns = soft_host_now();
     const struct irqchip_host chip_host = { .ctx = vm, .threads = config->parallel, .wake = on_wake, .nmi = on_nmi, .init = on_init, .sipi = on_sipi,
                                             .eoi = on_eoi, .tsc = on_tsc, .tsc_to_ns = on_tsc_to_ns };
@@ -153,9 +154,10 @@ void soft_vm_destroy(struct soft_vm *vm)
         soft_blocks_destroy(vm->caches[i]);
     soft_events_destroy(vm->events);
     for (uint32_t i = 0; i < SOFT_MAX_VCPUS; i++) {
-        if (vm->vcpus[i])
+        if (vm->vcpus[i]) {
             soft_caller_free(vm->vcpus[i]);
-        free(vm->vcpus[i]);
+            munmap(vm->vcpus[i], sizeof *vm->vcpus[i]);
+        }
     }
     soft_slots_free(vm);
     soft_parallel_destroy(vm);
@@ -417,8 +419,19 @@ static int idle(struct soft_vm *vm, uint64_t now, uint32_t *vcpu)
             vm->virtual_ns_skipped += deadline - now;
         return GO_ON;
     }
+    if (all_parked)
+        deadline = UINT64_MAX;
     soft_blocks_rest(vm->caches[0]);
-    soft_events_wait(vm, all_parked ? UINT64_MAX : deadline);
+    if (vm->idle_since == UINT64_MAX)
+        vm->idle_since = now;
+    if (soft_blocks_exceed_rest(vm->caches[0])) {
+        uint64_t long_after = vm->idle_since + LONG_REST_NS;
+        if (now >= long_after)
+            soft_blocks_rest_long(vm->caches[0]);
+        else if (long_after < deadline)
+            deadline = long_after;
+    }
+    soft_events_wait(vm, deadline);
     return GO_ON;
 }
 
@@ -450,6 +463,7 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
                 return (enum soft_stop)stop;
             continue;
         }
+        vm->idle_since = UINT64_MAX;
         if (c->index != vm->turn || vm->turn_left <= 0) {
             vm->turn = c->index;
             vm->turn_left = vm->config.quantum;
