@@ -8,6 +8,7 @@ else of it is used. Only for the command, whose process is its own.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import CoroutineType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
@@ -36,20 +37,36 @@ def prepare() -> None:
         inspect.iscoroutinefunction = _is_coroutine_function  # type: ignore[attr-defined]
         inspect.isawaitable = _is_awaitable  # type: ignore[attr-defined]
         inspect.isgenerator = _is_generator  # type: ignore[attr-defined]
-    if "pdb" not in sys.modules:  # construct imports it, for a debugger that nobody asks for
-        sys.modules["pdb"] = _StandIn("pdb")
+    for name in ("pdb", "pickle", "linecache", "textwrap", "platform"):  # construct imports them, and traceback
+        sys.modules.setdefault(name, _StandIn(name))
+    platform = sys.modules["platform"]
+    if isinstance(platform, _StandIn):
+        platform.system = _system  # type: ignore[attr-defined]
     _import_pathlib()
+    _import_without("shutil", "bz2", "lzma")  # of archives
 
 
 def import_asyncio() -> None:
     """asyncio as it is on a Python without TLS, which no command uses: loading OpenSSL takes as long as starting a
     small guest (tests.bench start). Whoever imports ssl later, as uvloop does, gets it."""
-    if "ssl" not in sys.modules:
-        sys.modules["ssl"] = None  # type: ignore[assignment]
-        try:
-            importlib.import_module("asyncio")
-        finally:
-            del sys.modules["ssl"]
+    _import_without("asyncio", "ssl")
+
+
+def _import_without(name: str, *others: str) -> None:
+    """The module as where the others are missing. Whoever imports those later gets them."""
+    hidden = [other for other in others if other not in sys.modules]
+    for other in hidden:
+        sys.modules[other] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module(name)
+    finally:
+        for other in hidden:
+            del sys.modules[other]
+
+
+def _system() -> str:
+    """platform.system()"""
+    return os.uname().sysname
 
 
 def _is_coroutine_function(function: Any) -> bool:

@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 from virtio import _ring
 from virtio.backends.block import BlockBackend
 from virtio.backends.lock import ImageLock
+from virtio.backends.unnamed import unnamed_file
 from virtio.errors import ConfigError, HostError
 
 Cache = Literal["writeback", "writethrough", "none"]
@@ -246,9 +246,8 @@ class SnapshotBlock(FileBlock):
         """One bit per sector that stands in the overlay."""
         folder = os.environ.get("TMPDIR", "/var/tmp")
         try:
-            with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as overlay:
-                os.truncate(overlay.fileno(), capacity)
-                self.overlay = os.dup(overlay.fileno())
+            self.overlay = unnamed_file(folder)
+            os.truncate(self.overlay, capacity)
         except OSError as error:
             raise ConfigError(f"snapshot in {folder}: {error.strerror}; set TMPDIR to another folder") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TypeVar
 from virtio import _ring
 from virtio.backends.file import Cache, FileBlock, Io
 from virtio.backends.lock import ImageLock
+from virtio.backends.unnamed import unnamed_file
 from virtio.errors import ConfigError, StateError, os_reason
 from virtio.images.chain import Backing, Format, ImageChain, make_active, open_chain
 
@@ -142,9 +142,8 @@ class ImageBlock(FileBlock):
         """Put a private copy over the chain."""
         folder = os.environ.get("TMPDIR", "/var/tmp")
         try:
-            with tempfile.TemporaryFile(prefix="loopvisor-", dir=folder) as overlay:
-                os.truncate(overlay.fileno(), self.capacity)
-                self.overlay = os.dup(overlay.fileno())
+            self.overlay = unnamed_file(folder)
+            os.truncate(self.overlay, self.capacity)
         except OSError as error:
             raise ConfigError(f"snapshot in {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
         self.written = bytearray(-(-self.capacity // (8 * SECTOR)))

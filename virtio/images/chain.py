@@ -250,6 +250,8 @@ def make_active(chain: ImageChain) -> None:
 
 @dataclass(frozen=True)
 class _Wanted:
+    """How a layer is to be opened: open_chain()'s arguments."""
+
     read_only: bool
     direct: bool
     backing: Backing

@@ -74,9 +74,21 @@ def _program() -> list[Any]:
     for module in (cpu._core, virtio._ring, _native):
         status = os.stat(str(module.__file__))
         facts.append([status.st_size, status.st_mtime_ns])
-    sources = Path(__file__).parents[1]
-    facts.append(max(path.stat().st_mtime_ns for path in sources.rglob("*.py")))
+    top = Path(__file__).parents[2]
+    facts.append(max(_newest(str(top / package)) for package in ("cpu", "virtio", "vmm")))
     return facts
+
+
+def _newest(folder: str) -> int:
+    """When a module below the folder was changed last, ns."""
+    found = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".py"):
+                found = max(found, entry.stat().st_mtime_ns)
+            elif entry.is_dir() and entry.name != "__pycache__":
+                found = max(found, _newest(entry.path))
+    return found
 
 
 def find(config: Config) -> tuple[Snapshot | None, str]:
