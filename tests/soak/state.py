@@ -45,7 +45,7 @@ BLOB = 8 << 20
 CHAIN = 8
 """Snapshots on each other at most."""
 CHECK_ROUNDS = 100
-ROUND_SECONDS = 1200.0
+ROUND_SECONDS = 2400.0
 """After which a round that says nothing has failed: a deadline, far beyond what a busy host takes."""
 TROUBLE = re.compile(
     "BUG|WARNING|Oops|Call Trace|lockup|stall|general protection|segfault|hung_task|EXT4-fs error|I/O error"
@@ -201,7 +201,7 @@ class Soak:
         final = number == self._rounds
         target = self._folder / f"s{number}"
         base = self._last if 0 < self._chain < CHAIN and not final and self._source.random() < 0.8 else ""
-        seconds = 0.3 + self._source.random() + (20 if not self._last else 0)
+        seconds = 0.1 + self._source.random() / 2 + (20 if not self._last else 0)
         facts = child(
             Orders(self._last, str(target), base, seconds, self._port, str(self._things), self._core, CPUS, final)
         )
