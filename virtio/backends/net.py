@@ -51,6 +51,9 @@ class NetBackend(Protocol):
     """Bytes of payload, told to the guest; None: it decides."""
     offloads: int = 0
     """Feature bits (5.1.3) of checksum and segmentation offload that the channel's virtio_net_hdr carries."""
+    keeps_connections: bool = False
+    """The guest's TCP connections end here and live as long as this does: a guest that goes on from a saved state has
+    to hear that those of before are gone."""
     channels: tuple[Channel, ...] = ()
     """Descriptors for the path in C; empty: `send` and `receive` are used."""
 
@@ -212,7 +215,7 @@ class PcapNet(NetBackend):
 
     def __init__(self, inner: NetBackend, path: str | os.PathLike[str]) -> None:
         self.inner = inner
-        self.mtu = inner.mtu
+        self.mtu, self.keeps_connections = inner.mtu, inner.keeps_connections
         self.lost = 0
         try:
             self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - closed by aclose

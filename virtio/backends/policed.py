@@ -103,7 +103,7 @@ class PolicedNet(NetBackend):
     ) -> None:
         """`tell` hears of each refused destination once, up to TOLD of them."""
         self.inner, self.policy = inner, policy
-        self.mtu = inner.mtu
+        self.mtu, self.keeps_connections = inner.mtu, inner.keeps_connections
         self.refused: Counter[str] = Counter()
         """Frames that were refused, by why; destinations are one entry."""
         self.resolve = host_addresses

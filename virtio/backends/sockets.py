@@ -11,7 +11,6 @@ import shutil
 import socket
 import stat
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +72,8 @@ class DatagramNet(FdNet):
         folder = None
         try:
             if local is None:
+                import tempfile
+
                 folder = tempfile.mkdtemp(prefix="loopvisor-net-")
                 local = Path(folder, "frames")
             sock.bind(os.fspath(local))
@@ -109,6 +110,8 @@ async def connect(path: str | os.PathLike[str]) -> FdNet:
 class UserNet(StreamNet):
     """User-mode networking by a passt process of our own: no privileges, the guest gets the host's addresses by
     DHCP."""
+
+    keeps_connections = True
 
     def __init__(self, sock: socket.socket, theirs: socket.socket, command: Sequence[str]) -> None:
         """`command` is passt's, for `theirs`, which this owns until the process has it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
@@ -71,7 +72,7 @@ _CTRL_MAC, _CTRL_MAC_ADDR_SET = 1, 1
 _CTRL_ANNOUNCE, _CTRL_ANNOUNCE_ACK = 3, 0
 _CTRL_MQ, _CTRL_MQ_PAIRS_SET = 4, 0
 _OK, _ERR = b"\0", b"\1"
-_MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED, _LIMITED = 1, 2, 4, 8, 16, 32
+_MORE, _SIGNAL, _BLOCKED, _STARVED, _CLOSED, _LIMITED, _ANSWERED = 1, 2, 4, 8, 16, 32, 64
 MERGE_MAX = 64
 """Buffers that one packet is spread over at most."""
 
@@ -144,9 +145,8 @@ Limits = Annotated[tuple[LimitState, ...], range(len(CARD), len(CARD) + 1)]
 
 
 @dataclass(frozen=True, slots=True)
-class NetState:
-    """A network card: its address, whether its cable is in, the queue pairs that the driver uses, and the limits of
-    frames that come in and go out, in the order of limits.CARD."""
+class NetStateV2:
+    """A network card of which no connections are known."""
 
     kind: ClassVar = "virtio-net"
     version: ClassVar = 2
@@ -155,15 +155,44 @@ class NetState:
     link: bool
     pairs: U16
     limits_in: Limits | None
-    """None: those of the configuration."""
     limits_out: Limits | None
     peer_lost: bool
-    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
 
     @classmethod
     def upgrade(cls, old: NetStateV1) -> Self:
         """Limits were not part of it: those of the configuration stand."""
         return cls(old.mac, old.link, old.pairs, None, None, False)
+
+
+CONNECTIONS_MAX = 4096
+"""That are watched (virtio/native/flows.h)."""
+REPLIES_A_TURN, REPLIES_MAX = 64, 2 * CONNECTIONS_MAX
+"""Frames of our own that the guest gets in one turn of the loop, and that wait for its buffers at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetState:
+    """A network card: its address, whether its cable is in, the queue pairs that the driver uses, and the limits of
+    frames that come in and go out, in the order of limits.CARD."""
+
+    kind: ClassVar = "virtio-net"
+    version: ClassVar = 3
+    previous: ClassVar = NetStateV2
+    mac: Annotated[bytes, range(6, 7)]
+    link: bool
+    pairs: U16
+    limits_in: Limits | None
+    """None: those of the configuration."""
+    limits_out: Limits | None
+    peer_lost: bool
+    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
+    connections: Annotated[tuple[Annotated[bytes, range(50, 51)], ...], range(CONNECTIONS_MAX + 1)]
+    """TCP connections that end in the backend: the addresses of each (virtio/native/flows.h)."""
+
+    @classmethod
+    def upgrade(cls, old: NetStateV2) -> Self:
+        """Connections were not part of it."""
+        return cls(old.mac, old.link, old.pairs, old.limits_in, old.limits_out, old.peer_lost, ())
 
 
 class NetDevice(Device):
@@ -207,8 +236,11 @@ class NetDevice(Device):
             "in": Flow(lambda: self.clock, lambda channel: self.guarded(self._receive, channel)),
             "out": Flow(lambda: self.clock, lambda pair: self.guarded(self._transmit, pair)),
         }
+        self._connections = _ring.Flows() if backend.keeps_connections else None
+        self._replies: deque[bytes] = deque(maxlen=REPLIES_MAX)
         for engine in self._engines:
             engine.limit(self._flows["out"].buckets.native, self._flows["in"].buckets.native)
+            engine.watch(self._connections)
         self._native = False
         """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
         self._counted = dict.fromkeys(COUNTERS, 0)
@@ -307,10 +339,12 @@ class NetDevice(Device):
                     bool(active.features & NetFeature.MRG_RXBUF), self._longest(active.features), active.features
                 )
             self._set_pairs(self.pairs)
+            self.next_turn(self._reply)
             return
         receive, transmit = active.queues[:2]
         self.spawn(self._send_frames(transmit), "transmit")
         self.spawn(self._deliver_frames(receive, active.features), "receive")
+        self.next_turn(self._reply)
 
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
@@ -344,6 +378,9 @@ class NetDevice(Device):
             flow.close()
         self.mac = self._mac_default
         self.pairs = 1
+        if self._connections is not None:
+            self._connections.clear()
+            self._replies.clear()
         return True
 
     def _unregister(self) -> None:
@@ -368,17 +405,29 @@ class NetDevice(Device):
 
     def save_device(self) -> NetState:
         limits_in, limits_out = (flow.buckets.save() for flow in self._flows.values())
-        return NetState(self.mac, self.link, self.pairs, limits_in, limits_out, self._peer_lost)
+        connections = () if self._connections is None else tuple(self._connections.save())
+        return NetState(self.mac, self.link, self.pairs, limits_in, limits_out, self._peer_lost, connections)
 
     def restore_device(self, state: NetState) -> None:
         if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
             raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
+        if self._connections is not None:
+            try:
+                self._connections.forgotten(state.connections)
+            except ValueError as error:
+                raise StateError(f"connections: {error}") from error
         self.mac = self._mac_default = state.mac
         self.link, self.pairs = state.link, state.pairs
         self._new_peer = state.peer_lost
         for flow, limits in zip(self._flows.values(), (state.limits_in, state.limits_out), strict=True):
             if limits is not None:
                 flow.buckets.restore(limits)
+
+    def resume(self) -> None:
+        """Device.resume."""
+        super().resume()
+        if self.is_active:
+            self.next_turn(self._reply)
 
     async def quiesce(self) -> None:
         """Device.quiesce. A frame that was taken does not wait for tokens any more: they are owed."""
@@ -406,6 +455,8 @@ class NetDevice(Device):
         if self.paused:
             return
         pair, transmit = divmod(index, 2)
+        if self._replies and index == 0:
+            self.next_turn(self._reply)
         if not self._native or pair >= len(self._engines) or self._is_control(index):
             self.active.queues[index].wake()
         elif transmit:
@@ -444,6 +495,8 @@ class NetDevice(Device):
         flags = engine.transmit(queue.ring, flow.share, flow.now_ns())  # type: ignore[arg-type]
         if flags & _LIMITED:
             flow.wait(pair, engine.wait, engine.sent != before)
+        if flags & _ANSWERED:
+            self._reply()
         self._after(queue, flags, self._transmit, pair)
         self._watch(pair, self._writing, bool(flags & _BLOCKED) and not flags & _CLOSED, self._transmit)
 
@@ -473,6 +526,22 @@ class NetDevice(Device):
         elif flags & _MORE:
             self.next_turn(call, pair)
 
+    def _reply(self) -> None:
+        """Give the guest the frames that are answers of our own, some a turn, and when it has buffers."""
+        if self._connections is None or self.paused:
+            return
+        queue, features = self.active.queues[0], self.active.features
+        self._replies += self._connections.replies()
+        if not self.link or not queue.enabled:
+            self._replies.clear()
+        for _ in range(min(len(self._replies), REPLIES_A_TURN)):
+            if not self._deliver(queue, bytes(HEADER), self._replies[0], bool(features & NetFeature.MRG_RXBUF)):
+                queue.want_more()  # queue_notified() goes on
+                return
+            self._replies.popleft()
+        if self._replies:
+            self.next_turn(self._reply)
+
     def _discard(self, queue: Queue, pair: int) -> None:
         """What is sent while the link is down is lost."""
         for chain in queue.pop_batch():
@@ -491,7 +560,9 @@ class NetDevice(Device):
                 await self._flows["out"].admit(len(frame))
                 self._flows["out"].charge(len(frame))
             queue.complete(chain, 0)
-            if frame and self.link:
+            if frame and self._connections is not None and self._connections.outgoing(frame):
+                self._reply()
+            elif frame and self.link:
                 send = self.backend.send_offloaded
                 self._count("sent", frame)
                 try:
@@ -532,6 +603,8 @@ class NetDevice(Device):
                 self._link_lost(error)
                 return
             frames, moved = frames + 1, moved + len(frame)
+            if self._connections is not None:
+                self._connections.incoming(frame)
             header = incoming_header(raw, features)
             if header is None or not self.link:
                 continue

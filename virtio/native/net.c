@@ -4,6 +4,7 @@
  * 4-byte big-endian length before each frame. A frame stays where it is, in the queue or in the socket, while the other
  * side has no room. virtio/devices/net.py is the same in Python, for backends without a descriptor.
  */
+#include "flows.h"
 #include "limits.h"
 #include "module.h"
 
@@ -20,7 +21,7 @@ enum {
     FRAME_MAX = 65550 + 4, /* an Ethernet frame with VLAN tag around 64 KiB */
     BUFFER = 256 * 1024,
     IOV_LIMIT = 1024, BATCH = 64, MERGE_MAX = 64,
-    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16, LIMITED = 32,
+    MORE = 1, SIGNAL = 2, BLOCKED = 4, STARVED = 8, CLOSED = 16, LIMITED = 32, ANSWERED = 64,
     HDR_F_NEEDS_CSUM = 1, HDR_F_DATA_VALID = 2, GSO_NONE = 0, GSO_TCPV4 = 1, GSO_TCPV6 = 4, GSO_ECN = 0x80, /* 5.1.6 */
     F_GUEST_CSUM = 1 << 1, F_GUEST_TSO4 = 1 << 7, F_GUEST_TSO6 = 1 << 8 /* 5.1.3 */
 };
@@ -46,6 +47,7 @@ typedef struct {
     uint64_t sent_bytes, received_bytes; /* of the frames that are counted in sent and received */
     LimitsObject *transmit_limits, *receive_limits; /* shared with the card's other queues; NULL: none */
     int64_t wait; /* ns, of the frame that was LIMITED last */
+    FlowsObject *flows; /* what watches TCP connections, or NULL */
 } NetObject;
 
 /* Whether a frame with so many bytes may pass now. */
@@ -123,6 +125,21 @@ static bool incoming_header(const NetObject *self, struct net_header *header)
     }
 }
 
+/* The guest's frame, for whoever watches connections. 1: it was answered, and goes nowhere; -1: an exception is set. */
+static int watch_outgoing(NetObject *self, const struct iovec *iov, size_t count)
+{
+    uint8_t head[FLOW_HEAD];
+    size_t have = 0;
+    if (!self->flows)
+        return 0;
+    for (size_t i = 0; i < count && have < sizeof head; i++) {
+        size_t part = iov[i].iov_len < sizeof head - have ? iov[i].iov_len : sizeof head - have;
+        memcpy(head + have, iov[i].iov_base, part);
+        have += part;
+    }
+    return flows_outgoing(self->flows, head, have);
+}
+
 /* Whether everything held back went out. -1: the other end is gone. */
 static int flush_out(NetObject *self)
 {
@@ -192,7 +209,12 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit, int64_t
         }
         done[count] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
         lengths[count] = __builtin_bswap32((uint32_t)length);
-        if (fits && parts != SIZE_MAX) {
+        int answered = fits && parts != SIZE_MAX ? watch_outgoing(self, iov + used + 1, parts) : 0;
+        if (answered < 0)
+            return -1;
+        if (answered) {
+            flags |= ANSWERED;
+        } else if (fits && parts != SIZE_MAX) {
             iov[used] = (struct iovec){&lengths[count], 4};
             used += 1 + parts;
             total += 4 + length;
@@ -249,6 +271,14 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t
                            ? gather_chain(&chain, HEADER, iov + 1, IOV_LIMIT - 1)
                            : SIZE_MAX;
         ssize_t sent = -1;
+        int answered = parts != SIZE_MAX ? watch_outgoing(self, iov + 1, parts) : 0;
+        if (answered < 0)
+            return -1;
+        if (answered) {
+            flags |= ANSWERED;
+            done[count++] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
+            continue;
+        }
         if (parts == SIZE_MAX) {
             errno = EINVAL;
         } else if (tap) {
@@ -458,6 +488,8 @@ static int receive(NetObject *self, RingObject *ring, int limit, int64_t now)
                 return STARVED;
         }
         charge(self->receive_limits, length);
+        if (self->flows && flows_incoming(self->flows, frame + skip, length))
+            return -1;
         self->in_start += skip + length;
         if (self->in_start == self->in_end)
             self->in_start = self->in_end = 0;
@@ -494,7 +526,7 @@ static PyObject *answer(RingObject *ring, int flags)
 
 static PyObject *net_transmit(NetObject *self, PyObject *args)
 {
-    int limit, flags;
+    int limit, flags, answered = 0;
     long long now;
     RingObject *ring = ring_argument(args, &limit, &now);
     if (!ring)
@@ -504,12 +536,16 @@ static PyObject *net_transmit(NetObject *self, PyObject *args)
         flags = self->framing == FRAMING_STREAM ? transmit_stream(self, ring, limit, now)
                                                 : transmit_frames(self, ring, limit, now);
         limit -= BATCH;
+        if (flags < 0)
+            break;
+        answered |= flags & ANSWERED;
+        flags &= ~ANSWERED;
         if (flags == MORE && limit > 0)
             continue;
         if (flags || !ring_enable_notification(&ring->ring))
             break;
     }
-    return answer(ring, flags);
+    return answer(ring, flags < 0 ? flags : flags | answered);
 }
 
 static PyObject *net_receive(NetObject *self, PyObject *args)
@@ -545,6 +581,13 @@ static PyObject *net_limit(NetObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *net_watch(NetObject *self, PyObject *flows)
+{
+    if (flows_replace(&self->flows, flows))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd", "framing", NULL};
@@ -576,6 +619,7 @@ static void net_dealloc(NetObject *self)
     PyMem_Free(self->out);
     Py_XDECREF(self->transmit_limits);
     Py_XDECREF(self->receive_limits);
+    Py_XDECREF(self->flows);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -589,11 +633,12 @@ static PyObject *net_counter(NetObject *self, void *which)
 static PyMethodDef net_methods[] = {
     {"transmit", (PyCFunction)net_transmit, METH_VARARGS,
      "transmit(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone,\n"
-     "32 call again when there are tokens."},
+     "32 call again when there are tokens, 64 look for answers of what watches."},
     {"receive", (PyCFunction)net_receive, METH_VARARGS,
      "receive(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone, 32 call again\n"
      "when there are tokens."},
     {"limit", (PyCFunction)net_limit, METH_VARARGS, "limit(transmit, receive): what frames need tokens of, or None."},
+    {"watch", (PyCFunction)net_watch, METH_O, "watch(flows): what watches TCP connections, or None."},
     {"configure", (PyCFunction)net_configure, METH_VARARGS,
      "configure(mergeable, longest, features=0): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest`\n"
      "bytes are lost, and a tap's that need a checksum or segmentation offload which is not in `features`."},

@@ -13,13 +13,13 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from virtio.backends.image import ImageBlock
 from virtio.devices.net import NetDevice, random_mac
-from vmm.config import Config
+from vmm.config import Config, Net
 from vmm.errors import ConfigError, HostError, core_errors, os_reason
 from vmm.guest.identity import Identity
 from vmm.machine.memory import CopyOnWrite, Extent, GuestMemory
@@ -139,6 +139,11 @@ def _copy(backend: ImageBlock, files: list[int]) -> tuple[int, bytes]:
     return descriptor, bytes(backend.written)
 
 
+def nets_of_a_copy(config: Config) -> list[Net]:
+    """The network cards of a machine that runs beside its original, which keeps the ports of the host."""
+    return [replace(net, forward="") for net in config.nets]
+
+
 def new_identity(hostname: str, addresses: Sequence[bytes], fresh: Mapping[bytes, bytes]) -> Identity:
     """Who a copy is: this host name, a machine id of its own, and `fresh` addresses for the old ones."""
     identity = Identity(hostname, uuid.uuid4().hex, {old: fresh[old] for old in addresses})
@@ -163,6 +168,7 @@ async def fork(
             for index in range(count):
                 changes: dict[str, Any] = {"name": names[index] if names else "", "console": "none"}
                 changes |= {"vsock": None, "gdb": None}
+                changes |= {"nets": nets_of_a_copy(frozen.config)}
                 if seeds:
                     changes["seed"] = seeds[index]
                 config = Config.from_dict({**frozen.config.to_dict(), **changes})
