@@ -1,9 +1,10 @@
 /* A machine that is a copy of another becomes one of its own: it gets another state of its random numbers, another host
- * name, machine id and network addresses, and the right time. */
+ * name, machine id, boot id and network addresses, and the right time. */
 #include "sys.h"
 
 enum { CLOCK_REALTIME = 0, ENTROPY = 64, ADDRESS = 6, INTERFACES = 64, AF_INET = 2, SOCK_DGRAM = 2 };
 enum { SIOCGIFNAME = 0x8910, SIOCSIFHWADDR = 0x8924, SIOCGIFHWADDR = 0x8927 };
+enum { O_CREAT = 0100, O_TRUNC = 01000, MS_BIND = 4096, UUID_LINE = 37 };
 enum { RNDADDENTROPY = 0x40085203, RNDRESEEDCRNG = 0x5207 };
 struct request {
     char name[16];
@@ -43,6 +44,27 @@ static void rewrite(const char *path, const uint8_t *text, size_t length)
     SYS(__NR_close, file);
 }
 
+/* The kernel has one boot id for as long as it runs, and the original has it, too: another one is mounted over it. */
+static void change_boot_id(void)
+{
+    static const char *const places[] = {"/run/.boot_id", "/dev/.boot_id"};
+    char line[UUID_LINE];
+    long uuid = open_file("/proc/sys/kernel/random/uuid", O_RDONLY | O_CLOEXEC);
+    if (uuid < 0) return;
+    long got = SYS(__NR_read, uuid, line, UUID_LINE);
+    SYS(__NR_close, uuid);
+    for (int i = 0; got == UUID_LINE && i < 2; i++) {
+        long file = SYS(__NR_open, places[i], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
+        if (file < 0) continue;
+        long written = SYS(__NR_write, file, line, UUID_LINE), mounted = -1;
+        SYS(__NR_close, file);
+        if (written == UUID_LINE)
+            mounted = SYS(__NR_mount, places[i], "/proc/sys/kernel/random/boot_id", 0, MS_BIND, 0);
+        SYS(__NR_unlink, places[i]); /* the mount keeps it */
+        if (mounted >= 0) return;
+    }
+}
+
 /* The interface that has the address `old` gets the address `new`; its configuration stays. */
 static void change_address(const uint8_t *old, const uint8_t *new)
 {
@@ -78,7 +100,10 @@ int take_identity(const uint8_t *payload, uint32_t length)
         SYS(__NR_sethostname, texts[0], lengths[0]);
         rewrite("/etc/hostname", texts[0], lengths[0]);
     }
-    if (lengths[1]) rewrite("/etc/machine-id", texts[1], lengths[1]);
+    if (lengths[1]) { /* it runs beside the original */
+        rewrite("/etc/machine-id", texts[1], lengths[1]);
+        change_boot_id();
+    }
     for (; addresses; addresses--, p += 2 * ADDRESS) change_address(p, p + ADDRESS);
     return 1;
 }

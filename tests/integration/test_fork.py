@@ -19,7 +19,7 @@ from vmm.errors import ConfigError
 OPTIONS: dict[str, Any] = {"memory": "128M"}
 LOOK = (
     "hostname; cat /sys/class/net/eth0/address; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo;"
-    "cat /proc/sys/kernel/random/uuid; cat /etc/machine-id; date +%s; cat /kept"
+    "cat /proc/sys/kernel/random/uuid; cat /etc/machine-id; cat /proc/sys/kernel/random/boot_id; date +%s; cat /kept"
 )
 
 
@@ -38,24 +38,24 @@ async def test_copies_differ_in_who_they_are_and_in_nothing_else(linux: Any) -> 
         names = [f"clone-{os.getpid()}-{number}" for number in range(8)]  # nobody else's on this host
         copies = await vm.fork(8, names=names)
         seen = await asyncio.gather(*(look(copy) for copy in copies))
-        for position in range(5):
+        for position in range(6):
             values = [before[position], *(facts[position] for facts in seen)]
             assert len(set(values)) == len(values), values
         assert [facts[0] for facts in seen] == names
         for facts in seen:
-            assert re.fullmatch("[0-9a-f]{32}", facts[4]) and facts[6] == "kept"
-            assert abs(int(facts[5]) - time.time()) < 60
+            assert re.fullmatch("[0-9a-f]{32}", facts[4]) and facts[7] == "kept"
+            assert abs(int(facts[6]) - time.time()) < 60
         await copies[0].exec("sh", "-c", "echo other >/kept; sync", check=True)
-        assert (await look(copies[1]))[6] == "kept" and (await look(vm))[6] == "kept"
+        assert (await look(copies[1]))[7] == "kept" and (await look(vm))[7] == "kept"
         log = await copies[2].exec("dmesg", timeout=60)
         assert not re.search("BUG|WARNING|lockup|rcu.*stall|Oops", log.text), log.text
         again = await copies[0].fork()
         facts = await look(again[0])
-        assert facts[6] == "other" and facts[2] not in {line[2] for line in seen}
+        assert facts[7] == "other" and facts[2] not in {line[2] for line in seen}
         for copy in copies[3:]:
             await copy.aclose()
         after = await look(vm)
-        assert (after[0], after[1], after[4]) == (before[0], before[1], before[4])
+        assert (after[0], after[1], *after[4:6]) == (before[0], before[1], *before[4:6])
         cids = {copy.device("vsock").cid for copy in copies[:3]}  # type: ignore[attr-defined]
         assert len(cids) == 3
     assert all(copy.outcome is not None for copy in copies), "copies end with their original"
