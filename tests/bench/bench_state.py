@@ -3,10 +3,9 @@
 The guest is the linux image. Beside it QEMU TCG runs the same kernel and disk, and is saved in both ways that it has:
 `migrate` to a file, taken up by `-incoming`; and `savevm` into a qcow2 disk, taken up by `-loadvm`.
 
-A copy's memory is what the process grows by outside guest RAM for each copy (proportional set size, so what is shared
-counts once), and beside it the pages of RAM that a copy has for itself: those that it wrote. It is taken of COPIES
-further ones, so that what the original gives back as it gets company does not count, once as soon as all have
-answered, and once when all are at rest.
+The memory of a copy is what the process holds outside guest RAM with the original and its copies (proportional set
+size, so what is shared counts once) beyond what it held without any machine, for each of them: once as soon as all have
+answered, and once when all are at rest. Beside it the pages of RAM that a copy has for itself: those that it wrote.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ async def _measure(folder: Path) -> dict[str, Any]:
             await vm.snapshot(folder / f"busy{number}", progress=progress)
             still.append(progress.stood_still_ns / 1e6)
         found["busy"] = still
+    empty, _ = _memory()
     async with vmm.run("linux") as vm:
         await vm.exec("true", timeout=120)
         from vmm.state.fork import freeze
@@ -86,14 +86,10 @@ async def _measure(folder: Path) -> dict[str, Any]:
         copies = await vm.fork(COPIES)
         await asyncio.gather(*(copy.exec("true", timeout=120) for copy in copies))
         found["copies"] = time.monotonic() - began
-        before, written = await _at_rest(vm, *copies)
-        more = await vm.fork(COPIES)
-        await asyncio.gather(*(copy.exec("true", timeout=120) for copy in more))
-        found["copy at work"] = (_memory(vm, *copies, *more)[0] - before) / COPIES / (1 << 20)
-        after, all_written = await _at_rest(vm, *copies, *more)
-        found["copy"] = (after - before) / COPIES / (1 << 20)
-        found["written"] = (all_written - written) / COPIES / (1 << 20)
-        copies += more
+        found["copy at work"] = (_memory(vm, *copies)[0] - empty) / (COPIES + 1) / (1 << 20)
+        after, written = await _at_rest(vm, *copies)
+        found["copy"] = (after - empty) / (COPIES + 1) / (1 << 20)
+        found["written"] = (written - _memory(vm)[1]) / COPIES / (1 << 20)
         async with AsyncExitStack() as stack:
             for copy in copies:
                 stack.push_async_callback(copy.aclose)

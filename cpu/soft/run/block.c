@@ -4,7 +4,7 @@
  * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
  * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
  * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back.
- * After a while of sleep it keeps no more than its part of ARENA_RESTING, so that many VMs at rest take little (python
+ * After a while of sleep it keeps no more than its part of a quarter of that, so that many VMs at rest take little (python
  * -m tests.bench many, state). One with a virtual clock has all for itself: when blocks are made anew decides where turns
  * end, and that must not depend on who else is there.
  * Links only join blocks of the same page, and a page's blocks die together.
@@ -20,7 +20,8 @@
 enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
 enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
-enum { ARENA_SIZE = 64 << 20, ARENA_RESTING = ARENA_SIZE / 2, HUGE = 2 << 20 };
+enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
+enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
 enum { SHARERS_MAX = 6, RESTERS_MAX = 32 }; /* with more VMs a part is no smaller than with so many */
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
@@ -138,7 +139,7 @@ size_t soft_share(size_t whole, bool shares)
 size_t soft_resting_share(size_t whole, bool shares)
 {
     uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
-    return n <= 1 ? whole : part(whole / 2, n < RESTERS_MAX ? n : RESTERS_MAX);
+    return n <= 1 ? whole : part(whole / RESTING, n < RESTERS_MAX ? n : RESTERS_MAX);
 }
 
 void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice)
