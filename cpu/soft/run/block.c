@@ -147,7 +147,8 @@ void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, i
     if (used > *touched)
         *touched = used;
     if (*touched > share) {
-        madvise(base + share, *touched - share, advice);
+        size_t end = (*touched + HUGE - 1) & ~(size_t)(HUGE - 1); /* whole huge pages: see part() */
+        madvise(base + share, end - share, advice);
         *touched = share;
     }
 }
