@@ -115,11 +115,8 @@ async def network_is_persistent(call: Call, net: NetworkRef) -> int:
 
 @calls.query(45, "network_get_bridge_name", "net:network", "name:string")
 async def network_get_bridge_name(call: Call, net: NetworkRef) -> str:
-    network = _network(call, net)
-    if not network.spec.bridge:
-        text = f"network '{network.name}' does not have a bridge name."
-        raise LibvirtError(Code.INTERNAL_ERROR, text, From.NETWORK)
-    return network.spec.bridge
+    # "" for user networking: an error, which libvirtd answers with, would end Ansible's facts about all networks.
+    return _network(call, net).spec.bridge
 
 
 class LeaseAnswer(NamedTuple):

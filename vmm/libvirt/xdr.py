@@ -174,7 +174,8 @@ class Array:
 
 
 class Optional:
-    """Optional data (RFC 4506, 4.19): None, or a value."""
+    """Optional data (RFC 4506, 4.19): None, or a value. Any number but 0 says that one follows, as libvirtd takes it:
+    go-libvirt, and so Terraform's provider, sends 0x01000000."""
 
     smallest = 4
 
@@ -182,10 +183,7 @@ class Optional:
         self._item = item
 
     def read(self, cursor: Cursor) -> Any:
-        present = UINT.read(cursor)
-        if present > 1:
-            raise XdrError(f"{present} where 0 or 1 says whether a value follows")
-        return self._item.read(cursor) if present else None
+        return self._item.read(cursor) if UINT.read(cursor) else None
 
     def write(self, out: bytearray, value: Any) -> None:
         UINT.write(out, 0 if value is None else 1)
