@@ -44,7 +44,7 @@ async def output(folder: Path, name: str, direct: Any) -> tuple[str, dict[str, i
     shares = [Share(path=folder, mount="/work", readonly=True)]
     options: dict[str, Any] = {"core": "soft", "nets": [], "memory": "256M", "shares": shares, "direct": direct}
     async with vmm.run("linux", **options) as machine:
-        result = await machine.exec("/work/programs", name, timeout=60 * PATIENCE, check=True)
+        result = await machine.exec("/work/programs", name, timeout=240 * PATIENCE, check=True)
         return result.text, machine.stats()
 
 
@@ -74,15 +74,18 @@ async def test_on_says_what_it_cannot(linux: Any, options: dict[str, Any], words
 async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None) -> None:
     """To share memory with a copy it is taken from the runners; what a program computed natively goes on in both."""
     script = "i=0; while :; do i=$((i+1)); echo $i >/tmp/count; done"
-    read = "a=$(cat /tmp/count); while b=$(cat /tmp/count); [ ${b:-0} -le ${a:-0} ]; do :; done; echo $a $b"
+    read = (
+        'r() { while c=$(cat /tmp/count); [ -z "$c" ]; do :; done; echo $c; }; '
+        "a=$(r); while b=$(r); [ $b -le $a ]; do :; done; echo $a $b"
+    )
     async with vmm.run("linux", core="soft", direct="on", nets=[], memory="256M") as machine:
-        await machine.exec("sh", "-c", f"({script}) >/dev/null 2>&1 &", timeout=60 * PATIENCE, check=True)
-        first = (await machine.exec("sh", "-c", read, timeout=60 * PATIENCE, check=True)).text.split()
+        await machine.exec("sh", "-c", f"({script}) >/dev/null 2>&1 &", timeout=240 * PATIENCE, check=True)
+        first = (await machine.exec("sh", "-c", read, timeout=240 * PATIENCE, check=True)).text.split()
         assert machine.stats()["native-stops"] > 0
         (copy,) = await machine.fork()
         stops = machine.stats()["native-stops"]
         for one in (machine, copy):
-            later = (await one.exec("sh", "-c", read, timeout=60 * PATIENCE, check=True)).text.split()
+            later = (await one.exec("sh", "-c", read, timeout=240 * PATIENCE, check=True)).text.split()
             assert int(later[1]) > int(later[0]) >= int(first[1])
         assert machine.stats()["native-stops"] == stops
         assert copy.stats()["native-stops"] == 0
