@@ -80,7 +80,7 @@ def noticed(program: Path, check: str, folder: Path) -> bool:
         command = [program, "dma_into_code", "4"]
         wanted, status = None, 0
     elif check == "soft_litmus":
-        command = [program, "100000"]
+        command = [program, "50000", "1"]
         wanted, status = None, 0
     else:
         command = [program, "--memory", "64", "--timeout", str(SECONDS), "--cpus", str(CPUS.get(check, 1)), "--bios",
