@@ -83,7 +83,7 @@ def test_versions_n_and_before_are_spoken() -> None:
     st.integers(1, 8),
     st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_pages_arrive_as_they_were(
     first: list[bytes], then: list[bytes], chosen: int, room: int, table: int, keep: bool
 ) -> None:

@@ -169,7 +169,7 @@ def test_a_machine_that_ends_while_it_is_asked_is_not_listed(
     assert capsys.readouterr().out == "[]\n"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), st.text() | st.integers() | st.floats(-1e300, 1e300) | st.lists(st.text())))
 def test_information_is_json(info: dict[str, object]) -> None:
     assert json.loads(registry._json(info)) == info
