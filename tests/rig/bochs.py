@@ -67,7 +67,9 @@ $b ip link set lo up
 ls -l /dev/kvm
 cd {checkout}
 {command}
-echo "status $?" >/dev/ttyS1
+status=$?
+$b sleep 5 # the console's last lines leave
+echo "status $status" >/dev/ttyS1
 $b sync
 $b poweroff -f
 """
