@@ -32,7 +32,7 @@ class Fetching:
         self.listen = listen
         memory = vm.machine.memory
         if not isinstance(memory.source, Anonymous) or memory.source.hugepages:
-            raise HostError("post-copy: only memory of the process itself can follow; leave hugepages out")
+            raise HostError("post-copy: only memory of the process itself can follow; leave hugepages and direct out")
         self.absent = memory.expect(kernel=vm.core == "kvm")
         self.needed = False
         """The machine cannot do without its source."""

@@ -32,4 +32,6 @@ def test_pages_come_while_they_are_touched(tmp_path: Path, sanitizer: str) -> No
         )  # fmt: skip
         if done.returncode == 77:
             pytest.skip(done.stdout)
+        if "unexpected memory mapping" in done.stderr:  # more random addresses than the sanitizer's library knows
+            pytest.skip(done.stderr.splitlines()[0])
         assert not done.returncode and "every byte right" in done.stdout, done.stdout + done.stderr
