@@ -67,7 +67,7 @@ async def in_guest(direct: Any) -> dict[str, tuple[float, float, str]]:
             before, native, begin = used(), machine.stats()["native-ns"], time.monotonic()
             result = await machine.exec(*command, timeout=600)
             seconds = used() - before + (machine.stats()["native-ns"] - native) / 1e9
-            found[name] = seconds, time.monotonic() - begin, result.text
+            found[name] = seconds, time.monotonic() - begin, result.text.strip()
     return found
 
 
@@ -78,7 +78,7 @@ def on_host() -> dict[str, tuple[float, float, str]]:
         text = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False).stdout
         after = os.times()
         seconds = after.children_user + after.children_system - before.children_user - before.children_system
-        found[name] = seconds, time.monotonic() - begin, text
+        found[name] = seconds, time.monotonic() - begin, text.strip()
     return found
 
 
