@@ -99,7 +99,9 @@ def test_missing_invalidation_is_noticed(tmp_path: Path, mutant: str, hot: bool)
     check, source, old, new = MUTANTS[mutant]
     name = check if check in ("soft_api", "soft_litmus") else "soft_boot"
     program = soft_programs.build_mutant(name, source, old, new, tmp_path, hot=hot)
-    assert noticed(program, check, tmp_path)
+    # On a busy host the threads of a litmus program may never run at the same time, so it gets several tries.
+    tries = 10 if check == "soft_litmus" else 1
+    assert any(noticed(program, check, tmp_path) for _ in range(tries))
 
 
 @pytest.mark.parametrize("hot", [False, True], ids=["interpreted", "translated"])
