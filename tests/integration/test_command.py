@@ -223,7 +223,7 @@ def test_no_permission(tmp_path: Path) -> None:
     # What nobody may not read afterwards, if this Python stands in somebody's home.
     early = (
         "cli.errors", "cli.foreground", "cli.main", "cli.run", "concurrent.futures.thread", "cpu.kvm.probe",
-        "cpu.kvm.system", "images.catalog", "uvloop", "vmm.management.control",
+        "cpu.kvm.system", "images.catalog", "shutil", "uvloop", "vmm.management.control",
     )  # fmt: skip
 
     def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:

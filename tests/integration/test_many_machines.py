@@ -145,8 +145,8 @@ async def test_reboot_in_place_on_a_real_core(core: str) -> None:
 @pytest.mark.debian
 @pytest.mark.slow
 def test_a_further_linux_guest_takes_little_beyond_its_own_memory(linux: object) -> None:
-    """Of twenty machines in one process four are Linux guests or one is: each answers a command, and the three more
-    take at most 8 MiB each beyond guest memory."""
+    """Of twenty machines in one process four are Linux guests or one is: each answers a command, and when they have
+    nothing to do, the three more take at most 8 MiB each beyond guest memory."""
     one, four = bench_many.in_fresh_process(1, "soft", 19), bench_many.in_fresh_process(4, "soft", 16)
     assert (bench_many.beyond(four) - bench_many.beyond(one)) / 3 <= 8 << 20, (one, four)
 
