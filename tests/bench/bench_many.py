@@ -2,9 +2,9 @@
 guest takes of the process's memory beyond its own.
 
 Memory is what smaps names resident when the guests have nothing to do, without the mappings of guest memory (the
-guests' own pages, which are reported by themselves). What a process maps twice (memory for translated code) counts once. The
-first guest pays for what all share (Python, the cores' code), so the figure is the difference between twenty guests and
-one, divided by nineteen.
+guests' own pages, which are reported by themselves). What a process maps twice (memory for translated code) counts
+once. The first guest pays for what all share (Python, the cores' code), so the figure is the difference between
+twenty guests and one, divided by nineteen.
 Everything runs in a fresh process.
 """
 
