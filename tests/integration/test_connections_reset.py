@@ -66,7 +66,7 @@ async def test_every_connection_hears_of_its_end(stock_core: str, far: Namespace
     on, and after a restore."""
     await far.listen(7000, "socat", "TCP6-LISTEN:7000,ipv6only=0,fork,reuseaddr", "SYSTEM:echo hello; cat")
     net = Net(kind="user", forward="7001:7001")
-    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=5 * SECONDS) as vm:
         await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
         await sh(vm, "until ip -6 addr show eth0 | grep -q 'global'; do sleep 0.1; done")
         for name, address in (("four", FAR[0]), ("six", FAR[1])):
