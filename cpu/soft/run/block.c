@@ -22,7 +22,7 @@ enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay th
 enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
 enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
-enum { SHARERS_MAX = 6, RESTERS_MAX = 32 }; /* with more VMs a part is no smaller than with so many */
+enum { SHARERS_MAX = 20, RESTERS_MAX = 32 }; /* with more VMs a part is no smaller than with so many */
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
