@@ -3,6 +3,7 @@
  * every other vCPU stands still, since hosts make a split lock slow or forbid it. An access that the caller answers is a
  * read and then a write, as on any bridge.
  */
+#include "soft/interp/cmpxchg.h"
 #include "soft/mmu/access.h"
 #include "soft/ops/helpers.h"
 #include "soft/ops/operations.h"
@@ -202,20 +203,10 @@ HELPER(h_lock_cmpxchg)
     if (a != old)
         set_reg(c, RAX * 8, u->size, old);
 }
-static inline void set_zf_only(struct soft_vcpu *c, bool zf)
-{
-    uint32_t f = flags_arith(c) & ~F_ZF;
-    flags_set_arith(c, zf ? f | F_ZF : f);
-}
 HELPER(h_lock_cmpxchg8b)
 {
-    uint64_t a = (uint64_t)REG32(RDX * 8) << 32 | REG32(RAX * 8);
-    uint64_t old = compare_exchange(c, c->tmp[0], 8, a, (uint64_t)REG32(RCX * 8) << 32 | REG32(RBX * 8));
-    set_zf_only(c, old == a);
-    if (old != a) {
-        SET32(RAX * 8, old);
-        SET32(RDX * 8, old >> 32);
-    }
+    uint64_t a = edx_eax(c);
+    end_cmpxchg8b(c, a, compare_exchange(c, c->tmp[0], 8, a, ecx_ebx(c)));
 }
 HELPER(h_lock_cmpxchg16b)
 {
@@ -231,15 +222,7 @@ HELPER(h_lock_cmpxchg16b)
                          : "memory");
         soft_unlock(c, &l);
     } else { /* the caller's, or watched by a debugger */
-        low = load(c, at, 8);
-        high = load(c, at + 8, 8);
-        equal = low == c->gpr[RAX] && high == c->gpr[RDX];
-        store(c, at, 8, equal ? c->gpr[RBX] : low);
-        store(c, at + 8, 8, equal ? c->gpr[RCX] : high);
+        equal = compare_pair(c, at, &low, &high);
     }
-    set_zf_only(c, equal);
-    if (!equal) {
-        c->gpr[RAX] = low;
-        c->gpr[RDX] = high;
-    }
+    end_cmpxchg16b(c, equal, low, high);
 }

@@ -1,5 +1,6 @@
 /* The micro-ops that call helpers; bit operations, compare-and-exchange, decimal arithmetic, CRC32, CPUID and time. */
 #include "soft/mmu/access.h"
+#include "soft/interp/cmpxchg.h"
 #include "soft/interp/exec.h"
 #include "soft/ops/helpers.h"
 
@@ -77,11 +78,6 @@ HELPER(h_bt_m)
     }
     flags_set_co(c, v >> bit & 1, flag_of(c));
 }
-static inline void set_zf_only(struct soft_vcpu *c, bool zf)
-{
-    uint32_t f = flags_arith(c) & ~F_ZF;
-    flags_set_arith(c, zf ? f | F_ZF : f);
-}
 HELPER(h_crc32)
 {
     uint32_t crc = REG32(u->r0);
@@ -133,29 +129,18 @@ HELPER(h_cmpxchg8b)
 {
     uint64_t at = c->tmp[0];
     soft_probe_write(c, at, 8);
-    uint64_t old = load(c, at, 8), a = (uint64_t)REG32(RDX * 8) << 32 | REG32(RAX * 8);
-    store(c, at, 8, old == a ? (uint64_t)REG32(RCX * 8) << 32 | REG32(RBX * 8) : old);
-    set_zf_only(c, old == a);
-    if (old != a) {
-        SET32(RAX * 8, old);
-        SET32(RDX * 8, old >> 32);
-    }
+    uint64_t old = load(c, at, 8), a = edx_eax(c);
+    store(c, at, 8, old == a ? ecx_ebx(c) : old);
+    end_cmpxchg8b(c, a, old);
 }
 HELPER(h_cmpxchg16b)
 {
-    uint64_t at = c->tmp[0];
+    uint64_t at = c->tmp[0], low, high;
     if (at & 15)
         soft_raise_error(c, VEC_GP, 0);
     soft_probe_write(c, at, 16);
-    uint64_t low = load(c, at, 8), high = load(c, at + 8, 8);
-    bool equal = low == c->gpr[RAX] && high == c->gpr[RDX];
-    store(c, at, 8, equal ? c->gpr[RBX] : low);
-    store(c, at + 8, 8, equal ? c->gpr[RCX] : high);
-    set_zf_only(c, equal);
-    if (!equal) {
-        c->gpr[RAX] = low;
-        c->gpr[RDX] = high;
-    }
+    bool equal = compare_pair(c, at, &low, &high);
+    end_cmpxchg16b(c, equal, low, high);
 }
 HELPER(h_xlat)
 {
