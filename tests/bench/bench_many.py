@@ -21,6 +21,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import vmm
+from tests.bench.settled import settled
 from vmm.vm import VirtualMachine
 
 GUESTS = 20
@@ -66,17 +67,6 @@ def resident(machines: list[VirtualMachine]) -> Counter[str]:
     return found
 
 
-async def at_rest(machines: list[VirtualMachine]) -> Counter[str]:
-    """What is resident when the machines have slept and given back memory for code: when two seconds took less than a
-    MiB away."""
-    found = resident(machines)
-    while True:
-        await asyncio.sleep(2)
-        before, found = found, resident(machines)
-        if before.total() - before["guest"] - found.total() + found["guest"] < MIB:
-            return found
-
-
 async def measure(count: int, core: str, tiny: int) -> dict[str, object]:
     """Start `count` Linux guests at once beside `tiny` small ones, let each answer; then look."""
     loop = asyncio.get_running_loop()
@@ -97,7 +87,7 @@ async def measure(count: int, core: str, tiny: int) -> dict[str, object]:
         await asyncio.gather(*(machine.exec("true", timeout=600) for machine in machines))
         again = loop.time() - again
         working = resident(machines)
-        found = await at_rest(machines)
+        found = await settled(lambda: resident(machines), lambda found: found.total() - found["guest"])
         return {"seconds": seconds, "again": again, "resident": dict(found), "working": dict(working)}
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import uvloop
 
 import vmm
+from tests.bench.settled import settled
 from tests.support import pss
 from vmm.state.taking import SnapshotProgress
 
@@ -87,7 +88,7 @@ async def _measure(folder: Path) -> dict[str, Any]:
         await asyncio.gather(*(copy.exec("true", timeout=120) for copy in copies))
         found["copies"] = time.monotonic() - began
         found["copy at work"] = (_memory(vm, *copies)[0] - empty) / (COPIES + 1) / (1 << 20)
-        after, written = await _at_rest(vm, *copies)
+        after, written = await settled(lambda: _memory(vm, *copies), lambda found: found[0])
         found["copy"] = (after - empty) / (COPIES + 1) / (1 << 20)
         found["written"] = (written - _memory(vm)[1]) / COPIES / (1 << 20)
         async with AsyncExitStack() as stack:
@@ -103,17 +104,6 @@ def _memory(*machines: vmm.VirtualMachine) -> tuple[int, int]:
     starts = [pss.address(view) for view in regions]
     spans = [(start, start + len(view)) for start, view in zip(starts, regions, strict=True)]
     return pss.split(pss.mappings(), spans)
-
-
-async def _at_rest(*machines: vmm.VirtualMachine) -> tuple[int, int]:
-    """_memory() when it has not become less for a second."""
-    least, since = _memory(*machines), time.monotonic()
-    while time.monotonic() - since < 1:
-        await asyncio.sleep(0.2)
-        now = _memory(*machines)
-        if now[0] < least[0]:
-            least, since = now, time.monotonic()
-    return _memory(*machines)
 
 
 def _warm() -> tuple[list[float], list[float]]:
