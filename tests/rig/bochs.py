@@ -25,7 +25,7 @@ from pathlib import Path
 from images import catalog
 from images.errors import ImageError
 from tests.rig import tree
-from tests.rig.guest import Guest, build
+from tests.rig.guest import INIT_BEGIN, Guest, build
 from tests.support import bochs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +41,7 @@ ROOT_AT = 2048
 """The sector where the file system begins; the boot loader is before it."""
 NO_RESULT, TIMED_OUT = 125, 124
 
-INIT = """#!/bin/busybox sh
-b=/bin/busybox
-$b mount -t proc proc /proc
-$b mount -t sysfs sys /sys
-$b mount -t devtmpfs dev /dev
-while read module arguments; do
-    $b insmod $module $arguments || echo "rig: cannot load $module"
-done < /etc/modules
-while ! $b test -b /dev/sda1; do $b sleep 1; done
+INIT = INIT_BEGIN + """while ! $b test -b /dev/sda1; do $b sleep 1; done
 $b mkdir -p /root
 $b mount -t ext4 /dev/sda1 /root || echo "rig: no root"
 for name in proc sys dev; do $b mount --move /$name /root/$name; done

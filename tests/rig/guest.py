@@ -19,7 +19,7 @@ ARGUMENTS = {"kvm_amd": "vgif=0 vls=0"}
 # guest's XCR0 and tells a wrong size of the XSAVE area. A guest kernel notices, warns and uses FXSAVE. A test that
 # compares kernel messages takes XSAVE away on both sides.
 
-INIT = """#!/bin/busybox sh
+INIT_BEGIN = """#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
@@ -27,7 +27,9 @@ $b mount -t devtmpfs dev /dev
 while read module arguments; do
     $b insmod $module $arguments || echo "rig: cannot load $module"
 done < /etc/modules
-$b mkdir -p /host
+"""
+"""How the first program of each rig begins: the kernel's file systems, then its modules."""
+INIT = INIT_BEGIN + """$b mkdir -p /host
 $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /host || echo "rig: no host files"
 command=$($b cat /sys/firmware/qemu_fw_cfg/by_name/opt/rig/command/raw)
 for name in proc sys dev; do $b mount --move /$name /host/$name; done
