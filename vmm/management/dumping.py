@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ET_CORE, EM_X86_64, PT_LOAD, PT_NOTE, NT_PRSTATUS = 4, 62, 1, 4, 1
 READ_WRITE_EXECUTE = 7
-CHUNK = 1 << 20
 BLOCK = 64 << 10
 """Bytes that are a hole in the file if they are all zero."""
 _HEADER = struct.Struct("<4sBBBBB7xHHIQQQIHHHHHH")

@@ -12,7 +12,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -304,8 +304,10 @@ class SyncSandbox:
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        with self._stopping():
+        try:
             self._await(self._made.__aexit__(*failure))
+        finally:
+            self._stop()
 
     def run(self, *arguments: Text, **options: Any) -> RunResult:
         """As Sandbox.run, to its end. StateError outside of the block."""
@@ -321,13 +323,6 @@ class SyncSandbox:
         except BaseException:
             future.cancel()
             raise
-
-    @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._stop()
 
     def _stop(self) -> None:
         assert self._loop is not None and self._thread is not None

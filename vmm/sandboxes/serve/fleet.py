@@ -150,7 +150,7 @@ class Fleet:
     async def pause_all(self) -> None:
         """Put down whatever runs, for the next server; what cannot be is ended by aclose()."""
         self.draining = True
-        await asyncio.gather(*(quietly(self._pause(hosted)) for hosted in self.list() if hosted.phase == "running"))
+        await asyncio.gather(*(quietly(self.pause(hosted)) for hosted in self.list() if hosted.phase == "running"))
 
     # Finding.
 
@@ -309,7 +309,7 @@ class Fleet:
 
     async def _pause_or_end(self, hosted: Hosted) -> None:
         try:
-            await self._pause(hosted)
+            await self.pause(hosted)
         except VmmError:
             await self.kill(hosted)
 
@@ -320,9 +320,6 @@ class Fleet:
 
     async def pause(self, hosted: Hosted) -> None:
         """StateError if it is paused already; VmmError: it runs on."""
-        await self._pause(hosted)
-
-    async def _pause(self, hosted: Hosted) -> None:
         async with hosted.lock:
             if hosted.phase != "running":
                 raise WrongPhase(f"the sandbox {hosted.sheet.id} is {hosted.phase}")

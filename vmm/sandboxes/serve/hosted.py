@@ -87,11 +87,6 @@ class Hosted:
             raise StateError(f"the sandbox {self.sheet.id} was not found: it does not run")
         return self._vm
 
-    @property
-    def folder(self) -> Path:
-        """Where it is while it is paused."""
-        return self._folder
-
     async def open(self, opening: Opening) -> None:
         """Enter the machine. Raises what that raises."""
         entered: asyncio.Future[VirtualMachine] = asyncio.get_running_loop().create_future()

@@ -21,7 +21,7 @@ from vmm.errors import ConfigError, HostError, os_reason
 from vmm.sandboxes.serve.control import application
 from vmm.sandboxes.serve.edge import Edge
 from vmm.sandboxes.serve.fleet import Fleet, FleetSettings
-from vmm.sandboxes.serve.tokens import Tenant, Tokens
+from vmm.sandboxes.serve.tokens import Tokens
 
 HEAD_SECONDS = 20.0
 """How long a client may take for the head of a request."""
@@ -97,8 +97,6 @@ class SandboxServer:
         self._tokens = settings.tokens or Tokens(None)
         self._socket: socket.socket | None = None
         self.fleet = Fleet(settings.fleet)
-        self._server: _Uvicorn | None = None
-        self._edge: Edge | None = None
         self._stopping = asyncio.Event()
         self.host, self.port = settings.host, settings.port
         """Where it listens, once entered."""
@@ -135,9 +133,9 @@ class SandboxServer:
         """Until stop(); then requests under way end, and what runs is paused."""
         domain = self._settings.domain or f"localhost:{self.port}"
         control = application(self.fleet, self._tokens, domain)
-        self._edge = Edge(self.fleet, control, self._tenant)
+        edge = Edge(self.fleet, control, self._tokens.by_name)
         config = uvicorn.Config(
-            self._edge,
+            edge,
             loop="none",
             http=_Protocol,
             ws="websockets-sansio",
@@ -150,30 +148,26 @@ class SandboxServer:
             timeout_graceful_shutdown=1,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client may not fill the log
-        self._server = _Uvicorn(config)
+        server = _Uvicorn(config)
         assert self._socket is not None
-        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
+        serving = asyncio.create_task(server.serve(sockets=[self._socket]), name="http")
         stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
-                await self._drain()
+                await self._drain(edge)
         finally:
             stopping.cancel()
-            self._server.should_exit = True
+            server.should_exit = True
             await asyncio.gather(serving, return_exceptions=True)
 
-    async def _drain(self) -> None:
+    async def _drain(self, edge: Edge) -> None:
         """Nothing new is taken on; what is under way gets its time; then sandboxes are paused."""
         self.fleet.draining = True
-        assert self._edge is not None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain):
-                await self._edge.idle.wait()
+                await edge.idle.wait()
         await self.fleet.pause_all()
-
-    def _tenant(self, name: str) -> Tenant:
-        return self._tokens.by_name(name)
 
 
 def _is_loopback(host: str) -> bool:
@@ -183,5 +177,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
