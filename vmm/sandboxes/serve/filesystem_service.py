@@ -16,7 +16,7 @@ from connectrpc.errors import ConnectError
 from vmm.errors import VmmError
 from vmm.guest.tools import GuestEntry, GuestTools
 from vmm.sandboxes.serve.hosted import Hosted
-from vmm.sandboxes.serve.rpc import Service, hosted, keepalive_of, user_of
+from vmm.sandboxes.serve.rpc import Service, hosted, keepalive_of, seconds_of, user_of
 from vmm.sandboxes.serve.schema import FILESYSTEM_ENUMS
 from vmm.sandboxes.serve.schema import filesystem as messages
 
@@ -100,7 +100,7 @@ def _event(root: str, kind: str, entry: GuestEntry, with_entry: bool) -> Any:
 
 async def _watch_dir(request: Any, context: Any) -> AsyncIterator[Any]:
     answer, keepalive = messages["WatchDirResponse"], keepalive_of(context.request_headers)
-    seconds = context.timeout_ms / 1000 if context.timeout_ms else None
+    seconds = seconds_of(context)
     source = _tools(context).watch(request.path, request.recursive)
     root = ""
     pending: asyncio.Task[Any] | None = None

@@ -12,7 +12,7 @@ from connectrpc.errors import ConnectError
 
 from vmm.sandboxes.serve.fleet import SHELL
 from vmm.sandboxes.serve.programs import Program, ProgramEnd, ProgramLine, ProgramOutput, events
-from vmm.sandboxes.serve.rpc import Service, hosted, keepalive_of, user_of
+from vmm.sandboxes.serve.rpc import Service, hosted, keepalive_of, seconds_of, user_of
 from vmm.sandboxes.serve.schema import process as messages
 
 MAX_SIDE = 1 << 16
@@ -51,30 +51,21 @@ async def _start(request: Any, context: Any) -> AsyncIterator[Any]:
     program = await box.programs.start(line, user=user, terminal=terminal)
     if terminal is None and not request.stdin:
         await program.process.close_stdin()
-    seconds = context.timeout_ms / 1000 if context.timeout_ms else None
-    if seconds is not None:
+    if (seconds := seconds_of(context)) is not None:
         program.limit(seconds)
-    try:
-        async for event in _follow(program, context, seconds):
-            yield messages["StartResponse"](event=event)
-    except TimeoutError:
-        raise ConnectError(Code.DEADLINE_EXCEEDED, f"the process did not end within {seconds:g} s") from None
+    async for event in _follow(program, context):
+        yield messages["StartResponse"](event=event)
 
 
 async def _connect(request: Any, context: Any) -> AsyncIterator[Any]:
-    program = _selected(request.process)
-    seconds = context.timeout_ms / 1000 if context.timeout_ms else None
-    try:
-        async for event in _follow(program, context, seconds):
-            yield messages["ConnectResponse"](event=event)
-    except TimeoutError:
-        raise ConnectError(Code.DEADLINE_EXCEEDED, f"the process did not end within {seconds:g} s") from None
+    async for event in _follow(_selected(request.process), context):
+        yield messages["ConnectResponse"](event=event)
 
 
-async def _follow(program: Program, context: Any, seconds: float | None) -> AsyncIterator[Any]:
-    """The events of a process, from its number to its end. TimeoutError after so many seconds."""
-    event_of, loop = messages["ProcessEvent"], asyncio.get_running_loop()
-    deadline = None if seconds is None else loop.time() + seconds
+async def _follow(program: Program, context: Any) -> AsyncIterator[Any]:
+    """The events of a process, from its number to its end. ConnectError when the caller's time is over."""
+    event_of, seconds = messages["ProcessEvent"], seconds_of(context)
+    deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
     keepalive = keepalive_of(context.request_headers)
     listener = program.listen()
     source = events(listener, keepalive)
@@ -90,6 +81,8 @@ async def _follow(program: Program, context: Any, seconds: float | None) -> Asyn
             else:
                 yield event_of(end=_end(event))
                 return
+    except TimeoutError:
+        raise ConnectError(Code.DEADLINE_EXCEEDED, f"the process did not end within {seconds:g} s") from None
     finally:
         program.unlisten(listener)
         await source.aclose()  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import asyncio
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from cpu.values import dataclass
@@ -226,18 +227,7 @@ class Programs:
 
     def describe(self) -> list[dict[str, Any]]:
         """For rejoin()."""
-        return [
-            {
-                "number": program.number,
-                "command": program.line.command,
-                "arguments": list(program.line.arguments),
-                "env": dict(program.line.env),
-                "cwd": program.line.cwd,
-                "tag": program.line.tag,
-                "terminal": program.line.terminal,
-            }
-            for program in self._running.values()
-        ]
+        return [{"number": program.number, **asdict(program.line)} for program in self._running.values()]
 
     async def rejoin(self, described: list[dict[str, Any]]) -> None:
         """Go on with the programs of a sandbox that was paused; one that is gone is left out."""
@@ -245,13 +235,14 @@ class Programs:
 
     async def _rejoin(self, described: dict[str, Any]) -> None:
         assert self._vm is not None
-        values = {name: value for name, value in described.items() if name != "number"}
+        values = dict(described)
+        number = int(values.pop("number"))
         values["arguments"] = tuple(values["arguments"])
         try:
-            process = await self._vm.agent.rejoin(int(described["number"]))
+            process = await self._vm.agent.rejoin(number)
         except GuestError:
             return
-        self._add(Program(int(described["number"]), ProgramLine(**values), process))
+        self._add(Program(number, ProgramLine(**values), process))
 
     async def aclose(self) -> None:
         """The machine is gone, or goes: listeners hear that."""

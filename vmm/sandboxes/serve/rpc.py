@@ -73,6 +73,11 @@ def keepalive_of(headers: Mapping[str, str]) -> float:
     return min(KEEPALIVE_SECONDS, max(1.0, float(text))) if text.isdigit() and len(text) < 9 else KEEPALIVE_SECONDS
 
 
+def seconds_of(context: Any) -> float | None:
+    """How long a caller waits for a call to end; None: without end."""
+    return context.timeout_ms / 1000 if context.timeout_ms else None
+
+
 def told(error: VmmError) -> ConnectError:
     """As a client hears it."""
     text = str(error)
