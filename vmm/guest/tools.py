@@ -8,7 +8,7 @@ import errno
 import os
 import posixpath
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cpu.values import dataclass
@@ -67,25 +67,18 @@ class GuestMeasure:
 
 def _take_entry(data: bytes, at: int) -> tuple[GuestEntry, int] | None:
     """The entry that begins at `at` and where it ends; None: it is not whole yet."""
-    begin = at + _ENTRY.size
-    ends: list[int] = []
-    position = begin
+    begin = position = at + _ENTRY.size
     for _ in range(4):
         end = data.find(b"\0", position, position + 2 * MAX_PATH)
         if end < 0:
             if len(data) - position > 2 * MAX_PATH:
                 raise GuestError("the guest sent a name without an end")
             return None
-        ends.append(end)
         position = end + 1
     mode, target, _uid, _gid, size, mtime = _ENTRY.unpack_from(data, at)
-    names = [os.fsdecode(part) for part in (data[begin : ends[0]], *(data[a + 1 : b] for a, b in _pairs(ends)))]
-    path = posixpath.normpath("/" + names[0].lstrip("/"))
-    return GuestEntry(path, mode, target, min(size, 1 << 62), mtime, names[1], names[2], names[3]), position
-
-
-def _pairs(ends: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(ends, ends[1:], strict=False))
+    path, link, owner, group = (os.fsdecode(part) for part in data[begin : position - 1].split(b"\0"))
+    path = posixpath.normpath("/" + path.lstrip("/"))
+    return GuestEntry(path, mode, target, min(size, 1 << 62), mtime, link, owner, group), position
 
 
 def _entries(data: bytes) -> list[GuestEntry]:
@@ -97,6 +90,13 @@ def _entries(data: bytes) -> list[GuestEntry]:
         found.append(taken[0])
         at = taken[1]
     return found
+
+
+def _only_entry(data: bytes) -> GuestEntry:
+    found = _entries(data)
+    if len(found) != 1:
+        raise GuestError("the guest sent something else than an entry")
+    return found[0]
 
 
 async def _bounded(stream: GuestStream, limit: int) -> bytes:
@@ -136,10 +136,7 @@ class GuestTools:
         return data
 
     async def _entry(self, *words: Text, shown: str) -> GuestEntry:
-        found = _entries(await self._answer(*words, shown=shown))
-        if len(found) != 1:
-            raise GuestError("the guest sent something else than an entry")
-        return found[0]
+        return _only_entry(await self._answer(*words, shown=shown))
 
     async def stat(self, path: str) -> GuestEntry:
         """What is there, links not followed. Raises GuestFileError, as all of these."""
@@ -188,10 +185,7 @@ class GuestTools:
                 await process.write(part)
             await process.close_stdin()
             data = await _bounded(process.stdout, MAX_ANSWER)
-        found = _entries(data)
-        if len(found) != 1:
-            raise GuestError("the guest sent something else than an entry")
-        return found[0]
+        return _only_entry(data)
 
     async def watch(self, path: str, recursive: bool) -> AsyncIterator[tuple[str, GuestEntry]]:
         """What happens in a directory: a word of EVENTS, the first of which is "ready", and what it happened to."""
