@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 import vmm
 from vmm.errors import ConfigError, GuestError, HostError, VmmError
 from vmm.guest.tools import GuestMeasure, GuestTools
+from vmm.sandboxes.serve.files import failure
 from vmm.sandboxes.serve.fleet import Draining, Fleet, LimitReached, NotThere, Wish, WrongPhase, matching
 from vmm.sandboxes.serve.hosted import Hosted
 from vmm.sandboxes.serve.tokens import Tenant, Tokens
@@ -105,8 +106,6 @@ class RefreshBody(ClientBody):
     """How long it lives from now, at least."""
 
     duration: Seconds = 15
-
-
 
 
 def _time(seconds: float) -> str:
@@ -197,10 +196,6 @@ def _status(error: VmmError) -> int:
     return 502 if isinstance(error, GuestError) else 500
 
 
-def _answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"code": status, "message": message}, status, dict(headers or {}))
-
-
 def _filter(
     metadata: str | None, state: list[str] | None, template: str | None, started_after: datetime.datetime | None
 ) -> Callable[[Hosted], bool]:
@@ -287,17 +282,17 @@ def application(fleet: Fleet, tokens: Tokens, domain: str) -> FastAPI:
     @app.exception_handler(VmmError)
     async def of_ours(_: Request, error: VmmError) -> JSONResponse:
         text = str(error) if not isinstance(error, HostError) else f"the server cannot: {error}"
-        return _answer(_status(error), text)
+        return failure(_status(error), text)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first.get("loc", ())[1:])
-        return _answer(400, f"{where or 'body'}: {first.get('msg', 'is not valid')}")
+        return failure(400, f"{where or 'body'}: {first.get('msg', 'is not valid')}")
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return _answer(error.status_code, str(error.detail), error.headers)
+        return failure(error.status_code, str(error.detail), error.headers)
 
     @app.get("/health", status_code=204)
     async def health() -> None:
@@ -412,5 +407,3 @@ def application(fleet: Fleet, tokens: Tokens, domain: str) -> FastAPI:
         return [await _measure(box)] if box.phase == "running" else []
 
     return app
-
-

@@ -7,13 +7,14 @@ one. Bodies are never held whole: what comes goes on to the guest as fast as tha
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import hmac
 import posixpath
 import stat
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 
 from python_multipart.exceptions import MultipartParseError
@@ -29,12 +30,15 @@ MAX_FILES = 1000
 """Of one upload."""
 PIECE = 256 << 10
 METADATA = "x-metadata-"
-_STATUS = {1: 403, 2: 404, 13: 403, 17: 409, 20: 400, 21: 400, 22: 400, 28: 507, 36: 400, 95: 400}
+_STATUS = {
+    errno.EPERM: 403, errno.ENOENT: 404, errno.EACCES: 403, errno.EEXIST: 409, errno.ENOTDIR: 400, errno.EISDIR: 400,
+    errno.EINVAL: 400, errno.ENOSPC: 507, errno.ENAMETOOLONG: 400, errno.EOPNOTSUPP: 400,
+}  # fmt: skip
 
 
-def failure(status: int, message: str) -> JSONResponse:
+def failure(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as clients read it."""
-    return JSONResponse({"code": status, "message": message}, status)
+    return JSONResponse({"code": status, "message": message}, status, headers)
 
 
 def failed(error: VmmError) -> JSONResponse:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -33,9 +34,11 @@ MAX_MESSAGE = 8 << 20
 KEEPALIVE_SECONDS = 50.0
 T = TypeVar("T")
 _BY_ERRNO = {
-    1: Code.PERMISSION_DENIED, 2: Code.NOT_FOUND, 13: Code.PERMISSION_DENIED, 17: Code.ALREADY_EXISTS,
-    20: Code.INVALID_ARGUMENT, 21: Code.INVALID_ARGUMENT, 22: Code.INVALID_ARGUMENT, 28: Code.RESOURCE_EXHAUSTED,
-    36: Code.INVALID_ARGUMENT, 39: Code.FAILED_PRECONDITION, 40: Code.INVALID_ARGUMENT, 95: Code.UNIMPLEMENTED,
+    errno.EPERM: Code.PERMISSION_DENIED, errno.ENOENT: Code.NOT_FOUND, errno.EACCES: Code.PERMISSION_DENIED,
+    errno.EEXIST: Code.ALREADY_EXISTS, errno.ENOTDIR: Code.INVALID_ARGUMENT, errno.EISDIR: Code.INVALID_ARGUMENT,
+    errno.EINVAL: Code.INVALID_ARGUMENT, errno.ENOSPC: Code.RESOURCE_EXHAUSTED,
+    errno.ENAMETOOLONG: Code.INVALID_ARGUMENT, errno.ENOTEMPTY: Code.FAILED_PRECONDITION,
+    errno.ELOOP: Code.INVALID_ARGUMENT, errno.EOPNOTSUPP: Code.UNIMPLEMENTED,
 }  # fmt: skip
 
 
