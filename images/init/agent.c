@@ -114,11 +114,8 @@ static int open_terminal(int *other)
     if (master < 0) return -1;
     SYS(__NR_ioctl, master, TIOCSPTLCK, &unlock);
     SYS(__NR_ioctl, master, TIOCGPTN, &number);
-    char path[32] = "/dev/pts/", digits[12];
-    int n = 0, at = 9;
-    do digits[n++] = (char)('0' + number % 10); while ((number /= 10) > 0);
-    while (n) path[at++] = digits[--n];
-    path[at] = 0;
+    char path[32];
+    append_number(append(path, "/dev/pts/"), (uint64_t)number);
     long slave = open_file(path, O_RDWR | O_NOCTTY);
     if (slave < 0) return -1;
     *other = (int)slave;

@@ -52,9 +52,18 @@ static void mark(const char *letters)
     SYS(__NR_ioperm, 0x80, 4, 0);
 }
 
-static char *append(char *to, const char *text)
+char *append(char *to, const char *text)
 {
     while (*text) *to++ = *text++;
+    *to = 0;
+    return to;
+}
+char *append_number(char *to, uint64_t number)
+{
+    char digits[24];
+    int n = 0;
+    do digits[n++] = (char)('0' + number % 10); while ((number /= 10) > 0);
+    while (n) *to++ = digits[--n];
     *to = 0;
     return to;
 }

@@ -9,22 +9,6 @@
 enum { EBUSY = 16 };
 #define GROUPS "/sys/fs/cgroup/"
 
-static char *append(char *to, const char *text)
-{
-    size_t n = text_length(text);
-    memcpy(to, text, n + 1);
-    return to + n;
-}
-static char *append_number(char *to, uint64_t number)
-{
-    char digits[24];
-    int n = 0;
-    do digits[n++] = (char)('0' + number % 10); while ((number /= 10) > 0);
-    while (n) *to++ = digits[--n];
-    *to = 0;
-    return to;
-}
-
 static long write_file(const char *folder, const char *name, const char *text)
 {
     char path[128];

@@ -107,22 +107,19 @@ static void find_user(const char *wanted, struct user *user)
 
 void name_of_id(const char *file, uint32_t id, char *to, size_t size)
 {
-    size_t length = 0, n = 0;
+    size_t length = 0;
     const char *all = map_file(file, &length), *start[8], *p = all;
+    append_number(to, id);
     while (p && p < all + length) {
         p = fields(p, all + length, start);
         if (number_field(start, 2) != (long)id || (size_t)(start[1] - 1 - start[0]) >= size) continue;
-        n = (size_t)(start[1] - 1 - start[0]);
+        size_t n = (size_t)(start[1] - 1 - start[0]);
+        if (!n) break;
         memcpy(to, start[0], n);
+        to[n] = 0;
         break;
     }
     if (all) SYS(__NR_munmap, all, length);
-    char digits[12];
-    int count = 0;
-    if (!n)
-        do digits[count++] = (char)('0' + id % 10); while ((id /= 10) > 0);
-    while (count) to[n++] = digits[--count];
-    to[n] = 0;
 }
 
 /* Is NAME of `entry` (NAME=value) among `list`? */

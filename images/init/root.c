@@ -24,7 +24,7 @@ struct device {
 static struct device devices[MAX_DEVICES];
 static int device_count;
 
-static char *append(char *to, const char *text, const char *end)
+static char *append_within(char *to, const char *text, const char *end)
 {
     while (*text && to < end - 1) *to++ = *text++;
     *to = 0;
@@ -35,7 +35,8 @@ static char *append(char *to, const char *text, const char *end)
 static long attribute(const char *device, const char *name, char *to, size_t size)
 {
     char path[128], *end = path + sizeof path;
-    append(append(append(append(path, "/sys/class/block/", end), device, end), "/", end), name, end);
+    char *folder = append_within(append_within(path, "/sys/class/block/", end), device, end);
+    append_within(append_within(folder, "/", end), name, end);
     return read_file(path, to, size);
 }
 
@@ -46,7 +47,7 @@ static int read_device(void *context, uint64_t at, void *to, size_t n)
 static int open_device(const char *name)
 {
     char path[40];
-    append(append(path, "/dev/", path + sizeof path), name, path + sizeof path);
+    append_within(append_within(path, "/dev/", path + sizeof path), name, path + sizeof path);
     return (int)open_file(path, O_RDONLY | O_CLOEXEC);
 }
 
@@ -54,7 +55,7 @@ static int open_device(const char *name)
 static void find_disk(struct device *device)
 {
     char path[64], target[512];
-    append(append(path, "/sys/class/block/", path + sizeof path), device->name, path + sizeof path);
+    append_within(append_within(path, "/sys/class/block/", path + sizeof path), device->name, path + sizeof path);
     long n = SYS(__NR_readlink, path, target, sizeof target);
     if (n <= 0 || n >= (long)sizeof target) return;
     long end = n;
@@ -73,7 +74,7 @@ static void look_at(const char *name)
     struct device *device = &devices[device_count];
     if (device_count == MAX_DEVICES || text_length(name) >= sizeof device->name) return;
     *device = (struct device){.block = 512};
-    append(device->name, name, device->name + sizeof device->name);
+    append_within(device->name, name, device->name + sizeof device->name);
     long length = attribute(name, "size", text, sizeof text);
     if (length <= 0) return;
     device->sectors = (uint64_t)parse_number(text, text + length, NULL);
@@ -178,7 +179,7 @@ static struct device *find(const char *root)
         }
         return NULL;
     }
-    append(wanted, value, wanted + sizeof wanted);
+    append_within(wanted, value, wanted + sizeof wanted);
     if (root[0] == '/') undo_escapes(wanted);
     int offset = 0;
     for (char *p = wanted; way == 2 && *p; p++) {
@@ -202,10 +203,9 @@ static struct device *find(const char *root)
 
 static void say_number(uint64_t value)
 {
-    char digits[24], *p = digits + sizeof digits - 1;
-    *p = 0;
-    do *--p = (char)('0' + value % 10); while (value /= 10);
-    say(p);
+    char digits[24];
+    append_number(digits, value);
+    say(digits);
 }
 static void say_field(const char *name, const char *value)
 {
@@ -296,7 +296,7 @@ static long mount_device(const struct device *device, unsigned long flags, const
 {
     char path[40], types[1024], *end = path + sizeof path;
     long error = -EINVAL;
-    append(append(path, "/dev/", end), device->name, end);
+    append_within(append_within(path, "/dev/", end), device->name, end);
     if (!argument("rootfstype", types, sizeof types)) {
         if (device->volume.type[0]) return mount_as(path, device->volume.type, flags, options);
         long length = read_file("/proc/filesystems", types, sizeof types);
@@ -362,8 +362,8 @@ void mount_shares(const char *root)
 {
     char name[64], place[256], path[300], *end = path + sizeof path;
     for (int at = 0; share_argument(at, name, sizeof name, place, sizeof place); at++) {
-        char *below = append(path, root, end);
-        append(below, place, end);
+        char *below = append_within(path, root, end);
+        append_within(below, place, end);
         make_path(path, below);
         long error = mount_share(name, path, 0, "", 2);
         if (error >= 0) continue;

@@ -112,6 +112,9 @@ void load_file_system(const char *type);
 enum { POWER_OFF = 0x4321fedc, RESTART = 0x01234567, HALT = (int)0xcdef0123 };
 void mount_at(const char *type, const char *path, const char *options);
 void loopback_up(void);
+/* init.c: put text, or a number's digits, at `to`, with a zero behind: the place of that zero. */
+char *append(char *to, const char *text);
+char *append_number(char *to, uint64_t number);
 /* init.c: call `look` with the name of each entry of a directory, "." and ".." as well. */
 void each_entry(const char *path, void (*look)(const char *name));
 /* init.c: block the signals that tell process 1 something; a descriptor that they are read from. */
