@@ -229,6 +229,7 @@ static long write_tool(char *path, char **attributes)
 enum { IN_MODIFY = 2, IN_ATTRIB = 4, IN_MOVED_FROM = 0x40, IN_MOVED_TO = 0x80, IN_CREATE = 0x100, IN_DELETE = 0x200,
        IN_DELETE_SELF = 0x400, IN_MOVE_SELF = 0x800, IN_Q_OVERFLOW = 0x4000, IN_IGNORED = 0x8000,
        IN_ONLYDIR = 0x1000000, IN_DONT_FOLLOW = 0x2000000, IN_ISDIR = 0x40000000 };
+enum { WATCHED = IN_MODIFY | IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR };
 enum { CREATED = 1, WRITTEN = 2, REMOVED = 3, RENAMED = 4, CHANGED = 5 };
 static long notifier;
 static char **watched; /* paths by watch descriptor, which begin at 1 */
@@ -239,21 +240,27 @@ static void put_event(uint8_t kind, const char *path)
     put_entry(path);
 }
 
+static long watch_below(char *path, int is_directory, int level);
+
+/* Remember which directory has this watch, and watch those in it. */
+static long watch_contents(long wd, char *path, int level)
+{
+    if (!watched[wd]) watched[wd] = new_memory(PATH);
+    if (!watched[wd]) return -ENOMEM;
+    memcpy(watched[wd], path, text_length(path) + 1);
+    long error = each_below(path, watch_below, level);
+    return error == -ENOENT || error == -EACCES ? 0 : error;
+}
+
 static long watch_below(char *path, int is_directory, int level)
 {
     if (level > 1) put_event(CREATED, path); /* it came with a directory that is new */
     if (!is_directory) return 0;
-    long wd = SYS(__NR_inotify_add_watch, notifier, path,
-                  IN_MODIFY | IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR | IN_DONT_FOLLOW);
+    long wd = SYS(__NR_inotify_add_watch, notifier, path, WATCHED | IN_DONT_FOLLOW);
     if (wd == -ENOENT || wd == -EACCES || wd == -ENOTDIR) return 0;
     if (wd < 0) return wd;
     if (wd >= MAX_WATCHES) return -ENOSPC;
-    size_t n = text_length(path) + 1;
-    if (!watched[wd]) watched[wd] = new_memory(PATH);
-    if (!watched[wd]) return -ENOMEM;
-    memcpy(watched[wd], path, n);
-    long error = each_below(path, watch_below, level);
-    return error == -ENOENT || error == -EACCES ? 0 : error;
+    return watch_contents(wd, path, level);
 }
 
 static long watch_event(uint32_t mask, const char *folder, const char *name, int recursive)
@@ -273,14 +280,9 @@ static long watch_event(uint32_t mask, const char *folder, const char *name, int
     if (mask & IN_DELETE) put_event(REMOVED, path);
     if (!recursive || !(mask & IN_ISDIR) || !(mask & (IN_CREATE | IN_MOVED_TO))) return 0;
     /* level 1 for the directory, whose event has been sent; 2 for what is found in it */
-    long wd = SYS(__NR_inotify_add_watch, notifier, path,
-                  IN_MODIFY | IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR | IN_DONT_FOLLOW);
+    long wd = SYS(__NR_inotify_add_watch, notifier, path, WATCHED | IN_DONT_FOLLOW);
     if (wd < 0 || wd >= MAX_WATCHES) return wd == -ENOSPC ? wd : 0;
-    if (!watched[wd]) watched[wd] = new_memory(PATH);
-    if (!watched[wd]) return -ENOMEM;
-    memcpy(watched[wd], path, text_length(path) + 1);
-    long error = each_below(path, watch_below, 2);
-    return error == -ENOENT || error == -EACCES ? 0 : error;
+    return watch_contents(wd, path, 2);
 }
 
 static long watch_tool(char *path, int recursive)
@@ -291,8 +293,7 @@ static long watch_tool(char *path, int recursive)
     notifier = SYS(__NR_inotify_init1, O_CLOEXEC);
     if (notifier < 0) return notifier;
     if (!watched) return -ENOMEM;
-    long wd = SYS(__NR_inotify_add_watch, notifier, path, IN_MODIFY | IN_ATTRIB | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE |
-                  IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR);
+    long wd = SYS(__NR_inotify_add_watch, notifier, path, WATCHED | IN_DELETE_SELF | IN_MOVE_SELF);
     if (wd < 0) return wd;
     self = (uint32_t)wd;
     watched[wd] = path;
