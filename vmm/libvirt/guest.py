@@ -31,11 +31,11 @@ FACTS = (
 )
 
 
-async def run(domain: Domain, *arguments: str, seconds: float | None = None) -> str:
-    """A program's output; `seconds`: how long it may take, else what a client said or ANSWER_SECONDS. Raises
-    LibvirtError."""
+async def run(domain: Domain, *arguments: str, data: bytes | None = None, seconds: float | None = None) -> str:
+    """A program's output; `data`: its input; `seconds`: how long it may take, else what a client said or
+    ANSWER_SECONDS. Raises LibvirtError."""
     patience = seconds if seconds is not None else float(domain.extra.get("agent seconds", ANSWER_SECONDS))
-    result = await _exec(domain, list(arguments), None, patience)
+    result = await _exec(domain, list(arguments), data, patience)
     if result.status:
         told = (result.stderr or result.stdout)[:200].decode(errors="replace").strip()
         raise LibvirtError(Code.OPERATION_FAILED, f"{arguments[0]} in the guest: status {result.status} {told}".strip())
@@ -162,10 +162,7 @@ async def set_password(domain: Domain, user: str, password: str, *, crypted: boo
     if not re.fullmatch(r"[^:\n\0/]{1,256}", user) or "\n" in password or "\0" in password:
         raise LibvirtError(Code.INVALID_ARG, "a user's name has no colon, and a password is one line")
     command = ["chpasswd", "-e"] if crypted else ["chpasswd"]
-    result = await _exec(domain, command, f"{user}:{password}\n".encode(), ANSWER_SECONDS)
-    if result.status:
-        told = (result.stderr or result.stdout)[:200].decode(errors="replace").strip()
-        raise LibvirtError(Code.OPERATION_FAILED, f"chpasswd in the guest: status {result.status} {told}".strip())
+    await run(domain, *command, data=f"{user}:{password}\n".encode())
 
 
 async def facts(domain: Domain) -> dict[str, str]:
