@@ -325,8 +325,10 @@ class Daemon:
         who = f"{_user(uid)}, process {pid}"
         self._accept(reader, writer, who=who, read_only=read_only, admin=admin, credentials=(pid, uid, gid))
 
-    def _tls_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, who: str) -> None:
-        subject, _, address = who.rpartition(", ")
+    def _tls_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, subject: str, address: str
+    ) -> None:
+        who = f"{subject}, {address}"
         self._accept(reader, writer, who=who, read_only=False, subject=subject, address=address)
 
     def _accept(

@@ -124,14 +124,14 @@ def parse_listen(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-Accepted = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], None]
+Accepted = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str, str], None]
 
 
 class TlsListener:
     """Accepts TLS clients and hands those over that are let in."""
 
     def __init__(self, address: str, files: Files, accepted: Accepted) -> None:
-        """`accepted(reader, writer, subject)`. Raises ConfigError, HostError."""
+        """`accepted(reader, writer, subject, address)`. Raises ConfigError, HostError."""
         self._files, self._accepted = files, accepted
         self.credentials = Credentials(files)
         host, port = parse_listen(address)
@@ -210,7 +210,7 @@ class TlsListener:
                 transport.abort()
                 return
             writer.write(VERIFIED)
-            self._accepted(reader, writer, f"{subject}, {address}")
+            self._accepted(reader, writer, subject, address)
         finally:
             self._slots.release()
 
