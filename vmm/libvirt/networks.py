@@ -34,7 +34,7 @@ from vmm.libvirt.store import Store
 from vmm.libvirt.wire import NetworkRef
 from vmm.network import bridge as host
 from vmm.network.dhcp import Lease, plan_values
-from vmm.network.server import READY, hold, read_leases
+from vmm.network.server import READY, holder, read_leases
 
 DEFAULT = NetworkSpec("default", uuid.uuid5(uuid.NAMESPACE_URL, "loopvisor:network:default"), mode="nat")
 FOLDER = "networks"
@@ -338,16 +338,7 @@ class Networks:
 
     def _server(self, name: str) -> int:
         """The process that serves a network; 0: none does."""
-        path = self._file(name, "lock")
-        if not path.exists():
-            return 0
-        descriptor = hold(path)
-        if descriptor >= 0:
-            os.close(descriptor)
-            return 0
-        with suppress(OSError, ValueError):
-            return int(path.read_text())
-        return 0
+        return holder(self._file(name, "lock"))
 
     async def _serve(self, name: str) -> None:
         """Raises HostError."""

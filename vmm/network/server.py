@@ -195,6 +195,17 @@ def hold(path: Path) -> int:
     return descriptor
 
 
+def holder(path: Path) -> int:
+    """The number of the process that holds that lock; 0: none does. Only looks: the file never has the number of
+    one who asked. Raises OSError."""
+    with suppress(FileNotFoundError, ValueError), path.open() as lock:  # ValueError: the holder has not yet written
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read())
+    return 0
+
+
 async def _main(path: Path, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     server = NetworkServer(path)
