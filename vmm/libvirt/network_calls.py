@@ -84,12 +84,7 @@ async def network_get_xml_desc(call: Call, net: NetworkRef, flags: int) -> str:
     network = _network(call, net)
     if flags & XML_INACTIVE and network.persistent is not None:
         return network.persistent.xml()
-    users = sum(
-        name.network == network.name
-        for domain in call.daemon.domains.all()
-        if domain.active
-        for name in domain.spec.nets
-    )
+    users = sum(_all(call).uses(domain.spec, network) for domain in call.daemon.domains.all() if domain.active)
     return network.spec.xml(users)
 
 

@@ -277,8 +277,7 @@ class Networks:
         async with network.lock:
             spec = network.live
             if spec is None:
-                text = f"network '{network.name}' is not active"
-                raise LibvirtError(Code.OPERATION_INVALID, text, From.NETWORK)
+                raise _inactive(network.name)
             await self._take_down(spec)
             self._over(network)
         self._tell(spec, STOPPED)
@@ -288,30 +287,36 @@ class Networks:
     def check(self, spec: Spec) -> None:
         """Before a machine starts. Raises LibvirtError if a network of its is not active."""
         for name in spec.nets:
-            if name.network and not self.named(name.network).active:
-                raise LibvirtError(Code.OPERATION_INVALID, f"network '{name.network}' is not active", From.NETWORK)
+            if name.network:
+                self._running(name.network)
 
     async def plug(self, spec: Spec) -> None:
         """Put the interfaces of a machine that is there into their bridges. Raises VmmError."""
         for port in self._ports(spec):
             await host.plug(port.tap, port.bridge, port.mtu)
 
-    def uses(self, spec: Spec, network: Network) -> bool:
-        """Whether a machine has an interface in it."""
-        return any(name.network == network.name for name in spec.nets)
+    def uses(self, spec: Spec, network: Network) -> int:
+        """How many interfaces of a machine are in it."""
+        return sum(name.network == network.name for name in spec.nets)
 
     def _ports(self, spec: Spec) -> list[BridgePort]:
         found = []
         for net, name in zip(spec.config.nets, spec.nets, strict=True):
             if net.kind != "tap" or not (name.network or name.bridge):
                 continue
-            live = self.named(name.network).live if name.network else None
-            if name.network and live is None:
-                raise LibvirtError(Code.OPERATION_INVALID, f"network '{name.network}' is not active", From.NETWORK)
-            found.append(
-                BridgePort(net.target, live.bridge if live is not None else name.bridge, live.mtu if live else 0)
-            )
+            if name.network:
+                live = self._running(name.network)
+                found.append(BridgePort(net.target, live.bridge, live.mtu))
+            else:
+                found.append(BridgePort(net.target, name.bridge, 0))
         return found
+
+    def _running(self, name: str) -> NetworkSpec:
+        """What a network was started with. Raises LibvirtError if it is not active."""
+        live = self.named(name).live
+        if live is None:
+            raise _inactive(name)
+        return live
 
     # Inside.
 
@@ -428,3 +433,7 @@ class Networks:
 
     def _tell(self, spec: NetworkSpec, event: int) -> None:
         self._events.other(NETWORK_LIFECYCLE, spec.ref, event, 0)
+
+
+def _inactive(name: str) -> LibvirtError:
+    return LibvirtError(Code.OPERATION_INVALID, f"network '{name}' is not active", From.NETWORK)
