@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ MAX_QUERIES = 64
 QUERY_SECONDS = 5.0
 READY = "ready"
 RESOLVERS = Path("/etc/resolv.conf")
+log = logging.getLogger(__name__)
 
 
 def read_leases(path: Path) -> list[Lease]:
@@ -112,10 +114,12 @@ class NetworkServer:
         self._sockets.clear()
 
     def reload(self) -> None:
-        """Other hosts, another range."""
-        with suppress(VmmError):
+        """Other hosts, another range. A file that cannot be read changes nothing, and is told on stderr."""
+        try:
             if self._dhcp is not None:
                 self._dhcp.replan(plan_from(self._values()["plan"]))
+        except VmmError as error:
+            log.error("network: not read anew: %s", error)
 
     async def serve(self) -> None:
         """Until it is cancelled, or the bridge has gone."""
