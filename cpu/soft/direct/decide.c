@@ -168,7 +168,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         runner_bind(d, r);
     else
         runner_unbind(d);
-    if (!(d->stops & 255))
+    if (!(d->native_stops & 255))
         runner_quiet();
     if (trip_run(c, r) == TRIP_LOST)
         lose(c, r);

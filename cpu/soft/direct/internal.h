@@ -38,7 +38,6 @@ struct runner {
     bool some_stale;      /* some have */
     uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
     struct region *regions[REGION_HASH];
-    uint32_t pages;
     uint32_t mapped;      /* calls of mmap() since it was empty: no more mappings than that */
     uint64_t last_used;
     bool blocked;         /* the guest has a page where ours are */
@@ -47,7 +46,6 @@ struct runner {
     struct user_fpregs_struct fp;
     struct fpu fpu;       /* what `fp` is in the core */
     bool fp_known;
-    cpu_set_t affinity;
     int cpu;              /* it is bound to this processor; -1: to none */
     /* Whether it pays: decide.c's own. */
     uint64_t used_ns;     /* processor time of the guest half */
@@ -78,7 +76,6 @@ struct direct_vcpu {
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
     int bound;                /* the processor, or -1 */
     uint64_t bound_ns;
-    uint32_t stops;
     uint64_t native_ns, native_stops;
     uint64_t failures;        /* runners that could not be made or went wrong, in a row */
 };
@@ -145,6 +142,6 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r);
 bool kick_start(struct direct_vm *direct, struct soft_vm *vm);
 void kick_end(struct direct_vm *direct);
 void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline);
-void kick_after(struct direct_vm *direct, struct direct_vcpu *d);
+void kick_after(struct direct_vcpu *d);
 
 #endif

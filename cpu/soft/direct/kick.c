@@ -100,10 +100,9 @@ void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_
     }
 }
 
-/* It stopped. Nobody signals it any more once this returns. */
-void kick_after(struct direct_vm *direct, struct direct_vcpu *d)
+/* It stopped. Who looked at `running` before may still signal it: then it stops once more as it goes on. */
+void kick_after(struct direct_vcpu *d)
 {
-    (void)direct;
     __atomic_store_n(&d->deadline, UINT64_MAX, __ATOMIC_SEQ_CST);
     __atomic_store_n(&d->running, 0, __ATOMIC_SEQ_CST);
 }

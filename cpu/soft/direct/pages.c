@@ -132,7 +132,7 @@ void pages_forget(struct runner *r)
             r->regions[i] = region->next;
             free(region);
         }
-    r->pages = r->mapped = 0;
+    r->mapped = 0;
 }
 
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights)
@@ -185,7 +185,6 @@ static void set_page(struct batch *b, struct region *region, unsigned i, uint64_
     uint64_t linear = region->base + i * PAGE_BYTES, *page = &region->page[i];
     bool had = *page != 0, has = what != 0;
     region->count += (uint32_t)has - (uint32_t)had;
-    b->r->pages += (uint32_t)has - (uint32_t)had;
     *page = what;
     bool follows = b->bytes && linear == b->linear + b->bytes && (what ? what == b->what + b->bytes && b->what : !b->what);
     if (what && follows) { /* one piece of the file, too */

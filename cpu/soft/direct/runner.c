@@ -98,9 +98,7 @@ static int begin(struct direct_vm *direct, struct runner *r, const char **why)
     r->regs = regs;
     r->regs.orig_rax = (unsigned long long)-1;
     *why = "the runner's memory cannot be emptied";
-    r->commands->commands[0] = (struct runner_command){SYS_munmap, {0, RUNNER_GATE}};
-    r->commands->commands[1] = (struct runner_command){SYS_munmap, {RUNNER_OWN_END, RUNNER_END - RUNNER_OWN_END}};
-    return runner_command(r, 2) ? 0 : -EIO;
+    return pages_drop_all(r) ? 0 : -EIO;
 }
 
 /* The process that becomes a runner, or -errno. */
@@ -127,8 +125,6 @@ int runner_open(struct direct_vm *direct, struct runner *r, const char **why)
     int result = pid < 0 ? pid : begin(direct, r, why);
     if (result < 0)
         runner_close(r);
-    else
-        sched_getaffinity(r->guest, sizeof r->affinity, &r->affinity);
     return result;
 }
 

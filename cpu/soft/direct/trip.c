@@ -285,19 +285,18 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     uint64_t began = soft_host_now();
     kick_before(vm, d, r->guest, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
-        kick_after(vm->direct, d);
+        kick_after(d);
         return TRIP_CORE;
     }
     c->shadow = 0; /* of an STI or MOV SS that is past */
     int status = runner_resume(r);
-    kick_after(vm->direct, d);
+    kick_after(d);
     uint64_t ns = soft_host_now() - began, used = guest_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
     if (worked < vm->direct->floor_ns)
         vm->direct->floor_ns = worked;
     worked -= vm->direct->floor_ns;
     d->native_ns += worked;
-    d->stops++;
     d->native_stops++;
     r->average_ns = (uint64_t)((int64_t)r->average_ns + ((int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX) - (int64_t)r->average_ns) / 8);
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
