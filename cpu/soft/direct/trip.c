@@ -235,22 +235,21 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, int signal)
 static enum trip after_stop(struct soft_vcpu *c, struct runner *r, int status)
 {
     int signal = WSTOPSIG(status);
+    bool system_call = signal == (SIGTRAP | 0x80);
+    if (system_call) { /* back to the instruction: the core executes it */
+        c->gpr[RAX] = r->regs.orig_rax;
+        c->rip -= SYSCALL_BYTES;
+    }
     if (segments_changed(&r->regs)) {
-        if (signal == (SIGTRAP | 0x80)) {
-            c->gpr[RAX] = r->regs.orig_rax;
-            c->rip -= SYSCALL_BYTES;
-        } else if (signal == SIGTRAP && !(c->rflags & F_TF)) {
+        if (signal == SIGTRAP && !(c->rflags & F_TF))
             c->rip--;
-        }
         c->direct->slice = c->vm->direct->page_slice;
         take_segments(c, &r->regs);
         soft_system_flags_changed(c);
         return TRIP_CORE;
     }
     soft_mode_changed(c);
-    if (signal == (SIGTRAP | 0x80)) {
-        c->gpr[RAX] = r->regs.orig_rax;
-        c->rip -= SYSCALL_BYTES;
+    if (system_call) {
         in_core(c);
         return c->cpl == 3 ? TRIP_NATIVE : TRIP_CORE;
     }
