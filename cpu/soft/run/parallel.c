@@ -192,8 +192,6 @@ void soft_alone_end(struct soft_vcpu *c)
     come_inside(c);
 }
 
-void soft_alone_drop(struct soft_vcpu *c) { soft_alone_end(c); }
-
 /* ---- the inbox ---- */
 
 static void post(struct soft_vcpu *to)

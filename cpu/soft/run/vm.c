@@ -333,7 +333,7 @@ int soft_run_turn(struct soft_vcpu *c)
     if (jump)
         soft_release_budget(c);
     if (SOFT_UNLIKELY(c->own.alone))
-        soft_alone_drop(c);
+        soft_alone_end(c); /* a fault came before its own */
     switch (jump) {
     case JUMP_FAULT:
         c->in_step = c->caller.touched = false;

@@ -161,7 +161,6 @@ void soft_parallel_destroy(struct soft_vm *vm);
 /* The vCPU's thread has to leave guest code for more than what is pending. */
 bool soft_parallel_called(const struct soft_vcpu *c);
 void soft_lives_again(struct soft_vcpu *c); /* it sleeps no longer for good, perhaps */
-void soft_alone_drop(struct soft_vcpu *c); /* after a fault */
 
 /* cpuid.c */
 void soft_default_cpuid(struct soft_vcpu *c);
