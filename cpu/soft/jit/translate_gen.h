@@ -69,8 +69,9 @@ void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 /* Charge the budget, look for attention; out through a stub when due. */
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
 void gen_add_rip(struct gen *g, unsigned to, int64_t delta);
-/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
+/* RAX: the jump cache's entry for the linear address in a register. */
 void gen_jump_entry(struct gen *g, unsigned address);
+/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
 void gen_probe(struct gen *g);
 void gen_jump_rsi(struct gen *g);
 /* To a fixed successor. */
