@@ -535,6 +535,11 @@ void soft_alone_begin(struct soft_vcpu *c);
 void soft_alone_end(struct soft_vcpu *c);
 
 /* ---- block.c / exec.c ---- */
+/* The granules of 64 bytes that the bytes from `low` to `high` of a page are in, a bit each. */
+static inline uint64_t soft_granules(unsigned low, unsigned high)
+{
+    return (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
+}
 /* Run until budget is used up or c->attention; returns with c->rip the next instruction. Faults longjmp to c->fault. */
 void soft_execute(struct soft_vcpu *c);
 /* The same for about `most` instructions of the budget. */

@@ -29,8 +29,7 @@ MUTANTS = {
         "smc", BLOCK, "bool changed = c->blocks->changed;", "bool changed = false;",
     ),
     "the end of a block counts for nothing": (
-        "smc", BLOCK, "p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));",
-        "p->granules |= 1ull << (low >> 6);",
+        "smc", BLOCK, "p->granules |= soft_granules(low, high);", "p->granules |= soft_granules(low, low);",
     ),
     "the other page of an instruction": ("smc", BLOCK, "struct crossing *x = p->crossings;", "struct crossing *x = 0;"),
     "the other page of an instruction moves": ("smc", BLOCK, "if (host2 != k->host2) {", "if (0) {"),

@@ -296,8 +296,7 @@ void soft_blocks_invalidate(struct block_cache *b, uint64_t gpa, uint64_t size)
                 continue;
             unsigned low = from > page << 12 ? (unsigned)(from & 0xFFF) : 0;
             unsigned high = to < (page + 1) << 12 ? (unsigned)((to - 1) & 0xFFF) : 0xFFF;
-            uint64_t touched = (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
-            if (p->granules & touched) {
+            if (p->granules & soft_granules(low, high)) {
                 kill_page(b, p);
                 killed = true;
             }
@@ -473,10 +472,7 @@ static HANDLER(stop_entry)
     return k->first(c, u, rip);
 }
 
-static void mark_granules(struct code_page *p, unsigned low, unsigned high)
-{
-    p->granules |= (~0ull << (low >> 6)) & (~0ull >> (63 - (high >> 6)));
-}
+static void mark_granules(struct code_page *p, unsigned low, unsigned high) { p->granules |= soft_granules(low, high); }
 
 /* Copy what was decoded, with the handlers of its operations; ops: NULL, or where the operations themselves are kept. */
 static void bind_handlers(struct uop *code, uint16_t *ops, const struct decoded *d)

@@ -365,8 +365,7 @@ void soft_shared_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_s
     uint16_t who = __atomic_load_n(&slot->code_pages[page], __ATOMIC_SEQ_CST);
     if (!who)
         return;
-    uint64_t touched = (~0ull << (low >> 6)) & (~0ull >> (63 - ((high < 0xFFF ? high : 0xFFF) >> 6)));
-    if (!(__atomic_load_n(&slot->granules[page], __ATOMIC_SEQ_CST) & touched))
+    if (!(__atomic_load_n(&slot->granules[page], __ATOMIC_SEQ_CST) & soft_granules(low, high < 0xFFF ? high : 0xFFF)))
         return;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         if (!(who >> i & 1))
