@@ -386,17 +386,15 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
 void soft_check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size);
 /* Raise now if [linear, +size) cannot be written (probe before a multi-part store or read-modify-write). */
 void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size);
-/* Where a locked read-modify-write works; raises what its accesses would. LOCKED_RAM: at `host`, by a locked operation of
- * the host, and soft_unlock() follows. LOCKED_ALONE: by loads and stores between soft_alone_begin() and soft_alone_end(),
- * while no other vCPU executes. LOCKED_BUS: not all of it is RAM, plain loads and stores. */
-enum soft_locking { LOCKED_RAM, LOCKED_ALONE, LOCKED_BUS };
+/* Begin a locked read-modify-write; raises what its accesses would. True: it is done at `host`, by a locked operation of the
+ * host. False: by loads and stores, while no other vCPU executes; if not all of it is RAM, others do. soft_unlock() follows. */
 struct soft_locked {
-    uint8_t *host;
+    uint8_t *host;          /* NULL: loads and stores */
     struct soft_slot *slot; /* to be told of the write, or NULL */
     uint64_t gpa;
     unsigned size;
 };
-enum soft_locking soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l);
+bool soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l);
 void soft_unlock(struct soft_vcpu *c, const struct soft_locked *l);
 static inline bool soft_one_line(uint64_t at, unsigned size) { return (at & 63) + size <= 64; }
 /* Supervisor accesses of the processor itself (descriptor tables, TSS, IDT): as above with CPL 0, no SMAP. */

@@ -81,23 +81,14 @@ static uint64_t update(struct soft_vcpu *c, uint64_t at, unsigned size, unsigned
     uint8_t *p;
     if (tlb_hit(c, at, size, ACCESS_WRITE, &p) && soft_one_line(at, size))
         return update_ram(p, size, op, b, carry);
-    switch (soft_lock(c, at, size, &l)) {
-    case LOCKED_RAM:
+    if (soft_lock(c, at, size, &l)) {
         old = update_ram(l.host, size, op, b, carry);
-        soft_unlock(c, &l);
-        return old;
-    case LOCKED_ALONE:
-        soft_alone_begin(c);
+    } else {
         old = load(c, at, size);
         store(c, at, size, result(op, old, b, carry));
-        soft_alone_end(c);
-        return old;
-    default:
-        old = load(c, at, size);
-        store(c, at, size, result(op, old, b, carry));
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        return old;
     }
+    soft_unlock(c, &l);
+    return old;
 }
 
 /* Compare with `expected` and exchange. The old value. */
@@ -110,20 +101,13 @@ static uint64_t compare_exchange(struct soft_vcpu *c, uint64_t at, unsigned size
         cas(p, size, &old, new);
         return old;
     }
-    enum soft_locking how = soft_lock(c, at, size, &l);
-    if (how == LOCKED_RAM) {
+    if (soft_lock(c, at, size, &l)) {
         cas(l.host, size, &old, new);
-        soft_unlock(c, &l);
-        return old;
+    } else {
+        old = load(c, at, size);
+        store(c, at, size, old == expected ? new : old); /* memory is written in both cases */
     }
-    if (how == LOCKED_ALONE)
-        soft_alone_begin(c);
-    old = load(c, at, size);
-    store(c, at, size, old == expected ? new : old); /* memory is written in both cases */
-    if (how == LOCKED_ALONE)
-        soft_alone_end(c);
-    else
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    soft_unlock(c, &l);
     return old;
 }
 
@@ -215,14 +199,14 @@ HELPER(h_lock_cmpxchg16b)
     bool equal;
     if (at & 15)
         soft_raise_error(c, VEC_GP, 0);
-    if (soft_lock(c, at, 16, &l) == LOCKED_RAM) {
+    if (soft_lock(c, at, 16, &l)) {
         __asm__ volatile("lock cmpxchg16b %1"
                          : "=@ccz"(equal), "+m"(*(mem8(*)[16])l.host), "+a"(low), "+d"(high)
                          : "b"(c->gpr[RBX]), "c"(c->gpr[RCX])
                          : "memory");
-        soft_unlock(c, &l);
     } else { /* the caller's, or watched by a debugger */
         equal = compare_pair(c, at, &low, &high);
     }
+    soft_unlock(c, &l);
     end_cmpxchg16b(c, equal, low, high);
 }

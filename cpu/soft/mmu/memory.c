@@ -332,7 +332,7 @@ void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size)
         translate(c, linear, size, ACCESS_WRITE, (enum soft_view)c->view, &p);
 }
 
-enum soft_locking soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l)
+bool soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size, struct soft_locked *l)
 {
     struct parts p;
     check_alignment(c, linear, size);
@@ -340,21 +340,26 @@ enum soft_locking soft_lock(struct soft_vcpu *c, uint64_t linear, unsigned size,
     *l = (struct soft_locked){ .host = p.host[0], .gpa = p.gpa[0], .size = size };
     if (soft_one_line(linear, size)) {
         if (l->host)
-            return LOCKED_RAM;
+            return true;
         l->host = c->mmu.watching ? NULL : soft_phys(c->vm, l->gpa, true, &l->slot);
         if (l->host)
-            return LOCKED_RAM;
+            return true;
     }
+    l->host = NULL;
     for (unsigned i = 0; i < 2 && p.size[i]; i++)
         if (!p.host[i] && !soft_phys(c->vm, p.gpa[i], true, NULL))
-            return LOCKED_BUS;
-    return LOCKED_ALONE;
+            return false;
+    soft_alone_begin(c);
+    return false;
 }
 
 void soft_unlock(struct soft_vcpu *c, const struct soft_locked *l)
 {
     if (l->slot)
         soft_written(c->vm, c, l->slot, l->gpa, l->size);
+    if (!l->host)
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    soft_alone_end(c);
 }
 
 /* ---- data breakpoints ---- */
