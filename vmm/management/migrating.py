@@ -23,30 +23,36 @@ from vmm.migration.source import Outgoing
 if TYPE_CHECKING:
     from vmm.vm import VirtualMachine
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "bandwidth": int,
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "bandwidth": (int,),
     "downtime": (int, float),
-    "connections": int,
-    "compress": bool,
-    "throttle": int,
+    "connections": (int,),
+    "compress": (bool,),
+    "throttle": (int,),
     "postcopy": (bool, str),
-    "copy_storage": bool,
-    "drop_connections": bool,
+    "copy_storage": (bool,),
+    "drop_connections": (bool,),
 }
 
 
 def _typed(request: dict[str, Any], name: str) -> Any:
-    value, kind = request[name], _FIELDS[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and name != "postcopy"):
+    value, kinds = request[name], _FIELDS[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ConfigError(f"{name}: {str(value)[:60]!r} is not what belongs there")
     return value
 
 
-async def migrate(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
-    """To its end. Raises ConfigError, StateError, HostError."""
+def _place(request: dict[str, Any], word: str) -> tuple[str, str | None]:
+    """The address, and the directory of a certificate. Raises ConfigError."""
     uri, tls = request.get("uri"), request.get("tls")
     if not isinstance(uri, str) or not (tls is None or isinstance(tls, str)):
-        raise ConfigError("migrate: uri and tls are text")
+        raise ConfigError(f"{word}: uri and tls are text")
+    return uri, tls
+
+
+async def migrate(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
+    """To its end. Raises ConfigError, StateError, HostError."""
+    uri, tls = _place(request, "migrate")
     if request.get("recover"):
         outgoing = _under_way(vm)
         return {"migration": (await outgoing.recover(parse_uri(uri), tls)).as_dict()}
@@ -78,9 +84,7 @@ async def start_postcopy(vm: VirtualMachine, _request: dict[str, Any]) -> dict[s
 
 async def listen_again(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
     """Raises ConfigError, StateError, HostError."""
-    uri, tls = request.get("uri"), request.get("tls")
-    if not isinstance(uri, str) or not (tls is None or isinstance(tls, str)):
-        raise ConfigError("receive: uri and tls are text")
+    uri, tls = _place(request, "receive")
     if vm.fetching is None or not vm.fetching.needed:
         raise StateError("the machine waits for no memory of another host")
     return {"uri": await vm.fetching.listen(uri, None if tls is None else Path(tls))}
