@@ -176,8 +176,10 @@ class Snapshot:
         self.check_files(trusted=trusted)
         self.ensure_verified()
         config = self.config(changes)
-        if as_copy:  # the original keeps the ports of the host
-            config = replace(config, nets=tuple(replace(net, forward="") for net in config.nets))
+        if as_copy:
+            from vmm.state.fork import nets_of_a_copy  # loads asyncio
+
+            config = replace(config, nets=tuple(nets_of_a_copy(config)))
         if config.all_shares and not (trusted or self.made_here):
             path = config.all_shares[0].path
             raise StateError(f"{self.path}: comes from elsewhere and shares {path}; add --trust if it may be used")
