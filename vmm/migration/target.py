@@ -307,8 +307,9 @@ class Session:
         self._state: MachineState | None = None
         self._console: Any = None
         self._rounds: dict[int, int] = {}
-        self._early_state: Any = None
         """Connections over which a round has come whole."""
+        self._early_state: Any = None
+        """Of the machine, when it came before the last round had come whole over all connections."""
         self._disks: list[tuple[protocol.DiskOffer, BlockDevice]] = []
         self._taken: list[BlockDevice] = []
         self._made: list[Path] = []
