@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,27 @@ async def test_it_is_asked_for_while_a_round_goes_on(tmp_path: Path) -> None:
             outgoing.start_postcopy()
         with pytest.raises(ConfigError, match="none of allowed, auto and now"):
             await vm.migrate(receiver.uri, postcopy="soon")
+
+
+async def test_it_is_asked_for_as_the_machine_goes_already(tmp_path: Path) -> None:
+    """The last round, which nothing follows, comes whole."""
+    async with echo(memory="64M") as vm, waiting(f"unix:{tmp_path / 'm'}") as receiver:
+        content = os.urandom(1 << 20) * 16
+        outgoing = Outgoing(vm, parse_uri(receiver.uri), Options(downtime=60.0, postcopy="allowed"))
+        send = outgoing._send_round
+
+        async def send_round(todo: Sequence[bytes], *, fresh: bool) -> None:
+            if outgoing.progress.phase == "switching":
+                outgoing.start_postcopy()
+            await send(todo, fresh=fresh)
+            if outgoing.progress.phase == "memory":
+                vm.machine.memory.write(16 << 20, content)
+
+        outgoing._send_round = send_round  # type: ignore[method-assign]
+        await asyncio.gather(outgoing.run(), receiver.arrive())
+        new = await receiver.arrive()
+        await talks(new, "moved")
+        assert new.machine.memory.regions()[0][1][16 << 20 : 32 << 20] == content
 
 
 async def test_a_target_of_before_is_refused(tmp_path: Path) -> None:

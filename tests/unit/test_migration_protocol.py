@@ -183,7 +183,7 @@ def test_rounds_over_several_connections(compress: bool) -> None:
     memory = memoryview(bytearray(b"".join(bytes([n % 7]) * PAGE for n in range(512))))
     there = bytearray(len(memory))
     links = [pair() for _ in range(3)]
-    pages = Pages([ours for ours, _ in links], [memory], Pace(0), compress=compress, digests=True)
+    pages = Pages([ours for ours, _ in links], [memory], Pace(0), threading.Event(), compress=compress, digests=True)
     pages.round = 1
 
     def read(link: Link) -> None:

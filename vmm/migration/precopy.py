@@ -176,8 +176,16 @@ class Pages:
     """Sends rounds. One at a time; *worker threads*."""
 
     def __init__(
-        self, links: Sequence[Link], regions: Sequence[memoryview], pace: Pace, *, compress: bool, digests: bool
+        self,
+        links: Sequence[Link],
+        regions: Sequence[memoryview],
+        pace: Pace,
+        interrupted: threading.Event,
+        *,
+        compress: bool,
+        digests: bool,
     ) -> None:
+        """`interrupted`: while it is set rounds end early; what one has not sent is in Sent.rest."""
         self._links = links
         self._regions = regions
         self._pace = pace
@@ -187,8 +195,7 @@ class Pages:
         self._rooms = [mmap.mmap(-1, DATA_BYTES) for _ in links]
         self._compressors: list[Any] = [None] * len(links)
         self.round = 0
-        self.interrupted = threading.Event()
-        """Set: a round ends early; what it has not sent is in Sent.rest."""
+        self._interrupted = interrupted
 
     def pieces(self, bitmaps: Sequence[bytes | bytearray]) -> queue.SimpleQueue[Piece]:
         """A round's work, for all threads."""
@@ -224,7 +231,7 @@ class Pages:
         if self._pace.bandwidth:
             most = min(max(self._pace.bandwidth // 8 // PAGE, 1) * PAGE, DATA_BYTES)
         at, end = 0, len(piece.view) // PAGE
-        if self.interrupted.is_set():
+        if self._interrupted.is_set():
             sent.rest.append((piece, 0))
             return
         with memoryview(room) as whole, whole[:most] as out, memoryview(table) as entries:
@@ -243,7 +250,7 @@ class Pages:
                     link.send(Kind.PAGES, self._compressed(number, parts), flags=protocol.COMPRESSED)
                 else:
                     link.send(Kind.PAGES, *parts)
-                if self.interrupted.is_set() and at < end:
+                if self._interrupted.is_set() and at < end:
                     sent.rest.append((piece, at))
                     return
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,7 +145,10 @@ class Outgoing:
         """Bytes, over connections that are no more."""
         self._page_link: Link | None = None
         self._serving: Serving | None = None
-        self._postcopy_wanted = self.options.postcopy == "now"
+        self._postcopy_wanted = threading.Event()
+        """Post-copy is to begin: rounds end early."""
+        if self.options.postcopy == "now":
+            self._postcopy_wanted.set()
         self._rest: list[Any] = []
         self._taken_ns = 0
         """When the state was taken, time.monotonic_ns()."""
@@ -178,9 +182,8 @@ class Outgoing:
             raise StateError("post-copy was not allowed when the migration began; cancel it and use --postcopy")
         if self.committed:
             raise StateError("the machine is handed over already")
-        self._postcopy_wanted = True
-        if hasattr(self, "_pages"):
-            self._pages.interrupted.set()
+        if self.progress.phase != "switching":  # else it goes already, and its last round has to come to its end
+            self._postcopy_wanted.set()
 
     def set_downtime(self, seconds: float) -> None:
         """Another goal from now on. Raises ConfigError."""
@@ -380,7 +383,9 @@ class Outgoing:
         memory, progress, options = self._machine.memory, self.progress, self.options
         views = [view for _, view in memory.regions()]
         progress.total = sum(map(len, views))
-        self._pages = Pages(self._links, views, self._pace, compress=options.compress, digests=True)
+        self._pages = Pages(
+            self._links, views, self._pace, self._postcopy_wanted, compress=options.compress, digests=True
+        )
         self._storage = storage.DiskSender(self._disks, self._pace, progress)
         with core_errors():
             memory.start_dirty_log()
@@ -392,8 +397,6 @@ class Outgoing:
             fresh = True
             postcopy = False
             while True:
-                if self._postcopy_wanted:
-                    self._pages.interrupted.set()
                 size = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
                 progress.remaining = size
                 begun, slept = time.monotonic(), self._pace.slept
@@ -412,7 +415,7 @@ class Outgoing:
                 progress.expected_downtime = planner.expected_downtime(dirty, rate)
                 self._report()
                 decision = planner.after_round(size, dirty, rate) if self._running else "stop"
-                if self._postcopy_wanted:
+                if self._postcopy_wanted.is_set():
                     decision = "post-copy"
                 if decision == "post-copy":
                     # Disks cannot follow later.
@@ -528,7 +531,7 @@ class Outgoing:
                 for merged, (_, bitmap) in zip(last, machine.memory.take_dirty(), strict=True):
                     _native.merge(merged, bitmap)
             self._storage.take()
-            self._pages.interrupted.clear()
+            self._postcopy_wanted.clear()
             if postcopy:
                 state = self._state()
                 now = pages_of(ranges_at_once(state["machine"]), machine.memory.regions())
