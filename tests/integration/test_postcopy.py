@@ -42,10 +42,11 @@ async def test_a_linux_guest_runs_before_its_memory_is_there(linux: Any, tmp_pat
         await text(vm, "echo one >/first; mkdir -p /ram; mount -t tmpfs none /ram")
         await text(vm, "head -c 20000000 /dev/urandom >/ram/data; md5sum </ram/data >/ram/sum")
         await text(vm, "(while :; do echo x >>/ram/ticks; sleep 0.05; done) >/dev/null 2>&1 &")
-        moving = asyncio.create_task(vm.migrate(receiver.uri, postcopy="now", bandwidth=8 << 20))
+        moving = asyncio.create_task(vm.migrate(receiver.uri, postcopy="now", bandwidth=1 << 20))
         new = await receiver.arrive()
         assert new.state is State.RUNNING and new.fetching is not None and new.fetching.as_dict()["missing"] > 10 << 20
-        assert vm.state is State.PAUSED
+        assert vm.state is State.PAUSED and vm.migration is not None
+        vm.migration.set_bandwidth(8 << 20)
         with pytest.raises(StateError, match="still fetches memory from here"):
             vm.resume()
         for refused in (new.snapshot(tmp_path / "s"), new.migrate("unix:/nowhere"), new.fork()):
