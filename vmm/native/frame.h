@@ -1,4 +1,5 @@
-/* Frames of a page link (vmm/migration/protocol.py) for the two threads that speak it. Without Python. */
+/* Frames of a page link (vmm/migration/protocol.py), bitmaps and the clock for the two threads that speak it. Without
+ * Python. */
 #ifndef VMM_FRAME_H
 #define VMM_FRAME_H
 
@@ -6,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #include "crc.h"
 
@@ -79,6 +81,22 @@ static inline uint64_t next_bit(const uint64_t *words, uint64_t at, uint64_t cou
         at = (at / 64 + 1) * 64;
     }
     return count;
+}
+
+/* The bits that are set, before others may change them. */
+static inline uint64_t count_bits(const uint64_t *words, uint64_t bits)
+{
+    uint64_t set = 0;
+    for (uint64_t i = 0; i < (bits + 63) / 64; i++)
+        set += (uint64_t)__builtin_popcountll(words[i]);
+    return set;
+}
+
+static inline int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
 }
 
 #endif

@@ -14,7 +14,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "frame.h"
@@ -36,7 +35,7 @@ struct pager {
     struct wanted_run *queue; /* of pager_want() */
     size_t queued, room;
     int next_link; /* of pager_attach(), or -1 */
-    bool has_next, detach, stop, committed, started;
+    bool has_next, detach, stop, committed;
     enum pager_state state;
     const char *error;
     struct pager_counts counts;
@@ -53,13 +52,6 @@ struct pager {
         int64_t since_ns;
     } timed[16];
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
 
 static void signal_fd(int fd)
 {
@@ -417,8 +409,6 @@ static bool take_orders(struct pager *p)
         return free(queue), false;
     if ((detach || attach) && p->link >= 0)
         broke(p, "the connection was left");
-    if (give_up)
-        fill(p);
     if (attach && !give_up) {
         p->link = fd;
         p->heard_ns = now_ns();
@@ -526,14 +516,6 @@ static void *work(void *argument)
 }
 
 /* ---- for others ---- */
-
-static uint64_t count_bits(const uint64_t *words, uint64_t bits)
-{
-    uint64_t set = 0;
-    for (uint64_t i = 0; i < (bits + 63) / 64; i++)
-        set += (uint64_t)__builtin_popcountll(words[i]);
-    return set;
-}
 
 /* Register the regions, and empty the pages that are missing. 0 or an errno. */
 static int take_memory(struct pager *p)
@@ -644,15 +626,6 @@ void pager_commit(struct pager *p)
 {
     pthread_mutex_lock(&p->lock);
     p->committed = true;
-    pthread_mutex_unlock(&p->lock);
-    signal_fd(p->wake);
-}
-
-void pager_give_up(struct pager *p)
-{
-    pthread_mutex_lock(&p->lock);
-    if (p->state != PAGER_WHOLE)
-        p->state = PAGER_GIVEN_UP;
     pthread_mutex_unlock(&p->lock);
     signal_fd(p->wake);
 }

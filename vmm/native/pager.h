@@ -44,8 +44,6 @@ int pager_attach(struct pager *pager, int fd);
 void pager_detach(struct pager *pager);
 /* Until this is called, a connection that ends gives the memory up. */
 void pager_commit(struct pager *pager);
-/* Missing pages answer with zeroes from now on, and nobody waits. */
-void pager_give_up(struct pager *pager);
 /* Fetch these before others; pager_fd() is readable when some of them came. */
 void pager_want(struct pager *pager, uint32_t region, uint64_t first, uint64_t count);
 /* An eventfd: pages that were wanted came, or the state changed. */

@@ -13,7 +13,6 @@ typedef struct {
     struct pager *pager;
     Py_buffer *buffers; /* a region's memory and its bitmap, by turns */
     uint32_t count;
-    uint32_t busy;
 } PagerObject;
 
 static void release(Py_buffer *buffers, uint32_t count)
@@ -144,7 +143,6 @@ static PyObject *pager_py_attach(PagerObject *self, PyObject *argument)
     }
 ORDER(detach)
 ORDER(commit)
-ORDER(give_up)
 
 static PyObject *pager_py_want(PagerObject *self, PyObject *args)
 {
@@ -186,7 +184,6 @@ static PyMethodDef methods[] = {
     {"detach", (PyCFunction)pager_py_detach, METH_NOARGS, "detach(): leave the connection; faults wait for the next."},
     {"commit", (PyCFunction)pager_py_commit, METH_NOARGS,
      "commit(): the memory is needed from now on. Before, the end of the connection gives it up."},
-    {"give_up", (PyCFunction)pager_py_give_up, METH_NOARGS, "give_up(): what is missing reads as zeroes."},
     {"want", (PyCFunction)pager_py_want, METH_VARARGS,
      "want(region, first, count): fetch these pages before others; fileno() is readable when some of them came."},
     {"fileno", (PyCFunction)pager_py_fileno, METH_NOARGS, "An eventfd: pages that were wanted came, or status() changed."},

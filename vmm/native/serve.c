@@ -8,7 +8,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "frame.h"
@@ -38,13 +37,6 @@ struct server {
     int64_t next_ns; /* when the stream may go on, at a limited rate */
     int64_t moved_ns, said_ns; /* when the connection last took bytes, or had nothing to take; when we last began a frame */
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
 
 static uint64_t get(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
 static void add(uint64_t *word, uint64_t n) { __atomic_fetch_add(word, n, __ATOMIC_RELAXED); }
@@ -240,8 +232,7 @@ enum serve_end serve_pages(int fd, int wake, const struct serve_region *regions,
     s->moved_ns = s->said_ns = now_ns();
     uint64_t left = 0;
     for (uint32_t r = 0; r < count; r++)
-        for (uint64_t i = 0; i < (regions[r].pages + 63) / 64; i++)
-            left += (uint64_t)__builtin_popcountll(regions[r].todo[i]);
+        left += count_bits(regions[r].todo, regions[r].pages);
     __atomic_store_n(&counts->left, left, __ATOMIC_RELAXED);
     /* Little waits in the kernel, so that a page that is waited for goes out soon. Not every socket has these. */
     int unsent = UNSENT, local = LOCAL_BUFFER, domain = 0;
