@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 from virtio import _ring
 from virtio.backends.block import BlockBackend
 from virtio.backends.lock import ImageLock
-from virtio.backends.unnamed import unnamed_file
+from virtio.backends.unnamed import overlay_file
 from virtio.errors import ConfigError, HostError
 
 Cache = Literal["writeback", "writethrough", "none"]
@@ -244,12 +244,7 @@ class SnapshotBlock(FileBlock):
         super().__init__(fd, capacity, read_only=False, cache="writeback", block_size=block_size)
         self.dirty = bytearray(-(-capacity // (8 * SECTOR)))
         """One bit per sector that stands in the overlay."""
-        folder = os.environ.get("TMPDIR", "/var/tmp")
-        try:
-            self.overlay = unnamed_file(folder)
-            os.truncate(self.overlay, capacity)
-        except OSError as error:
-            raise ConfigError(f"snapshot in {folder}: {error.strerror}; set TMPDIR to another folder") from error
+        self.overlay = overlay_file(capacity)
 
     @classmethod
     async def open(

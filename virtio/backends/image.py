@@ -13,8 +13,8 @@ from typing import TypeVar
 from virtio import _ring
 from virtio.backends.file import Cache, FileBlock, Io
 from virtio.backends.lock import ImageLock
-from virtio.backends.unnamed import unnamed_file
-from virtio.errors import ConfigError, StateError, os_reason
+from virtio.backends.unnamed import overlay_file
+from virtio.errors import ConfigError, StateError
 from virtio.images.chain import Backing, Format, ImageChain, make_active, open_chain
 
 T = TypeVar("T")
@@ -140,12 +140,7 @@ class ImageBlock(FileBlock):
 
     def _cover(self) -> None:
         """Put a private copy over the chain."""
-        folder = os.environ.get("TMPDIR", "/var/tmp")
-        try:
-            self.overlay = unnamed_file(folder)
-            os.truncate(self.overlay, self.capacity)
-        except OSError as error:
-            raise ConfigError(f"snapshot in {folder}: {os_reason(error)}; set TMPDIR to another folder") from error
+        self.overlay = overlay_file(self.capacity)
         self.written = bytearray(-(-self.capacity // (8 * SECTOR)))
         self._image = _ring.Image.overlay(self.overlay, self.written, self.chain.image)
 
