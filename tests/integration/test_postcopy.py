@@ -45,7 +45,8 @@ async def test_a_linux_guest_runs_before_its_memory_is_there(linux: Any, tmp_pat
         moving = asyncio.create_task(vm.migrate(receiver.uri, postcopy="now", bandwidth=1 << 20))
         new = await receiver.arrive()
         assert new.state is State.RUNNING and new.fetching is not None and new.fetching.as_dict()["missing"] > 10 << 20
-        assert vm.state is State.PAUSED and vm.migration is not None
+        await until(lambda: vm.state is State.PAUSED)  # it hears a moment later that the other side runs
+        assert vm.migration is not None
         vm.migration.set_bandwidth(8 << 20)
         with pytest.raises(StateError, match="still fetches memory from here"):
             vm.resume()
