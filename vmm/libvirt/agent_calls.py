@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vmm.libvirt import guest, host
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import check_flags
-from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.wire import Addresses, DomainRef, FileSystem, IpAddress, Param, int_param, string_param

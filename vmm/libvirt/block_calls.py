@@ -8,8 +8,8 @@ from vmm.convert import KIB
 from vmm.errors import StateError
 from vmm.libvirt import live
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, check_flags, wants
-from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE
 from vmm.libvirt.machines import ask
@@ -66,9 +66,7 @@ async def domain_block_rebase(
     await domain_block_pull(call, dom, path, bandwidth, 0)
 
 
-@calls.change(
-    290, "domain_block_commit", "dom:domain disk:string base:string? top:string? bandwidth:uhyper flags:uint"
-)
+@calls.change(290, "domain_block_commit", "dom:domain disk:string base:string? top:string? bandwidth:uhyper flags:uint")
 async def domain_block_commit(
     call: Call, dom: DomainRef, disk: str, base: str | None, top: str | None, bandwidth: int, flags: int
 ) -> None:

@@ -43,7 +43,8 @@ from vmm.libvirt import (
 )
 from vmm.libvirt.client import Client
 from vmm.libvirt.connect_calls import CONNECTION_CLOSED
-from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domain, Domains
+from vmm.libvirt.domain import Domain
+from vmm.libvirt.domains import SCAN_SECONDS, SETTLE_SECONDS, Domains
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.events import Hub
 from vmm.libvirt.migrate_calls import AwaitedMachine

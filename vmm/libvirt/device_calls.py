@@ -6,8 +6,8 @@ from xml.etree.ElementTree import Element
 
 from vmm.libvirt import live
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, check_flags, wants
-from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import Spec

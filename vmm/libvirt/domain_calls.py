@@ -7,7 +7,7 @@ from typing import Any
 from vmm.convert import KIB
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
-from vmm.libvirt.domains import Domain, DomainState
+from vmm.libvirt.domain import Domain, DomainState
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.machines import ask
 from vmm.libvirt.procedures import Procedures

@@ -14,7 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 from vmm.errors import VmmError
-from vmm.libvirt.domains import Domain
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.wire import Addresses, IpAddress
 from vmm.management.agentlink import agent_of

@@ -25,7 +25,8 @@ from vmm.management.registry import RegistryEntry
 
 if TYPE_CHECKING:
     from vmm.libvirt.daemon import Daemon
-    from vmm.libvirt.domains import Domain, Domains
+    from vmm.libvirt.domain import Domain
+    from vmm.libvirt.domains import Domains
     from vmm.libvirt.events import Hub
 
 ATTACH_SECONDS, DETACH_SECONDS = 10, 10

@@ -20,7 +20,7 @@ from typing import Any
 from vmm.convert import MIB
 from vmm.errors import HostError, VmmError
 from vmm.libvirt.client import Call, Client
-from vmm.libvirt.domains import Domain
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.machines import Process, ask, last_words
 from vmm.libvirt.peer import Peer, own_certificates

@@ -25,7 +25,8 @@ import aiofiles
 
 from vmm.config import Config
 from vmm.errors import HostError, StateError, os_reason
-from vmm.libvirt.domains import BOOTED, FROM_SNAPSHOT, RESTORED, Domain, Domains, DomainState
+from vmm.libvirt.domain import BOOTED, FROM_SNAPSHOT, RESTORED, Domain, DomainState
+from vmm.libvirt.domains import Domains
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.format import domain_xml
 from vmm.libvirt.machines import ask

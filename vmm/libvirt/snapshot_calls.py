@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import at_least_zero, check_flags
-from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.format import domain_xml
 from vmm.libvirt.procedures import Procedures

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vmm.convert import KIB
 from vmm.errors import VmmError
 from vmm.libvirt import host
-from vmm.libvirt.domains import Domain
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.live import balloon_of
 from vmm.libvirt.machines import ask

@@ -8,8 +8,8 @@ from typing import Any
 from vmm.convert import KIB
 from vmm.libvirt import host, iotune
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import check_flags, listed, spec_for
-from vmm.libvirt.domains import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.live import balloon_of
 from vmm.libvirt.migrate_calls import JOB_UNBOUNDED, job_numbers, job_of, job_params

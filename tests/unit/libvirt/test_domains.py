@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from vmm.libvirt.domains import Domain
+from vmm.libvirt.domain import Domain
 from vmm.libvirt.errors import Code, LibvirtError
 
 
