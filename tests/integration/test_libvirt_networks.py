@@ -158,6 +158,20 @@ def test_leases(host: tuple[DaemonProcess, Namespace, Namespace]) -> None:
         )
 
 
+def test_hosts_of_a_network_that_gives_no_addresses(host: tuple[DaemonProcess, Namespace, Namespace]) -> None:
+    daemon, _, _ = host
+    add = ("add", "ip-dhcp-host", "<host mac='52:54:00:00:00:79' ip='192.168.152.9'/>")
+    define(daemon, "<network><name>still</name><ip address='192.168.152.1' netmask='255.255.255.0'/></network>")
+    daemon.virsh("net-start", "still")
+    assert "without <dhcp>" in daemon.virsh("net-update", "still", *add, "--live", ok=False)
+    assert "without <dhcp>" in daemon.virsh("net-update", "still", *add, "--live", "--config", ok=False)
+    assert "<host" not in daemon.virsh("net-dumpxml", "still", "--inactive")
+    daemon.virsh("net-update", "still", *add, "--config")
+    assert "52:54:00:00:00:79" in daemon.virsh("net-dumpxml", "still", "--inactive")
+    define(daemon, "<network><name>bare</name></network>")
+    assert "no <ip>" in daemon.virsh("net-update", "bare", *add, "--config", ok=False)
+
+
 @pytest.mark.debian
 @pytest.mark.slow
 def test_guests_of_a_bridge(host: tuple[DaemonProcess, Namespace, Namespace], tmp_path: Path) -> None:

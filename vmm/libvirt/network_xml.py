@@ -281,6 +281,9 @@ SECTION_HOST, SECTION_RANGE = 4, 5
 
 def updated(spec: NetworkSpec, command: int, section: int, text: str) -> NetworkSpec:
     """With one host or the range changed. Raises LibvirtError."""
+    if spec.address is None:
+        text = f"network '{spec.name}' has no <ip>, so it gives no addresses"
+        raise LibvirtError(Code.OPERATION_INVALID, text, From.NETWORK)
     if section == SECTION_HOST:
         return checked(replace(spec, hosts=_hosts(spec, command, text), dhcp=True))
     if section == SECTION_RANGE and command in (DELETE, ADD_LAST, ADD_FIRST):

@@ -219,6 +219,9 @@ class Networks:
             raise LibvirtError(Code.OPERATION_INVALID, "network is not running", From.NETWORK)
         if config and network.persistent is None:
             raise LibvirtError(Code.OPERATION_INVALID, "can't change a transient network's definition", From.NETWORK)
+        if live and network.live is not None and not network.live.dhcp:
+            text = f"network '{network.name}' was started without <dhcp>: nobody gives addresses in it; use --config"
+            raise LibvirtError(Code.OPERATION_INVALID, text, From.NETWORK)
         defined = updated(network.persistent, command, section, text) if config and network.persistent else None
         running = updated(network.live, command, section, text) if live and network.live else None
         if defined is not None:

@@ -3,6 +3,7 @@
     server = DhcpServer(plan)
     reply = server.answer(datagram, now)        # None: nothing is to be said
     server.leases(now)                          # who has which address
+    server.take_changes()                       # the leases that are new or over since it was asked last
 
 Guests write the datagrams, so everything in them is hostile: what is malformed is dropped, the table holds no more than
 the plan has addresses, and an address that was only offered is free again after OFFER_SECONDS.
@@ -15,7 +16,7 @@ import hashlib
 import ipaddress
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmm.errors import ConfigError
@@ -153,12 +154,19 @@ class DhcpServer:
         self._leases: dict[str, Lease] = {}
         self._offers: dict[str, Lease] = {}
         self._declined: dict[str, float] = {}
+        self._changes: dict[str, Lease] = {}
         for lease in known:
             self._leases[lease.mac] = lease
 
     def leases(self, now: float) -> list[Lease]:
         """Those that hold."""
         return [lease for lease in self._leases.values() if lease.expires > now]
+
+    def take_changes(self) -> list[Lease]:
+        """What became of leases since the last call: at most one for each guest, which expired in 1970 if it is over. A
+        lease that was renewed to the same second is none."""
+        changes, self._changes = list(self._changes.values()), {}
+        return changes
 
     def replan(self, plan: Plan) -> None:
         """Other hosts or another range from now on; who has an address that it may keep keeps it."""
@@ -206,26 +214,33 @@ class DhcpServer:
         self._offers.pop(message.mac, None)
         name = message.options.get(Option.HOST_NAME, b"")
         client = message.options.get(Option.CLIENT, b"")
-        self._leases[message.mac] = Lease(
+        lease = Lease(
             message.mac,
             address,
             now + self.plan.seconds,
             _host_name(name) or self.plan.hosts.get(message.mac, ("", ""))[1],
             ":".join(f"{byte:02x}" for byte in client[:64]),
         )
+        before = self._leases.get(message.mac)
+        if before is None or replace(before, expires=int(before.expires)) != replace(lease, expires=int(lease.expires)):
+            self._leases[message.mac] = self._changes[message.mac] = lease
         return self._reply(message, DhcpKind.ACK, ipaddress.IPv4Address(address).packed)
 
     def _refused(self, message: _Message, now: float) -> None:
         wanted = message.options.get(Option.REQUESTED, b"")
         lease = self._leases.get(message.mac)
         if lease is not None and len(wanted) == 4 and str(ipaddress.IPv4Address(wanted)) == lease.address:
-            del self._leases[message.mac]
+            self._end(lease)
             self._declined[lease.address] = now + DECLINED_SECONDS
 
     def _released(self, message: _Message) -> None:
         lease = self._leases.get(message.mac)
         if lease is not None and ipaddress.IPv4Address(lease.address).packed == message.current:
-            del self._leases[message.mac]
+            self._end(lease)
+
+    def _end(self, lease: Lease) -> None:
+        del self._leases[lease.mac]
+        self._changes[lease.mac] = replace(lease, expires=0.0)
 
     def _choose(self, message: _Message, now: float) -> str | None:
         """The one address that this client may have now: its own, the one that it had, the one that it asks for, or a

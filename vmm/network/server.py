@@ -3,8 +3,8 @@
     python -m vmm.network.server DIRECTORY/NAME.serve
 
 It outlives the daemon that started it. The file says what to serve; SIGHUP reads it anew. Leases are in NAME.leases
-beside it, written whole at each change; NAME.lock is held while it runs and has its process's number in it. It ends at
-SIGTERM, and when the bridge has gone.
+beside it: a list, and behind it a line for each change, until the list is written anew. NAME.lock is held while it runs
+and has its process's number in it. It ends at SIGTERM, and when the bridge has gone.
 """
 
 from __future__ import annotations
@@ -40,11 +40,50 @@ log = logging.getLogger(__name__)
 
 
 def read_leases(path: Path) -> list[Lease]:
-    """What a server wrote; nothing if there is no such file."""
+    """What a server wrote, with what is over; nothing if there is no such file. A line that is not whole, for it is
+    being written or was when the host stopped, is left out."""
+    found: dict[str, Lease] = {}
     try:
-        return [Lease(**item) for item in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError):
         return []
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            told = json.loads(line)
+            for item in told if isinstance(told, list) else [told]:
+                lease = Lease(**item)
+                found[lease.mac] = lease
+    return list(found.values())
+
+
+class LeaseFile:
+    """The file of one server's leases. A change costs one line; the whole is written again when there are more lines
+    than leases, and no sooner than after SHORTEST of them."""
+
+    SHORTEST = 256
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: int | None = None
+        """Behind the list; None: the list must be written first."""
+        self._listed = 0
+
+    def record(self, changes: list[Lease], leases: Callable[[], list[Lease]]) -> None:
+        """Note changes; `leases`: all that hold. Raises HostError."""
+        if not changes:
+            return
+        lines, self._lines = self._lines, None
+        if lines is None or lines + len(changes) > max(self.SHORTEST, self._listed):
+            listed = leases()
+            write_whole(self._path, json.dumps([asdict(lease) for lease in listed]) + "\n")
+            self._lines, self._listed = 0, len(listed)
+            return
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(asdict(lease)) + "\n" for lease in changes))
+        except OSError as error:
+            raise HostError(f"{self._path}: {os_reason(error)}") from error
+        self._lines = lines + len(changes)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -89,11 +128,11 @@ class NetworkServer:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError, HostError."""
         self._path = path
-        self._leases = path.with_suffix(".leases")
+        self._leases = LeaseFile(path.with_suffix(".leases"))
         values = self._values()
         self.bridge = str(values["bridge"])
         plan = plan_from(values["plan"])
-        self._dhcp = DhcpServer(plan, read_leases(self._leases)) if values["dhcp"] else None
+        self._dhcp = DhcpServer(plan, read_leases(path.with_suffix(".leases"))) if values["dhcp"] else None
         self._sockets: list[socket.socket] = []
         try:
             if self._dhcp is not None:
@@ -154,11 +193,12 @@ class NetworkServer:
         with suppress(OSError):
             data = made.recv(MAX_DATAGRAM)
             now = time.time()
-            before = server.leases(now)
             reply = server.answer(data, now)
-            after = server.leases(now)
-            if after != before:
-                write_whole(self._leases, json.dumps([asdict(lease) for lease in after]))
+            try:
+                self._leases.record(server.take_changes(), lambda: server.leases(now))
+            except HostError as error:
+                log.error("network: %s", error)
+                return  # a guest must not have an address that would be forgotten
             if reply is not None:
                 made.sendto(reply, ("255.255.255.255", CLIENT_PORT))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 from vmm.network.dhcp import (
     COOKIE,
     DECLINED_SECONDS,
@@ -21,6 +22,7 @@ from vmm.network.dhcp import (
     plan_from,
     plan_values,
 )
+from vmm.network.server import LeaseFile, read_leases
 
 SERVER = "192.168.150.1"
 ONE, TWO, THREE = (f"52:54:00:00:00:0{number}" for number in (1, 2, 3))
@@ -215,3 +217,42 @@ def test_a_plan_goes_through_its_file() -> None:
     assert plan_from(plan_values(whole)) == whole
     with pytest.raises(ConfigError):
         plan_from({})
+
+
+def test_changes_are_told_once_and_the_file_stays_short(tmp_path: Path) -> None:
+    server, file = DhcpServer(plan(seconds=100)), LeaseFile(tmp_path / "n.leases")
+
+    def request(mac: str, asked: str, now: float) -> None:
+        server.answer(message(DhcpKind.REQUEST, mac, (Option.REQUESTED, address(asked))), now)
+
+    request(ONE, "192.168.150.10", 1000.0)
+    (lease,) = server.take_changes()
+    assert (lease.mac, lease.address, lease.expires) == (ONE, "192.168.150.10", 1100.0)
+    request(ONE, "192.168.150.10", 1000.5)
+    assert server.take_changes() == []  # asked again within the second
+    for second in range(3 * LeaseFile.SHORTEST):
+        request(ONE, "192.168.150.10", 1001.0 + second)
+        changes = server.take_changes()
+        assert len(changes) == 1
+        file.record(changes, lambda now=1001.0 + second: server.leases(now))  # type: ignore[misc]
+        (told,) = read_leases(tmp_path / "n.leases")
+        assert told == changes[0]
+        assert len((tmp_path / "n.leases").read_text().splitlines()) <= LeaseFile.SHORTEST + 1
+    server.answer(message(DhcpKind.RELEASE, ONE, current="192.168.150.10"), 2000.0)
+    file.record(server.take_changes(), lambda: server.leases(2000.0))
+    assert [lease.expires for lease in read_leases(tmp_path / "n.leases")] == [0.0]
+    with (tmp_path / "n.leases").open("a") as torn:
+        torn.write('{"mac": "52:54:00:00:00:02", "addr')
+    assert [lease.mac for lease in read_leases(tmp_path / "n.leases")] == [ONE]
+
+
+def test_what_cannot_be_recorded_is_written_whole_the_next_time(tmp_path: Path) -> None:
+    path, server = tmp_path / "away" / "n.leases", DhcpServer(plan())
+    file = LeaseFile(path)
+    server.answer(message(DhcpKind.REQUEST, ONE, (Option.REQUESTED, address("192.168.150.10"))), 1000.0)
+    with pytest.raises(HostError):
+        file.record(server.take_changes(), lambda: server.leases(1000.0))
+    path.parent.mkdir()
+    server.answer(message(DhcpKind.REQUEST, TWO, (Option.REQUESTED, address("192.168.150.11"))), 1000.0)
+    file.record(server.take_changes(), lambda: server.leases(1000.0))
+    assert {lease.mac for lease in read_leases(path)} == {ONE, TWO}
