@@ -317,7 +317,7 @@ async def judge(here: Side, there: Side, link: SlowLink, failure: str) -> str:
         await there.ask(what="settle")
     theirs = await there.ask(what="state") if not there.killed else {"state": "killed"}
     deadline = time.monotonic() + PATIENCE
-    while not here.killed and not there.killed and theirs["state"] == "running" and mine["state"] == "running":
+    if not here.killed and not there.killed and theirs["state"] == "running" and mine["state"] == "running":
         raise Broken("two machines run")
     if mine.get("recover") and not there.killed:  # post-copy, and both live: nothing is lost
         while theirs["state"] == "running" and time.monotonic() < deadline:

@@ -10,16 +10,16 @@
 #include <time.h>
 
 #include "crc.h"
+#include "page.h"
 
 enum { FRAME_PAGES = 6, FRAME_DONE = 15, FRAME_PING = 16, FRAME_WANT = 23 };
 enum {
-    PAGE_BYTES = 4096,
     FRAME_HEAD = 16,
     FRAME_RUNS = 64,       /* of one PAGES frame of a page link at most */
     FRAME_DATA_PAGES = 64, /* likewise */
     FRAME_WANTS = 256,     /* of one WANT frame */
     PAGES_HEAD = 12,
-    FRAME_MOST = PAGES_HEAD + 8 * FRAME_RUNS + PAGE_BYTES * FRAME_DATA_PAGES,
+    FRAME_MOST = PAGES_HEAD + 8 * FRAME_RUNS + PAGE * FRAME_DATA_PAGES,
     LINK_SILENCE_MS = 30000
 };
 #define RUN_OF_ZEROES 0x80000000u

@@ -43,19 +43,6 @@ static struct digest digest_of(const uint8_t *page)
     return (struct digest){fold(a ^ k2, b ^ k3) | 1, fold(c ^ k0, d ^ k1)};
 }
 
-static bool page_is_zero(const uint8_t *page)
-{
-    uint64_t any = 0;
-    for (size_t at = 0; at < PAGE; at += 64) {
-        uint64_t w[8];
-        memcpy(w, page + at, sizeof w);
-        any = w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7];
-        if (any)
-            return false;
-    }
-    return true;
-}
-
 /* The first bit from `at` on that is set, or `count`. */
 static size_t next_set(const uint8_t *bitmap, size_t at, size_t count)
 {

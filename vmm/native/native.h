@@ -8,7 +8,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { PAGE = 4096, LARGE = 2 << 20 };
+#include "page.h"
+
+enum { LARGE = 2 << 20 };
 
 /* mapping.c */
 extern PyTypeObject native_mapping_type;

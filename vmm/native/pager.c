@@ -113,8 +113,8 @@ static void arrived(struct pager *p, uint32_t region, uint64_t first, uint64_t c
 /* Put pages at their place, of `from` or zeroes, and wake whoever waits for them. false: the kernel refuses. */
 static bool place(struct pager *p, uint32_t region, uint64_t first, uint64_t count, const uint8_t *from)
 {
-    uint8_t *to = p->areas[region].at.host + first * PAGE_BYTES;
-    uint64_t left = count * PAGE_BYTES;
+    uint8_t *to = p->areas[region].at.host + first * PAGE;
+    uint64_t left = count * PAGE;
     while (left) {
         int64_t done;
         int result;
@@ -133,9 +133,9 @@ static bool place(struct pager *p, uint32_t region, uint64_t first, uint64_t cou
             if (errno != EEXIST)
                 return false;
             /* Somebody's page stands there already; whoever waits for it is to look again. */
-            struct uffdio_range range = {.start = (uintptr_t)to, .len = PAGE_BYTES};
+            struct uffdio_range range = {.start = (uintptr_t)to, .len = PAGE};
             ioctl(p->uffd, UFFDIO_WAKE, &range);
-            done = PAGE_BYTES;
+            done = PAGE;
         }
         to += done;
         if (from)
@@ -255,9 +255,9 @@ static void fault(struct pager *p, uint64_t address)
     for (uint32_t r = 0; r < p->count; r++) {
         struct area *area = &p->areas[r];
         uint64_t host = (uintptr_t)area->at.host;
-        if (address < host || address - host >= area->at.pages * PAGE_BYTES)
+        if (address < host || address - host >= area->at.pages * PAGE)
             continue;
-        uint64_t page = (address - host) / PAGE_BYTES;
+        uint64_t page = (address - host) / PAGE;
         if (!bit_of(area->at.missing, page)) {
             place(p, r, page, 1, NULL);
             return;
@@ -305,7 +305,7 @@ static bool take_run(struct pager *p, uint32_t region, uint64_t first, uint64_t 
         uint64_t last = n + 1;
         while (last < end && bit_of(missing, last))
             last++;
-        if (!place(p, region, n, last - n, from ? from + (n - first) * PAGE_BYTES : NULL))
+        if (!place(p, region, n, last - n, from ? from + (n - first) * PAGE : NULL))
             return false;
         pthread_mutex_lock(&p->lock);
         *(from ? &p->counts.pages : &p->counts.zero) += last - n;
@@ -333,7 +333,7 @@ static const char *take_pages(struct pager *p, const uint8_t *payload, uint32_t 
         uint64_t count = table[i].count & ~RUN_OF_ZEROES, first = (uint64_t)base + table[i].first;
         if (!count || first >= pages || count > pages - first)
             return "pages out of bounds";
-        bytes += table[i].count & RUN_OF_ZEROES ? 0 : count * PAGE_BYTES;
+        bytes += table[i].count & RUN_OF_ZEROES ? 0 : count * PAGE;
     }
     if (length != PAGES_HEAD + 8 * runs + bytes)
         return "a PAGES frame whose table does not fit its data";
@@ -343,7 +343,7 @@ static const char *take_pages(struct pager *p, const uint8_t *payload, uint32_t 
         uint64_t count = table[i].count & ~RUN_OF_ZEROES;
         if (!take_run(p, region, (uint64_t)base + table[i].first, count, zero ? NULL : data))
             return "the host has no memory for a page";
-        data += zero ? 0 : count * PAGE_BYTES;
+        data += zero ? 0 : count * PAGE;
     }
     return NULL;
 }
@@ -466,7 +466,7 @@ static void finish(struct pager *p)
     if (p->link >= 0)
         shutdown(p->link, SHUT_WR);
     for (uint32_t r = 0; r < p->count; r++) {
-        struct uffdio_range range = {(uintptr_t)p->areas[r].at.host, p->areas[r].at.pages * PAGE_BYTES};
+        struct uffdio_range range = {(uintptr_t)p->areas[r].at.host, p->areas[r].at.pages * PAGE};
         ioctl(p->uffd, UFFDIO_UNREGISTER, &range);
     }
     pthread_mutex_lock(&p->lock);
@@ -522,7 +522,7 @@ static int take_memory(struct pager *p)
 {
     for (uint32_t r = 0; r < p->count; r++) {
         struct pager_region *at = &p->areas[r].at;
-        struct uffdio_register range = {.range = {(uintptr_t)at->host, at->pages * PAGE_BYTES},
+        struct uffdio_register range = {.range = {(uintptr_t)at->host, at->pages * PAGE},
                                         .mode = UFFDIO_REGISTER_MODE_MISSING};
         if (ioctl(p->uffd, UFFDIO_REGISTER, &range) < 0)
             return errno;
@@ -530,7 +530,7 @@ static int take_memory(struct pager *p)
             uint64_t end = n + 1;
             while (end < at->pages && bit_of(at->missing, end))
                 end++;
-            if (madvise(at->host + n * PAGE_BYTES, (end - n) * PAGE_BYTES, MADV_DONTNEED) < 0)
+            if (madvise(at->host + n * PAGE, (end - n) * PAGE, MADV_DONTNEED) < 0)
                 return errno;
             n = end;
         }

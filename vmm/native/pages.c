@@ -17,21 +17,6 @@
 
 enum { RUN_PAGES = 256 };
 
-/* A word of a buffer that may stand at any address and hold anything. */
-typedef uint64_t __attribute__((aligned(1), may_alias)) any_word;
-
-static bool page_is_zero(const uint8_t *page)
-{
-    const any_word *words = (const any_word *)page;
-    for (unsigned i = 0; i < PAGE / 8; i += 8) {
-        uint64_t any = words[i] | words[i + 1] | words[i + 2] | words[i + 3];
-        any |= words[i + 4] | words[i + 5] | words[i + 6] | words[i + 7];
-        if (any)
-            return false;
-    }
-    return true;
-}
-
 static bool bit(const uint8_t *bitmap, size_t n) { return bitmap[n / 8] >> n % 8 & 1; }
 
 /* The place of a page in a file that begins at `offset` is a place of a file; false with an exception set otherwise. */

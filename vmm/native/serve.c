@@ -41,24 +41,22 @@ struct server {
 static uint64_t get(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
 static void add(uint64_t *word, uint64_t n) { __atomic_fetch_add(word, n, __ATOMIC_RELAXED); }
 
-static bool page_is_zero(const uint8_t *page) { return !page[0] && !memcmp(page, page + 1, PAGE_BYTES - 1); }
-
 /* Begin the frame of the pages to be sent from `first` on, before `end`: as many as stand together and are alike. */
 static uint64_t make_frame(struct server *s, uint32_t region, uint64_t first, uint64_t end)
 {
     const struct serve_region *r = &s->regions[region];
-    const uint8_t *from = r->host + first * PAGE_BYTES;
+    const uint8_t *from = r->host + first * PAGE;
     uint64_t n = 0, most = end - first;
     bool zero = page_is_zero(from);
     if (most > (zero ? ZERO_MOST : PIECE))
         most = zero ? ZERO_MOST : PIECE;
-    while (n < most && bit_of(r->todo, first + n) && page_is_zero(from + n * PAGE_BYTES) == zero)
+    while (n < most && bit_of(r->todo, first + n) && page_is_zero(from + n * PAGE) == zero)
         clear_bit(r->todo, first + n++);
     uint32_t head[5] = {region, (uint32_t)first, 1, 0, (uint32_t)n | (zero ? RUN_OF_ZEROES : 0)};
-    uint32_t length = sizeof head + (zero ? 0 : (uint32_t)n * PAGE_BYTES);
+    uint32_t length = sizeof head + (zero ? 0 : (uint32_t)n * PAGE);
     memcpy(s->out + FRAME_HEAD, head, sizeof head);
     if (!zero)
-        memcpy(s->out + FRAME_HEAD + sizeof head, from, n * PAGE_BYTES);
+        memcpy(s->out + FRAME_HEAD + sizeof head, from, n * PAGE);
     frame_seal(s->out, FRAME_PAGES, length);
     s->out_at = 0;
     s->out_have = FRAME_HEAD + length;

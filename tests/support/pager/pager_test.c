@@ -30,7 +30,7 @@ static void must(bool good, const char *what)
 
 static uint8_t *memory(void)
 {
-    uint8_t *at = mmap(NULL, PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint8_t *at = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(at != MAP_FAILED, "mmap");
     return at;
 }
@@ -92,7 +92,7 @@ static void *touch(void *argument)
     for (unsigned i = 0; i < PAGES * 2; i++) {
         uint64_t page = (unsigned)rand_r(&r->seed) % PAGES;
         uint64_t there;
-        memcpy(&there, target + page * PAGE_BYTES + 8, sizeof there);
+        memcpy(&there, target + page * PAGE + 8, sizeof there);
         r->wrong += there != (page % 3 ? page * 7 + 1 : 0);
     }
     return NULL;
@@ -117,9 +117,9 @@ int main(int argc, char **argv)
     target = memory();
     for (uint64_t page = 0; page < PAGES; page++) {
         uint64_t value = page % 3 ? page * 7 + 1 : 0;
-        memcpy(source + page * PAGE_BYTES + 8, &value, sizeof value);
+        memcpy(source + page * PAGE + 8, &value, sizeof value);
     }
-    memset(target, 0xEE, PAGES * PAGE_BYTES);
+    memset(target, 0xEE, PAGES * PAGE);
     uint64_t *missing = malloc(WORDS * 8);
     must(missing, "malloc");
     memset(missing, 0xFF, WORDS * 8);
@@ -194,7 +194,7 @@ int main(int argc, char **argv)
     struct pager_counts counts;
     pager_counts(p, &counts);
     pager_free(p);
-    must(!memcmp(source, target, PAGES * PAGE_BYTES) && !wrong && end == SERVE_DONE && !counts.left, "memory differs");
+    must(!memcmp(source, target, PAGES * PAGE) && !wrong && end == SERVE_DONE && !counts.left, "memory differs");
 
     /* Given up: whoever waits goes on, with zeroes. */
     memset(missing, 0xFF, WORDS * 8);
