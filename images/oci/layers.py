@@ -7,14 +7,19 @@ is compressed with is told by its first bytes, for media types are often wrong. 
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from images.errors import ImageError
 
-CHUNK = 1 << 20
+CHUNK = 4 << 20
 INPUT = 256 << 10
+AHEAD = 3
+"""Chunks of a layer that are taken before somebody asks for them."""
 MAX_WINDOW = 128 << 20
 """Bytes that a zstd frame may have its reader keep."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -70,17 +75,72 @@ def _unzstd(blob: BinaryIO) -> Iterator[bytes]:
         raise ImageError(f"a layer is damaged: {error}") from error
 
 
+class _ReadAhead:
+    """Takes chunks in a thread of its own, AHEAD of them before they are asked for, and their digest: decompression and
+    digests run without the interpreter's lock, so on another processor than who makes files of the chunks."""
+
+    def __init__(self, chunks: Iterator[bytes], limit: int) -> None:
+        """`limit`: bytes, behind which nothing is taken any more."""
+        self._chunks = chunks
+        self._limit = limit
+        self._taken: queue.Queue[bytes | Exception] = queue.Queue(AHEAD)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="oci-layer", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The chunks. Raises what taking them did."""
+        while taken := self._taken.get():
+            if isinstance(taken, Exception):
+                raise taken
+            yield taken
+
+    def close(self) -> None:
+        """End the thread; chunks that nobody asked for are lost."""
+        self._stopped = True
+        while self._thread.is_alive():
+            try:
+                self._taken.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for chunk in self._chunks:
+                self._taken.put(chunk)
+                self._limit -= len(chunk)
+                if self._stopped or self._limit < 0:
+                    break
+            self._taken.put(b"")
+        except Exception as error:
+            self._taken.put(error)
+
+
 class LayerStream:
-    """Chunks as something to read from, with the digest of everything that went through."""
+    """Chunks as something to read from, with the digest of everything that went through. In a `with` block the chunks
+    and their digest are made by a thread that is a little ahead."""
 
     def __init__(self, chunks: Iterator[bytes], limit: int, like: str = "sha256:") -> None:
         """`limit`: bytes, over which ImageError is raised. `like`: a digest whose algorithm is taken."""
-        self._chunks = chunks
         self._algorithm = like.partition(":")[0]
         self._hash = hashlib.new(self._algorithm)
+        self._chunks = self._digested(chunks)
+        self._ahead: _ReadAhead | None = None
         self._chunk = memoryview(b"")
         self._left = limit
         self._limit = limit
+
+    def __enter__(self) -> Self:
+        self._ahead = _ReadAhead(self._chunks, self._limit)
+        self._chunks = iter(self._ahead)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._ahead is not None
+        self._ahead.close()
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end."""
@@ -102,9 +162,13 @@ class LayerStream:
             pass
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
+    def _digested(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._hash.update(chunk)
+            yield chunk
+
     def _next(self) -> memoryview:
         chunk = next(self._chunks, b"")
-        self._hash.update(chunk)
         self._left -= len(chunk)
         if self._left < 0:
             raise ImageError(

@@ -56,7 +56,7 @@ class Registry:
         failures: list[tuple[bool, ImageError]] = []
         for endpoint in endpoints(self._wanted.registry):
             is_fallback = bool(failures) and endpoint.url == f"http://{self._wanted.registry}"
-            if is_fallback and "certificate" in str(failures[-1][1]):
+            if is_fallback and (isinstance(failures[-1][1], Refused) or "certificate" in str(failures[-1][1])):
                 break  # it speaks TLS; plain HTTP is for those that do not
             self._transport = RegistryTransport(endpoint, self._stopped.is_set)
             self._authorization = ""

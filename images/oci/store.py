@@ -117,10 +117,10 @@ def _make(source: Source, manifest: ImageManifest, made: Path, key: str, tell: T
                 with blob.result() as file:
                     tell(f"unpacking layer {number + 1} of {len(blobs)}", number, len(blobs) + 1)
                     try:
-                        stream = LayerStream(decompressed(file), limit, diff_id)
-                        apply(stream, tree, writer)
-                        if stream.finish() != diff_id:
-                            raise ImageError("its content has another digest than the configuration says")
+                        with LayerStream(decompressed(file), limit, diff_id) as stream:
+                            apply(stream, tree, writer)
+                            if stream.finish() != diff_id:
+                                raise ImageError("its content has another digest than the configuration says")
                     except ImageError as error:
                         raise ImageError(f"{where}: {error}") from error
         finally:

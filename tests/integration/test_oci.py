@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import vmm
 from images import builder
 from images.oci import find
 from tests.support.oci import base, entry, layer, layout, need_container_kernel
+from tests.support.ociregistry import registry
 
 pytestmark = pytest.mark.debian
 PATIENCE = 120
@@ -147,39 +148,26 @@ def test_a_published_port_leads_into_the_guest(image: str) -> None:
             process.send_signal(signal.SIGTERM)
 
 
-@contextmanager
-def registry(folder: Path) -> Iterator[str]:
-    """Debian's docker-registry on a free port of the loopback interface."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        name = f"127.0.0.1:{free.getsockname()[1]}"
-    config = folder / "registry.yml"
-    config.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {folder / 'registry'}}}}}\n"
-        f"http: {{addr: '{name}'}}\n"
-    )
-    with subprocess.Popen(["docker-registry", "serve", config], stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    socket.create_connection((name.split(":")[0], int(name.split(":")[1])), 1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.05)
-            yield name
-        finally:
-            process.terminate()
-
-
 @pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
 @pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
-@pytest.mark.parametrize("form", ["oci", "v2s2"])
-def test_what_skopeo_pushed_to_a_registry_runs(image: str, tmp_path: Path, form: str) -> None:
-    with registry(tmp_path) as name:
-        source = f"oci:{image.removeprefix('oci:')}:latest"
-        push = ["skopeo", "copy", "--dest-tls-verify=false", f"--format={form}", source, f"docker://{name}/a/b:c"]
-        subprocess.run(push, check=True, capture_output=True)
-        done = run(f"oci:{name}/a/b:c", "--", "echo $FOO")
-        find.remove(f"oci:{name}/a/b:c")
+@pytest.mark.parametrize(("form", "guarded"), [("oci", False), ("v2s2", False), ("oci", True)])
+def test_what_skopeo_pushed_to_a_registry_runs(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, guarded: bool
+) -> None:
+    """`guarded`: the registry has a certificate of its own and wants a password."""
+    with registry(tmp_path, tls=guarded, auth=guarded) as served:
+        served.push(Path(image.removeprefix("oci:")), "a/b:c", form)
+        name = f"oci:{served.name}/a/b:c"
+        if guarded:
+            monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+            untrusted = run(name)
+            assert untrusted.returncode and "certificate is not trusted" in untrusted.stderr, untrusted.stderr
+            (tmp_path / "config/loopvisor").mkdir(parents=True)
+            (tmp_path / "config/loopvisor/registries.toml").write_text(f'["{served.name}"]\nca = "{served.ca}"\n')
+            nobody = run(name)
+            assert nobody.returncode and "docker login" in nobody.stderr, nobody.stderr
+            assert served.config is not None
+            monkeypatch.setenv("DOCKER_CONFIG", str(served.config.parent))
+        done = run(name, "--", "echo $FOO")
+        find.remove(name)
         assert done.stdout == "bar\n", done.stderr
