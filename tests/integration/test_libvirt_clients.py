@@ -223,7 +223,7 @@ def test_virt_install_clone_and_xml(daemon: DaemonProcess) -> None:
     assert daemon.virsh("desc", "vi2", "--title") == "edited" and ">98304</memory>" in daemon.virsh("dumpxml", "vi2")
     refused = subprocess.run(
         ["virt-install", "--connect", uri, "--name", "vi3", "--memory", "64", "--disk", "none", "--import", "--osinfo",
-         "linux2022", "--network", "none", "--boot", f"kernel={GUESTS / 'echo.bin'}", "--graphics", "vnc",
+         "linux2022", "--network", "none", "--boot", f"kernel={GUESTS / 'echo.bin'}", "--graphics", "vnc,port=5901",
          "--noautoconsole"], capture_output=True, text=True, timeout=100, env=environment(daemon.path),
     )  # fmt: skip
     assert refused.returncode == 1 and "no display" in refused.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmm.convert import KIB
+from vmm.libvirt.defaults_xml import OLD_BUSES, OLD_CARDS, is_default, no_display, take
 from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE
 from vmm.libvirt.spec import DiskName, NetName, disk_name, tap_name
 from vmm.libvirt.xmltree import Reader, malformed, unsupported
@@ -33,6 +34,8 @@ class DeviceList:
         self.hvc = self.rng = self.balloon = False
         self.shares: list[dict[str, Any]] = []
         self.vsock: str | None = None
+        self.default = False
+        """A client wrote them unasked (vmm/libvirt/defaults_xml.py)."""
 
     @property
     def disk_names(self) -> list[DiskName]:
@@ -58,15 +61,33 @@ class DeviceList:
 
 def read_devices(devices: Reader, found: DeviceList) -> None:
     """All of <devices>. Raises LibvirtError for what the machine does not have."""
+    found.default = is_default(devices.element)
     for item in devices.children(*READERS):
         for alias in item.children("alias"):
             alias.ignore("name")
         READERS[item.element.tag](item, found)
     # The guest names its disks in the order in which they stand, so that is the order of their names.
-    found.disks.sort(key=lambda disk: (len(disk[0]), disk[0]))
+    found.disks.sort(key=_order)
+    _rename_disks(found)
     for index, (target, _, _) in enumerate(found.disks):
         if target != disk_name(index):
             found.notes.append(f"disk {target}: the guest names disks in order, and may call it {disk_name(index)}")
+
+
+def _rename_disks(found: DeviceList) -> None:
+    """Those of other buses get the first names of virtio disks that are free."""
+    taken = {target for target, _, _ in found.disks}
+    for place, (target, values, name) in enumerate(found.disks):
+        if not TARGET.fullmatch(target):
+            free = next(one for one in map(disk_name, range(len(found.disks) + 1)) if one not in taken)
+            taken.add(free)
+            found.disks[place] = free, values, DiskName(free, name.block)
+            found.notes.append(f"disk {target}: this machine has no such bus; it is the virtio disk {free}")
+    found.disks.sort(key=_order)
+
+
+def _order(disk: tuple[str, dict[str, Any], DiskName]) -> tuple[int, str]:
+    return len(disk[0]), disk[0]
 
 
 def _address(item: Reader, found: DeviceList, what: str) -> str:
@@ -90,7 +111,8 @@ def _disk(item: Reader, found: DeviceList) -> None:
     if item.choice("device", ("disk", "lun"), "disk") == "lun":
         raise unsupported(f"{where}: SCSI passthrough is not available; use device='disk'")
     bus = target.attribute("bus", "virtio" if name.startswith("vd") else "another")
-    if bus != "virtio" or not TARGET.fullmatch(name):
+    instead = found.default and name[:2] == OLD_BUSES.get(str(bus))
+    if not instead and (bus != "virtio" or not TARGET.fullmatch(name)):
         raise unsupported(f"{where}: bus {bus!r} is not available; use <target dev='vda' bus='virtio'/>")
     target.choice("removable", ("off",))
     kind = item.choice("type", ("file", "block"), "file")
@@ -150,7 +172,10 @@ def _interface(item: Reader, found: DeviceList) -> None:
     values: dict[str, Any] = {}
     network = bridge = ""
     if model := item.child("model"):
-        model.choice("type", ("virtio", "virtio-net", "virtio-non-transitional", "virtio-transitional"))
+        known = ("virtio", "virtio-net", "virtio-non-transitional", "virtio-transitional")
+        card = model.choice("type", (*known, *OLD_CARDS) if found.default else known)
+        if card in OLD_CARDS:
+            found.notes.append(f"interface {card}: this machine has no such card; the guest gets a virtio card")
     source = item.child("source")
     target = item.child("target")
     if kind == "network":
@@ -280,7 +305,7 @@ def _character(item: Reader, found: DeviceList) -> None:
 
 def _channel(item: Reader, found: DeviceList) -> None:
     if item.element.get("type") == "spicevmc":
-        _no_display(item, found)
+        return take(item, found.default, found.notes)
     if item.choice("type", ("unix",)) is None:
         raise malformed("<channel>: attribute 'type' is missing")
     target = item.child("target")
@@ -360,7 +385,7 @@ def _controller(item: Reader, found: DeviceList) -> None:
 
 def _input(item: Reader, found: DeviceList) -> None:
     if item.element.get("type") not in ("mouse", "keyboard"):
-        _no_display(item, found)
+        return take(item, found.default, found.notes)
     kind = item.choice("type", ("mouse", "keyboard"))
     item.choice("bus", ("ps2",), "ps2")
     found.notes.append(f"ps2 {kind}: this machine has no display to use it with")
@@ -381,15 +406,21 @@ def _emulator(item: Reader, found: DeviceList) -> None:
     item.text()
 
 
-def _no_display(item: Reader, found: DeviceList) -> None:
-    kind = item.element.get("type") or item.element.get("model") or ""
-    raise unsupported(
-        f"<{item.element.tag} {kind}>: this machine has no display; leave it out, as virt-install --graphics none does"
-    )
+def _display(item: Reader, found: DeviceList) -> None:
+    """<graphics>, <sound>, <redirdev>."""
+    if item.element.tag == "redirdev" and item.element.get("type") != "spicevmc":
+        raise no_display("redirdev", item.element.get("type") or "")
+    take(item, found.default, found.notes)
+
+
+def _video(item: Reader, found: DeviceList) -> None:
+    if found.default:
+        return take(item, True, found.notes)
+    _nothing(item, found)
 
 
 def _nothing(item: Reader, found: DeviceList) -> None:
-    """<video>, <audio>, <watchdog> that say that there is none."""
+    """<video>, <audio> that say that there is none."""
     item.choice("type", ("none",))
     item.ignore("id")
     if model := item.child("model"):
@@ -410,9 +441,9 @@ READERS: dict[str, Callable[[Reader, DeviceList], None]] = {
     "input": _input,
     "memballoon": _balloon,
     "panic": _panic,
-    "graphics": _no_display,
-    "sound": _no_display,
-    "redirdev": _no_display,
-    "video": _nothing,
+    "graphics": _display,
+    "sound": _display,
+    "redirdev": _display,
+    "video": _video,
     "audio": _nothing,
 }

@@ -180,10 +180,52 @@ def test_libvirts_defaults() -> None:
     assert (nets.config.nets[0].mac or "").startswith("52:54:00:")
 
 
+DISPLAY = """<graphics type='spice' port='-1' tlsPort='-1' autoport='yes'><image compression='off'/></graphics>
+<input type='tablet' bus='usb'/><video><model type='qxl'/></video>"""
+
+
+def test_what_clients_write_unasked_is_taken_and_told() -> None:
+    """virt-install --osinfo detect=off: it knows nothing of the guest's system."""
+    spec = shell(
+        devices=DISPLAY
+        + """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/a'/>
+        <target dev='hda' bus='ide'/></disk>
+        <disk type='file'><source file='/b'/><target dev='vda' bus='virtio'/></disk>
+        <disk type='file'><source file='/c'/><target dev='sda' bus='sata'/></disk>
+        <interface type='network'><source network='default'/><model type='e1000'/></interface>
+        <channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>
+        <sound model='ich6'/><redirdev bus='usb' type='spicevmc'/><redirdev bus='usb' type='spicevmc'/>"""
+    )
+    assert [(str(disk.path), name.target) for disk, name in zip(spec.config.disks, spec.disks, strict=True)] == [
+        ("/b", "vda"), ("/a", "vdb"), ("/c", "vdc"),
+    ]  # fmt: skip
+    told = " ".join(spec.notes)
+    for name in ("graphics spice", "video qxl", "tablet", "hda", "sda", "e1000", "spicevmc", "ich6"):
+        assert name in told, name
+    assert "graphics" not in domain_xml(spec, "/vmm")  # what it says is what there is
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        DISPLAY.replace("port='-1' tlsPort='-1' autoport='yes'", "port='5901'"),
+        DISPLAY.replace("port='-1'", "port='-1' listen='0.0.0.0'"),
+        DISPLAY.replace("port='-1'", "port='-1' passwd='x'"),
+        DISPLAY.replace("<image compression='off'/>", "<listen type='address' address='192.0.2.1'/>"),
+        DISPLAY.replace("spice", "sdl"),
+        DISPLAY.replace("tablet", "passthrough"),
+    ],
+)
+def test_a_display_that_somebody_wants_is_refused(devices: str) -> None:
+    with pytest.raises(LibvirtError, match="no display"):
+        shell(devices=devices)
+
+
 @pytest.mark.parametrize(
     ("devices", "named"),
     [
         ("<graphics type='spice'/>", "graphics"),
+        ("<graphics type='vnc' port='-1' autoport='yes'/>", "graphics"),
         ("<hostdev mode='subsystem'/>", "hostdev"),
         ("<tpm model='tpm-tis'/>", "tpm"),
         ("<sound model='ich9'/>", "sound"),
