@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from virtio.backends import live, mirror
 from virtio.backends.image import ImageBlock
-from virtio.backends.mirror import Switch
+from virtio.backends.mirror import Switch, Target
+from virtio.backends.pace import Pace
 from virtio.devices.blk import BlockDevice
 from vmm.changes import find_disk
 from vmm.convert import format_size
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["commit", "stream", "mirror"]
 JobState = Literal["running", "ready", "done", "cancelled", "failed"]
-Progress = Callable[[int, int], None]
 EVENT_SECONDS = 0.2
 """Between two events that tell how far a job is."""
 
@@ -45,18 +45,20 @@ class DiskJob:
         """Why it failed."""
         self._failure: VmmError | None = None
         self._switch = switch
+        self.pace = Pace()
+        """How fast it may go."""
         self._told = 0.0
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, work: Callable[[Progress], Awaitable[None]]) -> None:
+    def start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Begin."""
         self._tell()
         self._task = asyncio.get_running_loop().create_task(self._run(work), name=f"{self.kind} {self.disk}")
 
-    async def _run(self, work: Callable[[Progress], Awaitable[None]]) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
             with core_errors():
-                await work(self._progress)
+                await work()
         except asyncio.CancelledError:
             self.state = "cancelled"
         except VmmError as error:
@@ -65,7 +67,8 @@ class DiskJob:
             self.state, self.done = "done", self.total
         self._tell()
 
-    def _progress(self, done: int, total: int) -> None:
+    def tell(self, done: int, total: int) -> None:
+        """So many bytes are done, of so many."""
         self.done, self.total = done, total
         ready = self._switch is not None and self._switch.ready.is_set()
         if ready and self.state == "running":
@@ -98,10 +101,12 @@ class DiskJob:
         self._task.cancel()
         await asyncio.wait((self._task,))
 
-    def finish(self) -> None:
-        """Have a mirror that follows go over to its target. StateError if this job is none, or has ended."""
+    def finish(self, *, apart: bool = False) -> None:
+        """Have a mirror that follows go over to its target, or with `apart` end with a copy of this moment there.
+        StateError if this job is none, or has ended."""
         if self._switch is None or not self.active:
             raise StateError(f"{self.disk}: {self.kind} {self.state}; only a mirror that follows can be finished")
+        self._switch.apart = apart
         self._switch.wanted.set()
 
     def describe(self) -> dict[str, Any]:
@@ -112,6 +117,7 @@ class DiskJob:
             "state": self.state,
             "done": self.done,
             "total": self.total,
+            "speed": self.pace.speed,
             "detail": self.detail,
             "error": type(self._failure).__name__ if self._failure is not None else "",
         }
@@ -223,21 +229,30 @@ class MachineDisk:
     def start_commit(self, *, keep: bool = False) -> DiskJob:
         """Move what the top image holds into its backing file, and go on with that alone; with `keep` the top image
         stays, and holds what the guest has written since."""
-        return self._start("commit", lambda device, tell: live.commit(device, tell, drop=not keep))
+        return self._start("commit", lambda device, job: live.commit(device, job.tell, drop=not keep, pace=job.pace))
 
     def start_stream(self) -> DiskJob:
         """Copy what the top image reads from its backing files into it, so that it needs none any more."""
-        return self._start("stream", live.stream)
+        return self._start("stream", lambda device, job: live.stream(device, job.tell, job.pace))
 
     def start_mirror(
-        self, path: Path | str, *, format: Literal["raw", "qcow2"] = "qcow2", follow: bool = False
+        self,
+        path: Path | str,
+        *,
+        format: Literal["raw", "qcow2"] = "qcow2",
+        follow: bool = False,
+        shallow: bool = False,
+        there: bool = False,
     ) -> DiskJob:
         """Copy the disk into a new image at `path`, which gets every later write too, and go over to it as soon as it
-        has everything; with `follow` when DiskJob.finish says so. It has no backing file. Until then the present image
-        is whole; the new one is removed if this ends early."""
-        target, switch = Path(path).absolute(), Switch(now=not follow)
+        has everything; with `follow` when DiskJob.finish says so. It has no backing file, or with `shallow` that of the
+        present image. Until then the present image is whole; the new one is removed if this ends early. An image that
+        is `there` already, as large as the disk, is written over and never removed."""
+        target, switch = Target(str(Path(path).absolute()), format, shallow, there), Switch(now=not follow)
+        with core_errors():
+            mirror.check(self._free(), target)
         return self._start(
-            "mirror", lambda device, tell: mirror.mirror(device, str(target), format, tell, switch), switch
+            "mirror", lambda device, job: mirror.mirror(device, target, job.tell, switch, job.pace), switch
         )
 
     async def commit(self, *, keep: bool = False) -> None:
@@ -253,16 +268,16 @@ class MachineDisk:
         await self._finished(self.start_mirror(path, format=format))
 
     def _start(
-        self, kind: Kind, work: Callable[[BlockDevice, Progress], Awaitable[None]], switch: Switch | None = None
+        self, kind: Kind, work: Callable[[BlockDevice, DiskJob], Awaitable[None]], switch: Switch | None = None
     ) -> DiskJob:
         device = self._free()
 
-        async def whole(tell: Progress) -> None:
+        async def whole() -> None:
             # A machine that is being saved has no job yet; one that is saved from now on has.
             async with self._vm.change_lock:
                 pass
             try:
-                await work(device, tell)
+                await work(device, job)
             finally:
                 self._moved()
 
@@ -326,5 +341,3 @@ class MachineDisks(Mapping[str, MachineDisk]):
         """`self[name]`, or a ConfigError that says which there are."""
         find_disk(self._vm, name)
         return self[name]
-
-

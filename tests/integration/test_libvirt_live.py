@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -246,6 +247,45 @@ def test_a_disk_is_resized_copied_and_committed(linux: Linux) -> None:
     assert copy.exists() and linux.sh("sha256sum </dev/vdb") == total
     assert "Block" not in linux.virsh("blockjob", "d", "vdb", "--info")
     wait_for(lambda: str(copy) in linux.virsh("domblklist", "d"), "the description names the old file")
+    # Raw, with a file alone: DomainBlockRebase; then into a file that is there, without the machine going over.
+    raw, there, apart = (linux.path / name for name in ("copy.raw", "there.raw", "apart.raw"))
+    linux.virsh("blockcopy", "d", "vdb", str(raw), "--format", "raw", "--wait", "--pivot")
+    wait_for(lambda: str(raw) in linux.virsh("domblklist", "d"), "the description names the old file")
+    assert linux.sh("sha256sum </dev/vdb") == total
+    assert "is not there" in linux.virsh(
+        "blockcopy", "d", "vdb", str(there), "--format", "raw", "--reuse-external", "--wait", ok=False
+    )
+    assert "there already" in linux.virsh("blockcopy", "d", "vdb", str(copy), "--format", "raw", "--wait", ok=False)
+    there.write_bytes(b"x" * (32 << 20))
+    linux.virsh("blockcopy", "d", "vdb", str(there), "--format", "raw", "--reuse-external", "--wait", "--pivot")
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == total.split()[0]
+    linux.virsh("blockcopy", "d", "vdb", str(apart), "--format", "raw", "--wait", "--finish")
+    wait_for(lambda: "Block" not in linux.virsh("blockjob", "d", "vdb", "--info"), "the job does not end")
+    assert hashlib.sha256(apart.read_bytes()).hexdigest() == total.split()[0]
+    assert str(there) in linux.virsh("domblklist", "d")
+    # Slowed down, watched, and ended before it has everything.
+    slow = linux.path / "slow.raw"
+    linux.virsh("blockcopy", "d", "vdb", str(slow), "1", "--format", "raw")
+    told = linux.virsh("blockjob", "d", "vdb", "--info", "--raw")
+    assert re.search(r"bandwidth=1\b", told.replace(" ", "")) and "cur=" in told.replace(" ", "")
+    linux.virsh("blockjob", "d", "vdb", "--bytes", "65536")
+    assert "65536" in linux.virsh("blockjob", "d", "vdb", "--info", "--raw", "--bytes")
+    linux.virsh("blockjob", "d", "vdb", "--abort")
+    assert not slow.exists() and "no current block job" in linux.virsh("blockjob", "d", "vdb", "3", ok=False)
+    # Over a backing file, which a shallow copy shares.
+    over = linux.path / "over.qcow2"
+    linux.virsh("detach-disk", "d", "vdb", "--live")
+    subprocess.run(
+        [*VMM, "disk", "create", str(over), "--backing", str(there), "--backing-format", "raw"],
+        check=True,
+        capture_output=True,
+    )
+    linux.virsh("attach-disk", "d", str(over), "vdb", "--live", "--subdriver", "qcow2")
+    linux.sh("echo more | dd of=/dev/vdb bs=512 seek=9 conv=sync; sync")
+    total = linux.sh("sha256sum </dev/vdb")
+    shallow = linux.path / "shallow.qcow2"
+    linux.virsh("blockcopy", "d", "vdb", str(shallow), "--shallow", "--wait", "--pivot")
+    assert linux.sh("sha256sum </dev/vdb") == total and shallow.stat().st_blocks * 512 < 4 << 20
     linux.virsh("detach-disk", "d", "vdb", "--live")
 
 

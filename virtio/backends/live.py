@@ -20,6 +20,7 @@ from virtio.backends.block import BlockBackend
 from virtio.backends.file import open_locked
 from virtio.backends.image import ImageBlock
 from virtio.backends.lock import ImageLock
+from virtio.backends.pace import Pace
 from virtio.errors import ConfigError, HostError, StateError, os_reason
 from virtio.images import changes
 from virtio.images.chain import DEPTH_MAX, ImageChain, Layer
@@ -27,9 +28,6 @@ from virtio.images.check import reread
 from virtio.images.create import create_qcow2
 from virtio.images.header import DIRTY
 from virtio.images.progress import Progress, silent
-
-STEP = 16 << 20
-"""Bytes that are moved before a cancellation is noticed."""
 
 
 class LiveDisk(Protocol):
@@ -120,7 +118,7 @@ async def cover(disk: LiveDisk, path: str) -> None:
             raise ConfigError(f"{below.path}: has an external data file, which an image over it could not name")
         if len(chain.layers) >= DEPTH_MAX:
             raise ConfigError(f"{below.path}: a chain of {DEPTH_MAX} images is the longest; commit or stream some")
-        create_qcow2(path, chain.image_size, backing=_name_from(path, below.path), backing_format=below.format)
+        create_qcow2(path, chain.image_size, backing=name_from(path, below.path), backing_format=below.format)
         try:
             with_lock = open_locked(path, read_only=False)
         except BaseException:
@@ -140,34 +138,37 @@ async def cover(disk: LiveDisk, path: str) -> None:
     await _change(disk, call)
 
 
-def _name_from(path: str, below: str) -> str:
+def name_from(path: str, below: str) -> str:
     """What the image at `path` calls its backing file."""
     if os.path.realpath(os.path.dirname(path) or ".") == os.path.realpath(os.path.dirname(below) or "."):
         return os.path.basename(below)
     return os.path.realpath(below)
 
 
-async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress) -> None:
+async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress, pace: Pace) -> None:
     """Have `call` go over the whole disk in a thread, one step after the other."""
-    size = image.length
-    for at in range(0, size, STEP):
-        step = asyncio.ensure_future(asyncio.to_thread(call, at, min(STEP, size - at)))
+    size, at = image.length, 0
+    while at < size:
+        length = min(pace.step, size - at)
+        step = asyncio.ensure_future(asyncio.to_thread(call, at, length))
         try:
             await asyncio.shield(step)
         except asyncio.CancelledError:
             await asyncio.gather(step, return_exceptions=True)  # the image is in use until it ends
             raise
-        progress(min(at + STEP, size), size)
+        at += length
+        progress(at, size)
+        await pace.passed(length)
 
 
-async def stream(disk: LiveDisk, progress: Progress = silent) -> None:
+async def stream(disk: LiveDisk, progress: Progress = silent, pace: Pace | None = None) -> None:
     """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
     backend = image_of(disk)
     top = _is_qcow2(backend.chain)
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file")
     with one_kind(top.path):
-        await _steps(backend.image(), backend.image().populate, progress)
+        await _steps(backend.image(), backend.image().populate, progress, pace or Pace())
 
     def call(chain: ImageChain) -> None:
         changes.set_backing(top.path, top.fd, None, None)
@@ -179,7 +180,9 @@ async def stream(disk: LiveDisk, progress: Progress = silent) -> None:
     await _change(disk, call)
 
 
-async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = False) -> None:
+async def commit(
+    disk: LiveDisk, progress: Progress = silent, *, drop: bool = False, pace: Pace | None = None
+) -> None:
     """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
     the guest has written since. With `drop` the disk goes on with the backing file alone: the image, of which nobody
     makes use then, holds nothing."""
@@ -218,7 +221,7 @@ async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = Fa
 
     async def end() -> None:
         """The rest, while the guest waits; the backing file is the disk then."""
-        await _steps(backend.image(), backend.image().commit, silent)
+        await _steps(backend.image(), backend.image().commit, silent, Pace())
         await backend.change(drop_top)
 
     failed: list[str] = []
@@ -227,10 +230,10 @@ async def commit(disk: LiveDisk, progress: Progress = silent, *, drop: bool = Fa
         if failed:
             raise ConfigError(f"{failed[0]}: is used by others, or cannot be written")
         with one_kind(top.path):
-            await _steps(backend.image(), backend.image().commit, progress)
+            await _steps(backend.image(), backend.image().commit, progress, pace or Pace())
             if drop:
                 # What was written meanwhile is little; of that, once more.
-                await _steps(backend.image(), backend.image().commit, silent)
+                await _steps(backend.image(), backend.image().commit, silent, Pace())
                 await disk.exchange(end)
     finally:
         if top in backend.chain.layers and not backend.chain.layers[1].read_only:

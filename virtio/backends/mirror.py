@@ -14,10 +14,12 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from virtio.backends.image import ImageBlock
-from virtio.backends.live import STEP, LiveDisk, image_of, one_kind
+from virtio.backends.live import LiveDisk, image_of, name_from, one_kind
+from virtio.backends.pace import STEP, Pace
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.images.chain import Format, ImageChain, open_chain
 from virtio.images.create import create_qcow2, create_raw
@@ -51,76 +53,127 @@ class Switch:
             self.wanted.set()
         self.ready = asyncio.Event()
         """The target has everything but what the guest writes just now."""
+        self.apart = False
+        """When `wanted`: the target is a copy of this moment, and the disk stays where it is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The image that a disk is copied into."""
+
+    path: str
+    format: Format = "qcow2"
+    shallow: bool = False
+    """It has the backing file of the present image, and gets what that image itself holds."""
+    there: bool = False
+    """It was made before, as large as the disk, and is not removed. Of a shallow one the backing file reads as that of
+    the present image."""
 
 
 async def mirror(
     disk: TrackedDisk,
-    path: str,
-    format: Format = "qcow2",
+    into: Target,
     progress: Progress = silent,
     switch: Switch | None = None,
+    pace: Pace | None = None,
 ) -> None:
-    """Copy the disk into a new image at `path` while the guest works, follow what it writes, and go over to that image.
-    Until then the present one is whole and the guest's; the new one is removed if this fails or is cancelled. The new
-    image has no backing file."""
+    """Copy the disk into another image while the guest works, follow what it writes, and go over to that image.
+    Until then the present one is whole and the guest's; a new one is removed if this fails or is cancelled."""
+    path = into.path
+    check(disk, into)
+    backend = image_of(disk)
+    shallow = into.shallow and len(backend.chain.layers) > 1
+    switch = switch or Switch()
+    target = await _in_thread(_target, into, backend, shallow, remove=not into.there)
+    copied = _Copy(disk, backend, target, pace or Pace(), shallow=shallow, fresh=not into.there)
+    try:
+        with one_kind(path):
+            await copied.run(progress, switch)
+    except BaseException:
+        if not copied.switched:
+            await asyncio.shield(asyncio.to_thread(_give_up, target, remove=not into.there))
+        raise
+
+
+def check(disk: LiveDisk, into: Target) -> None:
+    """What can be told of a mirror before it begins. Raises ConfigError, StateError."""
     backend = image_of(disk)
     where = backend.chain.top.path
     if backend.overlay >= 0:
         raise StateError(f"{where}: what is written to a snapshot disk ends with the machine")
     if backend.read_only:
         raise ConfigError(f"{where}: is open for reading only")
-    if os.path.lexists(path):
-        raise ConfigError(f"{path}: is there already")
-    switch = switch or Switch()
-    target = await _in_thread(_new_target, path, backend, format)
-    copied = _Copy(disk, backend, target)
+    if os.path.lexists(into.path) != into.there:
+        raise ConfigError(f"{into.path}: is {'not there' if into.there else 'there already'}")
+    if into.shallow and len(backend.chain.layers) > 1 and into.format == "raw":
+        raise ConfigError(f"{into.path}: a raw image has no backing file; copy the whole chain, or into qcow2")
+
+
+def _target(into: Target, backend: ImageBlock, shallow: bool) -> ImageChain:
+    path, size = into.path, backend.capacity
+    if not into.there:
+        if into.format == "raw":
+            create_raw(path, size)
+        else:
+            below = backend.chain.layers[1] if shallow else None
+            create_qcow2(
+                path,
+                size,
+                backing=name_from(path, below.path) if below is not None else None,
+                backing_format=below.format if below is not None else None,
+            )
     try:
-        with one_kind(path):
-            await copied.run(progress, switch)
+        # Whoever names the target of a shallow copy chose what is below it.
+        chain = open_chain(
+            path, format=into.format, direct=backend.cache == "none", backing="any" if shallow else "none"
+        )
     except BaseException:
-        if not copied.switched:
-            await asyncio.shield(asyncio.to_thread(_remove_target, path, target))
+        if not into.there:
+            os.unlink(path)
         raise
+    wrong = ""
+    if chain.size != size:
+        wrong = f"has {chain.size} bytes, and the disk {size}"
+    elif shallow and len(chain.layers) < 2:
+        wrong = "has no backing file"
+    if wrong:
+        _give_up(chain, remove=not into.there)
+        raise ConfigError(f"{path}: {wrong}")
+    return chain
 
 
-def _new_target(path: str, backend: ImageBlock, format: Format) -> ImageChain:
-    size = backend.capacity
-    if format == "raw":
-        create_raw(path, size)
-    else:
-        create_qcow2(path, size)
-    try:
-        return open_chain(path, format=format, direct=backend.cache == "none", backing="none")
-    except BaseException:
-        os.unlink(path)
-        raise
-
-
-def _remove_target(path: str, target: ImageChain) -> None:
+def _give_up(target: ImageChain, *, remove: bool) -> None:
+    path = target.top.path
     with contextlib.suppress(HostError):
         target.close()
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+    if remove:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
-async def _in_thread(call: Callable[..., T], *arguments: object) -> T:
-    """A call in a thread, which is waited for also if we are cancelled; what it made is then closed."""
+async def _in_thread(call: Callable[..., T], *arguments: object, remove: bool) -> T:
+    """A call in a thread, which is waited for also if we are cancelled; what it made is then closed, and removed if
+    `remove`."""
     future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         for made in await asyncio.gather(future, return_exceptions=True):
             if isinstance(made, ImageChain):
-                path = made.top.path
-                await asyncio.to_thread(_remove_target, path, made)
+                await asyncio.to_thread(_give_up, made, remove=remove)
         raise
 
 
 class _Copy:
     """A disk on its way into another image."""
 
-    def __init__(self, disk: TrackedDisk, backend: ImageBlock, target: ImageChain) -> None:
-        self._disk, self._backend, self._target = disk, backend, target
+    def __init__(
+        self, disk: TrackedDisk, backend: ImageBlock, target: ImageChain, pace: Pace, *, shallow: bool, fresh: bool
+    ) -> None:
+        """`shallow`: what the present image itself holds; `fresh`: the target holds nothing yet."""
+        self._disk, self._backend, self._target, self._pace = disk, backend, target, pace
+        self._shallow, self._fresh = shallow, fresh
+        self._moved = 0
         self._size = backend.capacity
         self._units = -(-self._size // TRACKED)
         self._bits = bytearray(-(-self._units // 8))
@@ -141,7 +194,7 @@ class _Copy:
                     switch.ready.set()
                     progress(self._size, self._size)
                     if switch.wanted.is_set():
-                        await self._switch(changed)
+                        await self._switch(changed, apart=switch.apart)
                         return
                 await self._parts(changed)
                 if settled:
@@ -157,15 +210,24 @@ class _Copy:
         return taken
 
     async def _whole(self, progress: Progress) -> None:
-        """Everything that is not zero, for a new image is."""
-        for at in range(0, self._size, STEP):
-            await self._step(self._copy_data, at, min(STEP, self._size - at))
-            progress(min(at + STEP, self._size), self._size)
+        """Everything; but of what goes into a new image without a backing file only what is not zero, for that is."""
+        at = 0
+        while at < self._size:
+            length, moved = min(self._pace.step, self._size - at), self._moved
+            await self._step(self._copy_data if self._fresh and not self._shallow else self._copy_any, at, length)
+            at += length
+            progress(at, self._size)
+            await self._pace.passed(self._moved - moved)
 
-    async def _parts(self, changed: list[tuple[int, int]]) -> None:
+    async def _parts(self, changed: list[tuple[int, int]], *, hurry: bool = False) -> None:
         for start, length in changed:
-            for at in range(start, min(start + length, self._size), STEP):
-                await self._step(self._copy_any, at, min(STEP, start + length - at, self._size - at))
+            at, end = start, min(start + length, self._size)
+            while at < end:
+                part, moved = min(STEP if hurry else self._pace.step, end - at), self._moved
+                await self._step(self._copy_any, at, part)
+                at += part
+                if not hurry:
+                    await self._pace.passed(self._moved - moved)
 
     async def _step(self, call: Callable[[int, int], None], at: int, length: int) -> None:
         step = asyncio.ensure_future(asyncio.to_thread(call, at, length))
@@ -175,17 +237,20 @@ class _Copy:
             await asyncio.gather(step, return_exceptions=True)
             raise
 
-    async def _switch(self, changed: list[tuple[int, int]]) -> None:
-        """The rest, while the guest waits; then the target is the disk."""
+    async def _switch(self, changed: list[tuple[int, int]], *, apart: bool) -> None:
+        """The rest, while the guest waits; then the target is the disk, or if `apart` a copy of it."""
 
         async def change() -> None:
-            await self._parts(changed)
-            await self._parts(self._take())
+            await self._parts(changed, hurry=True)
+            await self._parts(self._take(), hurry=True)
             await asyncio.to_thread(self._target.image.flush)
             self.switched = True
-            await self._backend.adopt(self._target)
+            if not apart:
+                await self._backend.adopt(self._target)
 
         await self._disk.exchange(change)
+        if apart:
+            await asyncio.shield(asyncio.to_thread(self._target.close))
 
     def _copy_data(self, at: int, length: int) -> None:
         """*worker thread*"""
@@ -200,8 +265,10 @@ class _Copy:
         """*worker thread*"""
         source, end = self._backend.image(), at + length
         while at < end:
-            for part, kind, _, _ in source.map(at, end - at):
-                if kind in ("data", "packed"):
+            for part, kind, depth, _ in source.map(at, end - at):
+                if self._shallow and (depth or kind == "hole"):
+                    pass  # below both
+                elif kind in ("data", "packed"):
                     self._move(at, part)
                 else:
                     self._target.image.zero(at, part, True)
@@ -213,6 +280,7 @@ class _Copy:
             with mmap.mmap(-1, min(PIECE, at + length - start)) as room, memoryview(room) as piece:
                 self._backend.image().read(start, piece)
                 self._target.image.write(start, piece)
+                self._moved += len(piece)
 
 
 def _runs(bits: bytearray) -> Iterator[tuple[int, int]]:

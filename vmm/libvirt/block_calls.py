@@ -24,8 +24,14 @@ calls = Procedures()
 RESIZE_BYTES = 1
 ABORT_ASYNC, ABORT_PIVOT = 1, 2
 COMMIT_SHALLOW, COMMIT_DELETE, COMMIT_ACTIVE, COMMIT_RELATIVE = 1, 2, 4, 8
-COPY_SHALLOW, COPY_REUSE = 1, 2
-REBASE_COPY = 8
+COMMIT_BYTES = 16
+COPY_SHALLOW, COPY_REUSE, COPY_TRANSIENT = 1, 2, 4
+REBASE_SHALLOW, REBASE_REUSE, REBASE_RAW, REBASE_COPY, REBASE_RELATIVE, REBASE_DEVICE, REBASE_BYTES = (
+    *(1, 2, 4, 8),
+    *(16, 32, 64),
+)
+PULL_BYTES = INFO_BYTES = SPEED_BYTES = 1
+"""Bandwidth in bytes a second, of each procedure's own flags; else it is in MiB."""
 JOB_SECONDS = 60
 
 
@@ -49,29 +55,49 @@ async def domain_block_resize(call: Call, dom: DomainRef, disk: str, size: int, 
 
 @calls.change(240, "domain_block_pull", "dom:domain path:string bandwidth:uhyper flags:uint")
 async def domain_block_pull(call: Call, dom: DomainRef, path: str, bandwidth: int, flags: int) -> None:
-    check_flags(flags, 1)  # the bandwidth in bytes; a job is not slowed down here
-    _no_bandwidth(bandwidth)
+    check_flags(flags, PULL_BYTES)
     domain, name = _disk(call, dom, path)
-    await _block(domain, name, "stream")
+    await _block(domain, name, "stream", speed=_speed(bandwidth, in_bytes=bool(flags & PULL_BYTES)))
 
 
 @calls.change(266, "domain_block_rebase", "dom:domain path:string base:string? bandwidth:uhyper flags:uint")
 async def domain_block_rebase(
     call: Call, dom: DomainRef, path: str, base: str | None, bandwidth: int, flags: int
 ) -> None:
-    if flags or base:
+    if flags & REBASE_COPY:
+        check_flags(flags, REBASE_SHALLOW | REBASE_REUSE | REBASE_RAW | REBASE_COPY | REBASE_DEVICE | REBASE_BYTES)
+        if not base:
+            raise LibvirtError(Code.INVALID_ARG, "a copy needs the file that it goes into")
+        speed = _speed(bandwidth, in_bytes=bool(flags & REBASE_BYTES))
+        there = bool(flags & (REBASE_REUSE | REBASE_DEVICE))
+        format = "raw" if flags & (REBASE_RAW | REBASE_DEVICE) else None
+        await _copy(call, dom, path, base, format, speed, shallow=bool(flags & REBASE_SHALLOW), there=there)
+        return
+    check_flags(flags, REBASE_RELATIVE | REBASE_BYTES)
+    if base:
         raise LibvirtError(
             Code.OPERATION_UNSUPPORTED, "a disk is pulled from its whole chain, or copied by blockcopy; leave base out"
         )
-    await domain_block_pull(call, dom, path, bandwidth, 0)
+    await domain_block_pull(call, dom, path, bandwidth, PULL_BYTES if flags & REBASE_BYTES else 0)
+
+
+async def _copy(
+    call: Call, dom: DomainRef, path: str, file: str, format: str | None, speed: int, *, shallow: bool, there: bool
+) -> None:
+    """Copy a disk; without a format into one of its own."""
+    domain, name = _disk(call, dom, path)
+    format = format or domain.spec.config.disks[find_disk(domain, path)].format or "raw"
+    await _block(
+        domain, name, "mirror", path=file, format=format, follow=True, shallow=shallow, there=there, speed=speed
+    )
 
 
 @calls.change(290, "domain_block_commit", "dom:domain disk:string base:string? top:string? bandwidth:uhyper flags:uint")
 async def domain_block_commit(
     call: Call, dom: DomainRef, disk: str, base: str | None, top: str | None, bandwidth: int, flags: int
 ) -> None:
-    check_flags(flags, COMMIT_SHALLOW | COMMIT_DELETE | COMMIT_ACTIVE | COMMIT_RELATIVE)
-    _no_bandwidth(bandwidth)
+    check_flags(flags, COMMIT_SHALLOW | COMMIT_DELETE | COMMIT_ACTIVE | COMMIT_RELATIVE | COMMIT_BYTES)
+    speed = _speed(bandwidth, in_bytes=bool(flags & COMMIT_BYTES))
     domain, name = _disk(call, dom, disk)
     chain = (await _block(domain, name, "look"))["chain"]
     if len(chain) < 2:
@@ -84,31 +110,38 @@ async def domain_block_commit(
         raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"a commit goes one image down, to {chain[1]}; say --shallow")
     if not flags & COMMIT_ACTIVE:
         raise LibvirtError(Code.INVALID_ARG, f"commit of '{disk}' active layer requires active flag")
-    await _block(domain, name, "commit")
+    await _block(domain, name, "commit", speed=speed)
 
 
 @calls.change(345, "domain_block_copy", "dom:domain path:string destxml:string params:param<16> flags:uint")
 async def domain_block_copy(
     call: Call, dom: DomainRef, path: str, destxml: str, params: list[Param], flags: int
 ) -> None:
-    if flags:
-        raise LibvirtError(Code.OPERATION_UNSUPPORTED, "a copy is of the whole disk, into a new file")
+    # No job outlives its machine here, which is what a transient job says.
+    check_flags(flags, COPY_SHALLOW | COPY_REUSE | COPY_TRANSIENT)
+    speed = 0
     for param in params:
         if param.field == "bandwidth":
-            _no_bandwidth(int(param.value[1]))
-    domain, name = _disk(call, dom, path)
+            speed = _speed(int(param.value[1]), in_bytes=True)
+        elif param.value[1]:
+            raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"a copy's {param.field!r} is not chosen here; leave it out")
     target = parse(destxml, "disk")
     source, driver = target.find("source"), target.find("driver")
-    file = source.get("file") if source is not None else None
-    if not file or target.get("type", "file") != "file":
+    kind = target.get("type", "file")
+    file = source.get("dev" if kind == "block" else "file") if source is not None else None
+    if not file or kind not in ("file", "block"):
         raise malformed("<disk type='file'>: <source file='…'/> is missing")
-    format = driver.get("type", "raw") if driver is not None else "raw"
-    await _block(domain, name, "mirror", path=file, format=format, follow=True)
+    format = driver.get("type") if driver is not None else None
+    there = bool(flags & COPY_REUSE) or kind == "block"
+    await _copy(call, dom, path, file, format, speed, shallow=bool(flags & COPY_SHALLOW), there=there)
 
 
-def _no_bandwidth(bandwidth: int) -> None:
-    if bandwidth:
-        raise LibvirtError(Code.OPERATION_UNSUPPORTED, "jobs are not slowed down; leave the bandwidth out")
+def _speed(bandwidth: int, *, in_bytes: bool) -> int:
+    """Bytes a second; libvirt's own unit is MiB. Raises LibvirtError."""
+    speed = bandwidth if in_bytes else bandwidth << 20
+    if speed >= 1 << 62:
+        raise LibvirtError(Code.INVALID_ARG, f"bandwidth {bandwidth} is too large; 0 is as fast as it goes")
+    return speed
 
 
 @calls.change(237, "domain_block_job_abort", "dom:domain path:string flags:uint")
@@ -122,7 +155,9 @@ async def domain_block_job_abort(call: Call, dom: DomainRef, path: str, flags: i
     if not flags & ABORT_PIVOT:
         if job["state"] not in ("running", "ready"):
             raise LibvirtError(Code.OPERATION_INVALID, f"no current block job on disk '{path}'")
-        await _block(domain, name, "cancel")
+        # What has everything stays as a copy of this moment; what has not is removed.
+        copied = job["kind"] == "mirror" and job["state"] == "ready"
+        await (_block(domain, name, "finish", apart=True) if copied else _block(domain, name, "cancel"))
     elif job["kind"] == "mirror" and job["state"] == "ready":
         await _block(domain, name, "finish")
     elif job["state"] != "done":  # a commit goes over by itself
@@ -136,7 +171,7 @@ async def domain_block_job_abort(call: Call, dom: DomainRef, path: str, flags: i
     "found:int type:int bandwidth:uhyper cur:uhyper end:uhyper",
 )
 async def domain_get_block_job_info(call: Call, dom: DomainRef, path: str, flags: int) -> tuple[int, ...]:
-    check_flags(flags, 1)
+    check_flags(flags, INFO_BYTES)
     domain, name = _disk(call, dom, path)
     job = (await _block(domain, name, "look"))["job"]
     if job is None:
@@ -146,13 +181,18 @@ async def domain_get_block_job_info(call: Call, dom: DomainRef, path: str, flags
         done = total
     elif done >= total:
         done, total = total, total + 1  # equal means ready
-    return 1, live.JOB_TYPES[job["kind"]], 0, done, total
+    speed = int(job["speed"]) if flags & INFO_BYTES else -(-int(job["speed"]) >> 20)
+    return 1, live.JOB_TYPES[job["kind"]], speed, done, total
 
 
 @calls.change(239, "domain_block_job_set_speed", "dom:domain path:string bandwidth:uhyper flags:uint")
 async def domain_block_job_set_speed(call: Call, dom: DomainRef, path: str, bandwidth: int, flags: int) -> None:
-    _disk(call, dom, path)
-    _no_bandwidth(bandwidth)
+    check_flags(flags, SPEED_BYTES)
+    domain, name = _disk(call, dom, path)
+    speed = _speed(bandwidth, in_bytes=bool(flags & SPEED_BYTES))
+    if (await _block(domain, name, "look"))["job"] is None:
+        raise LibvirtError(Code.OPERATION_INVALID, f"no current block job on disk '{path}'")
+    await _block(domain, name, "speed", speed=speed)
 
 
 # Limits.

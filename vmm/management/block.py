@@ -8,9 +8,11 @@
     …, "action": "commit", "keep": false | "stream"                                 -> {"ok": true, "job": {…}} at once
     …, "action": "mirror", "path": "/new.raw", "format": "raw", "follow": true      -> likewise
     …, "action": "job" | "cancel" | "finish"                                        -> {"ok": true, "job": {…}}
+    …, "action": "speed", "speed": 1048576                                          -> likewise: bytes a second, 0: any
 
-A job goes on when its client leaves: "job" tells how far it is, "cancel" waits for its end, "finish" has a mirror that
-follows go over to its target. Events of the machine tell the same. Loop thread.
+A mirror may be "shallow", and into an image that is "there"; every job may begin with a "speed". A job goes on when its
+client leaves: "job" tells how far it is, "cancel" waits for its end, "finish" has a mirror that follows go over to its
+target, or with "apart" leave a copy there. Events of the machine tell the same. Loop thread.
 """
 
 from __future__ import annotations
@@ -46,6 +48,12 @@ def _flag(request: dict[str, Any], key: str) -> bool:
     return value
 
 
+def _speed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
+        raise ConfigError("block: speed: a number of bytes a second is needed")
+    return value
+
+
 async def block(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
     """Raises VmmError."""
     action = request.get("action")
@@ -53,6 +61,7 @@ async def block(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
         return {"disks": [_described(disk) for disk in vm.disks.values()]}
     disk = vm.disks.find(_text(request, "disk"))
     job = None
+    _speed(request.get("speed", 0))
     match action:
         case "look":
             pass
@@ -75,17 +84,22 @@ async def block(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
             format = request.get("format", "qcow2")
             if format not in ("raw", "qcow2"):
                 raise ConfigError("block: format: raw or qcow2")
-            job = disk.start_mirror(_path(request), format=format, follow=_flag(request, "follow"))
-        case "job" | "cancel" | "finish":
+            job = disk.start_mirror(
+                _path(request), format=format, follow=_flag(request, "follow"),
+                shallow=_flag(request, "shallow"), there=_flag(request, "there"),
+            )  # fmt: skip
+        case "job" | "cancel" | "finish" | "speed":
             job = disk.job
             if job is None:
                 raise StateError(f"{disk.name}: there is no job")
             if action == "cancel":
                 await job.cancel()
             elif action == "finish":
-                job.finish()
+                job.finish(apart=_flag(request, "apart"))
         case _:
             raise ConfigError(f"block: unknown action {str(action)[:40]!r}")
+    if job is not None and "speed" in request:
+        job.pace.speed = _speed(request["speed"])
     return _described(disk) if job is None else {"job": job.describe()}
 
 
