@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from virtio.backends import live, mirror
 from virtio.backends.image import ImageBlock
-from virtio.backends.mirror import Switch, Target
+from virtio.backends.mirror import CopyTarget, Switch
 from virtio.backends.pace import Pace
 from virtio.devices.blk import BlockDevice
 from vmm.changes import find_disk
@@ -248,7 +248,7 @@ class MachineDisk:
         has everything; with `follow` when DiskJob.finish says so. It has no backing file, or with `shallow` that of the
         present image. Until then the present image is whole; the new one is removed if this ends early. An image that
         is `there` already, as large as the disk, is written over and never removed."""
-        target, switch = Target(str(Path(path).absolute()), format, shallow, there), Switch(now=not follow)
+        target, switch = CopyTarget(str(Path(path).absolute()), format, shallow, there), Switch(now=not follow)
         with core_errors():
             mirror.check(self._free(), target)
         return self._start(

@@ -58,7 +58,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Target:
+class CopyTarget:
     """The image that a disk is copied into."""
 
     path: str
@@ -72,7 +72,7 @@ class Target:
 
 async def mirror(
     disk: TrackedDisk,
-    into: Target,
+    into: CopyTarget,
     progress: Progress = silent,
     switch: Switch | None = None,
     pace: Pace | None = None,
@@ -95,7 +95,7 @@ async def mirror(
         raise
 
 
-def check(disk: LiveDisk, into: Target) -> None:
+def check(disk: LiveDisk, into: CopyTarget) -> None:
     """What can be told of a mirror before it begins. Raises ConfigError, StateError."""
     backend = image_of(disk)
     where = backend.chain.top.path
@@ -109,7 +109,7 @@ def check(disk: LiveDisk, into: Target) -> None:
         raise ConfigError(f"{into.path}: a raw image has no backing file; copy the whole chain, or into qcow2")
 
 
-def _target(into: Target, backend: ImageBlock, shallow: bool) -> ImageChain:
+def _target(into: CopyTarget, backend: ImageBlock, shallow: bool) -> ImageChain:
     path, size = into.path, backend.capacity
     if not into.there:
         if into.format == "raw":

@@ -21,7 +21,7 @@ from tests.support.virtio import PciDriver
 from virtio import _ring
 from virtio.backends import live, mirror, pace
 from virtio.backends.image import ImageBlock
-from virtio.backends.mirror import Target
+from virtio.backends.mirror import CopyTarget
 from virtio.backends.pace import Pace
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
@@ -239,7 +239,9 @@ async def test_mirror(guest: Guest, tmp_path: Path, format: Literal["raw", "qcow
     for number in range(ROUNDS):
         steps: list[tuple[int, int]] = []
         path = tmp_path / f"mirror{number}"
-        await beside(guest, lambda disk: mirror.mirror(disk, Target(str(path), format), lambda *at: steps.append(at)))  # noqa: B023
+        await beside(
+            guest, lambda disk: mirror.mirror(disk, CopyTarget(str(path), format), lambda *at: steps.append(at))
+        )  # noqa: B023
         assert steps[-1] == (SIZE, SIZE)
         with open_chain(before, read_only=False):
             pass
@@ -250,7 +252,7 @@ async def test_mirror(guest: Guest, tmp_path: Path, format: Literal["raw", "qcow
 async def test_a_mirror_follows_until_it_is_told_to_switch(guest: Guest, tmp_path: Path) -> None:
     async def wait(disk: live.LiveDisk) -> None:
         switch = mirror.Switch(now=False)
-        task = asyncio.create_task(mirror.mirror(disk, Target(str(tmp_path / "m"), "raw"), switch=switch))
+        task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(tmp_path / "m"), "raw"), switch=switch))
         await asyncio.wait_for(switch.ready.wait(), 60)
         rounds = guest.rounds
         while guest.rounds < rounds + 20:
@@ -266,16 +268,16 @@ async def test_a_mirror_follows_until_it_is_told_to_switch(guest: Guest, tmp_pat
 
 async def test_a_shallow_mirror_shares_the_backing_file(guest: Guest, tmp_path: Path) -> None:
     new, made_before = tmp_path / "shallow", tmp_path / "there"
-    await beside(guest, lambda disk: mirror.mirror(disk, Target(str(new), shallow=True)))
+    await beside(guest, lambda disk: mirror.mirror(disk, CopyTarget(str(new), shallow=True)))
     create_qcow2(str(made_before), SIZE, backing="base", backing_format="raw")
-    await beside(guest, lambda disk: mirror.mirror(disk, Target(str(made_before), shallow=True, there=True)))
+    await beside(guest, lambda disk: mirror.mirror(disk, CopyTarget(str(made_before), shallow=True, there=True)))
     for path in (new, made_before):
         with open_chain(path, read_only=True, active=False) as chain:
             assert [layer.path for layer in chain.layers][1:] == [str(tmp_path / "base")]
 
     async def refused(disk: live.LiveDisk) -> None:
         with pytest.raises(ConfigError, match="no backing file"):
-            await mirror.mirror(disk, Target(str(tmp_path / "raw"), "raw", shallow=True))
+            await mirror.mirror(disk, CopyTarget(str(tmp_path / "raw"), "raw", shallow=True))
         assert not (tmp_path / "raw").exists()
 
     await beside(guest, refused)
@@ -290,11 +292,11 @@ async def test_a_mirror_into_an_image_that_is_there(guest: Guest, tmp_path: Path
     async def refused(disk: live.LiveDisk) -> None:
         for target, why in ((small, "has .* bytes, and the disk"), (tmp_path / "absent", "is not there")):
             with pytest.raises(ConfigError, match=why):
-                await mirror.mirror(disk, Target(str(target), "raw", there=True))
+                await mirror.mirror(disk, CopyTarget(str(target), "raw", there=True))
         assert small.stat().st_size == SIZE // 2
 
     await beside(guest, refused)
-    await beside(guest, lambda disk: mirror.mirror(disk, Target(str(path), "raw", there=True)))
+    await beside(guest, lambda disk: mirror.mirror(disk, CopyTarget(str(path), "raw", there=True)))
     assert await finish(guest, path, "raw") == guest.model
 
 
@@ -302,7 +304,7 @@ async def test_a_mirror_that_ends_apart_is_a_copy_of_that_moment(guest: Guest, t
     switch = mirror.Switch(now=False)
 
     async def ready(disk: live.LiveDisk) -> asyncio.Task[None]:
-        task = asyncio.create_task(mirror.mirror(disk, Target(str(tmp_path / "m"), "raw"), switch=switch))
+        task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(tmp_path / "m"), "raw"), switch=switch))
         await asyncio.wait_for(switch.ready.wait(), 60)
         return task
 
@@ -331,7 +333,7 @@ async def test_a_job_goes_as_fast_as_it_may(guest: Guest, tmp_path: Path) -> Non
     async def slow(disk: live.LiveDisk) -> None:
         for work in (
             lambda tell, speed: live.stream(disk, tell, speed),
-            lambda tell, speed: mirror.mirror(disk, Target(str(tmp_path / "m")), tell, pace=speed),
+            lambda tell, speed: mirror.mirror(disk, CopyTarget(str(tmp_path / "m")), tell, pace=speed),
         ):
             told: list[int] = []
             speed = Pace(1)  # one step of it takes most of a day
@@ -355,7 +357,7 @@ async def test_a_mirror_that_ends_early_leaves_the_disk_as_it_was(
     async def cancelled(disk: live.LiveDisk) -> None:
         for switch in (mirror.Switch(), mirror.Switch(now=False)):
             seen = asyncio.Event()
-            task = asyncio.create_task(mirror.mirror(disk, Target(str(path)), lambda *_: seen.set(), switch))  # noqa: B023
+            task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(path)), lambda *_: seen.set(), switch))  # noqa: B023
             await asyncio.wait([asyncio.ensure_future(seen.wait()), task], return_when=asyncio.FIRST_COMPLETED)
             if not switch.wanted.is_set():
                 await asyncio.wait_for(switch.ready.wait(), 60)
@@ -373,13 +375,13 @@ async def test_a_mirror_that_ends_early_leaves_the_disk_as_it_was(
         with monkeypatch.context() as patch:
             patch.setattr(mirror._Copy, "_move", full)
             with pytest.raises(HostError, match="No space|no space"):
-                await mirror.mirror(disk, Target(str(path)))
+                await mirror.mirror(disk, CopyTarget(str(path)))
         assert not path.exists()
         (tmp_path / "there").write_bytes(b"mine")
         with pytest.raises(ConfigError, match="is there already"):
-            await mirror.mirror(disk, Target(str(tmp_path / "there")))
+            await mirror.mirror(disk, CopyTarget(str(tmp_path / "there")))
         with pytest.raises((ConfigError, HostError), match="no-such-directory"):
-            await mirror.mirror(disk, Target(str(tmp_path / "no-such-directory" / "m")))
+            await mirror.mirror(disk, CopyTarget(str(tmp_path / "no-such-directory" / "m")))
 
     await beside(guest, failing)
     assert (tmp_path / "there").read_bytes() == b"mine"
@@ -431,7 +433,7 @@ async def test_cancelled_at_any_moment(guest: Guest, tmp_path: Path) -> None:
                 case "D":
                     work = live.commit(disk, drop=True)
                 case _:
-                    work = mirror.mirror(device, Target(path, source.choice(("raw", "qcow2"))))
+                    work = mirror.mirror(device, CopyTarget(path, source.choice(("raw", "qcow2"))))
             task = asyncio.ensure_future(work)
             await asyncio.wait([task], timeout=source.choice((0.0, 0.001, 0.004, 0.02, 5)))
             task.cancel()
