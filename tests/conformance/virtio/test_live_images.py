@@ -239,9 +239,8 @@ async def test_mirror(guest: Guest, tmp_path: Path, format: Literal["raw", "qcow
     for number in range(ROUNDS):
         steps: list[tuple[int, int]] = []
         path = tmp_path / f"mirror{number}"
-        await beside(
-            guest, lambda disk: mirror.mirror(disk, CopyTarget(str(path), format), lambda *at: steps.append(at))
-        )  # noqa: B023
+        into = CopyTarget(str(path), format)
+        await beside(guest, lambda disk: mirror.mirror(disk, into, lambda *at: steps.append(at)))  # noqa: B023
         assert steps[-1] == (SIZE, SIZE)
         with open_chain(before, read_only=False):
             pass
