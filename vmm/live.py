@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from virtio.backends import live, mirror
 from virtio.backends.image import ImageBlock
 from virtio.backends.mirror import CopyTarget, Switch
-from virtio.backends.pace import Pace
+from virtio.backends.pace import JobPace
 from virtio.devices.blk import BlockDevice
 from vmm.changes import find_disk
 from vmm.convert import format_size
@@ -45,7 +45,7 @@ class DiskJob:
         """Why it failed."""
         self._failure: VmmError | None = None
         self._switch = switch
-        self.pace = Pace()
+        self.pace = JobPace()
         """How fast it may go."""
         self._told = 0.0
         self._task: asyncio.Task[None] | None = None

@@ -20,7 +20,7 @@ from virtio.backends.block import BlockBackend
 from virtio.backends.file import open_locked
 from virtio.backends.image import ImageBlock
 from virtio.backends.lock import ImageLock
-from virtio.backends.pace import Pace
+from virtio.backends.pace import JobPace
 from virtio.errors import ConfigError, HostError, StateError, os_reason
 from virtio.images import changes
 from virtio.images.chain import DEPTH_MAX, ImageChain, Layer
@@ -145,7 +145,7 @@ def name_from(path: str, below: str) -> str:
     return os.path.realpath(below)
 
 
-async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress, pace: Pace) -> None:
+async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress, pace: JobPace) -> None:
     """Have `call` go over the whole disk in a thread, one step after the other."""
     size, at = image.length, 0
     while at < size:
@@ -161,14 +161,14 @@ async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress:
         await pace.passed(length)
 
 
-async def stream(disk: LiveDisk, progress: Progress = silent, pace: Pace | None = None) -> None:
+async def stream(disk: LiveDisk, progress: Progress = silent, pace: JobPace | None = None) -> None:
     """Copy what the image reads from its backing file into it, while the guest works; then it has none any more."""
     backend = image_of(disk)
     top = _is_qcow2(backend.chain)
     if len(backend.chain.layers) == 1:
         raise ConfigError(f"{top.path}: has no backing file")
     with one_kind(top.path):
-        await _steps(backend.image(), backend.image().populate, progress, pace or Pace())
+        await _steps(backend.image(), backend.image().populate, progress, pace or JobPace())
 
     def call(chain: ImageChain) -> None:
         changes.set_backing(top.path, top.fd, None, None)
@@ -181,7 +181,7 @@ async def stream(disk: LiveDisk, progress: Progress = silent, pace: Pace | None 
 
 
 async def commit(
-    disk: LiveDisk, progress: Progress = silent, *, drop: bool = False, pace: Pace | None = None
+    disk: LiveDisk, progress: Progress = silent, *, drop: bool = False, pace: JobPace | None = None
 ) -> None:
     """Move what the image holds into its backing file, while the guest works. The image stays, and has then only what
     the guest has written since. With `drop` the disk goes on with the backing file alone: the image, of which nobody
@@ -221,7 +221,7 @@ async def commit(
 
     async def end() -> None:
         """The rest, while the guest waits; the backing file is the disk then."""
-        await _steps(backend.image(), backend.image().commit, silent, Pace())
+        await _steps(backend.image(), backend.image().commit, silent, JobPace())
         await backend.change(drop_top)
 
     failed: list[str] = []
@@ -230,10 +230,10 @@ async def commit(
         if failed:
             raise ConfigError(f"{failed[0]}: is used by others, or cannot be written")
         with one_kind(top.path):
-            await _steps(backend.image(), backend.image().commit, progress, pace or Pace())
+            await _steps(backend.image(), backend.image().commit, progress, pace or JobPace())
             if drop:
                 # What was written meanwhile is little; of that, once more.
-                await _steps(backend.image(), backend.image().commit, silent, Pace())
+                await _steps(backend.image(), backend.image().commit, silent, JobPace())
                 await disk.exchange(end)
     finally:
         if top in backend.chain.layers and not backend.chain.layers[1].read_only:

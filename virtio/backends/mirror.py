@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from virtio.backends.image import ImageBlock
 from virtio.backends.live import LiveDisk, image_of, name_from, one_kind
-from virtio.backends.pace import STEP, Pace
+from virtio.backends.pace import STEP, JobPace
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.images.chain import Format, ImageChain, open_chain
 from virtio.images.create import create_qcow2, create_raw
@@ -75,7 +75,7 @@ async def mirror(
     into: CopyTarget,
     progress: Progress = silent,
     switch: Switch | None = None,
-    pace: Pace | None = None,
+    pace: JobPace | None = None,
 ) -> None:
     """Copy the disk into another image while the guest works, follow what it writes, and go over to that image.
     Until then the present one is whole and the guest's; a new one is removed if this fails or is cancelled."""
@@ -85,7 +85,7 @@ async def mirror(
     shallow = into.shallow and len(backend.chain.layers) > 1
     switch = switch or Switch()
     target = await _in_thread(_target, into, backend, shallow, remove=not into.there)
-    copied = _Copy(disk, backend, target, pace or Pace(), shallow=shallow, fresh=not into.there)
+    copied = _Copy(disk, backend, target, pace or JobPace(), shallow=shallow, fresh=not into.there)
     try:
         with one_kind(path):
             await copied.run(progress, switch)
@@ -168,7 +168,7 @@ class _Copy:
     """A disk on its way into another image."""
 
     def __init__(
-        self, disk: TrackedDisk, backend: ImageBlock, target: ImageChain, pace: Pace, *, shallow: bool, fresh: bool
+        self, disk: TrackedDisk, backend: ImageBlock, target: ImageChain, pace: JobPace, *, shallow: bool, fresh: bool
     ) -> None:
         """`shallow`: what the present image itself holds; `fresh`: the target holds nothing yet."""
         self._disk, self._backend, self._target, self._pace = disk, backend, target, pace

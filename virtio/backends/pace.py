@@ -12,7 +12,7 @@ STEPS_A_SECOND = 8
 """Of a job that is slowed down, so that it goes evenly."""
 
 
-class Pace:
+class JobPace:
     """The speed of one job."""
 
     def __init__(self, speed: int = 0) -> None:

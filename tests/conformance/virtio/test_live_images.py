@@ -22,7 +22,7 @@ from virtio import _ring
 from virtio.backends import live, mirror, pace
 from virtio.backends.image import ImageBlock
 from virtio.backends.mirror import CopyTarget
-from virtio.backends.pace import Pace
+from virtio.backends.pace import JobPace
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
 from virtio.errors import ConfigError, HostError, StateError
@@ -335,7 +335,7 @@ async def test_a_job_goes_as_fast_as_it_may(guest: Guest, tmp_path: Path) -> Non
             lambda tell, speed: mirror.mirror(disk, CopyTarget(str(tmp_path / "m")), tell, pace=speed),
         ):
             told: list[int] = []
-            speed = Pace(1)  # one step of it takes most of a day
+            speed = JobPace(1)  # one step of it takes most of a day
             task = asyncio.create_task(work(lambda done, _: told.append(done), speed))  # noqa: B023
             while not told:
                 await asyncio.sleep(0.001)
