@@ -7,10 +7,12 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,20 +277,26 @@ asyncio.run(main())
 
 
 def test_kills_while_it_is_written_leave_the_old_one_or_none(tmp_path: Path) -> None:
-    """Snapshots over each other without end; killed at any moment, what stands there is whole."""
+    """Snapshots over each other without end, killed at random moments: what stands there is whole, and stays there from
+    the first whole one on. LOOPVISOR_KILLS: how often."""
     target = tmp_path / "s"
+    seed = int(os.environ.get("LOOPVISOR_SEED") or time.time_ns() % 1_000_000)
+    chance, seen = random.Random(seed), False
     for number in range(int(os.environ.get("LOOPVISOR_KILLS", "8"))):
         child = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE)
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.02 + 0.037 * (number % 11))
+            child.wait(chance.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        assert child.wait() == -signal.SIGKILL
         child.stdout.close()
+        assert target.exists() or not seen, f"seed {seed}, kill {number}: the old one is gone"
         if target.exists():
+            seen = True
             snapshot = Snapshot.open(target)
             snapshot.verify()
             snapshot.close()
+    assert seen or number < 20, f"seed {seed}: no snapshot was ever whole"
 
 
 def test_the_commands(linux: Any, tmp_path: Path) -> None:

@@ -242,6 +242,8 @@ class FakePort:
 
     def set_receiver(self, ready: Callable[[], None]) -> None:
         self.ready = ready
+        if self.typed:
+            ready()
 
     def event(self, kind: str) -> None:
         self.events.append(kind)

@@ -351,7 +351,7 @@ class FwCfg:
 
     def save(self) -> FwCfgState:
         """Raises StateError while a DMA is in flight: `quiesce` first."""
-        if self._transfers:
+        if self._transfers or self._fetching:
             raise StateError("fw_cfg: a transfer is in flight")
         return FwCfgState(self._key, self._offset, self._high)
 

@@ -466,6 +466,8 @@ class Uart:
         self._update()
         if state.gap_ns is not None:
             self._pause_until(state.gap_ns)
+        elif self._waiting and not self._received:
+            self._fill()  # what the console's other end sent before this machine was there
 
 
 def attach(assembly: Assembly) -> None:

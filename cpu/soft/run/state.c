@@ -137,7 +137,12 @@ enum { XSTATE_BV = 512, XCOMP_BV = 520 };
 static void get_xsave(struct soft_vcpu *c, uint8_t *area)
 {
     memset(area, 0, 4096);
-    fpu_xsave(&c->fpu, area, 3, XSAVE_STANDARD, true, true);
+    const struct fpu *f = &c->fpu;
+    fpu_xsave(f, area, 3, XSAVE_STANDARD, true, true);
+    /* The instruction leaves the pointers out unless an exception is pending. FNSAVE and FNSTENV tell them always. */
+    memcpy(area + 6, &f->fop, 2);
+    memcpy(area + 8, &f->fip, 8);
+    memcpy(area + 16, &f->fdp, 8);
 }
 
 static int set_xsave(struct soft_vcpu *c, const uint8_t *from)
