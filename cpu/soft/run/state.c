@@ -223,7 +223,10 @@ static void get_events(struct soft_vcpu *c, struct kvm_vcpu_events *e)
     e->nmi.pending = c->nmi_pending;
     e->nmi.masked = c->nmi_blocked;
     e->sipi_vector = c->sipi_pending ? c->sipi_vector : 0;
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | (c->sipi_pending ? KVM_VCPUEVENT_VALID_SIPI_VECTOR : 0);
+    /* An INIT that the vCPU takes when its turn comes. Without one the flag stays off. */
+    e->smi.latched_init = c->init_pending;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | (c->sipi_pending ? KVM_VCPUEVENT_VALID_SIPI_VECTOR : 0)
+               | (c->init_pending ? KVM_VCPUEVENT_VALID_SMM : 0);
 }
 
 static void set_events(struct soft_vcpu *c, const struct kvm_vcpu_events *e)
@@ -248,6 +251,7 @@ static void set_events(struct soft_vcpu *c, const struct kvm_vcpu_events *e)
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
         c->nmi_pending = e->nmi.pending != 0;
     c->nmi_blocked = e->nmi.masked != 0;
+    c->init_pending = e->flags & KVM_VCPUEVENT_VALID_SMM && e->smi.latched_init;
     if (e->flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) {
         c->sipi_vector = (uint8_t)e->sipi_vector;
         c->sipi_pending = c->activity == ACT_WAIT_SIPI;
@@ -278,6 +282,10 @@ static void set_debugregs(struct soft_vcpu *c, const struct kvm_debugregs *d)
 
 static void get_mp_state(struct soft_vcpu *c, struct kvm_mp_state *s)
 {
+    if (c->init_pending && c->sipi_pending) { /* KVM, too, takes the INIT first, then the SIPI */
+        s->mp_state = KVM_MP_STATE_SIPI_RECEIVED;
+        return;
+    }
     switch (c->activity) {
     case ACT_HALTED: s->mp_state = KVM_MP_STATE_HALTED; break;
     case ACT_WAIT_SIPI: s->mp_state = c->sipi_pending ? KVM_MP_STATE_SIPI_RECEIVED : KVM_MP_STATE_INIT_RECEIVED; break;

@@ -17,7 +17,7 @@ import pytest
 
 from cpu.contract import System, VmConfig
 from cpu.debug import Debugging
-from cpu.exits import Debug, PortOut
+from cpu.exits import Debug, Interrupted, PortOut
 from cpu.state import VcpuState, VmState
 from tests.support.assemble import assemble
 from tests.support.cores import ANSWERS, CODE, DONE, RESUME, STACK, Guest, make, open_core, set_flat
@@ -579,3 +579,95 @@ def same(found: Saved, wanted: Saved, what: str) -> None:
         one, other = fields_of(found[0]), fields_of(wanted[0])
         differ = [f"{key}: {one[key]} instead of {value}" for key, value in other.items() if one[key] != value]
         raise AssertionError(f"{what}: {'; '.join(differ) or 'memory'}")
+
+
+STARTED = 0x3000
+"""Where the second processor begins, in real mode."""
+SECOND = f"""
+    .code16
+    mov ax, cs
+    mov ds, ax
+    inc byte ptr [0x80]
+    hlt
+    inc byte ptr [0x80]
+    .code32
+"""
+FIRST = LAPIC_EOI + f"""
+    put 0xfee000f0, 0x1ff
+    put 0xfee00310, 0x01000000
+    put 0xfee00300, 0x4500
+    get 0xfee00300
+    pause
+    nop
+    put 0xfee00300, {0x4600 | STARTED >> 12:#x}
+    nop
+    pause
+    get {STARTED + 0x80:#x}
+    put 0xfee00300, 0x4500
+    pause
+    nop
+    put 0xfee00300, {0x4600 | STARTED >> 12:#x}
+    put 0xfee00300, {0x4600 | STARTED >> 12:#x}
+    pause
+    get {STARTED + 0x80:#x}
+    put 0xfee00300, 0x4500
+    put 0xfee00300, {0x4600 | STARTED >> 12:#x}
+    nop
+    pause
+    get {STARTED + 0x80:#x}
+    pause
+    put 0xfee00300, 0x4400
+    nop
+    pause
+    get {STARTED + 0x80:#x}
+"""
+
+
+def watched(guest: Guest) -> bool:
+    """One instruction of the first processor, and whatever the second one does meanwhile; then both are parked."""
+    guest.vcpus[1].resume(RESUME)
+    if not step(guest):
+        return False
+    guest.vcpus[1].kick()
+    assert guest.next_exit() == (1, Interrupted())
+    return True
+
+
+@moves("vcpu.mp_state", "core.core")
+def test_a_processor_that_is_being_started(soft: System) -> None:
+    """INIT, SIPI and HLT of a second processor, saved between any two instructions of the first."""
+
+    def begin() -> Guest:
+        guest = make(soft, config=replace(CONFIG, vcpus=2))
+        load(guest, FIRST)
+        code = assemble(SECOND, STARTED)
+        guest.memory[STARTED : STARTED + len(code)] = code
+        return guest
+
+    def finished(guest: Guest) -> Saved:
+        guest.vcpus[0].set_debug(STEP)
+        while watched(guest):
+            pass
+        guest.vcpus[1].kick()
+        assert guest.next_exit() == (1, Interrupted())
+        return saved(guest)
+
+    guest = begin()
+    guest.vcpus[0].set_debug(STEP)
+    states = [saved(guest)]
+    while watched(guest):
+        states.append(saved(guest))
+    guest.vcpus[1].kick()
+    assert guest.next_exit() == (1, Interrupted())
+    wanted = saved(guest)
+    guest.close()
+    seen = {json.loads(text)[2]["fields"]["mp_state"] for text, _ in states}
+    assert seen >= {"init-received", "sipi-received", "halted"}, seen
+    assert wanted[1][STARTED + 0x80] == 3, "it was started three times"
+    for at, state in enumerate(states):
+        guest = restored(soft, state)
+        try:
+            same(saved(guest), state, f"restored before instruction {at}")
+            same(finished(guest), wanted, f"the end after a hop before instruction {at}")
+        finally:
+            guest.close()
