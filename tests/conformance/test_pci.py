@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +26,7 @@ VENDOR_CAPABILITY = bytes([0x09, 0, 8, 1, 2, 3, 4, 5])
 class FakeState:
     kind: ClassVar = "fake"
     version: ClassVar = 1
-    memory: bytes
+    memory: Annotated[bytes, range(16385)]
 
 
 class Fake:

@@ -38,7 +38,7 @@ def qemu(guest: Guest, command: str, status: Path, scratch: Path, memory_mib: in
     return [
         program, "-accel", "tcg", "-cpu", PROCESSOR, "-smp", "1", "-m", str(memory_mib), "-M", "pc",
         "-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog",
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog no_timer_check",
         "-serial", "stdio", "-serial", f"file:{status}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
