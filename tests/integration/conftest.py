@@ -31,6 +31,11 @@ def stock_core(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def linux() -> builder.Built:
+    """The image `linux`."""
+    return built_linux()
+
+
+def built_linux() -> builder.Built:
     """The image, built from what apt offers now; else the test is skipped with the reason. Where there is no apt (a rig
     that has only some files), the one that was brought along."""
     if shutil.which("apt-get") is None and (brought := current("linux")) is not None:

@@ -37,18 +37,21 @@ async def test_copies_differ_in_who_they_are_and_in_nothing_else(linux: Any) -> 
         before = await look(vm)
         names = [f"clone-{os.getpid()}-{number}" for number in range(8)]  # nobody else's on this host
         copies = await vm.fork(8, names=names)
+        asked = time.time()
         seen = await asyncio.gather(*(look(copy) for copy in copies))
+        answered = time.time()
         for position in range(6):
             values = [before[position], *(facts[position] for facts in seen)]
             assert len(set(values)) == len(values), values
         assert [facts[0] for facts in seen] == names
         for facts in seen:
             assert re.fullmatch("[0-9a-f]{32}", facts[4]) and facts[7] == "kept"
-            assert abs(int(facts[6]) - time.time()) < 60
+            assert asked - 2 <= int(facts[6]) <= answered + 2, "the wall clock"
         await copies[0].exec("sh", "-c", "echo other >/kept; sync", check=True)
         assert (await look(copies[1]))[7] == "kept" and (await look(vm))[7] == "kept"
-        log = await copies[2].exec("dmesg", timeout=60)
-        assert not re.search("BUG|WARNING|lockup|rcu.*stall|Oops", log.text), log.text
+        logs = await asyncio.gather(*(copy.exec("dmesg", timeout=60) for copy in copies))
+        for log in logs:
+            assert not re.search("BUG|WARNING|lockup|rcu.*stall|Oops|Call Trace", log.text), log.text
         again = await copies[0].fork()
         facts = await look(again[0])
         assert facts[7] == "other" and facts[2] not in {line[2] for line in seen}

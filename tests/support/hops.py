@@ -105,7 +105,8 @@ class Driven:
     def outcome(self) -> Any:
         """All that anybody can tell."""
         end = encode(self.component.save())
-        return self.trace, self.pc.messages, self.pc.requests, bytes(self.port.written), self.port.events, self.host, end
+        text = bytes(self.port.written)
+        return self.trace, self.pc.messages, self.pc.requests, text, self.port.events, self.host, end
 
 
 def check(make: Callable[[Driven], Any], drive: Callable[[Driven], None], *, least: int = 4) -> None:

@@ -11,7 +11,6 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -103,7 +102,10 @@ PIC = """
     outb 0xa1, 0xff
 """
 
-PIC_BEING_INITIALISED = PIC_EOI + PIC + """
+PIC_BEING_INITIALISED = (
+    PIC_EOI
+    + PIC
+    + """
     outb 0x21, 0xfa
     inb 0x21
     outb 0x20, 0x0a
@@ -123,7 +125,11 @@ PIC_BEING_INITIALISED = PIC_EOI + PIC + """
     outb 0x21, 3
     inb 0x21
 """
-PIC_IN_SERVICE = PIC_EOI + PIC + """
+)
+PIC_IN_SERVICE = (
+    PIC_EOI
+    + PIC
+    + """
     put 0xfee000f0, 0x1ff
     put 0xfee00350, 0x700
     outb 0x43, 0x30
@@ -145,7 +151,10 @@ PIC_IN_SERVICE = PIC_EOI + PIC + """
     outb 0x20, 0x0a
     inb 0x20
 """
-PIT_HALF_READ = NO_EOI + """
+)
+PIT_HALF_READ = (
+    NO_EOI
+    + """
     outb 0x43, 0x34
     outb 0x40, 0x34
     outb 0x40, 0x12
@@ -178,6 +187,7 @@ PIT_HALF_READ = NO_EOI + """
     outb 0x61, 0
     inb 0x42
 """
+)
 IOAPIC_EOI = """.macro END_OF_INTERRUPT
     put 0xfec00000, 0x1a
     get 0xfec00010
@@ -185,7 +195,10 @@ IOAPIC_EOI = """.macro END_OF_INTERRUPT
     put 0xfee000b0, 0
     .endm
 """
-IOAPIC_ADDRESSED = IOAPIC_EOI + PIC + """
+IOAPIC_ADDRESSED = (
+    IOAPIC_EOI
+    + PIC
+    + """
     outb 0x21, 0xff
     put 0xfee000f0, 0x1ff
     put 0xfec00000, 0x1b
@@ -215,7 +228,10 @@ IOAPIC_ADDRESSED = IOAPIC_EOI + PIC + """
     sti
     nop
 """
-LAPIC_WITH_MUCH_TO_DO = LAPIC_EOI + """
+)
+LAPIC_WITH_MUCH_TO_DO = (
+    LAPIC_EOI
+    + """
     put 0xfee000f0, 0x1ff
     put 0xfee00080, 0x40
     put 0xfee00320, 0x20030
@@ -250,6 +266,7 @@ LAPIC_WITH_MUCH_TO_DO = LAPIC_EOI + """
     hlt
     cli
 """
+)
 X2APIC = """.macro END_OF_INTERRUPT
     push ecx
     wrmsr32 0x80b, 0
@@ -268,7 +285,9 @@ X2APIC = """.macro END_OF_INTERRUPT
     nop
     cli
 """
-FPU_WITH_AN_EXCEPTION = NO_EOI + f"""
+FPU_WITH_AN_EXCEPTION = (
+    NO_EOI
+    + f"""
     mov eax, cr4
     or eax, 0x40600
     mov cr4, eax
@@ -314,7 +333,10 @@ FPU_WITH_AN_EXCEPTION = NO_EOI + f"""
     stmxcsr [{ANSWERS + 0x510}]
     fxsave [{ANSWERS + 0x600}]
 """
-SYSTEM_REGISTERS = NO_EOI + f"""
+)
+SYSTEM_REGISTERS = (
+    NO_EOI
+    + f"""
     push 0x8d5
     popfd
     wrmsr32 0x174, 8
@@ -353,7 +375,10 @@ SYSTEM_REGISTERS = NO_EOI + f"""
     pop eax
     keep
 """
-DEBUG_REGISTERS = NO_EOI + f"""
+)
+DEBUG_REGISTERS = (
+    NO_EOI
+    + f"""
     mov eax, {ANSWERS + 0x400}
     mov dr0, eax
     mov eax, {ANSWERS + 0x404}
@@ -391,7 +416,10 @@ DEBUG_REGISTERS = NO_EOI + f"""
     popfd
     nop
 """
-NMI_WITHIN_NMI = LAPIC_EOI + """
+)
+NMI_WITHIN_NMI = (
+    LAPIC_EOI
+    + """
     put 0xfee000f0, 0x1ff
     push offset nested
     mov eax, offset nested
@@ -418,7 +446,10 @@ nested:
     iretd
 4:  nop
 """
-MWAIT = LAPIC_EOI + f"""
+)
+MWAIT = (
+    LAPIC_EOI
+    + f"""
     put 0xfee000f0, 0x1ff
     put 0xfee00320, 0x30
     put 0xfee003e0, 0xb
@@ -435,7 +466,10 @@ MWAIT = LAPIC_EOI + f"""
     cli
     get 0xfee00390
 """
-PAE = NO_EOI + """
+)
+PAE = (
+    NO_EOI
+    + """
     mov eax, 0x20000
     mov dword ptr [0x20000], 0x21001
     mov dword ptr [0x20018], 0x22001
@@ -460,6 +494,7 @@ PAE = NO_EOI + """
     mov cr0, eax
     nop
 """
+)
 PROGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a PIC that is being initialised": (PIC_BEING_INITIALISED, ("core.pic_master", "core.pic_slave")),
     "a PIC with an interrupt in service": (PIC_IN_SERVICE, ("core.pic_master", "core.pit", "vcpu.events")),
@@ -583,7 +618,7 @@ def same(found: Saved, wanted: Saved, what: str) -> None:
 
 STARTED = 0x3000
 """Where the second processor begins, in real mode."""
-SECOND = f"""
+SECOND = """
     .code16
     mov ax, cs
     mov ds, ax
@@ -592,7 +627,9 @@ SECOND = f"""
     inc byte ptr [0x80]
     .code32
 """
-FIRST = LAPIC_EOI + f"""
+FIRST = (
+    LAPIC_EOI
+    + f"""
     put 0xfee000f0, 0x1ff
     put 0xfee00310, 0x01000000
     put 0xfee00300, 0x4500
@@ -621,6 +658,7 @@ FIRST = LAPIC_EOI + f"""
     pause
     get {STARTED + 0x80:#x}
 """
+)
 
 
 def watched(guest: Guest) -> bool:

@@ -167,6 +167,36 @@ def test_the_previous_version_is_taken_and_a_newer_one_refused() -> None:
         parse(FirstVersion, "lamp", encode(Part.State(1)))
 
 
+PREVIOUS = [kind for kind in TYPES if getattr(kind, "previous", None) is not None]
+
+
+def older(state_type: Any) -> list[Any]:
+    """The versions before it, the newest first."""
+    found = []
+    while (state_type := getattr(state_type, "previous", None)) is not None:
+        found.append(state_type)
+    return found
+
+
+@pytest.mark.parametrize("state_type", PREVIOUS, ids=lambda kind: kind.__name__)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_previous_version_is_brought_up_to_date(state_type: Any, data: st.DataObject) -> None:
+    """Whatever such a state holds: it becomes one of the present version, which can be written and read again."""
+    for old in older(state_type):
+        assert old.kind == state_type.kind and old.version < state_type.version
+        state = data.draw(instances(old))
+        found = decode(Whole(state_type), "it", json.loads(json.dumps(encode(state))))
+        assert isinstance(found, state_type)
+        assert decode(Whole(state_type), "it", json.loads(json.dumps(encode(found)))) == found
+
+
+@pytest.mark.parametrize("state_type", TYPES, ids=lambda kind: kind.__name__)
+def test_each_version_has_the_one_before_it(state_type: Any) -> None:
+    """A version that nobody can read any more would leave snapshots behind."""
+    assert [kind.version for kind in older(state_type)] == list(range(state_type.version - 1, 0, -1))
+
+
 def test_a_message_names_component_and_field() -> None:
     data = encode(SecondVersion(3))
     data["fields"]["brightness"] = 101

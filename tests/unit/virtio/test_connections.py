@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.hops import moves
 from tests.support.segments import ACK, FIN, RST, SYN, Segment
 from virtio import _ring
 from virtio.backends.net import MemoryNet
@@ -165,6 +166,7 @@ def stream() -> tuple[Any, Any]:
     return KeptStream(one), KeptStream(two)
 
 
+@moves("virtio-net")
 @pytest.mark.parametrize("pair", [memory, stream])
 async def test_a_card_that_goes_on_resets_them(
     connect: Connect, pair: Callable[[], tuple[Any, Any]], opening: Segment

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.hops import moves
 from tests.support.virtio import Driver
 from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.char import MemoryChar
@@ -85,6 +86,7 @@ class Slow(MemoryBlock):
         await super().write(offset, data)
 
 
+@moves("virtio-blk")
 @pytest.mark.parametrize("kind", ["engine", "coroutines"])
 async def test_block(connect: Connect, kind: str, tmp_path: Path) -> None:
     """Writes on two queues: each sector is written once, each request answered once."""
@@ -131,6 +133,7 @@ async def test_block(connect: Connect, kind: str, tmp_path: Path) -> None:
 # Network
 
 
+@moves("virtio-net")
 @pytest.mark.parametrize("kind", ["datagrams", "memory"])
 async def test_network(connect: Connect, kind: str) -> None:
     """Frames both ways, each exactly once and in order; link, MAC address and negotiated offloads move."""
@@ -214,6 +217,7 @@ async def test_a_link_whose_other_end_went_away_is_up_again_elsewhere(connect: C
 # Console
 
 
+@moves("virtio-console")
 async def test_console(connect: Connect) -> None:
     """Output, input, messages of the control queue and open ports: every byte once and in order."""
     chars = [MemoryChar(), MemoryChar()]
@@ -266,6 +270,7 @@ async def test_console(connect: Connect) -> None:
 # Entropy
 
 
+@moves("virtio-device")
 @pytest.mark.parametrize("rate", [None, 200_000])
 async def test_entropy(connect: Connect, rate: int | None) -> None:
     async def fresh() -> Device:
@@ -294,6 +299,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
+@moves("virtio-vsock")
 async def test_socket(connect: Connect) -> None:
     """Connections end with the machine that they were made on; the driver is told, also after two moves in a row."""
 
