@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration soak-migration-failures clean
+.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration soak-migration-failures clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -52,6 +52,10 @@ soak: venv       ## Debian's kernels under load, compared with the host; SECONDS
 	@.ci/packages test
 	LOOPVISOR_SOAK=1 $(BIN)/python -m pytest -q tests/integration/test_killed.py
 	$(BIN)/python -m tests.soak $${SECONDS_EACH:-600}
+
+test-libvirtd: venv ## a session of virsh, command by command beside libvirtd's QEMU driver; some minutes
+	@.ci/packages test
+	$(BIN)/python -m tests.integration.test_libvirt_oracle
 
 test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test

@@ -295,6 +295,10 @@ class VirtualMachine:
         if self.state is not State.RUNNING or self._end is not None:
             state = "ending" if self._end is not None else self.state.value
             raise StateError(f"cannot press the power button of a machine that is {state}")
+        if self._machine is None:
+            if reboot:
+                return  # It begins to boot at this moment.
+            raise StateError("cannot press the power button of a machine between two boots")
         if pm is None:
             raise StateError("this machine has no power button")
         self._reboot_asked = reboot

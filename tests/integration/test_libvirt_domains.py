@@ -161,6 +161,19 @@ def test_the_read_only_socket_changes_nothing(daemon: DaemonProcess) -> None:
     daemon.virsh("undefine", "look")
 
 
+def test_what_is_asked_of_domains_that_have_none_of_it(daemon: DaemonProcess) -> None:
+    """As libvirtd's QEMU driver answers."""
+    daemon.define(tiny("plain"))
+    assert daemon.virsh("numatune", "plain").split() == ["numa_mode", ":", "strict", "numa_nodeset", ":"]
+    events = subprocess.run(["virsh", "-c", daemon.uri(), "perf", "plain"], capture_output=True, text=True).stdout
+    assert events.count(": disabled\n") == 22
+    assert "shm_pages_sharing" in daemon.virsh("node-memory-tune") or not Path("/sys/kernel/mm/ksm").exists()
+    assert daemon.virsh("domlaunchsecinfo", "plain") == ""
+    assert "domain is not running" in daemon.virsh("domjobinfo", "plain", ok=False)
+    assert "invalid path vdz not assigned" in daemon.virsh("domblkinfo", "plain", "vdz", ok=False)
+    daemon.virsh("undefine", "plain")
+
+
 def test_events_come_in_order(daemon: DaemonProcess, tmp_path: Path) -> None:
     with subprocess.Popen(
         ["virsh", "-q", "-c", daemon.uri(), "event", "--event", "lifecycle", "--loop", "--timeout", "60"],

@@ -81,7 +81,7 @@ TEXTS = {
     Code.NO_CLIENT: "Client not found: ",
     Code.AGENT_UNRESPONSIVE: "Guest agent is not responding: ",
     Code.MIGRATE_FINISH_OK: "migration successfully aborted: ",
-    Code.STORAGE_VOL_EXIST: "storage volume already exists: ",
+    Code.STORAGE_VOL_EXIST: "storage volume '{}' exists already",
 }
 
 
@@ -106,7 +106,8 @@ class LibvirtError(VmmError):
     """What a call is answered with when it fails."""
 
     def __init__(self, code: Code, detail: str, source: From = From.QEMU) -> None:
-        super().__init__(TEXTS[code] + detail)
+        text = TEXTS[code]
+        super().__init__(text.format(detail) if "{}" in text else text + detail)
         self.code, self.source, self.detail = code, source, detail
 
 

@@ -3,6 +3,7 @@ there are none."""
 
 from __future__ import annotations
 
+import uuid as uuids
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -245,7 +246,7 @@ async def connect_list_secrets(call: Call, max: int) -> list[str]:
 
 @calls.query(141, "secret_lookup_by_uuid", "uuid:uuid", "secret:secret")
 async def secret_lookup_by_uuid(call: Call, uuid: bytes) -> SecretRef:
-    raise LibvirtError(Code.NO_SECRET, "no secret with matching uuid", From.SECRET)
+    raise LibvirtError(Code.NO_SECRET, f"no secret with matching uuid '{uuids.UUID(bytes=uuid)}'", From.SECRET)
 
 
 @calls.query(147, "secret_lookup_by_usage", "type:int id:string", "secret:secret")

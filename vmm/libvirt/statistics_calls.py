@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from vmm.convert import KIB
@@ -23,7 +24,19 @@ from vmm.libvirt.statistics import (
     find_interface,
     interface_counters,
 )
-from vmm.libvirt.wire import DomainRef, Param, Stat, StatsRecord, llong_param, some, uint_param, ullong_param
+from vmm.libvirt.wire import (
+    DomainRef,
+    Param,
+    Stat,
+    StatsRecord,
+    boolean_param,
+    int_param,
+    llong_param,
+    some,
+    string_param,
+    uint_param,
+    ullong_param,
+)
 
 calls = Procedures()
 
@@ -33,8 +46,7 @@ MEMORY_STATS = {
     "total": (5, KIB), "available": (8, KIB), "caches": (10, KIB), "hugetlb_allocations": (11, 1),
     "hugetlb_failures": (12, 1),
 }  # fmt: skip
-"""What a guest's driver tells, as virDomainMemoryStatTags and in libvirt's unit."""
-"""virDomainMemoryStatTags."""
+"""What a guest's driver tells, by virDomainMemoryStatTags and in libvirt's unit."""
 QUOTAS = ("vcpu_quota", "emulator_quota", "global_quota")
 """Scheduler parameters; -1 is no limit."""
 UNLIMITED = 9007199254740991
@@ -48,6 +60,25 @@ IO_TUNE = [
     for unit in ("bytes", "iops")
     for which in ("total", "read", "write")
 ]
+NUMA_STRICT = 0
+"""VIR_DOMAIN_NUMATUNE_MEM_STRICT: what libvirt says of domains that are bound to no node."""
+JOB_COMPLETED = 1
+"""VIR_DOMAIN_JOB_STATS_COMPLETED."""
+PERF_EVENTS = (
+    "cmt", "mbmt", "mbml", "cpu_cycles", "instructions", "cache_references", "cache_misses", "branch_instructions",
+    "branch_misses", "bus_cycles", "stalled_cycles_frontend", "stalled_cycles_backend", "ref_cpu_cycles", "cpu_clock",
+    "task_clock", "page_faults", "context_switches", "cpu_migrations", "page_faults_min", "page_faults_maj",
+    "alignment_faults", "emulation_faults",
+)  # fmt: skip
+"""VIR_PERF_PARAM_*; none is ever enabled."""
+KSM = Path("/sys/kernel/mm/ksm")
+SAME_PAGES = {
+    "shm_pages_to_scan": ("pages_to_scan", uint_param), "shm_sleep_millisecs": ("sleep_millisecs", uint_param),
+    "shm_pages_shared": ("pages_shared", ullong_param), "shm_pages_sharing": ("pages_sharing", ullong_param),
+    "shm_pages_unshared": ("pages_unshared", ullong_param), "shm_pages_volatile": ("pages_volatile", ullong_param),
+    "shm_full_scans": ("full_scans", ullong_param), "shm_merge_across_nodes": ("merge_across_nodes", uint_param),
+}  # fmt: skip
+"""VIR_NODE_MEMORY_SHARED_* and the kernel's file of each."""
 BANDWIDTH = [f"{way}.{what}" for way in ("inbound", "outbound") for what in ("average", "peak", "burst")]
 
 
@@ -121,7 +152,10 @@ async def domain_interface_stats(call: Call, dom: DomainRef, device: str) -> tup
 async def domain_get_block_info(call: Call, dom: DomainRef, path: str, flags: int) -> tuple[int, ...]:
     check_flags(flags, 0)
     domain = call.daemon.domains.of(dom)
-    index = find_disk(domain, path)
+    try:
+        index = find_disk(domain, path)
+    except LibvirtError:
+        raise LibvirtError(Code.INVALID_ARG, f"invalid path {path} not assigned to domain") from None
     told = (await devices(domain))["disks"][index] if domain.active else None
     return tuple(disk_sizes(domain.spec.config.disks[index].path, told["capacity"] if told else None))
 
@@ -213,7 +247,7 @@ async def domain_get_blkio_parameters(call: Call, dom: DomainRef, nparams: int, 
 @calls.query(255, "domain_get_numa_parameters", "dom:domain nparams:int flags:uint", "params:param<16> nparams:int")
 async def domain_get_numa_parameters(call: Call, dom: DomainRef, nparams: int, flags: int) -> tuple[list[Param], int]:
     spec_for(call, call.daemon.domains.of(dom), flags & 3)
-    return [], 0
+    return some([int_param("numa_mode", NUMA_STRICT), string_param("numa_nodeset", "")], nparams)
 
 
 @calls.query(
@@ -265,7 +299,10 @@ async def domain_get_job_info(call: Call, dom: DomainRef) -> tuple[int, ...]:
 
 @calls.query(298, "domain_get_job_stats", "dom:domain flags:uint", "type:int params:param<64>")
 async def domain_get_job_stats(call: Call, dom: DomainRef, flags: int) -> tuple[int, list[Param]]:
-    job = job_of(call.daemon.domains.of(dom))
+    domain = call.daemon.domains.of(dom)
+    if not flags & JOB_COMPLETED:
+        domain.running_entry()
+    job = job_of(domain)
     return (0, []) if job is None else (JOB_UNBOUNDED, job_params(job))
 
 
@@ -284,6 +321,12 @@ async def domain_get_iothread_info(call: Call, dom: DomainRef, flags: int) -> tu
 @calls.query(365, "domain_get_perf_events", "dom:domain flags:uint", "params:param<64>")
 async def domain_get_perf_events(call: Call, dom: DomainRef, flags: int) -> list[Param]:
     spec_for(call, call.daemon.domains.of(dom), flags & 3)
+    return [boolean_param(name, False) for name in PERF_EVENTS]
+
+
+@calls.query(396, "domain_get_launch_security_info", "dom:domain flags:uint", "params:param<64>")
+async def domain_get_launch_security_info(call: Call, dom: DomainRef, flags: int) -> list[Param]:
+    call.daemon.domains.of(dom)
     return []
 
 
@@ -291,6 +334,22 @@ async def domain_get_perf_events(call: Call, dom: DomainRef, flags: int) -> list
 async def domain_get_security_label(call: Call, dom: DomainRef) -> tuple[list[int], int]:
     call.daemon.domains.of(dom)
     return [0], 0
+
+
+@calls.query(289, "node_get_memory_parameters", "nparams:int flags:uint", "params:param<64> nparams:int")
+async def node_get_memory_parameters(call: Call, nparams: int, flags: int) -> tuple[list[Param], int]:
+    """Of the host's kernel, which merges equal pages if it is told to; looked at only."""
+    return some(await asyncio.to_thread(_same_pages), nparams)
+
+
+def _same_pages() -> list[Param]:
+    params = []
+    for name, (file, make) in SAME_PAGES.items():
+        try:
+            params.append(make(name, int((KSM / file).read_text())))
+        except (OSError, ValueError):
+            continue  # a kernel without it, or without this
+    return params
 
 
 @calls.query(122, "node_get_security_model", "", "model:int<257> doi:int<257>")

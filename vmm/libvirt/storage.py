@@ -242,7 +242,7 @@ def create_file(path: Path, wanted: WantedVolume) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, wanted.mode)
     except FileExistsError:
-        raise LibvirtError(Code.STORAGE_VOL_EXIST, f"'{path.name}'", From.STORAGE) from None
+        raise LibvirtError(Code.STORAGE_VOL_EXIST, path.name, From.STORAGE) from None
     except OSError as error:
         raise HostError(f"{path}: {os_reason(error)}") from error
     try:

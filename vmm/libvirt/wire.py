@@ -167,6 +167,10 @@ def llong_param(name: str, value: int) -> Param:
     return Param(name, (PARAM_LLONG, value))
 
 
+def boolean_param(name: str, value: bool) -> Param:
+    return Param(name, (PARAM_BOOLEAN, int(value)))
+
+
 def string_param(name: str, value: str) -> Param:
     return Param(name, (PARAM_STRING, value))
 
