@@ -215,6 +215,15 @@ def test_virt_install_clone_and_xml(daemon: DaemonProcess) -> None:
     assert daemon.virsh("domstate", "vi") == "running"
     assert "virtio" in daemon.virsh("dumpxml", "vi") and "<cmdline>a b</cmdline>" in daemon.virsh("dumpxml", "vi")
     assert "USB" in daemon.virsh("dominfo", "vi")  # what was taken though there is none is told
+    (daemon.path / "plain.img").write_bytes(bytes(1 << 20))
+    for scheme in ("qemu", "loopvisor"):  # told nothing of the guest's system, of a display or a console
+        run("virt-install", "--connect", daemon.uri(scheme), "--name", f"plain-{scheme}", "--memory", "64", "--import",
+            "--disk", f"{daemon.path / 'plain.img'},format=raw", "--osinfo", "detect=off,require=off",
+            "--noautoconsole", "--boot", f"kernel={GUESTS / 'echo.bin'}")  # fmt: skip
+        assert daemon.virsh("domstate", f"plain-{scheme}") == "running"
+        assert "this machine has no display" in daemon.virsh("dominfo", f"plain-{scheme}")
+        daemon.virsh("destroy", f"plain-{scheme}")
+        daemon.virsh("undefine", f"plain-{scheme}")
     daemon.virsh("destroy", "vi")
     run("virt-clone", "--connect", uri, "--original", "vi", "--name", "vi2", "--file", str(daemon.path / "vi2.img"))
     assert (daemon.path / "vi2.img").read_bytes() == disk.read_bytes()
