@@ -194,7 +194,7 @@ def set_(
     ] = None,
     net: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID,LIMIT=N…", help="A card's limits, as net0,bps-in=1M,pps-out=2000."),
+        typer.Option(metavar="ID,LIMIT=N…", help="A card's limits and policy, as net0,bps-in=1M,allow=10.0.0.0/8."),
     ] = None,
     json: Json = False,
 ) -> None:

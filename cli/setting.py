@@ -8,7 +8,7 @@ from typing import Any
 
 from cli.errors import say
 from vmm.changes import parse
-from vmm.config import Disk, Net
+from vmm.config import POLICY, Disk, Net
 from vmm.convert import format_size
 from vmm.errors import ConfigError
 from vmm.management.control import request
@@ -38,7 +38,9 @@ def set_machine(
         say(f"{device}: {', '.join(f'{key}={value}' for key, value in limits.items())}")
     if cpus is not None:
         say(f"{name}: {answer['cpus']} of {answer['max_cpus']} processors")
-    if disks + nets and not answer["limits"]:
+    for device, policy in answer.get("policies", {}).items():
+        say(f"{device}: {', '.join(f'{key}={policy[key]}' for key in POLICY if policy[key])}")
+    if disks + nets and not answer["limits"] and not answer.get("policies"):
         say(f"{name}: no limits")
     if memory is not None:
         say(f"{name}: keeps {format_size(answer['balloon']['target'])}, as soon as it has given up the rest")

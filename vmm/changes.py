@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vmm.config import PAGE, Disk, Net, limit_names
+from vmm.config import PAGE, POLICY, Disk, Net, limit_names
 from vmm.convert import MIB, Checked, in_range, sized, split
 from vmm.errors import ConfigError, GuestError, VmmError, core_errors
 
@@ -28,22 +28,22 @@ Limits = Mapping[str, Any]
 """Limits by the names that Disk and Net have for them; what is not named stays, 0 takes one away."""
 
 
-def parse(kind: type[Checked], text: str) -> tuple[str, dict[str, int]]:
-    """NAME,limit=VALUE[,…] as a name and limits. ConfigError."""
+def parse(kind: type[Checked], text: str) -> tuple[str, dict[str, Any]]:
+    """NAME,limit=VALUE[,…] as a name and limits, and a card's policy. ConfigError."""
     name, values = split(kind._where, text, {})
     if not values:
         raise ConfigError(f"{kind._where}: {text!r} changes nothing; write {name},{limit_names(kind)[0]}=…")
     return name, checked(kind, values)
 
 
-def checked(kind: type[Checked], values: Limits) -> dict[str, int]:
-    """Limits from what users write. ConfigError."""
-    known = limit_names(kind)
+def checked(kind: type[Checked], values: Limits) -> dict[str, Any]:
+    """Limits and policies from what users write. ConfigError."""
+    known = limit_names(kind) + (list(POLICY) if kind is Net else [])
     found = {}
     for key, value in values.items():
         if key not in known:
             some = ", ".join(name for name in known if not name.endswith("_burst"))
-            raise ConfigError(f"{kind._where}: {key} cannot be changed while the machine runs; limits are {some}")
+            raise ConfigError(f"{kind._where}: {key} cannot be changed while the machine runs; {some} can")
         found[key] = kind._converters[key](f"{kind._where}.{key}", value)
     return found
 
@@ -156,17 +156,27 @@ async def change(
 ) -> None:
     """Change all of these, or none. `cpus`: how many processors, see change_cpus. `memory`: bytes that the guest is to
     keep, of those that it began with; it gives the rest to the balloon as fast as it likes. `disks`, `nets`: limits by
-    name. ConfigError; GuestError if the guest does not give up a processor, and the rest is changed then."""
+    name, and of a card its policy: "allow", "deny" and "dns" as Net has them. ConfigError; GuestError if the guest does
+    not give up a processor, and the rest is changed then."""
+    from vmm import policies
+
     balloon, pages = _target(vm, memory) if memory is not None else (None, 0)
     count = 0 if cpus is None else in_range(1, vm.config.most_cpus, "cpus", cpus)
     wanted: list[tuple[BlockDevice | NetDevice, dict[str, int]]] = []
+    policed: list[Callable[[], None]] = []
     for name, values in (disks or {}).items():
         wanted.append((find_disk(vm, name), checked(Disk, values)))
     for name, values in (nets or {}).items():
-        wanted.append((find_net(vm, name), checked(Net, values)))
+        policy, limits = policies.parts(checked(Net, values))
+        wanted.append((find_net(vm, name), limits))
+        if policy:
+            with core_errors():
+                policed.append(policies.prepare(vm, name, policy))
     with core_errors():
         for device, limits in wanted:
             device.set_limits(limits)
+        for change_policy in policed:
+            change_policy()
         if balloon is not None:
             balloon.set_target(pages)
     if cpus is not None:
@@ -180,6 +190,9 @@ def present(vm: VirtualMachine) -> dict[str, Any]:
     limits = {name: values for name, values in found.items() if values}
     balloon = find_balloon(vm)
     answer: dict[str, Any] = {"limits": limits} if limits else {}
+    policies = {one["id"]: one["policy"] for one in vm.attached() if "policy" in one}
+    if policies:
+        answer["policies"] = policies
     if balloon is not None:
         answer["balloon"] = {
             "target": vm.config.memory - balloon.target * PAGE,

@@ -37,6 +37,7 @@ from vmm.convert import (
     to_path,
     to_rules,
     to_seconds,
+    to_servers,
     to_size,
     to_text,
     to_uuid,
@@ -82,6 +83,10 @@ def _check_bursts(part: Checked) -> None:
     for name in limit_names(type(part)):
         if name.endswith("_burst") and getattr(part, name) and not getattr(part, name.removesuffix("_burst")):
             raise ConfigError(f"{part._where}.{name}: a burst needs its limit; give {name.removesuffix('_burst')} too")
+
+
+POLICY = ("allow", "deny", "dns")
+"""The fields of a Net that are its policy, which may be changed while the machine runs."""
 
 
 def limit_names(kind: type[Checked]) -> list[str]:
@@ -231,6 +236,9 @@ class Net(Checked):
     Names are resolved for it here; it reaches no name server."""
     deny: str = ""
     """User networking: where it may not, whatever else is allowed; a name here has no port."""
+    dns: str = ""
+    """User networking: the name servers that resolve the guest's names, as 10.0.0.53+[2001:db8::53]:5353, instead of
+    this host's resolver. none: it has no names."""
     required: bool = True
     """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
     packed: bool = False
@@ -265,6 +273,7 @@ class Net(Checked):
         "forward": to_forwards,
         "allow": to_rules,
         "deny": to_rules,
+        "dns": to_servers,
         "required": to_boolean,
         "packed": to_boolean,
         **_limits("pps_in", "pps_out"),
@@ -283,18 +292,24 @@ class Net(Checked):
             raise ConfigError("net: only a tap has several queues, and not with pcap; leave queues out")
         if self.forward and self.kind != "user":
             raise ConfigError("net: forward is user networking's; a tap's guest has an address of its own")
-        if (self.allow or self.deny) and self.kind != "user":
-            raise ConfigError("net: allow and deny are user networking's; filter a tap with the host's firewall")
+        if self.policed and self.kind != "user":
+            raise ConfigError("net: allow, deny and dns are user networking's; filter a tap with the host's firewall")
         if self.deny:
             from virtio.backends.rules import parse
 
-            if any(rule.name and rule.port for rule in parse(self.deny)):
+            if any(rule.name not in ("", "*") and rule.port for rule in parse(self.deny)):
                 raise ConfigError("net.deny: a name is denied for all ports; leave the port out, or give an address")
+
+    @property
+    def policed(self) -> bool:
+        """Every frame is looked at."""
+        return bool(self.allow or self.deny or self.dns)
 
     @classmethod
     def parse(cls, text: str) -> Net:
         """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
-        [,forward=HOSTPORT:GUESTPORT+…][,allow=TO+…][,deny=TO+…][,packed][,pps-in|pps-out[-burst]=N][,bps-in|bps-out[-burst]=SIZE]"""
+        [,forward=HOSTPORT:GUESTPORT+…][,allow=TO+…][,deny=TO+…][,dns=SERVER+…|none][,packed][,pps-in|pps-out[-burst]=N]
+        [,bps-in|bps-out[-burst]=SIZE]"""
         first, values = split("net", text, {"optional": ("required", False), "packed": ("packed", True)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:

@@ -109,6 +109,20 @@ def to_rules(where: str, value: object) -> str:
     return text
 
 
+def to_servers(where: str, value: object) -> str:
+    """ "", none, or name servers with + between: virtio.backends.resolver.parse_servers."""
+    text = to_text(where, value)
+    if text and text != "none":
+        from virtio.backends.resolver import parse_servers
+        from virtio.errors import ConfigError as ServersError
+
+        try:
+            parse_servers(text)
+        except ServersError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return text
+
+
 def to_mac(where: str, value: object) -> str:
     text = to_text(where, value)
     if not MAC.fullmatch(text) or int(text[:2], 16) & 1:

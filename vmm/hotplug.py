@@ -126,6 +126,10 @@ class Hotplug:
                 facts |= {"path": str(part.path), "readonly": part.readonly, "mount": part.mount}
             else:
                 facts |= {"network": f"{part.kind}={part.target}" if part.target else part.kind}
+                if part.policed:
+                    from vmm.policies import describe
+
+                    facts["policy"] = describe(self._vm, name, part)
             found.append(facts)
         return found
 
@@ -141,6 +145,16 @@ class Hotplug:
     def disk_moved(self, name: str, **values: Any) -> None:
         """A disk has another image from now on: fields of its part of the configuration."""
         self._parts[name] = self._parts[name].replace(**values)
+        self._changed = True
+
+    def net_part(self, name: str) -> Net | None:
+        """A network card of the present configuration."""
+        part = self._parts.get(name)
+        return part if isinstance(part, Net) else None
+
+    def net_changed(self, name: str, part: Net) -> None:
+        """A network card is this from now on: its part of the configuration."""
+        self._parts[name] = part
         self._changed = True
 
     # From one boot to the next.

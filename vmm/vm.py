@@ -457,6 +457,14 @@ class VirtualMachine:
         """A disk has another image from now on: fields of its part of the present configuration."""
         self._hotplug.disk_moved(name, **values)
 
+    def net_part(self, name: str) -> Net | None:
+        """A network card of the present configuration."""
+        return self._hotplug.net_part(name)
+
+    def net_changed(self, name: str, part: Net) -> None:
+        """A network card is this from now on: its part of the present configuration."""
+        self._hotplug.net_changed(name, part)
+
     def tell_event(self, event: Event) -> None:
         """Tell whoever follows the machine's events."""
         self._tell(event)

@@ -26,6 +26,7 @@ from tests.support import netns, passt, pcap
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import install
 from tests.support.netns import Namespace
+from tests.support.passt import FAR
 from virtio.backends import policed
 from virtio.devices.net import NetDevice, NetFeature
 from vmm.config import Net
@@ -35,7 +36,7 @@ SECONDS = 120 * PATIENCE
 HOST, GUEST = "10.213.7.1", "10.213.7.2"
 TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
 Transport = Literal["pci", "mmio"]
-LISTENS = "until grep -q \":$(printf %04X {port}) [0-9A-F:]* 0A\" /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done"
+LISTENS = 'until grep -q ":$(printf %04X {port}) [0-9A-F:]* 0A" /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done'
 """Wait in the guest until somebody listens on a port."""
 
 
@@ -198,29 +199,12 @@ async def test_the_cable_is_pulled_and_plugged(stock_core: str, transport: Trans
 
 
 @pytest.fixture
-def passt_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Namespace, Namespace]]:
-    """(the namespace that passt runs in, one beyond a cable). passt is the first in PATH, and goes there."""
+def passt_networks(tmp_path: Path) -> Iterator[tuple[Namespace, Namespace]]:
+    """passt.networks."""
     passt.need()
     netns.need("iperf3", "passt")
-    program = shutil.which("passt")
-    with netns.namespaces("passt", "far") as (near, far):
-        netns.cable(near, far)
-        near.ip("addr", "add", "10.214.7.1/24", "dev", "eth0")
-        near.ip("route", "add", "default", "via", "10.214.7.2")
-        for address in ("10.214.7.2/24", f"{FAR}/24"):
-            far.ip("addr", "add", address, "dev", "eth0")
-        # passt's echo requests are those of an ordinary user
-        near.run("sh", "-c", "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range")
-        wrapper = tmp_path / "bin" / "passt"
-        wrapper.parent.mkdir()
-        wrapper.write_text(f'#!/bin/sh\nexec {" ".join(near.command(str(program)))} "$@"\n')
-        wrapper.chmod(0o755)
-        monkeypatch.setenv("PATH", str(wrapper.parent), prepend=os.pathsep)
-        yield near, far
-
-
-FAR = "10.214.7.3"
-"""A host beyond passt's; the gateway 10.214.7.2 is passt's own host as the guest sees it."""
+    with passt.networks(tmp_path) as spaces:
+        yield spaces
 
 
 @pytest.mark.root
@@ -275,9 +259,36 @@ async def test_a_policy_lets_through_what_it_allows_alone(
         await sh(vm, "nslookup other.test >/dev/null; [ $? -ne 0 ]")
         await sh(vm, f"{call} -s -D -p 5202; {LISTENS.format(port=5202)}")
         assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 32)
+        await change_while_it_runs(vm, call)
     told = [event.text async for event in events if isinstance(event, vmm.Warned)]
     for what in (f"TCP to {FAR}:5201", f"TCP to {FAR}:5203", f"ICMP to {FAR}", "the name other.test"):
         assert f"net0: refused by the network's policy: {what}" in told
+
+
+async def change_while_it_runs(vm: vmm.VirtualMachine, call: str) -> None:
+    """A transfer is cut when the policy forbids it, what is allowed now passes, and a copy has the same policy."""
+    sending = await vm.exec("sh", "-c", f"{call} -c {FAR} -t 1000 >/tmp/cut 2>&1 & echo", timeout=SECONDS, check=True)
+    assert sending.status == 0
+    before = card(vm).counters["bytes_sent"]
+    async with asyncio.timeout(SECONDS):
+        while card(vm).counters["bytes_sent"] < before + (2 << 20):
+            await asyncio.sleep(0.05)
+    await vm.set(nets={"net0": {"allow": f"far.test:5203+{FAR}:5204"}})
+    await sh(vm, "while pidof iperf3 | grep -q .; do pgrep -f 't 1000' >/dev/null || break; sleep 0.2; done")
+    assert "reset" in (await sh(vm, "cat /tmp/cut")).lower()
+    assert await iperf(vm, f"{call} -c {FAR} -p 5203", 2)
+    with pytest.raises(vmm.ConfigError, match="is neither a name"):
+        await vm.set(nets={"net0": {"allow": "a b"}})
+    (policy,) = [one["policy"] for one in vm.attached() if one["kind"] == "net"]
+    assert policy["allow"] == f"far.test:5203+{FAR}:5204" and policy["refused"]["destination"] > 0
+    (copy,) = await vm.fork()
+    try:
+        assert [net.allow for net in copy.config.nets] == [policy["allow"]]
+        assert FAR in await sh(copy, "until nslookup far.test; do sleep 0.2; done")
+        assert await iperf(copy, f"{call} -c {FAR} -p 5203", 2)
+        await sh(copy, f"timeout 3 {call} -c {FAR} -n 1K -p 5201 >/dev/null 2>&1; [ $? -ne 0 ]")
+    finally:
+        await copy.aclose()
 
 
 @TRANSPORTS

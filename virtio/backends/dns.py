@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HEAD = struct.Struct(">HHHHHH")
-A, AAAA, IN = 1, 28, 1
-NO_ERROR, SERVER_FAILURE, NAME_ERROR, NOT_IMPLEMENTED = 0, 2, 3, 4
+A, CNAME, AAAA, IN = 1, 5, 28, 1
+NO_ERROR, SERVER_FAILURE, NAME_ERROR, NOT_IMPLEMENTED, REFUSED = 0, 2, 3, 4, 5
+MAX_RECORDS = 64
+"""Records of an answer that are looked at."""
+SIZES = {A: 4, AAAA: 16}
 SECONDS = 60
 """How long the guest may keep an answer."""
 MAX_ANSWERS = 24
@@ -56,6 +59,86 @@ def parse(data: bytes) -> Question | None:
     if family != IN or not labels or not name.isprintable() or any(b"." in label for label in labels):
         return None
     return Question(identity, name, kind, data[HEAD.size : at + 4], bool(flags & 0x100))
+
+
+@dataclass(frozen=True, slots=True)
+class NameAnswer:
+    """What a name server says: addresses of the name that was asked for, or of what it is another name of."""
+
+    code: int
+    addresses: tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, ...]
+    truncated: bool
+
+
+def query(identity: int, name: str, kind: int) -> bytes:
+    """A question to a name server. `name` is one that `parse` gave."""
+    labels = b"".join(bytes([len(label)]) + label for label in name.encode("ascii", "replace").split(b"."))
+    return HEAD.pack(identity, 0x100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">HH", kind, IN)
+
+
+def parse_answer(data: bytes, identity: int, question: bytes) -> NameAnswer | None:
+    """The answer to a question that `query` made (without its head), or None for all else."""
+    if len(data) < HEAD.size + len(question):
+        return None
+    said, flags, questions, answers, _, _ = HEAD.unpack_from(data)
+    at = HEAD.size + len(question)
+    if said != identity or flags & 0xF800 != 0x8000 or questions != 1:
+        return None
+    if data[HEAD.size : at].lower() != question.lower():
+        return None
+    if flags & 0x200:
+        return NameAnswer(flags & 15, (), True)
+    asked, after = _name(data, HEAD.size)
+    kind = struct.unpack_from(">H", question, len(question) - 4)[0]
+    if asked is None or after + 4 != at:
+        return None
+    aliases: dict[bytes, bytes] = {}
+    found: list[tuple[bytes, ipaddress.IPv4Address | ipaddress.IPv6Address]] = []
+    for _ in range(min(answers, MAX_RECORDS)):
+        owner, at = _name(data, at)
+        if owner is None or at + 10 > len(data):
+            return None
+        what, family, _, size = struct.unpack_from(">HHIH", data, at)
+        at += 10
+        if at + size > len(data):
+            return None
+        if family == IN and what == kind and size == SIZES.get(kind):
+            found.append((owner, ipaddress.ip_address(data[at : at + size])))
+        elif family == IN and what == CNAME:
+            target, _ = _name(data, at)
+            if target is None:
+                return None
+            aliases.setdefault(owner, target)
+        at += size
+    names = {asked}
+    while asked in aliases and aliases[asked] not in names:
+        asked = aliases[asked]
+        names.add(asked)
+    return NameAnswer(flags & 15, tuple([address for owner, address in found if owner in names]), False)
+
+
+def _name(data: bytes, at: int) -> tuple[bytes | None, int]:
+    """A name in lower case, as labels with their lengths, and where it ends. RFC 1035, 4.1.4: pointers go backwards."""
+    labels, end, least = b"", 0, at
+    while True:
+        if at >= len(data) or len(labels) > 255:
+            return None, 0
+        size = data[at]
+        if size & 0xC0 == 0xC0:
+            if at + 2 > len(data):
+                return None, 0
+            end = end or at + 2
+            at = int.from_bytes(data[at : at + 2], "big") & 0x3FFF
+            if at >= least:
+                return None, 0
+            least = at
+        elif size > 63 or at + 1 + size > len(data):
+            return None, 0
+        elif not size:
+            return labels.lower(), end or at + 1
+        else:
+            labels += data[at : at + 1 + size]
+            at += 1 + size
 
 
 def answer(

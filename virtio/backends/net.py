@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from virtio._ring import Fence
 from virtio.errors import ConfigError, HostError
 
 FRAME_MAX = 65554
@@ -57,6 +58,9 @@ class NetBackend(Protocol):
     channels: tuple[Channel, ...] = ()
     """Descriptors for the path in C; empty: `send` and `receive` are used."""
 
+    fence: Fence | None = None
+    """What decides in C which frames pass, for a backend with `channels`; its answers for the guest stand there."""
+
     async def send(self, frame: bytes) -> None:
         """A frame from the guest. One that cannot be delivered is lost; HostError: the link is gone. Any other
         exception loses the frame."""
@@ -66,6 +70,14 @@ class NetBackend(Protocol):
 
     def set_offloads(self, features: int) -> None:
         """The driver negotiated these of `offloads`."""
+        return None
+
+    def set_mac(self, mac: bytes) -> None:
+        """The card has this hardware address from now on."""
+        return None
+
+    def on_replies(self, call: Callable[[], None]) -> None:
+        """Call this when `fence` has frames for the guest, other than while a frame passes it."""
         return None
 
     async def send_offloaded(self, header: bytes, frame: bytes) -> None:
@@ -244,6 +256,9 @@ class PcapNet(NetBackend):
                 await asyncio.to_thread(self._file.write, data)
             except OSError:
                 self.lost += 1  # a full disk ends the recording, not the network
+
+    def set_mac(self, mac: bytes) -> None:
+        self.inner.set_mac(mac)
 
     async def send(self, frame: bytes) -> None:
         self._record(frame)

@@ -1,9 +1,11 @@
 """Another backend behind a policy: every frame of the guest is looked at, and only what the policy allows goes on.
 
-Names are resolved here, by the host's own resolver, whichever server the guest asks: so no message of the guest gets
-to a name server, and only addresses that it was told are its to reach. What is not plainly understood is refused: VLAN
-tags, fragments, IP options and extension headers, other protocols, addresses and hardware addresses that are not the
-guest's. Loop thread only.
+Names are resolved here, whichever server the guest asks: so no message of the guest gets to a name server, and only
+addresses that it was told are its to reach. What is not plainly understood is refused: VLAN tags, fragments, IP options
+and extension headers, other protocols, addresses and hardware addresses that are not the guest's.
+
+This module decides; virtio/native/fence.c keeps what it decided of each connection and looks at every frame. Loop
+thread only.
 """
 
 from __future__ import annotations
@@ -11,81 +13,46 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import struct
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable
 
+from virtio import _ring
 from virtio.backends import dns
 from virtio.backends.net import NetBackend
+from virtio.backends.packets import (
+    ARP,
+    ETHERNET,
+    ICMP,
+    ICMPV6,
+    IPV6,
+    TCP,
+    UDP,
+    IpPacket,
+    checksum,
+    datagram,
+    packet,
+)
 from virtio.backends.rules import Address, Egress
 
-ETHERNET = 14
-IPV4, ARP, IPV6 = 0x0800, 0x0806, 0x86DD
-ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+__all__ = ["PolicedNet", "checksum", "packet"]
+
 NEIGHBOURS = range(133, 137)
 """ICMPv6 types of neighbour discovery (RFC 4861, 4) that a host sends; redirects are a router's."""
+ECHO_REPLIES = {ICMP: 0, ICMPV6: 129}
 DNS, DHCP_SERVER, DHCP_CLIENT = 53, 67, 68
 MAX_QUESTIONS = 64
 """Names that are looked up at once."""
-MAX_WAITING = 256
-"""Answers that wait for the guest."""
 MAX_FLOWS = 4096
 """Connections from outside to published ports that are remembered."""
+FORMER = 8
+"""Policies of before, whose connections are reset when this one forbids them."""
 TOLD = 20
 """Destinations whose refusal is told, each once."""
 NOBODY = ipaddress.IPv4Address(0)
-Resolve = Callable[[str, int], "asyncio.Future[list[Address]]"]
-
-
-class IpPacket(NamedTuple):
-    """What the policy needs of an IP packet; ports 0 for protocols without."""
-
-    source: Address
-    target: Address
-    protocol: int
-    source_port: int
-    target_port: int
-    payload: bytes
-    """Behind the header of UDP; else behind that of IP."""
-
-    def __str__(self) -> str:
-        name = {TCP: "TCP", UDP: "UDP", ICMP: "ICMP", ICMPV6: "ICMP"}.get(self.protocol, f"protocol {self.protocol}")
-        if self.protocol not in (TCP, UDP):
-            return f"{name} to {self.target}"
-        where = f"[{self.target}]" if self.target.version == 6 else str(self.target)
-        return f"{name} to {where}:{self.target_port}"
-
-
-def packet(frame: bytes) -> IpPacket | str:
-    """The packet in an Ethernet frame, or why it is refused."""
-    kind = int.from_bytes(frame[12:14], "big")
-    data = frame[ETHERNET:]
-    source: Address
-    target: Address
-    if kind == IPV4:
-        if len(data) < 20 or data[0] != 0x45:
-            return "an IPv4 packet with options, or none"
-        if int.from_bytes(data[6:8], "big") & 0x3FFF:
-            return "a fragment of a packet"
-        end, protocol, start = int.from_bytes(data[2:4], "big"), data[9], 20
-        source, target = ipaddress.IPv4Address(data[12:16]), ipaddress.IPv4Address(data[16:20])
-    elif kind == IPV6:
-        if len(data) < 40 or data[0] >> 4 != 6:
-            return "no IPv6 packet"
-        end, protocol, start = 40 + int.from_bytes(data[4:6], "big"), data[6], 40
-        source, target = ipaddress.IPv6Address(data[8:24]), ipaddress.IPv6Address(data[24:40])
-    else:
-        return f"a frame of type {kind:#06x}"
-    if not start <= end <= len(data):
-        return "a packet longer than its frame"
-    body = data[start:end]
-    if protocol == TCP and len(body) >= 20 or protocol == UDP and len(body) >= 8:
-        ports = struct.unpack_from(">HH", body)
-        return IpPacket(source, target, protocol, ports[0], ports[1], body[8:] if protocol == UDP else body)
-    if protocol in (ICMP, ICMPV6) and len(body) >= 4:
-        return IpPacket(source, target, protocol, 0, 0, body)
-    return f"a packet of protocol {protocol} to {target}"
+REFUSE, PASS, CUT, TAKEN, KEEP = 0, 1, 2, 3, 4
+"""Verdicts (virtio/native/fence.h); KEEP with one of the first three: it stands for all of this connection."""
+SYN, RST, ACK = 2, 4, 16
+Resolve = Callable[[str, int], Awaitable[list[Address]]]
 
 
 async def host_addresses(name: str, kind: int) -> list[Address]:
@@ -95,36 +62,73 @@ async def host_addresses(name: str, kind: int) -> list[Address]:
     return [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
 
 
+async def no_names(name: str, kind: int) -> list[Address]:
+    """For a guest that has no names at all."""
+    raise OSError("no names")
+
+
 class PolicedNet(NetBackend):
     """`inner` behind a policy, for a card with this hardware address."""
 
     def __init__(
-        self, inner: NetBackend, mac: bytes, policy: Egress, tell: Callable[[str], None] = lambda text: None
+        self,
+        inner: NetBackend,
+        mac: bytes,
+        policy: Egress,
+        tell: Callable[[str], None] = lambda text: None,
+        resolve: Resolve | None = None,
     ) -> None:
-        """`tell` hears of each refused destination once, up to TOLD of them."""
+        """`resolve` gives the addresses of a name, by default the host's; no_names: it has none. `tell` hears
+        of each refused destination once, up to TOLD of them."""
         self.inner, self.policy = inner, policy
-        self.mtu, self.keeps_connections = inner.mtu, inner.keeps_connections
-        self.refused: Counter[str] = Counter()
-        """Frames that were refused, by why; destinations are one entry."""
-        self.resolve = host_addresses
-        self._mac, self._tell = mac, tell
+        self.mtu, self.keeps_connections, self.channels = inner.mtu, inner.keeps_connections, inner.channels
+        self._fence = self.fence = _ring.Fence(mac, self._verdict)
+        self.resolve: Resolve = resolve or host_addresses
+        self._refused: Counter[str] = Counter()
+        self._mac, self._old_mac, self._tell = mac, mac, tell
         self._told: set[str] = set()
         self._address: Address | None = None
         self._flows: OrderedDict[tuple[Address, int, int], None] = OrderedDict()
-        self._answers: deque[bytes] = deque()
+        self._former: deque[Egress] = deque(maxlen=FORMER)
         self._arrived = asyncio.Event()
+        self._replied: Callable[[], None] = self._arrived.set
+        self._answers: deque[bytes] = deque()
         self._receiving: asyncio.Task[bytes] | None = None
         self._questions: set[asyncio.Task[None]] = set()
 
+    @property
+    def refused(self) -> Counter[str]:
+        """Frames that were refused, by why; destinations are one entry."""
+        found = Counter(self._refused)
+        if self._fence.refused:
+            found["destination"] += self._fence.refused
+        return found
+
+    def change(self, policy: Egress, resolve: Resolve | None = None) -> None:
+        """Another policy from now on, and who resolves names. Addresses that the guest was told stay open as far as the
+        new rules of their names say; a connection that it forbids is reset at its next frame, in either direction."""
+        policy.adopt(self.policy)
+        self._former.append(self.policy)
+        self.policy, self.resolve = policy, resolve or host_addresses
+        self._told.clear()
+        self._fence.forget()
+
+    def set_mac(self, mac: bytes) -> None:
+        self._old_mac, self._mac = self._mac, mac
+        self._fence.mac(mac)
+
+    def on_replies(self, call: Callable[[], None]) -> None:
+        self._replied = call
+
     async def send(self, frame: bytes) -> None:
-        why = self._judge(frame)
-        if why is None:
-            await self.inner.send(frame)
-        elif why:
-            self._refuse(why)
+        judged = self._fence.outgoing(frame)
+        if judged is not None:
+            await self.inner.send(judged)
+        self._arrived.set()
 
     async def receive(self) -> bytes:
         while True:
+            self._answers += self._fence.replies()
             if self._answers:
                 return self._answers.popleft()
             if self._receiving is None:
@@ -138,10 +142,15 @@ class PolicedNet(NetBackend):
             if self._receiving.done():
                 done, self._receiving = self._receiving, None
                 frame = done.result()
-                self._note(frame)
-                return frame
+                passes, back = self._fence.incoming(frame)
+                if back:
+                    await self.inner.send(back)
+                if passes:
+                    return frame
 
     async def aclose(self) -> None:
+        self._fence.close()
+        self.channels = ()
         tasks = [*self._questions, *([self._receiving] if self._receiving is not None else [])]
         for task in tasks:
             task.cancel()
@@ -149,42 +158,74 @@ class PolicedNet(NetBackend):
         self._receiving = None
         await self.inner.aclose()
 
-    def _judge(self, frame: bytes) -> str | None:
-        """None: it goes on. Otherwise why not; "" if it was answered here."""
+    def _verdict(self, frame: bytes, outgoing: bool) -> int:
+        """On a frame of which none stands."""
+        if not outgoing:
+            return self._judge_incoming(frame)
+        verdict, why = self._judge(frame)
+        if why:
+            self._refuse(why)
+        return verdict
+
+    def _judge(self, frame: bytes) -> tuple[int, str]:
+        """The verdict on a frame of the guest, and why it is refused if that is to be told."""
         if len(frame) < ETHERNET or frame[6:12] != self._mac:
-            return "a frame with another hardware address"
+            # a card whose address is just being changed says the old one for a moment
+            return REFUSE, "" if frame[6:12] == self._old_mac else "a frame with another hardware address"
         kind = int.from_bytes(frame[12:14], "big")
         if kind == ARP:
-            return None if self._is_our_arp(frame[ETHERNET:]) else "an ARP packet with another address"
+            return (PASS, "") if self._is_our_arp(frame[ETHERNET:]) else (REFUSE, "an ARP packet with another address")
         if kind == IPV6 and frame[:2] == b"\x33\x33" and frame[20:21] == b"\0":
-            return ""  # multicast listener reports (RFC 3810, 5), which every system sends and nobody needs
+            return TAKEN, ""  # multicast listener reports (RFC 3810, 5), which every system sends and nobody needs
         found = packet(frame)
         if isinstance(found, str):
-            return found
+            return REFUSE, found
         if found.protocol == UDP and found.target_port == DNS and not self._is_listed(found):
-            return self._ask(frame, found)
+            why = self._ask(frame, found)
+            return (REFUSE, why) if why else (TAKEN, "")
         if found.target.version == 6:
-            return self._judge_6(found)
+            if found.protocol == ICMPV6 and found.payload[0] in NEIGHBOURS:
+                return self._judge_neighbour(found)
+            return self._judge_target(found)
         if found.protocol == UDP and (found.source_port, found.target_port) == (DHCP_CLIENT, DHCP_SERVER):
-            return None
+            return PASS, ""
         if self._address is None and found.source != NOBODY:
-            self._address = found.source  # a machine that goes on from a snapshot has its lease already
+            self._know(found.source)  # a machine that goes on from a snapshot has its lease already
         if found.source != self._address:
-            return "a packet from another address"
+            return REFUSE, "a packet from another address"
         return self._judge_target(found)
 
-    def _judge_6(self, found: IpPacket) -> str | None:
-        if found.protocol == ICMPV6 and found.payload[0] in NEIGHBOURS:
-            near = found.target.is_link_local or found.target.is_multicast
-            return None if near or found.payload[0] >= 135 else str(found)
-        return self._judge_target(found)
+    def _judge_neighbour(self, found: IpPacket) -> tuple[int, str]:
+        """Neighbour discovery: on the link, and of nobody's hardware address but the card's."""
+        kind, data = found.payload[0], found.payload
+        near = found.target.is_link_local or found.target.is_multicast
+        if not near and kind < 135:
+            return REFUSE, str(found)
+        at = {133: 8, 135: 24, 136: 24}.get(kind, len(data))
+        while at + 8 <= len(data) and data[at + 1]:
+            # RFC 4861, 4.6.1: source and target link-layer address, each of whom the message is about
+            if data[at] in (1, 2) and data[at + 2 : at + 8] != self._mac:
+                return REFUSE, "a neighbour message with another hardware address"
+            at += 8 * data[at + 1]
+        return PASS, ""
 
-    def _judge_target(self, found: IpPacket) -> str | None:
-        if self.policy.may_reach(found.target, found.target_port):
-            return None
-        if found.protocol == TCP and (found.target, found.target_port, found.source_port) in self._flows:
-            return None
-        return str(found)
+    def _judge_target(self, found: IpPacket) -> tuple[int, str]:
+        if self._is_open(found.protocol, found.target, found.target_port, found.source_port):
+            return PASS | KEEP, ""
+        begins = found.protocol == TCP and found.payload[13] & (SYN | ACK) == SYN
+        if found.protocol == TCP and not begins and self._was_open(found.target, found.target_port):
+            return CUT | KEEP, str(found)
+        return REFUSE | KEEP, str(found)
+
+    def _is_open(self, protocol: int, peer: Address, peer_port: int, port: int) -> bool:
+        if self.policy.may_reach(peer, peer_port):
+            return True
+        if protocol == UDP and peer_port == DNS and self._is_server(peer):
+            return True
+        return protocol == TCP and (peer, peer_port, port) in self._flows
+
+    def _was_open(self, peer: Address, port: int) -> bool:
+        return any(policy.may_reach(peer, port) for policy in self._former)
 
     def _is_our_arp(self, data: bytes) -> bool:
         """RFC 826: hardware and protocol of Ethernet and IPv4, and the sender is who the guest is."""
@@ -194,39 +235,56 @@ class PolicedNet(NetBackend):
         return sender == NOBODY or self._address is None or sender == self._address
 
     def _is_listed(self, found: IpPacket) -> bool:
+        return self._is_server(found.target)
+
+    def _is_server(self, address: Address) -> bool:
         """A name server that a rule names by its address is spoken to directly."""
         return any(
-            rule.network is not None and rule.port == DNS and found.target in rule.network for rule in self.policy.allow
+            rule.network is not None and rule.port == DNS and address in rule.network for rule in self.policy.allow
         )
 
-    def _note(self, frame: bytes) -> None:
-        """What comes from outside: the guest's address in an answer of DHCP, and connections to published ports."""
-        if len(frame) < ETHERNET + 20 or frame[12:14] not in (b"\x08\0", b"\x86\xdd"):
-            return
+    def _judge_incoming(self, frame: bytes) -> int:
+        """The verdict on a frame from outside: the guest's address in an answer of DHCP, connections to published
+        ports, and what belongs to a connection of the guest."""
         found = packet(frame)
         if isinstance(found, str):
-            return
+            return PASS
         if found.protocol == UDP and (found.source_port, found.target_port) == (DHCP_SERVER, DHCP_CLIENT):
             if len(found.payload) >= 240 and found.payload[16:20] != bytes(4):
-                self._address = ipaddress.IPv4Address(found.payload[16:20])
-        elif found.protocol == TCP and found.payload[13] & 0x12 == 0x02:  # SYN without ACK: somebody connects
+                self._know(ipaddress.IPv4Address(found.payload[16:20]))
+            return PASS
+        if found.protocol == TCP and found.payload[13] & (SYN | ACK) == SYN:  # somebody connects
             self._flows[found.source, found.source_port, found.target_port] = None
             if len(self._flows) > MAX_FLOWS:
                 self._flows.popitem(last=False)
+            return PASS | KEEP
+        if found.protocol not in (TCP, UDP) and found.payload[0] != ECHO_REPLIES.get(found.protocol):
+            return PASS
+        if self._is_open(found.protocol, found.source, found.source_port, found.target_port):
+            return PASS | KEEP
+        if found.protocol == TCP and self._was_open(found.source, found.source_port):
+            return CUT | KEEP
+        return REFUSE | KEEP
+
+    def _know(self, address: Address) -> None:
+        self._address = address
+        self._fence.address(address.packed)
 
     def _refuse(self, why: str) -> None:
-        self.refused["destination" if " to " in why else "name" if why.startswith("the name ") else why] += 1
+        self._refused["destination" if " to " in why else "name" if why.startswith("the name ") else why] += 1
         if len(self._told) < TOLD and why not in self._told:
             self._told.add(why)
             more = "; more is only counted" if len(self._told) == TOLD else ""
-            self._tell(f"refused by the network's policy: {why}{more}")
+            # later: whoever hears of it may do anything with the card, whose queues are being worked on now
+            asyncio.get_running_loop().call_soon(self._tell, f"refused by the network's policy: {why}{more}")
 
     def _ask(self, frame: bytes, found: IpPacket) -> str:
         question = dns.parse(found.payload)
         if question is None:
             return "a message for a name server that is no plain question"
-        if not self.policy.may_ask(question.name):
-            self._reply(frame, found, dns.answer(question, dns.NAME_ERROR))
+        if self.resolve is no_names or not self.policy.may_ask(question.name):
+            code = dns.REFUSED if self.resolve is no_names else dns.NAME_ERROR
+            self._reply(frame, found, dns.answer(question, code))
             return f"the name {question.name[:253]}"
         if question.kind not in (dns.A, dns.AAAA):
             self._reply(frame, found, dns.answer(question, dns.NO_ERROR))
@@ -251,30 +309,13 @@ class PolicedNet(NetBackend):
         except (OSError, UnicodeError):
             self._reply(frame, found, dns.answer(question, dns.SERVER_FAILURE))
             return
+        if self.resolve is no_names or not self.policy.may_ask(question.name):  # the policy changed meanwhile
+            self._reply(frame, found, dns.answer(question, dns.NAME_ERROR))
+            return
         allowed = [item for item in addresses[: dns.MAX_ANSWERS] if self.policy.learn(question.name, item)]
+        self._fence.forget()  # what was refused before may be open now
         self._reply(frame, found, dns.answer(question, dns.NO_ERROR, allowed))
 
     def _reply(self, frame: bytes, found: IpPacket, message: bytes) -> None:
-        """The message as a packet from whom the guest asked."""
-        if len(self._answers) >= MAX_WAITING:
-            return
-        udp = struct.pack(">HHHH", DNS, found.source_port, 8 + len(message), 0) + message
-        source, target = found.target.packed, found.source.packed
-        total = checksum(source + target + struct.pack(">HH", UDP, len(udp)) + udp) or 0xFFFF
-        udp = udp[:6] + total.to_bytes(2, "big") + udp[8:]
-        if found.target.version == 4:
-            head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0x4000, 64, UDP, 0, source, target)
-            head = head[:10] + checksum(head).to_bytes(2, "big") + head[12:]
-        else:
-            head = struct.pack(">IHBB16s16s", 6 << 28, len(udp), UDP, 64, source, target)
-        self._answers.append(frame[6:12] + frame[:6] + frame[12:14] + head + udp)
-        self._arrived.set()
-
-
-def checksum(data: bytes) -> int:
-    """RFC 1071."""
-    data += bytes(len(data) % 2)
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+        self._fence.reply(datagram(frame, found, message))
+        self._replied()

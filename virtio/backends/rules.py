@@ -1,7 +1,7 @@
 """What a guest may reach: rules as users write them, and which addresses and names they allow. Pure.
 
 `example.org:443+*.example.net+10.0.0.0/8+[2001:db8::/32]:22`: names, `*.` for every name below one, addresses and
-networks, each with a port or for all.
+networks, each with a port or for all. `*` is every name and every address, `none` alone is nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from virtio.errors import ConfigError
 MAX_RULES = 1000
 LEARNED = 4096
 """Addresses that names were resolved to and that are remembered, the latest."""
+NAMES = 8
+"""Names that are remembered of an address."""
 _NAME = re.compile(r"(?:\*\.)?(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -24,7 +26,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One destination: a network or a name, and a port, 0 for all."""
+    """One destination: a network or a name, and a port, 0 for all. Every destination has the name *, and the one that
+    there is not has neither network nor name."""
 
     network: Network | None
     name: str
@@ -32,7 +35,13 @@ class Rule:
 
     def has_name(self, name: str) -> bool:
         """Whether the rule is about this name, in lower case and without a dot at its end."""
-        return name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name != ""
+        if self.name.startswith("*"):
+            return name.endswith(self.name[1:])
+        return name == self.name != ""
+
+    def has_address(self, address: Address) -> bool:
+        """Whether the rule is about this address."""
+        return self.name == "*" or (self.network is not None and address in self.network)
 
     def has_port(self, port: int) -> bool:
         """Whether the rule is about this port."""
@@ -41,6 +50,8 @@ class Rule:
 
 def parse(text: str) -> tuple[Rule, ...]:
     """Rules with + between them; "" for none. Raises ConfigError that names the one that is wrong."""
+    if text.strip().lower() == "none":
+        return (Rule(None, "", 0),)
     items = text.split("+") if text else []
     if len(items) > MAX_RULES:
         raise ConfigError(f"{len(items)} rules; at most {MAX_RULES} are possible")
@@ -54,6 +65,8 @@ def _rule(text: str) -> Rule:
         where, port = match[1].strip("[]"), int(match[2] or 0)
         if match[2] and not 0 < port < 1 << 16:
             raise ConfigError(f"{text!r}: there is no port {match[2]}")
+    if where == "*":
+        return Rule(None, where, port)
     try:
         return Rule(ipaddress.ip_network(where, strict=False), "", port)
     except ValueError:
@@ -69,7 +82,8 @@ class Egress:
 
     def __init__(self, allow: tuple[Rule, ...], deny: tuple[Rule, ...]) -> None:
         self.allow, self.deny = allow, deny
-        self._learned: OrderedDict[Address, tuple[Rule, ...]] = OrderedDict()
+        self._learned: OrderedDict[Address, tuple[tuple[Rule, ...], tuple[str, ...]]] = OrderedDict()
+        """The rules that open an address, and the latest names that led there."""
 
     def may_ask(self, name: str) -> bool:
         """Whether the guest may learn the addresses of a name."""
@@ -82,20 +96,28 @@ class Egress:
         False: nobody's name leads there."""
         if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
             return False
-        rules = tuple([rule for rule in self.allow if rule.has_name(name)])
-        known = self._learned.pop(address, ())
-        self._learned[address] = tuple(dict.fromkeys((*known, *rules)))
+        found = tuple([rule for rule in self.allow if rule.has_name(name)])
+        rules, names = self._learned.pop(address, ((), ()))
+        names = (*(each for each in names if each != name), name)[-NAMES:]
+        self._learned[address] = tuple(dict.fromkeys((*rules, *found))), names
         if len(self._learned) > LEARNED:
             self._learned.popitem(last=False)
         return True
 
+    def adopt(self, other: Egress) -> None:
+        """Learn what another policy has, by the names that this one allows."""
+        for address, (_, names) in other._learned.items():
+            for name in names:
+                if self.may_ask(name):
+                    self.learn(name, address)
+
     def may_reach(self, address: Address, port: int) -> bool:
         """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count."""
-        if any(rule.network is not None and address in rule.network and rule.has_port(port) for rule in self.deny):
+        if any(rule.has_address(address) and rule.has_port(port) for rule in self.deny):
             return False
         if not self.allow:
             return True
-        rules = self._learned.get(address, ())
+        rules, _ = self._learned.get(address, ((), ()))
         return any(rule.has_port(port) for rule in rules) or any(
-            rule.network is not None and address in rule.network and rule.has_port(port) for rule in self.allow
+            rule.has_address(address) and rule.has_port(port) for rule in self.allow
         )

@@ -241,6 +241,9 @@ class NetDevice(Device):
         for engine in self._engines:
             engine.limit(self._flows["out"].buckets.native, self._flows["in"].buckets.native)
             engine.watch(self._connections)
+            engine.police(backend.fence)
+        if self._engines:
+            backend.on_replies(lambda: self.next_turn(self._reply))
         self._native = False
         """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
         self._counted = dict.fromkeys(COUNTERS, 0)
@@ -380,7 +383,7 @@ class NetDevice(Device):
         self.pairs = 1
         if self._connections is not None:
             self._connections.clear()
-            self._replies.clear()
+        self._replies.clear()
         return True
 
     def _unregister(self) -> None:
@@ -401,6 +404,7 @@ class NetDevice(Device):
     def set_address(self, mac: bytes) -> None:
         """Another address from now on, also after a reset: 6 bytes."""
         self.mac = self._mac_default = mac
+        self.backend.set_mac(mac)
         self.config_changed()
 
     def save_device(self) -> NetState:
@@ -417,6 +421,7 @@ class NetDevice(Device):
             except ValueError as error:
                 raise StateError(f"connections: {error}") from error
         self.mac = self._mac_default = state.mac
+        self.backend.set_mac(state.mac)
         self.link, self.pairs = state.link, state.pairs
         self._new_peer = state.peer_lost
         for flow, limits in zip(self._flows.values(), (state.limits_in, state.limits_out), strict=True):
@@ -514,6 +519,8 @@ class NetDevice(Device):
         flags = engine.receive(queue.ring, flow.share, flow.now_ns())  # type: ignore[arg-type]
         if flags & _LIMITED:
             flow.wait(channel, engine.wait, engine.received != before)
+        if flags & _ANSWERED:
+            self._reply()
         self._after(queue, flags, self._receive, channel)
         # while the guest has no buffers, or there are no tokens, the frames stay in the socket
         self._watch(channel, self._reading, not flags & (_STARVED | _CLOSED | _LIMITED), self._receive)
@@ -528,10 +535,13 @@ class NetDevice(Device):
 
     def _reply(self) -> None:
         """Give the guest the frames that are answers of our own, some a turn, and when it has buffers."""
-        if self._connections is None or self.paused:
+        fence = self.backend.fence if self._native else None
+        if self.paused or not self.is_active:
             return
         queue, features = self.active.queues[0], self.active.features
-        self._replies += self._connections.replies()
+        for source in (self._connections, fence):
+            if source is not None:
+                self._replies += source.replies()
         if not self.link or not queue.enabled:
             self._replies.clear()
         for _ in range(min(len(self._replies), REPLIES_A_TURN)):

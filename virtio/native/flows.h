@@ -9,18 +9,9 @@
 #define VIRTIO_FLOWS_H
 
 #include "module.h" /* first: it includes Python.h */
+#include "tcp.h"
 
-enum {
-    FLOW_HEAD = 14 + 60 + 60, /* bytes of a frame that matter: Ethernet, IP and TCP headers */
-    FLOW_ANSWER = 14 + 40 + 20,
-    FLOW_SETS = 512, FLOW_WAYS = 8,
-};
-
-/* As it is saved, 50 bytes: Ethernet and IP addresses (version 4: four bytes and zeroes) and ports in network order. */
-struct flow {
-    uint8_t guest_mac[6], peer_mac[6], guest[16], peer[16], version[2], guest_port[2], peer_port[2];
-};
-_Static_assert(sizeof(struct flow) == 50, "no padding");
+enum { FLOW_SETS = 512, FLOW_WAYS = 8 };
 
 struct flow_entry {
     struct flow flow;

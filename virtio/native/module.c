@@ -1,4 +1,5 @@
 /* The module virtio._ring, and its Ring: a virtqueue for Python. memory.c, chain.c, pyimage.c and blk.c have the other objects. */
+#include "fence.h"
 #include "flows.h"
 #include "limits.h"
 #include "module.h"
@@ -394,9 +395,10 @@ PyMODINIT_FUNC PyInit__ring(void)
     if (!module)
         return NULL;
     PyTypeObject *types[] = {&memory_type, &ring_type,  &chain_type,  &image_type,
-                             &block_type,  &net_type, &limits_type, &flows_type, &fs_type};
+                             &block_type,  &net_type, &limits_type, &flows_type, &fence_type,
+                             &fs_type};
     const char *names[] = {"Memory", "Ring", "Chain", "Image", "BlockEngine", "NetEngine", "Limits", "Flows",
-                           "FsEngine"};
+                           "Fence", "FsEngine"};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         if (PyType_Ready(types[i]) || PyModule_AddObjectRef(module, names[i], (PyObject *)types[i])) {
             Py_DECREF(module);

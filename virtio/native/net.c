@@ -4,6 +4,7 @@
  * 4-byte big-endian length before each frame. A frame stays where it is, in the queue or in the socket, while the other
  * side has no room. virtio/devices/net.py is the same in Python, for backends without a descriptor.
  */
+#include "fence.h"
 #include "flows.h"
 #include "limits.h"
 #include "module.h"
@@ -48,6 +49,7 @@ typedef struct {
     LimitsObject *transmit_limits, *receive_limits; /* shared with the card's other queues; NULL: none */
     int64_t wait; /* ns, of the frame that was LIMITED last */
     FlowsObject *flows; /* what watches TCP connections, or NULL */
+    FenceObject *fence; /* what decides which frames pass, or NULL */
 } NetObject;
 
 /* Whether a frame with so many bytes may pass now. */
@@ -125,19 +127,49 @@ static bool incoming_header(const NetObject *self, struct net_header *header)
     }
 }
 
-/* The guest's frame, for whoever watches connections. 1: it was answered, and goes nowhere; -1: an exception is set. */
-static int watch_outgoing(NetObject *self, const struct iovec *iov, size_t count)
+/* The guest's frame in `*count` parts of `iov`, for who watches connections and for who decides what passes. 0: what is to be
+ * sent stands in `iov` and `*length` afterwards, with headers that were judged in `head`; 1: it goes nowhere; -1: an exception
+ * is set. There is room for one part more. */
+static int examine(NetObject *self, struct iovec *iov, size_t *count, uint64_t *length, uint8_t head[FLOW_HEAD],
+                   int *flags)
 {
-    uint8_t head[FLOW_HEAD];
     size_t have = 0;
-    if (!self->flows)
+    if (!self->flows && !self->fence)
         return 0;
-    for (size_t i = 0; i < count && have < sizeof head; i++) {
-        size_t part = iov[i].iov_len < sizeof head - have ? iov[i].iov_len : sizeof head - have;
+    for (size_t i = 0; i < *count && have < FLOW_HEAD; i++) {
+        size_t part = iov[i].iov_len < FLOW_HEAD - have ? iov[i].iov_len : FLOW_HEAD - have;
         memcpy(head + have, iov[i].iov_base, part);
         have += part;
     }
-    return flows_outgoing(self->flows, head, have);
+    /* A connection whose other end is gone gets its reset, whether or not it would be allowed to begin now. */
+    bool first = self->flows && self->flows->answers;
+    int gone = first ? flows_outgoing(self->flows, head, have) : 0;
+    if (gone || !self->fence)
+        return gone || first || !self->flows ? gone : flows_outgoing(self->flows, head, have);
+    size_t size = (size_t)*length;
+    int verdict = fence_outgoing(self->fence, head, have, iov, *count, &size);
+    if (verdict < 0)
+        return -1;
+    if (verdict == CUT) {
+        iov[0] = (struct iovec){head, size};
+        *count = 1;
+        *length = size;
+        *flags |= ANSWERED; /* the guest has its reset, too */
+        return 0;
+    }
+    if (verdict != PASS) {
+        self->dropped += verdict == REFUSE;
+        return 1;
+    }
+    size_t at = 0, left = have;
+    while (at < *count && left >= iov[at].iov_len)
+        left -= iov[at++].iov_len;
+    if (at < *count)
+        iov[at] = (struct iovec){(char *)iov[at].iov_base + left, iov[at].iov_len - left};
+    memmove(iov + 1, iov + at, (*count - at) * sizeof *iov);
+    iov[0] = (struct iovec){head, have};
+    *count += 1 - at;
+    return first || !self->flows ? 0 : flows_outgoing(self->flows, head, have);
 }
 
 /* Whether everything held back went out. -1: the other end is gone. */
@@ -175,6 +207,7 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit, int64_t
     struct iovec iov[IOV_LIMIT];
     struct pending done[BATCH];
     uint32_t lengths[BATCH];
+    uint8_t heads[BATCH][FLOW_HEAD];
     size_t used = 0, total = 0;
     uint32_t count = 0;
     int flags = 0;
@@ -182,7 +215,7 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit, int64_t
     if (flushed <= 0)
         return flushed ? CLOSED : BLOCKED;
     for (;;) {
-        if ((int)count >= limit || count >= BATCH || total >= BUFFER / 2) {
+        if ((int)count >= limit || count >= BATCH || total >= BUFFER / 2 || fence_tired(self->fence)) {
             flags |= MORE;
             break;
         }
@@ -201,20 +234,21 @@ static int transmit_stream(NetObject *self, RingObject *ring, int limit, int64_t
             break;
         }
         if (fits)
-            parts = gather_chain(&chain, HEADER, iov + used + 1, used + 1 < IOV_LIMIT ? IOV_LIMIT - used - 1 : 0);
+            parts = gather_chain(&chain, HEADER, iov + used + 1, used + 2 < IOV_LIMIT ? IOV_LIMIT - used - 2 : 0);
         if (parts == SIZE_MAX && used) {
             ring_undo_pop(&ring->ring, &chain);
             flags |= MORE;
             break;
         }
         done[count] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
-        lengths[count] = __builtin_bswap32((uint32_t)length);
-        int answered = fits && parts != SIZE_MAX ? watch_outgoing(self, iov + used + 1, parts) : 0;
+        bool frame = fits && parts != SIZE_MAX;
+        int answered = frame ? examine(self, iov + used + 1, &parts, &length, heads[count], &flags) : 0;
         if (answered < 0)
             return -1;
+        lengths[count] = __builtin_bswap32((uint32_t)length);
         if (answered) {
             flags |= ANSWERED;
-        } else if (fits && parts != SIZE_MAX) {
+        } else if (frame) {
             iov[used] = (struct iovec){&lengths[count], 4};
             used += 1 + parts;
             total += 4 + length;
@@ -250,7 +284,7 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t
     int flags = 0;
     bool tap = self->framing == FRAMING_TAP;
     for (;;) {
-        if ((int)count >= limit || count >= BATCH) {
+        if ((int)count >= limit || count >= BATCH || fence_tired(self->fence)) {
             flags |= MORE;
             break;
         }
@@ -268,10 +302,12 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t
         }
         struct iovec iov[IOV_LIMIT];
         size_t parts = fits
-                           ? gather_chain(&chain, HEADER, iov + 1, IOV_LIMIT - 1)
+                           ? gather_chain(&chain, HEADER, iov + 1, IOV_LIMIT - 2)
                            : SIZE_MAX;
         ssize_t sent = -1;
-        int answered = parts != SIZE_MAX ? watch_outgoing(self, iov + 1, parts) : 0;
+        uint8_t head[FLOW_HEAD];
+        uint64_t length = chain.readable_length - HEADER;
+        int answered = parts != SIZE_MAX ? examine(self, iov + 1, &parts, &length, head, &flags) : 0;
         if (answered < 0)
             return -1;
         if (answered) {
@@ -282,7 +318,7 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t
         if (parts == SIZE_MAX) {
             errno = EINVAL;
         } else if (tap) {
-            struct net_header header = outgoing_header(&chain, chain.readable_length - HEADER);
+            struct net_header header = outgoing_header(&chain, length);
             iov[0] = (struct iovec){&header, HEADER};
             do
                 sent = writev(self->fd, iov, (int)parts + 1);
@@ -302,8 +338,8 @@ static int transmit_frames(NetObject *self, RingObject *ring, int limit, int64_t
             self->dropped++; /* the link is down, or the header makes no sense: the frame is lost, as on a wire */
         else {
             self->sent++;
-            self->sent_bytes += chain.readable_length - HEADER;
-            charge(self->transmit_limits, chain.readable_length - HEADER);
+            self->sent_bytes += length;
+            charge(self->transmit_limits, length);
         }
         done[count++] = (struct pending){chain.order, 0, chain.id, chain.slots, false};
     }
@@ -442,9 +478,43 @@ static int fill(NetObject *self)
     }
 }
 
-static int receive(NetObject *self, RingObject *ring, int limit, int64_t now)
+/* A frame of our own for the other end, between the guest's. */
+static void inject(NetObject *self, const uint8_t *frame, size_t length)
+{
+    if (self->framing == FRAMING_TAP)
+        return;
+    if (self->framing == FRAMING_DATAGRAM) {
+        if (send(self->fd, frame, length, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+            self->dropped++;
+        return;
+    }
+    if (self->out_end + 4 + length > 2 * BUFFER)
+        return;
+    uint32_t size = __builtin_bswap32((uint32_t)length);
+    memcpy(self->out + self->out_end, &size, 4);
+    memcpy(self->out + self->out_end + 4, frame, length);
+    self->out_end += 4 + length;
+    flush_out(self); /* what it does not take, or that the other end is gone, the next transmit or receive notices */
+}
+
+/* Whether the frame may pass to the guest. -1: an exception is set. */
+static int may_arrive(NetObject *self, const uint8_t *frame, size_t length, int *flags)
+{
+    uint8_t answer[FLOW_ANSWER];
+    size_t size = 0;
+    int verdict = self->fence ? fence_incoming(self->fence, frame, length, answer, &size) : PASS;
+    if (verdict == CUT) {
+        inject(self, answer, size);
+        *flags |= ANSWERED;
+    }
+    return verdict < 0 ? -1 : verdict == PASS;
+}
+
+static int receive(NetObject *self, RingObject *ring, int limit, int64_t now, int *answered)
 {
     for (int i = 0; i < limit; i++) {
+        if (fence_tired(self->fence))
+            return MORE;
         /* A frame's length is known only when it is here, and then it cannot wait: it may leave a debt. */
         if (!may_pass(self, self->receive_limits, 1, now))
             return LIMITED;
@@ -469,6 +539,12 @@ static int receive(NetObject *self, RingObject *ring, int limit, int64_t now)
         /* 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
          * size with gso_type NONE or ECN after VIRTIO_NET_F_MTU has been successfully negotiated." */
         bool plain = !(header.gso_type & ~GSO_ECN);
+        if (takes && length) {
+            int arrives = may_arrive(self, frame + skip, length, answered);
+            if (arrives < 0)
+                return -1;
+            takes = arrives;
+        }
         if (!takes || (plain && length > self->longest)) {
             self->dropped++;
             self->in_start += skip + length;
@@ -531,6 +607,7 @@ static PyObject *net_transmit(NetObject *self, PyObject *args)
     RingObject *ring = ring_argument(args, &limit, &now);
     if (!ring)
         return NULL;
+    fence_begin(self->fence);
     ring_disable_notification(&ring->ring);
     for (;;) {
         flags = self->framing == FRAMING_STREAM ? transmit_stream(self, ring, limit, now)
@@ -540,7 +617,7 @@ static PyObject *net_transmit(NetObject *self, PyObject *args)
             break;
         answered |= flags & ANSWERED;
         flags &= ~ANSWERED;
-        if (flags == MORE && limit > 0)
+        if (flags == MORE && limit > 0 && !fence_tired(self->fence))
             continue;
         if (flags || !ring_enable_notification(&ring->ring))
             break;
@@ -550,13 +627,15 @@ static PyObject *net_transmit(NetObject *self, PyObject *args)
 
 static PyObject *net_receive(NetObject *self, PyObject *args)
 {
-    int limit;
+    int limit, flags, answered = 0;
     long long now;
     RingObject *ring = ring_argument(args, &limit, &now);
     if (!ring)
         return NULL;
+    fence_begin(self->fence);
     ring_disable_notification(&ring->ring);
-    return answer(ring, receive(self, ring, limit, now));
+    flags = receive(self, ring, limit, now, &answered);
+    return answer(ring, flags < 0 ? flags : flags | answered);
 }
 
 static PyObject *net_configure(NetObject *self, PyObject *args)
@@ -584,6 +663,13 @@ static PyObject *net_limit(NetObject *self, PyObject *args)
 static PyObject *net_watch(NetObject *self, PyObject *flows)
 {
     if (flows_replace(&self->flows, flows))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *net_police(NetObject *self, PyObject *fence)
+{
+    if (fence_replace(&self->fence, fence))
         return NULL;
     Py_RETURN_NONE;
 }
@@ -620,6 +706,7 @@ static void net_dealloc(NetObject *self)
     Py_XDECREF(self->transmit_limits);
     Py_XDECREF(self->receive_limits);
     Py_XDECREF(self->flows);
+    Py_XDECREF(self->fence);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -633,12 +720,13 @@ static PyObject *net_counter(NetObject *self, void *which)
 static PyMethodDef net_methods[] = {
     {"transmit", (PyCFunction)net_transmit, METH_VARARGS,
      "transmit(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 4 call again when writable, 16 peer gone,\n"
-     "32 call again when there are tokens, 64 look for answers of what watches."},
+     "32 call again when there are tokens, 64 look for answers of what watches or decides."},
     {"receive", (PyCFunction)net_receive, METH_VARARGS,
      "receive(ring, limit=256, now=0) -> flags: 1 more, 2 notify the driver, 8 no buffers, 16 peer gone, 32 call again\n"
-     "when there are tokens."},
+     "when there are tokens, 64 look for answers of what decides."},
     {"limit", (PyCFunction)net_limit, METH_VARARGS, "limit(transmit, receive): what frames need tokens of, or None."},
     {"watch", (PyCFunction)net_watch, METH_O, "watch(flows): what watches TCP connections, or None."},
+    {"police", (PyCFunction)net_police, METH_O, "police(fence): what decides which frames pass, or None."},
     {"configure", (PyCFunction)net_configure, METH_VARARGS,
      "configure(mergeable, longest, features=0): VIRTIO_NET_F_MRG_RXBUF was negotiated; received frames above `longest`\n"
      "bytes are lost, and a tap's that need a checksum or segmentation offload which is not in `features`."},

@@ -1,7 +1,7 @@
 """The control socket's request to change a running machine.
 
     {"command": "set", "cpus": 2, "memory": 536870912, "disks": {"disk0": {"iops": 100}}, "nets": {"net0": {…}}}
-                                                -> {"ok": true, "cpus": 2, "limits": …, "balloon": …}: what holds now
+                              -> {"ok": true, "cpus": 2, "limits": …, "policies": …, "balloon": …}: what holds now
 """
 
 from __future__ import annotations

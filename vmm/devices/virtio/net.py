@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from virtio.backends.net import NetBackend, PcapNet
 from virtio.backends.sockets import UserNet
@@ -14,9 +15,35 @@ from virtio.protocols import RandomSource
 from vmm.config import Net, limit_names
 from vmm.devices.virtio.pool import Maker, TransportKind
 
+if TYPE_CHECKING:
+    from virtio.backends.policed import PolicedNet, Resolve
+    from virtio.backends.rules import Egress
+
 POLICED = ["--no-map-gw", "-D", "198.18.0.53"]
 """passt(1), behind a policy: the gateway's address does not mean this host, and the guest is told a name server,
 whatever the host has (of RFC 2544's addresses, which nobody has): questions to it are answered by the policy."""
+
+
+def policy_of(net: Net) -> tuple[Egress, Resolve | None]:
+    """The policy that a card asks for, and who resolves its guest's names; None: this host."""
+    from virtio.backends import rules
+    from virtio.backends.policed import no_names
+    from virtio.backends.resolver import NONE, Resolver, parse_servers
+
+    policy = rules.Egress(rules.parse(net.allow), rules.parse(net.deny))
+    if not net.dns:
+        return policy, None
+    return policy, no_names if net.dns == NONE else Resolver(parse_servers(net.dns))
+
+
+def policed(device: NetDevice) -> PolicedNet | None:
+    """The policy that stands before a card's network, if it has one."""
+    from virtio.backends.policed import PolicedNet
+
+    backend = device.backend
+    if isinstance(backend, PcapNet):
+        backend = backend.inner
+    return backend if isinstance(backend, PolicedNet) else None
 
 
 class NetMaker(Maker):
@@ -48,15 +75,14 @@ class NetMaker(Maker):
         backend: NetBackend
         if net.kind == "user":
             ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
-            if net.allow or net.deny:
+            if net.policed:
                 ports += POLICED
             backend = await UserNet.start(ports, wait=not self._restored)
-            if net.allow or net.deny:
-                from virtio.backends import rules
+            if net.policed:
                 from virtio.backends.policed import PolicedNet
 
-                policy = rules.Egress(rules.parse(net.allow), rules.parse(net.deny))
-                backend = PolicedNet(backend, self.mac, policy, self._tell)
+                policy, resolve = policy_of(net)
+                backend = PolicedNet(backend, self.mac, policy, self._tell, resolve)
         elif net.kind == "tap":
             backend = TapNet(net.target, queues=net.queues)
         else:
