@@ -233,7 +233,8 @@ class Fleet:
         options["env"] = [{"name": name, "value": value} for name, value in wish.env.items()]
         options["nets"] = ()
         if self._settings.internet and wish.internet is not False:
-            options["nets"] = (Net(kind="user", allow="+".join(wish.allow)),)
+            # With a policy, be it that all is allowed, the gateway's address does not lead to services of this host.
+            options["nets"] = (Net(kind="user", allow="+".join(wish.allow) or "*"),)
         return options
 
     def _image_name(self, template: str) -> str:
