@@ -13,6 +13,7 @@ MODULES = (
     "vmm.launch",
     "vmm.sandboxes.box",
     "vmm.migration.target",
+    "vmm.network.switch",
     "vmm.migration.source",
     "vmm.migration.precopy",
     "vmm.config",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vmm.machine.bus import Register
     from vmm.machine.peripheral import Peripheral, Stateless
     from vmm.migration.target import receive
+    from vmm.network.switch import Switch
     from vmm.sandboxes.box import RunResult, Sandbox, SyncSandbox, sandbox
     from vmm.vm import VirtualMachine
 
@@ -52,6 +53,7 @@ _HOMES = {
     "vmm.machine.bus": ("Register",),
     "vmm.machine.peripheral": ("Peripheral", "Stateless"),
     "vmm.migration.target": ("receive",),
+    "vmm.network.switch": ("Switch",),
     "vmm.sandboxes.box": ("RunResult", "Sandbox", "SyncSandbox", "sandbox"),
     "vmm.vm": ("VirtualMachine",),
 }
@@ -91,6 +93,7 @@ __all__ = [
     "StateChanged",
     "StateError",
     "Stateless",
+    "Switch",
     "SyncSandbox",
     "VirtualMachine",
     "VmmError",

@@ -9,6 +9,7 @@ line before anything is built. It must not know images, devices or cores.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from vmm.convert import (
     to_mac,
     to_mount,
     to_name,
+    to_number,
     to_part,
     to_parts,
     to_path,
@@ -65,7 +67,7 @@ EntryMode = Literal["real", "protected", "long"]
 Platform = Literal["pc", "bare"]
 Direct = Literal["auto", "on", "off"]
 ConsoleKind = Literal["stdio", "socket", "none"]
-NetKind = Literal["user", "tap", "unix"]
+NetKind = Literal["user", "tap", "unix", "switch"]
 GdbArchitecture = Literal["x86-64", "i386", "i8086"]
 
 
@@ -85,6 +87,8 @@ def _check_bursts(part: Checked) -> None:
             raise ConfigError(f"{part._where}.{name}: a burst needs its limit; give {name.removesuffix('_burst')} too")
 
 
+WIRE = ("delay", "jitter", "loss", "duplicate", "reorder", "seed")
+"""The fields of a Net that say what a switch's wire does."""
 POLICY = ("allow", "deny", "dns")
 """The fields of a Net that are its policy, which may be changed while the machine runs."""
 
@@ -216,9 +220,10 @@ class Net(Checked):
     """One virtio network device."""
 
     kind: NetKind
-    """user: the host's own connections, by passt; tap: an interface of the host; unix: frames over a UNIX socket."""
+    """user: the host's own connections, by passt; tap: an interface of the host; unix: frames over a UNIX socket;
+    switch: a private switch of this user's machines."""
     target: str = ""
-    """The tap's name or the socket's path; nothing for user."""
+    """The tap's or switch's name or the socket's path; nothing for user."""
     mac: str | None = None
     """The card's address; by default a random one."""
     id: str = ""
@@ -239,6 +244,18 @@ class Net(Checked):
     dns: str = ""
     """User networking: the name servers that resolve the guest's names, as 10.0.0.53+[2001:db8::53]:5353, instead of
     this host's resolver. none: it has no names."""
+    delay: float = 0.0
+    """A switch's wire, for tests: seconds that a frame takes, each way."""
+    jitter: float = 0.0
+    """Seconds more at most, at random."""
+    loss: float = 0.0
+    """The part of all frames that is lost, 0 to 1."""
+    duplicate: float = 0.0
+    """The part that comes twice."""
+    reorder: float = 0.0
+    """The part that comes after frames that were sent behind it."""
+    seed: int = 0
+    """What this wire's chances begin with."""
     required: bool = True
     """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
     packed: bool = False
@@ -274,6 +291,12 @@ class Net(Checked):
         "allow": to_rules,
         "deny": to_rules,
         "dns": to_servers,
+        "delay": to_number(0, 3600),
+        "jitter": to_number(0, 3600),
+        "loss": to_number(0, 1),
+        "duplicate": to_number(0, 1),
+        "reorder": to_number(0, 1),
+        "seed": to_integer(0, (1 << 64) - 1),
         "required": to_boolean,
         "packed": to_boolean,
         **_limits("pps_in", "pps_out"),
@@ -294,11 +317,20 @@ class Net(Checked):
             raise ConfigError("net: forward is user networking's; a tap's guest has an address of its own")
         if self.policed and self.kind != "user":
             raise ConfigError("net: allow, deny and dns are user networking's; filter a tap with the host's firewall")
+        if self.kind == "switch" and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", self.target):
+            raise ConfigError(f"net: {self.target!r} is no switch's name; use letters, digits, _, . and -, at most 64")
+        if self.impaired and self.kind != "switch":
+            raise ConfigError("net: delay, jitter, loss, duplicate, reorder and seed are for a switch; leave them out")
         if self.deny:
             from virtio.backends.rules import parse
 
             if any(rule.name not in ("", "*") and rule.port for rule in parse(self.deny)):
                 raise ConfigError("net.deny: a name is denied for all ports; leave the port out, or give an address")
+
+    @property
+    def impaired(self) -> dict[str, Any]:
+        """What its wire does to frames, if anything."""
+        return {name: getattr(self, name) for name in WIRE if getattr(self, name)}
 
     @property
     def policed(self) -> bool:
@@ -307,13 +339,14 @@ class Net(Checked):
 
     @classmethod
     def parse(cls, text: str) -> Net:
-        """user | tap=NAME | unix=PATH, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio][,pcap=FILE][,queues=N]
-        [,forward=HOSTPORT:GUESTPORT+…][,allow=TO+…][,deny=TO+…][,dns=SERVER+…|none][,packed][,pps-in|pps-out[-burst]=N]
-        [,bps-in|bps-out[-burst]=SIZE]"""
+        """user | tap=NAME | unix=PATH | switch=NAME, then [,optional][,mac=…][,id=NAME][,transport=pci|mmio]
+        [,pcap=FILE][,queues=N][,forward=HOSTPORT:GUESTPORT+…][,allow=TO+…][,deny=TO+…][,dns=SERVER+…|none][,packed]
+        [,pps-in|pps-out[-burst]=N][,bps-in|bps-out[-burst]=SIZE][,delay|jitter=SECONDS]
+        [,loss|duplicate|reorder=PART][,seed=N]"""
         first, values = split("net", text, {"optional": ("required", False), "packed": ("packed", True)})
         kind, _, target = first.partition("=")
         if "kind" in values or "target" in values:
-            raise ConfigError(f"net: {text!r} is not understood; write user, tap=NAME or unix=PATH first")
+            raise ConfigError(f"net: {text!r} is not understood; write user, tap=NAME, unix=PATH or switch=NAME first")
         return from_mapping(cls, "net", {"kind": kind, "target": target, **values})
 
 

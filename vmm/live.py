@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from virtio.backends import live, mirror
 from virtio.backends.image import ImageBlock
-from virtio.backends.mirror import CopyTarget, Switch
+from virtio.backends.mirror import Changeover, CopyTarget
 from virtio.backends.pace import JobPace
 from virtio.devices.blk import BlockDevice
 from vmm.changes import find_disk
@@ -35,7 +35,7 @@ EVENT_SECONDS = 0.2
 class DiskJob:
     """A commit, stream or mirror, from its start on. Its last state can be read after its end."""
 
-    def __init__(self, vm: VirtualMachine, disk: str, kind: Kind, switch: Switch | None) -> None:
+    def __init__(self, vm: VirtualMachine, disk: str, kind: Kind, switch: Changeover | None) -> None:
         self._vm = vm
         self.disk, self.kind = disk, kind
         self.state: JobState = "running"
@@ -248,7 +248,7 @@ class MachineDisk:
         has everything; with `follow` when DiskJob.finish says so. It has no backing file, or with `shallow` that of the
         present image. Until then the present image is whole; the new one is removed if this ends early. An image that
         is `there` already, as large as the disk, is written over and never removed."""
-        target, switch = CopyTarget(str(Path(path).absolute()), format, shallow, there), Switch(now=not follow)
+        target, switch = CopyTarget(str(Path(path).absolute()), format, shallow, there), Changeover(now=not follow)
         with core_errors():
             mirror.check(self._free(), target)
         return self._start(
@@ -268,7 +268,7 @@ class MachineDisk:
         await self._finished(self.start_mirror(path, format=format))
 
     def _start(
-        self, kind: Kind, work: Callable[[BlockDevice, DiskJob], Awaitable[None]], switch: Switch | None = None
+        self, kind: Kind, work: Callable[[BlockDevice, DiskJob], Awaitable[None]], switch: Changeover | None = None
     ) -> DiskJob:
         device = self._free()
 

@@ -43,7 +43,7 @@ class TrackedDisk(LiveDisk, Protocol):
         """virtio.devices.blk.BlockDevice.track"""
 
 
-class Switch:
+class Changeover:
     """When a mirror goes over to its target, and how far it is. Loop thread."""
 
     def __init__(self, *, now: bool = True) -> None:
@@ -74,7 +74,7 @@ async def mirror(
     disk: TrackedDisk,
     into: CopyTarget,
     progress: Progress = silent,
-    switch: Switch | None = None,
+    switch: Changeover | None = None,
     pace: JobPace | None = None,
 ) -> None:
     """Copy the disk into another image while the guest works, follow what it writes, and go over to that image.
@@ -83,7 +83,7 @@ async def mirror(
     check(disk, into)
     backend = image_of(disk)
     shallow = into.shallow and len(backend.chain.layers) > 1
-    switch = switch or Switch()
+    switch = switch or Changeover()
     target = await _in_thread(_target, into, backend, shallow, remove=not into.there)
     copied = _Copy(disk, backend, target, pace or JobPace(), shallow=shallow, fresh=not into.there)
     try:
@@ -179,7 +179,7 @@ class _Copy:
         self._bits = bytearray(-(-self._units // 8))
         self.switched = False
 
-    async def run(self, progress: Progress, switch: Switch) -> None:
+    async def run(self, progress: Progress, switch: Changeover) -> None:
         self._disk.track(self._bits, SHIFT)
         try:
             await self._whole(progress)

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from virtio._ring import Fence
 from virtio.errors import ConfigError, HostError
+from virtio.protocols import DeviceClock
 
 FRAME_MAX = 65554
 """Bytes of a frame at most: Ethernet and VLAN header around 64 KiB."""
@@ -74,6 +75,10 @@ class NetBackend(Protocol):
 
     def set_mac(self, mac: bytes) -> None:
         """The card has this hardware address from now on."""
+        return None
+
+    def use_clock(self, clock: Callable[[], DeviceClock]) -> None:
+        """The card's clock, for a backend that has times of its own."""
         return None
 
     def on_replies(self, call: Callable[[], None]) -> None:
@@ -259,6 +264,9 @@ class PcapNet(NetBackend):
 
     def set_mac(self, mac: bytes) -> None:
         self.inner.set_mac(mac)
+
+    def use_clock(self, clock: Callable[[], DeviceClock]) -> None:
+        self.inner.use_clock(clock)
 
     async def send(self, frame: bytes) -> None:
         self._record(frame)

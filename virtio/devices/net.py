@@ -242,6 +242,7 @@ class NetDevice(Device):
             engine.limit(self._flows["out"].buckets.native, self._flows["in"].buckets.native)
             engine.watch(self._connections)
             engine.police(backend.fence)
+        backend.use_clock(lambda: self.clock)
         if self._engines:
             backend.on_replies(lambda: self.next_turn(self._reply))
         self._native = False

@@ -250,7 +250,7 @@ async def test_mirror(guest: Guest, tmp_path: Path, format: Literal["raw", "qcow
 
 async def test_a_mirror_follows_until_it_is_told_to_switch(guest: Guest, tmp_path: Path) -> None:
     async def wait(disk: live.LiveDisk) -> None:
-        switch = mirror.Switch(now=False)
+        switch = mirror.Changeover(now=False)
         task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(tmp_path / "m"), "raw"), switch=switch))
         await asyncio.wait_for(switch.ready.wait(), 60)
         rounds = guest.rounds
@@ -300,7 +300,7 @@ async def test_a_mirror_into_an_image_that_is_there(guest: Guest, tmp_path: Path
 
 
 async def test_a_mirror_that_ends_apart_is_a_copy_of_that_moment(guest: Guest, tmp_path: Path) -> None:
-    switch = mirror.Switch(now=False)
+    switch = mirror.Changeover(now=False)
 
     async def ready(disk: live.LiveDisk) -> asyncio.Task[None]:
         task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(tmp_path / "m"), "raw"), switch=switch))
@@ -354,7 +354,7 @@ async def test_a_mirror_that_ends_early_leaves_the_disk_as_it_was(
     path = tmp_path / "m"
 
     async def cancelled(disk: live.LiveDisk) -> None:
-        for switch in (mirror.Switch(), mirror.Switch(now=False)):
+        for switch in (mirror.Changeover(), mirror.Changeover(now=False)):
             seen = asyncio.Event()
             task = asyncio.create_task(mirror.mirror(disk, CopyTarget(str(path)), lambda *_: seen.set(), switch))  # noqa: B023
             await asyncio.wait([asyncio.ensure_future(seen.wait()), task], return_when=asyncio.FIRST_COMPLETED)

@@ -85,6 +85,14 @@ class NetMaker(Maker):
                 backend = PolicedNet(backend, self.mac, policy, self._tell, resolve)
         elif net.kind == "tap":
             backend = TapNet(net.target, queues=net.queues)
+        elif net.kind == "switch":
+            from vmm.network.switch import connect as connect_switch
+
+            backend = await connect_switch(net.target)
+            if wire := net.impaired:
+                from virtio.backends.impaired import ImpairedNet, Impairment
+
+                backend = ImpairedNet(backend, Impairment(**wire))
         else:
             backend = await connect_socket(net.target)
         if net.pcap is not None:
