@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import random
 import socket
@@ -19,6 +20,8 @@ from virtio.backends.block import BlockBackend, MemoryBlock
 from virtio.backends.char import MemoryChar
 from virtio.backends.file import FileBlock, SnapshotBlock
 from virtio.backends.net import FdNet, Framing, MemoryNet, NetBackend, PcapNet
+from virtio.backends.policed import PolicedNet
+from virtio.backends.rules import Address, Egress, parse
 from virtio.backends.sockets import DatagramNet, StreamNet
 from virtio.backends.tap import TapNet
 from virtio.backends.vsock import MemoryVsock
@@ -235,8 +238,13 @@ class FakeTap(FdNet):
         super().__init__([one.detach() for one, _ in pairs], Framing.TAP)
 
 
+async def names(name: str, kind: int) -> list[Address]:
+    """A resolver that knows one address."""
+    return [ipaddress.ip_address("10.0.0.3")]
+
+
 class Network(World):
-    """`kind`: memory, stream, datagram, tap (two queues) or pcap."""
+    """`kind`: memory, stream, datagram, tap (two queues), pcap, or policed: a stream behind a policy."""
 
     def __init__(self, kind: str, source: Source, folder: Path) -> None:
         super().__init__(source, folder)
@@ -245,6 +253,8 @@ class Network(World):
         self.far: list[socket.socket] = []
         self.mtu = source.choice((None, None, 1500, 9000))
         self.queue_size = self.source.choice((16, 256))
+        self.policed: PolicedNet | None = None
+        self.streams = kind in ("stream", "policed")
 
     async def make(self) -> Device:
         backend: NetBackend
@@ -257,13 +267,16 @@ class Network(World):
             backend = tap = FakeTap(2)
             self.far = tap.far
         else:
-            stream = self.kind == "stream"
+            stream = self.streams
             one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
             backend = StreamNet(one) if stream else DatagramNet(one)
             if self.source.random() < 0.5:  # so little that the peer soon holds the guest up
                 with socket.socket(fileno=os.dup(backend.fd)) as again:
                     again.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
             self.far = [two]
+            if self.kind == "policed":
+                backend.keeps_connections = True
+                backend = self.policed = PolicedNet(backend, MAC, self.policy(), resolve=names)
         for far in self.far:
             far.setblocking(False)
         backend.mtu = self.mtu
@@ -277,7 +290,37 @@ class Network(World):
         numbers = [source.choice((0, 1, 14, 34, 54, 1448, 65535)) for _ in range(4)]
         return struct.pack("<BBHHHHH", *fields, *numbers, source.choice((0, 0, 1, 65535)))
 
+    def policy(self) -> Egress:
+        rules = self.source.choice(("*", "10.0.0.0/8:80+example.org", "10.0.0.1+[2001:db8::/32]", "none"))
+        return Egress(parse(rules), parse(self.source.choice(("", "10.0.0.2:80"))))
+
+    def packet(self) -> bytes:
+        """Something that a policy has to think about, in one direction or the other."""
+        source = self.source
+        outward = source.random() < 0.7
+        addresses = [bytes([10, 0, 0, 15]), bytes([10, 0, 0, source.choice((1, 2, 3))])]
+        ports = [source.choice((4000, 4001)), source.choice((53, 67, 68, 80, 443))]
+        if not outward:
+            addresses.reverse()
+            ports.reverse()
+        protocol = source.choice((6, 6, 17, 1, 58))
+        question = struct.pack(">6H", 7, 0x100, 1, 0, 0, 0) + b"\7example\3org\0\0\1\0\1"
+        body = struct.pack(">HHIIBBHHH", *ports, 1, 2, 0x50, source.choice((2, 16, 17, 18, 4)), 0, 0, 0)
+        if protocol == 17:
+            body = struct.pack(">HHHH", *ports, 8 + len(question), 0) + question
+        if source.random() < 0.7:
+            head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, protocol, 0) + b"".join(addresses)
+            kind = b"\x08\0"
+        else:
+            wide = [b"\x20\x01\x0d\xb8" + bytes(8) + address for address in addresses]
+            head = struct.pack(">IHBB", 6 << 28, len(body), protocol, 64) + b"".join(wide)
+            kind = b"\x86\xdd"
+        peer = b"\2\0\0\0\0\1"
+        return blur((peer + MAC if outward else MAC + peer) + kind + head + body, source)
+
     def frame(self) -> bytes:
+        if self.policed is not None and self.source.random() < 0.8:
+            return self.packet()
         return self.source.randbytes(self.source.choice((14, 60, 60, 1514, 1518, 1519, 4000, 65000, 65554, 1, 0)))
 
     def request(self, driver: Driver) -> None:
@@ -305,6 +348,8 @@ class Network(World):
         if source.random() < 0.15:
             device.set_link(not device.link)
             return
+        if self.policed is not None and source.random() < 0.2:
+            self.policed.change(self.policy(), names)
         for _ in range(source.randrange(1, 6)):
             data = self.frame()
             if self.peer is not None:
@@ -315,7 +360,7 @@ class Network(World):
             far = source.choice(self.far)
             if self.kind == "tap":
                 data = self.header() + data
-            elif self.kind == "stream":
+            elif self.streams:
                 length = len(data) if source.random() < 0.98 else source.getrandbits(32)
                 data = struct.pack(">I", length) + data
                 if source.random() < 0.03:
@@ -326,7 +371,7 @@ class Network(World):
             with contextlib.suppress(OSError):
                 for _ in range(source.randrange(20)):
                     far.recv(1 << 17)
-        if self.kind in ("stream", "datagram") and source.random() < 0.01:
+        if self.kind in ("stream", "policed", "datagram") and source.random() < 0.01:
             self.far.pop().close()
 
     async def works(self, driver: Driver) -> None:
@@ -522,7 +567,7 @@ def _worlds() -> dict[str, Callable[[Source, Path], World]]:
         return lambda source, folder: kind(*arguments, source, folder)
 
     found = {f"blk-{kind}": of(Disk, kind) for kind in ("file", "snapshot", "readonly", "memory", "slow")}
-    found |= {f"net-{kind}": of(Network, kind) for kind in ("memory", "stream", "datagram", "tap", "pcap")}
+    found |= {f"net-{kind}": of(Network, kind) for kind in ("memory", "stream", "datagram", "tap", "pcap", "policed")}
     found |= {"console": of(Terminal, 1, False), "console-ports": of(Terminal, 3, False)}
     found |= {"console-slow": of(Terminal, 1, True), "console-ports-slow": of(Terminal, 3, True)}
     found |= {"balloon": of(Balloon), "rng": of(Entropy), "vsock": of(Sockets)}
