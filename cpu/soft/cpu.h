@@ -228,8 +228,7 @@ struct soft_vcpu {
     struct soft_tlb *tlb;    /* tlbs[view] */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
-    uint8_t shadow;          /* set to 1 by STI (if IF was clear), to 2 by MOV SS and POP SS; nothing but the run loop
-                                clears it: finding it set with an interrupt to deliver, it runs one more instruction first */
+    uint8_t shadow;          /* 1: of STI (if IF was clear), 2: of MOV SS and POP SS. See soft_cast_shadow() */
     bool long_mode;          /* EFER.LMA */
     bool code64;             /* LMA and CS.L */
     uint8_t view;            /* enum soft_view */
@@ -272,6 +271,7 @@ struct soft_vcpu {
     uint8_t held_hits;       /* those of a MOV SS or POP SS, for the end of the next instruction */
     bool init_pending, sipi_pending;
     uint8_t sipi_vector;
+    uint64_t shadow_rip;     /* the instruction that is in the shadow */
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
     uint64_t turn_limit_ns;  /* the turn under way ends no later: the next timer event */
     bool turn_over;          /* end the turn under way: the timers or the turn order need a look */
@@ -321,6 +321,14 @@ struct soft_vm {
 /* Instructions retired by this vCPU. Exact between instructions and in every call out of a handler (there: without
  * the instruction under way). */
 static inline uint64_t soft_instructions(const struct soft_vcpu *c) { return c->turn_end - (uint64_t)(c->budget + c->budget_held); }
+/* STI and MOV SS hold interrupts until the instruction behind them is done: while RIP is there, the run loop executes one
+ * instruction before it delivers. Nothing has to be done when that instruction is past. */
+static inline void soft_cast_shadow(struct soft_vcpu *c, uint8_t shadow)
+{
+    c->shadow = shadow;
+    c->shadow_rip = c->rip;
+}
+static inline uint8_t soft_shadow(const struct soft_vcpu *c) { return c->rip == c->shadow_rip ? c->shadow : 0; }
 /* Start a turn of n instructions (run loop; never change c->budget otherwise). */
 static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
 {

@@ -40,7 +40,7 @@ def test_program_without_an_oracle(soft_boot: Path, tmp_path: Path, kind: str, s
 
 def test_a_wrong_line_is_seen(soft_boot: Path, tmp_path: Path) -> None:
     """The comparison finds one changed digit in any step that it judges."""
-    maker = Maker(7, system.STEPS)
+    maker = Maker(7, Maker.STEPS)
     ours = system.on_core(soft_boot, build(maker, 7, tmp_path), "real")
     assert system.differences(maker, ours, ours) == []
     judged = [number for number in system.steps(ours) if number not in maker.unlike and number not in maker.hits]

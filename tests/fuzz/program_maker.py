@@ -12,6 +12,8 @@ class ProgramMaker:
 
     PRELUDE: ClassVar[str]
     """What stands before the steps."""
+    STEPS: ClassVar[int] = 80
+    """As many as surely fit into an image."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -24,6 +26,8 @@ class ProgramMaker:
         """Steps in which Bochs 2.7 differs, likewise."""
         self.hits: dict[int, list[int]] = {}
         """What DR6's low bits must say in each #DB of a step with breakpoints."""
+        self.expected: dict[int, list[str]] = {}
+        """What steps must print, where the maker knows all of it."""
 
     def make(self, steps: int, kinds: Sequence[Callable[[], None]]) -> None:
         """Add `steps` steps of random kinds; `begin` is called before each."""

@@ -69,7 +69,7 @@ HELPER(h_pop_seg)
         c->gpr[RSP] = (sp + u->size) & mask;
     c->rip = next;
     if (u->aux == SEG_SS)
-        c->shadow = 2;
+        soft_cast_shadow(c, 2);
 }
 /* Not all or nothing: what is written before a fault is written, RSP stays. */
 HELPER(h_pusha)
@@ -170,11 +170,11 @@ HELPER(h_cli)
 HELPER(h_sti)
 {
     check_if_access(c);
+    c->rip = next_rip(c, u);
     if (!(c->rflags & F_IF)) {
         c->rflags |= F_IF;
-        c->shadow = 1;
+        soft_cast_shadow(c, 1);
     }
-    c->rip = next_rip(c, u);
     soft_system_flags_changed(c);
 }
 HELPER(h_lahf) { REG8(RAX * 8 + 1) = (uint8_t)((flags_arith(c) & 0xD5) | 2); }
@@ -280,7 +280,7 @@ static void load_segment(struct soft_vcpu *c, struct uop *u, uint16_t selector)
     soft_load_seg(c, u->aux, selector);
     c->rip = next;
     if (u->aux == SEG_SS)
-        c->shadow = 2;
+        soft_cast_shadow(c, 2);
 }
 HELPER(h_mov_to_seg) { load_segment(c, u, REG16(u->r0)); }
 HELPER(h_mov_to_seg_m) { load_segment(c, u, (uint16_t)load(c, c->tmp[0], 2)); }

@@ -26,10 +26,12 @@ static void get_regs(struct soft_vcpu *c, struct kvm_regs *regs)
 static void set_regs(struct soft_vcpu *c, const struct kvm_regs *regs)
 {
     uint64_t words[18];
+    uint8_t shadow = soft_shadow(c);
     memcpy(words, regs, sizeof words);
     for (unsigned i = 0; i < 16; i++)
         c->gpr[gpr_order[i]] = words[i];
     c->rip = words[16];
+    soft_cast_shadow(c, shadow); /* as in KVM it is no part of these registers */
     bool was_vm86 = soft_flags(c) & F_VM && c->cr0 & CR0_PE;
     soft_set_flags(c, ((uint32_t)words[17] & 0x3F7FD5) | 2);
     if (c->rflags & F_VM && c->cr0 & CR0_PE)
@@ -219,7 +221,8 @@ static void get_events(struct soft_vcpu *c, struct kvm_vcpu_events *e)
             break;
         }
     }
-    e->interrupt.shadow = c->shadow == 2 ? KVM_X86_SHADOW_INT_MOV_SS : c->shadow ? KVM_X86_SHADOW_INT_STI : 0;
+    uint8_t shadow = soft_shadow(c);
+    e->interrupt.shadow = shadow == 2 ? KVM_X86_SHADOW_INT_MOV_SS : shadow ? KVM_X86_SHADOW_INT_STI : 0;
     e->nmi.pending = c->nmi_pending;
     e->nmi.masked = c->nmi_blocked;
     e->sipi_vector = c->sipi_pending ? c->sipi_vector : 0;
@@ -247,7 +250,7 @@ static void set_events(struct soft_vcpu *c, const struct kvm_vcpu_events *e)
         c->pending_vector = e->interrupt.nr;
     }
     if (e->flags & KVM_VCPUEVENT_VALID_SHADOW)
-        c->shadow = e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? 2 : e->interrupt.shadow ? 1 : 0;
+        soft_cast_shadow(c, e->interrupt.shadow & KVM_X86_SHADOW_INT_MOV_SS ? 2 : e->interrupt.shadow ? 1 : 0);
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
         c->nmi_pending = e->nmi.pending != 0;
     c->nmi_blocked = e->nmi.masked != 0;

@@ -300,7 +300,7 @@ static int deliver_events(struct soft_vcpu *c)
     }
     bool held = c->caller.hold_interrupts && c->activity == ACT_RUNNING;
     if (__atomic_load_n(&c->nmi_pending, __ATOMIC_SEQ_CST) && !c->nmi_blocked && !held) {
-        if (c->shadow) /* APM vol. 3, STI; SDM vol. 3, 6.8.3: NMIs, too */
+        if (soft_shadow(c)) /* APM vol. 3, STI; SDM vol. 3, 6.8.3: NMIs, too */
             return DELIVER_STEP;
         __atomic_store_n(&c->nmi_pending, false, __ATOMIC_SEQ_CST);
         c->activity = ACT_RUNNING;
@@ -311,7 +311,7 @@ static int deliver_events(struct soft_vcpu *c)
     if (vector >= 0 && c->activity == ACT_MWAIT)
         c->activity = ACT_RUNNING;
     if (vector >= 0 && (c->rflags & F_IF) && !held) {
-        if (c->shadow)
+        if (soft_shadow(c))
             return DELIVER_STEP;
         vector = irqchip_acknowledge(c->vm->irqchip, c->index);
         c->activity = ACT_RUNNING;

@@ -280,6 +280,7 @@ void soft_software_interrupt(struct soft_vcpu *c, uint8_t vector, enum soft_even
     struct delivery d = { .vector = vector, .kind = kind, .rip = next_rip, .flags = soft_flags(c) & ~F_RF };
     c->stats.interrupts++;
     deliver(c, &d);
+    c->shadow = 0;
     c->trap_taken = true;
     soft_system_flags_changed(c);
 }
@@ -398,6 +399,7 @@ void soft_iret(struct soft_vcpu *c, unsigned op_size)
         iret_protected(c, op_size);
     else
         iret_real(c, op_size);
+    c->shadow = 0;
     if (c->nmi_pending)
         soft_attend(c);
     soft_system_flags_changed(c);
