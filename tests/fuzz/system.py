@@ -22,13 +22,15 @@ from tests.fuzz.legacy_programs import LegacyMaker
 from tests.fuzz.nmi_programs import NmiMaker
 from tests.fuzz.program_maker import ProgramMaker
 from tests.fuzz.system_programs import Maker, build
+from tests.fuzz.timer_programs import TimerMaker
 from tests.support import bochs, soft_programs
 from tests.support.patience import PATIENCE
 
-MAKERS: dict[str, type[Maker] | type[LegacyMaker] | type[NmiMaker]] = {
+MAKERS: dict[str, type[Maker] | type[LegacyMaker] | type[NmiMaker] | type[TimerMaker]] = {
     "long": Maker,
     "legacy": LegacyMaker,
     "nmi": NmiMaker,
+    "timer": TimerMaker,
 }
 CLOCKS: dict[str, tuple[str, ...]] = {
     "real": (),
