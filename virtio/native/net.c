@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -674,6 +675,19 @@ static PyObject *net_police(NetObject *self, PyObject *fence)
     Py_RETURN_NONE;
 }
 
+/* A mapping of its own: most frames are short, and what they never reach takes no memory. */
+static uint8_t *make_buffer(size_t size)
+{
+    void *made = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return made == MAP_FAILED ? NULL : made;
+}
+
+static void free_buffer(uint8_t *buffer, size_t size)
+{
+    if (buffer)
+        munmap(buffer, size);
+}
+
 static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd", "framing", NULL};
@@ -690,8 +704,8 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fd = fd;
     self->framing = framing;
     self->longest = FRAME_MAX;
-    self->in = PyMem_Malloc(BUFFER);
-    self->out = PyMem_Malloc(2 * BUFFER);
+    self->in = make_buffer(BUFFER);
+    self->out = make_buffer(2 * BUFFER);
     if (!self->in || !self->out) {
         Py_DECREF(self);
         return PyErr_NoMemory();
@@ -701,8 +715,8 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static void net_dealloc(NetObject *self)
 {
-    PyMem_Free(self->in);
-    PyMem_Free(self->out);
+    free_buffer(self->in, BUFFER);
+    free_buffer(self->out, 2 * BUFFER);
     Py_XDECREF(self->transmit_limits);
     Py_XDECREF(self->receive_limits);
     Py_XDECREF(self->flows);
