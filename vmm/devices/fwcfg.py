@@ -51,8 +51,8 @@ ENTRY = struct.Struct(">IHH56s")
 SLICE = 1 << 20
 """Bytes that one turn of the loop moves: about 0.2 ms."""
 
-MAX_SETUP = 1 << 17
-"""Bytes of the longest real-mode part of a bzImage: 255 sectors and the boot sector."""
+HEAD = 1024
+"""Bytes of a kernel that say whether it is a bzImage, and how long its real-mode part is."""
 SETUP_ADDRESS, KERNEL_ADDRESS, CMDLINE_ADDRESS = 0x1_0000, 0x10_0000, 0x2_0000
 """Where the Linux boot protocol (its section on the memory layout) has a bzImage's parts."""
 
@@ -403,12 +403,13 @@ def add_kernel(items: dict[int, Item], config: Config, cmdline: Callable[[], str
     items[KEY_KERNEL_DATA] = kernel = FileItem("kernel", config.kernel)
     from vmm.boot.request import is_bzimage
 
-    head = kernel.read(0, MAX_SETUP)
+    head = kernel.read(0, HEAD)
     if is_bzimage(head):
         size = ((head[0x1F1] or 4) + 1) * 512  # setup_sects, and the boot sector
+        setup = kernel.read(0, size).ljust(size, b"\0")
         kernel.skip(size)
         items[KEY_SETUP_ADDRESS], items[KEY_SETUP_SIZE] = number(SETUP_ADDRESS, 4), number(size, 4)
-        items[KEY_SETUP_DATA] = Bytes(lambda: _setup_header(head[:size].ljust(size, b"\0"), CMDLINE_ADDRESS, initrd))
+        items[KEY_SETUP_DATA] = Bytes(lambda: _setup_header(setup, CMDLINE_ADDRESS, initrd))
     items[KEY_KERNEL_ADDRESS], items[KEY_KERNEL_SIZE] = number(KERNEL_ADDRESS, 4), number(kernel.size, 4)
 
 
