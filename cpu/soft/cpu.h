@@ -225,7 +225,7 @@ struct soft_vcpu {
     uint64_t turn_end;       /* instructions retired + budget */
     int64_t budget_held;     /* block.c: kept back from budget while single instructions are run */
     struct soft_jump *jumps; /* jump.table of the mode */
-    struct soft_tlb *tlb;    /* tlbs[view] */
+    const struct soft_tlb *tlb; /* tlbs[view], or an empty one */
     struct soft_seg seg[SEG_COUNT];
     uint8_t cpl;
     uint8_t shadow;          /* 1: of STI (if IF was clear), 2: of MOV SS and POP SS. See soft_cast_shadow() */
@@ -304,7 +304,6 @@ struct soft_vm {
     uint32_t slot_count;
     uint32_t last_slot; /* where the last look-up hit */
     struct soft_vcpu *vcpus[SOFT_MAX_VCPUS];
-    struct soft_tlb no_tlb; /* always empty */
     uint32_t turn;      /* whose turn it is */
     int64_t turn_left;  /* instructions of its quantum that are left; what interrupts a turn does not end it */
     struct block_cache *caches[SOFT_MAX_VCPUS]; /* block.c: of the vCPUs, which may share one */

@@ -67,11 +67,12 @@ bool host_code_translate(struct host_code *code, struct block *k)
     struct gen *g = &gen;
     if (!code->base)
         return true;
-    unsigned last = k->links ? (unsigned)((struct uop *)k->links - k->code) : k->count;
+    const uint16_t *ops = block_ops(k);
+    unsigned last = k->linked ? k->count - 1u : k->count;
     for (unsigned i = 0; i < last; i++)
         fns[i] = i ? k->code[i].fn : k->first;
     for (unsigned i = 0; i < last;) {
-        if (!op_emitter(k->ops[i])) {
+        if (!op_emitter(ops[i])) {
             i++;
             continue;
         }
@@ -80,17 +81,17 @@ bool host_code_translate(struct host_code *code, struct block *k)
         g->start = g->p = code->base + code->used;
         g->end = g->start + RUN_MAX;
         g->code = k->code;
-        g->ops = k->ops;
+        g->ops = ops;
         g->stub_count = 0;
         g->failed = g->ended = g->pending = g->host_flags = false;
         g->clock = 0;
         gen_forget(g);
         unsigned from = i;
         while (i < last && !g->ended) {
-            emitter emit = op_emitter(k->ops[i]);
+            emitter emit = op_emitter(ops[i]);
             g->uop = i;
             g->pinned = 0;
-            if (!emit || !emit(g, &k->code[i], op_variant(k->ops[i])))
+            if (!emit || !emit(g, &k->code[i], op_variant(ops[i])))
                 break;
             i++;
         }

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "soft/system/system.h"
 
@@ -395,11 +396,22 @@ static int set_log(struct soft_vm *vm, struct soft_slot *slot, bool log_dirty)
     return 0;
 }
 
+/* `size` bytes for each page of a slot. A mapping of its own, so that what is never touched of it takes no memory. */
+static void *make_map(const struct soft_slot *slot, size_t size)
+{
+    void *made = mmap(NULL, (slot->size >> 12) * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return made == MAP_FAILED ? NULL : made;
+}
+static void free_map(const struct soft_slot *slot, void *map, size_t size)
+{
+    if (map)
+        munmap(map, (slot->size >> 12) * size);
+}
 static void free_maps(struct soft_slot *slot)
 {
-    free(slot->code_pages);
-    free(slot->granules);
-    free(slot->writers);
+    free_map(slot, slot->code_pages, sizeof *slot->code_pages);
+    free_map(slot, slot->granules, sizeof *slot->granules);
+    free_map(slot, slot->writers, sizeof *slot->writers);
     free(slot->dirty);
 }
 void soft_slots_free(struct soft_vm *vm)
@@ -424,10 +436,10 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
     }
     if (size) {
         fresh = (struct soft_slot){ .gpa = gpa, .size = size, .host = host, .readonly = readonly, .log_dirty = log_dirty };
-        fresh.code_pages = calloc(size >> 12, sizeof *fresh.code_pages);
+        fresh.code_pages = make_map(&fresh, sizeof *fresh.code_pages);
         fresh.dirty = log_dirty ? calloc((size >> 15) + 1, 1) : NULL;
-        fresh.granules = vm->parallel ? calloc(size >> 12, sizeof *fresh.granules) : NULL;
-        fresh.writers = vm->parallel ? calloc(size >> 12, sizeof *fresh.writers) : NULL;
+        fresh.granules = vm->parallel ? make_map(&fresh, sizeof *fresh.granules) : NULL;
+        fresh.writers = vm->parallel ? make_map(&fresh, sizeof *fresh.writers) : NULL;
         if (!fresh.code_pages || (log_dirty && !fresh.dirty) || (vm->parallel && !(fresh.granules && fresh.writers))) {
             free_maps(&fresh);
             return -ENOMEM;

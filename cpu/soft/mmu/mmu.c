@@ -483,6 +483,9 @@ bool soft_load_pdptes(struct soft_vcpu *c, uint64_t cr3, bool restoring)
     return true;
 }
 
+/* Always empty, and of all VMs. */
+static const struct soft_tlb no_tlb = {.e = {[0 ... ACCESS_KINDS - 1] = {[0 ... TLB_SIZE - 1] = {.tag = 1}}}};
+
 void soft_mode_changed(struct soft_vcpu *c)
 {
     c->long_mode = (c->efer & EFER_LMA) != 0;
@@ -492,5 +495,5 @@ void soft_mode_changed(struct soft_vcpu *c)
     else
         c->view = (c->cr4 & CR4_SMAP) && (c->rflags & F_AC) ? VIEW_SUPERVISOR_AC : VIEW_SUPERVISOR;
     c->align_check = c->cpl == 3 && (c->cr0 & CR0_AM) && (c->rflags & F_AC);
-    c->tlb = c->align_check ? &c->vm->no_tlb : &c->tlbs[c->view];
+    c->tlb = c->align_check ? &no_tlb : &c->tlbs[c->view];
 }

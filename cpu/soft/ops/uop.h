@@ -67,24 +67,30 @@ struct block {
     struct block *hash_next, *page_next;
     const uint8_t *host;    /* of the first byte: with mode, the key */
     const uint8_t *host2;   /* page-crossing instruction: start of the second page */
-    struct uop_links *links;/* of the last micro-op, or NULL */
     uop_fn first;           /* the first micro-op's own handler */
-    uint16_t *ops;          /* operations of the micro-ops, for the translator */
     uint16_t bytes;
     uint16_t count;         /* micro-ops */
     uint16_t entered;       /* times, until it is translated */
     uint16_t mode;
     uint8_t insns;
     bool flags_in;          /* it may read arithmetic flags that it has not set */
-    struct uop code[];
+    bool linked;            /* a struct uop_links is the last of `code` */
+    struct uop code[];      /* behind them block_ops() */
 };
+/* Operations of the micro-ops, for the translator. */
+static inline uint16_t *block_ops(struct block *k) { return (uint16_t *)(k->code + k->count); }
+/* Of the last micro-op, or NULL. */
+static inline struct uop_links *block_links(struct block *k)
+{
+    return k->linked ? (struct uop_links *)(k->code + k->count - 1) : NULL;
+}
 
 /* ---- decode.c ---- */
 struct decoded {
     struct uop uops[BLOCK_MAX_UOPS];
     unsigned count, insns, bytes;
     bool flags_in;
-    int links;      /* index of the struct uop_links, or -1 */
+    int links;      /* index of the struct uop_links, which is the last, or -1 */
     bool need_more; /* not even the first instruction is complete in the bytes given */
 };
 /* Decode at most max_insns instructions from `available` bytes (up to a page's end; at least 15, or all there are).

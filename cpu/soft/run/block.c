@@ -3,8 +3,8 @@
  *
  * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
  * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
- * VMs of a process share what one alone may take, and a VM that goes to sleep with more than its share gives it back.
- * After a while of sleep it keeps no more than its part of a quarter of that, so that many VMs at rest take little (python
+ * VMs of a process share what one alone may take. One that goes to sleep with more than its share gives it back, and, if it
+ * is one of several, also what stands beyond the blocks made since the last flush. After a while of sleep it keeps no more than its part of a quarter of that, so that many VMs at rest take little (python
  * -m tests.bench many, state). One with a virtual clock has all for itself: when blocks are made anew decides where turns
  * end, and that must not depend on who else is there.
  * Links only join blocks of the same page, and a page's blocks die together.
@@ -21,8 +21,10 @@ enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
 enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
 enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
+enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back at every sleep */
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
-enum { SHARERS_MAX = 20, RESTERS_MAX = 32 }; /* with more VMs a part is no smaller than with so many */
+enum { SHARERS_MANY = 20, PARTS_MOST = 48 }; /* so many VMs or more have one PARTS_MOSTth each */
+enum { RESTERS_MAX = 32 }; /* with more VMs at rest a part is no smaller than with so many */
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
@@ -123,17 +125,19 @@ static const uint8_t *page_of(const uint8_t *host) { return (const uint8_t *)((u
 
 static uint32_t sharers; /* VMs of this process */
 
-/* In whole huge pages, if it has any: of one that is given back in part the host keeps all. */
+/* Of a huge page that is given back in part the host keeps all. */
+static size_t unit(size_t size) { return size < HUGE ? 4096 : HUGE; }
+
 static size_t part(size_t whole, uint32_t parts)
 {
     size_t size = whole / (parts < 1 ? 1 : parts);
-    return size & ~(size_t)(size < HUGE ? 0xFFF : HUGE - 1);
+    return size & ~(unit(size) - 1);
 }
 
 size_t soft_share(size_t whole, bool shares)
 {
     uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
-    return part(whole, n < SHARERS_MAX ? n : SHARERS_MAX);
+    return part(whole, n < SHARERS_MANY ? n : PARTS_MOST);
 }
 
 size_t soft_resting_share(size_t whole, bool shares)
@@ -230,13 +234,6 @@ static void mark_page(struct block_cache *b, const uint8_t *page, bool on)
         if (!s->size || page < s->host || (uint64_t)(page - s->host) >= s->size)
             continue;
         uint64_t offset = (uint64_t)(page - s->host);
-        if (!s->code_pages) {
-            if (!on)
-                continue;
-            s->code_pages = calloc(s->size >> 12, sizeof *s->code_pages);
-            if (!s->code_pages)
-                abort();
-        }
         if (vm->parallel) {
             soft_shared_mark(vm->vcpus[b->index], s, offset >> 12, on);
             continue;
@@ -258,8 +255,9 @@ static struct code_page *find_page(struct block_cache *b, const uint8_t *page)
 
 static void unlink_block(struct block *k)
 {
-    if (k->links)
-        k->links->taken = k->links->next = NULL;
+    struct uop_links *links = block_links(k);
+    if (links)
+        links->taken = links->next = NULL;
 }
 
 static void kill_page(struct block_cache *b, struct code_page *p)
@@ -284,7 +282,7 @@ void soft_blocks_invalidate(struct block_cache *b, uint64_t gpa, uint64_t size)
     bool killed = false;
     for (unsigned i = 0; i < SOFT_MAX_SLOTS; i++) {
         struct soft_slot *s = &vm->slots[i];
-        if (!s->size || !s->code_pages || !size || gpa >= s->gpa + s->size || gpa + size <= s->gpa)
+        if (!s->size || !size || gpa >= s->gpa + s->size || gpa + size <= s->gpa)
             continue;
         uint64_t from = gpa > s->gpa ? gpa - s->gpa : 0;
         uint64_t to = gpa + size < s->gpa + s->size ? gpa + size - s->gpa : s->size;
@@ -380,6 +378,14 @@ static void recycle(struct block_cache *b, size_t keep)
     b->used = 0;
 }
 
+/* What a sleeping VM keeps: one of several, what it has filled since the last flush. */
+static size_t kept(const struct block_cache *b, size_t share)
+{
+    size_t used = (b->used + unit(b->used) - 1) & ~(unit(b->used) - 1);
+    bool alone = share == ARENA_SIZE;
+    return alone || share < used + DEAD_LEAST ? share : used;
+}
+
 void soft_blocks_rest(struct block_cache *b)
 {
     size_t share = soft_share(ARENA_SIZE, b->shares);
@@ -388,7 +394,7 @@ void soft_blocks_rest(struct block_cache *b)
         recycle(b, share);
         host_code_reset(b->host_code);
     } else {
-        soft_give_back(b->arena, &b->touched, b->used, share, MADV_DONTNEED); /* what was used before the last flush */
+        soft_give_back(b->arena, &b->touched, b->used, kept(b, share), MADV_DONTNEED); /* of before the last flush */
     }
 }
 
@@ -424,7 +430,7 @@ static void reserve(struct block_cache *b)
 /* After reserve(). */
 static void *allocate(struct block_cache *b, size_t size)
 {
-    size = (size + 63) & ~(size_t)63;
+    size = (size + 7) & ~(size_t)7;
     if (b->reset) {
         recycle(b, soft_share(ARENA_SIZE, b->shares));
         host_code_reset(b->host_code);
@@ -493,16 +499,14 @@ static struct block *make_block(struct block_cache *b, const struct decoded *d, 
 {
     struct block *k = allocate(b, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
     *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint16_t)mode,
-                        .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in};
-    k->ops = (uint16_t *)(k->code + d->count);
-    bind_handlers(k->code, k->ops, d);
+                        .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in,
+                        .linked = d->links >= 0};
+    bind_handlers(k->code, block_ops(k), d);
     k->first = k->code[0].fn;
     if (!(mode & MODE_SINGLE))
         k->code[0].fn = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF)) ? stop_entry : count_entry;
-    if (d->links >= 0) {
-        k->links = (struct uop_links *)&k->code[d->links];
-        k->links->block = k;
-    }
+    if (k->linked)
+        block_links(k)->block = k;
     k->page_next = p->blocks;
     p->blocks = k;
     unsigned offset = (unsigned)((uintptr_t)host & 0xFFF), end = offset + d->bytes - 1;
@@ -688,7 +692,7 @@ static __attribute__((noinline)) struct uop *link_code(struct soft_vcpu *c, stru
     uint32_t flushes = b->flushes;
     struct uop *code = find_code(c, current_mode(c), true);
     /* Not into what is not kept, from what is dead by now, or to what depends on another page. */
-    if (!from || flushes != b->flushes || from->links != links || (code >= b->single && code < b->single + BLOCK_MAX_UOPS))
+    if (!from || flushes != b->flushes || block_links(from) != links || (code >= b->single && code < b->single + BLOCK_MAX_UOPS))
         return code;
     struct block *to = (struct block *)((char *)code - offsetof(struct block, code));
     if (to->host2 || from->host2 || page_of(to->host) != page_of(from->host))

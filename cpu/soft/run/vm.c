@@ -105,8 +105,6 @@ struct soft_vm *soft_vm_create(const struct soft_config *config, const struct so
     if (!vm)
         return NULL;
     vm->config = *config;
-    for (unsigned i = 0; i < ACCESS_KINDS * TLB_SIZE; i++)
-        vm->no_tlb.e[i / TLB_SIZE][i % TLB_SIZE].tag = 1;
     if (!vm->config.virtual_ips)
         vm->config.virtual_ips = 1000000000;
     if (!vm->config.tsc_khz)
