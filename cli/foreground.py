@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from cli import errors
 from cli.errors import EXIT_GUEST, say
+from cli.lean import import_uvloop
 from cli.options import RunArguments
 from vmm.config import Config
 from vmm.console.descriptors import Output
@@ -66,6 +68,7 @@ def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | N
     serial port to serve. None: asyncio's own."""
     if config.platform == "bare":
         return None
+    import_uvloop()
     import uvloop
 
     return uvloop.new_event_loop
@@ -94,6 +97,8 @@ async def _run(
         for number in signals:
             loop.add_signal_handler(number, vm.end, Outcome(Reason.SIGNAL, number.name, code=number))
         async with vm:
+            gc.freeze()  # imports and the machine are there to stay (main.py)
+            gc.enable()
             if not command:
                 if config.console.kind == "stdio" and os.isatty(0) and os.isatty(2):
                     say(f"{config.name}: Ctrl-] ends the machine\r")
@@ -105,9 +110,9 @@ async def _run(
                     helpers.append(asyncio.create_task(_keep_warm(vm), name="warm"))
                 outcome = await (vm.wait() if arguments.paused else vm.run())
                 return outcome, outcome.status
-            from cli.guestcommand import run_command
-
             vm.resume()
+            from cli.guestcommand import run_command  # while the guest runs already
+
             if arguments.warm:
                 await _keep_warm(vm)
             try:

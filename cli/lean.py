@@ -2,16 +2,19 @@
 
 On a Python that was built without its optimisations, importing them takes a tenth of the time from `vmm run hello` to
 its end (tests.bench start). `prepare()` puts stand-ins in their place; inspect's becomes the real module when anything
-else of it is used. Only for the command, whose process is its own.
+else of it is used. Methods of data classes are compiled when they are first called. Only for the command, whose process
+is its own.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import CoroutineType, FunctionType, GeneratorType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 _CO_COROUTINE, _CO_ITERABLE_COROUTINE = 0x80, 0x100
 _real = importlib.import_module
@@ -44,12 +47,37 @@ def prepare() -> None:
         platform.system = _system  # type: ignore[attr-defined]
     _import_pathlib()
     _import_without("shutil", "bz2", "lzma")  # of archives
+    _compile_dataclasses_late()
 
 
 def import_asyncio() -> None:
     """asyncio as it is on a Python without TLS, which no command uses: loading OpenSSL takes as long as starting a
-    small guest (tests.bench start). Whoever imports ssl later, as uvloop does, gets it."""
+    small guest (tests.bench start). Whoever imports ssl later gets it."""
     _import_without("asyncio", "ssl")
+
+
+def import_uvloop() -> None:
+    """uvloop without TLS if asyncio is without it: it then refuses (RuntimeError) to make a connection with it."""
+    if "ssl" in sys.modules:
+        importlib.import_module("uvloop")
+        return
+    tls = ModuleType("ssl")
+    for name in ("MemoryBIO", "create_default_context"):
+        setattr(tls, name, _without_tls)
+    errors = ("SSLError", "SSLWantReadError", "SSLSyscallError", "SSLZeroReturnError", "CertificateError")
+    for name in ("SSLContext", *errors):
+        setattr(tls, name, type(name, (OSError,), {}))
+    for name in ("SSL_ERROR_WANT_READ", "SSL_ERROR_WANT_WRITE", "SSL_ERROR_SYSCALL"):
+        setattr(tls, name, 0)
+    sys.modules["ssl"] = tls
+    try:
+        importlib.import_module("uvloop")
+    finally:
+        del sys.modules["ssl"]
+
+
+def _without_tls() -> NoReturn:
+    raise RuntimeError("the event loop of this command was loaded without TLS")
 
 
 def _import_without(name: str, *others: str) -> None:
@@ -62,6 +90,34 @@ def _import_without(name: str, *others: str) -> None:
     finally:
         for other in hidden:
             del sys.modules[other]
+
+
+def _compile_dataclasses_late() -> None:
+    """A method that dataclasses writes for a class is compiled at its first call: most of them never come to that, and
+    there are hundreds (tests.bench state). From Python 3.13 on the module has no such function, and compiles faster."""
+    import dataclasses
+
+    create = getattr(dataclasses, "_create_fn", None)
+    if create is not None:
+        dataclasses._create_fn = functools.partial(_when_called, create)  # type: ignore[attr-defined]
+
+
+def _when_called(create: Callable[..., Any], name: str, *how: Any, **more: Any) -> Callable[..., Any]:
+    """The method `name`, made by `create` when it is first called; it then takes its place in the class."""
+    made: Callable[..., Any] | None = None
+
+    def method(*given: Any, **named: Any) -> Any:
+        nonlocal made
+        if made is None:
+            made = create(name, *how, **more)
+            made.__qualname__ = method.__qualname__
+        for owner in type(given[0]).__mro__:
+            if owner.__dict__.get(name) is method:
+                setattr(owner, name, made)
+        return made(*given, **named)
+
+    method.__name__ = name
+    return method
 
 
 def _system() -> str:

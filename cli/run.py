@@ -5,7 +5,6 @@ The slow part of a machine's start begins here, before asyncio is loaded, so tha
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -55,8 +54,6 @@ def execute(arguments: RunArguments) -> int:
         import_asyncio()
         from cli.foreground import run
 
-        gc.freeze()
-        gc.enable()
         return run(config, arguments, head_start, begin=begin, configured=configured)
     finally:
         head_start.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 
 from cli.errors import say
@@ -33,8 +32,6 @@ def run_warm(config: Config, arguments: RunArguments, begin: int) -> int:
             import_asyncio()
             from cli.foreground import run
 
-            gc.freeze()
-            gc.enable()
             return run(config, arguments, head_start, begin=begin, configured=configured, saved=saved)
         finally:
             head_start.close()
