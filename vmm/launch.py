@@ -104,8 +104,10 @@ async def keep_warm(vm: VirtualMachine) -> None:
     """Once the agent listens, keep a machine that booted for later warm starts. What goes wrong is a warning."""
     from vmm.state import warm as kept
 
+    if vm.restored:
+        return
     path = kept.folder(vm.config)
-    if vm.restored or kept.is_there(path):
+    if kept.is_there(path):
         return
     await vm.exec("true")  # a first program starts when the system is set up, and its network with it
     with kept.making(path) as ours:

@@ -32,8 +32,9 @@ def _buffers(sock: socket.socket) -> None:
 
 START_SECONDS = 0.05
 """passt says nothing when it is ready; what is wrong with it shows within this time."""
-LATER_SECONDS = 0.01
-"""Starting a process holds the loop for a millisecond; a machine that goes on from a snapshot runs first."""
+LATER_SECONDS = 0.05
+"""Starting a process holds the loop for a millisecond; a machine that goes on from a snapshot runs first, and a
+short command in it has ended by then."""
 
 
 class StreamNet(FdNet):
