@@ -169,6 +169,7 @@ def test_what_is_asked_of_domains_that_have_none_of_it(daemon: DaemonProcess) ->
     assert events.count(": disabled\n") == 22
     assert "shm_pages_sharing" in daemon.virsh("node-memory-tune") or not Path("/sys/kernel/mm/ksm").exists()
     assert daemon.virsh("domlaunchsecinfo", "plain") == ""
+    assert "<value>virtiofs</value>" in daemon.virsh("domcapabilities")
     assert "domain is not running" in daemon.virsh("domjobinfo", "plain", ok=False)
     assert "invalid path vdz not assigned" in daemon.virsh("domblkinfo", "plain", "vdz", ok=False)
     daemon.virsh("undefine", "plain")

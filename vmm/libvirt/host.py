@@ -184,8 +184,9 @@ def domain_capabilities(emulator: str, kind: str) -> str:
     _enum(disk, "diskDevice", "disk")
     _enum(disk, "bus", "virtio")
     _enum(disk, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
-    for name in ("graphics", "video", "hostdev", "filesystem", "tpm", "redirdev"):
+    for name in ("graphics", "video", "hostdev", "tpm", "redirdev"):
         add(devices, name, supported="no")
+    _enum(add(devices, "filesystem", supported="yes"), "driverType", "virtiofs")
     rng = add(devices, "rng", supported="yes")
     _enum(rng, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
     _enum(rng, "backendModel", "random", "builtin")
