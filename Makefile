@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-migration soak-migration-failures clean
+.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -83,6 +83,9 @@ soak-migration-failures: venv ## failures injected into migrations at random mom
 
 soak-disks: venv ## disks attached, detached, snapshot, committed and mirrored under fio verify; ATTACHES (100), CHANGES (1000)
 	$(VENV)/bin/python -m tests.soak.disks $${ATTACHES:-100} $${CHANGES:-1000}
+
+soak-share: venv ## a shared directory beside the host's own, and random file operations in it; OPERATIONS (100000), every cache mode
+	SHARE_OPERATIONS=$${OPERATIONS:-100000} $(VENV)/bin/python -m pytest -q tests/integration/test_share_semantics.py
 
 soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power cuts on each of 9, 100 rounds of live changes
 	$(VENV)/bin/python -m tests.fuzz.image_model $${OPERATIONS:-10000}

@@ -27,7 +27,7 @@ SECONDS = int(os.environ.get("BENCH_GUEST_SECONDS", "2"))
 """Of each turn."""
 LAPS = int(os.environ.get("BENCH_GUEST_LAPS", "5"))
 """Turns of each guest for each row."""
-TIMEOUT = 240.0
+TIMEOUT = float(os.environ.get("BENCH_GUEST_TIMEOUT", "240"))
 FIO = {
     "randread": ("guest fio, 4 KiB random read, depth 32", "IOPS"),
     "randwrite": ("guest fio, 4 KiB random write, depth 32", "IOPS"),

@@ -499,7 +499,8 @@ static int get_xattr(struct call *call, const char *path, uint32_t size, const c
     return error;
 }
 
-static int do_xattr(struct call *call, const char *path)
+/* `takes_them`: whether a node of its type has attributes that can be changed. */
+static int do_xattr(struct call *call, const char *path, bool takes_them)
 {
     const char *name;
     switch (call->in.opcode) {
@@ -509,6 +510,8 @@ static int do_xattr(struct call *call, const char *path)
             return EINVAL;
         if (!may_write(name))
             return EOPNOTSUPP;
+        if (!takes_them)
+            return EPERM;
         return setxattr(path, name, call->arguments, in->size, (int)in->flags) ? errno : 0;
     }
     case FUSE_REMOVEXATTR:
@@ -516,6 +519,8 @@ static int do_xattr(struct call *call, const char *path)
             return EINVAL;
         if (!may_write(name))
             return EOPNOTSUPP;
+        if (!takes_them)
+            return EPERM;
         return removexattr(path, name) ? errno : 0;
     default: {
         const struct fuse_getxattr_in *in = CALL_IN(call, fuse_getxattr_in);
@@ -537,7 +542,8 @@ int fs_xattr(struct call *call)
     if (!node)
         return ESTALE;
     int fd = node_fd(call->fs, node);
-    int error = fd < 0 ? -fd : changes && node->type != S_IFREG && node->type != S_IFDIR ? EPERM : do_xattr(call, fd_path(fd).text);
+    bool takes_them = node->type == S_IFREG || node->type == S_IFDIR;
+    int error = fd < 0 ? -fd : do_xattr(call, fd_path(fd).text, takes_them);
     node_unpin(call->fs, node);
     return error;
 }

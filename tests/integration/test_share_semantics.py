@@ -1,0 +1,88 @@
+"""What a share does beside what the host's own directory does, for two programs that run natively and in a guest.
+
+SHARE_OPERATIONS sets the random operations of fsx in a guest; `make soak-share` takes many.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmm
+from tests.support import guestprograms
+from vmm.config import Share
+
+OPERATIONS = int(os.environ.get("SHARE_OPERATIONS", "1500"))
+PATIENCE = 900
+DIFFERENT = {
+    "make/a character device": "EPERM",  # a share makes no device nodes
+}
+"""What a share does otherwise, by its guide (docs/shares.md)."""
+
+
+@pytest.fixture(params=["none", "auto", "always"])
+def cache(request: pytest.FixtureRequest) -> str:
+    """Each of a share's ways to remember; only one in the short run."""
+    if request.param != "auto" and OPERATIONS <= 1500:
+        pytest.skip("SHARE_OPERATIONS above 1500 runs every cache mode")
+    return str(request.param)
+
+
+def machine(path: Path, cache: str) -> Any:
+    share = Share.parse(f"{path}:/work,cache={cache}")
+    return vmm.run("linux", core="soft", nets=[], memory="256M", shares=[share])
+
+
+def lines(text: str) -> dict[str, str]:
+    """Label to outcome; the program prints a label again for what it saw after a call."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        label, _, outcome = line.partition(": ")
+        while label in found:
+            label += "'"
+        found[label] = outcome
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="owners and permissions are tried as root")
+async def test_calls_do_what_they_do_on_the_host(linux: Any, tmp_path: Path, cache: str) -> None:
+    program = guestprograms.static("posix")
+    native, share = tmp_path / "native", tmp_path / "share"
+    native.mkdir()
+    (share / "files").mkdir(parents=True)
+    shutil.copy(program, share / "posix")
+    done = subprocess.run([program, native], capture_output=True, text=True, errors="surrogateescape", timeout=PATIENCE)
+    assert not done.returncode
+    async with machine(share, cache) as vm:
+        result = await vm.exec("/work/posix", "/work/files", timeout=PATIENCE)
+        log = (await vm.exec("dmesg", check=True)).text
+    assert not result.status, result.stderr
+    wanted, found = lines(done.stdout), lines(result.stdout.decode(errors="surrogateescape"))
+    assert len(wanted) > 5000
+    assert {label: outcome for label, outcome in found.items() if wanted.get(label) != outcome} == DIFFERENT
+    assert not set(wanted) - set(found)
+    assert "WARN" not in log
+    # The host sees the same tree as after the native run, but for the device.
+    trees = [sorted(str(path.relative_to(top)) for path in top.rglob("*")) for top in (native, share / "files")]
+    trees[0].remove("make/device")
+    assert trees[0] == trees[1]
+
+
+async def test_random_operations_beside_a_model_of_the_bytes(linux: Any, tmp_path: Path, cache: str) -> None:
+    shutil.copy(guestprograms.static("fsx"), tmp_path / "fsx")
+    seed = random.SystemRandom().randrange(1 << 32)
+    async with machine(tmp_path, cache) as vm:
+        result = await vm.exec("/work/fsx", "/work", str(OPERATIONS), str(seed), timeout=max(PATIENCE, OPERATIONS / 20))
+        # Two processes with files of their own, beside each other.
+        both = "mkdir one two; (/work/fsx one $0 $1 || echo failed) & /work/fsx two $0 $1$1 || echo failed; wait"
+        many = await vm.exec(
+            "sh", "-c", f"cd /work; {both}", str(OPERATIONS // 4), str(seed), timeout=max(PATIENCE, OPERATIONS / 20)
+        )
+    assert result.text == f"fsx: {OPERATIONS} operations", f"seed {seed}: {result.text}"
+    assert many.text.splitlines() == [f"fsx: {OPERATIONS // 4} operations"] * 2, f"seed {seed}: {many.text}"
