@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from images.oci import find
+from tests.support.oci import base, entry, layer, layout, need_container_kernel
+from tests.support.ociregistry import registry
 from tests.support.serve import SECONDS, Server, eventually, served
 
 e2b = pytest.importorskip("e2b", reason="the package e2b is not installed: pip install '.[test]'")
@@ -254,6 +258,41 @@ def test_templates(environment: None) -> None:
             e2b.Sandbox.create(template)
     with pytest.raises(e2b.SandboxException, match="no image none-such"):
         e2b.Sandbox.create("none-such")
+
+
+def test_what_is_not_there_is_said(environment: None, server: Server) -> None:
+    with pytest.raises(e2b.BuildException, match=r"501: this server has no template builds;.*--template"):
+        e2b.Template.build(e2b.Template().from_image("debian:12"), alias="own", cpu_count=1, memory_mb=512)
+    with pytest.raises(e2b.VolumeException, match="501: this server has no volumes"):
+        e2b.Volume.create("data")
+    assert server.ask("GET", "/nonsense")[0] == 404
+    assert server.ask("GET", "/sandboxes/none/logs")[0] == 501
+
+
+@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
+def test_an_image_of_a_registry_is_a_template(environment: None, tmp_path: Path) -> None:
+    """It is pulled when the first sandbox of it is asked for."""
+    need_container_kernel()
+    image = layout(
+        tmp_path / "image", [base(), layer(entry("etc/made", data=b"here"))], Env=["PATH=/bin", "GREETING=hello"],
+        User="alice", WorkingDir="/home/alice",
+    )  # fmt: skip
+    with registry(tmp_path) as served_images:
+        served_images.push(image, "made/here:1")
+        name = f"oci:{served_images.name}/made/here:1"
+        for patience in (SECONDS, SECONDS, SECONDS):
+            with contextlib.suppress(e2b.TimeoutException):
+                box = e2b.Sandbox.create(name, timeout=300, request_timeout=patience)
+                break
+    try:
+        result = box.commands.run("cat /etc/made; echo $GREETING; id -un; pwd", timeout=SECONDS)
+        assert result.stdout.split() == ["here" + "hello", "alice", "/home/alice"]
+        box.files.write("/tmp/new", "content")
+        assert box.files.read("/tmp/new") == "content"
+    finally:
+        box.kill()
+        find.remove(name)
 
 
 def test_servers_that_end(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,11 @@ static void *serve(struct fs_pool *pool, struct fs_list *queue, pthread_cond_t *
         bool first = !pool->done.count;
         fs_list_add(&pool->done, request);
         pool->running--;
-        if (first)
+        if (first) { /* without the lock, which who wakes by it wants at once */
+            pthread_mutex_unlock(&pool->lock);
             eventfd_write(pool->event, 1);
+            pthread_mutex_lock(&pool->lock);
+        }
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
@@ -87,12 +90,12 @@ bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
     unsigned wake = requests->count < pool->idle ? requests->count : pool->idle;
     for (struct fs_request *request; (request = fs_list_take(requests));)
         fs_list_add(urgent ? &pool->urgent : &pool->queue, request);
+    pthread_mutex_unlock(&pool->lock);
     if (urgent)
         pthread_cond_signal(&pool->urgent_work);
     else
         while (wake--)
             pthread_cond_signal(&pool->work);
-    pthread_mutex_unlock(&pool->lock);
     return true;
 }
 

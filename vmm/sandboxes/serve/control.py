@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 import vmm
 from vmm.errors import ConfigError, GuestError, HostError, VmmError
 from vmm.guest.tools import GuestMeasure, GuestTools
+from vmm.sandboxes.serve import absent
 from vmm.sandboxes.serve.files import failure
 from vmm.sandboxes.serve.fleet import Draining, Fleet, LimitReached, NotThere, Wish, WrongPhase, matching
 from vmm.sandboxes.serve.hosted import Hosted
@@ -406,4 +407,5 @@ def application(fleet: Fleet, tokens: Tokens, domain: str) -> FastAPI:
         box = fleet.find(sandbox_id, tenant)
         return [await _measure(box)] if box.phase == "running" else []
 
+    absent.register(app)
     return app
