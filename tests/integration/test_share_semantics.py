@@ -86,3 +86,18 @@ async def test_random_operations_beside_a_model_of_the_bytes(linux: Any, tmp_pat
         )
     assert result.text == f"fsx: {OPERATIONS} operations", f"seed {seed}: {result.text}"
     assert many.text.splitlines() == [f"fsx: {OPERATIONS // 4} operations"] * 2, f"seed {seed}: {many.text}"
+
+
+async def test_fio_verifies_what_it_wrote(linux: Any, tmp_path: Path, cache: str) -> None:
+    """By system calls and by mappings; then again, by programs that open what is there anew."""
+    job = f"--filename=/work/data --size={max(4, OPERATIONS // 1000)}M --verify=crc32c --verify_fatal=1 --randseed=7"
+    async with machine(tmp_path, cache) as vm:
+        fio = await guestprograms.install(vm, "fio")
+        for engine, way in (("psync", "randwrite"), ("mmap", "randwrite"), ("psync", "write")):
+            blocks = "--bs=4k" if engine == "mmap" else "--bs=4k-64k --bs_unaligned"
+            command = f"{fio} --name={engine} --ioengine={engine} --rw={way} {blocks} {job}"
+            for more in ("", " --verify_only"):
+                result = await vm.exec("sh", "-c", command + more, timeout=PATIENCE)
+                assert not result.status, f"{engine} {way}{more}: {result.text[-800:]} {result.stderr[-800:]!r}"
+                assert "verify: bad" not in result.text
+                await vm.exec("sh", "-c", "echo 3 >/proc/sys/vm/drop_caches", check=True)
