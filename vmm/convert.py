@@ -200,21 +200,21 @@ def to_seconds(where: str, value: object) -> float:
     return seconds
 
 
+def numbered(least: float, most: float, where: str, value: object) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: {value!r} is not a number") from None
+    if not least <= number <= most:
+        raise ConfigError(f"{where}: {value} is outside {least:g} to {most:g}")
+    return number
+
+
 def to_number(least: float, most: float) -> Converter:
     """A number in these bounds."""
-
-    def convert(where: str, value: object) -> float:
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise ConfigError(f"{where}: {value!r} is not a number") from None
-        if not least <= number <= most:
-            raise ConfigError(f"{where}: {value} is outside {least:g} to {most:g}")
-        return number
-
-    return convert
+    return partial(numbered, least, most)
 
 
 def to_path(where: str, value: object) -> Path:

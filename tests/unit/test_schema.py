@@ -18,6 +18,7 @@ from cli.run import configure
 from tests.support.command import vmm
 from vmm import convert
 from vmm.config import (
+    WIRE,
     Config,
     ConsoleConfig,
     Disk,
@@ -42,6 +43,8 @@ VALID = jsonschema.Draft7Validator(SCHEMA)
 # What each kind of converter accepts, other than any default.
 SAMPLES: dict[Any, Any] = {
     convert.to_rules: lambda: ["example.org+10.0.0.0/8:22"],
+    convert.to_servers: lambda: ["10.0.0.53+[2001:db8::1]:5353"],
+    convert.numbered: lambda low, high: [low, high / 2],
     convert.to_words: lambda: ["sh -c 'exit 3'"],
     convert.to_text: lambda: ["some text"],
     convert.to_path: lambda: ["/some/file"],
@@ -62,6 +65,7 @@ SAMPLES: dict[Any, Any] = {
 NEEDS: dict[tuple[type, str], dict[str, Any]] = {
     (Config, "initrd"): {"kernel": "/k"},
     (Net, "target"): {"kind": "unix"},
+    **{(Net, name): {"kind": "switch", "target": "lan"} for name in WIRE},
     (Net, "queues"): {"kind": "tap", "target": "tap0"},
     (Config, "entrypoint"): {"agent": True}, (Config, "command"): {"agent": True},
     (Share, "gid"): {"uid": 7}, (RootDirectory, "gid"): {"uid": 7},

@@ -116,6 +116,8 @@ def _disk(disk: Disk) -> dict[str, str]:
 
 def _net(net: Net) -> dict[str, str]:
     given = _given(net, tuple(BANDWIDTH.values()) if says_bandwidth(net) else ())
+    if net.kind == "switch":
+        given |= {"kind": net.kind, "target": net.target}
     return {**given, "id": net.id} if net.id else given
 
 
@@ -136,7 +138,10 @@ def read_extras(
         index = net.needed("index")
         if not index.isascii() or not index.isdecimal() or len(index) > 4 or int(index) >= len(nets):
             raise malformed(f"<loopvisor:net index='{index}'>: there is no such interface")
-        nets[int(index)] |= _read(net, Net, "id")
+        values = _read(net, Net, "id", "kind", "target")
+        if values.get("kind", "switch") != "switch":
+            raise malformed(f"<loopvisor:net kind='{values['kind']}'>: only switch is possible")
+        nets[int(index)] |= values
     for one in machine.children("loopvisor:console"):
         console |= _read(one, ConsoleConfig)
     values = _read(machine, Config)

@@ -111,7 +111,8 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
         add(devices, "controller", type="pci", index="0", model="pcie-root")
     for index, net in enumerate(config.nets):
         network, bridge = spec.nets[index].network, spec.nets[index].bridge
-        plain = {"user": "user", "tap": "ethernet", "unix": "unix"}[net.kind]
+        # libvirt has no word for our switches: the extras say which it is
+        plain = {"user": "user", "tap": "ethernet", "unix": "unix", "switch": "user"}[net.kind]
         kind = "network" if network else "bridge" if bridge else plain
         element = add(devices, "interface", type=kind)
         mac = net.mac or (live.macs[index] if live is not None and index < len(live.macs) else None)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_schema import samples
-from vmm.config import Config, ConsoleConfig, Disk, Net, limit_names
+from vmm.config import WIRE, Config, ConsoleConfig, Disk, Net, limit_names
 from vmm.convert import Checked
 from vmm.errors import VmmError
 from vmm.libvirt.domain_xml import read_domain
@@ -47,7 +47,9 @@ FULL = Config.from_dict(
         "disks": ["/a.img,ro,id=one,cache=none,io=threads,format=raw",
                   "/b.img,snapshot,queues=2,format=qcow2,transport=mmio"],
         "nets": ["user,forward=8080:80+2222:22,mac=52:54:00:00:00:01", "tap=tap7,queues=2,mac=52:54:00:00:00:02",
-                 "unix=/n.sock,mac=52:54:00:00:00:03,pcap=/p.pcap", "user,optional,mac=52:54:00:00:00:04"],
+                 "unix=/n.sock,mac=52:54:00:00:00:03,pcap=/p.pcap", "user,optional,mac=52:54:00:00:00:04",
+                 "switch=lan,mac=52:54:00:00:00:05,loss=0.5,seed=3",
+                 "user,mac=52:54:00:00:00:06,allow=example.org:443,dns=10.0.0.53+[::1]:54"],
         "console": "socket=/c.sock,log=/c.log",
         "hvc": True,
         "ports": ["org.one=/1.sock", "two=/2.sock"],
@@ -73,8 +75,9 @@ def test_a_configuration_survives_the_way_to_xml_and_back() -> None:
 
 
 NEEDS: dict[tuple[type, str], dict[str, object]] = {
+    **{(Net, name): {"kind": "switch", "target": "lan"} for name in WIRE},
     (Net, "queues"): {"kind": "tap", "target": "tap0"}, (Net, "target"): {"kind": "unix"}, (Config, "initrd"): {},
-    (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "/t"},
+    (ConsoleConfig, "path"): {"kind": "socket"}, (Config, "flat"): {"kernel": None}, (Net, "kind"): {"target": "lan"},
     (Config, "memory"): {}, (Config, "platform"): {"rng": False},
     **{(kind, name): {name.removesuffix("_burst"): 1}
        for kind in (Disk, Net) for name in limit_names(kind) if name.endswith("_burst")},
