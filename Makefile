@@ -92,7 +92,7 @@ soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power c
 	LOOPVISOR_CRASH_POINTS=2000 LOOPVISOR_LIVE_ROUNDS=100 $(VENV)/bin/python -m pytest -q \
 	    tests/conformance/virtio/test_power_cut.py tests/conformance/virtio/test_live_images.py
 
-soak-migration: venv ## a Debian guest moved between two hosts under fio verify, MOVES (200) times, CUTS (50) of them cut; root
+soak-migration: venv ## a working Debian guest moved between two hosts over a slow cable, with a neighbour's connections, MOVES (200) times, CUTS (50) of them cut; root
 	$(VENV)/bin/python -m tests.soak.migration $${MOVES:-200} $${CUTS:-50}
 
 fuzz: venv       ## fuzz campaigns; SECONDS_EACH=3600 make fuzz

@@ -1,64 +1,61 @@
 """One machine that moves back and forth between two hosts, over and over: `python -m tests.soak.migration [MOVES
-[CUTS]]`. Every second move is by post-copy.
+[CUTS [SEED]]]`. Every second move is by post-copy.
 
-The hosts are network namespaces, joined by a bridge in a third; a neighbour in a fourth holds a TCP connection to the
-guest and compares every byte that comes back, and pings it. In the guest fio writes to a disk on shared storage and
-verifies what it reads. After each move the connection must still be there, the guest must have got on, and its kernel's
-log must have no trouble. With CUTS so many of the moves are cut at a random byte: then the machine must run on, here or
-there. At the end the neighbour's longest silence and the standstills are printed. Needs root, ip, ping and fio.
+The hosts are network namespaces at a bridge in a third; a cable of 1 Gbit/s and 10 ms each way (tests/support/wire.c)
+leads to the second host, so each move crosses it, and what the neighbour in a fourth namespace sends every other time.
+In the guest, a Debian, fio verifies what it writes to a file system on a qcow2 disk, and a tree of sources is compiled,
+whose program must print what it prints on the host; its root is on a raw disk, and both are shared storage. The
+neighbour has two SSH sessions, an iperf3 in both directions and TCP transfers with the guest, all the time the same
+connections, and compares every byte of the sessions and transfers. After each move all of them must have gone on, the
+guest's kernel must have no complaint; every ten moves fio and the compiler must have got on. With CUTS so many of the
+moves are cut at a random moment: then the machine must run on, here or there. At last the guest shuts down, and e2fsck
+must find nothing on its disks. Needs root, ip, ssh, iperf3, qemu-img and e2fsck.
 """
 
 from __future__ import annotations
 
-import asyncio
+import io
 import json
-import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support import netns, programs
+from images import built
+from tests.soak import sources
+from tests.support import netns
 from tests.support.command import VMM, environment
 
-TROUBLE = re.compile("BUG|WARNING|Oops|Call Trace|lockup|hung_task|EXT4-fs error|I/O error|general protection|segfault")
-SECONDS = 120.0
+TROUBLE = re.compile(
+    "BUG|WARNING|Oops|Call Trace|lockup|hung_task|blocked for more|EXT4-fs error|I/O error|general protection|segfault"
+)
+SECONDS = 300.0
+"""Deadline of whatever is waited for, far beyond what it takes on a busy host."""
+IMAGE = "debian-moves"
+PARTS = Path(__file__).parent / "migration_guest"
+PEER = Path(__file__).parent / "state_guest" / "peer.c"
+WIRE = Path(netns.__file__).parent / "wire.c"
 GUEST = "10.77.0.10"
 HOSTS = ("10.77.0.1", "10.77.0.2")
-FIO = (
-    "chroot /tools /usr/bin/fio --name=x --direct=1 --ioengine=libaio --iodepth=8 --verify_state_save=0 "
-    "--verify_fatal=1 --minimal --rw=randwrite --bs=4k --size=4M --verify=crc32c --do_verify=1 --filename=/dev/$D"
-)
-NEIGHBOUR = """
-import socket, sys, time
-s = socket.create_connection((sys.argv[1], 9))
-s.settimeout(60)
-worst = last = 0.0
-count = 0
-while True:
-    count += 1
-    line = (f"{count} " * 40)[:200].encode() + b"\\n"
-    began = time.monotonic()
-    s.sendall(line)
-    got = b""
-    while len(got) < len(line):
-        part = s.recv(4096)
-        if not part:
-            sys.exit("the connection ended")
-        got += part
-    if got != line:
-        sys.exit(f"wrong bytes in line {count}")
-    worst = max(worst, time.monotonic() - began)
-    if time.monotonic() - last > 0.2:
-        last = time.monotonic()
-        print(count, worst, flush=True)
-        worst = 0.0
-    time.sleep(0.005)
+BITS, DELAY_US = 1_000_000_000, 10_000
+BLOB = 4 << 20
+CHECK_MOVES = 10
+"""After so many moves the guest's slow work must have got on."""
+SLOW = ("fio", "compile")
+NETWORK = f"""[Match]
+Name=e*
+
+[Network]
+Address={GUEST}/24
+LinkLocalAddressing=no
 """
 
 
@@ -66,14 +63,40 @@ class Failure(Exception):
     """A move found something."""
 
 
-def switch(spaces: list[netns.Namespace], middle: netns.Namespace) -> None:
-    """Every namespace's eth0 at one bridge in the middle."""
-    middle.ip("link", "add", "sw", "type", "bridge")
-    middle.ip("link", "set", "sw", "up")
-    for number, space in enumerate(spaces):
-        netns.cable(space, middle)
-        middle.ip("link", "set", "eth0", "name", f"port{number}")
-        middle.ip("link", "set", f"port{number}", "master", "sw", "up")
+def compiled(folder: Path, source: Path) -> Path:
+    """A program of one C file."""
+    program = folder / source.stem
+    command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", program, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return program
+
+
+@contextmanager
+def network(folder: Path) -> Iterator[tuple[list[netns.Namespace], netns.Namespace]]:
+    """The hosts and the neighbour, each with an eth0 at one bridge; the second host's is the end of a long cable."""
+    with netns.namespaces("a", "b", "c", "s") as (one, two, neighbour, middle):
+        wire = subprocess.Popen(
+            [compiled(folder, WIRE), f"/run/netns/{two.name}", "eth0", f"/run/netns/{middle.name}", "port1",
+             str(BITS), str(DELAY_US)],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert wire.stdout is not None and wire.stdout.readline(), "the cable does not carry"
+            middle.ip("link", "add", "sw", "type", "bridge")
+            middle.ip("link", "set", "sw", "up")
+            for number, space in enumerate((one, two, neighbour)):
+                if space is not two:
+                    netns.cable(space, middle)
+                    middle.ip("link", "set", "eth0", "name", f"port{number}")
+                space.ip("link", "set", "eth0", "up")
+                middle.ip("link", "set", f"port{number}", "master", "sw", "up")
+            host(one, HOSTS[0])
+            host(two, HOSTS[1])
+            neighbour.ip("addr", "add", "10.77.0.3/24", "dev", "eth0")
+            yield [one, two], neighbour
+        finally:
+            wire.kill()
+            wire.communicate()
 
 
 def host(space: netns.Namespace, address: str) -> None:
@@ -86,6 +109,40 @@ def host(space: netns.Namespace, address: str) -> None:
     space.ip("addr", "add", f"{address}/24", "dev", "br0")
 
 
+class Client:
+    """A program of the neighbour that runs all the time and writes lines."""
+
+    def __init__(self, space: netns.Namespace, log: Path, *command: str) -> None:
+        self.log = log
+        self._read = 0
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                space.command(*command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def check(self) -> None:
+        """Failure if it has ended."""
+        if self._process.poll() is not None:
+            raise Failure(
+                f"{self.log.stem} ended with status {self._process.returncode}: {self.log.read_text()[-2000:]}"
+            )
+
+    def fresh(self) -> list[str]:
+        """Whole lines that are new since the last call."""
+        self.check()
+        with self.log.open("rb") as log:
+            log.seek(self._read)
+            data = log.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._read += len(data)
+        return data.decode(errors="replace").splitlines()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
 class Soak:
     """The campaign."""
 
@@ -94,15 +151,21 @@ class Soak:
         self._runtime = folder / "run"
         self._runtime.mkdir(mode=0o700)
         self._environment = environment(self._runtime)
+        self._seed = seed
         self._chance = random.Random(seed)
         self._at = 0
         self._name = "m0"
         self._processes: list[subprocess.Popen[str]] = []
+        self._clients: list[Client] = []
+        self._counts = dict.fromkeys(SLOW, 0)
         self.stills: list[float] = []
         self.switches: list[float] = []
         """Standstills of post-copy."""
+        self.totals: list[float] = []
         self.silences: list[float] = []
         self.failed = 0
+        self.told = ""
+        """What was done until now."""
 
     def _start(self, number: int, *words: str) -> subprocess.Popen[str]:
         command = self._hosts[number].command(*VMM, *words)
@@ -113,48 +176,86 @@ class Soak:
         self._processes.append(process)
         return process
 
-    def _vmm(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def _vmm(self, *words: str, data: bytes | None = None) -> subprocess.CompletedProcess[str]:
         command = self._hosts[self._at].command(*VMM, *words)
-        return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=SECONDS)
+        stdin = subprocess.DEVNULL if data is None else subprocess.PIPE
+        with subprocess.Popen(
+            command, env=self._environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                out, errors = process.communicate(data, timeout=SECONDS)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(command, process.returncode, out.decode(), errors.decode())
 
-    def guest(self, script: str) -> str:
+    def guest(self, script: str, data: bytes | None = None) -> str:
         """Run a script in the guest."""
-        done = self._vmm("exec", self._name, "--", "sh", "-c", script)
+        reads = [] if data is None else ["-i"]
+        done = self._vmm("exec", *reads, self._name, "--", "sh", "-c", script, data=data)
         if done.returncode:
             raise Failure(f"{script}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def _until(self, what: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Failure(what)
+            time.sleep(0.1)
+
+    def _archive(self) -> bytes:
+        """What the guest gets as /work."""
+        folder = self._folder / "work"
+        folder.mkdir()
+        (folder / "expected").write_text(sources.make(folder / "src", self._seed, 24, 8))
+        (folder / "blob").write_bytes(self._chance.randbytes(BLOB))
+        shutil.copy(PEER, folder)
+        shutil.copy(PARTS / "workers.sh", folder)
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            tar.add(folder, ".")
+        return out.getvalue()
+
+    def _ssh(self) -> list[str]:
+        """The neighbour's ssh, without what it is to run; the guest knows its key."""
+        key = self._folder / "key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        self.guest(
+            "mkdir -p -m 700 /root/.ssh; cat >/root/.ssh/authorized_keys; ssh-keygen -A; systemctl restart ssh",
+            Path(f"{key}.pub").read_bytes(),
+        )
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR")
+        return ["ssh", "-i", str(key), *(word for each in options for word in ("-o", each)), f"root@{GUEST}"]
+
     def begin(self) -> None:
         """Boot the machine, with everything at work."""
-        tools, data = programs.tools(self._folder, ["fio"]), self._folder / "data.img"
-        data.write_bytes(bytes(16 << 20))
-        self._start(
-            0, "run", "linux", "--name", self._name, "--console", "none", "--net", "tap=tap0,id=n0",
-            "--disk", f"{tools},ro,id=tools", "--disk", f"{data},id=data,format=raw",
+        image = built.current(IMAGE)
+        assert image is not None
+        self._root, self._data = self._folder / "root.img", self._folder / "data.qcow2"
+        subprocess.run(["cp", "--sparse=always", image.directory / "root.img", self._root], check=True)
+        subprocess.run([*VMM, "disk", "create", self._data, "256M"], check=True, env=self._environment)
+        self._running = self._start(
+            0, "run", "--kernel", str(image.directory / "vmlinuz"), "--initrd", str(image.directory / "initrd"),
+            "--append", "root=/dev/vda rw quiet", "--agent", "--memory", "384M", "--name", self._name,
+            "--console", "none",
+            "--net", "tap=tap0,id=n0", "--disk", f"{self._root},id=root,format=raw", "--disk", f"{self._data},id=data",
         )  # fmt: skip
-        deadline = time.monotonic() + SECONDS
-        while self._vmm("exec", self._name, "--", "true").returncode:
-            if time.monotonic() > deadline:
-                raise Failure("the machine does not start")
-            time.sleep(0.5)
-        disk = "cd /sys/block; for d in vd?; do [ $(cat $d/serial) = {0} ] && {1}=$d; done; "
-        self.guest(disk.format("tools", "T") + "true; " + programs.MOUNT.format(device="$T"))
-        self.guest(f"ip link set eth0 up; ip addr add {GUEST}/24 dev eth0")
-        self.guest("mkfifo /echo; (while :; do nc -l -p 9 </echo | cat >/echo; done) >/dev/null 2>&1 &")
-        work = f"{disk.format('data', 'D')} cd /; while {FIO} >/fio.log 2>&1; do echo x >>/fio.rounds; done"
-        work += "; echo bad >/fio.bad"
-        self.guest(f"({work}) >/dev/null 2>&1 &")
-        command = self._neighbour.command(sys.executable, "-c", NEIGHBOUR, GUEST)
-        deadline = time.monotonic() + SECONDS
-        while True:
-            self._echo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            assert self._echo.stdout is not None
-            if self._echo.stdout.readline():
-                break
-            self._echo.wait()
-            if time.monotonic() > deadline:
-                raise Failure(f"no connection to the guest: {self._echo.stderr and self._echo.stderr.read()}")
-        os.set_blocking(self._echo.stdout.fileno(), False)
+        self._until("the machine does not start", lambda: not self._vmm("exec", self._name, "--", "true").returncode)
+        self.guest("mkdir /work; tar -xf - -C /work", self._archive())
+        self.guest("cat >/etc/systemd/network/00-soak.network; systemctl restart systemd-networkd", NETWORK.encode())
+        ssh = self._ssh()
+        self.guest("setsid bash /work/workers.sh data >/work/workers.log 2>&1 </dev/null &")
+        listening = "ss -Hlnt | grep -q :7001 && ss -Hlnt | grep -q :5201 && echo yes; cat /work/wrong; true"
+        self._until("no servers in the guest", lambda: self.guest(listening) != "")
+        peer = compiled(self._folder, PEER)
+        folder = self._folder
+        for name, *command in (
+            ("ssh", sys.executable, str(PARTS / "neighbour.py"), *ssh),
+            ("iperf3", "iperf3", "-c", GUEST, "--bidir", "-b", "4M", "-t", "86400", "-i", "1", "--forceflush"),
+            ("tcp", str(peer), "client", GUEST, "7001", str(folder / "work" / "blob"), str(folder / "transfers")),
+        ):
+            self._clients.append(Client(self._neighbour, folder / f"{name}.log", *command))
+        self._look()
 
     def move(self, number: int, *, cut: bool, postcopy: str = "") -> None:
         """To the other host, and look at everything. With `cut` the connection dies on the way. `postcopy`: auto or
@@ -181,8 +282,10 @@ class Soak:
         if cut:
             killing.wait()
         if done.returncode == 0:
-            (self.switches if postcopy else self.stills).append(json.loads(done.stdout)["downtime"])
-            self._at, self._name = other, name
+            took = json.loads(done.stdout)
+            (self.switches if postcopy else self.stills).append(took["downtime"])
+            self.totals.append(took["seconds"])
+            self._at, self._name, self._running = other, name, process
         elif not cut:
             raise Failure(f"vmm migrate: {done.stderr}")
         else:
@@ -194,71 +297,127 @@ class Soak:
         self._look()
 
     def _look(self) -> None:
-        before = self.guest("cat /fio.rounds 2>/dev/null | wc -l")
-        self.guest(f"i=0; while [ $(cat /fio.rounds | wc -l) -le {int(before)} ]; do sleep 0.2; "
-                   "[ -e /fio.bad ] && break; i=$((i+1)); [ $i -gt 400 ] && exit 9; done; true")  # fmt: skip
-        if self.guest("cat /fio.bad 2>/dev/null; true"):
-            raise Failure(f"fio: {self.guest('cat /fio.log')}")
-        if found := TROUBLE.search(self.guest("dmesg")):
-            raise Failure(f"kernel log: {found[0]}")
-        if self._echo.poll() is not None:
-            raise Failure(f"the neighbour: {self._echo.stderr and self._echo.stderr.read()}")
-        assert self._echo.stdout is not None
-        lines = []
-        deadline = time.monotonic() + SECONDS
-        while not lines and time.monotonic() < deadline:
-            with suppress(TypeError):
-                lines = self._echo.stdout.read().splitlines()
-            time.sleep(0.1)
-        if not lines:
-            raise Failure("the neighbour hears nothing")
-        self.silences.append(max(float(line.split()[1]) for line in lines if len(line.split()) == 2))
+        """Everything goes on, and nothing is wrong."""
+        wrong, counts, log = self.guest(
+            f"cd /work; cat wrong; echo ---; for n in {' '.join(SLOW)}; do cat count.$n | wc -l; done; echo ---; dmesg"
+        ).split("---\n", 2)
+        if wrong:
+            raise Failure(f"in the guest: {wrong}")
+        if found := TROUBLE.search(log):
+            raise Failure(f"kernel log: {found[0]}: {log[-4000:]}")
+        self._now = dict(zip(SLOW, map(int, counts.split()), strict=True))
+        sessions, iperf3, transfers = self._clients
+        for client in self._clients:
+            client.check()
+        sessions.fresh(), iperf3.fresh()
+        before = self._transfers()
+        lines: list[list[str]] = []
+        ways: set[str] = set()
+
+        def ssh() -> bool:
+            lines.extend(line.split() for line in sessions.fresh())
+            return len(lines) >= 2 and lines[-1][0] != lines[0][0]
+
+        def both_ways() -> bool:
+            # [  5][TX-C]   3.00-4.00   sec   512 KBytes  4.19 Mbits/sec …
+            for line in iperf3.fresh():
+                if found := re.search(r"\[([RT]X)-C\].* sec +([0-9.]+) ", line):
+                    ways.update([found[1]] if float(found[2]) else [])
+            return len(ways) == 2
+
+        self._until("the SSH sessions stand still", ssh)
+        self._until("iperf3 stands still", both_ways)
+        self._until("the transfers stand still", lambda: (transfers.check(), self._transfers() > before)[1])
+        self.silences.append(max(float(line[2]) for line in lines))
+        self.told = f"{lines[-1][0]} lines and {lines[-1][1]} sums by ssh, {self._transfers()} transfers, {self._now}"
+
+    def _transfers(self) -> int:
+        """That the neighbour compared."""
+        with suppress(OSError, IndexError):
+            return int((self._folder / "transfers").read_text().split()[0])
+        return 0
+
+    def got_on(self) -> None:
+        """Failure if the guest's slow work has not got on since the last call."""
+        self._until("fio or the compiler stand still", lambda: (self._look(), self._all_more())[1])
+        self._counts = self._now
+
+    def _all_more(self) -> bool:
+        return all(self._now[name] > self._counts[name] for name in SLOW)
+
+    def finish(self) -> None:
+        """The guest shuts down; its disks are clean. Failure."""
+        for client in self._clients:
+            client.check()
+            client.close()
+        self.guest("systemctl poweroff --no-block")
+        status = self._running.wait(SECONDS)
+        if status:
+            raise Failure(f"the machine ended with status {status}")
+        raw = self._folder / "data.raw"
+        subprocess.run(["qemu-img", "check", "-q", self._data], check=True)
+        subprocess.run(["qemu-img", "convert", "-O", "raw", self._data, raw], check=True)
+        for disk in (self._root, raw):
+            done = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, text=True)
+            if done.returncode:
+                raise Failure(f"e2fsck of {disk.name} ends with status {done.returncode}: {done.stdout}")
 
     def close(self) -> None:
         """End every process."""
-        for process in [*self._processes, *([self._echo] if hasattr(self, "_echo") else [])]:
+        for client in self._clients:
+            client.close()
+        for process in self._processes:
             process.kill()
             process.wait()
 
 
-async def main(moves: int, cuts: int, seed: int) -> int:
+def main(moves: int, cuts: int, seed: int) -> int:
     """Exit status."""
-    netns.need("fio", "ping")
+    netns.need("ssh", "iperf3", "qemu-img", "e2fsck", "gcc")
+    if built.current(IMAGE) is None:
+        from images import builder
+
+        builder.build(str(PARTS / f"{IMAGE}.toml"), None)
     chance = random.Random(seed)
     which = set(chance.sample(range(1, moves + 1), min(cuts, moves)))
-    with (
-        netns.namespaces("a", "b", "c", "s") as (one, two, neighbour, middle),
-        tempfile.TemporaryDirectory(dir="/var/tmp") as name,
-    ):
-        switch([one, two, neighbour], middle)
-        host(one, HOSTS[0])
-        host(two, HOSTS[1])
-        neighbour.ip("addr", "add", "10.77.0.3/24", "dev", "eth0")
-        soak = Soak(Path(name), [one, two], neighbour, seed)
+    folder = Path(tempfile.mkdtemp(prefix="loopvisor-moves-", dir="/var/tmp"))
+    with network(folder) as (hosts, neighbour):
+        soak = Soak(folder, hosts, neighbour, seed)
+        number = 0
         try:
             soak.begin()
+            tell(f"the guest works: {soak.told}")
             for number in range(1, moves + 1):
                 cut = number in which
                 soak.move(number, cut=cut, postcopy="" if cut else ("", "now", "", "auto")[number % 4])
-                sys.stdout.write(f"move {number}: ok\n")
-                sys.stdout.flush()
+                if number % CHECK_MOVES == 0 or number == moves:
+                    soak.got_on()
+                tell(f"move {number}: {soak.told}")
+            soak.finish()
         except Failure as error:
-            sys.stdout.write(f"FAILED, seed {seed}: {error}\n")
+            tell(f"FAILED in move {number}, seed {seed}, kept {folder}: {error}")
             return 1
         finally:
             soak.close()
-    still = sorted(soak.stills or [0.0])
-    short = sorted(soak.switches or [0.0])
+    shutil.rmtree(folder)
+    still, short = sorted(soak.stills or [0.0]), sorted(soak.switches or [0.0])
     middle = statistics.median(short) * 1e3
-    sys.stdout.write(f"post-copy: {len(short)} moves, standstill {middle:.0f} ms, most {short[-1] * 1e3:.0f} ms\n")
-    sys.stdout.write(
-        f"{moves} moves, {soak.failed} of {len(which)} cut ones failed and ran on; standstill median "
-        f"{statistics.median(still) * 1e3:.0f} ms, most {still[-1] * 1e3:.0f} ms; the neighbour's longest wait: median "
-        f"{statistics.median(soak.silences) * 1e3:.0f} ms, most {max(soak.silences) * 1e3:.0f} ms\n"
+    tell(f"post-copy: {len(short)} moves, standstill median {middle:.0f} ms, most {short[-1] * 1e3:.0f} ms")
+    tell(
+        f"{moves} moves, {soak.failed} of {len(which)} cut ones failed and ran on, e2fsck finds nothing; pre-copy: "
+        f"standstill median {statistics.median(still) * 1e3:.0f} ms, most {still[-1] * 1e3:.0f} ms; whole move median "
+        f"{statistics.median(soak.totals or [0.0]):.1f} s; the neighbour's longest wait: median "
+        f"{statistics.median(soak.silences) * 1e3:.0f} ms, most {max(soak.silences) * 1e3:.0f} ms"
     )
     return 0
 
 
+def tell(line: str) -> None:
+    """To whoever watches."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:]] + [20, 0, random.randrange(1 << 32)][len(sys.argv) - 1 :]
-    sys.exit(asyncio.run(main(numbers[0], numbers[1], numbers[2])))
+    sys.exit(main(numbers[0], numbers[1], numbers[2]))
