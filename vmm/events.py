@@ -41,6 +41,8 @@ class Migrating:
     throttle: int
     """Per cent of the time that vCPUs are kept from running."""
     expected_downtime_ms: int
+    downtime_ms: int = 0
+    """How long the machine stood still, once it runs at the other side."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ class How(NamedTuple):
 BOOTED, RESTORED, FROM_SNAPSHOT = How(1, 0), How(3, 2), How(4, 3)
 GUEST_SHUTDOWN = 1
 """virDomainEventShutdownDetailType: the guest did it."""
+STARTED_MIGRATED = 1
+"""virDomainEventStartedDetailType."""
 
 
 class Domain:

@@ -19,8 +19,18 @@ from typing import Any
 
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
-from vmm.libvirt import live
-from vmm.libvirt.domain import BOOTED, ENDS, FAILED, GUEST_SHUTDOWN, Domain, DomainReason, DomainState, How
+from vmm.libvirt import jobs, live
+from vmm.libvirt.domain import (
+    BOOTED,
+    ENDS,
+    FAILED,
+    GUEST_SHUTDOWN,
+    STARTED_MIGRATED,
+    Domain,
+    DomainReason,
+    DomainState,
+    How,
+)
 from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
@@ -299,7 +309,9 @@ class Domains:
         domain.reason = DomainReason.UNKNOWN
         if number is None:
             self._remember(domain)
-            self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, 0)
+            arrives = remembered.get("pid") == status["pid"] and remembered.get("expected") is True
+            domain.extra["arrives"] = arrives  # until received()
+            self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, STARTED_MIGRATED if arrives else 0)
         self._follow(domain, control)
 
     def expect(self, spec: Spec, pid: int) -> None:
@@ -332,6 +344,7 @@ class Domains:
         if domain.live is not None:
             self.set_live(domain, described(spec, domain.live.config))
             await self._replug(domain)
+        domain.extra["arrives"] = False
         domain.reason = DomainReason.FROM_ANOTHER_HOST
         self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 1)
 
@@ -458,7 +471,7 @@ class Domains:
                             await self._refresh(domain)
                         live.job_told(self._events, domain, event)
                     case "migration":
-                        domain.extra.get("migration", {}).update(event)
+                        jobs.told(self._events, domain, event)
                     case "rebooted":
                         await self._replug(domain)
                         self._events.domain(DomainEvent.REBOOT, domain.ref)
@@ -486,6 +499,8 @@ class Domains:
             self._events.lifecycle(domain.ref, LifecycleEvent.SUSPENDED, 0)
         elif state == "running" and domain.state != DomainState.RUNNING:
             domain.state, domain.reason = DomainState.RUNNING, DomainReason.UNPAUSED
+            if domain.extra.get("arrives"):
+                return  # received() tells
             self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 0)
 
     async def _ended(self, domain: Domain, outcome: dict[str, Any] | None) -> None:

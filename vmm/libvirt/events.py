@@ -81,6 +81,7 @@ _DOMAIN_MESSAGES = {
     ),
     DomainEvent.REBOOT: _Message(319, Signature("id:int dom:domain"), 169, Signature("dom:domain")),
     DomainEvent.METADATA_CHANGE: _Message(379, Signature("id:int dom:domain type:int uri:string?")),
+    DomainEvent.MIGRATION_ITERATION: _Message(359, Signature("id:int dom:domain iteration:int")),
     DomainEvent.JOB_COMPLETED: _Message(363, Signature("id:int dom:domain params:param<64>")),
     DomainEvent.DEVICE_REMOVED: _Message(333, Signature("id:int dom:domain alias:string")),
     DomainEvent.DEVICE_ADDED: _Message(354, Signature("id:int dom:domain alias:string")),

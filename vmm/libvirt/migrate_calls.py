@@ -10,23 +10,24 @@ becomes of the client.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vmm.convert import MIB
 from vmm.errors import HostError, VmmError
+from vmm.libvirt import jobs
 from vmm.libvirt.client import Call, Client
-from vmm.libvirt.domain import Domain
+from vmm.libvirt.domain import Domain, DomainState
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.machines import Process, ask, last_words
 from vmm.libvirt.peer import Peer, own_certificates
 from vmm.libvirt.procedures import Procedures
-from vmm.libvirt.spec import Spec
-from vmm.libvirt.wire import DomainRef, Param, string_param, ullong_param
+from vmm.libvirt.spec import Spec, disk_ids
+from vmm.libvirt.wire import DomainRef, Param, string_param
 
 calls = Procedures()
 
@@ -55,8 +56,6 @@ LISTEN_SECONDS = 20.0
 ARRIVE_SECONDS = 60.0
 PERFORM_SECONDS = 24 * 3600.0
 MAX_CONNECTIONS = 16
-JOB_UNBOUNDED, JOB_NONE = 2, 0
-"""virDomainJobType."""
 _ADDRESS = re.compile(r"waiting at (tcp|unix):(.*)")
 
 
@@ -96,8 +95,15 @@ def _params(params: list[Param], flags: int) -> dict[str, Any]:
 async def domain_migrate_begin3_params(
     call: Call, dom: DomainRef, params: list[Param], flags: int
 ) -> tuple[bytes, str]:
-    _params(params, flags)
-    return b"", _begin(call, call.daemon.domains.of(dom), flags)
+    given = _params(params, flags)
+    domain = call.daemon.domains.of(dom)
+    description = _begin(call, domain, flags)
+    wanted = given.get("destination_xml")
+    if isinstance(wanted, str):  # the client gives the target what is returned here
+        if call.daemon.domains.read(wanted).uuid != domain.uuid:
+            raise LibvirtError(Code.INVALID_ARG, f"--xml: describes another domain than '{domain.name}'")
+        description = wanted
+    return _cookie(domain), description
 
 
 def _begin(call: Call, domain: Domain, flags: int) -> str:
@@ -105,9 +111,15 @@ def _begin(call: Call, domain: Domain, flags: int) -> str:
     domain.running_entry()
     if not flags & LIVE:
         raise LibvirtError(Code.OPERATION_UNSUPPORTED, "a machine moves as it runs; add --live")
-    if job_of(domain) is not None:
+    if jobs.job_of(domain) is not None:
         raise LibvirtError(Code.OPERATION_INVALID, "another migration job is already running for domain")
     return domain.xml(call.daemon.emulator)
+
+
+def _cookie(domain: Domain) -> bytes:
+    """What the target is to know of the machine beside what may be changed for it: where its disks' files are here."""
+    config = domain.spec.config
+    return json.dumps({"disks": dict(zip(disk_ids(config), (str(d.path) for d in config.disks), strict=True))}).encode()
 
 
 @calls.change(
@@ -147,7 +159,7 @@ async def _perform(call: Call, domain: Domain, given: dict[str, Any], flags: int
         options["connections"] = max(1, min(int(given.get("parallel.connections", 2)), MAX_CONNECTIONS))
     if flags & TLS:
         options["tls"] = str(own_certificates(call.daemon.settings.tls))
-    job = domain.extra["migration"] = {"begun": time.monotonic()}
+    job = jobs.begin(domain)
     try:
         await ask(entry, "migrate", PERFORM_SECONDS, **options)
     finally:
@@ -158,6 +170,8 @@ async def _to_peer(call: Call, domain: Domain, uri: str, params: list[Param], fl
     """All five steps, with the target's by this daemon's own calls. Raises VmmError; then the machine is here."""
     description = _begin(call, domain, flags)
     flags &= ~PEER2PEER
+    if domain.state == DomainState.PAUSED:
+        flags |= PAUSED
     named = {param.field for param in params}
     told = [*params]
     if "destination_xml" not in named:
@@ -165,7 +179,7 @@ async def _to_peer(call: Call, domain: Domain, uri: str, params: list[Param], fl
     if "destination_name" not in named:
         told.append(string_param("destination_name", domain.name))
     async with await Peer.open(uri, call.daemon.settings.tls) as peer:
-        answer = await peer.call(PREPARE, *PREPARE_FORM, told, b"", flags)
+        answer = await peer.call(PREPARE, *PREPARE_FORM, told, _cookie(domain), flags)
         given = {param.field: param.value[1] for param in params} | {"migrate_uri": answer["uri"]}
         try:
             await _perform(call, domain, given, flags)
@@ -239,6 +253,8 @@ async def domain_migrate_prepare3_params(
         arguments += ["--core", spec.config.core]
     if flags & TLS:
         arguments += ["--tls", str(_tls(call))]
+    for name, path in _elsewhere(cookie, spec).items():
+        arguments += ["--disk", f"{name}={path}"]
     log = call.daemon.store.file("log", f"{spec.name}.log")
     process = Process.start([*call.daemon.settings.launcher, *arguments], log)
     arrival = _arrivals(call)[spec.name] = AwaitedMachine(process, spec, log, call.client)
@@ -252,6 +268,19 @@ async def domain_migrate_prepare3_params(
         port = place.rpartition(":")[2]
         place = f"tcp:{host}:{port}"
     return b"", place
+
+
+def _elsewhere(cookie: bytes, spec: Spec) -> dict[str, str]:
+    """Disks that have another file in the description for this host than at the source. Raises LibvirtError."""
+    if not cookie:
+        return {}
+    try:
+        disks = json.loads(cookie)["disks"]
+        there = {name: disks[name] for name in disk_ids(spec.config) if name in disks}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise LibvirtError(Code.INVALID_ARG, "the source's cookie is not one of vmm daemon's") from error
+    paths = dict(zip(disk_ids(spec.config), (str(disk.path) for disk in spec.config.disks), strict=True))
+    return {name: paths[name] for name, path in there.items() if path != paths[name]}
 
 
 def _where(wanted: object) -> tuple[str, str]:
@@ -313,8 +342,12 @@ async def domain_migrate_finish3_params(
     if flags & PERSIST_DEST and domain.persistent is None:
         text = given.get("persistent_xml")
         domains.define(domains.read(text) if isinstance(text, str) else arrival.spec)
-    if flags & PAUSED and domain.entry is not None:
-        await ask(domain.entry, "pause")
+    if domain.entry is not None:
+        # Clients set the flag for a machine that was paused when it began; one that was paused since, as by virsh
+        # migrate --timeout, runs on here.
+        paused = (await ask(domain.entry, "status")).get("state") == "paused"
+        if paused != bool(flags & PAUSED):
+            await ask(domain.entry, "pause" if flags & PAUSED else "resume")
     return domain.ref, b""
 
 
@@ -353,37 +386,11 @@ async def _arrived(call: Call, arrival: AwaitedMachine) -> Domain:
 # While it moves.
 
 
-def job_of(domain: Domain) -> dict[str, Any] | None:
-    """What the machine told last of its migration; None: it does not move."""
-    job = domain.extra.get("migration")
-    return job if job is not None and not job.get("over") else None
-
-
-def job_numbers(job: dict[str, Any]) -> tuple[int, ...]:
-    """As virDomainJobInfo has them: type, times in ms, bytes of everything, memory and files."""
-    sent, left = int(job.get("sent", 0)), int(job.get("remaining", 0))
-    elapsed = int((time.monotonic() - job["begun"]) * 1000)
-    return (JOB_UNBOUNDED, elapsed, 0, sent + left, sent, left, sent + left, sent, left, 0, 0, 0)
-
-
-def job_params(job: dict[str, Any]) -> list[Param]:
-    """The same by name, with rates."""
-    sent, left = int(job.get("sent", 0)), int(job.get("remaining", 0))
-    values = {
-        "time_elapsed": int((time.monotonic() - job["begun"]) * 1000),
-        "data_total": sent + left, "data_processed": sent, "data_remaining": left,
-        "memory_total": sent + left, "memory_processed": sent, "memory_remaining": left,
-        "memory_bps": int(job.get("rate", 0)), "memory_dirty_rate": int(job.get("dirty_rate", 0)) // 4096,
-        "memory_iteration": int(job.get("rounds", 0)) + 1, "downtime": int(job.get("expected_downtime_ms", 0)),
-    }  # fmt: skip
-    return [ullong_param(name, value) for name, value in values.items()]
-
-
 @calls.change(164, "domain_abort_job", "dom:domain")
 async def domain_abort_job(call: Call, dom: DomainRef) -> None:
     domain = call.daemon.domains.of(dom)
     entry = domain.running_entry()
-    if job_of(domain) is None:
+    if jobs.job_of(domain) is None:
         raise LibvirtError(Code.OPERATION_INVALID, "no job is active on the domain")
     await ask(entry, "migrate-cancel")
 
@@ -392,7 +399,7 @@ async def domain_abort_job(call: Call, dom: DomainRef) -> None:
 async def domain_migrate_start_post_copy(call: Call, dom: DomainRef, flags: int) -> None:
     domain = call.daemon.domains.of(dom)
     entry = domain.running_entry()
-    if job_of(domain) is None:
+    if jobs.job_of(domain) is None:
         raise LibvirtError(Code.OPERATION_INVALID, "domain is not being migrated")
     await ask(entry, "migrate-postcopy")
 
@@ -410,6 +417,6 @@ async def domain_migrate_set_max_speed(call: Call, dom: DomainRef, bandwidth: in
 async def _change(call: Call, dom: DomainRef, **values: float) -> None:
     domain = call.daemon.domains.of(dom)
     entry = domain.running_entry()
-    if job_of(domain) is None:
+    if jobs.job_of(domain) is None:
         raise LibvirtError(Code.OPERATION_INVALID, "domain is not being migrated")
     await ask(entry, "migrate-set", **values)

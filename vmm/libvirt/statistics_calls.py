@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vmm.convert import KIB
-from vmm.libvirt import host, iotune
+from vmm.libvirt import host, iotune, jobs
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import check_flags, listed, spec_for
 from vmm.libvirt.errors import Code, LibvirtError
 from vmm.libvirt.live import balloon_of
-from vmm.libvirt.migrate_calls import JOB_UNBOUNDED, job_numbers, job_of, job_params
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.statistics import (
     KNOWN,
@@ -52,6 +51,7 @@ QUOTAS = ("vcpu_quota", "emulator_quota", "global_quota")
 UNLIMITED = 9007199254740991
 """VIR_DOMAIN_MEMORY_PARAM_UNLIMITED."""
 STATS_BACKING, STATS_NOWAIT, STATS_ENFORCE = 1 << 30, 1 << 29, 1 << 31
+JOB_STATS_COMPLETED, JOB_STATS_KEEP = 1, 2
 STATS_AT_ONCE = 64
 """Machines that are asked beside each other."""
 IO_TUNE = [
@@ -62,8 +62,6 @@ IO_TUNE = [
 ]
 NUMA_STRICT = 0
 """VIR_DOMAIN_NUMATUNE_MEM_STRICT: what libvirt says of domains that are bound to no node."""
-JOB_COMPLETED = 1
-"""VIR_DOMAIN_JOB_STATS_COMPLETED."""
 PERF_EVENTS = (
     "cmt", "mbmt", "mbml", "cpu_cycles", "instructions", "cache_references", "cache_misses", "branch_instructions",
     "branch_misses", "bus_cycles", "stalled_cycles_frontend", "stalled_cycles_backend", "ref_cpu_cycles", "cpu_clock",
@@ -293,17 +291,20 @@ async def domain_get_interface_parameters(
 async def domain_get_job_info(call: Call, dom: DomainRef) -> tuple[int, ...]:
     domain = call.daemon.domains.of(dom)
     domain.running_entry()
-    job = job_of(domain)
-    return (0,) * 12 if job is None else job_numbers(job)
+    job = jobs.job_of(domain)
+    return (0,) * 12 if job is None else jobs.job_numbers(job)
 
 
 @calls.query(298, "domain_get_job_stats", "dom:domain flags:uint", "type:int params:param<64>")
 async def domain_get_job_stats(call: Call, dom: DomainRef, flags: int) -> tuple[int, list[Param]]:
     domain = call.daemon.domains.of(dom)
-    if not flags & JOB_COMPLETED:
+    check_flags(flags, JOB_STATS_COMPLETED | JOB_STATS_KEEP)
+    if flags & JOB_STATS_COMPLETED:
+        job, kind = jobs.completed(domain, keep=bool(flags & JOB_STATS_KEEP)), jobs.JOB_COMPLETED
+    else:
         domain.running_entry()
-    job = job_of(domain)
-    return (0, []) if job is None else (JOB_UNBOUNDED, job_params(job))
+        job, kind = jobs.job_of(domain), jobs.JOB_UNBOUNDED
+    return (jobs.JOB_NONE, []) if job is None else (kind, jobs.job_params(job))
 
 
 @calls.query(263, "domain_get_disk_errors", "dom:domain max:uint flags:uint", "errors:diskerror<256> count:int")

@@ -86,7 +86,7 @@ class Progress:
     remaining: int = 0
     """Bytes of memory that are to be sent yet, as far as is known."""
     rate: int = 0
-    """Bytes of memory a second in the last round."""
+    """Bytes a second in this round, or in the last one."""
     dirty_rate: int = 0
     """Bytes of memory a second that the guest writes."""
     rounds: int = 0
@@ -112,8 +112,9 @@ class Progress:
         expected = int(self.expected_downtime * 1000)
         remaining = self.remaining + self.disk_total - self.disk_sent
         return Migrating(
-            self.phase, self.sent, remaining, self.rate, self.dirty_rate, self.rounds, self.throttle, expected
-        )
+            self.phase, self.sent, remaining, self.rate, self.dirty_rate, self.rounds, self.throttle, expected,
+            int(self.downtime * 1000),
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON, for the control socket."""
@@ -147,6 +148,23 @@ class Pace:
             self.stopped.wait(start - now)
             with self._lock:
                 self.slept += start - now
+
+
+class RoundTiming:
+    """How long a round has taken."""
+
+    def __init__(self, pace: Pace, links: int) -> None:
+        self._pace, self._links = pace, links
+        self._begun, self._slept = time.monotonic(), pace.slept
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._begun, 1e-6)
+
+    @property
+    def unhindered(self) -> float:
+        """Without what the pace made its threads, one for each connection, wait."""
+        return max(self.seconds - (self._pace.slept - self._slept) / self._links, 1e-6)
 
 
 @dataclass(slots=True)
@@ -195,7 +213,18 @@ class Pages:
         self._rooms = [mmap.mmap(-1, DATA_BYTES) for _ in links]
         self._compressors: list[Any] = [None] * len(links)
         self.round = 0
+        self._handled = [0 for _ in links]
         self._interrupted = interrupted
+
+    def begin_round(self) -> None:
+        """Another one."""
+        self.round += 1
+        self._handled = [0 for _ in self._links]
+
+    @property
+    def handled(self) -> int:
+        """Pages of this round that were sent, or found unchanged. *any thread*"""
+        return sum(self._handled)
 
     def pieces(self, bitmaps: Sequence[bytes | bytearray]) -> queue.SimpleQueue[Piece]:
         """A round's work, for all threads."""
@@ -242,6 +271,7 @@ class Pages:
                 sent.pages += data
                 sent.zero += zero
                 sent.unchanged += same
+                self._handled[number] += data + zero + same
                 if not runs:
                     continue
                 self._pace.wait(data * PAGE + runs * 8)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from vmm.migration.link import (
     parse_uri,
 )
 from vmm.migration.postcopy import Serving, pages_of, ranges_at_once, send_missing, split
-from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, Throttle, merge_rest
+from vmm.migration.precopy import Options, Pace, Pages, Planner, Progress, RoundTiming, Throttle, merge_rest
 from vmm.migration.protocol import (
     Accept,
     Ask,
@@ -68,7 +69,7 @@ LOCK_SECONDS = 10.0
 ROUND_SECONDS = 3600.0
 """How long what was sent may take to arrive over a slow link; silence ends it sooner."""
 LOOK_SECONDS = 0.2
-"""How often post-copy tells how far it is."""
+"""How often it is told how far it is."""
 BUILD_SECONDS = 120.0
 """How long the other side may take to build the machine."""
 
@@ -139,10 +140,16 @@ class Outgoing:
         self._machine: Machine = vm.machine
         self._held = False
         self._state_sent = False
+        self._rate = 0.0
+        """Bytes a second that the connections carry while nothing holds them back; 0: not known yet."""
+        self._round_before = 0
+        """What had been sent when the round began."""
         self._task: asyncio.Task[Any] | None = None
         self._cancelled = False
         self._sent_before = 0
         """Bytes, over connections that are no more."""
+        self._tell_round: Callable[[], None] | None = None
+        """While a round goes on: enters in `progress` how far it is."""
         self._page_link: Link | None = None
         self._serving: Serving | None = None
         self._postcopy_wanted = threading.Event()
@@ -196,14 +203,13 @@ class Outgoing:
         vm.migration = self
         self._task = asyncio.current_task()
         begun = time.monotonic()
-        pings = asyncio.create_task(self._ping(), name="migration pings")
+        beside = [asyncio.create_task(each, name="beside a migration") for each in (self._ping(), self._look())]
         try:
             self._running = vm.state is State.RUNNING
             self._phase("connecting")
             await self._offer()
             self._phase("memory")
             await self._send_memory()
-            self._phase("done")
             return progress
         except BaseException as error:
             self._phase("post-copy broken" if self.broken else "failed")
@@ -213,7 +219,8 @@ class Outgoing:
             raise
         finally:
             progress.seconds = time.monotonic() - begun
-            pings.cancel()
+            for task in beside:
+                task.cancel()
             if not self.broken:
                 vm.migration = None
             self._pace.stopped.set()
@@ -222,7 +229,7 @@ class Outgoing:
                 self._page_link = None
             for link in self._links:
                 link.abort()
-            await asyncio.gather(pings, return_exceptions=True)
+            await asyncio.gather(*beside, return_exceptions=True)
             await self._end_serving()
             for link in self._links:
                 await asyncio.to_thread(link.close)
@@ -245,6 +252,8 @@ class Outgoing:
             sent, _, _, self.progress.asked, left = serving.counts
             self.progress.sent += sent
             self.progress.remaining = left * protocol.PAGE
+        elif self._tell_round is not None:
+            self._tell_round()
         self.progress.tell(self.progress.event())
 
     async def _ping(self) -> None:
@@ -254,6 +263,11 @@ class Outgoing:
             for link in self._links:
                 with contextlib.suppress(VmmError):
                     await self._threads.call(link.send_message, Kind.PING)
+
+    async def _look(self) -> None:
+        """So that everybody sees how far it is."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
             self._report()
 
     # The offer.
@@ -397,21 +411,22 @@ class Outgoing:
             fresh = True
             postcopy = False
             while True:
-                size = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
-                progress.remaining = size
-                begun, slept = time.monotonic(), self._pace.slept
+                memory_left = sum(map(_native.count, todo)) * protocol.PAGE
+                size = memory_left + self._storage.remaining
+                timing = RoundTiming(self._pace, len(self._links))
+                self._tell_round = functools.partial(self._in_round, memory_left, timing, planner)
                 await self._round(todo, fresh=fresh)
+                self._tell_round = None
                 fresh = False
                 self._check_standing()
-                seconds = max(time.monotonic() - begun, 1e-6)
-                unhindered = max(seconds - (self._pace.slept - slept) / len(self._links), 1e-6)
+                seconds, unhindered = timing.seconds, timing.unhindered
                 with core_errors():
                     todo = self._and_rest([bitmap for _, bitmap in memory.take_dirty()])
                 self._storage.take()
-                dirty = sum(map(_native.count, todo)) * protocol.PAGE + self._storage.remaining
-                rate = self._measured(unhindered)
-                progress.rate, progress.dirty_rate = int(rate), int(dirty / seconds)
-                progress.remaining = dirty
+                progress.remaining = sum(map(_native.count, todo)) * protocol.PAGE
+                dirty = progress.remaining + self._storage.remaining
+                self._rate = rate = self._measured(unhindered)
+                progress.rate, progress.dirty_rate = int(self._round_bytes / seconds), int(dirty / seconds)
                 progress.expected_downtime = planner.expected_downtime(dirty, rate)
                 self._report()
                 decision = planner.after_round(size, dirty, rate) if self._running else "stop"
@@ -425,7 +440,7 @@ class Outgoing:
                 if decision == "give up":
                     raise StateError(
                         f"does not come to an end: the guest writes {progress.dirty_rate >> 20} MiB/s and the "
-                        f"connection carries {progress.rate >> 20} MiB/s; allow a longer --downtime or more "
+                        f"connection carries {int(rate) >> 20} MiB/s; allow a longer --downtime or more "
                         "--throttle"
                     )
                 throttle.set(planner.throttle)
@@ -433,6 +448,7 @@ class Outgoing:
             self._phase("switching")
             await self._switch(todo, throttle, postcopy=postcopy)
         finally:
+            self._tell_round = None
             await throttle.stop()
             self._storage.stop()
             with contextlib.suppress(Exception):  # it went with the machine
@@ -457,9 +473,19 @@ class Outgoing:
     def _measured(self, seconds: float) -> float:
         """Bytes of memory a second: of the last round if it was large enough to tell, else of the best before."""
         sent = self._round_bytes
-        if sent >= 4 << 20 or not self.progress.rate:
+        if sent >= 4 << 20 or not self._rate:
             return max(sent / seconds, 1 << 20)
-        return self.progress.rate
+        return self._rate
+
+    def _in_round(self, size: int, timing: RoundTiming, planner: Planner) -> None:
+        """Tell how far a round of `size` bytes of memory is."""
+        progress = self.progress
+        progress.remaining = max(size - self._pages.handled * protocol.PAGE, 0)
+        sent = sum(link.sent for link in self._links) - self._round_before
+        progress.rate = int(sent / timing.seconds)
+        progress.expected_downtime = planner.expected_downtime(
+            progress.remaining + self._storage.remaining, self._rate or sent / timing.unhindered
+        )
 
     async def _round(self, bitmaps: Sequence[bytes], *, fresh: bool) -> None:
         """Send these pages and what disks have; until all of it has arrived."""
@@ -469,8 +495,8 @@ class Outgoing:
     async def _send_round(self, bitmaps: Sequence[bytes], *, fresh: bool) -> None:
         """Send these pages and what disks have."""
         pages, progress = self._pages, self.progress
-        pages.round += 1
-        before = sum(link.sent for link in self._links)
+        pages.begin_round()
+        self._round_before = sum(link.sent for link in self._links)
         if self._storage.remaining:
             await self._threads.call(self._storage.send, self._links[0])
         work = pages.pieces(bitmaps)
@@ -482,7 +508,7 @@ class Outgoing:
             progress.unchanged += sent.unchanged
             self._rest += sent.rest
         progress.rounds += 1
-        self._round_bytes = sum(link.sent for link in self._links) - before
+        self._round_bytes = sum(link.sent for link in self._links) - self._round_before
 
     async def _round_done(self) -> None:
         """Until the other side has all of the round."""
@@ -679,7 +705,6 @@ class Outgoing:
                 link = None
                 await self._serve()
             done = True
-            self._phase("done")
             self._gone()
             return self.progress
         except BaseException as error:
@@ -712,6 +737,9 @@ class Outgoing:
         return [bytes(bitmap) for bitmap in bitmaps]
 
     def _gone(self) -> None:
+        """Tell that it is done, before the machine's end ends its events."""
+        self.progress.remaining = 0
+        self._phase("done")
         self.vm.end(Outcome(Reason.MIGRATED, f"to {self._address}"))
 
     async def _go_on_here(self) -> None:
