@@ -1,8 +1,9 @@
 """A machine that moves to another process of this host, by TCP over loopback: how long it takes, how long it stands
 still, how many bytes it takes. Beside it QEMU TCG migrates the same kernel and disk, by turns.
 
-The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure. At last, how
-long the machine stands still when it is handed over before its memory (post-copy).
+The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure. Then, how
+long the machine stands still when it is handed over before its memory (post-copy). At last, how long another machine of
+the same process takes to answer while this one migrates, and while it only runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,8 @@ from tests.support.command import VMM, environment
 
 Row = Mapping[str, object]
 ROUNDS = 3
+ANSWERS = 1000
+BESIDE = 125_000_000
 CASES = {"idle": 0, "writing 50 MB/s": 50, "writing 200 MB/s": 200}
 
 
@@ -64,6 +67,48 @@ async def _ours(folder: Path, rate: int, **options: Any) -> dict[str, float]:
         "rounds": progress.rounds,
         "throttle": progress.throttle,
     }
+
+
+async def _answers(vm: vmm.VirtualMachine, until: Callable[[int], bool]) -> list[float]:
+    """ms that a machine that echoes takes for a byte, again and again."""
+    times: list[float] = []
+    while not until(len(times)):
+        begun = time.perf_counter()
+        await vm.console.write(b"x")
+        await vm.console.expect(b"x", timeout=60)
+        times.append((time.perf_counter() - begun) * 1e3)
+        await asyncio.sleep(0.002)
+    return times
+
+
+def _high(times: list[float]) -> float:
+    """The 99th percentile."""
+    return sorted(times)[len(times) * 99 // 100]
+
+
+async def _beside(folder: Path) -> tuple[list[float], list[float]]:
+    """ms of another machine's answers, before and during a migration at BESIDE bytes a second."""
+    runtime = folder / "run"
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    command = [*VMM, "receive", "tcp:127.0.0.1:0", "--trust", "--name", "there", "--console", "none"]
+    async with (
+        vmm.run("linux", memory="1G", nets=[], core="soft") as vm,
+        vmm.run("echo", core="soft", memory="16M") as other,
+    ):
+        await other.console.expect(rb"Ctrl-D ends\n", timeout=60)
+        await vm.exec("sh", "-c", writing(50), timeout=120)
+        await asyncio.sleep(2)
+        before = await _answers(other, lambda count: count >= ANSWERS)
+        with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
+            try:
+                assert child.stderr is not None
+                where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
+                moving = asyncio.create_task(vm.migrate(where, bandwidth=BESIDE))
+                during = await _answers(other, lambda count: count > 0 and moving.done())
+                await moving
+            finally:
+                child.kill()
+    return before, during
 
 
 def _theirs(folder: Path, rate: int) -> dict[str, float]:
@@ -142,3 +187,12 @@ def rows() -> Iterator[Row]:
                 "goal": 50.0,
                 "note": f"all memory there after {median(each['total'] for each in switched):.0f} ms",
             }
+        before, during = uvloop.run(_beside(folder))
+        yield {"name": "another machine's answer, this one runs: p99", "value": _high(before), "unit": "ms"}
+        yield {
+            "name": "another machine's answer, this one migrates: p99",
+            "value": _high(during),
+            "unit": "ms",
+            "note": f"{_high(during) / _high(before):.2f} × without; medians {median(before):.2f} and "
+            f"{median(during):.2f} ms; {len(during)} answers",
+        }
