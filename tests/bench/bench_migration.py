@@ -1,24 +1,30 @@
 """A machine that moves to another process of this host, by TCP over loopback: how long it takes, how long it stands
 still, how many bytes it takes. Beside it QEMU TCG migrates the same kernel and disk, by turns.
 
-The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure. Then, how
-long the machine stands still when it is handed over before its memory (post-copy). At last, how long another machine of
-the same process takes to answer while this one migrates, and while it only runs.
+The guest has 1 GiB and idles, or writes to memory at a rate. The standstill is each program's own measure, and what a
+neighbour on the guest's network sees (neighbour.py): the longest time without one of the datagrams that a program in
+the guest sends every millisecond, and without an answer to a ping. The guest's own clock would not do, since QEMU's
+stands still with the guest. Then, how long the machine stands still when it is handed over before its memory
+(post-copy). At last, how long another machine of the same process takes to answer while this one migrates, and while it
+only runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import uvloop
 
@@ -30,6 +36,14 @@ Row = Mapping[str, object]
 ROUNDS = 3
 ANSWERS = 1000
 BESIDE = 125_000_000
+MAC = "52:54:00:09:00:02"
+ROWS = {
+    "total": ("total", "ms"),
+    "still": ("still, as each program says", "ms"),
+    "ticks": ("no sign of the guest", "ms"),
+    "pings": ("no answer to a ping", "ms"),
+    "bytes": ("bytes", "MB"),
+}
 CASES = {"idle": 0, "writing 50 MB/s": 50, "writing 200 MB/s": 200}
 
 
@@ -45,27 +59,81 @@ def writing(rate: int) -> str:
     )
 
 
+class Neighbour:
+    """neighbour.py, at a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "network"
+        self.path.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("neighbour.py"), self.path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not self.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def ask(self, what: str) -> dict[str, float]:
+        """The answer to `begin` or `end`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        found: dict[str, float] = json.loads(self._process.stdout.readline())
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def ticking(folder: Path) -> str:
+    """Shell commands that bring the guest's card up and start tick.c; a shell's lines are shorter than 1,000 bytes."""
+    program = folder / "tick"
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-Os", "-static", "-nostdlib", "-ffreestanding", "-fno-asynchronous-unwind-tables",
+         "-fno-stack-protector", "-fcf-protection=none", "-s", "-Wl,--build-id=none,-n,-z,norelro,-z,noseparate-code",
+         "-o", program, Path(__file__).with_name("tick.c")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    text = base64.b64encode(program.read_bytes()).decode()
+    parts = "".join(f"echo {text[at : at + 400]} >>/tick.text\n" for at in range(0, len(text), 400))
+    return (
+        f"ip link set eth0 up; ip addr add 10.9.0.2/24 dev eth0\n{parts}base64 -d /tick.text >/tick; chmod +x /tick\n"
+        "/tick >/dev/null 2>&1 &"
+    )
+
+
 async def _ours(folder: Path, rate: int, **options: Any) -> dict[str, float]:
     """ms and MB of one migration into a process of its own."""
     runtime = folder / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
     command = [*VMM, "receive", "tcp:127.0.0.1:0", "--trust", "--name", "there", "--console", "none"]
-    async with vmm.run("linux", memory="1G", nets=[], core="soft") as vm:
-        await vm.exec("sh", "-c", writing(rate), timeout=120)
-        await asyncio.sleep(2)
-        with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
-            try:
-                assert child.stderr is not None
-                where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
-                progress = await vm.migrate(where, **options)
-            finally:
-                child.kill()
+    neighbour = Neighbour(folder)
+    nets = [f"unix={neighbour.path},mac={MAC}"]
+    with neighbour:
+        async with vmm.run("linux", memory="1G", nets=nets, core="soft") as vm:
+            await vm.exec("sh", "-c", ticking(folder), timeout=120)
+            await vm.exec("sh", "-c", writing(rate), timeout=120)
+            await asyncio.sleep(2)
+            with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
+                try:
+                    assert child.stderr is not None
+                    where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
+                    await asyncio.to_thread(neighbour.ask, "begin")
+                    progress = await vm.migrate(where, **options)
+                    seen = await asyncio.to_thread(neighbour.ask, "end")
+                finally:
+                    child.kill()
     return {
         "total": progress.seconds * 1e3,
         "still": progress.downtime * 1e3,
         "bytes": progress.sent / 1e6,
         "rounds": progress.rounds,
         "throttle": progress.throttle,
+        **seen,
     }
 
 
@@ -116,7 +184,9 @@ def _theirs(folder: Path, rate: int) -> dict[str, float]:
     (folder / "there").mkdir(exist_ok=True)
     (folder / "tty").unlink(missing_ok=True)
     append = "console=ttyS1 root=/dev/vda rw quiet"
-    common = ["-m", "1G", "-append", append]
+    neighbour = Neighbour(folder)
+    common = ["-m", "1G", "-append", append, "-device", f"virtio-net-pci,netdev=n,mac={MAC}", "-netdev"]
+    common += [f"stream,id=n,server=off,addr.type=unix,addr.path={neighbour.path}"]
     machine = _Qemu(folder, *common, "-serial", f"unix:{folder}/tty,server=on,wait=off")
     other = None
     try:
@@ -126,9 +196,10 @@ def _theirs(folder: Path, rate: int) -> dict[str, float]:
             seen = b""
             while b"# " not in seen:
                 seen += tty.recv(4096)
-            tty.sendall(writing(rate).encode() + b"\n")
+            tty.sendall(ticking(folder).encode() + b"\n" + writing(rate).encode() + b"\n")
             time.sleep(4)
         other = _Qemu(folder / "there", *common, "-serial", "null", "-incoming", "tcp:127.0.0.1:4999")
+        neighbour.ask("begin")
         machine.ask("migrate-set-parameters", **{"downtime-limit": 300, "max-bandwidth": 100 << 30})
         capabilities = [{"capability": "auto-converge", "state": True}]
         machine.ask("migrate-set-capabilities", capabilities=capabilities)
@@ -138,12 +209,16 @@ def _theirs(folder: Path, rate: int) -> dict[str, float]:
             if time.monotonic() > deadline:
                 return {}
             time.sleep(0.005)
+        if status["status"] != "completed":
+            return {}
         return {
+            **neighbour.ask("end"),
             "total": float(status.get("total-time", 0)),
             "still": float(status.get("downtime", 0)),
             "bytes": status.get("ram", {}).get("transferred", 0) / 1e6,
         }
     finally:
+        neighbour.__exit__()
         for each in (machine, other):
             if each is not None:
                 each.close()
@@ -162,9 +237,9 @@ def rows() -> Iterator[Row]:
                     with suppress(OSError, ValueError):
                         theirs.append(_theirs(folder, rate))
             theirs = [each for each in theirs if each]
-            for what, unit in (("total", "ms"), ("still", "ms"), ("bytes", "MB")):
+            for what, (text, unit) in ROWS.items():
                 mine = median(each[what] for each in ours)
-                yield {"name": f"1 GiB, {case}: {what}", "value": mine, "unit": unit}
+                yield {"name": f"1 GiB, {case}: {text}", "value": mine, "unit": unit}
                 if not theirs:
                     note = "it did not end within two minutes" if qemu else "qemu-system-x86_64 is not installed"
                     yield {"name": "beside QEMU TCG", "value": None, "unit": "×", "note": note}
