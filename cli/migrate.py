@@ -176,7 +176,7 @@ async def _receive(
     signals: list[signal.Signals],
 ) -> Outcome | None:
     from cli.foreground import _tell_warnings
-    from vmm.migration.target import Receiver
+    from vmm.migration.target import Receiver, preload
 
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -197,6 +197,7 @@ async def _receive(
         try:
             for number in signals:
                 loop.add_signal_handler(number, end, number)
+            preload()  # now, while no guest waits for it
             say(f"waiting at {receiver.uri}")
             vm = await receiver.arrive()
             helpers.append(asyncio.create_task(_tell_warnings(vm.events(), vm.config.name), name="warnings"))

@@ -218,10 +218,13 @@ def test_plans() -> None:
     """It stands still when what is left fits the goal; slows a guest down that writes as fast as the link, to a limit;
     gives up at last."""
     megabyte = 1_000_000
-    assert decisions(Options(downtime=0.3), (1000 * megabyte, 20 * megabyte)) == ["stop"]
-    assert decisions(Options(downtime=0.3), (1000 * megabyte, 200 * megabyte), (200 * megabyte, 20 * megabyte)) == [
-        "again", "stop",
-    ]  # fmt: skip
+    goal = Options(downtime=0.3)
+    assert decisions(goal, (1000 * megabyte, megabyte // 2)) == ["stop"]
+    assert decisions(goal, (1000 * megabyte, 200 * megabyte), (200 * megabyte, megabyte)) == ["again", "stop"]
+    # The goal is met, and another round makes it shorter still: as long as each leaves less than half.
+    assert decisions(goal, (1000 * megabyte, 20 * megabyte), (20 * megabyte, 11 * megabyte)) == ["again", "stop"]
+    halves = [(24 * megabyte >> n, 12 * megabyte >> n) for n in range(4)]
+    assert decisions(goal, *halves) == ["again"] * 3 + ["stop"]
     fast = [(1000 * megabyte, 990 * megabyte)] * 20
     found = decisions(Options(downtime=0.1, throttle=60), *fast)
     assert found[0] == "again" and found[1:4] == ["slower"] * 3 and "give up" in found[4:]

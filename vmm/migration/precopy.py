@@ -33,6 +33,8 @@ MAX_THROTTLE = 90
 """Per cent of the time that vCPUs are kept from running at most, unless asked for otherwise."""
 STEP = 20
 MAX_ROUNDS = 40
+MAX_POLISH, WORTH_SECONDS = 3, 0.01
+"""Rounds beyond those that the goal takes, and what one has to send at least, in seconds of the connection."""
 OVERHEAD_SECONDS = 0.01
 """What standing still takes beside the pages: state, locks and answers. A first guess; the round trip is added."""
 THROTTLE_PERIOD = 0.05
@@ -159,6 +161,7 @@ class RoundTiming:
 
     @property
     def seconds(self) -> float:
+        """From its begin until now."""
         return max(time.monotonic() - self._begun, 1e-6)
 
     @property
@@ -315,6 +318,7 @@ class Planner:
         self._overhead = min(OVERHEAD_SECONDS + 3 * round_trip, options.downtime / 2)
         self._rounds = 0
         self._stuck = 0
+        self._polish = 0
         self.throttle = 0
 
     def expected_downtime(self, remaining: int, rate: float) -> float:
@@ -327,6 +331,10 @@ class Planner:
         self._rounds += 1
         goal = self._options.downtime
         if self.expected_downtime(remaining, rate) <= goal:
+            # Another round is cheap while each leaves less than half, and the machine stands still for the less.
+            if self._polish < MAX_POLISH and remaining <= sent // 2 and remaining > rate * WORTH_SECONDS:
+                self._polish += 1
+                return "again"
             return "stop"
         if self._options.postcopy == "auto" and (remaining > sent // 2 or self._rounds > MAX_ROUNDS // 4):
             return "post-copy"  # the next round would hardly be shorter
