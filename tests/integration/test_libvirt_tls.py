@@ -111,6 +111,36 @@ def test_who_has_none_is_out(daemon: DaemonProcess, certificates: Path, who: str
     assert data in (b"", b"\0")
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize(
+    ("options", "served"),
+    [
+        (["-cert", "clientcert.pem", "-key", "clientkey.pem"], True),
+        (["-cert", "clientcert.pem", "-key", "clientkey.pem", "-tls1_2"], True),
+        ([], False),
+        (["-tls1_2"], False),
+        (["-cert", "clientcert.pem", "-key", "clientkey.pem", "-tls1_1", "-cipher", "ALL:@SECLEVEL=0"], False),
+    ],
+)
+def test_openssl_s_client(daemon: DaemonProcess, certificates: Path, options: list[str], *, served: bool) -> None:
+    """It believes any server: with Alice's certificate it is answered, without one or with an old protocol cut off."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{daemon.port()}", "-quiet", *options]
+    with subprocess.Popen(
+        command, cwd=certificates / "clients" / "alice", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as client:  # fmt: skip
+        assert client.stdin is not None and client.stdout is not None
+        try:
+            client.stdin.write(AUTH_LIST)
+            client.stdin.flush()
+        except BrokenPipeError:
+            assert not served
+        # A byte that says that the certificate will do, and a reply of a header and two numbers.
+        data = client.stdout.read(37 if served else -1)
+        client.kill()
+    assert (len(data) == 37) if served else data == b"", data
+
+
 def test_revocation_by_sighup_keeps_who_is_connected(daemon: DaemonProcess, certificates: Path) -> None:
     context = ssl.create_default_context(cafile=str(certificates / "cacert.pem"))
     bob = certificates / "clients" / "bob"
