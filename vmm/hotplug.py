@@ -228,7 +228,7 @@ class Hotplug:
                 raise
         finally:
             self._coming.discard(name)
-        self._vm.tell_event(Attached(name, kind, slot))
+        self._vm.report(Attached(name, kind, slot))
         note = await self._mount(name, part, timeout) if isinstance(part, Share) else ""
         return Attachment(name, slot, await self._driven(virtio, name, 0 if note else timeout), note)
 
@@ -360,7 +360,7 @@ class Hotplug:
                 return "guest"
             if not force:
                 registers.withdraw(slot)
-                self._vm.tell_event(DetachRefused(name, refusal))
+                self._vm.report(DetachRefused(name, refusal))
                 raise StateError(f"{name}: the guest does not give it up: {refusal}; --force pulls it")
             await self._pull(name, virtio, registers)
             return "force"
@@ -442,7 +442,7 @@ class Hotplug:
                 finally:
                     await device.aclose()
         finally:
-            self._vm.tell_event(Detached(name, by))
+            self._vm.report(Detached(name, by))
 
     # The guest.
 

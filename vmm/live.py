@@ -79,7 +79,7 @@ class DiskJob:
 
     def _tell(self) -> None:
         self._told = time.monotonic()
-        self._vm.tell_event(DiskJobChanged(self.disk, self.kind, self.state, self.done, self.total, self.detail))
+        self._vm.report(DiskJobChanged(self.disk, self.kind, self.state, self.done, self.total, self.detail))
 
     @property
     def active(self) -> bool:

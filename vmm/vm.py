@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from vmm.state.manifest import Manifest
 
 TOUCHED_SECONDS = 2.0
-"""For so long a restored machine is watched, to learn which pages it uses first."""
+"""Seconds after a restore, at whose end the pages that the machine has used are recorded."""
 STOP_SECONDS = 30.0
 """How long a guest may take to power off before `stop` ends it."""
 KILLED = Outcome(Reason.KILLED)
@@ -66,7 +66,7 @@ class Obstacle:
         self._clear = clear
 
     async def clear(self) -> None:
-        """Raises StateError if nothing can be done; what the way raises."""
+        """Raises StateError if nothing can clear it, and whatever the attempt raises."""
         if self._clear is None:
             raise StateError(self.text)
         await self._clear()
@@ -134,9 +134,9 @@ class VirtualMachine:
         self.obstacle: Obstacle | None = None
         """Why a paused machine cannot just run on."""
         self.migration: Outgoing | None = None
-        """The one under way."""
+        """The migration to another host that is under way; None: there is none."""
         self.fetching: Fetching | None = None
-        """It came by post-copy, and parts of its memory are on their way."""
+        """Fetches the memory that is still on another host, after a migration by post-copy; None: all of it is here."""
         if saved is not None and isinstance(saved.origin, Arrival):
             self.obstacle = Obstacle("the machine has not arrived yet")
         self._disk_jobs: DiskJobs | None = None
@@ -215,8 +215,8 @@ class VirtualMachine:
         return self._outcome
 
     async def take_up(self) -> None:
-        """resume(), after what stands in its way is done: a machine that is left over from a migration takes its disks.
-        Raises StateError, ConfigError, HostError; then it stays paused."""
+        """Clear the obstacle, if there is one, and resume(): a machine that is left over from a migration takes its
+        disks first. Raises StateError, ConfigError, HostError; then it stays paused."""
         if self.obstacle is not None:
             await self.obstacle.clear()
             self.obstacle = None
@@ -241,7 +241,7 @@ class VirtualMachine:
                 self._after_restore.append(asyncio.create_task(watching, name="touched pages"))
 
     def halt_for(self, obstacle: Obstacle) -> None:
-        """Pause, for what the obstacle says, and do not wait until every vCPU is parked."""
+        """Pause because of this obstacle, without waiting until every vCPU is parked."""
         self.obstacle = obstacle
         if self.state is State.RUNNING:
             self._change(Change.PAUSE)
@@ -465,10 +465,6 @@ class VirtualMachine:
         """A network card is this from now on: its part of the present configuration."""
         self._hotplug.net_changed(name, part)
 
-    def tell_event(self, event: Event) -> None:
-        """Tell whoever follows the machine's events."""
-        self._tell(event)
-
     # Programs in the guest, for images that run the agent.
 
     @property
@@ -584,7 +580,7 @@ class VirtualMachine:
         self._warn(text)
 
     def report(self, event: Event) -> None:
-        """Tell it to whoever follows the machine's events."""
+        """Tell an event to whoever follows the machine's events."""
         self._tell(event)
 
     def virtio_devices(self) -> Mapping[str, Device]:
@@ -695,7 +691,7 @@ class VirtualMachine:
                 self._warn(f"the guest has not heard that it is a copy: {error}")
 
     async def _watch_pages(self, touched: Touched) -> None:
-        """Map what such a machine used first, or find out what that is."""
+        """Map the pages that such machines use first. If they are not known yet, find them out and record them."""
         memory = self.machine.memory
         with suppress(VmmError, ValueError):  # it ended meanwhile, and its memory with it
             if touched.pages is not None:
@@ -778,8 +774,8 @@ class VirtualMachine:
         await service.start()
 
     def _finish(self, outcome: Outcome) -> None:
-        """The machine is to end this way; the first caller decides, except that a reset which only restarts it gives
-        way. The supervisor does the rest."""
+        """The machine is to end with this outcome. The first call decides; only a reset that would start the machine
+        again is overruled by a later call. The supervisor does the rest."""
         if self._reboot_asked and outcome.reason is Reason.SHUTDOWN:
             self._reset_asked = True
             outcome = Outcome(Reason.RESET, "the guest powered off to be started again")
@@ -840,11 +836,11 @@ class VirtualMachine:
                 self._timer.cancel()
             for task in self._after_restore:
                 task.cancel()
-            if self._making is not None:  # and nobody took it
+            if self._making is not None:  # no Machine took it over
                 self._making.close_core()
                 self._making.close_memory()
             if machine is not None:
-                machine.begin_close()  # the rest goes on meanwhile
+                machine.begin_close()  # a thread closes the core while the components close
                 await machine.close_components()
             if self._disk_jobs is not None:
                 await self._disk_jobs.aclose()

@@ -95,7 +95,7 @@ class Machine:
         making: Making | None = None,
         origin: Origin = BOOT,
     ) -> None:
-        """`making`: its hardware, if that was begun before; it closes it in any case."""
+        """`making`: its hardware, if that was begun before; the machine closes it in any case."""
         self.resources = resources
         self.config = resources.config
         self.system = system = resources.system

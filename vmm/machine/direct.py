@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def obstacle(config: Config, system: System) -> str:
-    """Why this machine cannot, whatever the host; empty if it can."""
+    """Why this machine cannot run guest programs natively on any host; empty if it can."""
     if system.name != "soft":
         return f"the core {system.name} has no need of it"
     if config.clock == "virtual":
@@ -30,7 +30,8 @@ def obstacle(config: Config, system: System) -> str:
 
 
 def runs_directly(config: Config, system: System) -> bool:
-    """What `direct` of the configuration comes to. ConfigError or HostError if it says "on" and that cannot be."""
+    """Whether guest programs run natively, by the configuration and what this host can. ConfigError or HostError if the
+    configuration says "on" and that is not possible."""
     if config.direct == "off":
         return False
     reason = obstacle(config, system)
@@ -55,7 +56,7 @@ def host_support() -> dict[str, Any]:
 
 
 def start_direct(vm: Vm, memory: GuestMemory, *, always: bool) -> None:
-    """Memory is shared and in its slots. Raises HostError, CpuError."""
+    """Begin direct execution. The memory is shared, and in its slots. Raises HostError, CpuError."""
     from cpu.direct import disable, enable
 
     regions = dict(memory.regions())

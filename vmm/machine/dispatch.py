@@ -59,21 +59,22 @@ class Dispatcher:
         self._holds = {"pause"}
         self._held: dict[int, Entry] = dict.fromkeys(range(len(self._vcpus)), RESUME)
         self._since: dict[int, float] = {}
-        """When a vCPU of _held was parked, time.monotonic(); a fresh one has nothing to miss."""
+        """time.monotonic() when each vCPU of _held was parked. One that has not run is not here: it missed nothing."""
         self._stalls: dict[object, int] = {}
-        """vCPUs that `stall` keeps, by stall."""
+        """The vCPU that each stall keeps parked."""
         self._asking: int | None = None
         """The vCPU whose exit is being handled."""
         self._barred: set[int] = set()
         """vCPUs that are not to run although nobody holds the machine; see `allow`."""
         self._leaving: set[int] = set()
-        """Those of them that are not parked yet."""
+        """Barred vCPUs that are not parked yet."""
         self.halted: set[int] = set()
         """vCPUs that halted with interrupts off; they never run again."""
         self._waiters: list[asyncio.Future[None]] = []
         self.ended = False
         self.on_debug: Callable[[int, Debug], None] | None = None
-        """A debugger's: called with what a vCPU parked for, which runs on unless it is held then."""
+        """Set by a debugger. Called with a vCPU's index and what it parked for. The vCPU runs on unless the callback
+        holds the machine."""
         board.stall = self.stall
 
     @property
@@ -82,7 +83,7 @@ class Dispatcher:
         return len(self._held) + len(self.halted) == len(self._vcpus)
 
     def restore_halted(self, index: int) -> None:
-        """A fresh vCPU is one that halted for good."""
+        """In the saved machine this vCPU, which has not run yet, had halted for good."""
         self.halted.add(index)
         self._held.pop(index, None)
 

@@ -1,4 +1,4 @@
-"""Says that the host's KVM gives up so many of a guest's instructions that the machine is slow by it. Loop thread."""
+"""Warns when the host's KVM gives up so many of a guest's instructions that the machine is slow. Loop thread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cpu.contract import Vm
 
 INTERVAL_S = 1.0
 LIMIT = 500
-"""Instructions a second, above which it is said: at 0.3 ms each, a seventh of a processor's time."""
+"""Instructions a second above which it warns. Each takes 0.3 ms, so that these are a seventh of a processor's time."""
 QUIET_S = 300.0
-"""Between two lines."""
+"""Seconds between two warnings, at least."""
 
 
 class FinishWatch:

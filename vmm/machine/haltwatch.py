@@ -14,7 +14,7 @@ from vmm.lifecycle import Outcome, Reason
 from vmm.machine.dispatch import Dispatcher
 
 FIRST_SECONDS, LAST_SECONDS = 0.5, 4.0
-"""Between two looks: after something happened, and at most while nothing does."""
+"""Seconds between two looks: after something happened, and at most, when nothing happens for long."""
 INTERRUPTS = 1 << 9
 """RFLAGS.IF"""
 OWN = {"exit.interrupted", "sleeps"}

@@ -22,7 +22,7 @@ from vmm.machine.origin import BOOT, Arrival, Origin, Restore
 
 
 class Hardware:
-    """Made in one thread; then it belongs to the loop's. Whoever has it closes `vm`, then `memory`."""
+    """Made in one thread; from then on the loop's thread owns it. Whoever has it closes `vm`, then `memory`."""
 
     def __init__(self, memory: GuestMemory, vm: Vm, vcpus: list[Vcpu], epoch_ns: int) -> None:
         self.memory = memory
@@ -154,7 +154,7 @@ class HeadStart:
         return making
 
     def close(self) -> None:
-        """Unless it was taken. Idempotent."""
+        """Give it all back, unless it was taken. Idempotent."""
         if self.making is not None:
             making = self.take()
             making.close_core()

@@ -36,10 +36,10 @@ MAX_COPIES = 1000
 
 @dataclass(slots=True)
 class Frozen:
-    """A machine at one moment, as often as wanted. Close it when every copy has been built."""
+    """A machine at one moment, from which any number of copies can be built. Close it when all are built."""
 
     name: str
-    """The original's."""
+    """The original's name."""
     state: dict[str, Any]
     console: dict[str, Any]
     size: int
@@ -49,13 +49,13 @@ class Frozen:
     addresses: tuple[bytes, ...]
     """MAC addresses of the original's cards."""
     config: Config
-    """The original's, as it was at that moment."""
+    """The original's configuration, as it was at that moment."""
     stood_still_ns: int = 0
     _files: list[int] = field(default_factory=list)
 
     def saved(self, identity: Identity | None, seed: int | None = None) -> Saved:
-        """What a copy goes on from, by chance of another `seed` if one is given. Its clock shows the host's time,
-        unless time is virtual."""
+        """What a copy goes on from. With a `seed` it draws other random numbers than the original. Its clock shows the
+        host's time, unless time is virtual."""
         fields = self.state["fields"]
         epoch = int(fields["epoch_ns"])
         if fields["clock"] == "real":

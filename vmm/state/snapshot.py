@@ -209,8 +209,8 @@ class Snapshot:
         return {"path": Path(entry.files[0].path)} if entry.files else {}
 
     def check_files(self, *, trusted: bool) -> None:
-        """The files of this host that it needs are as they were; unless it was made here, only with `trusted` are they
-        opened. Raises StateError."""
+        """Check that the files of this host that it needs are as they were. A snapshot that was not made here may name
+        such files only with `trusted`. Raises StateError."""
         outside = [identity for entry in self.manifest.disks.values() for identity in entry.files]
         if outside and not (trusted or self.made_here):
             raise StateError(

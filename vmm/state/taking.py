@@ -58,7 +58,7 @@ class SnapshotProgress:
     """How far a snapshot has come, and what it took."""
 
     pages: int = 0
-    """Of RAM."""
+    """Pages of RAM."""
     written: int = 0
     """Bytes written to the memory file."""
     rounds: int = 0
@@ -162,7 +162,7 @@ class _Taking:
                 if not stop:
                     await standing.aclose()
         finally:
-            with contextlib.suppress(Exception):  # it went with the machine
+            with contextlib.suppress(Exception):  # the log went with the machine
                 self._memory.stop_dirty_log()
         await in_thread(self._write_kept, last, kept)
         return self
@@ -189,7 +189,7 @@ class _Taking:
                 bases.close()
 
     async def _rounds(self) -> list[bytes]:
-        """Copy what was written meanwhile until little is left; what that is."""
+        """Copy what was written meanwhile, round by round, until little is left. Returns bitmaps of what is left."""
         before = 1 << 62
         while True:
             self._vm.check_standing(self._machine)

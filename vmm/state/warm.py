@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KEEP = 8
 """Warm machines that are kept; the one used longest ago goes first."""
 OF_ONE_RUN = ("name", "console", "timeout", "uuid", "entrypoint", "command", "env", "user", "workdir")
-"""Fields of the configuration that a restored machine may have otherwise."""
+"""Fields of the configuration that concern one run alone. A kept machine takes them from each run."""
 
 
 def check(config: Config) -> None:
@@ -65,7 +65,7 @@ def _files(config: Config) -> list[Any]:
 
 
 def _program() -> list[Any]:
-    """Another program may have other devices, or another core."""
+    """What tells this version of the program from others, which may have other devices or another core."""
     import cpu._core
     import virtio._ring
     from vmm import __version__, _native
@@ -111,7 +111,7 @@ def find(config: Config) -> tuple[Snapshot | None, str]:
 
 
 def is_there(path: Path) -> bool:
-    """A snapshot stands there. It is marked as used now."""
+    """Whether a snapshot stands there. If so, it is marked as used now."""
     if not (path / MANIFEST).exists():
         return False
     with suppress(OSError):
@@ -121,7 +121,8 @@ def is_there(path: Path) -> bool:
 
 @contextmanager
 def making(path: Path) -> Iterator[bool]:
-    """Whether we are the one who makes it; another process may be at it. Old ones are removed afterwards."""
+    """Yields whether the caller is to make the snapshot: it is not there, and no other process is making it. Snapshots
+    beyond KEEP are removed afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = os.open(path.parent / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
