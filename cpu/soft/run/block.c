@@ -23,7 +23,7 @@ enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS
 enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
 enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back at every sleep */
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
-enum { SHARERS_MANY = 20, PARTS_MOST = 48 }; /* so many VMs or more have one PARTS_MOSTth each */
+enum { SHARERS_MANY = 20, PARTS_MOST = 42 }; /* so many VMs or more have one PARTS_MOSTth each */
 enum { RESTERS_MAX = 32 }; /* with more VMs at rest a part is no smaller than with so many */
 #ifndef SOFT_HOT
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
