@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
+#include <stdio.h>
 #include <unistd.h>
 
 enum {
@@ -55,6 +56,8 @@ static int engine_start(struct lv_engine *engine)
     pthread_attr_destroy(&attr);
     if (error)
         return -error;
+    if (!engine->vm->shared_engine) /* so that the host's means can tell which thread is which vCPU */
+        snprintf(name, sizeof name, "vcpu%u", engine->vcpus[0]->index);
     pthread_setname_np(engine->thread, name);
     engine->started = true;
     return 0;

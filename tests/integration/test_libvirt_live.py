@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -287,6 +288,18 @@ def test_a_disk_is_resized_copied_and_committed(linux: Linux) -> None:
     linux.virsh("blockcopy", "d", "vdb", str(shallow), "--shallow", "--wait", "--pivot")
     assert linux.sh("sha256sum </dev/vdb") == total and shallow.stat().st_blocks * 512 < 4 << 20
     linux.virsh("detach-disk", "d", "vdb", "--live")
+
+
+def test_the_monitor_tells_what_disks_and_memory_are(linux: Linux) -> None:
+    def ask(command: str) -> Any:
+        return json.loads(linux.virsh("qemu-monitor-command", "d", json.dumps({"execute": command})))["return"]
+
+    block, counted = ask("query-block")[0], ask("query-blockstats")[0]
+    assert block["inserted"]["file"] == str(linux.path / "root.img") and block["inserted"]["drv"] == "raw"
+    assert block["inserted"]["image"]["virtual-size"] == (linux.path / "root.img").stat().st_size
+    assert counted["device"] == block["device"] and counted["stats"]["rd_bytes"] > 0
+    assert ask("query-balloon")["actual"] == 256 << 20
+    assert 'discard="unmap"' in linux.virsh("dumpxml", "d").replace("'", '"')
 
 
 def test_a_share_is_a_filesystem(linux: Linux) -> None:

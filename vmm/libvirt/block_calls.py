@@ -11,7 +11,7 @@ from vmm.libvirt.client import Call
 from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, check_flags, wants
 from vmm.libvirt.errors import Code, LibvirtError
-from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE
+from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, REFUSED_BANDWIDTH
 from vmm.libvirt.machines import ask
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import disk_ids
@@ -230,6 +230,10 @@ async def domain_set_interface_parameters(
     counters = (await devices(domain))["nets"] if domain.active else []
     index = find_interface(domain, device, counters)
     ignored = ("inbound.peak", "outbound.peak", "inbound.floor")
+    for param in params:
+        why = REFUSED_BANDWIDTH.get(param.field.rpartition(".")[2])
+        if why is not None and param.value[1]:
+            raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"{param.field}: {why}")
     limits = {name: value * KIB for name, value in _numbers(params, BANDWIDTH, ignored).items()}
     await _limit(call, domain, flags, "nets", index, limits)
 

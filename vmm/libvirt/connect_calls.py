@@ -193,7 +193,12 @@ async def node_get_cpu_map(call: Call, need_map: int, need_online: int, flags: i
 
 @calls.query(203, "connect_get_sysinfo", "flags:uint", "sysinfo:string")
 async def connect_get_sysinfo(call: Call, flags: int) -> str:
-    raise unsupported("Host SMBIOS information is not available")
+    if flags:
+        raise LibvirtError(Code.INVALID_ARG, f"unsupported flags (0x{flags:x})")
+    told = host.system_information()
+    if told is None:
+        raise unsupported("this host tells nothing of its firmware and boards (no /sys/class/dmi/id)")
+    return told
 
 
 @calls.query(312, "connect_get_cpu_model_names", "arch:string need:int flags:uint", "models:string<8192> count:int")

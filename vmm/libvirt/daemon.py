@@ -35,6 +35,7 @@ from vmm.libvirt import (
     hostdevice_calls,
     migrate_calls,
     network_calls,
+    pinning_calls,
     rpc,
     snapshot_calls,
     statistics_calls,
@@ -72,6 +73,7 @@ CLOSED_EVENT, CLOSED_MESSAGE = 362, Signature("reason:int")
 MODULES = (
     connect_calls,
     domain_calls,
+    pinning_calls,
     dump_calls,
     device_calls,
     block_calls,
@@ -290,6 +292,7 @@ class Daemon:
             await asyncio.sleep(SCAN_SECONDS)
             try:
                 await self.domains.scan()
+                self.domains.keep_pinned()
             except VmmError as error:
                 log.warning("machines: %s", error)
 

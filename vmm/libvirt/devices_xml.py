@@ -10,7 +10,7 @@ from typing import Any
 
 from vmm.convert import KIB
 from vmm.libvirt.defaults_xml import OLD_BUSES, OLD_CARDS, is_default, no_display, take
-from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE
+from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, REFUSED_BANDWIDTH
 from vmm.libvirt.spec import DiskName, NetName, disk_name, tap_name
 from vmm.libvirt.xmltree import Reader, malformed, unsupported
 from vmm.network.bridge import NAME as INTERFACE
@@ -138,7 +138,8 @@ def _disk(item: Reader, found: DeviceList) -> None:
             values["queues"] = queues
         if driver.choice("packed", ("on", "off")) == "on":
             values["packed"] = True
-        driver.choice("discard", ("ignore",))
+        if driver.attribute("discard", "unmap") != "unmap":
+            raise unsupported(f"{where}: what the guest discards is always given back to the host; discard is 'unmap'")
         driver.choice("detect_zeroes", ("off",))
         driver.choice("error_policy", ("report",))
     else:
@@ -241,6 +242,9 @@ def _bandwidth(item: Reader, values: dict[str, Any]) -> None:
     """Limits; libvirt's inbound is what the guest receives, in KiB."""
     for way in ("inbound", "outbound"):
         if limit := item.child(way):
+            for name, why in REFUSED_BANDWIDTH.items():
+                if limit.attribute(name) not in (None, "0"):
+                    raise unsupported(f"<bandwidth/{way} {name}>: {why}")
             for name in ("average", "burst"):
                 given = limit.attribute(name)
                 if given is not None and not re.fullmatch(r"[0-9]{1,10}", given):

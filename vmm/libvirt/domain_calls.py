@@ -12,7 +12,7 @@ from vmm.libvirt.errors import Code, From, LibvirtError, not_running
 from vmm.libvirt.machines import ask
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import Spec
-from vmm.libvirt.wire import DomainRef, VcpuInfo
+from vmm.libvirt.wire import DomainRef
 
 calls = Procedures()
 
@@ -365,42 +365,6 @@ async def domain_get_vcpus_flags(call: Call, dom: DomainRef, flags: int) -> int:
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG | VCPU_MAXIMUM)
     config = spec_for(call, call.daemon.domains.of(dom), flags & 3).config
     return config.most_cpus if flags & VCPU_MAXIMUM else config.cpus
-
-
-@calls.query(20, "domain_get_vcpus", "dom:domain maxinfo:int maplen:int", "info:vcpuinfo<16384> maps:opaque<8388608>")
-async def domain_get_vcpus(call: Call, dom: DomainRef, maxinfo: int, maplen: int) -> tuple[list[VcpuInfo], bytes]:
-    domain = call.daemon.domains.of(dom)
-    domain.running_entry()
-    count = min(at_least_zero(maxinfo), domain.spec.config.cpus)
-    # One thread may run several vCPUs, so the process' time is theirs in equal parts.
-    share = sum(host.process_times(domain.pid)) // domain.spec.config.cpus
-    infos = [VcpuInfo(number, 1, share, -1) for number in range(count)]
-    return infos, _all_cpus(maplen) * count
-
-
-@calls.query(
-    230, "domain_get_vcpu_pin_info", "dom:domain count:int maplen:int flags:uint", "maps:opaque<8388608> count:int"
-)
-async def domain_get_vcpu_pin_info(
-    call: Call, dom: DomainRef, count: int, maplen: int, flags: int
-) -> tuple[bytes, int]:
-    domain = call.daemon.domains.of(dom)
-    wanted = min(at_least_zero(count), spec_for(call, domain, flags & 3).config.cpus)
-    return _all_cpus(maplen) * wanted, wanted
-
-
-@calls.query(280, "domain_get_emulator_pin_info", "dom:domain maplen:int flags:uint", "maps:opaque<2048> count:int")
-async def domain_get_emulator_pin_info(call: Call, dom: DomainRef, maplen: int, flags: int) -> tuple[bytes, int]:
-    spec_for(call, call.daemon.domains.of(dom), flags & 3)
-    return _all_cpus(maplen), 1
-
-
-def _all_cpus(length: int) -> bytes:
-    from vmm.libvirt.connect_calls import cpu_map
-
-    if not 0 <= length <= 2048:
-        raise LibvirtError(Code.INVALID_ARG, f"a map of {length} bytes")
-    return cpu_map([cpu.number for cpu in host.processors()])[:length].ljust(length, b"\0")
 
 
 @calls.change(32, "domain_set_vcpus", "dom:domain count:uint")

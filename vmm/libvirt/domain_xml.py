@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from vmm.config import PAGE, Config
+from vmm.libvirt.cpusets import cpu_set
 from vmm.libvirt.devices_xml import DeviceList, read_devices
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.extras import read_extras
-from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, Spec
+from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, EMULATOR, Pins, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
 
 UNITS = {
@@ -74,6 +75,7 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
     if "shares" in extras:
         extras["shares"] = [*found.shares, *extras["shares"]]
     values |= extras
+    pins = _pins(root, values.get("max_cpus") or values["cpus"])
     title, description = _text(root, "title"), _text(root, "description", strip=False)
     if "\n" in title:
         raise malformed("<title> takes no line break")
@@ -87,6 +89,7 @@ def read_domain(text: str, channels: Callable[[str, str], Path]) -> Spec:
         "" if metadata is None else "".join(serialise(child) for child in metadata.element),
         tuple(found.disk_names),
         tuple(found.net_names),
+        pins,
         tuple(notes),
     )
 
@@ -150,6 +153,21 @@ def _vcpus(root: Reader) -> dict[str, int]:
         for vcpu in one.children("vcpu"):
             vcpu.ignore("enabled", "hotpluggable", "id", "order")
     return {"cpus": int(text)} if current is None else {"cpus": int(current), "max_cpus": int(text)}
+
+
+def _pins(root: Reader, most: int) -> Pins:
+    tune = root.child("cputune")
+    if tune is None:
+        return Pins()
+    pins = Pins()
+    for one in tune.children("vcpupin"):
+        vcpu = one.needed("vcpu")
+        if not re.fullmatch(r"[0-9]{1,5}", vcpu) or int(vcpu) >= most:
+            raise malformed(f"<cputune/vcpupin vcpu='{vcpu}'>: there is no such processor of {most}")
+        pins = pins.changed(int(vcpu), cpu_set(one.needed("cpuset")))
+    if emulator := tune.child("emulatorpin"):
+        pins = pins.changed(EMULATOR, cpu_set(emulator.needed("cpuset")))
+    return pins
 
 
 def _os(root: Reader) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from vmm.config import Config
 from vmm.errors import ConfigError, HostError, StateError, VmmError
-from vmm.libvirt import jobs, live
+from vmm.libvirt import host, jobs, live, pinning
 from vmm.libvirt.domain import (
     BOOTED,
     ENDS,
@@ -37,7 +37,7 @@ from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import domain_xml
 from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, end_waiting, last_words
 from vmm.libvirt.networks import Networks
-from vmm.libvirt.spec import Spec, described, spec_of
+from vmm.libvirt.spec import Pins, Spec, described, spec_of
 from vmm.libvirt.store import Store
 from vmm.libvirt.wire import DomainRef
 from vmm.management.registry import RegistryEntry, entries
@@ -277,6 +277,12 @@ class Domains:
                 with suppress(OSError, VmmError):
                     await self._adopt(entry, domain)
 
+    def keep_pinned(self, only: Domain | None = None) -> None:
+        """Have threads of machines run where they are to; of one, or of all. Raises HostError."""
+        for domain in [only] if only is not None else self.all():
+            if domain.live is not None and domain.live.pins != Pins():
+                pinning.apply(domain.pid, domain.live.pins, frozenset(cpu.number for cpu in host.processors()))
+
     async def _adopt(self, entry: RegistryEntry, domain: Domain | None) -> None:
         control = await ControlClient.connect(entry)
         try:
@@ -419,6 +425,8 @@ class Domains:
         if not paused:
             with suppress(VmmError):  # it may have ended before it answers, which its events tell
                 await ask(entry, "resume")
+        with suppress(HostError):  # told where it can be: when it is asked for
+            self.keep_pinned(domain)
 
     async def _reach(self, spec: Spec, process: Process) -> ControlClient:
         """A connection to the machine's control socket, as soon as it listens."""

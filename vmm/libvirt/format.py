@@ -7,9 +7,10 @@ from xml.etree.ElementTree import Element
 
 from vmm.config import Net
 from vmm.convert import KIB
+from vmm.libvirt.cpusets import cpu_text
 from vmm.libvirt.extras import is_plain, write_extras
 from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, says_bandwidth
-from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Spec, tap_name
+from vmm.libvirt.spec import CPU_MODEL, TYPE_OF_CORE, Pins, Spec, tap_name
 from vmm.libvirt.xmltree import add, parse, serialise
 
 
@@ -60,6 +61,12 @@ def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
     add(root, "on_poweroff", "destroy")
     add(root, "on_reboot", "restart" if config.reboot else "destroy")
     add(root, "on_crash", "destroy")
+    if spec.pins != Pins():
+        tune = add(root, "cputune")
+        for vcpu, cpus in spec.pins.vcpus:
+            add(tune, "vcpupin", vcpu=vcpu, cpuset=cpu_text(cpus))
+        if spec.pins.emulator is not None:
+            add(tune, "emulatorpin", cpuset=cpu_text(spec.pins.emulator))
     _devices(add(root, "devices"), spec, emulator, live)
     write_extras(root, spec)
     return serialise(root)
@@ -92,6 +99,8 @@ def _devices(devices: Element, spec: Spec, emulator: str, live: Live | None) -> 
             driver["queues"] = str(disk.queues)
         if disk.packed:
             driver["packed"] = "on"
+        if not disk.readonly:
+            driver["discard"] = "unmap"
         add(element, "driver", **driver)
         add(element, "source", **{"dev" if name.block else "file": str(disk.path)})
         add(element, "target", dev=name.target, bus="virtio")

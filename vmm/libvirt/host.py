@@ -16,6 +16,7 @@ from vmm.libvirt.xmltree import add, serialise
 
 TICKS = os.sysconf("SC_CLK_TCK")
 CPUS = Path("/sys/devices/system/cpu")
+DMI = Path("/sys/class/dmi/id")
 
 
 def _read(path: Path | str, default: str = "") -> str:
@@ -109,6 +110,15 @@ def process_times(pid: int) -> tuple[int, int]:
     return int(words[11]) * (10**9 // TICKS), int(words[12]) * (10**9 // TICKS)
 
 
+def thread_time(pid: int, thread: int) -> tuple[int, int]:
+    """(nanoseconds of processor time, the processor that it ran on last) of one of a process's threads; (0, -1) if it
+    has gone."""
+    words = _read(f"/proc/{pid}/task/{thread}/stat").rpartition(")")[2].split()
+    if len(words) < 37:
+        return 0, -1
+    return (int(words[11]) + int(words[12])) * (10**9 // TICKS), int(words[36])
+
+
 def resident(pid: int) -> int:
     """KiB of memory that a process has in RAM."""
     match = re.search(r"^VmRSS:\s*([0-9]+)", _read(f"/proc/{pid}/status"), re.MULTILINE)
@@ -154,6 +164,30 @@ def capabilities(emulator: str, kinds: tuple[str, ...]) -> str:
     add(features, "acpi", default="on", toggle="no")
     add(features, "apic", default="on", toggle="no")
     return serialise(root)
+
+
+DMI_NAMES = {
+    "bios": {"vendor": "bios_vendor", "version": "bios_version", "date": "bios_date", "release": "bios_release"},
+    "system": {"manufacturer": "sys_vendor", "product": "product_name", "version": "product_version",
+               "serial": "product_serial", "uuid": "product_uuid", "sku": "product_sku", "family": "product_family"},
+    "baseBoard": {"manufacturer": "board_vendor", "product": "board_name", "version": "board_version",
+                  "serial": "board_serial", "asset": "board_asset_tag"},
+    "chassis": {"manufacturer": "chassis_vendor", "version": "chassis_version", "serial": "chassis_serial",
+                "asset": "chassis_asset_tag"},
+}  # fmt: skip
+"""libvirt's names of what SMBIOS says, and the kernel's."""
+
+
+def system_information(directory: Path = DMI) -> str | None:
+    """virConnectGetSysinfo: what the host's SMBIOS says, as far as the kernel tells this user. None: nothing."""
+    root = Element("sysinfo", {"type": "smbios"})
+    for tag, names in DMI_NAMES.items():
+        told = {name: text for name, file in names.items() if (text := _read(directory / file))}
+        if told:
+            part = add(root, tag)
+            for name, text in told.items():
+                add(part, "entry", "".join(char for char in text if char.isprintable()), name=name)
+    return serialise(root) if len(root) else None
 
 
 def _enum(parent: Element, name: str, *values: str) -> None:

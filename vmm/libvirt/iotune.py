@@ -16,6 +16,12 @@ BANDWIDTH = {"inbound.average": "bps_in", "inbound.burst": "bps_in_burst", "outb
              "outbound.burst": "bps_out_burst"}  # fmt: skip
 """The same of a card's, which libvirt counts in KiB (a second)."""
 
+REFUSED_BANDWIDTH = {
+    "peak": "what a burst holds passes at once, at no rate of its own; leave peak out",
+    "floor": "nothing is promised to a card, for each has its own limits and no link is shared out; leave floor out",
+}
+"""What libvirt has beside these, and why it is not here."""
+
 
 def says_bandwidth(net: Net) -> bool:
     """Whether <bandwidth> can say a card's limits: an average each way that has a burst, all in whole KiB."""

@@ -16,6 +16,7 @@ BEGIN, END = "<!-- procedures: generated -->", "<!-- procedures: end -->"
 TITLES = {
     "connect_calls": "The connection and the host",
     "domain_calls": "Domains",
+    "pinning_calls": "Processors of the host that a domain runs on",
     "device_calls": "Devices of definitions and of running machines",
     "dump_calls": "Core files and interrupts",
     "block_calls": "Disks' jobs, and limits",
@@ -36,7 +37,7 @@ REASONS = (
     (r"domain_(screenshot|send_key|send_process_signal|pm_.*|graphics.*)",
      "the machine has no display, keyboard or sleep, and knows nothing of its guest's processes"),
     (r"domain_(backup|set_block_threshold|.*throttle).*", "disks have neither backups nor thresholds"),
-    (r"domain_(pin|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf|guest_vcpus)|"
+    (r"domain_(pin_iothread|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf|guest_vcpus)|"
      r"add_iothread|del_iothread).*",
      "a machine is an ordinary process: the host's own means (cgroups, taskset) limit it"),
     (r"domain_(detach_device_alias|fd_associate|create_.*with_files)", "descriptors and aliases do not come along"),

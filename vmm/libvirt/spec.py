@@ -39,6 +39,27 @@ class NetName:
     """Whether its cable is plugged in."""
 
 
+EMULATOR = -1
+"""In place of a vCPU's number: every other thread."""
+
+
+@dataclass(frozen=True)
+class Pins:
+    """On which of the host's processors threads of the machine run; what is not named, on any."""
+
+    vcpus: tuple[tuple[int, frozenset[int]], ...] = ()
+    """By the vCPU's number."""
+    emulator: frozenset[int] | None = None
+    """Every thread that is no vCPU's."""
+
+    def changed(self, which: int, cpus: frozenset[int] | None) -> Pins:
+        """With other processors for one vCPU, or for the EMULATOR; None: any."""
+        if which == EMULATOR:
+            return replace(self, emulator=cpus)
+        others = {vcpu: there for vcpu, there in self.vcpus if vcpu != which}
+        return replace(self, vcpus=tuple(sorted((others if cpus is None else {**others, which: cpus}).items())))
+
+
 @dataclass(frozen=True)
 class Spec:
     """One definition. `config.name` and `config.uuid` are the domain's."""
@@ -50,6 +71,7 @@ class Spec:
     """The children of <metadata>, as XML text."""
     disks: tuple[DiskName, ...] = ()
     nets: tuple[NetName, ...] = ()
+    pins: Pins = Pins()
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What was accepted although the machine has no such thing; clients can ask for it (virDomainGetMessages)."""
 

@@ -239,6 +239,12 @@ def test_a_display_that_somebody_wants_is_refused(devices: str) -> None:
         ("<disk><driver cache='unsafe'/><source file='/i'/><target dev='vda'/></disk>", "unsafe"),
         ("<interface type='user'><model type='e1000'/></interface>", "e1000"),
         ("<interface type='user'><bandwidth><inbound floor='1'/></bandwidth></interface>", "floor"),
+        (
+            "<interface type='user'><bandwidth><outbound average='9' peak='10'/></bandwidth></interface>",
+            "peak>: what a",
+        ),
+        ("<disk><driver discard='ignore'/><source file='/i'/><target dev='vda'/></disk>", "discard is 'unmap'"),
+        ("<disk><driver detect_zeroes='unmap'/><source file='/i'/><target dev='vda'/></disk>", "detect_zeroes"),
         ("<interface type='bridge'><source bridge='a/b'/></interface>", "a/b"),
         ("<serial type='pty'><target port='1'/></serial>", "port 1"),
         ("<rng model='virtio'><rate bytes='1'/><backend model='random'/></rng>", "rate"),

@@ -1,0 +1,43 @@
+"""Sets of the host's processors, as libvirt writes them in XML and in its protocol. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from vmm.libvirt.errors import Code, LibvirtError
+
+MAX_CPU = 1 << 14
+
+
+def cpu_set(text: str) -> frozenset[int]:
+    """libvirt's notation, as 0-3,^2,8. Raises LibvirtError."""
+    found: set[int] = set()
+    for word in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\^?)([0-9]{1,5})(?:-([0-9]{1,5}))?", word)
+        if match is None or int(match[3] or match[2]) >= MAX_CPU or int(match[3] or match[2]) < int(match[2]):
+            raise LibvirtError(Code.XML_ERROR, f"cpuset {text[:80]!r}: no set of processors, as 0-3,^2")
+        numbers = range(int(match[2]), int(match[3] or match[2]) + 1)
+        found = found - set(numbers) if match[1] else found | set(numbers)
+    if not found:
+        raise LibvirtError(Code.XML_ERROR, f"cpuset {text[:80]!r}: there is no processor in it")
+    return frozenset(found)
+
+
+def cpu_text(cpus: Iterable[int]) -> str:
+    """The same notation."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def from_map(data: bytes) -> frozenset[int]:
+    """A bitmap of the protocol's. Raises LibvirtError if nothing is in it."""
+    found = frozenset(8 * at + bit for at, byte in enumerate(data) for bit in range(8) if byte >> bit & 1)
+    if not found:
+        raise LibvirtError(Code.INVALID_ARG, "the map has no processor")
+    return found
