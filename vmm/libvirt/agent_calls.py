@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmm.libvirt import guest, host
+from vmm.libvirt import guest, host, monitor
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import check_flags
@@ -150,8 +150,9 @@ async def domain_get_guest_info(call: Call, dom: DomainRef, types: int, flags: i
 
 @qemu.change(1, "domain_monitor_command", "dom:domain command:string flags:uint", "result:string")
 async def domain_monitor_command(call: Call, dom: DomainRef, command: str, flags: int) -> str:
-    call.daemon.domains.of(dom).running_entry()
-    raise LibvirtError(Code.OPERATION_UNSUPPORTED, "the machine is no QEMU and has no monitor of its kind")
+    check_flags(flags, monitor.HMP)
+    domain = call.daemon.domains.of(dom)
+    return await (monitor.execute_text if flags & monitor.HMP else monitor.execute)(domain, command)
 
 
 @qemu.change(3, "domain_agent_command", "dom:domain command:string timeout:int flags:uint", "result:string?")
