@@ -203,6 +203,66 @@ def test_the_agent_freezes_trims_and_sets_the_clock(linux: Linux) -> None:
     assert linux.virsh("domhostname", "d", "--source", "agent")
 
 
+def agent(linux: Linux, command: str, **arguments: Any) -> Any:
+    text = json.dumps({"execute": command, "arguments": arguments})
+    return json.loads(linux.virsh("qemu-agent-command", "d", text))["return"]
+
+
+def test_files_of_the_guest_by_the_agent(linux: Linux) -> None:
+    assert agent(linux, "guest-sync", id=17) == 17
+    data = bytes(range(256)) * 4
+    handle = agent(linux, "guest-file-open", path="/run/by agent", mode="w")
+    assert (
+        agent(linux, "guest-file-write", handle=handle, **{"buf-b64": base64.b64encode(data).decode()})["count"] == 1024
+    )
+    agent(linux, "guest-file-seek", handle=handle, offset=1, whence="set")
+    agent(linux, "guest-file-write", handle=handle, **{"buf-b64": base64.b64encode(b"XY").decode()})
+    agent(linux, "guest-file-flush", handle=handle)
+    agent(linux, "guest-file-close", handle=handle)
+    want = data[:1] + b"XY" + data[3:]
+    assert linux.sh("sha256sum <'/run/by agent'").split()[0] == hashlib.sha256(want).hexdigest()
+    handle = agent(linux, "guest-file-open", path="/run/by agent")
+    got = agent(linux, "guest-file-read", handle=handle, count=1000)
+    assert got["count"] == 1000 and base64.b64decode(got["buf-b64"]) == want[:1000] and not got["eof"]
+    assert base64.b64decode(agent(linux, "guest-file-read", handle=handle, count=1000)["buf-b64"]) == want[1000:]
+    assert agent(linux, "guest-file-read", handle=handle, count=1000)["eof"]
+    assert agent(linux, "guest-file-seek", handle=handle, offset=-4, whence="end")["position"] == 1020
+    refused = json.dumps({"execute": "guest-file-write", "arguments": {"handle": handle, "buf-b64": "eA=="}})
+    assert "reading only" in linux.virsh("qemu-agent-command", "d", refused, ok=False)
+    agent(linux, "guest-file-close", handle=handle)
+    closed = json.dumps({"execute": "guest-file-close", "arguments": {"handle": handle}})
+    assert "is not open" in linux.virsh("qemu-agent-command", "d", closed, ok=False)
+    missing = json.dumps({"execute": "guest-file-open", "arguments": {"path": "/no/such"}})
+    assert "/no/such" in linux.virsh("qemu-agent-command", "d", missing, ok=False)
+
+
+def test_what_else_the_agent_is_asked(linux: Linux) -> None:
+    assert agent(linux, "guest-get-timezone").keys() == {"zone", "offset"}
+    assert {key: value for key, value in agent(linux, "guest-get-vcpus")[0].items() if key != "can-offline"} == {
+        "logical-id": 0,
+        "online": True,
+    }
+    assert re.search(r"vcpus\s*: 0\b", linux.virsh("guestvcpus", "d"))
+    assert "no processor 7" in linux.virsh("guestvcpus", "d", "--cpulist", "7", "--disable", ok=False)
+    linux.sh(
+        "grep -q ^root: /etc/passwd || echo root:x:0:0::/root:/bin/sh >>/etc/passwd; mkdir -p /root; rm -rf /root/.ssh"
+    )
+    keys = linux.path / "keys"
+    keys.write_text("ssh-ed25519 AAAA one\nssh-ed25519 BBBB two\n")
+    assert linux.virsh("get-user-sshkeys", "d", "root") == ""
+    linux.virsh("set-user-sshkeys", "d", "root", "--file", str(keys))
+    shown = linux.virsh("get-user-sshkeys", "d", "root").replace("\n", "")  # virsh 9.0 puts them into one line
+    assert shown == "ssh-ed25519 AAAA onessh-ed25519 BBBB two"
+    assert linux.sh("cat /root/.ssh/authorized_keys") == "ssh-ed25519 AAAA one\nssh-ed25519 BBBB two"
+    linux.virsh("set-user-sshkeys", "d", "root", "--file", str(keys))  # once more changes nothing
+    keys.write_text("ssh-ed25519 AAAA one\n")
+    linux.virsh("set-user-sshkeys", "d", "root", "--file", str(keys), "--remove")
+    assert (
+        linux.sh("cat /root/.ssh/authorized_keys; stat -c %a /root/.ssh/authorized_keys") == "ssh-ed25519 BBBB two\n600"
+    )
+    assert "no user nobody-here" in linux.virsh("get-user-sshkeys", "d", "nobody-here", ok=False)
+
+
 def test_the_agent_sets_a_password(linux: Linux) -> None:
     told = linux.virsh("set-user-password", "d", "root", "a secret", ok=False)
     assert "chpasswd in the guest: status 127" in told  # this image has none: here is one that keeps what it is given
@@ -308,3 +368,10 @@ def test_a_share_is_a_filesystem(linux: Linux) -> None:
     assert "virtiofs" in linux.sh(
         "modprobe virtiofs 2>/dev/null; cat /sys/bus/virtio/devices/*/modalias | grep -q d0000001A && echo virtiofs"
     )
+
+
+def test_the_agent_powers_off(linux: Linux) -> None:
+    """The last one: the domain is gone."""
+    assert "acpi or agent" in linux.virsh("shutdown", "d", "--mode", "signal", ok=False)
+    linux.virsh("shutdown", "d", "--mode", "agent")
+    wait_for(lambda: linux.virsh("domstate", "d", "--reason") == "shut off (shutdown)", "it does not end", 120)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vmm.libvirt import guest, host, monitor
+from vmm.libvirt import agent_commands, guest, host, monitor
 from vmm.libvirt.client import Call
+from vmm.libvirt.cpusets import cpu_set, cpu_text
 from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import check_flags
 from vmm.libvirt.errors import Code, LibvirtError
@@ -16,6 +17,7 @@ qemu = Procedures()
 LEASE, AGENT, ARP = 0, 1, 2
 """virDomainInterfaceAddressesSource."""
 TIME_SYNC, PASSWORD_CRYPTED = 1, 1
+KEYS_APPEND, KEYS_REMOVE = 1, 2
 OS, TIMEZONE, HOSTNAME = 2, 4, 8
 """virDomainGuestInfoTypes that are here."""
 PREFIXES = {OS: "os.", TIMEZONE: "timezone.", HOSTNAME: "hostname"}
@@ -148,6 +150,46 @@ async def domain_get_guest_info(call: Call, dom: DomainRef, types: int, flags: i
     ]
 
 
+@calls.change(371, "domain_get_guest_vcpus", "dom:domain flags:uint", "params:param<64>")
+async def domain_get_guest_vcpus(call: Call, dom: DomainRef, flags: int) -> list[Param]:
+    check_flags(flags, 0)
+    found = await guest.cpus(call.daemon.domains.of(dom))
+    sets = {
+        "vcpus": [cpu.number for cpu in found],
+        "online": [cpu.number for cpu in found if cpu.online],
+        "offlinable": [cpu.number for cpu in found if not cpu.stays],
+    }
+    return [string_param(name, cpu_text(numbers)) for name, numbers in sets.items()]
+
+
+@calls.change(372, "domain_set_guest_vcpus", "dom:domain cpumap:string state:int flags:uint")
+async def domain_set_guest_vcpus(call: Call, dom: DomainRef, cpumap: str, state: int, flags: int) -> None:
+    check_flags(flags, 0)
+    domain = call.daemon.domains.of(dom)
+    wanted, known = cpu_set(cpumap), {cpu.number for cpu in await guest.cpus(domain)}
+    for missing in sorted(wanted - known):
+        raise LibvirtError(Code.INVALID_ARG, f"the guest has no processor {missing}")
+    for number in sorted(wanted):
+        await guest.set_cpu(domain, number, online=bool(state))
+
+
+@calls.change(424, "domain_authorized_ssh_keys_get", "dom:domain user:string flags:uint", "keys:string<2048>")
+async def domain_authorized_ssh_keys_get(call: Call, dom: DomainRef, user: str, flags: int) -> list[str]:
+    check_flags(flags, 0)
+    return await guest.ssh_keys(call.daemon.domains.of(dom), user)
+
+
+@calls.change(425, "domain_authorized_ssh_keys_set", "dom:domain user:string keys:string<2048> flags:uint")
+async def domain_authorized_ssh_keys_set(call: Call, dom: DomainRef, user: str, keys: list[str], flags: int) -> None:
+    check_flags(flags, KEYS_APPEND | KEYS_REMOVE)
+    domain = call.daemon.domains.of(dom)
+    if flags:
+        before = await guest.ssh_keys(domain, user)
+        removed = [key for key in before if key.strip() not in {one.strip() for one in keys}]
+        keys = removed if flags & KEYS_REMOVE else [*before, *keys]
+    await guest.set_ssh_keys(domain, user, keys)
+
+
 @qemu.change(1, "domain_monitor_command", "dom:domain command:string flags:uint", "result:string")
 async def domain_monitor_command(call: Call, dom: DomainRef, command: str, flags: int) -> str:
     check_flags(flags, monitor.HMP)
@@ -159,4 +201,4 @@ async def domain_monitor_command(call: Call, dom: DomainRef, command: str, flags
 async def domain_agent_command(call: Call, dom: DomainRef, command: str, timeout: int, flags: int) -> str:
     check_flags(flags, 0)
     domain = call.daemon.domains.of(dom)
-    return await guest.agent_command(domain, command, float(timeout) if timeout > 0 else None)
+    return await agent_commands.agent_command(domain, command, float(timeout) if timeout > 0 else None)

@@ -23,7 +23,7 @@ VCPU_MAXIMUM, VCPU_GUEST = 4, 8
 MEM_MAXIMUM = 4
 UNDEFINE_MANAGED_SAVE, UNDEFINE_SNAPSHOTS = 1, 2
 UNDEFINE_KNOWN = 1 | 2 | 4 | 8 | 16 | 32 | 64
-SHUTDOWN_DEFAULT, SHUTDOWN_ACPI = 0, 1
+SHUTDOWN_ACPI, SHUTDOWN_AGENT = 1, 2
 LIST_ACTIVE, LIST_INACTIVE, LIST_PERSISTENT, LIST_TRANSIENT = 1, 2, 4, 8
 LIST_RUNNING, LIST_PAUSED, LIST_SHUTOFF, LIST_OTHER = 16, 32, 64, 128
 LIST_MANAGEDSAVE, LIST_NO_MANAGEDSAVE, LIST_AUTOSTART, LIST_NO_AUTOSTART = 256, 512, 1024, 2048
@@ -239,19 +239,27 @@ async def domain_shutdown(call: Call, dom: DomainRef) -> None:
 
 @calls.change(258, "domain_shutdown_flags", "dom:domain flags:uint")
 async def domain_shutdown_flags(call: Call, dom: DomainRef, flags: int) -> None:
-    _only_acpi(flags)
-    await ask(call.daemon.domains.of(dom).running_entry(), "shutdown")
+    await _by_agent_or_button(call.daemon.domains.of(dom), flags, "poweroff", "shutdown")
 
 
 @calls.change(27, "domain_reboot", "dom:domain flags:uint")
 async def domain_reboot(call: Call, dom: DomainRef, flags: int) -> None:
-    _only_acpi(flags)
-    await ask(call.daemon.domains.of(dom).running_entry(), "reboot")
+    await _by_agent_or_button(call.daemon.domains.of(dom), flags, "reboot", "reboot")
 
 
-def _only_acpi(flags: int) -> None:
-    if flags and not flags & SHUTDOWN_ACPI:
-        raise LibvirtError(Code.ARGUMENT_UNSUPPORTED, "this machine is asked by its power button only (mode acpi)")
+async def _by_agent_or_button(domain: Domain, flags: int, program: str, command: str) -> None:
+    """The button if nothing is said, or if it is among what is."""
+    domain.running_entry()
+    if flags and not flags & (SHUTDOWN_ACPI | SHUTDOWN_AGENT):
+        raise LibvirtError(
+            Code.ARGUMENT_UNSUPPORTED, "a machine is asked by its button or its agent: mode acpi or agent"
+        )
+    if flags & SHUTDOWN_AGENT and not flags & SHUTDOWN_ACPI:
+        from vmm.libvirt import guest
+
+        await guest.power(domain, program)
+    else:
+        await ask(domain.running_entry(), command)
 
 
 @calls.change(245, "domain_reset", "dom:domain flags:uint")

@@ -6,10 +6,7 @@ one has no answer. Everything that comes from the guest is hostile: it is bounde
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
-import json
 import re
 from typing import Any, NamedTuple
 
@@ -24,8 +21,7 @@ MAX_OUTPUT = 64 << 10
 MAX_MOUNTS = 1000
 FREEZE_SECONDS = 60.0
 """How long file systems may take to write out what they have."""
-MAX_PROGRAMS = 64
-"""Programs of guest-exec whose results are kept for one domain."""
+MAX_KEYS = 2048
 FACTS = (
     "cat /etc/os-release; echo; echo _host=$(hostname); echo _zone=$(date +%Z); echo _offset=$(date +%z); uname -srvm"
 )
@@ -35,14 +31,15 @@ async def run(domain: Domain, *arguments: str, data: bytes | None = None, second
     """A program's output; `data`: its input; `seconds`: how long it may take, else what a client said or
     ANSWER_SECONDS. Raises LibvirtError."""
     patience = seconds if seconds is not None else float(domain.extra.get("agent seconds", ANSWER_SECONDS))
-    result = await _exec(domain, list(arguments), data, patience)
+    result = await execute(domain, list(arguments), data, patience)
     if result.status:
         told = (result.stderr or result.stdout)[:200].decode(errors="replace").strip()
         raise LibvirtError(Code.OPERATION_FAILED, f"{arguments[0]} in the guest: status {result.status} {told}".strip())
     return str(result.stdout[:MAX_OUTPUT].decode(errors="replace"))
 
 
-async def _exec(domain: Domain, arguments: list[str], data: bytes | None, seconds: float | None) -> Any:
+async def execute(domain: Domain, arguments: list[str], data: bytes | None, seconds: float | None) -> Any:
+    """A program's result, whatever its status; no `seconds`: however long it takes. Raises LibvirtError."""
     entry = domain.running_entry()
     if not domain.spec.config.agent:
         raise LibvirtError(
@@ -184,162 +181,60 @@ async def facts(domain: Domain) -> dict[str, str]:
     return found
 
 
-async def agent_command(domain: Domain, text: str, seconds: float | None) -> str:
-    """The common ones of QEMU's guest agent. Raises LibvirtError."""
-    try:
-        command = json.loads(text)
-        name, arguments = command["execute"], command.get("arguments", {})
-        if not isinstance(arguments, dict):
-            raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise LibvirtError(Code.INVALID_ARG, "a command is {'execute': NAME, 'arguments': {…}}") from None
-    answer = COMMANDS.get(name) if isinstance(name, str) else None
-    if answer is None:
-        raise LibvirtError(Code.OPERATION_UNSUPPORTED, f"{name!r:.80}: the agent has {', '.join(COMMANDS)}")
-    return json.dumps({"return": await answer(domain, arguments, seconds)})
+class GuestCpu(NamedTuple):
+    """A processor as the guest's kernel has it."""
+
+    number: int
+    online: bool
+    stays: bool
+    """It cannot be taken offline."""
 
 
-async def _ping(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    await run(domain, "true", seconds=seconds or ANSWER_SECONDS)
-    return {}
+CPUS = "for at in /sys/devices/system/cpu/cpu[0-9]*; do echo ${at##*cpu} $(cat $at/online 2>/dev/null || echo -); done"
 
 
-async def _info(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    listed = [{"name": name, "enabled": True, "success-response": True} for name in COMMANDS]
-    return {"version": "loopvisor", "supported_commands": listed}
+async def cpus(domain: Domain) -> list[GuestCpu]:
+    """The guest's processors. Raises LibvirtError."""
+    told = re.findall(r"^(\d{1,5}) ([01-])$", await run(domain, "sh", "-c", CPUS), re.MULTILINE)[:MAX_MOUNTS]
+    return sorted(GuestCpu(int(number), state != "0", state == "-") for number, state in told)
 
 
-async def _time(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return await clock(domain) * 10**9
+async def set_cpu(domain: Domain, number: int, *, online: bool) -> None:
+    """Have the guest use a processor, or not. Raises LibvirtError."""
+    path = f"/sys/devices/system/cpu/cpu{number}/online"
+    await run(domain, "sh", "-c", 'echo "$1" >"$2"', "sh", str(int(online)), path)
 
 
-async def _set_time(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    when = arguments.get("time")
-    if when is not None and (isinstance(when, bool) or not isinstance(when, int) or when < 0):
-        raise LibvirtError(Code.INVALID_ARG, "guest-set-time: time is nanoseconds since 1970")
-    await set_clock(domain, None if when is None else when // 10**9)
-    return {}
+async def power(domain: Domain, program: str) -> None:
+    """Have the guest run `poweroff`, `reboot` or `halt` in a moment, so that it can still answer. Raises
+    LibvirtError."""
+    later = f"command -v {program} >/dev/null || exit 127; (sleep 1; exec {program}) </dev/null >/dev/null 2>&1 &"
+    await run(domain, "sh", "-c", later)
 
 
-async def _fs_info(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return [
-        {"name": one.device.removeprefix("/dev/"), "mountpoint": one.point, "type": one.kind, "disk": []}
-        for one in await mounts(domain)
-    ]
+KEYS = """home=$(grep "^$1:" /etc/passwd | cut -d: -f6); [ -n "$home" ] || { echo "no user $1" >&2; exit 1; }
+at=$home/.ssh; file=$at/authorized_keys"""
+KEEP = """mkdir -p "$at" && chmod 700 "$at" && cat >"$file.new" && chmod 600 "$file.new" &&
+chown -R "$(stat -c %u:%g "$home")" "$at" && mv "$file.new" "$file" """
 
 
-async def _fs_status(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return "frozen" if domain.extra.get("frozen") else "thawed"
+async def ssh_keys(domain: Domain, user: str) -> list[str]:
+    """Whom a user of the guest lets in by SSH, a line for each key. Raises LibvirtError."""
+    _check_user(user)
+    told = await run(domain, "sh", "-c", f'{KEYS}; [ ! -f "$file" ] || cat "$file"', "sh", user)
+    return [line.strip() for line in told.splitlines() if line.strip() and not line.startswith("#")][:MAX_KEYS]
 
 
-async def _fs_freeze(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    points = arguments.get("mountpoints", [])
-    if not isinstance(points, list) or not all(isinstance(point, str) for point in points):
-        raise LibvirtError(Code.INVALID_ARG, "mountpoints is a list of strings")
-    return await freeze(domain, points)
+async def set_ssh_keys(domain: Domain, user: str, keys: list[str]) -> None:
+    """Exactly these. Raises LibvirtError."""
+    _check_user(user)
+    for key in keys:
+        if "\n" in key or "\0" in key:
+            raise LibvirtError(Code.INVALID_ARG, "a key is one line")
+    text = "".join(f"{key.strip()}\n" for key in dict.fromkeys(keys) if key.strip())
+    await run(domain, "sh", "-c", f"{KEYS}; {KEEP}", "sh", user, data=text.encode())
 
 
-async def _fs_thaw(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return await thaw(domain)
-
-
-async def _fs_trim(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    minimum = arguments.get("minimum", 0)
-    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
-        raise LibvirtError(Code.INVALID_ARG, "guest-fstrim: minimum is a number of bytes")
-    return {"paths": [{"path": at, "trimmed": count} for at, count in (await trim(domain, None, minimum)).items()]}
-
-
-async def _password(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    user, crypted = arguments.get("username"), arguments.get("crypted", False)
-    try:
-        password = base64.b64decode(arguments.get("password", ""), validate=True).decode()
-    except (ValueError, TypeError):
-        raise LibvirtError(Code.INVALID_ARG, "guest-set-user-password: password is base64") from None
-    if not isinstance(user, str) or not isinstance(crypted, bool):
-        raise LibvirtError(Code.INVALID_ARG, "guest-set-user-password: username is text, crypted true or false")
-    await set_password(domain, user, password, crypted=crypted)
-    return {}
-
-
-async def _host_name(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return {"host-name": (await facts(domain)).get("hostname", "")}
-
-
-async def _osinfo(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return {key.removeprefix("os."): value for key, value in (await facts(domain)).items() if key.startswith("os.")}
-
-
-async def _interfaces(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    return [
-        {
-            "name": one.name,
-            **({"hardware-address": one.mac} if one.mac else {}),
-            "ip-addresses": [
-                {
-                    "ip-address-type": f"ipv{6 if address.type else 4}",
-                    "ip-address": address.address,
-                    "prefix": address.prefix,
-                }
-                for address in one.addresses
-            ],
-        }
-        for one in await addresses(domain)
-    ]
-
-
-async def _guest_exec(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    path, words = arguments.get("path"), arguments.get("arg", [])
-    if not isinstance(path, str) or not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise LibvirtError(Code.INVALID_ARG, "guest-exec needs a path, and arg as a list of strings")
-    try:
-        data = base64.b64decode(arguments.get("input-data", ""), validate=True) or None
-    except (ValueError, TypeError):
-        raise LibvirtError(Code.INVALID_ARG, "guest-exec: input-data is base64") from None
-    programs: dict[int, asyncio.Task[Any]] = domain.extra.setdefault("programs", {})
-    if len(programs) >= MAX_PROGRAMS:
-        raise LibvirtError(Code.OPERATION_FAILED, f"{MAX_PROGRAMS} programs' results wait for guest-exec-status")
-    number = max(programs, default=0) + 1
-    work = asyncio.create_task(_exec(domain, [path, *words], data, None), name=f"guest-exec in {domain.name}")
-    work.add_done_callback(lambda task: None if task.cancelled() else task.exception())  # nobody may ever ask
-    programs[number] = work
-    return {"pid": number}
-
-
-async def _exec_status(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    programs: dict[int, asyncio.Task[Any]] = domain.extra.get("programs", {})
-    number = arguments.get("pid")
-    if not isinstance(number, int) or number not in programs:
-        raise LibvirtError(Code.INVALID_ARG, f"guest-exec-status: there is no program {number!r:.40}")
-    task = programs[number]
-    if not task.done():
-        return {"exited": False}
-    del programs[number]
-    with contextlib.suppress(asyncio.CancelledError):
-        result = task.result()
-        answer: dict[str, Any] = {"exited": True, "exitcode": result.status}
-        for key, data in (("out-data", result.stdout), ("err-data", result.stderr)):
-            if data:
-                answer[key] = base64.b64encode(data[: 1 << 20]).decode()
-        return answer
-    return {"exited": True, "signal": 9}
-
-
-COMMANDS = {
-    "guest-ping": _ping,
-    "guest-info": _info,
-    "guest-get-time": _time,
-    "guest-set-time": _set_time,
-    "guest-get-fsinfo": _fs_info,
-    "guest-fsfreeze-status": _fs_status,
-    "guest-fsfreeze-freeze": _fs_freeze,
-    "guest-fsfreeze-freeze-list": _fs_freeze,
-    "guest-fsfreeze-thaw": _fs_thaw,
-    "guest-fstrim": _fs_trim,
-    "guest-set-user-password": _password,
-    "guest-get-host-name": _host_name,
-    "guest-get-osinfo": _osinfo,
-    "guest-network-get-interfaces": _interfaces,
-    "guest-exec": _guest_exec,
-    "guest-exec-status": _exec_status,
-}
+def _check_user(user: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", user):
+        raise LibvirtError(Code.INVALID_ARG, f"{user[:40]!r} is no user's name")

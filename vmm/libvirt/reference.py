@@ -37,11 +37,10 @@ REASONS = (
     (r"domain_(screenshot|send_key|send_process_signal|pm_.*|graphics.*)",
      "the machine has no display, keyboard or sleep, and knows nothing of its guest's processes"),
     (r"domain_(backup|set_block_threshold|.*throttle).*", "disks have neither backups nor thresholds"),
-    (r"domain_(pin_iothread|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf|guest_vcpus)|"
+    (r"domain_(pin_iothread|set_(scheduler|memory_param|blkio|numa|interface_param|block_io|vcpu$|iothread|perf)|"
      r"add_iothread|del_iothread).*",
      "a machine is an ordinary process: the host's own means (cgroups, taskset) limit it"),
     (r"domain_(detach_device_alias|fd_associate|create_.*with_files)", "descriptors and aliases do not come along"),
-    (r"domain_(authorized|get_guest_vcpus).*", "the guest's agent does not do this"),
     (r".*(secret|nwfilter|node_device|interface|network|node_)_?.*",
      "the host's interfaces, devices and memory are looked at only; there are no filters and secrets"),
     (r"domain_checkpoint.*|domain_list_all_checkpoints|domain_backup.*", "there are no checkpoints"),
