@@ -135,7 +135,11 @@ def test_what_clients_list_at_the_start(daemon: DaemonProcess) -> None:
     for command in ("iface-list", "secret-list", "nwfilter-list", "nwfilter-binding-list"):
         daemon.virsh(command)
     assert "x86_64" in daemon.virsh("nodeinfo") and "<arch name='x86_64'>" in daemon.virsh("capabilities")
-    assert "<domain>qemu</domain>" in daemon.virsh("domcapabilities", "--virttype", "qemu")
+    told = daemon.virsh("domcapabilities", "--virttype", "qemu").replace('"', "'")
+    assert "<domain>qemu</domain>" in told and "<machine>pc</machine>" in told and "<value>virtiofs</value>" in told
+    bare = daemon.virsh("domcapabilities", "--virttype", "qemu", "--machine", "bare").replace('"', "'")
+    assert "<disk supported='no'" in bare and "<machine>bare</machine>" in bare
+    assert "'isapc' is not known" in daemon.virsh("domcapabilities", "--machine", "isapc", ok=False)
     for command in ("nodecpustats", "nodememstats", "freecell", "maxvcpus", "cpu-models x86_64", "nodecpumap"):
         daemon.virsh(*command.split())
 

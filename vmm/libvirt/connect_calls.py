@@ -9,6 +9,7 @@ from vmm import __version__
 from vmm.config import MAX_CPUS
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
+from vmm.libvirt.domain_xml import MACHINE
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import CPU_MODEL
@@ -142,7 +143,9 @@ async def connect_get_domain_capabilities(
     kind = virttype or call.daemon.kinds[0]
     if arch not in (None, "x86_64") or kind not in (*call.daemon.kinds, "loopvisor"):
         raise unsupported(f"{arch or 'x86_64'} domains of type {kind!r} do not run here")
-    return host.domain_capabilities(call.daemon.emulator, kind)
+    if machine is not None and machine != "bare" and not MACHINE.fullmatch(machine):
+        raise LibvirtError(Code.INVALID_ARG, f"the machine {machine[:40]!r} is not known; here are pc, q35 and bare")
+    return host.domain_capabilities(call.daemon.emulator, kind, "bare" if machine == "bare" else "pc")
 
 
 @calls.query(

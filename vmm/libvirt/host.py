@@ -196,12 +196,13 @@ def _enum(parent: Element, name: str, *values: str) -> None:
         add(element, "value", value)
 
 
-def domain_capabilities(emulator: str, kind: str) -> str:
-    """virConnectGetDomainCapabilities."""
+def domain_capabilities(emulator: str, kind: str, machine: str = "pc") -> str:
+    """virConnectGetDomainCapabilities. `machine`: pc or bare, which has no virtio devices."""
+    virtio = "yes" if machine == "pc" else "no"
     root = Element("domainCapabilities")
     add(root, "path", emulator)
     add(root, "domain", kind)
-    add(root, "machine", "pc")
+    add(root, "machine", machine)
     add(root, "arch", "x86_64")
     add(root, "vcpu", max=MAX_CPUS)
     add(root, "iothreads", supported="no")
@@ -212,20 +213,22 @@ def domain_capabilities(emulator: str, kind: str) -> str:
     for mode in ("host-passthrough", "maximum", "host-model"):
         add(cpu, "mode", name=mode, supported="yes")
     add(add(cpu, "mode", name="custom", supported="yes"), "model", CPU_MODEL, usable="yes")
-    add(root, "memoryBacking", supported="no")
+    _enum(add(root, "memoryBacking", supported="yes"), "sourceType", "memfd")
     devices = add(root, "devices")
-    disk = add(devices, "disk", supported="yes")
+    disk = add(devices, "disk", supported=virtio)
     _enum(disk, "diskDevice", "disk")
     _enum(disk, "bus", "virtio")
     _enum(disk, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
     for name in ("graphics", "video", "hostdev", "tpm", "redirdev"):
         add(devices, name, supported="no")
-    _enum(add(devices, "filesystem", supported="yes"), "driverType", "virtiofs")
-    rng = add(devices, "rng", supported="yes")
+    rng = add(devices, "rng", supported=virtio)
     _enum(rng, "model", "virtio", "virtio-transitional", "virtio-non-transitional")
     _enum(rng, "backendModel", "random", "builtin")
-    channel = add(devices, "channel", supported="yes")
-    _enum(channel, "type", "unix")
+    _enum(add(devices, "filesystem", supported=virtio), "driverType", "virtiofs")
+    _enum(add(devices, "channel", supported=virtio), "type", "unix")
+    _enum(add(devices, "interface", supported=virtio), "backendType", "default", "passt")
+    _enum(add(devices, "panic", supported="yes"), "model", "isa")
+    _enum(add(devices, "console", supported="yes"), "type", "pty", "unix", "file", "null")
     features = add(root, "features")
     for name in ("gic", "vmcoreinfo", "genid", "backingStoreInput", "backup", "sev", "sgx"):
         add(features, name, supported="no")
