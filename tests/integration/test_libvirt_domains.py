@@ -112,6 +112,12 @@ def test_a_killed_machine_is_seen(daemon: DaemonProcess) -> None:
 
 def test_definitions_are_changed_and_renamed(daemon: DaemonProcess) -> None:
     daemon.define(tiny("change"))
+    daemon.virsh("set-lifecycle-action", "change", "reboot", "restart", "--config")
+    assert "<on_reboot>restart</on_reboot>" in daemon.virsh("dumpxml", "change")
+    daemon.virsh("set-lifecycle-action", "change", "reboot", "destroy", "--config")
+    assert "<on_reboot>destroy</on_reboot>" in daemon.virsh("dumpxml", "change")
+    daemon.virsh("set-lifecycle-action", "change", "crash", "destroy", "--config")
+    assert "is gone" in daemon.virsh("set-lifecycle-action", "change", "crash", "restart", "--config", ok=False)
     daemon.virsh("setvcpus", "change", "2", "--config", "--maximum")
     daemon.virsh("setmaxmem", "change", "8M", "--config")
     daemon.virsh("desc", "change", "--title", "A title", "--config")

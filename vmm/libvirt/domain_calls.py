@@ -21,6 +21,9 @@ START_PAUSED, START_AUTODESTROY, START_BYPASS_CACHE, START_FORCE_BOOT, START_VAL
 AFFECT_LIVE, AFFECT_CONFIG = 1, 2
 VCPU_MAXIMUM, VCPU_GUEST = 4, 8
 MEM_MAXIMUM = 4
+REBOOT = 1
+LIFECYCLE_ACTIONS = ((0, 0), (REBOOT, 0), (REBOOT, 1), (2, 0))
+"""virDomainLifecycle and virDomainLifecycleAction: power off, reboot and crash; 0 is destroy, 1 restart."""
 UNDEFINE_MANAGED_SAVE, UNDEFINE_SNAPSHOTS = 1, 2
 UNDEFINE_KNOWN = 1 | 2 | 4 | 8 | 16 | 32 | 64
 SHUTDOWN_ACPI, SHUTDOWN_AGENT = 1, 2
@@ -430,6 +433,26 @@ async def domain_set_memory_flags(call: Call, dom: DomainRef, kib: int, flags: i
         await set_memory(call.daemon, domain, kib * KIB)
     if config and (flags & MEM_MAXIMUM or not running):
         _redefine(call, domain, memory=kib * KIB)
+
+
+@calls.change(390, "domain_set_lifecycle_action", "dom:domain type:uint action:uint flags:uint")
+async def domain_set_lifecycle_action(call: Call, dom: DomainRef, type: int, action: int, flags: int) -> None:
+    check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG)
+    domain = call.daemon.domains.of(dom)
+    running, config = wants(call, domain, flags)
+    if (type, action) not in LIFECYCLE_ACTIONS:
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED,
+            "a machine that powers off or crashes is gone; a reboot may be restart or destroy",
+        )
+    if type != REBOOT:
+        return
+    if running and domain.spec.config.reboot != bool(action):
+        raise LibvirtError(
+            Code.OPERATION_UNSUPPORTED, "what a reboot does is said before a machine starts; use --config"
+        )
+    if config:
+        _redefine(call, domain, reboot=bool(action))
 
 
 def _redefine(call: Call, domain: Domain, **values: Any) -> None:
