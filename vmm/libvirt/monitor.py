@@ -26,7 +26,7 @@ HMP = 1
 JOB_TYPES = {"stream": "stream", "mirror": "mirror", "commit": "commit"}
 
 
-class Refused(Exception):
+class MonitorRefusal(Exception):
     """An answer of the kind error. `kind`: QEMU's class of it."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -47,7 +47,7 @@ async def execute(domain: Domain, text: str) -> str:
     answer: dict[str, Any]
     try:
         answer = {"return": await _answer(domain, name, arguments)}
-    except Refused as refused:
+    except MonitorRefusal as refused:
         answer = {"error": {"class": refused.kind, "desc": str(refused)}}
     except VmmError as error:
         answer = {"error": {"class": "GenericError", "desc": " ".join(str(error).split())}}
@@ -60,13 +60,13 @@ async def _answer(domain: Domain, name: str, arguments: dict[str, Any]) -> Any:
     if name == "human-monitor-command":
         line = arguments.get("command-line")
         if not isinstance(line, str):
-            raise Refused("GenericError", "Parameter 'command-line' is missing")
+            raise MonitorRefusal("GenericError", "Parameter 'command-line' is missing")
         return await execute_text(domain, line)
     command = COMMANDS.get(name)
     if command is None:
-        raise Refused("CommandNotFound", f"The command {name[:80]} has not been found")
+        raise MonitorRefusal("CommandNotFound", f"The command {name[:80]} has not been found")
     for extra in arguments:
-        raise Refused("GenericError", f"Parameter '{extra[:80]}' is unexpected")
+        raise MonitorRefusal("GenericError", f"Parameter '{extra[:80]}' is unexpected")
     return await command(domain)
 
 
@@ -90,7 +90,7 @@ async def execute_text(domain: Domain, line: str) -> str:
             case "balloon":
                 try:
                     return f"balloon: actual={(await _balloon(domain))['actual'] >> 20}\r\n"
-                except Refused as refused:
+                except MonitorRefusal as refused:
                     return f"Error: {refused}\r\n"
     elif len(words) == 1 and (command := LIFE.get(words[0])):
         await command(domain)
@@ -150,7 +150,7 @@ async def _memory(domain: Domain) -> dict[str, Any]:
 async def _balloon(domain: Domain) -> dict[str, Any]:
     found = await live.balloon_of(domain)
     if found is None:
-        raise Refused("DeviceNotActive", "No balloon device has been activated")
+        raise MonitorRefusal("DeviceNotActive", "No balloon device has been activated")
     return {"actual": int(found["actual"])}
 
 

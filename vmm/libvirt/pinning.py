@@ -23,7 +23,7 @@ from vmm.libvirt.spec import Pins
 VCPU = re.compile(r"vcpu([0-9]*)")
 
 
-class Threads(NamedTuple):
+class MachineThreads(NamedTuple):
     """Of one process, by their numbers. `shared`: that of all vCPUs, if they have one together, else 0."""
 
     vcpus: dict[int, int]
@@ -31,7 +31,7 @@ class Threads(NamedTuple):
     others: list[int]
 
 
-def threads_of(pid: int) -> Threads:
+def threads_of(pid: int) -> MachineThreads:
     """Those that are there now; none of a process that has gone."""
     vcpus: dict[int, int] = {}
     shared, others = 0, []
@@ -45,7 +45,7 @@ def threads_of(pid: int) -> Threads:
                     vcpus[int(match[1])] = int(task.name)
                 else:
                     shared = int(task.name)
-    return Threads(vcpus, shared, sorted(others))
+    return MachineThreads(vcpus, shared, sorted(others))
 
 
 def affinity(thread: int) -> frozenset[int]:
