@@ -123,7 +123,7 @@ DECLARED = [
     Declared("screenshot.*|send-key.*|dompm.*", r".(status|error).*", "no display, no keyboard, no sleep: by name"),
     Declared("domtime.*|domfsinfo.*|domhostname.*|qemu-agent-command.*", r".error: argument unsupported: .*",
              "the agent is ours, and the error says how to have it"),
-    Declared("guestvcpus.*|get-user-sshkeys.*", r".error.*", "our agent does not do this: by name"),
+    Declared("guestvcpus.*|get-user-sshkeys.*", r".error.*", "the agent is ours, and the error says how to have it"),
     Declared("blockcommit.*", r".error: invalid argument: .*", "the error says that there is no backing file"),
     Declared("schedinfo.*|blkiotune.*|memtune.*|cpu-stats.*", r".*", "the oracle has no cgroups here"),
     Declared("blkdeviotune.*", r"-group_name *:.*|[-+]size_iops_sec.*", "each disk has limits of its own"),
@@ -143,7 +143,8 @@ DECLARED = [
     Declared("snapshot-dumpxml.*", r"-.*/(inactiveDomain|cookie).*", "the definition is kept in the snapshot itself"),
     Declared("vol-dumpxml.*", r"-.*/timestamps/btime", "Python's stat does not tell when a file was made"),
     Declared("nodedev-dumpxml computer", r"-.*/capability/firmware.*", "the host may hide what DMI says"),
-    Declared(".*dumpxml.*", r"[+].*/(interface/backend|panic).*", "passt and pvpanic, which our machine has"),
+    Declared(".*dumpxml.*", r"[+].*/(interface/backend|panic|disk/driver@discard).*",
+             "passt and pvpanic, which our machine has, and discards that are always passed on"),
 ]  # fmt: skip
 
 
