@@ -46,7 +46,7 @@ now() { read up rest </proc/uptime; echo ${up%.*}${up#*.}; }
 cat /tree.tar >/dev/null
 echo BENCH ready 0
 while read kind files rest; do
-    case $kind in status|read) sync; echo 3 >/proc/sys/vm/drop_caches ;; esac
+    case $kind in status|read) echo 3 >/proc/sys/vm/drop_caches ;; esac
     [ $kind = status ] && cat /usr/bin/git /tree.tar >/dev/null
     began=$(now)
     case $kind in
