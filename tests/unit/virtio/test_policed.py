@@ -10,7 +10,7 @@ import struct
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.virtio import PciDriver
@@ -244,6 +244,7 @@ async def test_floods_are_bounded(card: Card) -> None:
     assert len(card.net._fence.replies()) <= 256 and len(card.net._told) == TOLD and len(card.net.refused) < 20
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([b"\x08\0", b"\x08\6", b"\x86\xdd", b"\x81\0"]), st.booleans())
 def test_any_frame_is_judged(data: bytes, kind: bytes, ours: bool) -> None:
     async def run() -> None:
@@ -265,6 +266,7 @@ HEADS = [ip(tcp(443), "10.1.2.3", protocol=6), ip(udp(9), "10.1.2.3"), ip(b"\x08
 CHANGES = st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(HEADS), CHANGES, st.integers(0, 90))
 def test_a_verdict_that_stands_is_the_one_that_was_given(head: bytes, changes: list[tuple[int, int]], cut: int) -> None:
     """The table in C passes a changed frame only if this module would, whatever stands there."""
@@ -286,6 +288,7 @@ def test_a_verdict_that_stands_is_the_one_that_was_given(head: bytes, changes: l
     asyncio.run(run())
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_any_question_is_one_or_none(data: bytes) -> None:
     found = dns.parse(data)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from virtio.backends import dns
@@ -153,6 +153,7 @@ async def test_what_is_too_long_comes_by_tcp() -> None:
 QUESTION = dns.query(7, "example.org", dns.A)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 65535))
 def test_any_answer_is_one_or_none(data: bytes, records: int) -> None:
     message = QUESTION[:2] + struct.pack(">HHHHH", 0x8180, 1, records, 0, 0) + QUESTION[12:] + data
