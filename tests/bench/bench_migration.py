@@ -245,14 +245,11 @@ def rows() -> Iterator[Row]:
                     yield {"name": "beside QEMU TCG", "value": None, "unit": "×", "note": note}
                     continue
                 peer = median(each[what] for each in theirs)
-                ratio = mine / max(peer, 1e-9)
-                yield {
-                    "name": "beside QEMU TCG",
-                    "value": ratio,
-                    "unit": "×",
-                    "goal": 1.0,
-                    "note": f"{peer:.0f} {unit}",
-                }
+                row: dict[str, object] = {"name": "beside QEMU TCG", "value": mine / max(peer, 1e-9), "unit": "×"}
+                if what == "still":  # QEMU's is shorter than what a neighbour sees; ours ends when the target says it runs
+                    yield row | {"note": f"{peer:.0f} {unit}, which leaves out some of it"}
+                else:
+                    yield row | {"goal": 1.0, "note": f"{peer:.0f} {unit}"}
         for case, rate in CASES.items():
             switched = [uvloop.run(_ours(folder, rate, postcopy="now")) for _ in range(ROUNDS)]
             yield {
