@@ -246,7 +246,7 @@ def rows() -> Iterator[Row]:
                     continue
                 peer = median(each[what] for each in theirs)
                 row: dict[str, object] = {"name": "beside QEMU TCG", "value": mine / max(peer, 1e-9), "unit": "×"}
-                if what == "still":  # QEMU's is shorter than what a neighbour sees; ours ends when the target says it runs
+                if what == "still":  # QEMU's is shorter than what a neighbour sees
                     yield row | {"note": f"{peer:.0f} {unit}, which leaves out some of it"}
                 else:
                     yield row | {"goal": 1.0, "note": f"{peer:.0f} {unit}"}
