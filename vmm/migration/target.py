@@ -357,6 +357,7 @@ class Session:
         self._machine = self.vm.machine
         await self._check()
         self._views = [view for _, view in self._machine.memory.regions()]
+        self._machine.memory.small_pages(True)  # for the first round, which brings what the guest has, and no more
         if offer.postcopy:
             if self._links[0].version < 3:
                 raise StateError("an offer of post-copy, which version 2 of the protocol has not")
@@ -607,6 +608,7 @@ class Session:
                 raise StateError("rounds out of order")
             if self._rounds[message.number] == self.offer.connections:
                 del self._rounds[message.number]
+                self._machine.memory.small_pages(False)
                 await call(main.send_message, Kind.ROUND_DONE, message)
                 if self._early_state is not None and not self._rounds:
                     await self._ready(self._early_state)
