@@ -59,13 +59,19 @@ def say(**values: Any) -> None:
 
 
 async def described(vm: vmm.VirtualMachine | None) -> dict[str, Any]:
-    """What has become of a machine; one that runs must answer."""
+    """What has become of a machine; one that runs on must answer."""
     if vm is None or vm.ending or vm.state is State.STOPPED:
         return {"state": "gone"}
     if vm.state is State.RUNNING:
         word = os.urandom(4).hex()
         await vm.console.write(word.encode() + b"\n")
-        await vm.console.expect(word.encode(), timeout=PATIENCE)
+        answering = asyncio.create_task(vm.console.expect(word.encode(), timeout=PATIENCE), name="answer")
+        # Its source may have been lost a moment ago: then it is paused, and answers nothing.
+        while not answering.done() and vm.state is State.RUNNING:
+            await asyncio.wait({answering}, timeout=0.05)
+        if answering.done():
+            answering.result()
+        answering.cancel()
     obstacle = None if vm.obstacle is None else vm.obstacle.text
     broken = vm.migration is not None and vm.migration.broken
     return {"state": vm.state.value, "obstacle": obstacle, "recover": broken}
