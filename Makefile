@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures clean
+.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -60,6 +60,10 @@ test-libvirtd: venv ## a session of virsh, command by command beside libvirtd's 
 test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test
 	$(BIN)/python -m tests.rig
+
+test-system-rig: venv ## random system-level programs on kvm-amd in the rig, beside the software core; PROGRAMS=4 of each kind
+	@.ci/packages test
+	$(BIN)/python -m tests.rig.system $${PROGRAMS:-4} $${SEED:-0}
 
 test-gdb-rig: venv ## GDB on Debian's kernel on kvm-intel, in a guest under Bochs; a quarter of an hour and more
 	@.ci/packages test

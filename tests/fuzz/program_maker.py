@@ -24,6 +24,8 @@ class ProgramMaker:
         """Steps in which QEMU 7.2 differs from the manuals: how, and by which clause."""
         self.bochs_unlike: dict[int, str] = {}
         """Steps in which Bochs 2.7 differs, likewise."""
+        self.kvm_unlike: dict[int, str] = {}
+        """Steps in which kvm-amd in QEMU's emulation of SVM differs, where QEMU alone does not."""
         self.hits: dict[int, list[int]] = {}
         """What DR6's low bits must say in each #DB of a step with breakpoints."""
         self.expected: dict[int, list[str]] = {}
@@ -51,6 +53,10 @@ class ProgramMaker:
     def bochs_differs(self, reason: str) -> None:
         """Bochs does not do this step as the manuals have it."""
         self.bochs_unlike.setdefault(self.number, reason)
+
+    def kvm_differs(self, reason: str) -> None:
+        """kvm-amd in QEMU's emulation of SVM does not do this step as the manuals have it."""
+        self.kvm_unlike.setdefault(self.number, reason)
 
     def add(self, *lines: str) -> None:
         self.lines += lines

@@ -264,6 +264,11 @@ class Maker(ProgramMaker):
         if self.often(5):
             self.put(at + 8, NON_CANONICAL >> 32)
             self.differs(CANONICAL)
+        if vector == 0:
+            self.kvm_differs(
+                "QEMU's SVM does not tell in EXITINTINFO that the fault came in the delivery of #DE, so that KVM does"
+                " not know that it is a double one (APM vol. 2, 15.7.2)"
+            )
         if target != CODE64:
             self.differs(
                 "a handler of CPL 3 pushes as CPL 3, and a segment that is neither present nor of 64 bits is #GP"
@@ -520,6 +525,7 @@ class Maker(ProgramMaker):
             value = self.chance.choice((NON_CANONICAL, 0xFFFF_8000_0000_0000, 0x1234_5678_9ABC_DEF0))
         if body == "sysexitd":
             self.bochs_differs("AMD's processors have no SYSEXIT in long mode (APM vol. 3, SYSEXIT)")
+            self.kvm_differs("KVM emulates SYSEXIT as Intel's processors have it (APM vol. 3, SYSEXIT: #UD)")
         elif body == "lgdt [rbx]":
             self.bochs_differs("which of an operand's bytes faults is open (SDM vol. 2, LGDT)")
         self.add("mov r9, cr3", "xor edi, edi")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -84,6 +85,24 @@ async def leave(machine: vmm.VirtualMachine) -> None:
         assert (await machine.wait()).status == 7
 
 
+STEPS_IN_PLACE = os.environ.get("LOOPVISOR_RIG") == "bochs"
+"""Bochs 2.7 enters the guest with a pending single step after an EPT violation: a step that touches a page for the
+first time stops where it was, one that touches none moves. Against SDM vol. 3, Saving Non-Register State: "The pending
+debug exceptions field is saved as clear for all VM exits except the following", of which an EPT violation is none
+unless MOV SS blocks debug exceptions. KVM's own trace shows it: kvm_exit EPT_VIOLATION rip A, kvm_entry rip A,
+kvm_exit EXCEPTION_NMI rip A with BS."""
+
+
+async def step(gdb: GdbClient) -> dict[str, str]:
+    """A single step's stop reply."""
+    before = await gdb.ask("p10")
+    stop = reason(await gdb.ask("vCont;s:1"))
+    for _ in range(4 if STEPS_IN_PLACE else 0):  # code, data and both page tables' pages, at most
+        if stop["10"] == before:
+            stop = reason(await gdb.ask("vCont;s:1"))
+    return stop
+
+
 NO_BREAKPOINTS = "QEMU's emulation of SVM loads DR7 without its breakpoints, and INT3 is not intercepted as #BP"
 """Against APM vol. 2, 15.5.1 and 15.12.4."""
 
@@ -106,7 +125,7 @@ async def test_it_waits_for_a_debugger_steps_and_runs_on_when_it_leaves(core: st
             assert reason(await gdb.ask("?"))["thread"] == "1"
             assert number(await gdb.ask("p10")) == CODE
             for at in (AGAIN, AGAIN + 3, COPIES, COMPARES):
-                assert reason(await gdb.ask("vCont;s:1"))["10"] == at.to_bytes(8, "little").hex()
+                assert (await step(gdb))["10"] == at.to_bytes(8, "little").hex()
             assert await count(machine) == 1
             assert await gdb.ask("D") == "OK"
         assert await runs(machine)
@@ -138,7 +157,7 @@ async def test_a_breakpoint_stops_each_time_and_is_not_in_memory(core: str, tmp_
                     seen.append(number(await gdb.ask("p0")))
                     assert await gdb.ask(f"m{CODE:x},40") == code.hex()
                     assert await gdb.ask(f"z{kind},{COPIES:x},1") == "OK"
-                    assert number(reason(await gdb.ask("vCont;s:1"))["10"]) == COMPARES
+                    assert number((await step(gdb))["10"]) == COMPARES
                     assert await gdb.ask(f"Z{kind},{COPIES:x},1") == "OK"
                 assert seen == [seen[0], seen[0] + 1, seen[0] + 2]
                 assert await gdb.ask(f"z{kind},{COPIES:x},1") == "OK"
@@ -196,7 +215,7 @@ async def test_an_interrupt_stops_it_and_registers_and_memory_can_be_changed(cor
             everything = await gdb.ask("g")
             assert await gdb.ask(f"G{everything}") == "OK"
             assert await gdb.ask("g") == everything
-            assert await gdb.ask("vCont;s:1")
+            assert await step(gdb)
             assert number(await gdb.ask(f"m{COUNTER:x},8")) == (1 << 40) + 1
             assert await gdb.ask(f"m{1 << 45:x},8") == "E0e"
             assert await gdb.ask(f"M{1 << 45:x},1:00") == "E0e"
@@ -233,7 +252,7 @@ async def test_time_stands_still_with_the_virtual_clock(tmp_path: Path) -> None:
             before = machine.machine.vm.now_ns()
             await asyncio.sleep(0.02)
             assert machine.machine.vm.now_ns() == before
-            assert await gdb.ask("vCont;s:1")
+            assert await step(gdb)
             assert machine.machine.vm.now_ns() - before in (0, 1, 2)
         await leave(machine)
 
@@ -296,7 +315,7 @@ async def test_a_snapshot_and_a_copy_of_a_machine_that_is_debugged(tmp_path: Pat
             assert await runs(copy)  # the breakpoint is not the copy's
             await machine.snapshot(tmp_path / "saved")
             assert await stands(machine, await count(machine))
-            assert number(reason(await gdb.ask("vCont;s:1"))["10"]) == COMPARES
+            assert number((await step(gdb))["10"]) == COMPARES
             await leave(copy)
 
 

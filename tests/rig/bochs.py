@@ -30,7 +30,7 @@ from tests.support import bochs
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ["-k", "kvm", "tests/integration/test_gdb_linux.py"]
-"""Not test_gdb.py: there a single step of a guest that has just begun stops where it was, unexplained so far."""
+"""The bare guests of test_gdb.py know what Bochs does otherwise, too: give `-k kvm tests/integration/test_gdb.py`."""
 OPTIONS = ["-o", "faulthandler_timeout=3600", "-p", "no:cacheprovider"]
 MODULES = ["ata_piix", "sd_mod", "crc32c_generic", "ext4", "kvm_intel"]
 GRUB = Path("/usr/lib/grub/i386-pc")
@@ -50,6 +50,7 @@ exec $b switch_root /root /bin/busybox sh /rig
 RIG = """
 b=/bin/busybox
 export PATH={path} HOME=/root TMPDIR=/tmp XDG_RUNTIME_DIR=/tmp/run LC_ALL=C.UTF-8 LOOPVISOR_PATIENCE=20
+export LOOPVISOR_RIG=bochs
 export PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 $b mkdir -p /dev/shm /dev/pts
 $b mount -t tmpfs -o mode=1777 shm /dev/shm

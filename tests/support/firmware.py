@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import mmap
+import sys
 from pathlib import Path
 
+from cpu import select as choice
 from cpu.contract import System
 from tests.support.bare import Bare, TooLate
 
@@ -29,3 +32,20 @@ def output(system: System, image: Path, *, timeout: float = 60.0) -> str:
             ends = ["it does not come to its end\n"]
         machine.vm.close()
         return machine.console.decode(errors="replace") + "".join(ends)
+
+
+def main() -> None:
+    """`python -m tests.support.firmware CORE FOLDER REPORT`: run every image of a folder; what each
+    printed, as JSON."""
+    name, folder, report = sys.argv[1:]
+    system = choice.open_system(choice.Choice(name, choice.probe(name), ""))
+    outputs = {}
+    for image in sorted(Path(folder).glob("*.bin")):
+        outputs[image.stem] = output(system, image)
+        print(image.stem, flush=True)
+    system.close()
+    Path(report).write_text(json.dumps(outputs))
+
+
+if __name__ == "__main__":
+    main()
