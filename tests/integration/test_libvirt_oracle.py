@@ -127,6 +127,8 @@ DECLARED = [
     Declared("blockcommit.*", r".error: invalid argument: .*", "the error says that there is no backing file"),
     Declared("schedinfo.*|blkiotune.*|memtune.*|cpu-stats.*", r".*", "the oracle has no cgroups here"),
     Declared("blkdeviotune.*", r"-group_name *:.*|[-+]size_iops_sec.*", "each disk has limits of its own"),
+    Declared("domiftune.*", r"-inbound\.floor *: .*", "a floor is a promise of a switch that this host is not"),
+    Declared("sysinfo.*", r".*", "libvirtd asks dmidecode, which needs /dev/mem; we read /sys"),
     Declared("freepages.*", r"[-+]NKiB: N", "the host's own sizes of pages"),
     Declared("allocpages.*", r".error: .*", "the host's memory is looked at only"),
     Declared("cpu-models.*", r"..*", "the guest's processor is what the execution core offers"),
