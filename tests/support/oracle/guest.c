@@ -165,6 +165,9 @@ void guest_run(struct guest *g, const struct insn *insn, struct cpu_state *state
         state->fx[1] = 3;
         memcpy(state->fx + 24, mxcsr, 8);
     }
+    /* FXSAVE of the host's leaves the x87 pointers out while no exception is pending; the core's state has them always. */
+    if (!(state->fx[2] & 0x80))
+        memset(state->fx + 6, 0, 18);
     memcpy(memory->data, g->ram + DATA, DATA_SIZE);
     memcpy(memory->stack, g->ram + STACK, STACK_SIZE);
 }
