@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json as json_text
 import signal
 import sys
@@ -198,6 +199,8 @@ async def _receive(
             for number in signals:
                 loop.add_signal_handler(number, end, number)
             preload()  # now, while no guest waits for it
+            gc.collect()
+            gc.freeze()  # imports are there to stay, and are not looked through while a guest stands still
             say(f"waiting at {receiver.uri}")
             vm = await receiver.arrive()
             helpers.append(asyncio.create_task(_tell_warnings(vm.events(), vm.config.name), name="warnings"))

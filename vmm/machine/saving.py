@@ -16,7 +16,7 @@ from cpu.values import I64, U8, U32, U64, dataclass
 from vmm.errors import StateError, core_errors
 from vmm.machine.chance import ChanceState
 from vmm.machine.origin import Restore
-from vmm.state.payload import decode, encode
+from vmm.state.payload import decode, encode, prepare
 
 if TYPE_CHECKING:
     from vmm.machine.builder import Machine
@@ -135,6 +135,11 @@ def save(machine: Machine) -> dict[str, Any]:
             components={name: part.save() for name, part in _Root(machine).stateful.items()},  # type: ignore[attr-defined]
         )
         return encode(state)
+
+
+def prepare_parsing(machine: Machine) -> None:
+    """Make what `parse` needs, for its first state to be parsed sooner. In any thread."""
+    prepare(_Root(machine))
 
 
 def parse(machine: Machine, data: Any) -> MachineState:

@@ -30,7 +30,7 @@ from vmm.errors import ConfigError, HostError, StateError, VmmError, core_errors
 from vmm.lifecycle import Outcome, Reason
 from vmm.machine.memory import GuestMemory
 from vmm.machine.origin import Arrival, ArrivingDisk, Restore, Saved
-from vmm.machine.saving import MachineState, later, parse, restore, versions
+from vmm.machine.saving import MachineState, later, parse, prepare_parsing, restore, versions
 from vmm.migration import protocol, storage
 from vmm.migration.fetching import Fetching
 from vmm.migration.link import PING_SECONDS, Closed, Link, Listener, Threads, parse_uri
@@ -557,6 +557,7 @@ class Session:
 
     async def _serve(self) -> None:
         try:
+            await self._threads.call(prepare_parsing, self._machine)  # while memory comes, and the machine runs there
             ended = asyncio.create_task(self.vm.ended(), name="receive: end")
             try:
                 while self.phase != "running":

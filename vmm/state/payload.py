@@ -115,6 +115,30 @@ def parse(state_type: type, name: str, data: Any) -> Any:
     return _parse(state_type, {}, name, data)
 
 
+def prepare(component: Any) -> None:
+    """Make what parses the state of `component` and of its parts now, which their first state makes otherwise. In any
+    thread; two at once make some of it twice."""
+    if component is None:
+        return
+    if isinstance(component, Mapping):
+        for part in component.values():
+            prepare(part)
+        return
+    _prepare_type(component.state_type)
+    if hasattr(component, "state_parts"):
+        prepare(component.state_parts())
+
+
+def _prepare_type(hint: Any) -> None:
+    """For a declaration, or those within an annotation."""
+    for inner in get_args(hint):
+        _prepare_type(inner)
+    if dataclasses.is_dataclass(hint) and hint not in _parsers:
+        for field in field_types(hint).values():
+            _prepare_type(field)
+        _parsers_of(hint)
+
+
 def _parse(state_type: Any, parts: Mapping[str, Any], name: str, data: Any) -> Any:
     try:
         return _payload(state_type, parts, data, MAX_DEPTH)
