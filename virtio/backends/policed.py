@@ -32,7 +32,7 @@ from virtio.backends.packets import (
     datagram,
     packet,
 )
-from virtio.backends.rules import Address, Egress
+from virtio.backends.rules import Address, Egress, stays_here
 
 __all__ = ["PolicedNet", "checksum", "packet"]
 
@@ -239,7 +239,7 @@ class PolicedNet(NetBackend):
 
     def _is_server(self, address: Address) -> bool:
         """A name server that a rule names by its address is spoken to directly."""
-        return any(
+        return not stays_here(address) and any(
             rule.network is not None and rule.port == DNS and address in rule.network for rule in self.policy.allow
         )
 

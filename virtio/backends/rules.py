@@ -48,6 +48,14 @@ class Rule:
         return self.port in (0, port)
 
 
+def stays_here(address: Address) -> bool:
+    """Whether a socket of this host takes the address for this host itself, or for one of IPv4 that it holds (RFC 4291,
+    2.5.5.2): no packet from a wire may have such a target, and rules of networks do not see what it means."""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return True
+    return address.is_loopback or address.is_unspecified
+
+
 def parse(text: str) -> tuple[Rule, ...]:
     """Rules with + between them; "" for none. Raises ConfigError that names the one that is wrong."""
     if text.strip().lower() == "none":
@@ -94,7 +102,7 @@ class Egress:
     def learn(self, name: str, address: Address) -> bool:
         """A name the guest asked for has this address, which it may reach from now on as the rules of the name say.
         False: nobody's name leads there."""
-        if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
+        if stays_here(address) or address.is_link_local or address.is_multicast:
             return False
         found = tuple([rule for rule in self.allow if rule.has_name(name)])
         rules, names = self._learned.pop(address, ((), ()))
@@ -112,7 +120,10 @@ class Egress:
                     self.learn(name, address)
 
     def may_reach(self, address: Address, port: int) -> bool:
-        """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count."""
+        """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count. Never
+        to this host itself, whatever the rules say."""
+        if stays_here(address):
+            return False
         if any(rule.has_address(address) and rule.has_port(port) for rule in self.deny):
             return False
         if not self.allow:

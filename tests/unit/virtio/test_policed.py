@@ -216,6 +216,19 @@ async def test_everything_and_nothing() -> None:
     await card.net.aclose()
 
 
+async def test_this_host_is_out_of_reach_whatever_is_allowed() -> None:
+    """A socket takes a mapped address for the one of IPv4 in it, which rules of networks do not see."""
+    here = ("127.0.0.1", "127.9.9.9", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1")
+    for allow in ("*", "0.0.0.0/0:53+[::/0]:53", ""):
+        card = Card(allow, "10.0.0.0/8")
+        for target in here:
+            source = GUEST if ":" not in target else "fe80::1"
+            assert not await card.passes(ip(tcp(53), target, source, 6)), (allow, target)
+            assert not await card.passes(ip(udp(53), target, source)), (allow, target)
+        assert not card.net.policy.learn("example.org", ipaddress.ip_address("::ffff:192.0.2.1"))
+        await card.net.aclose()
+
+
 async def test_without_a_resolver_there_are_no_names() -> None:
     card = Card("*")
     card.net.change(Egress(parse("*"), ()), no_names)
