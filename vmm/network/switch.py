@@ -29,7 +29,7 @@ from typing import Any, Self
 from virtio.backends.impaired import ImpairedNet, Impairment
 from virtio.backends.net import NetBackend
 from virtio.backends.sockets import StreamNet
-from virtio.backends.switch import SwitchCore
+from virtio.backends.switch import SwitchCore, SwitchPort
 from virtio.errors import HostError as LinkError
 from vmm.errors import ConfigError, HostError, core_errors, os_reason
 from vmm.management.registry import runtime_directory
@@ -210,10 +210,11 @@ class Switch:
         """A port of this program's own, with `send` and `receive` of Ethernet frames."""
         return self._core.port()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"switch-{self.name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -221,17 +222,24 @@ class Switch:
             self.plug(sock)
 
     def plug(self, sock: socket.socket) -> None:
-        """A connected socket becomes a port."""
-        self._spawn(self._serve(sock))
-
-    async def _serve(self, sock: socket.socket) -> None:
-        stream: NetBackend = StreamNet(sock)
+        """A connected socket becomes a port, which `ports` counts from now on."""
         try:
             port = self._core.port()
         except LinkError:
-            await stream.aclose()
+            sock.close()
             return
         self.idle.clear()
+
+        def unplug(task: asyncio.Task[None]) -> None:  # also if it was cancelled before it began
+            sock.close()
+            port.unplug()
+            if not self._core.ports:
+                self.idle.set()
+
+        self._spawn(self._serve(sock, port)).add_done_callback(unplug)
+
+    async def _serve(self, sock: socket.socket, port: SwitchPort) -> None:
+        stream: NetBackend = StreamNet(sock)
         wire: ImpairedNet | None = None
         if self._impairment.active:
             # Each wire has chances of its own, in the order in which they were plugged in. Way out and way in both have
@@ -249,12 +257,9 @@ class Switch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            port.unplug()
             if wire is not None:
                 self._wires.remove(wire)
             await stream.aclose()
-            if not self._core.ports:
-                self.idle.set()
 
     async def _from_wire(self, stream: NetBackend, port: NetBackend) -> None:
         count = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,18 @@ async def test_a_switch_in_this_loop(runtime: Path) -> None:
         assert await got(one) == frame(A, C, b"back")
         await one.aclose()
     assert not list(runtime.rglob("*.sock"))
+
+
+async def test_a_port_counts_from_the_moment_it_is_plugged_in(runtime: Path) -> None:
+    """Else a switch that looks whether anybody is there could end under who has just come."""
+    async with vmm.Switch("lan") as lan:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.settimeout(60)
+        lan.plug(theirs)
+        assert lan.ports == 1 and not lan.idle.is_set()
+    assert lan.ports == 0 and lan.idle.is_set()
+    assert ours.recv(1) == b"", "closed, though its task never began"
+    ours.close()
 
 
 async def test_a_switch_between_processes(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
