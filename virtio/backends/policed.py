@@ -91,7 +91,7 @@ class PolicedNet(NetBackend):
         self._flows: OrderedDict[tuple[Address, int, int], None] = OrderedDict()
         self._former: deque[Egress] = deque(maxlen=FORMER)
         self._arrived = asyncio.Event()
-        self._replied: Callable[[], None] = self._arrived.set
+        self._replied: Callable[[], None] = lambda: None
         self._answers: deque[bytes] = deque()
         self._receiving: asyncio.Task[bytes] | None = None
         self._questions: set[asyncio.Task[None]] = set()
@@ -318,4 +318,5 @@ class PolicedNet(NetBackend):
 
     def _reply(self, frame: bytes, found: IpPacket, message: bytes) -> None:
         self._fence.reply(datagram(frame, found, message))
+        self._arrived.set()  # a device that has `channels` may still work this driver's queues with `receive`
         self._replied()

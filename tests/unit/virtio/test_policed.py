@@ -229,6 +229,23 @@ async def test_this_host_is_out_of_reach_whatever_is_allowed() -> None:
         await card.net.aclose()
 
 
+async def test_an_answer_that_took_long_is_received(card: Card) -> None:
+    """Also by a device that has the path in C but receives in Python, as for a packed ring."""
+    known = asyncio.Event()
+
+    async def slow(name: str, kind: int) -> list[Address]:
+        await known.wait()
+        return await resolve(name, kind)
+
+    card.net.on_replies(lambda: None)
+    card.net.resolve = slow
+    await card.net.send(ip(udp(53, question("files.example.org")), "198.18.0.53"))
+    receiving = asyncio.create_task(card.net.receive(), name="receiving")
+    await asyncio.sleep(0)  # it waits
+    known.set()
+    assert ipaddress.ip_address(SERVER).packed in await asyncio.wait_for(receiving, 30)
+
+
 async def test_without_a_resolver_there_are_no_names() -> None:
     card = Card("*")
     card.net.change(Egress(parse("*"), ()), no_names)
