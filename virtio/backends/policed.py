@@ -46,6 +46,8 @@ MAX_FLOWS = 4096
 """Connections from outside to published ports that are remembered."""
 FORMER = 8
 """Policies of before, whose connections are reset when this one forbids them."""
+REASONS = 64
+"""Reasons that refused frames are counted by; frames for further ones are "other", for a guest may send every type."""
 TOLD = 20
 """Destinations whose refusal is told, each once."""
 NOBODY = ipaddress.IPv4Address(0)
@@ -271,7 +273,8 @@ class PolicedNet(NetBackend):
         self._fence.address(address.packed)
 
     def _refuse(self, why: str) -> None:
-        self._refused["destination" if " to " in why else "name" if why.startswith("the name ") else why] += 1
+        reason = "destination" if " to " in why else "name" if why.startswith("the name ") else why
+        self._refused[reason if reason in self._refused or len(self._refused) < REASONS else "other"] += 1
         if len(self._told) < TOLD and why not in self._told:
             self._told.add(why)
             more = "; more is only counted" if len(self._told) == TOLD else ""

@@ -17,7 +17,7 @@ from tests.support.virtio import PciDriver
 from virtio import _ring
 from virtio.backends import dns
 from virtio.backends.net import MemoryNet
-from virtio.backends.policed import MAX_QUESTIONS, TOLD, PolicedNet, checksum, no_names, packet
+from virtio.backends.policed import MAX_QUESTIONS, REASONS, TOLD, PolicedNet, checksum, no_names, packet
 from virtio.backends.rules import Address, Egress, parse
 from virtio.backends.sockets import StreamNet
 from virtio.devices.net import NetDevice
@@ -271,7 +271,10 @@ async def test_floods_are_bounded(card: Card) -> None:
         await card.net.send(ip(udp(53, question("no.invalid")), "198.18.0.53"))
     await asyncio.sleep(0)
     assert len(card.told) == TOLD and "more is only counted" in card.told[-1]
-    assert len(card.net._fence.replies()) <= 256 and len(card.net._told) == TOLD and len(card.net.refused) < 20
+    for kind in range(2000):
+        await card.net.send(ROUTER + MAC + struct.pack(">H", 0x9000 + kind) + bytes(46))
+    assert 1900 < card.net.refused["other"] < 2000 and len(card.net.refused) <= REASONS + 2
+    assert len(card.net._fence.replies()) <= 256 and len(card.net._told) == TOLD
 
 
 @settings(deadline=None)
