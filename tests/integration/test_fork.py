@@ -53,6 +53,7 @@ async def test_copies_differ_in_who_they_are_and_in_nothing_else(linux: Any) -> 
         for log in logs:
             assert not re.search("BUG|WARNING|lockup|rcu.*stall|Oops|Call Trace", log.text), log.text
         again = await copies[0].fork()
+        assert vm.source == "" and again[0].source == f"copy of {names[0]}"
         facts = await look(again[0])
         assert facts[7] == "other" and facts[2] not in {line[2] for line in seen}
         for copy in copies[3:]:
@@ -119,6 +120,10 @@ def test_the_commands(linux: Any, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         for name in ("twin-1", "twin-2"):
             assert run("exec", name, "--", "hostname").stdout == f"{name}\n"
+        head, *rows = run("ps").stdout.splitlines()
+        assert head.split()[-1] == "FROM"
+        assert [row.split()[0] for row in rows] == ["box", "twin-1", "twin-2"]
+        assert [row.split()[-1] == "-" for row in rows] == [True, False, False]
         done = run("fork", "box", "--as", "twin-1")
         assert done.returncode == 2 and "twin-1 runs already" in done.stderr
     finally:

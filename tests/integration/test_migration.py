@@ -339,8 +339,8 @@ def test_the_commands(linux: Any, tmp_path: Path) -> None:
         done = run("migrate", "box", where, "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["downtime"] > 0, done.stderr
         assert machine.wait(60) == 0
-        names = [entry["name"] for entry in json.loads(run("ps", "--json").stdout)]
-        assert names == ["box2"]
+        listed = [(entry["name"], entry["source"]) for entry in json.loads(run("ps", "--json").stdout)]
+        assert listed == [("box2", "box, migrated")]
         assert run("exec", "box2", "cat", "/kept").stdout == "kept\n"
         assert run("stop", "box2").returncode == 0
         assert other.wait(60) == 0
