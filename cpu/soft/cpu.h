@@ -321,7 +321,8 @@ struct soft_vm {
  * the instruction under way). */
 static inline uint64_t soft_instructions(const struct soft_vcpu *c) { return c->turn_end - (uint64_t)(c->budget + c->budget_held); }
 /* STI and MOV SS hold interrupts until the instruction behind them is done: while RIP is there, the run loop executes one
- * instruction before it delivers. Nothing has to be done when that instruction is past. */
+ * instruction before it delivers. Nothing has to be done when that instruction is past: a program that jumps back to it is
+ * interrupted one instruction later than it could be. */
 static inline void soft_cast_shadow(struct soft_vcpu *c, uint8_t shadow)
 {
     c->shadow = shadow;

@@ -1,8 +1,8 @@
 """`python -m tests.rig.system [PROGRAMS] [SEED]`: random system-level programs on kvm-amd, beside the software core.
 
-PROGRAMS of each kind in KINDS are made from seeds and run on the software core here, and on KVM in
-the rig, where the processor of a guest is QEMU's emulation of SVM and kvm-amd together. Each step prints the same on
-both, or what the model of its maker says, but for
+PROGRAMS of each kind in KINDS are made from seeds and run on the software core here, and on KVM in the rig, where the
+processor of a guest is QEMU's emulation of SVM and kvm-amd together. Each step prints the same on both, or what the
+model of its maker says, but for
 
 - what QEMU does otherwise than the manuals, which it does in a guest, too (`ProgramMaker.unlike`, `system.plain`);
 - breakpoints: QEMU's VMRUN loads DR7 without enabling them (APM vol. 2, 15.5.1, has DR7 among what it loads);

@@ -38,7 +38,7 @@ struct uop {
     uint8_t size;        /* operand size in bytes, for micro-ops that serve several */
     uint8_t aux;
 };
-_Static_assert(sizeof(struct uop) == 32, "two micro-ops a cache line");
+_Static_assert(sizeof(struct uop) == 32, "half of a cache line");
 
 /* The last micro-op of a block that ends with a direct jump is followed by this instead of a micro-op. */
 struct uop_links {

@@ -4,9 +4,10 @@
  * Memory: blocks live in one arena that is filled upwards and given up as a whole when full (or when memory slots
  * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
  * VMs of a process share what one alone may take. One that goes to sleep with more than its share gives it back, and, if it
- * is one of several, also what stands beyond the blocks made since the last flush. After a while of sleep it keeps no more than its part of a quarter of that, so that many VMs at rest take little (python
- * -m tests.bench many, state). One with a virtual clock has all for itself: when blocks are made anew decides where turns
- * end, and that must not depend on who else is there.
+ * is one of several, also what stands beyond the blocks made since the last flush. After a while of sleep it keeps no more
+ * than its part of a quarter of that, so that many VMs at rest take little (python -m tests.bench many, state). One with a
+ * virtual clock has all for itself: when blocks are made anew decides where turns end, and that must not depend on who else
+ * is there.
  * Links only join blocks of the same page, and a page's blocks die together.
  */
 #include <stdlib.h>
