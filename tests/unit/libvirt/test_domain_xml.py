@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_schema import samples
@@ -123,6 +123,7 @@ def test_every_field_of_a_part_has_its_words(kind: type[Checked], name: str) -> 
         assert read(domain_xml(spec_of(config), "/vmm")).config.to_dict() == config.to_dict()
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {
@@ -306,12 +307,14 @@ def test_hostile_documents_are_refused(text: str) -> None:
         read(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_is_a_domain_or_an_error_of_ours(text: str) -> None:
     with pytest.raises(VmmError):
         read(f"<domain type='qemu'>{text}</domain>")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"))))
 def test_title_and_description_come_back(text: str) -> None:
     spec = set_metadata(set_metadata(shell(), 0, text, None, None), 1, text, None, None)

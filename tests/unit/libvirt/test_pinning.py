@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.libvirt import host, pinning
@@ -16,6 +16,7 @@ from vmm.libvirt.errors import LibvirtError
 from vmm.libvirt.spec import EMULATOR, Pins
 
 
+@settings(deadline=None)
 @given(st.frozensets(st.integers(0, 2000), min_size=1, max_size=40))
 def test_sets_there_and_back(cpus: frozenset[int]) -> None:
     assert cpu_set(cpu_text(cpus)) == cpus

@@ -4,7 +4,7 @@ import struct
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.libvirt import rpc
@@ -15,6 +15,7 @@ from vmm.libvirt.xdr import Array, CharArray, Opaque, Optional, String, XdrError
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
 
 
+@settings(deadline=None)
 @given(TEXTS, st.binary(min_size=16, max_size=16), st.integers(-(2**31), 2**31 - 1))
 def test_a_domain_is_read_back(name: str, uuid: bytes, number: int) -> None:
     dom = DomainRef(name, uuid, number)
@@ -54,6 +55,7 @@ def test_what_is_malformed_is_an_xdr_error(kind: object, data: bytes) -> None:
         decode(kind, data)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(TYPES)), st.binary(max_size=200))
 def test_garbage_is_a_value_or_an_xdr_error(name: str, data: bytes) -> None:
     try:
