@@ -164,6 +164,8 @@ def _pins(root: Reader, most: int) -> Pins:
         vcpu = one.needed("vcpu")
         if not re.fullmatch(r"[0-9]{1,5}", vcpu) or int(vcpu) >= most:
             raise malformed(f"<cputune/vcpupin vcpu='{vcpu}'>: there is no such processor of {most}")
+        if int(vcpu) in dict(pins.vcpus):
+            raise malformed(f"<cputune/vcpupin vcpu='{vcpu}'>: is there twice")
         pins = pins.changed(int(vcpu), cpu_set(one.needed("cpuset")))
     if emulator := tune.child("emulatorpin"):
         pins = pins.changed(EMULATOR, cpu_set(emulator.needed("cpuset")))
