@@ -110,9 +110,15 @@ class GuestStream:
             self._room.set()
         return part
 
-    async def read_all(self) -> bytes:
-        """Everything until the end."""
-        return b"".join([part async for part in self])
+    async def read_all(self, limit: int | None = None) -> bytes:
+        """Everything until the end; if that is more than `limit` bytes, the first of them, and the rest is thrown
+        away."""
+        if limit is None:
+            return b"".join([part async for part in self])
+        kept = bytearray()
+        async for part in self:
+            kept += part[: limit - len(kept)]
+        return bytes(kept)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while data := await self.read():
@@ -196,11 +202,11 @@ class GuestProcess:
         """The exit status, or 128 + signal. GuestError if the guest went away before."""
         return await asyncio.shield(self._status)
 
-    async def communicate(self, data: bytes | None = None) -> ExecResult:
-        """Feed `data` (None: nothing) and read until the end."""
+    async def communicate(self, data: bytes | None = None, *, limit: int | None = None) -> ExecResult:
+        """Feed `data` (None: nothing) and read until the end. `limit`: bytes of each output that are kept."""
         async with asyncio.TaskGroup() as group:
-            stdout = group.create_task(self.stdout.read_all(), name="guest-stdout")
-            stderr = group.create_task(self.stderr.read_all(), name="guest-stderr")
+            stdout = group.create_task(self.stdout.read_all(limit), name="guest-stdout")
+            stderr = group.create_task(self.stderr.read_all(limit), name="guest-stderr")
             group.create_task(self._feed(data), name="guest-stdin")
         return ExecResult(await self.wait(), stdout.result(), stderr.result(), self.cpu_seconds, self.memory_peak)
 

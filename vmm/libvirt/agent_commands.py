@@ -163,7 +163,7 @@ async def _exec_status(domain: Domain, arguments: dict[str, Any], seconds: float
         answer: dict[str, Any] = {"exited": True, "exitcode": result.status}
         for key, data in (("out-data", result.stdout), ("err-data", result.stderr)):
             if data:
-                answer[key] = base64.b64encode(data[: 1 << 20]).decode()
+                answer[key] = base64.b64encode(data).decode()
         return answer
     return {"exited": True, "signal": 9}
 

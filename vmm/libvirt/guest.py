@@ -6,6 +6,7 @@ one has no answer. Everything that comes from the guest is hostile: it is bounde
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from vmm.management.agentlink import agent_of
 
 ANSWER_SECONDS = 5.0
 MAX_OUTPUT = 64 << 10
+MAX_KEPT = 1 << 20
+"""Bytes of a program's output, and of its errors, that are kept; the guest may send any number."""
 MAX_MOUNTS = 1000
 FREEZE_SECONDS = 60.0
 """How long file systems may take to write out what they have."""
@@ -46,7 +49,8 @@ async def execute(domain: Domain, arguments: list[str], data: bytes | None, seco
             Code.ARGUMENT_UNSUPPORTED, "the domain has no guest agent (agent='on' in <loopvisor:machine>)"
         )
     try:
-        return await agent_of(entry).exec(*arguments, input=data, timeout=seconds)
+        async with asyncio.timeout(seconds), await agent_of(entry).start_process(*arguments) as process:
+            return await process.communicate(data, limit=MAX_KEPT)
     except TimeoutError:
         raise LibvirtError(Code.AGENT_UNRESPONSIVE, f"no answer within {seconds:g} s") from None
     except VmmError as error:
