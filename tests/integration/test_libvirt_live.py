@@ -255,11 +255,13 @@ def test_what_else_the_agent_is_asked(linux: Linux) -> None:
     assert shown == "ssh-ed25519 AAAA onessh-ed25519 BBBB two"
     assert linux.sh("cat /root/.ssh/authorized_keys") == "ssh-ed25519 AAAA one\nssh-ed25519 BBBB two"
     linux.virsh("set-user-sshkeys", "d", "root", "--file", str(keys))  # once more changes nothing
+    linux.sh("echo '# whose they are' >>/root/.ssh/authorized_keys")
     keys.write_text("ssh-ed25519 AAAA one\n")
     linux.virsh("set-user-sshkeys", "d", "root", "--file", str(keys), "--remove")
-    assert (
-        linux.sh("cat /root/.ssh/authorized_keys; stat -c %a /root/.ssh/authorized_keys") == "ssh-ed25519 BBBB two\n600"
-    )
+    kept = linux.sh("cat /root/.ssh/authorized_keys; stat -c %a /root/.ssh/authorized_keys")
+    assert kept == "ssh-ed25519 BBBB two\n# whose they are\n600"
+    assert linux.virsh("get-user-sshkeys", "d", "root") == "ssh-ed25519 BBBB two"
+    assert "no user r..t" in linux.virsh("get-user-sshkeys", "d", "r..t", ok=False)
     assert "no user nobody-here" in linux.virsh("get-user-sshkeys", "d", "nobody-here", ok=False)
 
 

@@ -184,10 +184,10 @@ async def domain_authorized_ssh_keys_set(call: Call, dom: DomainRef, user: str, 
     check_flags(flags, KEYS_APPEND | KEYS_REMOVE)
     domain = call.daemon.domains.of(dom)
     if flags:
-        before = await guest.ssh_keys(domain, user)
+        before = await guest.ssh_lines(domain, user)
         removed = [key for key in before if key.strip() not in {one.strip() for one in keys}]
         keys = removed if flags & KEYS_REMOVE else [*before, *keys]
-    await guest.set_ssh_keys(domain, user, keys)
+    await guest.set_ssh_lines(domain, user, keys)
 
 
 @qemu.change(1, "domain_monitor_command", "dom:domain command:string flags:uint", "result:string")

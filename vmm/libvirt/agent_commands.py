@@ -195,7 +195,7 @@ async def _set_vcpus(domain: Domain, arguments: dict[str, Any], seconds: float |
     known = {cpu.number: cpu for cpu in await guest.cpus(domain)}
     for one in wanted:
         number, online = (one.get("logical-id"), one.get("online")) if isinstance(one, dict) else (None, None)
-        if number not in known or not isinstance(online, bool):
+        if not isinstance(number, int) or number not in known or not isinstance(online, bool):
             raise LibvirtError(Code.INVALID_ARG, f"guest-set-vcpus: the guest has no processor {number!r:.40}")
         if known[number].online != online:
             await guest.set_cpu(domain, number, online=online)
@@ -217,14 +217,14 @@ async def _keys(domain: Domain, arguments: dict[str, Any], seconds: float | None
 
 async def _add_keys(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
     user, keys = _user(arguments), _key_list(arguments)
-    before = [] if arguments.get("reset") is True else await guest.ssh_keys(domain, user)
-    await guest.set_ssh_keys(domain, user, [*before, *keys])
+    before = [] if arguments.get("reset") is True else await guest.ssh_lines(domain, user)
+    await guest.set_ssh_lines(domain, user, [*before, *keys])
     return {}
 
 
 async def _remove_keys(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
     user, keys = _user(arguments), _key_list(arguments)
-    await guest.set_ssh_keys(domain, user, [key for key in await guest.ssh_keys(domain, user) if key not in keys])
+    await guest.set_ssh_lines(domain, user, [line for line in await guest.ssh_lines(domain, user) if line not in keys])
     return {}
 
 
@@ -270,9 +270,10 @@ async def _file_open(domain: Domain, arguments: dict[str, Any], seconds: float |
 
 
 def _file(domain: Domain, arguments: dict[str, Any], *, writing: bool | None = None) -> GuestFile:
-    file = domain.extra.get("files", {}).get(arguments.get("handle"))
+    handle = arguments.get("handle")
+    file = domain.extra.get("files", {}).get(handle) if isinstance(handle, int) else None
     if file is None:
-        raise LibvirtError(Code.INVALID_ARG, f"handle {arguments.get('handle')!r:.40} is not open")
+        raise LibvirtError(Code.INVALID_ARG, f"handle {handle!r:.40} is not open")
     assert isinstance(file, GuestFile)
     if writing is not None and file.mode == ("r" if writing else "w") or writing is False and file.mode == "a":
         raise LibvirtError(Code.INVALID_ARG, f"{file.path}: is open for {'reading' if writing else 'writing'} only")

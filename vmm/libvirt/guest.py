@@ -216,27 +216,44 @@ async def power(domain: Domain, program: str) -> None:
     await run(domain, "sh", "-c", later)
 
 
-KEYS = """home=$(grep "^$1:" /etc/passwd | cut -d: -f6); [ -n "$home" ] || { echo "no user $1" >&2; exit 1; }
+KEYS = """home=
+while IFS=: read -r name x uid gid gecos place shell; do [ "$name" = "$1" ] && home=$place; done </etc/passwd
+[ -n "$home" ] || { echo "no user $1" >&2; exit 1; }
 at=$home/.ssh; file=$at/authorized_keys"""
-KEEP = """mkdir -p "$at" && chmod 700 "$at" && cat >"$file.new" && chmod 600 "$file.new" &&
-chown -R "$(stat -c %u:%g "$home")" "$at" && mv "$file.new" "$file" """
+SHOW = f"""[ -f "$file" ] || exit 0
+[ "$(wc -c <"$file")" -lt {MAX_OUTPUT} ] || {{ echo "$file has {MAX_OUTPUT} bytes or more" >&2; exit 1; }}
+cat "$file" """
+# The directory is the user's, who may have put links there to what only root may write.
+KEEP = """[ ! -L "$at" ] || { echo "$at is a link" >&2; exit 1; }
+mkdir -p "$at" && chmod 700 "$at" && rm -f "$file.new" && cat >"$file.new" && chmod 600 "$file.new" &&
+chown -h "$(stat -c %u:%g "$home")" "$at" "$file.new" && mv "$file.new" "$file" """
+
+
+async def ssh_lines(domain: Domain, user: str) -> list[str]:
+    """What stands in the file of keys with which a user of the guest is let in by SSH, comments too. Raises
+    LibvirtError."""
+    _check_user(user)
+    told = await run(domain, "sh", "-c", f"{KEYS}\n{SHOW}", "sh", user)
+    return [line.strip() for line in told.splitlines() if line.strip()]
 
 
 async def ssh_keys(domain: Domain, user: str) -> list[str]:
-    """Whom a user of the guest lets in by SSH, a line for each key. Raises LibvirtError."""
-    _check_user(user)
-    told = await run(domain, "sh", "-c", f'{KEYS}; [ ! -f "$file" ] || cat "$file"', "sh", user)
-    return [line.strip() for line in told.splitlines() if line.strip() and not line.startswith("#")][:MAX_KEYS]
+    """The keys alone. Raises LibvirtError."""
+    return [line for line in await ssh_lines(domain, user) if not line.startswith("#")][:MAX_KEYS]
 
 
-async def set_ssh_keys(domain: Domain, user: str, keys: list[str]) -> None:
+async def set_ssh_lines(domain: Domain, user: str, lines: list[str]) -> None:
     """Exactly these. Raises LibvirtError."""
     _check_user(user)
-    for key in keys:
-        if "\n" in key or "\0" in key:
+    for line in lines:
+        if "\n" in line or "\0" in line:
             raise LibvirtError(Code.INVALID_ARG, "a key is one line")
-    text = "".join(f"{key.strip()}\n" for key in dict.fromkeys(keys) if key.strip())
-    await run(domain, "sh", "-c", f"{KEYS}; {KEEP}", "sh", user, data=text.encode())
+    text = "".join(f"{line.strip()}\n" for line in dict.fromkeys(lines) if line.strip())
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise LibvirtError(Code.INVALID_ARG, "a key is text in UTF-8") from None
+    await run(domain, "sh", "-c", f"{KEYS}\n{KEEP}", "sh", user, data=data)
 
 
 def _check_user(user: str) -> None:
