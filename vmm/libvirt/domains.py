@@ -278,10 +278,20 @@ class Domains:
                     await self._adopt(entry, domain)
 
     def keep_pinned(self, only: Domain | None = None) -> None:
-        """Have threads of machines run where they are to; of one, or of all. Raises HostError."""
+        """Have threads of machines run where they are to; of one, or of all. What cannot be is logged once, and holds
+        up no other machine."""
+        present: frozenset[int] = frozenset()
         for domain in [only] if only is not None else self.all():
-            if domain.live is not None and domain.live.pins != Pins():
-                pinning.apply(domain.pid, domain.live.pins, frozenset(cpu.number for cpu in host.processors()))
+            if domain.live is None or domain.live.pins == Pins():
+                continue
+            present = present or frozenset(cpu.number for cpu in host.processors())
+            try:
+                pinning.apply(domain.pid, domain.live.pins, present)
+                domain.extra.pop("pins refused", None)
+            except HostError as error:
+                if domain.extra.get("pins refused") != str(error):
+                    log.warning("%s: %s", domain.name, error)
+                domain.extra["pins refused"] = str(error)
 
     async def _adopt(self, entry: RegistryEntry, domain: Domain | None) -> None:
         control = await ControlClient.connect(entry)
@@ -425,8 +435,7 @@ class Domains:
         if not paused:
             with suppress(VmmError):  # it may have ended before it answers, which its events tell
                 await ask(entry, "resume")
-        with suppress(HostError):  # told where it can be: when it is asked for
-            self.keep_pinned(domain)
+        self.keep_pinned(domain)
 
     async def _reach(self, spec: Spec, process: Process) -> ControlClient:
         """A connection to the machine's control socket, as soon as it listens."""

@@ -24,28 +24,33 @@ VCPU = re.compile(r"vcpu([0-9]*)")
 
 
 class MachineThreads(NamedTuple):
-    """Of one process, by their numbers. `shared`: that of all vCPUs, if they have one together, else 0."""
+    """Of one process, by their numbers. `shared`: that of all vCPUs, if they have one together, else 0. `workers`: the
+    kernel's own, which it makes for io_uring."""
 
     vcpus: dict[int, int]
     shared: int
     others: list[int]
+    workers: list[int]
 
 
 def threads_of(pid: int) -> MachineThreads:
     """Those that are there now; none of a process that has gone."""
     vcpus: dict[int, int] = {}
-    shared, others = 0, []
+    shared = 0
+    others: list[int] = []
+    workers: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError):
-                match = VCPU.fullmatch((task / "comm").read_text().strip())
+                name = (task / "comm").read_text().strip()
+                match = VCPU.fullmatch(name)
                 if match is None:
-                    others.append(int(task.name))
+                    (workers if name.startswith("iou-") else others).append(int(task.name))
                 elif match[1]:
                     vcpus[int(match[1])] = int(task.name)
                 else:
                     shared = int(task.name)
-    return MachineThreads(vcpus, shared, sorted(others))
+    return MachineThreads(vcpus, shared, sorted(others), sorted(workers))
 
 
 def affinity(thread: int) -> frozenset[int]:
@@ -54,12 +59,6 @@ def affinity(thread: int) -> frozenset[int]:
         return frozenset(os.sched_getaffinity(thread))
     except OSError:
         return frozenset()
-
-
-def vcpu_thread(domain: Domain, vcpu: int) -> int:
-    """0: it has not run yet, or is not there."""
-    threads = threads_of(domain.pid)
-    return threads.vcpus.get(vcpu, threads.shared)
 
 
 def check(domain: Domain, pins: Pins) -> None:
@@ -85,6 +84,9 @@ def apply(pid: int, pins: Pins, present: frozenset[int]) -> None:
     if pins.emulator is not None:
         for thread in threads.others:
             _move(thread, pins.emulator)
+        for thread in threads.workers:
+            with suppress(HostError):  # kernels before Linux 6.3 let nobody move these
+                _move(thread, pins.emulator)
 
 
 def _move(thread: int, cpus: frozenset[int]) -> None:

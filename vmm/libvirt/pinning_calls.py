@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 
 from vmm.libvirt import host, pinning
@@ -31,15 +32,21 @@ def _map(cpus: frozenset[int], length: int) -> bytes:
     return cpu_map(sorted(cpus))[:length].ljust(length, b"\0")
 
 
-def _where(domain: Domain, which: int, flags: int, call: Call) -> frozenset[int]:
-    """Where a vCPU or the emulator runs, or is to run by its definition. What has no thread yet runs where it is to."""
-    spec = spec_for(call, domain, flags)
-    asked = spec.pins.emulator if which == EMULATOR else dict(spec.pins.vcpus).get(which)
-    if spec is domain.live:
-        thread = domain.pid if which == EMULATOR else pinning.vcpu_thread(domain, which)
-        if thread and (found := pinning.affinity(thread)):
-            return found
-    return asked or present()
+def _maps(call: Call, domain: Domain, numbers: Iterable[int], length: int, flags: int) -> bytes:
+    """Where these vCPUs, or the EMULATOR, run, or are to run by the definition: a map of `length` bytes for each. What
+    has no thread yet runs where it is to."""
+    spec, there = spec_for(call, domain, flags), present()
+    pinned = dict(spec.pins.vcpus)
+    threads = pinning.threads_of(domain.pid) if spec is domain.live else None
+    maps = []
+    for number in numbers:
+        asked = spec.pins.emulator if number == EMULATOR else pinned.get(number)
+        thread = 0
+        if threads is not None:
+            thread = domain.pid if number == EMULATOR else threads.vcpus.get(number, threads.shared)
+        found = pinning.affinity(thread) if thread else None
+        maps.append(_map(found or asked or there, length))
+    return b"".join(maps)
 
 
 @calls.query(20, "domain_get_vcpus", "dom:domain maxinfo:int maplen:int", "info:vcpuinfo<16384> maps:opaque<8388608>")
@@ -55,8 +62,7 @@ async def domain_get_vcpus(call: Call, dom: DomainRef, maxinfo: int, maplen: int
         # One thread may run several vCPUs, so its time is theirs in equal parts.
         share = time if number in threads.vcpus else time // domain.spec.config.cpus
         infos.append(VcpuInfo(number, 1, share, cpu))
-    maps = b"".join(_map(_where(domain, number, AFFECT_LIVE, call), maplen) for number in range(count))
-    return infos, maps
+    return infos, _maps(call, domain, range(count), maplen, AFFECT_LIVE)
 
 
 @calls.query(
@@ -67,12 +73,12 @@ async def domain_get_vcpu_pin_info(
 ) -> tuple[bytes, int]:
     domain = call.daemon.domains.of(dom)
     wanted = min(at_least_zero(count), spec_for(call, domain, flags & 3).config.most_cpus)
-    return b"".join(_map(_where(domain, number, flags & 3, call), maplen) for number in range(wanted)), wanted
+    return _maps(call, domain, range(wanted), maplen, flags & 3), wanted
 
 
 @calls.query(280, "domain_get_emulator_pin_info", "dom:domain maplen:int flags:uint", "maps:opaque<2048> count:int")
 async def domain_get_emulator_pin_info(call: Call, dom: DomainRef, maplen: int, flags: int) -> tuple[bytes, int]:
-    return _map(_where(call.daemon.domains.of(dom), EMULATOR, flags & 3, call), maplen), 1
+    return _maps(call, call.daemon.domains.of(dom), [EMULATOR], maplen, flags & 3), 1
 
 
 @calls.change(26, "domain_pin_vcpu", "dom:domain vcpu:uint map:opaque<2048>")

@@ -71,7 +71,7 @@ def test_threads_are_found_by_name_and_moved(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         end.set()
         running.join()
-    assert pinning.threads_of(1 << 22) == ({}, 0, []) and host.thread_time(os.getpid(), 1 << 22) == (0, -1)
+    assert pinning.threads_of(1 << 22) == ({}, 0, [], []) and host.thread_time(os.getpid(), 1 << 22) == (0, -1)
 
 
 def test_what_the_host_says_of_its_boards(tmp_path: Path) -> None:
