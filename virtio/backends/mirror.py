@@ -248,9 +248,11 @@ class _Copy:
             if not apart:
                 await self._backend.adopt(self._target)
 
-        await self._disk.exchange(change)
-        if apart:
-            await asyncio.shield(asyncio.to_thread(self._target.close))
+        try:
+            await self._disk.exchange(change)
+        finally:
+            if apart and self.switched:
+                await asyncio.shield(asyncio.to_thread(self._target.close))
 
     def _copy_data(self, at: int, length: int) -> None:
         """*worker thread*"""

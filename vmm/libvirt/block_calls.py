@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from vmm.convert import KIB
@@ -162,6 +163,16 @@ async def domain_block_job_abort(call: Call, dom: DomainRef, path: str, flags: i
         await _block(domain, name, "finish")
     elif job["state"] != "done":  # a commit goes over by itself
         raise LibvirtError(Code.BLOCK_COPY_ACTIVE, f"disk '{path}' not ready for pivot yet")
+    if not flags & ABORT_ASYNC:
+        await _end_of_job(domain, name)
+
+
+async def _end_of_job(domain: Domain, name: str) -> None:
+    """Until the disk's job has ended. Raises VmmError if it failed, or if its machine ends meanwhile."""
+    while (job := (await _block(domain, name, "job"))["job"])["state"] in ("running", "ready"):
+        await asyncio.sleep(0.02)
+    if job["state"] == "failed":
+        raise LibvirtError(Code.OPERATION_FAILED, str(job["detail"]))
 
 
 @calls.query(

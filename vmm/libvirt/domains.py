@@ -326,7 +326,7 @@ class Domains:
         if number is None:
             self._remember(domain)
             arrives = remembered.get("pid") == status["pid"] and remembered.get("expected") is True
-            domain.extra["arrives"] = arrives  # until received()
+            domain.extra["arrives"] = arrives and paused  # until it runs
             self._events.lifecycle(domain.ref, LifecycleEvent.STARTED, STARTED_MIGRATED if arrives else 0)
         self._follow(domain, control)
 
@@ -360,7 +360,7 @@ class Domains:
         if domain.live is not None:
             self.set_live(domain, described(spec, domain.live.config))
             await self._replug(domain)
-        domain.extra["arrives"] = False
+        domain.extra.pop("arrives", None)
         domain.reason = DomainReason.FROM_ANOTHER_HOST
         self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 1)
 
@@ -516,8 +516,8 @@ class Domains:
             self._events.lifecycle(domain.ref, LifecycleEvent.SUSPENDED, 0)
         elif state == "running" and domain.state != DomainState.RUNNING:
             domain.state, domain.reason = DomainState.RUNNING, DomainReason.UNPAUSED
-            if domain.extra.get("arrives"):
-                return  # received() tells
+            if domain.extra.pop("arrives", False):
+                return  # received() tells, if the client is still there to ask for it
             self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 0)
 
     async def _ended(self, domain: Domain, outcome: dict[str, Any] | None) -> None:

@@ -344,10 +344,11 @@ async def domain_migrate_finish3_params(
         domains.define(domains.read(text) if isinstance(text, str) else arrival.spec)
     if domain.entry is not None:
         # Clients set the flag for a machine that was paused when it began; one that was paused since, as by virsh
-        # migrate --timeout, runs on here.
-        paused = (await ask(domain.entry, "status")).get("state") == "paused"
-        if paused != bool(flags & PAUSED):
-            await ask(domain.entry, "pause" if flags & PAUSED else "resume")
+        # migrate --timeout, runs on here. Whatever becomes of it, it is not at its source any more.
+        with suppress(VmmError):
+            paused = (await ask(domain.entry, "status")).get("state") == "paused"
+            if paused != bool(flags & PAUSED):
+                await ask(domain.entry, "pause" if flags & PAUSED else "resume")
     return domain.ref, b""
 
 
