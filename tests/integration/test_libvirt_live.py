@@ -322,6 +322,7 @@ def test_a_disk_is_resized_copied_and_committed(linux: Linux) -> None:
     there.write_bytes(b"x" * (32 << 20))
     linux.virsh("blockcopy", "d", "vdb", str(there), "--format", "raw", "--reuse-external", "--wait", "--pivot")
     assert hashlib.sha256(there.read_bytes()).hexdigest() == total.split()[0]
+    wait_for(lambda: str(there) in linux.virsh("domblklist", "d"), "the description names the old file")
     linux.virsh("blockcopy", "d", "vdb", str(apart), "--format", "raw", "--wait", "--finish")
     wait_for(lambda: "Block" not in linux.virsh("blockjob", "d", "vdb", "--info"), "the job does not end")
     assert hashlib.sha256(apart.read_bytes()).hexdigest() == total.split()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -99,17 +100,29 @@ class DaemonProcess:
 
         return int(json.loads((self.path / "loopvisor" / name / "info.json").read_text())["pid"])
 
+    def _started(self) -> list[int]:
+        """Machines, and all processes that have this daemon's directory in their environment: so those too that wait
+        for a machine since a daemon that was killed."""
+        ours = f"XDG_RUNTIME_DIR={self.path}".encode()
+        found = []
+        for info in (self.path / "loopvisor").glob("*/info.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                found.append(self.pid(info.parent.name))
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if ours in place.read_bytes().split(b"\0"):
+                    found.append(int(place.parent.name))
+        return found
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             self.process.wait(20)
-        for info in (self.path / "loopvisor").glob("*/info.json"):
-            try:
-                os.kill(self.pid(info.parent.name), signal.SIGKILL)
-            except (OSError, ValueError):
-                pass
+        for pid in self._started():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         text = self.log.read_text()
         shutil.rmtree(self.path, ignore_errors=True)
         assert "Traceback" not in text, text
