@@ -35,7 +35,7 @@ from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.events import DomainEvent, Hub, LifecycleEvent
 from vmm.libvirt.format import domain_xml
-from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, end_waiting, last_words
+from vmm.libvirt.machines import START_SECONDS, ControlClient, Process, ask, end_waiting, last_words, waiting
 from vmm.libvirt.networks import Networks
 from vmm.libvirt.spec import Pins, Spec, described, spec_of
 from vmm.libvirt.store import Store
@@ -352,6 +352,10 @@ class Domains:
             if remembered.get("expected") and isinstance(pid, int) and pid not in there:
                 end_waiting(pid, name)
                 self.unexpect(name)
+        # One that was killed between the start of such a process and the note of it left no note.
+        for pid, name in waiting(self._store.file("log", "")):
+            if pid not in there:
+                end_waiting(pid, name)
 
     async def received(self, domain: Domain, spec: Spec, process: Process) -> None:
         """A machine arrived from another host, in a process of this daemon: it is what was described there. Raises

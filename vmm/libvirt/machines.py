@@ -131,6 +131,19 @@ class Process:
         self.ended.set()
 
 
+def waiting(logs: Path) -> list[tuple[int, str]]:
+    """Processes `vmm receive` that were started with messages in this directory, with the names of their machines.
+    Those to which a machine has come are among them."""
+    found = []
+    directory = os.path.realpath(logs)
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            log = Path(os.readlink(place / "fd" / "2"))
+            if str(log.parent) == directory and b"receive" in (place / "cmdline").read_bytes().split(b"\0"):
+                found.append((int(place.name), log.name.removesuffix(".log")))
+    return found
+
+
 def end_waiting(pid: int, name: str) -> None:
     """End a process that waits for a machine of that name, if the number still is such a process's."""
     with suppress(OSError):
