@@ -293,6 +293,7 @@ class Daemon:
             try:
                 await self.domains.scan()
                 self.domains.keep_pinned()
+                migrate_calls.end_left(self)
             except VmmError as error:
                 log.warning("machines: %s", error)
 

@@ -15,7 +15,7 @@ import re
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm.convert import MIB
 from vmm.errors import HostError, VmmError
@@ -28,6 +28,10 @@ from vmm.libvirt.peer import Peer, own_certificates
 from vmm.libvirt.procedures import Procedures
 from vmm.libvirt.spec import Spec, disk_ids
 from vmm.libvirt.wire import DomainRef, Param, string_param
+from vmm.management.registry import entries
+
+if TYPE_CHECKING:
+    from vmm.libvirt.daemon import Daemon
 
 calls = Procedures()
 
@@ -54,6 +58,8 @@ FINISH_FORM = (
 )  # fmt: skip
 LISTEN_SECONDS = 20.0
 ARRIVE_SECONDS = 60.0
+LEFT_SECONDS = 30.0
+"""How long a process waits for a machine whose client has gone."""
 PERFORM_SECONDS = 24 * 3600.0
 MAX_CONNECTIONS = 16
 _ADDRESS = re.compile(r"waiting at (tcp|unix):(.*)")
@@ -64,6 +70,8 @@ class AwaitedMachine:
 
     def __init__(self, process: Process, spec: Spec, log: Path, client: Client) -> None:
         self.process, self.spec, self.log, self.client = process, spec, log, client
+        self.left: float | None = None
+        """Since when its client has been gone, by the loop's clock, while no machine comes."""
 
 
 def _arrivals(call: Call) -> dict[str, AwaitedMachine]:
@@ -262,7 +270,7 @@ async def domain_migrate_prepare3_params(
         domains.expect(spec, process.pid)
         place = await _listening(arrival)
     except BaseException:
-        _abandon(call, spec.name)
+        _abandon(call.daemon, spec.name)
         raise
     if place.startswith("tcp:"):
         port = place.rpartition(":")[2]
@@ -309,11 +317,26 @@ async def _listening(arrival: AwaitedMachine) -> str:
     raise HostError(f"{arrival.spec.name}: {said or 'nothing waits for the machine'}")
 
 
-def _abandon(call: Call, name: str) -> None:
-    arrival = _arrivals(call).pop(name, None)
+def _abandon(daemon: Daemon, name: str) -> None:
+    arrival = daemon.arrivals.pop(name, None)
     if arrival is not None:
         arrival.process.kill()
-        call.daemon.domains.unexpect(name)
+        daemon.domains.unexpect(name)
+
+
+def end_left(daemon: Daemon) -> None:
+    """End processes whose client has gone for a while, and to which no machine has begun to come. Raises HostError."""
+    if not daemon.arrivals:
+        return
+    now = asyncio.get_running_loop().time()
+    there = {entry.info.get("pid") for entry in entries()}
+    for name, arrival in tuple(daemon.arrivals.items()):
+        if not arrival.client.gone or arrival.process.pid in there:
+            arrival.left = None
+        elif arrival.left is None:
+            arrival.left = now
+        elif now - arrival.left > LEFT_SECONDS:
+            _abandon(daemon, name)
 
 
 @calls.change(FINISH, "domain_migrate_finish3_params", *FINISH_FORM)
@@ -327,17 +350,17 @@ async def domain_migrate_finish3_params(
     arrival = _arrivals(call)[name]
     if cancelled:
         if await _waits_for_memory(call, arrival):
-            del _arrivals(call)[name]
+            _arrivals(call).pop(name, None)
             raise LibvirtError(
                 Code.OPERATION_FAILED,
                 f"'{name}' runs here since post-copy, and waits for memory that is still at its source: "
                 f"vmm migrate --recover {name} URI there",
             )
-        _abandon(call, name)
+        _abandon(call.daemon, name)
         # The client tells what went wrong before, for which this code stands.
         raise LibvirtError(Code.MIGRATE_FINISH_OK, f"'{name}' stays where it is")
     domain = await _arrived(call, arrival)
-    del _arrivals(call)[name]
+    _arrivals(call).pop(name, None)
     domains = call.daemon.domains
     if flags & PERSIST_DEST and domain.persistent is None:
         text = given.get("persistent_xml")
