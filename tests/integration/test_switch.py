@@ -91,4 +91,5 @@ async def test_two_terminals(stock_core: str, tmp_path: Path) -> None:
             first.send_signal(signal.SIGTERM)
         await first.wait()
         for path in tmp_path.rglob("lan.pid"):
-            os.kill(int(path.read_text()), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGTERM)

@@ -169,7 +169,10 @@ async def domain_block_job_abort(call: Call, dom: DomainRef, path: str, flags: i
 
 async def _end_of_job(domain: Domain, name: str) -> None:
     """Until the disk's job has ended. Raises VmmError if it failed, or if its machine ends meanwhile."""
-    while (job := (await _block(domain, name, "job"))["job"])["state"] in ("running", "ready"):
+    while True:
+        job = (await _block(domain, name, "job"))["job"]
+        if job["state"] not in ("running", "ready"):
+            break
         await asyncio.sleep(0.02)
     if job["state"] == "failed":
         raise LibvirtError(Code.OPERATION_FAILED, str(job["detail"]))
