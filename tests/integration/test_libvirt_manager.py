@@ -81,6 +81,9 @@ class Recorder:
             sink.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # one of them has gone
+        finally:
+            source.close()
+            sink.close()
 
     def _note(self, message: rpc.RpcMessage) -> None:
         header = message.header
