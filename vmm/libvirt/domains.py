@@ -346,15 +346,19 @@ class Domains:
     def end_expecting(self) -> None:
         """End processes that a daemon before this one let wait for machines, and to which none has come."""
         there = {entry.info.get("pid") for entry in entries()}
+        noted: set[int] = set()
         for name in self._store.names("live", ".json"):
             remembered = self._store.read_json("live", f"{name}.json")
             pid = remembered.get("pid")
-            if remembered.get("expected") and isinstance(pid, int) and pid not in there:
+            if not isinstance(pid, int):
+                continue
+            noted.add(pid)
+            if remembered.get("expected") and pid not in there:
                 end_waiting(pid, name)
                 self.unexpect(name)
-        # One that was killed between the start of such a process and the note of it left no note.
+        # One without a note: the daemon was killed before it wrote it, and has told no source where the process waits.
         for pid, name in waiting(self._store.file("log", "")):
-            if pid not in there:
+            if pid not in there and pid not in noted:
                 end_waiting(pid, name)
 
     async def received(self, domain: Domain, spec: Spec, process: Process) -> None:
