@@ -2,8 +2,8 @@
 
 Names are resolved here, whichever server the guest asks: so no message of the guest gets to a name server, and only
 addresses that it was told are its to reach. What is not plainly understood is refused: VLAN tags, fragments, IP options
-and extension headers, other protocols, IPv4 and hardware addresses that are not the guest's. A guest's IPv6 addresses are
-its own choice: passt opens sockets of the host's, so none of them leaves it.
+and extension headers, other protocols, IPv4 and hardware addresses that are not the guest's. A guest's IPv6 addresses
+are its own choice: passt opens sockets of the host's, so none of them leaves it.
 
 This module decides; virtio/native/fence.c keeps what it decided of each connection and looks at every frame. Loop
 thread only.

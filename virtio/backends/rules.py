@@ -120,8 +120,8 @@ class Egress:
                     self.learn(name, address)
 
     def may_reach(self, address: Address, port: int) -> bool:
-        """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count. Never
-        to this host itself, whatever the rules say."""
+        """Whether packets may go there. Port 0: a protocol without ports, for which rules with a port do not count.
+        Never to this host itself, whatever the rules say."""
         if stays_here(address):
             return False
         if any(rule.has_address(address) and rule.has_port(port) for rule in self.deny):

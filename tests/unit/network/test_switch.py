@@ -34,7 +34,7 @@ async def got(net: NetBackend) -> bytes:
 
 
 async def passes(sender: NetBackend, receiver: NetBackend, sent: bytes) -> None:
-    """Until a frame is there: the switch's process may not have the receiver's port yet, and what it has not is lost."""
+    """Until a frame is there: what comes before the switch's process has the receiver's port is lost."""
     async with asyncio.timeout(60):
         while True:
             await sender.send(sent)
