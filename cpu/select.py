@@ -1,7 +1,7 @@
 """Which execution core would run here, and why.
 
-`probe(name)` never raises: it says in one sentence what is wrong and what the user can do. `choose()` picks
-for `--core`.
+`probe(name)` does not raise when a core cannot run here: it says in one sentence what is wrong and what the user can
+do. `choose()` picks the core for `--core`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from cpu.errors import ConfigError, CpuError, HostError
 from cpu.values import dataclass
 
 NAMES = ("kvm", "soft")
-"""In order of preference. The scripted core is for tests only and never chosen."""
+"""The cores in order of preference. The scripted core is for tests only and never chosen."""
 
 _NONE: frozenset[Capability] = frozenset()
 _OF_HARDWARE = frozenset({Capability.STOCK_KERNELS, Capability.PAE_PAGING})
-"""What a KVM has or lacks by what is below it."""
+"""Capabilities that a KVM may have or lack, depending on the virtualization below it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The core that runs, its probe, and one sentence why it and no other."""
+    """The core that will run, its probe, and one sentence that says why this one."""
 
     name: str
     probe: Probe
@@ -32,7 +32,7 @@ class Choice:
 
 
 def probe(name: str) -> Probe:
-    """Whether the core `name` can be had on this host; ConfigError only for a name that no core has."""
+    """Whether the core `name` can be used on this host. Raises ConfigError only for a name that no core has."""
     match name:
         case "kvm":
             return _probe_kvm()
@@ -47,10 +47,10 @@ def probe(name: str) -> Probe:
 
 
 def choose(core: str = "auto", needs: frozenset[Capability] = _NONE, vcpus: int = 1) -> Choice:
-    """The core for `--core`: "auto" takes the first of NAMES that is available, has what the guest needs, and so many
-    vCPUs in one VM.
+    """The core for `--core`. "auto" takes the first of NAMES that is available, has what the guest needs, and can give
+    one VM this many vCPUs.
 
-    Raises HostError, with the cure, if there is none; ConfigError if it has not so many vCPUs.
+    Raises HostError, with the cure, if there is no such core; ConfigError if only the number of vCPUs is too large.
     """
     if core != "auto":
         found = probe(core)
@@ -84,7 +84,7 @@ def choose(core: str = "auto", needs: frozenset[Capability] = _NONE, vcpus: int 
 
 
 def open_system(choice: Choice) -> System:
-    """Open a chosen core. HostError if it vanished meanwhile."""
+    """Open a chosen core. Raises HostError if it has vanished since it was chosen."""
     match choice.name:
         case "kvm":
             from cpu.kvm.system import KvmSystem

@@ -2,8 +2,8 @@
 
 `Config(...)` takes Python values or the strings that the command line takes; `Config.load(path)` reads TOML;
 `Config.to_dict()` and `to_toml()` give back what `from_dict()` and `load()` accept. Unknown keys are refused.
-Whether files exist and the host has enough memory is checked here as well (`check_host`), so that a mistake is one
-line before anything is built. It must not know images, devices or cores.
+`check_host` checks also whether files exist and the host has enough memory, so that a mistake is told in one line
+before anything is built. This module must not know images, devices or cores.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ PAGE = 4096
 MAX_CPUS = 64
 MIN_MEMORY, MAX_MEMORY = 1 * MIB, 4 * TIB
 MAX_CMDLINE = 2047
-"""COMMAND_LINE_SIZE of x86 Linux is 2048 with its zero byte."""
+"""COMMAND_LINE_SIZE of x86 Linux is 2048, and counts the zero byte at the end."""
 VIRTUAL_EPOCH = 1_704_067_200
-"""2024-01-01T00:00:00Z: where the wall clock of a machine with a virtual clock starts, unless `epoch` says."""
+"""2024-01-01T00:00:00Z: where the wall clock of a machine with a virtual clock starts, unless `epoch` says
+otherwise."""
 
 ROOT_TAG = "root"
 """The tag of the share that is the guest's root file system."""
@@ -72,11 +73,11 @@ GdbArchitecture = Literal["x86-64", "i386", "i8086"]
 
 
 MAX_RATE = TIB
-"""Operations or bytes a second, and in a burst (virtio.limits.RATE_MAX)."""
+"""The highest limit of operations or bytes a second, and the largest burst (virtio.limits.RATE_MAX)."""
 
 
 def _limits(*names: str) -> dict[str, Converter]:
-    """Converters of what may be limited a second, and of its bursts: bytes are sizes."""
+    """Converters of limits a second, and of their bursts. Limits of bytes are given as sizes."""
     convert = to_size(0, MAX_RATE) if names[0].startswith("bps") else to_integer(0, MAX_RATE)
     return dict.fromkeys([*names, *(f"{name}_burst" for name in names)], convert)
 
@@ -88,7 +89,7 @@ def _check_bursts(part: Checked) -> None:
 
 
 WIRE = ("delay", "jitter", "loss", "duplicate", "reorder", "seed")
-"""The fields of a Net that say what a switch's wire does."""
+"""The fields of a Net that say what a switch's wire does to frames."""
 POLICY = ("allow", "deny", "dns")
 """The fields of a Net that are its policy, which may be changed while the machine runs."""
 
@@ -133,9 +134,9 @@ class Disk(Checked):
     readonly: bool = False
     """The guest can only read."""
     id: str = ""
-    """The serial number that the guest sees; by default disk0, disk1…"""
+    """The disk's name, and the serial number that the guest sees; by default disk0, disk1…"""
     format: Literal["auto", "raw", "qcow2"] = "auto"
-    """auto: by the file's first bytes; then the guest cannot make a raw one look like another format."""
+    """auto: the file's first bytes tell. The guest of a raw image found so cannot make it look like another format."""
     backing: Literal["dir", "any", "none"] = "dir"
     """Which backing files the image may name. dir: those in its own directory."""
     data: Path | None = None
@@ -145,11 +146,12 @@ class Disk(Checked):
     snapshot: bool = False
     """Writes go to a private copy that vanishes with the machine; the file itself is only read."""
     cache: Literal["writeback", "writethrough", "none"] = "writeback"
-    """writethrough: every write is durable before it completes; none: past the host's page cache (O_DIRECT)."""
+    """writethrough: every write is durable before it completes; none: data does not go through the host's page cache
+    (O_DIRECT)."""
     io: Literal["auto", "io_uring", "threads"] = "auto"
     """How requests that would block are done; auto: io_uring where the host has it."""
     queues: int = 1
-    """Request queues; Linux takes one for each vCPU at most."""
+    """How many request queues the disk has; Linux uses at most one for each vCPU."""
     packed: bool = False
     """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
@@ -166,17 +168,17 @@ class Disk(Checked):
     bps_write: int = 0
     """Bytes written a second."""
     iops_burst: int = 0
-    """What iops lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Requests that may pass at once after a pause, within iops; 0: a twentieth of a second's worth."""
     iops_read_burst: int = 0
-    """What iops_read lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Reads that may pass at once after a pause, within iops_read; 0: a twentieth of a second's worth."""
     iops_write_burst: int = 0
-    """What iops_write lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Writes that may pass at once after a pause, within iops_write; 0: a twentieth of a second's worth."""
     bps_burst: int = 0
-    """What bps lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Bytes that may pass at once after a pause, within bps; 0: a twentieth of a second's worth."""
     bps_read_burst: int = 0
-    """What bps_read lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Bytes read that may pass at once after a pause, within bps_read; 0: a twentieth of a second's worth."""
     bps_write_burst: int = 0
-    """What bps_write lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Bytes written that may pass at once after a pause, within bps_write; 0: a twentieth of a second's worth."""
 
     _where = "disk"
     _converters = {
@@ -223,41 +225,41 @@ class Net(Checked):
     """user: the host's own connections, by passt; tap: an interface of the host; unix: frames over a UNIX socket;
     switch: a private switch of this user's machines."""
     target: str = ""
-    """The tap's or switch's name or the socket's path; nothing for user."""
+    """The tap's or switch's name, or the socket's path; empty for user."""
     mac: str | None = None
     """The card's address; by default a random one."""
     id: str = ""
-    """By default net0, net1…"""
+    """The card's name; by default net0, net1…"""
     transport: Literal["pci", "mmio"] = "pci"
     """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
     pcap: Path | None = None
-    """Every frame is written there, in pcap format."""
+    """A file into which every frame is written, in pcap format."""
     queues: int = 1
-    """Pairs of queues; a tap has as many, other networks one."""
+    """How many pairs of queues a tap and its card have; other networks have one pair."""
     forward: str = ""
     """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
     allow: str = ""
-    """User networking: where the guest may connect to, and nowhere else, as example.org:443+*.example.net+10.0.0.0/8.
-    Names are resolved for it here; it reaches no name server."""
+    """User networking: the only places that the guest may connect to, as example.org:443+*.example.net+10.0.0.0/8.
+    Names are resolved on this host; the guest itself reaches no name server."""
     deny: str = ""
-    """User networking: where it may not, whatever else is allowed; a name here has no port."""
+    """User networking: places that the guest may not connect to, whatever `allow` says; a name here has no port."""
     dns: str = ""
     """User networking: the name servers that resolve the guest's names, as 10.0.0.53+[2001:db8::53]:5353, instead of
-    this host's resolver. none: it has no names."""
+    this host's resolver. none: the guest can resolve no names."""
     delay: float = 0.0
-    """A switch's wire, for tests: seconds that a frame takes, each way."""
+    """A switch's wire, for tests: each frame takes this many seconds, in each direction."""
     jitter: float = 0.0
-    """Seconds more at most, at random."""
+    """A switch's wire: each frame takes up to this many seconds more, at random."""
     loss: float = 0.0
-    """The part of all frames that is lost, 0 to 1."""
+    """A switch's wire: the part of all frames that is lost, 0 to 1."""
     duplicate: float = 0.0
-    """The part that comes twice."""
+    """A switch's wire: the part of all frames that arrives twice, 0 to 1."""
     reorder: float = 0.0
-    """The part that comes after frames that were sent behind it."""
+    """A switch's wire: the part of all frames that arrives after frames sent later, 0 to 1."""
     seed: int = 0
-    """What this wire's chances begin with."""
+    """A switch's wire: the seed of its random choices."""
     required: bool = True
-    """If not, the machine runs without this card where the network cannot be had, and a warning says so."""
+    """If off and the network cannot be had, the machine runs without this card, and a warning says so."""
     packed: bool = False
     """Offer packed rings (VIRTIO_F_RING_PACKED), which the guest's driver then uses if it knows them."""
 
@@ -270,13 +272,13 @@ class Net(Checked):
     bps_out: int = 0
     """Bytes a second that the guest sends."""
     pps_in_burst: int = 0
-    """What pps_in lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Frames that may come at once after a pause, within pps_in; 0: a twentieth of a second's worth."""
     pps_out_burst: int = 0
-    """What pps_out lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Frames that may go at once after a pause, within pps_out; 0: a twentieth of a second's worth."""
     bps_in_burst: int = 0
-    """What bps_in lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Bytes that may come at once after a pause, within bps_in; 0: a twentieth of a second's worth."""
     bps_out_burst: int = 0
-    """What bps_out lets pass at once after a pause; 0: a twentieth of a second's worth."""
+    """Bytes that may go at once after a pause, within bps_out; 0: a twentieth of a second's worth."""
 
     _where = "net"
     _converters = {
@@ -329,12 +331,12 @@ class Net(Checked):
 
     @property
     def impaired(self) -> dict[str, Any]:
-        """What its wire does to frames, if anything."""
+        """The fields of WIRE that are set, by name; empty if the wire does nothing to frames."""
         return {name: getattr(self, name) for name in WIRE if getattr(self, name)}
 
     @property
     def policed(self) -> bool:
-        """Every frame is looked at."""
+        """Whether a policy says where the guest may connect to, or who resolves its names."""
         return bool(self.allow or self.deny or self.dns)
 
     @classmethod
@@ -354,20 +356,22 @@ class Share(Checked):
     """A directory of the host that the guest sees as a file system (virtio-fs)."""
 
     path: Path
-    """The directory. The guest may do there what this process may, and nothing outside it."""
+    """The directory. The guest may do there what this process may, and can do nothing outside it."""
     mount: str = ""
-    """Where our images' guests mount it; by default it is there to be mounted: mount -t virtiofs ID /somewhere."""
+    """Where guests of our images mount it. By default none does; the command mount -t virtiofs ID /somewhere mounts
+    it."""
     readonly: bool = False
     """The guest can only read."""
     id: str = ""
     """The tag by which the guest finds it; by default share0, share1…"""
     uid: int | None = None
-    """As whose the guest sees this user's files: by default root's, or, if this process is root's, as they are; then
-    new files get the owner that the guest gives them."""
+    """The guest's user who owns this user's files, as the guest sees them; by default root. If this process is run by
+    root, files by default keep their owners in the guest, and new ones get the owner that the guest gives them."""
     gid: int | None = None
-    """The group, likewise; by default that of `uid`."""
+    """The guest's group that owns them, likewise; by default the number in `uid`."""
     cache: Literal["none", "auto", "always"] = "auto"
-    """For how long the guest believes what it knows of names and content: none: not at all, auto: a second, always."""
+    """How long the guest believes what it knows of names and attributes. none: not at all; auto: a second; always: a
+    day, and it keeps content that it has read."""
     transport: Literal["pci", "mmio"] = "pci"
     """How the guest finds the device: as a PCI function, or as virtio-mmio described in ACPI."""
 
@@ -406,11 +410,12 @@ class RootDirectory(Checked):
     readonly: bool = False
     """The guest can only read."""
     uid: int | None = None
-    """As whose the guest sees this user's files, as for a share."""
+    """The guest's user who owns this user's files, as for a share."""
     gid: int | None = None
-    """The group, likewise; by default that of `uid`."""
+    """The guest's group that owns them, likewise; by default the number in `uid`."""
     cache: Literal["none", "auto", "always"] = "auto"
-    """For how long the guest believes what it knows of names and content: none: not at all, auto: a second, always."""
+    """How long the guest believes what it knows of names and attributes. none: not at all; auto: a second; always: a
+    day, and it keeps content that it has read."""
 
     _where = "root"
     _converters = {name: Share._converters[name] for name in ("path", "readonly", "uid", "gid", "cache")}
@@ -430,11 +435,12 @@ class ConsoleConfig(Checked):
     """Where the first serial port leads. With every kind, `vmm console NAME` attaches to a named machine."""
 
     kind: ConsoleKind = "none"
-    """stdio: this process's terminal or pipes; socket: a UNIX socket at `path`; none: only who attaches by name."""
+    """stdio: this process's terminal or pipes; socket: a UNIX socket at `path`; none: only those who attach by name see
+    it."""
     path: Path | None = None
     """The socket, for kind socket."""
     log: Path | None = None
-    """Everything that the guest says is appended to this file."""
+    """Everything that the guest writes is appended to this file."""
     log_limit: int = 16 * MIB
     """Bytes after which the log is rotated (one older file is kept)."""
 
@@ -462,11 +468,11 @@ class GdbConfig(Checked):
     """Where GDB may connect. Whoever can connect rules the guest."""
 
     address: str
-    """[HOST:]PORT, of 127.0.0.1 if no host is named, or unix:PATH."""
+    """[HOST:]PORT or unix:PATH; without a host the port is on 127.0.0.1."""
     wait: bool = True
     """The machine waits for a debugger before its first instruction."""
     arch: GdbArchitecture = "x86-64"
-    """As GDB is to see the processor: x86-64, or i386 and i8086 for guests that never leave 32-bit and 16-bit modes."""
+    """The processor that GDB sees: x86-64, or i386 and i8086 for guests that never leave 32-bit and 16-bit modes."""
 
     _where = "gdb"
     _converters = {"address": to_text, "wait": to_boolean, "arch": to_choice(GdbArchitecture)}
@@ -482,7 +488,7 @@ class PortConfig(Checked):
     """A named port of the virtio console, as a UNIX socket of the host."""
 
     name: str
-    """The guest finds the port by it, in /sys/class/virtio-ports/*/name."""
+    """The name by which the guest finds the port, in /sys/class/virtio-ports/*/name."""
     path: Path
     """The UNIX socket."""
 
@@ -502,7 +508,8 @@ class PciSlot(Checked):
     """Where a virtio device stands on the PCI bus."""
 
     id: str
-    """A disk's or net's id (else disk0, net0…), "console", "rng", "vsock" or one of the embedder's."""
+    """The id of a disk, net or share (by default disk0, net0, share0…), "root", "console", "rng", "vsock", "balloon",
+    or the name of one of the embedder's devices."""
     device: int
     """Its device number on bus 0."""
 
@@ -522,11 +529,11 @@ class FwCfgItem(Checked):
     """An item of the user's own in fw_cfg, which firmware and kernels read."""
 
     name: str
-    """At most 55 characters; by convention opt/ and a domain of your own first."""
+    """The item's name, at most 55 characters. By convention it begins with opt/ and a domain of your own."""
     file: Path | None = None
-    """A file whose content it is."""
+    """A file whose content is the item's content."""
     string: str | None = None
-    """Or this text, without a zero byte at its end."""
+    """Text that is the item's content, instead of a file. No zero byte is added at its end."""
 
     _where = "fw_cfg"
     _converters = {"name": to_text, "file": optional(to_path), "string": optional(to_text)}
@@ -574,30 +581,31 @@ class Config(Checked):
     """One machine. Strings are accepted wherever the command line takes them."""
 
     name: str = ""
-    """For vmm ps, console, stop …; a machine without one is not listed there."""
+    """The name by which vmm ps, console, stop … know the machine. A machine without a name is not listed there."""
     uuid: str | None = None
-    """What the guest reads in SMBIOS; by default one that belongs to the name."""
+    """The UUID that the guest reads in SMBIOS; by default one made from the name, or a random one without a name."""
     core: CoreName = "auto"
     """The execution core; auto takes the best that this host has for this kernel."""
     cpu_model: CpuModel = "v2"
-    """What guests are told of the processor: v2 (x86-64-v2) is what all cores can show, so that a saved machine runs on
-    on any; host is all that this host's core has."""
+    """What guests are told of the processor. v2 (x86-64-v2): what all cores offer, so that a saved machine can go on
+    with any of them; host: all that this host's core offers."""
     cpus: int = 1
     """Virtual processors: 16 at most on the software core, on KVM as many as the host gives a machine (64 at most)."""
     max_cpus: int | None = None
-    """As many processors the machine can have while it runs (`vmm set --cpus`); by default what it starts with."""
+    """The most processors that the machine can have while it runs (`vmm set --cpus`); by default as many as it starts
+    with."""
     memory: int = 256 * MIB
-    """Bytes, or text such as "512M"."""
+    """RAM: bytes, or text such as "512M"."""
     kernel: Path | None = None
-    """bzImage, vmlinux, PVH or multiboot ELF; the loader finds out which."""
+    """A kernel: bzImage, vmlinux, PVH or multiboot ELF. The loader finds out which it is."""
     initrd: Path | None = None
     """The initial RAM disk."""
     cmdline: str | None = None
-    """None: the default for this kernel and core."""
+    """The kernel's command line; None: the default for this kernel and core."""
     append: str = ""
-    """Added to the command line, whether that is the default or given."""
+    """Text that is added to the command line, whether that is the default or given."""
     flat: FlatImage | None = None
-    """Raw code instead of a kernel."""
+    """Raw code that is run instead of a kernel."""
     disks: tuple[Disk, ...] = ()
     """virtio block devices, in the order in which the guest names them."""
     nets: tuple[Net, ...] = ()
@@ -620,51 +628,53 @@ class Config(Checked):
     agent: bool = False
     """The guest runs our agent; VirtualMachine.exec reaches it over vsock."""
     entrypoint: str = ""
-    """The program that `vmm run` starts in the guest, in words as a shell has them; what is given behind -- follows."""
+    """The program that `vmm run` starts in the guest, in words as a shell has them. Words given behind -- are added."""
     command: str = ""
-    """What follows the entrypoint, or the program itself, if nothing is given behind --."""
+    """Words that are added to the entrypoint, or the program itself without one. They count if nothing is given behind
+    --."""
     env: tuple[Variable, ...] = ()
-    """For programs that the agent starts; of two with one name the later counts."""
+    """Environment variables of programs that the agent starts. Of two with the same name the later counts."""
     user: str = ""
-    """As whom they run: USER[:GROUP], names or numbers of the guest; by default root."""
+    """The user as whom the agent's programs run: USER[:GROUP], names or numbers of the guest; by default root."""
     workdir: str = ""
-    """Where they start; by default the user's home."""
+    """The directory in which the agent's programs start; by default the user's home."""
     rng: bool = True
     """A virtio entropy device."""
     balloon: bool = False
     """A virtio balloon: `vmm set --memory` takes memory from the guest and gives it back, and what the guest does not
     use goes back to the host by itself."""
     transport: Literal["pci", "mmio"] = "pci"
-    """How the guest finds the virtio console, entropy, vsock and own devices; disks and nets each say it themselves."""
+    """How the guest finds the virtio console, entropy, vsock and balloon devices, and the embedder's; disks, nets and
+    shares have a transport of their own."""
     packed: bool = False
-    """Every virtio device offers packed rings; a disk or net can also do so by itself."""
+    """Every virtio device offers packed rings. Without this, single disks and nets can offer them."""
     timeout: float | None = None
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
     """virtual: guest time follows the instructions executed, so that runs repeat; only on the software core."""
     parallel: Parallel = "off"
-    """Each vCPU of the software core has a host thread of its own; auto: where there are two vCPUs or more, two host
-    processors or more, and the real clock. KVM's always have."""
+    """Whether each vCPU of the software core has a host thread of its own. auto: if there are two vCPUs or more, two
+    host processors or more, and the real clock. On KVM each vCPU always has one."""
     seed: int | None = None
-    """Makes every random byte that the guest can get a function of it."""
+    """With a seed every random byte that the guest can get is a function of the seed."""
     epoch: int | None = None
     """The guest's wall clock at the start, seconds since 1970; None: now, or VIRTUAL_EPOCH with the virtual clock."""
     platform: Platform = "pc"
     """pc: what stock kernels expect. bare: memory, interrupt controllers, one serial port, reset and debug ports; no
     PIT, ACPI, PCI or virtio."""
     reboot: bool = False
-    """Restart in place when the guest reboots; otherwise a reboot ends the machine."""
+    """The machine starts again when the guest reboots; without this a reboot ends it."""
     fw_cfg: tuple[FwCfgItem, ...] = ()
     """Items of your own in fw_cfg, beside the machine's."""
     slots: tuple[PciSlot, ...] = ()
-    """PCI device numbers of devices; the others get the lowest that are free, in order."""
+    """The PCI device numbers of these devices. The other devices get the lowest free numbers, in order."""
     testdev: bool = False
     """Interrupt lines, I/O RAM and a device's memory at the ports of QEMU's pc-testdev, for processor tests."""
     hugepages: bool = False
-    """Guest memory from the host's reserved 2 MiB pages."""
+    """Guest memory is taken from the host's reserved 2 MiB pages."""
     direct: Direct = "off"
-    """64-bit programs of a guest on the software core run natively, in processes beside this one. on: always; auto:
-    where the host can and it pays."""
+    """Whether 64-bit programs of a guest on the software core run natively, in processes beside this one. on: always;
+    auto: where the host can and it pays."""
 
     _converters = {
         "name": to_name,
@@ -750,18 +760,19 @@ class Config(Checked):
 
     @property
     def most_cpus(self) -> int:
-        """The processors that the machine has at most."""
+        """The most processors that the machine can have."""
         return self.cpus if self.max_cpus is None else self.max_cpus
 
     @property
     def all_shares(self) -> tuple[Share, ...]:
-        """The directories that the guest sees, each with its id: the root first."""
+        """The directories that the guest sees, each with its id. The root is the first."""
         shares = [share if share.id else share.replace(id=f"share{at}") for at, share in enumerate(self.shares)]
         return (*([Share(id=ROOT_TAG, **vars(self.root))] if self.root is not None else []), *shares)
 
     @property
     def share_words(self) -> str:
-        """What tells our images' guests of shared directories, on the kernel's command line (images/init/root.c)."""
+        """Words of the kernel's command line that tell guests of our images of shared directories
+        (images/init/root.c)."""
         words = [f"loopvisor.share.{share.id}={share.mount}" for share in self.all_shares if share.mount]
         if self.root is not None:
             words.append(f"root={ROOT_TAG} rootfstype=virtiofs {'ro' if self.root.readonly else 'rw'}")
@@ -769,14 +780,15 @@ class Config(Checked):
 
     @property
     def epoch_seconds(self) -> int | None:
-        """What `epoch` comes to; None means now."""
+        """The guest's wall clock at the start, seconds since 1970; None: the host's time at that moment."""
         if self.epoch is not None:
             return self.epoch
         return VIRTUAL_EPOCH if self.clock == "virtual" else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """From what `to_dict` gives (None values may be left out). Raises ConfigError, also for unknown keys."""
+        """A configuration from what `to_dict` gives; None values may be left out. Raises ConfigError, also for unknown
+        keys."""
         return from_mapping(cls, "", values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -786,7 +798,8 @@ class Config(Checked):
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
-        """A TOML file's values, validated; relative paths in it are relative to the file. For merging with options."""
+        """The values in a TOML file, validated, to be merged with options. Relative paths in the file are relative to
+        its folder. Raises ConfigError."""
         import tomllib
 
         try:
@@ -804,15 +817,15 @@ class Config(Checked):
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """From a TOML file."""
+        """A configuration from a TOML file. Raises ConfigError."""
         return cls.from_dict(cls.read(path))
 
     def to_toml(self) -> str:
-        """TOML that `load` reads back as an equal configuration."""
+        """The configuration as TOML, which `load` reads back as an equal one."""
         return toml(self.to_dict())
 
     def check_host(self) -> None:
-        """Raise ConfigError if a file is missing or unreadable, or the host has not got that much memory."""
+        """Raise ConfigError if a file is missing or unreadable, or the host has less memory."""
         for where, path, writable in self._files():
             check_file(where, path, writable=writable)
         for share in self.all_shares:
@@ -849,7 +862,7 @@ def check_file(where: str, path: Path, *, writable: bool) -> None:
     """Raise ConfigError unless the file of a machine's part is there and may be used."""
     if path.is_dir():
         raise ConfigError(f"{where}: {path}: is a directory")
-    if path.is_fifo():  # opened to be read, it would stop the loop
+    if path.is_fifo():  # opening it to read would stop the loop
         raise ConfigError(f"{where}: {path}: is a pipe; put its content into a file")
     try:
         os.close(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK))

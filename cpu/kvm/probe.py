@@ -1,7 +1,7 @@
-"""What this /dev/kvm can really do, found out by running a few instructions on it.
+"""Finds out what this /dev/kvm can really do, by running a few instructions on it.
 
 A KVM without hardware virtualization below it (kvm-pvm) interprets supervisor code and lacks instructions and paging
-modes that stock kernels use; nothing in its capabilities tells.
+modes that stock kernels use; nothing in its capabilities tells so.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ DEADLINE_S = 2.0
 _CODE = 0x2000
 _ALWAYS = frozenset({Capability.REAL_MODE, Capability.DIRTY_LOG, Capability.IRQFD, Capability.NMI, Capability.DEBUG})
 
-# fninit; fld1; fadd st, st0; out 0xf4, al: x87 arithmetic in supervisor mode, as kernels' own checks do it.
+# fninit; fld1; fadd st, st0; out 0xf4, al. Kernels check the FPU by such x87 arithmetic in supervisor mode.
 _FPU = bytes.fromhex("dbe3 d9e8 d8c0 e6f4")
 # out 0xf4, al
 _OUT = bytes.fromhex("e6f4")
 
 
 def examine(system: KvmSystem) -> frozenset[Capability]:
-    """The capabilities of this KVM. Found out once in a boot of the host: 60 ms, most of it the kernel closing VMs."""
+    """The capabilities of this KVM. They are found out once after each boot of the host, which takes 60 ms, mostly for
+    closing VMs; a file in the user's cache keeps them."""
     if has_hardware():
         return _ALWAYS | {Capability.PAE_PAGING, Capability.STOCK_KERNELS}
     known = _recall()
@@ -51,7 +52,8 @@ def _examine(system: KvmSystem) -> frozenset[Capability]:
 
 
 def _boot() -> str:
-    """What a finding holds for: this boot, and this node (a module loaded later makes another)."""
+    """What kept capabilities hold for: this boot of the host, and this /dev/kvm (a module that is loaded anew makes
+    another)."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return f"1 {file.read().strip()} {os.stat('/dev/kvm').st_ctime_ns}"
 
@@ -95,7 +97,8 @@ def has_hardware() -> bool:
 
 
 def run(system: KvmSystem, code: bytes, *, paging: bool) -> Exit | None:
-    """The first exit of `code` in 32-bit supervisor mode, with identity paging or without; None: none in time."""
+    """Run `code` in 32-bit supervisor mode, with identity paging or without. Returns its first exit; None: there was
+    none within DEADLINE_S."""
     vm = system.create_vm(VmConfig(finish=False))
     memory = mmap.mmap(-1, 4 << 12)
     try:

@@ -1,6 +1,6 @@
 """/dev/kvm: what it offers, and VMs on it (Linux Documentation/virt/kvm/api.rst; section numbers below are its).
 
-VMs and vCPUs are in cpu/kvm/kvm.c. Must not know: what the guest is.
+VMs and vCPUs are in cpu/kvm/kvm.c. This module must not know what the guest is.
 """
 
 from __future__ import annotations
@@ -52,20 +52,21 @@ REQUIRED: Final = {
 }
 
 _MTRRS: Final = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
-"""State that 4.3 does not list."""
+"""The MTRRs are state, but KVM's list (4.3) lacks them."""
 _NO_STATE: Final = {0x11, 0x12, 0x8B, 0xCE, 0x10A, 0x345, *range(0x480, 0x492), *range(0x4000_0000, 0x4000_0200)}
-"""What 4.3 lists and a VM does not own: old numbers of kvmclock's registers, the microcode's revision, what the
-processor can do, and Hyper-V's registers, of which no guest is told."""
+"""MSRs in KVM's list (4.3) that are no state of a VM: old numbers of kvmclock's registers, the microcode's revision,
+what the processor can do, and Hyper-V's registers, of which no guest is told."""
 
 _ENTRIES_MAX = 256
 _MSRS_MAX = 1024
 
 
 class KvmSystem:
-    """The host's KVM (cpu.contract.System). HostError if it cannot be had; `cpu.select` says why and what helps."""
+    """The host's KVM (cpu.contract.System). Raises HostError if it cannot be used; `cpu.select` says why and what
+    helps."""
 
     def __init__(self, capabilities: frozenset[Capability] | None = None) -> None:
-        """`capabilities`: what cpu.select found out; by default that is asked for when needed."""
+        """`capabilities`: what cpu.select found out. Without them they are found out when they are needed."""
         self._fd = -1
         self._known = capabilities
         self._msrs: tuple[int, ...] | None = None
@@ -95,7 +96,7 @@ class KvmSystem:
         return "kvm"
 
     def max_vcpus(self) -> int:
-        """4.7: of one VM."""
+        """The most vCPUs that one VM may have (4.7)."""
         return min(self._extension(CAP_MAX_VCPUS) or self._extension(CAP_NR_VCPUS) or 4, MAX_VCPUS)
 
     def capabilities(self) -> frozenset[Capability]:
@@ -106,7 +107,8 @@ class KvmSystem:
         return self._known
 
     def supported_cpuid(self) -> list[CpuidEntry]:
-        """4.46, without what a saved state could not hold; with what the in-kernel LAPIC adds."""
+        """What KVM supports (4.46), without what a saved state could not hold, and with what the in-kernel LAPIC
+        adds."""
         size = CPUID_ENTRY.size
         buffer = bytearray(8 + _ENTRIES_MAX * size)
         struct.pack_into("<I", buffer, 0, _ENTRIES_MAX)
@@ -120,7 +122,7 @@ class KvmSystem:
         ]
 
     def msr_indices(self) -> tuple[int, ...]:
-        """4.3: the MSRs that hold state."""
+        """The MSRs that hold a VM's state (4.3)."""
         if self._msrs is None:
             buffer = bytearray(4 + 4 * _MSRS_MAX)
             struct.pack_into("<I", buffer, 0, _MSRS_MAX)
@@ -134,12 +136,12 @@ class KvmSystem:
         if self._fd < 0:
             raise StateError("the core is closed")
         try:
-            fcntl.ioctl(self._fd, request, buffer)  # a bytearray: the kernel writes into it
+            fcntl.ioctl(self._fd, request, buffer)  # the kernel writes into it, since it is a bytearray
         except OSError as error:
             raise HostError(f"{DEVICE}: {os.strerror(error.errno or errno.EIO)}") from error
 
     def create_vm(self, config: VmConfig) -> CoreVm:
-        """ConfigError for a virtual clock, which KVM has not."""
+        """Make a VM. Raises ConfigError for a virtual clock, which KVM lacks."""
         if self._fd < 0:
             raise StateError("the core is closed")
         return CoreVm(

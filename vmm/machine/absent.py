@@ -1,9 +1,9 @@
 """Pages of guest memory that are still on another host while the machine runs here (post-copy).
 
-A bitmap a region says which are missing; `vmm._native.Pager`, a native thread, fetches them over a connection as they
-are touched, and clears their bits. Whoever touches a missing page waits in a page fault. vCPUs do; the loop must not:
-before it touches memory for a guest it asks `here()`, and `want()`s what is not. It must not know devices, nor what is
-said over the connection.
+For each region a bitmap says which pages are missing. `vmm._native.Pager`, a native thread, fetches them over a
+connection as they are touched, and clears their bits. Whoever touches a missing page waits in a page fault. vCPUs may
+wait so, but the loop must not: before it touches memory for a guest it asks `here()`, and calls `want()` for what is
+missing. This module must not know devices, nor what is said over the connection.
 """
 
 from __future__ import annotations
@@ -25,21 +25,29 @@ WAIT_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """How far it is. Pages, ns."""
+    """How far the fetching has come. Numbers count pages, unless their names end in _ns."""
 
     state: str
-    """live, broken, whole or given up."""
+    """live, broken (the connection ended), whole (nothing is missing) or given up: enum pager_state
+    (native/pager.h)."""
     why: str
+    """Why the connection is broken; empty if it is not."""
     left: int
+    """Pages that are missing."""
     faults: int
+    """Page faults that waited for the connection."""
     slowest_ns: int
+    """The longest wait of such a fault."""
     waited_ns: int
+    """The waits of all such faults together."""
     pages: int
+    """Pages that came with data."""
     zero: int
+    """Pages that came as zeroes."""
 
 
 class AbsentPages:
-    """Of one memory. Loop thread, unless said otherwise."""
+    """The missing pages of one memory. Loop thread, unless said otherwise."""
 
     def __init__(self, regions: Sequence[tuple[int, memoryview]], *, kernel: bool) -> None:
         """`regions`: GuestMemory.regions(). `kernel`: the core lets the kernel touch memory, as KVM does. Raises
@@ -52,11 +60,11 @@ class AbsentPages:
         self._listener: Callable[[], None] | None = None
         self._last = Fetched("live", "", 0, 0, 0, 0, 0, 0)
         self.bitmaps = [mmap.mmap(-1, (len(view) // PAGE + 63) // 64 * 8) for _, view in self._regions]
-        """Bit n of each: page n of the region is missing."""
+        """One for each region. Bit n says that page n of the region is missing."""
 
     @staticmethod
     def check_host(*, kernel: bool) -> None:
-        """Raises HostError."""
+        """Raises HostError if the host does not let this process answer such page faults."""
         if not _native.can_page(kernel):
             cure = "; or run it on the software core, with --core soft" if kernel else ""
             raise HostError(
@@ -65,8 +73,8 @@ class AbsentPages:
             )
 
     def mark(self, region: int, first: int, words: bytes | memoryview) -> None:
-        """Before begin(): these pages are missing; bit 0 of the 64-bit words is page `first`, a multiple of 64. *any
-        thread*. Raises StateError if they are not in memory."""
+        """Set which of these pages are missing. Call it before begin(). Bit 0 of `words`, 64-bit ones, is page `first`,
+        a multiple of 64. *any thread*. Raises StateError if the pages are not in memory."""
         bitmap = self.bitmaps[region] if region < len(self.bitmaps) else b""
         at = first // 8
         if first % 64 or len(words) % 8 or at + len(words) > len(bitmap):
@@ -78,17 +86,17 @@ class AbsentPages:
 
     @property
     def any(self) -> bool:
-        """Some are missing."""
+        """Whether any page is missing."""
         return any(_native.count(bitmap) for bitmap in self.bitmaps)
 
     @property
     def active(self) -> bool:
-        """Memory is not this process's alone yet."""
+        """Whether begin() was called, and close() was not yet."""
         return self._pager is not None
 
     def begin(self) -> None:
-        """Empty the missing pages, and answer faults from now on. Nobody may touch memory meanwhile. Blocks; *any
-        thread*. Raises HostError."""
+        """Drop what stands in the missing pages, and answer faults in them from now on. During the call nobody may
+        touch memory. Blocks; *any thread*. Raises HostError."""
         try:
             self._pager = _native.Pager(
                 [(view, bitmap) for (_, view), bitmap in zip(self._regions, self.bitmaps, strict=True)], self._kernel
@@ -97,13 +105,14 @@ class AbsentPages:
             raise HostError(f"post-copy: memory cannot be watched: {os_reason(error)}") from error
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call it in the loop whenever pages came that were wanted, or status() changed."""
+        """Have `listener` called in the loop whenever wanted pages came, or the state in status() changed."""
         assert self._pager is not None
         self._listener = listener
         asyncio.get_running_loop().add_reader(self._pager.fileno(), self._told)
 
     def attach(self, fd: int) -> None:
-        """Fetch over this connection, a stream socket, from now on. StateError if nothing is missing any more."""
+        """Fetch over this connection, a stream socket, from now on. The pager keeps a duplicate of the descriptor.
+        Raises StateError if nothing is missing any more."""
         assert self._pager is not None
         try:
             self._pager.attach(fd)
@@ -111,17 +120,18 @@ class AbsentPages:
             raise StateError("nothing is missing any more") from error
 
     def detach(self) -> None:
-        """Leave the connection: whoever touches a missing page waits for the next one."""
+        """Leave the connection: whoever touches a missing page waits for the next connection."""
         if self._pager is not None:
             self._pager.detach()
 
     def commit(self) -> None:
-        """The machine is this one: from now on the end of a connection is not the end of its memory."""
+        """The machine lives here from now on. Before this call the end of a connection gives the memory up; after it,
+        missing pages wait for the next connection."""
         assert self._pager is not None
         self._pager.commit()
 
     def status(self) -> Fetched:
-        """How far it is; at last, what it took."""
+        """How far the fetching has come; after close(), how far it had come."""
         if self._pager is not None:
             self._last = Fetched(*self._pager.status())
         return self._last
@@ -147,8 +157,8 @@ class AbsentPages:
                 self._pager.want(index, one, (last - 1 - start) // PAGE + 1 - one)
 
     def wait(self, gpa: int, length: int) -> None:
-        """Block until no page of the range is missing, or the connection broke. A page fault would block, too, but with
-        the interpreter's lock, which a connection by TLS may need. *any thread*"""
+        """Block until no page of the range is missing, the connection broke, or WAIT_SECONDS passed. A page fault would
+        block, too, but would hold the interpreter's lock, which a connection by TLS may need. *any thread*"""
         if not self.here(gpa, length):
             self.want(gpa, length)
             deadline = time.monotonic() + WAIT_SECONDS
@@ -156,7 +166,8 @@ class AbsentPages:
                 time.sleep(0.0005)
 
     async def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Until no page of the (gpa, length) is missing, or nobody needs the memory any more. After listen()."""
+        """Fetch these (gpa, length), and wait until none of their pages is missing, or the memory was given up. Call it
+        after listen()."""
         wanted = tuple(ranges)
         for gpa, length in wanted:
             if not self.here(gpa, length):
@@ -188,13 +199,13 @@ class AbsentPages:
                     waiter.set_result(None)
 
     def forget(self) -> None:
-        """Before close(), in the loop: nobody is told any more. Idempotent."""
+        """Call the listener no more. Must be called in the loop, before close(). Idempotent."""
         if self._pager is not None and self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._pager.fileno())
         self._listener = None
 
     def close(self) -> None:
-        """Give up what is missing: whoever waits for it goes on, with zeroes. *any thread*. Idempotent."""
+        """Give up the missing pages: whoever waits for one goes on, and reads zeroes. *any thread*. Idempotent."""
         pager = self._pager
         if pager is not None:
             self.status()

@@ -1,7 +1,7 @@
-"""Puts a machine together: core, memory, buses, devices, boot loader. The only module of vmm that sees everything.
+"""Puts a machine together: core, memory, buses, devices, boot loader. No other module of vmm sees all of them.
 
-A part is a module with `attach(assembly)`, maybe a coroutine; PARTS lists them in order. What a part adds is started,
-saved and closed by name. Nothing here knows what a part does.
+A part is a module with a function `attach(assembly)`, which may be a coroutine. PARTS lists the parts in order. The
+machine starts, saves and closes the components that parts add. Nothing here knows what a part does.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ PARTS = (
     "vmm.firmware.smbios",
     "vmm.firmware.mptable",
 )
-"""Modules with `attach(assembly: vmm.machine.interfaces.Assembly) -> None`, in order."""
+"""Modules with `attach(assembly: vmm.machine.interfaces.Assembly)`, in the order in which they are attached."""
 BARE_PARTS = ("vmm.devices.uart", "vmm.devices.debug", "vmm.devices.reset", "vmm.devices.i8042")
-"""The same for the bare platform."""
+"""The parts of the bare platform."""
 
 
 def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> str:
-    """The kernel command line as the guest gets it: given or default, and what is appended. Test guests have no
-    default."""
+    """The kernel command line as the guest gets it: the given one or the default, and what is appended. Kernels smaller
+    than SMALL_KERNEL, test guests, have no default."""
     if config.cmdline is not None:
         base = config.cmdline
     elif config.kernel is not None and config.kernel.stat().st_size >= SMALL_KERNEL:
@@ -76,14 +76,14 @@ def effective_cmdline(config: Config, capabilities: frozenset[Capability]) -> st
     line = f"{base} {config.append}".strip()
     if not config.share_words:
         return line
-    # The shares' words come last, where they win, but before what is for init alone.
+    # The kernel takes the last of equal words, so the shares' words come last. What follows -- is for init alone.
     words, dashes, init = line.partition(" -- ")
     return f"{words} {config.share_words}{dashes}{init}".strip()
 
 
 class Machine:
     """What the guest sees, from one boot or restore to its end: memory, vCPUs, board and components. A reboot makes the
-    next one around the same resources. To the parts it is vmm.machine.interfaces.Assembly. Loop thread."""
+    next machine around the same resources. Parts use it as their vmm.machine.interfaces.Assembly. Loop thread."""
 
     def __init__(
         self,
@@ -166,18 +166,18 @@ class Machine:
         return self.resources.present_cpus
 
     def allow_cpu(self, index: int, on: bool) -> None:
-        if self.config.clock != "virtual":  # that stands while a vCPU is parked
+        if self.config.clock != "virtual":  # the virtual clock stands while a vCPU is parked
             self.dispatcher.allow(index, on)
 
     # For VirtualMachine.
 
     async def build(self) -> None:
-        """Everything up to the first instruction. On failure or cancellation nothing is left behind."""
+        """Do everything up to the first instruction. On failure or cancellation nothing is left behind."""
         try:
             with core_errors():
                 await self._build()
         except BaseException:
-            with suppress(HostError):  # the reason is what went wrong first
+            with suppress(HostError):  # the caller gets the first error, not one of closing
                 await self.aclose()
             raise
 
@@ -185,7 +185,7 @@ class Machine:
         config = self.config
         if self._making is None:
             self._making = Making(config, self.system, self._origin)
-        # While the thread makes it:
+        # Meanwhile a thread makes the hardware.
         parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
         cpuid = model.table(
             config.cpu_model, self.system.supported_cpuid(), address_limit=Layout(config.memory).mmio64.end
@@ -249,7 +249,7 @@ class Machine:
         self.dispatcher.drain()
 
     async def _load(self) -> None:
-        """The boot loader and vCPU 0's registers. A kernel is unpacked beside the loop."""
+        """Run the boot loader, and set vCPU 0's registers. A large kernel is unpacked in a worker thread."""
         kernel = self.config.kernel
         self.mark("load")
         if kernel is not None and kernel.stat().st_size >= SMALL_KERNEL:
@@ -257,7 +257,7 @@ class Machine:
             try:
                 state = await asyncio.shield(loading)
             except asyncio.CancelledError:
-                # The thread writes to guest memory: nothing is given back before it has ended.
+                # The thread writes to guest memory, which therefore must stay until the thread has ended.
                 await asyncio.gather(loading, return_exceptions=True)
                 raise
         else:
@@ -267,7 +267,7 @@ class Machine:
         self.vcpus[0].set_registers(state.registers)
 
     def _load_image(self) -> BootState:
-        """May run in a worker thread: only fills memory."""
+        """Fill memory, and touch nothing else: this may run in a worker thread."""
         config, memory = self.config, self.memory
         if config.flat is not None:
             flat = config.flat
@@ -294,7 +294,7 @@ class Machine:
         self.dispatcher.fail(error)
 
     async def quiesce(self) -> None:
-        """Have the virtio devices take no more requests, and wait for those in flight."""
+        """Make the virtio devices take no more requests, and wait for those in flight."""
         if self.services.virtio is not None:
             await self.services.virtio.quiesce()
 
@@ -305,7 +305,7 @@ class Machine:
         return save(self)
 
     def resume_devices(self) -> None:
-        """After quiesce(), or a restored state."""
+        """Let the virtio devices take requests again, after quiesce() or a restored state."""
         if self.services.virtio is not None:
             self.services.virtio.resume()
 
@@ -316,8 +316,8 @@ class Machine:
         return counters
 
     def begin_close(self) -> None:
-        """Stop every vCPU and give back what the core holds, beside the loop, since KVM takes up to 20 ms for it.
-        Idempotent; `aclose` waits for it and does the rest."""
+        """Begin to stop every vCPU and to give back what the core holds. A thread does it, since KVM takes up to 20 ms.
+        Idempotent; `aclose` waits for the thread and does the rest."""
         if self._closer is not None:
             return
         if self._reading >= 0:
@@ -336,9 +336,9 @@ class Machine:
             self._close_core()
 
     def _close_core(self) -> None:
-        """The closing thread."""
+        """What the closing thread does."""
         try:
-            if self._hardware is not None:  # no vCPU waits for a page of another host any more
+            if self._hardware is not None:  # a vCPU that waits for a page of another host goes on, so that it can stop
                 self._hardware.memory.abandon()
             if self._making is not None:
                 self._making.close_core()
@@ -346,19 +346,19 @@ class Machine:
             self._call_soon(self._core_closed.set)
 
     def _call_soon(self, what: Callable[[], object]) -> None:
-        """*any thread*"""
+        """Have the loop call `what`. *any thread*"""
         with suppress(RuntimeError):  # the loop is closed, so nobody waits
             self._loop.call_soon_threadsafe(what)
 
     def close(self) -> None:
-        """begin_close() to its end, at once: for a loop that does not go on."""
+        """begin_close(), and wait until the core is closed. This blocks, for callers whose loop does not go on."""
         self.begin_close()
         assert self._closer is not None
         if self._closer.ident is not None:  # it was started
             self._closer.join()
 
     async def aclose(self) -> None:
-        """Close the components; when the core is closed, memory. Idempotent."""
+        """Close the components and the core, and then memory. Idempotent."""
         self.begin_close()
         try:
             await self.close_components()
@@ -371,7 +371,8 @@ class Machine:
                     self._making.close_memory()
 
     async def close_components(self) -> None:
-        """Close the components in reverse order. Raises HostError for the first that cannot be. Idempotent."""
+        """Close the components in reverse order. Raises HostError for the first that could not be closed.
+        Idempotent."""
         components, self.components = self.components, {}
         failure: BaseException | None = None
         for name, component in reversed(components.items()):

@@ -1,8 +1,8 @@
 """The two address spaces of a machine (I/O ports and MMIO): ranges, look-up, and declared registers.
 
-One class serves both. A guest's access that no range claims reads as all ones and is ignored when written; one that
-runs over a range's end is split into bytes, as the hardware does. `RegisterMap` turns declared registers into a bus
-device, so that partial and wide accesses are handled once. Knows nothing of cores, machines or particular devices.
+One class serves both. Where no range claims an address, a guest's read yields all ones and its write is ignored. An
+access that lies only partly in a range is split into bytes. `RegisterMap` turns declared registers into a bus device,
+so that partial and wide accesses are handled once. This module knows nothing of cores, machines or particular devices.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _CACHE_LIMIT = 4096
 class BusDevice(Protocol):
     """What a bus range leads to. `offset` is relative to the range; size 1, 2, 4 or 8 bytes; values little-endian.
 
-    A read returns a value of `size` bytes; an access that the device does not define reads as all ones and is
-    ignored when written. Guest input must raise nothing but GuestError.
+    A read returns a value of `size` bytes. Where the device defines nothing, a read yields all ones and a write is
+    ignored. Guest input must raise nothing but GuestError.
     """
 
     def read(self, offset: int, size: int) -> int:
         """The value at `offset`."""
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take `value` at `offset`."""
+        """The guest writes `value` at `offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,12 @@ class Bus:
 
     @property
     def ranges(self) -> tuple[BusRange, ...]:
-        """All of them, by address."""
+        """All ranges, by address."""
         return tuple(self._ranges)
 
     def add(self, start: int, size: int, device: BusDevice, name: str) -> None:
-        """Put a device at [start, start + size). Raises ConfigError if that is taken or outside the space."""
+        """Put a device at [start, start + size). Raises ConfigError if the range overlaps another or leaves the address
+        space."""
         end = start + size
         if size <= 0 or start < 0 or end > self.limit:
             raise ConfigError(f"{name}: {self.name} range {start:#x}+{size:#x} is outside the address space")
@@ -77,7 +78,7 @@ class Bus:
         self._cache.clear()
 
     def remove(self, start: int) -> None:
-        """Take away the range that starts there. Raises StateError if there is none."""
+        """Take away the range that starts at `start`. Raises StateError if there is none."""
         index = bisect_right(self._starts, start) - 1
         if index < 0 or self._starts[index] != start:
             raise StateError(f"no {self.name} range starts at {start:#x}")
@@ -85,7 +86,7 @@ class Bus:
         self._cache.clear()
 
     def find(self, address: int) -> BusRange | None:
-        """The range that claims an address."""
+        """The range that claims an address; None: none does."""
         try:
             return self._cache[address]
         except KeyError:
@@ -126,9 +127,9 @@ class Bus:
 class Register:
     """One register: where it is and what reading and writing it does.
 
-    Without `read` it reads as all ones, without `write` writes are ignored. A write of only some of its bytes is
-    completed with `held()` (default: `read`), or dropped with partial="ignore"; a read of some bytes takes them from
-    a read of the whole.
+    Without `read` it reads as all ones; without `write`, writes are ignored. When the guest writes only some of its
+    bytes, the others come from `held()` (default: `read`), or with partial="ignore" the write is dropped. When the
+    guest reads only some bytes, they come from a read of the whole register.
     """
 
     name: str
@@ -141,7 +142,8 @@ class Register:
 
 
 class RegisterMap:
-    """A bus device made of declared registers, in a window of `size` bytes. Gaps read as `gap` (one byte)."""
+    """A bus device made of declared registers, in a window of `size` bytes. Each byte between registers reads as `gap`,
+    and ignores writes."""
 
     def __init__(self, size: int, registers: Iterable[Register], *, gap: int = 0xFF) -> None:
         self.size = size
@@ -157,7 +159,7 @@ class RegisterMap:
             self._exact[register.offset, register.size] = register
 
     def read(self, offset: int, size: int) -> int:
-        """Device"""
+        """BusDevice.read"""
         register = self._exact.get((offset, size))
         if register is not None:
             return ONES[size] if register.read is None else register.read()
@@ -176,7 +178,7 @@ class RegisterMap:
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Device"""
+        """BusDevice.write"""
         register = self._exact.get((offset, size))
         if register is not None:
             if register.write is not None:

@@ -1,7 +1,7 @@
-"""What the machine's parts promise each other: Protocols, and where they find one another (Services). The builder puts
-implementations together.
+"""What the machine's parts promise each other (Protocols), and where they find one another (Services). The builder puts
+the implementations together.
 
-All of it is confined to the loop thread.
+Everything here is confined to the loop thread.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class PostedDevice(Protocol):
-    """A device with posted ranges gets its writes merged: `data` is len(data) // size values in order."""
+    """A device with posted ranges, which gets several of the guest's writes in one call."""
 
     def posted(self, offset: int, size: int, data: bytes) -> None:
-        """Writes of `size` bytes each at `offset`, oldest first."""
+        """The guest wrote at `offset` len(data) // size times, `size` bytes each. `data` has them, oldest first."""
 
 
 class TimerHandle(Protocol):
-    """A call that is to come."""
+    """A call that Clock.call_at() has planned."""
 
     def cancel(self) -> None:
-        """It does not come. Idempotent."""
+        """Cancel the call. Idempotent."""
 
 
 class Clock(Protocol):
@@ -51,11 +51,11 @@ class Clock(Protocol):
         """CLOCK_REALTIME as the guest sees it, ns since the epoch."""
 
     def call_at(self, deadline_ns: int, callback: Callable[[], None]) -> TimerHandle:
-        """Call once when the clock has come to `deadline_ns`, at once if it has passed it."""
+        """Call `callback` once, when the clock has come to `deadline_ns`; soon, if that moment has passed."""
 
 
 class IrqLine(Protocol):
-    """One level-triggered input of the interrupt controller. Several owners of one GSI are ORed."""
+    """One level-triggered input of the interrupt controllers. It is high while any of its owners raises it."""
 
     def set(self, level: bool) -> None:
         """Raise or lower this owner's part of the line."""
@@ -73,7 +73,7 @@ class Board(Protocol):
         """The machine's source of chance."""
 
     def irq_line(self, gsi: int) -> IrqLine:
-        """A new owner's part of the line `gsi` of the interrupt controllers."""
+        """A new owner's part of the interrupt line `gsi`."""
 
     def signal_msi(self, address: int, data: int) -> None:
         """Send a message-signalled interrupt: `data` to `address` (Intel SDM volume 3, 11.11)."""
@@ -85,14 +85,15 @@ class Board(Protocol):
         """Take the device at `address` off its bus."""
 
     def post(self, space: Space, address: int, size: int, device: PostedDevice, offset: int) -> None:
-        """Make writes of `size` at `address` posted; they arrive at device.posted(offset, ...)."""
+        """Post writes of `size` bytes at `address`: the vCPU does not wait for them. They arrive at
+        device.posted(offset, ...)."""
 
     def unpost(self, space: Space, address: int, size: int) -> None:
         """Undo `post`."""
 
     def shadow(self, space: Space, address: int, size: int, notice: Callable[[], None] | None = None) -> Shadow:
-        """Reads of `size` at `address` come from the shadow while it is valid. `notice` is called when a read
-        switched the register to its `after` value (in order with the posted writes)."""
+        """Answer reads of `size` bytes at `address` from the returned shadow, while that is valid. `notice` is called
+        when a read switched the register to its `after` value, in order with the posted writes."""
 
     def unshadow(self, space: Space, address: int, size: int) -> None:
         """Undo `shadow`."""
@@ -100,27 +101,30 @@ class Board(Protocol):
     def ioeventfd(
         self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
     ) -> Callable[[], None]:
-        """Call `callback` on the loop when the guest writes there; returns the function that undoes it."""
+        """Call `callback` on the loop when the guest writes there (only when it writes `match`, if given; size 0: a
+        write of any size). Returns the function that undoes this."""
 
     def stall(self) -> Callable[[], None]:
-        """From within a device's `read` or `write`, for what takes its time but must be over before the guest's next
-        instruction: the vCPU whose access this is waits until the returned function is called. Other vCPUs and machines
-        run on, and the machine can be paused and ended meanwhile."""
+        """Make the vCPU whose access is being handled wait until the returned function is called. A device calls this
+        in its `read` or `write`, for work that takes long but must be done before the guest's next instruction. Other
+        vCPUs and machines run on, and the machine can be paused and ended meanwhile."""
 
     def request(self, action: Literal["shutdown", "reset", "crash"], detail: str, status: int | None = None) -> None:
-        """A guest's wish that concerns the whole machine (reset port, power-off, pvpanic, exit port)."""
+        """The guest wants something of the whole machine (reset port, power-off, pvpanic, exit port). With `status` the
+        machine ends with that exit status, whatever the action."""
 
 
 class Services:
     """What the parts of a machine offer one another, by typed attribute. A part sets its attribute in its `attach()`.
 
-    Parts attach in the builder's order, so an earlier part's service is there; to use one that no part has set is a
-    mistake in that order, and an AttributeError. What the bare platform lacks, and others ask for, is None there.
+    Parts attach in the builder's order, so that a part can use the services of earlier ones. If it uses a service that
+    no part has set yet, an AttributeError shows that the order is wrong. Services that the bare platform lacks, and
+    that parts may ask for all the same, are None there.
     """
 
 
     reset: ResetControl
-    """Ends the machine, or starts it again, as the guest's reset ports do."""
+    """It ends the machine, or starts it again, as the guest's reset ports do."""
     acpi: Acpi
     """The tables, to which parts add what they are."""
     pci: PciBus
@@ -134,7 +138,7 @@ class Services:
     virtio: VirtioDevices | None = None
     """The transports of the virtio devices."""
     generation_id: GenerationId | None = None
-    """Tells the guest that it is a copy."""
+    """It tells the guest that it is a copy."""
 
 
 class Assembly(Protocol):
@@ -143,7 +147,7 @@ class Assembly(Protocol):
 
     @property
     def config(self) -> Config:
-        """What was asked for."""
+        """The machine's configuration."""
 
     @property
     def board(self) -> Board:
@@ -163,14 +167,15 @@ class Assembly(Protocol):
 
     @property
     def pool(self) -> DevicePool:
-        """The machine's virtio devices, which stay over its reboots."""
+        """The machine's virtio devices, which stay when it reboots."""
 
     @property
     def present_cpus(self) -> set[int]:
-        """The processors that the guest has, which stays over its reboots."""
+        """The numbers of the processors that the guest has now. The set stays when the machine reboots."""
 
     def allow_cpu(self, index: int, on: bool) -> None:
-        """Let a vCPU run, or keep it parked; nothing with the virtual clock."""
+        """Let a vCPU run, or keep it parked. Does nothing with the virtual clock, which stands while a vCPU is
+        parked."""
 
     services: Services
     """What the parts offer one another."""
@@ -178,35 +183,36 @@ class Assembly(Protocol):
     """Guest-physical address of the ACPI root pointer; the part that writes the tables sets it."""
 
     def debug_output(self, text: bytes) -> None:
-        """What a guest writes to a debug port. Never blocks, bounded."""
+        """Take what the guest wrote to a debug port. Never blocks; what is kept is bounded."""
 
     def warn(self, text: str) -> None:
-        """Tell whoever runs the machine: an event, which `vmm run` prints. At most a hundred a machine."""
+        """Warn whoever runs the machine, by an event, which `vmm run` prints. A machine tells at most a hundred."""
 
     def mark(self, name: str) -> None:
-        """The machine's timeline has come to the moment of this name (vmm/timeline.py)."""
+        """Note that the moment of this name in the machine's timeline has come (vmm/timeline.py)."""
 
     def add(self, name: str, component: object) -> None:
-        """Own a component under a unique name. Those that are Stateful (vmm.state.payload) are saved and restored in
-        the order in which they were added. Before the first instruction `populate()` fills memory, unless memory comes
-        from a saved state, and `start()` is awaited; at the end `aclose()` or else `close()`, in reverse order."""
+        """Own a component under a unique name. Components that are Stateful (vmm.state.payload) are saved and restored
+        in the order in which they were added. Before the first instruction the machine calls a component's `populate()`
+        to fill memory, unless memory comes from a saved state, and its `start()`. At the end it calls `aclose()` or
+        else `close()`, in reverse order. Each may be left out; `start` and the last two may be coroutines."""
 
 
 class CharacterPort(Protocol):
     """The host side of a character device (UART, virtio-console port)."""
 
     def write(self, data: bytes) -> None:
-        """Output of the guest. Never blocks, takes everything."""
+        """Take output of the guest, all of it. Never blocks."""
 
     async def relieved(self) -> None:
-        """Wait until whoever must not miss any output has nearly caught up. For a device that can go on writing while
-        the machine is held."""
+        """Wait until readers that must not miss any output have nearly caught up. A device calls this if it can go on
+        writing while the machine is held."""
 
     def read(self, limit: int) -> bytes:
         """Input for the guest, up to `limit` bytes; empty if there is none now."""
 
     def set_receiver(self, ready: Callable[[], None]) -> None:
-        """`ready` is called whenever input arrives while there was none."""
+        """Have `ready` called whenever input arrives and none was waiting."""
 
     def event(self, kind: str) -> None:
-        """Something other than data: "break"."""
+        """Report what is not data. The only kind is "break", a break condition on the line."""

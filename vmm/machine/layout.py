@@ -34,8 +34,8 @@ HIGH_MEMORY = 1 << 32
 MMIO32 = AddressRange(0xC000_0000, 512 * MIB)
 """Window of 32-bit BARs."""
 ECAM = AddressRange(0xE000_0000, 1 * MIB)
-"""PCI Express enhanced configuration access (PCI Firmware Specification 4.1). Bus 0 is all there is; if more were
-declared, Linux would look for peer bridges on every bus, by 8192 synchronous port reads."""
+"""PCI Express enhanced configuration access (PCI Firmware Specification 4.1). Only bus 0 is declared. With more buses
+Linux would look for peer bridges on each, by 8192 port reads that exit synchronously."""
 LAST_BUS = ECAM.size // MIB - 1
 VIRTIO_MMIO = AddressRange(0xFEB0_0000, 32 * 4096)
 VIRTIO_MMIO_STRIDE = 4096
@@ -53,45 +53,47 @@ PM_SIZE = 0x40
 PCI_HOTPLUG, PCI_HOTPLUG_SIZE = 0x640, 0x20
 """Registers of vmm/pci/hotplug.py."""
 CPU_HOTPLUG, CPU_HOTPLUG_SIZE = 0x660, 0x20
-"""Kept for processors that come and go."""
+"""Registers of vmm/devices/cpus.py."""
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 PVPANIC = 0x505
 FW_CFG, FW_CFG_SIZE = 0x510, 12
 
-# General purpose events, with a method each in the DSDT (vmm.acpi.Acpi.add_event).
+# General purpose events. The DSDT has a method for each (vmm.acpi.Acpi.add_event).
 PCI_EVENT, CPU_EVENT = 1, 2
-"""Something happened to a PCI slot, or to a processor: registers say what."""
+"""Something happened to a PCI slot, or to a processor; the registers above say what."""
 GENERATION_EVENT = 5
 """The VM generation ID changed."""
 
 # GSIs. 0-15 reach both the PIC and the IOAPIC.
 COM1_GSI, COM2_GSI, RTC_GSI, SCI_GSI, KEYBOARD_GSI, MOUSE_GSI = 4, 3, 8, 9, 1, 12
 PCI_INTX_GSIS = (10, 11, 10, 11)
-"""INTA# to INTD# of device 0; each further device rotates by one. Below 16, so that they work in PIC mode too."""
+"""The GSIs of INTA# to INTD# of device 0. From each device to the next they rotate by one. They are below 16, so that
+they work in PIC mode too."""
 VIRTIO_MMIO_GSIS = tuple(range(16, 24))
 VIRTIO_MMIO_MAX = VIRTIO_MMIO.size // VIRTIO_MMIO_STRIDE
 
 # RAM below 1 MiB that the loaders and tables use.
 BDA = 0x400
 WARM_BOOT_FLAG = 0x472
-"""BIOS data area: 0x1234 before a reset asks for a warm boot."""
+"""In the BIOS data area. A guest that writes 0x1234 here before a reset asks for a warm boot."""
 COREBOOT_TABLE = AddressRange(0x500, 256)
 BOOT_GDT, BOOT_IDT = 0x600, 0x6A0
 BOOT_INFO = 0x7000
-"""Linux zero page, hvm_start_info or multiboot information; 8 KiB."""
+"""Linux zero page, hvm_start_info or multiboot information: 4 KiB."""
 BOOT_PAGE_TABLES = 0x9000
 """PML4, one PDPT, four page directories: 24 KiB."""
 BOOT_STACK = 0x8FF0
+"""Where the stack begins, which grows down towards BOOT_INFO's page."""
 CMDLINE = AddressRange(0x2_0000, 64 * KIB)
 MODULE_CMDLINE = 0x2_8000
-"""The second half of it, where a boot module has a command line of its own."""
+"""The second half of CMDLINE, for a boot module that has a command line of its own."""
 EBDA = AddressRange(0x9_FC00, 1 * KIB)
 ROM = AddressRange(0xE_0000, 128 * KIB)
-"""Where a PC has its BIOS: reserved in the memory map, writable by us."""
+"""Where a PC has its BIOS. The memory map says reserved; here it is RAM, which the loaders fill."""
 ACPI = AddressRange(0xE_0000, 64 * KIB)
-"""RSDP (on a 16-byte boundary, at the start) and all tables."""
+"""The RSDP stands at the start, on a 16-byte boundary; all tables follow."""
 SMBIOS = AddressRange(0xF_0000, 4 * KIB)
-"""Entry point (found by its anchor from 0xF0000 on) and structures."""
+"""The entry point, which guests find by its anchor from 0xF0000 on, and the structures."""
 MP_TABLE = AddressRange(0xF_1000, 4 * KIB)
 VM_GENERATION_ID = 0xF_F000
 DUMMY_HANDLER, RESET_VECTOR = 0xF_FF53, 0xF_FFF0
@@ -100,7 +102,7 @@ KERNEL_BASE = 1 * MIB
 
 
 class E820Type(enum.IntEnum):
-    """ACPI 6.4, table 15.374 (address range types)."""
+    """ACPI 6.4, table 15.1 (address range types)."""
 
     RAM = 1
     RESERVED = 2

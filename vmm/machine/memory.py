@@ -1,14 +1,14 @@
 """Guest memory: host buffers at guest-physical addresses, checked on every access.
 
-Layout of a PC: RAM from 0 up to the PCI hole at 3 GiB, the rest from 4 GiB on. It has the form of
-virtio.protocols.DmaMemory. A buffer stays at its host address for the memory's life; what lies behind it depends on the
-source:
+RAM is laid out as in a PC: it goes from 0 up to the PCI hole at 3 GiB, and the rest follows from 4 GiB on. GuestMemory
+implements virtio.protocols.DmaMemory. A buffer stays at its host address for the memory's life; what lies behind it
+depends on the source:
 
 - `Anonymous`: zeros of this process, with large pages where the host has them.
 - `Shared`: a memfd, which other processes may map.
 - `CopyOnWrite`: pieces of files (a snapshot, frozen memory), of which a page is copied when it is first written.
 
-`freeze()` turns the first two into the third. It must not know devices.
+`freeze()` turns the first two into the third. This module must not know devices.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ PAGE = 4096
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # asm-generic/mman-common.h; the mmap module has neither
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MAX_PIECES = 2048
-"""Extents of one memory, and holes in its files. The host allows a process 65,530 mappings (vm.max_map_count)."""
+"""freeze() keeps to this many extents, and discard() makes no more holes in their files than this. The host allows a
+process 65,530 mappings (vm.max_map_count)."""
 
 
 class OutsideMemory(GuestError, VirtioGuestError):
@@ -46,7 +47,7 @@ class OutsideMemory(GuestError, VirtioGuestError):
 
 @dataclass(frozen=True, slots=True)
 class Anonymous:
-    """Zeros. With `hugepages` they come from the host's reserved pool (a memfd of it)."""
+    """Zeros. With `hugepages` memory comes from the host's reserved pool of large pages, through a memfd."""
 
     hugepages: bool = False
 
@@ -58,8 +59,8 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """[gpa, gpa + length) is what the file holds from `offset` on: whole pages all of them. The file must not change
-    while it is mapped; one that is cut short kills the process that touches what was cut."""
+    """The file holds [gpa, gpa + length) from `offset` on. All three numbers are multiples of the page size. The file
+    must not change while it is mapped: if it is cut short, a process that touches what was cut is killed."""
 
     gpa: int
     length: int
@@ -91,7 +92,7 @@ class MemoryCore(Protocol):
 
 
 class _Region:
-    """One buffer: guest-physical start, what it is mapped by, and where it stands in a file that holds all memory."""
+    """One buffer: its guest-physical start, its mapping, and its offset in a file that holds all memory."""
 
     def __init__(self, start: int, mapping: Mapping, offset: int) -> None:
         self.start, self.mapping, self.offset = start, mapping, offset
@@ -106,17 +107,17 @@ class GuestMemory:
     """
 
     def __init__(self, size: int, *, hugepages: bool = False, source: MemorySource | None = None) -> None:
-        """`size` in bytes, a multiple of 4 KiB; `hugepages` is short for the source of that name. Raises HostError if
-        the host refuses, or an extent's file is too short or not in RAM."""
+        """`size` is in bytes, a multiple of 4 KiB. `hugepages` without a source means Anonymous(hugepages=True). Raises
+        HostError if the host refuses, if an extent's file is too short, or if an extent is not in RAM."""
         self.size = size
         self.source: MemorySource = source if source is not None else Anonymous(hugepages)
         self.on_written: Callable[[int, int], None] | None = None
         self.on_written_ranges: Callable[[bytes], None] | None = None
         self.before_freeze: Callable[[], None] | None = None
-        """Has whoever else maps a `Shared` source let go of it."""
+        """freeze() calls this first. It makes other processes that map a `Shared` source let go of it."""
         self._core: MemoryCore | None = None
         self._regions: list[_Region] = []
-        self._fd = -1  # of all memory, while it is shared
+        self._fd = -1  # memfd of a `Shared` source until it is frozen, or of large pages; -1: none
         self._granule = PAGE
         self._frozen = isinstance(self.source, CopyOnWrite)
         self._extents: list[Extent] = []  # by address, when frozen; the descriptors are among _files
@@ -124,8 +125,8 @@ class GuestMemory:
         self._holes = 0
         self._logging = False
         self.absent: AbsentPages | None = None
-        """Of a machine that came by post-copy: the pages that are still on their way."""
-        self._prepared = -1  # a file with memory's content from before the writes in the dirty log
+        """After a migration by post-copy: the pages that are still on their way. None: no page ever was."""
+        self._prepared = -1  # prepare_freeze()'s copy of memory, which lacks the writes in the dirty log
         low = min(size, PCI_HOLE)
         try:
             self._open_file()
@@ -170,7 +171,8 @@ class GuestMemory:
 
     # Pages that are still on another host.
     def expect(self, *, kernel: bool) -> AbsentPages:
-        """Some of it will come after the machine: vmm.machine.absent. Raises HostError."""
+        """Prepare for pages that come after the machine has started. Returns what keeps and fetches them
+        (vmm.machine.absent). Raises HostError."""
         from vmm.machine.absent import AbsentPages  # seldom needed
 
         self.absent = AbsentPages(self.regions(), kernel=kernel)
@@ -178,7 +180,8 @@ class GuestMemory:
 
     @property
     def missing(self) -> Sequence[mmap.mmap] | None:
-        """Bitmaps of pages that are on their way, a region each; None: there are none (virtio.protocols.DmaMemory)."""
+        """For each region a bitmap of the pages that are on their way; None: no page ever was
+        (virtio.protocols.DmaMemory)."""
         return self.absent.bitmaps if self.absent is not None else None
 
     def want(self, gpa: int, length: int) -> None:
@@ -191,7 +194,7 @@ class GuestMemory:
         return self.absent is None or self.absent.here(gpa, length)
 
     def check_whole(self) -> None:
-        """StateError while a part of it is on its way."""
+        """Raises StateError while a part of memory is on its way from another host."""
         if self.absent is not None and self.absent.active:
             raise StateError("the machine's memory is still on its way from another host; wait until all has come")
 
@@ -201,8 +204,8 @@ class GuestMemory:
         return [(region.start, region.view) for region in self._regions]
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise. For
-        pages that are on their way from another host it waits, and so keeps the loop: ask here() first."""
+        """The writable bytes [gpa, gpa + length), which must lie in one region. Raises OutsideMemory otherwise. While
+        pages of it are on their way from another host this call blocks, and the loop with it: ask here() first."""
         for region in self._regions:
             offset = gpa - region.start
             if 0 <= offset <= offset + length <= region.size:
@@ -233,8 +236,8 @@ class GuestMemory:
 
     # What changed.
     def start_dirty_log(self) -> None:
-        """Log every write from now on, by vCPUs and by the VMM. The machine may run. One at a time: StateError. Raises
-        CpuError."""
+        """Log every write from now on, by vCPUs and by the VMM. The machine may run. Raises StateError if writes are
+        logged already, or pages are on their way from another host; CpuError."""
         assert self._core is not None
         self.check_whole()
         if self._logging:
@@ -243,38 +246,40 @@ class GuestMemory:
         self._logging = True
 
     def stop_dirty_log(self) -> None:
-        """End it and forget it. Nothing if there is none."""
+        """Stop logging, and forget what was logged. Does nothing if no writes are logged."""
         self._logging = False
         if self._core is not None:
             self._core.stop_dirty_log()
 
     def take_dirty(self) -> list[tuple[int, bytes]]:
         """For each region its address and the pages written since the last call: bit n is page n of 4 KiB, in 64-bit
-        words. The machine may run: a page that is copied after this call holds what its bit stands for, and what is
-        written later has its bit in the next answer. `vmm._native.runs` reads bitmaps. Raises CpuError."""
+        words. The machine may run: a page that is copied after this call holds the writes that its bit stands for, and
+        later writes set its bit in the next answer. `vmm._native.runs` reads bitmaps. Raises CpuError."""
         assert self._core is not None
         return [(region.start, self._core.dirty_log(slot)) for slot, region in enumerate(self._regions)]
 
     def present_pages(self, *, private: bool = False) -> list[tuple[int, bytes]]:
-        """For each region its address and the pages that are mapped in this process, as bitmaps: what was touched
-        (beside what the host mapped with it). `private`: those that are not a file's, so written or anonymous.
-        Raises HostError."""
+        """For each region its address and a bitmap of the pages that this process has in memory or swapped out. These
+        are the pages that were touched, and those that the host mapped along with them. `private`: only pages that are
+        not a file's, because they were written or are anonymous. Raises HostError."""
         try:
             return [(region.start, region.mapping.present_pages(private=private)) for region in self._regions]
         except OSError as error:
             raise HostError(f"memory: cannot read which pages are there: {os_reason(error)}") from error
 
     def small_pages(self, small: bool) -> None:
-        """Whether the host is to give what is touched for the first time in pages of 4 KiB, so that memory that is
-        mostly empty stays so, and is there sooner; by default it gives 2 MiB where it can. A hint."""
+        """Ask the host to give memory in pages of 4 KiB when it is first touched. Memory that is mostly empty then
+        takes little of the host's, and each page comes sooner. With False the host gives pages of 2 MiB where it can,
+        as it does by default. This is a hint."""
         for region in self._regions:
             with contextlib.suppress(OSError):
                 advice = mmap.MADV_NOHUGEPAGE if small else mmap.MADV_HUGEPAGE
                 region.mapping.advise(0, len(region.mapping), advice)
 
     def populate(self, gpa: int, length: int, *, write: bool = False) -> None:
-        """Have whole pages in [gpa, gpa + length) mapped before they are touched; `write`: as this memory's own. It is
-        a hint: hosts before Linux 5.14 do nothing. Raises OutsideMemory. *any thread*"""
+        """Have whole pages in [gpa, gpa + length) mapped before they are touched. With `write` they become this
+        memory's own, as if they had been written. This is a hint: hosts before Linux 5.14 do nothing. Raises
+        OutsideMemory. *any thread*"""
         region, offset, length = self._pages_within(gpa, length, PAGE)
         if length:
             try:
@@ -296,14 +301,14 @@ class GuestMemory:
             at += words
 
     def discard(self, gpa: int, length: int) -> int:
-        """Give the host's memory behind whole pages of [gpa, gpa + length) back; how many bytes it took. What a guest
-        reads there afterwards is zeros, or what stood there if the host took nothing. Raises OutsideMemory."""
+        """Give the whole pages in [gpa, gpa + length) back to the host. Returns how many bytes the host took. The guest
+        reads zeros there afterwards, or what stood there before if the host took nothing. Raises OutsideMemory."""
         return self.discard_ranges(((gpa, length),))
 
     def discard_ranges(self, ranges: Sequence[tuple[int, int]]) -> int:
-        """`discard` for many (gpa, length). Raises OutsideMemory, and does nothing then."""
+        """`discard` for many (gpa, length). Raises OutsideMemory, and then gives nothing back."""
         wanted: dict[_Region, list[tuple[int, int]]] = {}
-        # Pages that are on their way would come nevertheless.
+        # While pages are on their way nothing is given back: a missing page would come nevertheless.
         on_their_way = self.absent is not None and self.absent.active
         for gpa, length in ranges:
             region, offset, whole = self._pages_within(gpa, length, self._granule)
@@ -322,8 +327,8 @@ class GuestMemory:
         return taken
 
     def _uncover(self, region: _Region, offset: int, length: int) -> bool:
-        """Take the files from behind a range, so that it holds zeros when it is given back. False: it stays, for one
-        more hole in them would be one too many, or the host refuses."""
+        """Unmap the files from a range, so that it reads as zeros when it is given back. Returns False if the range
+        stays as it is, because the files have too many holes already or the host refuses."""
         near = self._extents_at(region.start + offset, length)
         if near is None:
             return True
@@ -338,13 +343,13 @@ class GuestMemory:
         return True
 
     def _extents_at(self, gpa: int, length: int) -> slice | None:
-        """Those of the extents that overlap the range."""
+        """Which of `_extents` overlap the range; None: none does."""
         first = bisect.bisect_right(self._extents, gpa, key=lambda extent: extent.gpa + extent.length)
         end = bisect.bisect_left(self._extents, gpa + length, lo=first, key=lambda extent: extent.gpa)
         return slice(first, end) if first < end else None
 
     def _pages_within(self, gpa: int, length: int, granule: int) -> tuple[_Region, int, int]:
-        """The region, and as an offset in it and a length the whole pages in the range."""
+        """The whole pages in the range: their region, the offset in it, and their length. Raises OutsideMemory."""
         for region in self._regions:
             offset = gpa - region.start
             if 0 <= offset <= offset + length <= region.size:
@@ -355,20 +360,20 @@ class GuestMemory:
     # Files behind it.
     @property
     def frozen(self) -> bool:
-        """Pages that this process has not touched may hold what a file does."""
+        """Whether memory is mapped copy-on-write from files, so that even pages never touched here may hold data."""
         return self._frozen
 
     @property
     def shared(self) -> tuple[Extent, ...]:
-        """Where each region is in the memfd of a `Shared` source that was not frozen; else nothing."""
+        """Where each region is in the memfd, if there is one and memory was not frozen; otherwise empty."""
         if self._fd < 0 or self._frozen:
             return ()
         return tuple(Extent(region.start, region.size, self._fd, region.offset) for region in self._regions)
 
     def prepare_freeze(self) -> None:
-        """Copy an anonymous source's pages while the machine runs, so that the freeze() to come copies little. The
-        dirty log is on from here to there, and nobody else's. Other sources need no preparation. For a thread: the
-        copying does not hold the interpreter's lock. Raises HostError, CpuError."""
+        """Copy an anonymous source's pages while the machine runs, so that the next freeze() copies little. Until then
+        the dirty log is on, and nobody else can use it. Other sources need no preparation. May run in a worker thread:
+        the copying does not hold the interpreter's lock. Raises HostError, StateError, CpuError."""
         if self._frozen or self._fd >= 0 or self._granule > PAGE or self._prepared >= 0:
             return
         self.start_dirty_log()
@@ -379,14 +384,16 @@ class GuestMemory:
             raise HostError(f"memory: cannot copy {format_size(self.size)}: {os_reason(error)}") from error
 
     def freeze(self) -> tuple[Extent, ...]:
-        """What memory holds now, as extents of files that never change again: another GuestMemory takes them as its
-        `CopyOnWrite` source, as often as wanted. This one goes on as such a copy itself. The descriptors are this
-        memory's, until its next freeze() or close(). Raises HostError, CpuError, and memory is as it was.
+        """Returns what memory holds now, as extents of files that never change again. Any number of other GuestMemory
+        objects may take them as their `CopyOnWrite` source, and this one goes on as such a copy itself. The descriptors
+        belong to this memory, and stay open until its next freeze() or close(). Raises StateError, HostError, CpuError;
+        memory then holds what it held.
 
         vCPUs must be parked, and nothing may be on its way into memory (the host's DMA would reach the old pages);
-        other processes that map a `Shared` source must be gone. A `Shared` source takes as long as a few system calls,
-        however large it is. Else pages that are this memory's own are copied: all of an anonymous source's, or after
-        prepare_freeze() those written since; later those written since the last freeze().
+        other processes that map a `Shared` source must be gone, which `before_freeze` sees to. Freezing a `Shared`
+        source takes as long as a few system calls, however large it is. Otherwise the pages that are this memory's own
+        are copied. The first time these are all pages of an anonymous source, or after prepare_freeze() those that were
+        written since; later they are the pages that were written since the last freeze().
         """
         self.check_whole()
         if self._granule > PAGE:
@@ -420,14 +427,15 @@ class GuestMemory:
         except OSError as error:
             raise HostError(f"memory: cannot freeze {format_size(self.size)}: {os_reason(error)}") from error
         finally:
-            # Also of a failure in mid-course: what was mapped is the file's now, and holds the same.
+            # After a failure midway, too: the pieces mapped so far lie in the new file now, and hold the same data.
             if fd >= 0:
                 self._adopt(fd, fresh)
         self._holes = 0
         return tuple(self._extents)
 
     def _adopt(self, fd: int, fresh: list[Extent]) -> None:
-        """`fresh` extents, all of the file `fd`, replace what extents held there."""
+        """Replace what extents held by `fresh`, extents of the file `fd`, and close files that no extent uses any
+        more."""
         kept = _without(self._extents, [(extent.gpa, extent.length) for extent in fresh])
         self._extents = sorted([*kept, *fresh], key=lambda extent: extent.gpa)
         self._frozen = True
@@ -437,7 +445,7 @@ class GuestMemory:
             self._files.discard(unused)
 
     def _copy_dirty(self) -> tuple[int, list[tuple[_Region, int, int]]]:
-        """The prepared file, after what was written meanwhile is in it."""
+        """Bring the prepared file up to date. Returns it, and where it is to be mapped: (region, offset, length)."""
         fd, self._prepared = self._prepared, -1
         try:
             for region, (_, bitmap) in zip(self._regions, self.take_dirty(), strict=True):
@@ -452,8 +460,8 @@ class GuestMemory:
     def _copy_own(self) -> tuple[int, list[tuple[_Region, int, int]]]:
         """A memfd with the pages that are this memory's own, and where it is to be mapped: (region, offset, length).
 
-        Runs of pages that are near each other become one piece, and what is between is copied too, until there are few
-        enough pieces."""
+        If there would be too many pieces, runs of pages that are near each other are joined, and the pages between them
+        are copied too."""
         own = [(region, region.mapping.present_pages(private=True)) for region in self._regions]
         pieces: list[tuple[_Region, int, int]] = []
         if self._frozen:
@@ -499,7 +507,7 @@ class GuestMemory:
             self._extents.append(mine)
 
     def abandon(self) -> None:
-        """Nobody needs pages that are on their way any more: whoever waits goes on. *any thread*. Idempotent."""
+        """Give up the pages that are on their way: whoever waits for one goes on. *any thread*. Idempotent."""
         if self.absent is not None:
             self.absent.close()
 
@@ -531,7 +539,7 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _without(extents: list[Extent], taken: list[tuple[int, int]]) -> list[Extent]:
-    """Extents, by address, less the (gpa, length) ranges, also by address."""
+    """The extents without the parts in the ranges `taken`, (gpa, length). Both are sorted by address."""
     starts = [gpa for gpa, _ in taken]
     kept: list[Extent] = []
     for extent in extents:

@@ -1,7 +1,7 @@
-"""The state of a whole machine, and how it is taken and given. Loop thread.
+"""The state of a whole machine: how it is taken from one machine and given to another. Loop thread.
 
-A state is taken while every vCPU is parked between two instructions and no virtio request is in flight. It names what
-it needs (vCPUs, memory, platform, kind of clock) and not the core that it was taken on.
+A state is taken while every vCPU is parked between two instructions and no virtio request is in flight. It says what a
+machine needs to take it (vCPUs, memory, platform, kind of clock), but not on which core it was taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 IA32_TSC = 0x10
 """SDM volume 4, 2.1."""
 AGENT_OF_V1 = 2
-"""The version of the agent's protocol that programs spoke which wrote version 1."""
+"""Programs that wrote version 1 of the state spoke this version of the agent's protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class MachineFields:
 
 @dataclass(frozen=True, slots=True)
 class MachineStateV1(MachineFields):
-    """As it was before the agent's version was noted."""
+    """Version 1: it says whether the agent listened, but not which version of its protocol it spoke."""
 
     kind: ClassVar = "machine"
     version: ClassVar = 1
     agent: bool
-    """The guest's agent had said that it listens, and spoke AGENT_OF_V1."""
+    """Whether the guest's agent had said that it listens. It then spoke AGENT_OF_V1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,11 @@ class MachineState(MachineFields):
     version: ClassVar = 2
     previous: ClassVar = MachineStateV1
     agent: U8
-    """The version of its protocol with which the guest's agent had said that it listens; 0: it had not."""
+    """The version of its protocol that the guest's agent named when it said that it listens; 0: it had not said so."""
 
     @classmethod
     def upgrade(cls, old: MachineStateV1) -> MachineState:
-        """Of version 1."""
+        """Make this state from one of version 1."""
         same = {name: getattr(old, name) for name in MachineFields.__match_args__}
         return cls(**same, agent=AGENT_OF_V1 if old.agent else 0)
 
@@ -92,7 +92,7 @@ class _Root:
 
 
 def versions(machine: Machine) -> dict[str, int]:
-    """Component -> version of its state, with the components' parts by name."""
+    """The version of each component's state, by the component's name. Their parts are in it as COMPONENT/PART."""
     found: dict[str, int] = {}
 
     def visit(name: str, part: Any, depth: int) -> None:
@@ -138,12 +138,12 @@ def save(machine: Machine) -> dict[str, Any]:
 
 
 def prepare_parsing(machine: Machine) -> None:
-    """Make what `parse` needs, for its first state to be parsed sooner. In any thread."""
+    """Make what `parse` needs now, so that it parses its first state sooner. *any thread*"""
     prepare(_Root(machine))
 
 
 def parse(machine: Machine, data: Any) -> MachineState:
-    """A state checked against a machine that is built like it. Raises StateError."""
+    """Parse a state, and check that it fits this machine. Raises StateError."""
     state = decode(_Root(machine), "machine", data)
     assert isinstance(state, MachineState)
     config = machine.config
@@ -161,8 +161,8 @@ def parse(machine: Machine, data: Any) -> MachineState:
 
 
 def later(state: MachineState, ns: int) -> MachineState:
-    """The same machine when `ns` more have passed, in which it did nothing: its clocks have gone on, and its timers are
-    due."""
+    """The state that follows `state` when the machine does nothing for `ns`: its clocks have gone on, and timers whose
+    time came are due."""
     core = state.vm.core
     if core is not None:
         core = replace(core, now_ns=core.now_ns + ns)
@@ -181,13 +181,13 @@ def later(state: MachineState, ns: int) -> MachineState:
 
 
 def restore(machine: Machine, origin: Restore, state: MachineState | None = None, *, quiet: bool = False) -> None:
-    """Give a machine that is built, and has not run, the state of its origin, or `state`, which is that one parsed.
-    `quiet`: virtio devices take nothing from their drivers until `machine.resume_devices()`. Raises StateError,
-    HostError."""
+    """Give the state of `origin` to a machine that is built and has not run. `state` is that state, if the caller has
+    parsed it already. `quiet`: virtio devices take nothing from their drivers until `machine.resume_devices()`. Raises
+    StateError, HostError."""
     if state is None:
         state = parse(machine, origin.state)
     with core_errors():
-        # The core first: the lines that devices raise below are high there already, and so make no new edge.
+        # The core comes first. Lines that devices raise below are high in it then, and make no new edge.
         core = state.vm.core
         if origin.seed is not None and core is not None:
             core = replace(core, seeded=True, seed=origin.seed, position=0)

@@ -11,8 +11,8 @@ PACKAGES = ("cpu", "virtio", "vmm")
 
 
 def state_types() -> list[Any]:
-    """Every state that components give now, by kind: dataclasses that declare a kind and a version. A previous version,
-    which is only read, is that version's `previous`."""
+    """Every state that components give now, by kind: dataclasses that declare a kind and a version. Previous versions,
+    which are only read, are left out: the newest version's `previous` names them."""
     found: dict[tuple[str, str, str], Any] = {}
     for name in PACKAGES:
         for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):

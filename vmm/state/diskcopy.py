@@ -1,4 +1,5 @@
-"""Copies of disk files: shared blocks where the file system can (FICLONE), else data without holes. *any thread*"""
+"""Copies of disk files. Where the file system can (FICLONE), the copy shares blocks with its source; elsewhere data is
+copied, and holes stay holes. *any thread*"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def copy_sparse(source: int, target: int, size: int) -> None:
                 return  # nothing but a hole from here on
             if error.errno != errno.EINVAL:
                 raise
-            start, end = at, size  # a device: it has no holes to tell of
+            start, end = at, size  # the source is a device, which knows no holes
         else:
             end = min(os.lseek(source, start, os.SEEK_HOLE), size)
         _copy(source, target, start, end)

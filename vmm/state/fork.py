@@ -1,8 +1,9 @@
 """Copies of a running machine that share its memory with it until one of them writes.
 
-Memory is frozen: what it holds is copied into an unnamed file while the machine runs, the rest while it stands still,
-and the machine and its copies go on as private mappings of that file. The devices' state and what was written to
-snapshot disks are copied while it stands still. Loop thread; worker threads copy memory.
+Memory is frozen: what it holds is copied into an unnamed file while the machine runs, and what was written meanwhile is
+copied while the machine stands still. The machine and its copies then go on with private mappings of that file. The
+devices' state and what was written to snapshot disks are copied while it stands still. Loop thread; worker threads copy
+memory.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Frozen:
 
 
 async def freeze(vm: VirtualMachine) -> Frozen:
-    """The machine as it is now; it runs on. Raises ConfigError, StateError, HostError."""
+    """Keep the machine as it is now. It runs on afterwards. Raises ConfigError, StateError, HostError."""
     for name, device in vm.block_devices().items():
         backend = device.backend
         if not isinstance(backend, ImageBlock) or (backend.overlay < 0 and not backend.read_only):
@@ -118,7 +119,7 @@ def _addresses(vm: VirtualMachine) -> tuple[bytes, ...]:
 
 
 def _own(extents: Sequence[Extent], files: list[int]) -> tuple[Extent, ...]:
-    """The same extents by descriptors of our own, which are added to `files`."""
+    """The same extents with duplicated descriptors, which are added to `files`."""
     own: dict[int, int] = {}
     for extent in extents:
         if extent.fd not in own:
@@ -140,12 +141,12 @@ def _copy(backend: ImageBlock, files: list[int]) -> tuple[int, bytes]:
 
 
 def nets_of_a_copy(config: Config) -> list[Net]:
-    """The network cards of a machine that runs beside its original, which keeps the ports of the host."""
+    """The network cards of a copy that runs beside its original. They forward no ports, which the original keeps."""
     return [replace(net, forward="") for net in config.nets]
 
 
 def new_identity(hostname: str, addresses: Sequence[bytes], fresh: Mapping[bytes, bytes]) -> Identity:
-    """Who a copy is: this host name, a machine id of its own, and `fresh` addresses for the old ones."""
+    """The identity of a copy: this host name, a new machine id, and for each old MAC address the one in `fresh`."""
     identity = Identity(hostname, uuid.uuid4().hex, {old: fresh[old] for old in addresses})
     identity.check()
     return identity
@@ -154,7 +155,7 @@ def new_identity(hostname: str, addresses: Sequence[bytes], fresh: Mapping[bytes
 async def fork(
     vm: VirtualMachine, count: int = 1, *, names: Sequence[str] = (), seeds: Sequence[int] = (), paused: bool = False
 ) -> list[VirtualMachine]:
-    """`count` running copies of a machine: vmm.vm.VirtualMachine.fork."""
+    """Make `count` copies of a machine, which run unless `paused`: vmm.vm.VirtualMachine.fork."""
     from vmm.vm import VirtualMachine
 
     if not 1 <= count <= MAX_COPIES:

@@ -2,14 +2,16 @@
 
     DIR/manifest.json   this, with a SHA-256 of itself; written last
     DIR/state.json      the machine's state (vmm/machine/saving.py) and what its console showed last
-    DIR/memory          RAM, region after region; pages of zeroes are holes. Or memory.zst, one zstd frame a chunk
+    DIR/memory          RAM, region after region; pages of zeroes are holes
+    DIR/memory.zst      RAM in place of `memory`, if compressed: a zstd frame for each chunk that is not all zeroes
+    DIR/memory.index    with memory.zst: where each chunk's frame begins and how long it is
     DIR/memory.sums     CRC-32C of each chunk of RAM
     DIR/memory.pages    with a base: a bitmap of the pages that `memory` holds; the others are the base's
     DIR/touched         a bitmap of the pages that the first restore touched, read ahead by later ones
-    DIR/disks/ID.…      overlays and copies of disks
+    DIR/disks/ID.…      overlays, the bitmaps of their sectors, and copies of disks
 
-A directory is hostile until it is parsed: every name in it is one of the above, every size is checked. Nothing here
-knows machines or loops.
+A directory is hostile until it is parsed: no file name in it may lead out of it, and every size is checked. This
+module knows neither machines nor loops.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Hash = Annotated[str, range(64, 65)]
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """A file of the host that a snapshot refers to, and how to see that it is the same still."""
+    """A file of the host that a snapshot refers to. Size and time tell whether it is still the same."""
 
     path: Annotated[str, range(1, 4097)]
     size: U64
@@ -43,7 +45,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Raises HostError."""
+        """The identity that this file has now. Raises HostError."""
         try:
             status = path.stat()
         except OSError as error:
@@ -51,7 +53,7 @@ class FileIdentity:
         return cls(str(path.absolute()), status.st_size, status.st_mtime_ns)
 
     def check(self) -> None:
-        """Raises StateError if the file is another one by now."""
+        """Raises StateError if the file is missing, or is not the same any more."""
         try:
             now = FileIdentity.of(Path(self.path))
         except HostError as error:
@@ -62,24 +64,24 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class DiskEntry:
-    """One disk. `overlay`: what was written to a snapshot disk, with a bitmap of its sectors; `copy`: a whole disk;
-    `reference`: a file that stays where it is."""
+    """One disk. `overlay`: the snapshot has what was written to a disk with `snapshot`, and a bitmap of those sectors.
+    `copy`: the snapshot has the whole disk. `reference`: the disk is a file that stays where it is."""
 
     how: Literal["overlay", "copy", "reference"]
     capacity: U64
     files: Annotated[tuple[FileIdentity, ...], range(65)]
-    """The image below an overlay, or that is referred to, and what is below it."""
+    """The image that lies below an overlay or is referred to, and its backing files."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEntry:
-    """RAM. Regions are (guest-physical address, bytes), in the order in which the file has them."""
+    """RAM. `regions` are pairs of guest-physical address and bytes, in the order in which the file has them."""
 
     size: U64
     regions: Annotated[tuple[tuple[U64, U64], ...], range(1, 17)]
     compressed: bool
     stored: U64
-    """Bytes of the file that hold data, for people."""
+    """Bytes of the file that hold data. They are only shown to people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class BaseEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A whole snapshot."""
+    """The manifest of a whole snapshot."""
 
     kind: ClassVar = "snapshot"
     version: ClassVar = 1
@@ -100,20 +102,20 @@ class Manifest:
     created_ns: I64
     program: Annotated[str, range(65)]
     name: Annotated[str, range(256)]
-    """The machine's."""
+    """The machine's name."""
     core: Annotated[str, range(65)]
-    """The execution core that it ran on, for people: it is no condition."""
+    """The execution core that it ran on. This is only shown to people: a restore may use another core."""
     config: Annotated[str, range(MAX_MANIFEST)]
     """The machine's configuration, JSON."""
     memory: MemoryEntry
     base: BaseEntry | None
     disks: dict[str, DiskEntry]
     files: dict[str, Hash]
-    """SHA-256 of the small files by name."""
+    """The SHA-256 of each small file, by name."""
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Write it into the directory and make it durable. Raises HostError."""
+    """Write the manifest into the directory and make it durable. Raises HostError."""
     text = json.dumps(encode(manifest), indent=1, sort_keys=True)
     whole = f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
     write_file(folder / MANIFEST, whole.encode())
@@ -139,7 +141,7 @@ def read(folder: Path) -> tuple[Manifest, str]:
 
 
 def is_plain(name: str) -> bool:
-    """A name that cannot lead out of its directory."""
+    """Whether the name cannot lead out of its directory."""
     parts = name.split("/")
     return len(parts) <= 2 and all(
         part and part not in (".", "..") and all(char.isalnum() or char in "-_." for char in part) for part in parts
@@ -155,7 +157,8 @@ def load_json(path: Path, data: bytes) -> Any:
 
 
 def read_small(folder: Path, name: str, limit: int) -> bytes:
-    """A whole regular file of the directory, not through a link. Raises StateError."""
+    """The content of a regular file in the directory. Links are not followed. Raises StateError, also if the file is
+    larger than `limit` bytes."""
     path = folder / name
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -178,7 +181,7 @@ def read_small(folder: Path, name: str, limit: int) -> bytes:
 
 
 def read_checked(folder: Path, manifest: Manifest, name: str, limit: int) -> bytes:
-    """One of the small files that the manifest has a hash of. Raises StateError."""
+    """The content of a small file, checked against its hash in the manifest. Raises StateError."""
     if name not in manifest.files:
         raise StateError(f"{folder}: manifest: {name} is missing")
     data = read_small(folder, name, limit)
@@ -188,7 +191,7 @@ def read_checked(folder: Path, manifest: Manifest, name: str, limit: int) -> byt
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A new file, durable when this returns. Raises HostError."""
+    """Write a new file, which is durable when this returns. Raises HostError."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:

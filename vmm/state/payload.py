@@ -12,13 +12,13 @@ A component's state is a dataclass that stands next to the component. Its annota
         data: Annotated[bytes, range(17)]           # bytes, likewise
         queue: Annotated[tuple[Entry, ...], range(9)]   # a list of another dataclass, and how long it may be
         parity: Literal["odd", "even"]
-        frozen: int | None                          # None, or else
+        frozen: int | None                          # an integer, or None
         device: object                              # a part that is a component of its own (state_parts)
 
         @classmethod
         def upgrade(cls, old: PortStateV1) -> Self: ...
 
-The annotations are made of the standard library alone, so packages that may not import this one declare state too.
+The annotations use the standard library alone, so that packages which may not import this one can declare state too.
 
 A state is hostile until it is parsed. `decode` parses all of it before anything changes; what is malformed, foreign or
 newer raises StateError with the component's name and the field. Nothing is pickled.
@@ -39,25 +39,25 @@ from vmm.errors import StateError
 MAX_DEPTH = 16
 """How deep payloads may be nested."""
 DEFAULT_LENGTH = range(0, 4097)
-"""Of bytes, text and lists whose declaration says nothing else."""
+"""How long bytes, text, lists and mappings may be where the declaration does not say."""
 
 
 class Stateful(Protocol):
     """A component whose state is saved and restored.
 
-    One whose state has `object` fields also has `state_parts()`, which returns for each of them the component behind
-    it, or a mapping of them by name.
+    A component whose state has `object` fields also has `state_parts()`. It returns a mapping from the name of each
+    such field to the component behind it, or to a mapping of components by name.
     """
 
     state_type: ClassVar[type]
     """The dataclass of its state."""
 
     def save(self) -> Any:
-        """Its state now: an instance of `state_type`."""
+        """The component's state now: an instance of `state_type`."""
 
     def restore(self, state: Any) -> None:
-        """Take over what `save` gave; the values are those that the declaration allows. Raises StateError, and
-        changes nothing then."""
+        """Take over what `save` gave. The values are ones that the declaration allows. If it raises StateError, it has
+        changed nothing."""
 
 
 def encode(state: Any) -> dict[str, Any]:
@@ -79,20 +79,20 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return encode(value) if hasattr(value, "kind") else _record(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)  # also an enumeration's
+        return int(value)  # a member of an enumeration becomes its number
     return str(value) if isinstance(value, str) else value
 
 
 class _Malformed(Exception):
-    """What is wrong with a value. Those who parse what is around it put the names in front on the way out, so that
-    nobody makes names of what is well formed."""
+    """What is wrong with a value. On its way out, the parser of each enclosing value adds that value's name, so that no
+    names are made for values that are well formed."""
 
     def __init__(self, message: str) -> None:
         self._message = message
         self._names: list[str] = []
 
     def within(self, name: object) -> None:
-        """It is part of what has this name."""
+        """Say that the value is part of one with this name."""
         self._names.append(str(name))
 
     def __str__(self) -> str:
@@ -100,8 +100,8 @@ class _Malformed(Exception):
 
 
 Parser = Callable[[Any, Any, int], Any]
-"""(the component or components behind the value, the value, how deep it may be nested) -> the typed value. Raises
-_Malformed."""
+"""Takes the component or components behind the value, the value, and how deep it may be nested. Returns the typed
+value. Raises _Malformed."""
 
 
 def decode(component: Any, name: str, data: Any) -> Any:
@@ -111,13 +111,13 @@ def decode(component: Any, name: str, data: Any) -> Any:
 
 
 def parse(state_type: type, name: str, data: Any) -> Any:
-    """The same for a state without parts."""
+    """Like decode(), for a state without parts, of which only the type is known."""
     return _parse(state_type, {}, name, data)
 
 
 def prepare(component: Any) -> None:
-    """Make what parses the state of `component` and of its parts now, which their first state makes otherwise. In any
-    thread; two at once make some of it twice."""
+    """Make the parsers for the state of `component` and its parts now. Otherwise they are made when the first state is
+    parsed. *any thread*; two threads at once make some parsers twice, which does no harm."""
     if component is None:
         return
     if isinstance(component, Mapping):
@@ -130,7 +130,7 @@ def prepare(component: Any) -> None:
 
 
 def _prepare_type(hint: Any) -> None:
-    """For a declaration, or those within an annotation."""
+    """prepare() for a declared state, or for the declared states within an annotation."""
     for inner in get_args(hint):
         _prepare_type(inner)
     if dataclasses.is_dataclass(hint) and hint not in _parsers:
@@ -189,7 +189,7 @@ def _fields(state_type: Any, parts: Mapping[str, Any], data: Any, depth: int) ->
 
 
 def _parsers_of(state_type: Any) -> dict[str, Parser]:
-    """What parses each field, in their order."""
+    """The parser of each field by name, in the fields' order."""
     found = _parsers.get(state_type)
     if found is None:
         found = _parsers[state_type] = {name: _parser(hint) for name, hint in field_types(state_type).items()}
@@ -200,7 +200,7 @@ _parsers: dict[Any, dict[str, Parser]] = {}
 
 
 def _parser(hint: Any) -> Parser:
-    """What parses a value with this annotation."""
+    """The parser of values with this annotation."""
     allowed: range | None = None
     if get_origin(hint) is Annotated:
         hint, allowed = get_args(hint)[:2]
@@ -330,15 +330,15 @@ def _bytes(data: Any) -> bytes:
 
 
 def _short(value: Any) -> str:
-    """A foreign value in a message."""
+    """A foreign value as messages show it."""
     if isinstance(value, int) and abs(value) >= 1 << 128:
-        return "a number of more than 128 bits"  # Python refuses to print the largest
+        return "a number of more than 128 bits"  # Python refuses to print very large ones
     text = repr(value) if isinstance(value, str | int | bool | float | None) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def field_types(state_type: Any) -> dict[str, Any]:
-    """Field name -> annotation."""
+    """The annotation of each field, by the field's name."""
     found = _known.get(state_type)
     if found is None:
         found = _known[state_type] = _read_hints(state_type)
@@ -354,7 +354,7 @@ def _read_hints(state_type: Any) -> dict[str, Any]:
 
 
 def describe(state_type: Any) -> list[tuple[str, str]]:
-    """(field, what it may be) of a declaration, for the documentation."""
+    """For each field of a declaration its name and what it may be, in words for the documentation."""
     return [(name, _describe(hint)) for name, hint in field_types(state_type).items()]
 
 

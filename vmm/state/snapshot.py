@@ -1,9 +1,9 @@
 """A snapshot directory, opened to be restored: checked whole before anything starts. *any thread*
 
-Memory is mapped copy-on-write from the file, so that a machine runs at once and clones share the host's page cache. The
-checksums of a snapshot that this user made or verified here before, and whose files have not changed since, are not
-computed again: a record in the user's cache says so. A snapshot from elsewhere may name files of this host only where
-the user allows it.
+Memory is mapped copy-on-write from the file, so that a machine runs at once and clones share the host's page cache.
+When this user has made or verified a snapshot here, a record in the user's cache says so: its checksums are not
+computed again while its files stay unchanged. A snapshot from elsewhere may name files of this host only if the user
+allows it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vmm.state.payload import parse
 
 PAGE = 4096
 MAX_RECORDS = 1000
-"""Records of snapshots that are kept; with more the older half goes."""
+"""When there are more records of snapshots than this, the older half is removed."""
 MAX_BASES = 32
-"""Snapshots that stand on each other."""
+"""A snapshot may have at most this many bases, one below the other."""
 
 
 class Snapshot:
@@ -44,7 +44,8 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: Path | str, *, depth: int = 0) -> Self:
-        """Everything checked but memory's content. Raises StateError, HostError."""
+        """Open a snapshot and its bases. Their manifests and the sizes of their memory are checked; other content is
+        checked later. `depth`: how many snapshots stand above this one. Raises StateError, HostError."""
         folder = Path(path).absolute()
         if not folder.is_dir():
             raise StateError(f"{folder}: no snapshot: it is no directory")
@@ -81,7 +82,7 @@ class Snapshot:
             raise StateError(f"{path}: {size} bytes instead of {self.manifest.memory.size}")
 
     def _decompress(self) -> None:
-        """memory.zst into a memfd, which takes its place. Raises StateError."""
+        """Decompress memory.zst into a memfd, which takes its place. Raises StateError, HostError."""
         import zstandard
 
         total = self.manifest.memory.size
@@ -117,7 +118,7 @@ class Snapshot:
         self._fd = memory
 
     def verify(self) -> None:
-        """Memory against its checksums, and the bases'. Raises StateError."""
+        """Check memory and the small files against their checksums, and those of the bases too. Raises StateError."""
         if self.base is not None:
             self.base.verify()
         sums = manifests.read_checked(self.path, self.manifest, "memory.sums", 1 << 24)
@@ -132,7 +133,8 @@ class Snapshot:
             manifests.read_checked(self.path, self.manifest, name, 1 << 30)
 
     def ensure_verified(self) -> None:
-        """verify(), unless it is recorded that these very files were. Raises StateError."""
+        """verify(), unless a record says that these files were verified and they have not changed. Raises
+        StateError."""
         if self._known():
             return
         self.verify()
@@ -142,7 +144,7 @@ class Snapshot:
 
     @property
     def made_here(self) -> bool:
-        """This user took it on this host, or trusted it."""
+        """Whether this user took the snapshot on this host."""
         return (_records() / f"{self.digest}.made").exists()
 
     def _stamp(self) -> str:
@@ -170,9 +172,9 @@ class Snapshot:
     def prepare(
         self, changes: Mapping[str, Any], *, trusted: bool = False, as_copy: bool = False
     ) -> tuple[Config, Saved]:
-        """Everything checked that can be before a machine is built: its configuration with `changes`, and what it goes
-        on from. `as_copy`: it runs beside the original, so that it gets addresses, a host name and a machine id of its
-        own. Raises StateError, ConfigError, HostError."""
+        """Check everything that can be checked before a machine is built. Returns its configuration with `changes`, and
+        what the machine goes on from. `as_copy`: it runs beside the original, and so gets MAC addresses, a host name
+        and a machine id of its own. Raises StateError, ConfigError, HostError."""
         self.check_files(trusted=trusted)
         self.ensure_verified()
         config = self.config(changes)
@@ -200,7 +202,8 @@ class Snapshot:
         return Config.from_dict({**saved.to_dict(), "disks": disks, "gdb": None, **changes})
 
     def _disk_changes(self, name: str) -> dict[str, Any]:
-        """A disk that was copied goes on as a private overlay above the copy, which other restores need as it is."""
+        """What changes in the configuration of this disk. If the snapshot has a copy of the disk, the machine writes to
+        a private overlay above the copy, which other restores need as it is."""
         entry = self.manifest.disks.get(name)
         if entry is None:
             raise StateError(f"{self.path}: manifest: the disk {name} is missing")
@@ -220,7 +223,7 @@ class Snapshot:
             identity.check()
 
     def state(self) -> dict[str, Any]:
-        """state.json. Raises StateError."""
+        """The content of state.json, checked against its hash. Raises StateError."""
         data = manifests.read_checked(self.path, self.manifest, "state.json", manifests.MAX_STATE)
         values = manifests.load_json(self.path / "state.json", data)
         if not isinstance(values, dict) or set(values) != {"machine", "console"}:
@@ -269,7 +272,7 @@ class Snapshot:
         return tuple(found)
 
     def _apply(self, memory: GuestMemory) -> None:
-        """The pages of an incremental snapshot, over those of its base."""
+        """Read the pages of an incremental snapshot into memory that has those of its base."""
         pages = manifests.read_checked(self.path, self.manifest, "memory.pages", 1 << 30)
         at = first = 0
         for (_, view), (_, length) in zip(memory.regions(), self.manifest.memory.regions, strict=True):
@@ -289,7 +292,8 @@ class Snapshot:
             return None
 
     def record_touched(self, pages: bytes) -> None:
-        """Keep it for later restores. Nothing if it stands there already, or the directory cannot be written."""
+        """Keep this bitmap for later restores. Does nothing if there is one already, or the directory cannot be
+        written."""
         beside = self.path / f".touched-{os.getpid()}"
         try:
             if not (self.path / "touched").exists():
@@ -301,8 +305,9 @@ class Snapshot:
             beside.unlink(missing_ok=True)
 
     def saved(self, config: Config, *, as_copy: bool = False) -> Saved:
-        """What a machine of this configuration goes on from; `as_copy` as in prepare(). The wall clock of a machine in
-        real time goes on from the host's now; with the virtual clock, or an epoch of its own, from where it stood."""
+        """What a machine of this configuration goes on from; `as_copy` is as in prepare(). With the real clock the
+        machine's wall clock goes on from the host's time. With the virtual clock, or a configured epoch, it goes on
+        from where it stood. Raises StateError."""
         state = self.state()
         try:
             fields = state["machine"]["fields"]
@@ -323,7 +328,7 @@ class Snapshot:
         return Saved(restore, self.disks(), state["console"], identity, str(self.path), touched)
 
     def _fresh_addresses(self, machine: dict[str, Any]) -> dict[bytes, bytes]:
-        """A new MAC address for each that a card has. Raises StateError."""
+        """A new MAC address for each network card, by its old one. Raises StateError."""
         from virtio.devices.net import NetState, random_mac  # loads asyncio
 
         found: dict[bytes, bytes] = {}
@@ -352,7 +357,8 @@ class Snapshot:
 def open_prepared(
     path: Path | str, changes: Mapping[str, Any], trusted: bool, as_copy: bool
 ) -> tuple[Snapshot, Config, Saved]:
-    """Snapshot.open() and its prepare(), for one trip to a thread. Raises StateError, ConfigError, HostError."""
+    """Snapshot.open() and then prepare(), in one call for a worker thread. Raises StateError, ConfigError,
+    HostError."""
     snapshot = Snapshot.open(path)
     try:
         return snapshot, *snapshot.prepare(changes, trusted=trusted, as_copy=as_copy)
@@ -376,7 +382,7 @@ def _records() -> Path:
 
 
 def _write_record(name: str, text: str) -> None:
-    """A record is a convenience: without it a restore takes longer, or asks."""
+    """Write a record if that is possible. Without it a restore only takes longer, or needs --trust."""
     folder = _records()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,8 +1,9 @@
 """Take a snapshot of a machine: memory is copied while it runs, and it stands still for the rest only.
 
-Rounds over what was written meanwhile come first; when the rest is small enough, or does not shrink, the machine stands
-still, the rest is copied within the host's memory together with the devices' state, and it runs on. The files are
-written beside the place they are for, and renamed when whole. Loop thread; worker threads write.
+First all memory is copied, and then, in rounds, the pages that were written meanwhile. When few are left, or their
+number does not shrink, the machine stands still: the rest is copied within the host's memory, together with the
+devices' state, and the machine runs on. The files are written into a directory beside the target, which takes the
+target's place when it is whole. Loop thread; worker threads write.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ if TYPE_CHECKING:
 PAGE = 4096
 PIECE = 1 << 20
 ROUNDS = 6
-"""Rounds over dirty pages at most, before the machine stands still."""
+"""The machine stands still after at most this many rounds over dirty pages."""
 SMALL = 2048
-"""Dirty pages with which it stands still at once: 8 MiB are copied in about a millisecond."""
+"""The machine stands still as soon as no more pages than this are dirty: 8 MiB are copied in about a millisecond."""
 MOST_KEPT = 32768
-"""Dirty pages that are copied within memory while it stands still; more are written to the file at once."""
+"""Up to this many dirty pages are copied within memory while the machine stands still. If there are more, they are
+written to the file while it stands still."""
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 SAVED = Outcome(Reason.SHUTDOWN, "saved")
@@ -101,7 +103,7 @@ async def take(
 
 
 class _Taking:
-    """One snapshot on its way."""
+    """One snapshot that is being taken."""
 
     def __init__(
         self, vm: VirtualMachine, folder: Path, base: Snapshot | None, disks: str, progress: SnapshotProgress
@@ -119,7 +121,7 @@ class _Taking:
             at += length
         self._size = at
         self._held: list[bytearray] = []
-        """With a base: the pages of each region that the file holds, as bitmaps."""
+        """With a base: for each region a bitmap of the pages that the file holds."""
         self._state: dict[str, Any] = {}
         self._config = vm.config
         self._disks: dict[str, DiskEntry] = {}
@@ -128,7 +130,8 @@ class _Taking:
         progress.pages = self._size // PAGE
 
     async def run(self, stack: AsyncExitStack, stop: bool) -> _Taking:
-        """Memory, state and disks. The machine runs on afterwards, or with `stop` stands still until `stack` ends."""
+        """Copy memory, state and disks. The machine runs on afterwards; with `stop` it stands still until `stack`
+        ends."""
         try:
             self._file = os.open(
                 self._folder / "memory", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
@@ -216,7 +219,7 @@ class _Taking:
             _native.merge(self._held[index], bitmap)
 
     async def _keep(self, last: Sequence[bytes]) -> list[mmap.mmap] | None:
-        """The last dirty pages, copied within memory; None: they were too many, and are in the file already."""
+        """Copy the last dirty pages within memory. None: they were too many, and have been written to the file."""
         counts = [_native.count(bitmap) for bitmap in last]
         if sum(counts) > MOST_KEPT:
             await in_thread(self._write_dirty, last)
@@ -278,7 +281,7 @@ class _Taking:
 
     @staticmethod
     def _copy_image(backend: ImageBlock, target: Path) -> None:
-        """What the disk shows, as a raw file with holes."""
+        """Write what the guest sees on the disk into a raw file with holes."""
         image, buffer = backend.image(), bytearray(PIECE)
         with open(target, "xb") as out:
             os.truncate(out.fileno(), backend.capacity)
@@ -300,7 +303,7 @@ class _Taking:
     # The end.
 
     def finish(self, compress: str | None, vm: VirtualMachine) -> None:
-        """Everything else, durable. *worker thread*"""
+        """Write the other files, make all of them durable, and write the manifest last. *worker thread*"""
         files: dict[str, str] = {}
 
         def small(name: str, data: bytes) -> None:
@@ -344,7 +347,8 @@ class _Taking:
         _, self.digest = manifests.read(self._folder)
 
     def _compress(self) -> int:
-        """memory.zst instead of memory: a frame for each chunk that is not all zeroes, and an index; bytes written."""
+        """Replace `memory` by memory.zst, with a frame for each chunk that is not all zeroes, and memory.index. Returns
+        the bytes of memory.zst."""
         import zstandard
 
         compressor = zstandard.ZstdCompressor(level=3)
@@ -368,14 +372,15 @@ class _Taking:
 
 
 class _Workspace:
-    """The directory beside the target in which a snapshot is made; held by a lock so that a killed one is known."""
+    """The directory beside the target in which a snapshot is made. Its process holds a lock on it; a directory without
+    a lock is what a killed process left."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
 
     def publish(self, target: Path) -> None:
-        """Put it in the target's place, in one step. Raises HostError."""
+        """Put the directory in the target's place, in one step. Raises HostError."""
         _sync(self.path)
         try:
             if target.exists() and any(target.iterdir()):
@@ -405,7 +410,7 @@ def _check_target(target: Path) -> None:
 
 
 def _workspace(target: Path) -> _Workspace:
-    """Raises HostError. What killed attempts left beside the target is removed."""
+    """Make the workspace for `target`, and remove what killed attempts left beside it. Raises HostError."""
     prefix = f".{target.name}.partial-"
     try:
         for left in target.parent.glob(f"{prefix}*"):
@@ -451,7 +456,7 @@ def _merge(first: Sequence[bytes], second: Sequence[bytes]) -> list[bytes]:
 
 
 def options_from(request: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """A client's request as take()'s arguments. Raises ConfigError."""
+    """The target and the options of take(), from a client's request. Raises ConfigError."""
     paths: dict[str, Path | None] = {}
     for name in ("directory", "base"):
         value = request.get(name)

@@ -1,8 +1,8 @@
 """Warm starts: a machine that was booted once is kept as a snapshot, and later ones of its kind go on from that.
 
-The snapshot is taken when the guest's agent first listens. It is found by a hash of everything that went into it: the
-configuration but for what concerns one run alone, the files that it names, the version of this program and its native
-parts. *any thread*
+The snapshot is taken when the guest's agent first listens. It is found by a hash of what went into it: the
+configuration without the fields that concern one run alone, the kernel, initrd and disks, and the version and files of
+this program. *any thread*
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vmm.state.snapshot import Snapshot
 
 KEEP = 8
-"""Warm machines that are kept; the one used longest ago goes first."""
+"""This many warm machines are kept. The one that was used longest ago is removed first."""
 OF_ONE_RUN = ("name", "console", "timeout", "uuid", "entrypoint", "command", "env", "user", "workdir")
 """Fields of the configuration that concern one run alone. A kept machine takes them from each run."""
 
@@ -39,12 +39,12 @@ def check(config: Config) -> None:
 
 
 def folder(config: Config) -> Path:
-    """Where the snapshot of such a machine is, or will be."""
+    """Where the snapshot of a machine with this configuration is, or will be."""
     return cache_directory("warm") / _key(config)
 
 
 def changes(config: Config) -> dict[str, Any]:
-    """What a restored machine takes from this configuration."""
+    """The fields that a restored machine takes from this configuration, by name."""
     values = config.to_dict()
     return {name: values.get(name) for name in OF_ONE_RUN}
 
@@ -80,7 +80,7 @@ def _program() -> list[Any]:
 
 
 def _newest(folder: str) -> int:
-    """When a module below the folder was changed last, ns."""
+    """When a Python module in the folder, or below it, was changed last, ns since 1970."""
     found = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -92,7 +92,8 @@ def _newest(folder: str) -> int:
 
 
 def find(config: Config) -> tuple[Snapshot | None, str]:
-    """The kept snapshot of such a machine; None, and why, if there is none that is of use. Blocks."""
+    """The kept snapshot of a machine with this configuration; None if there is none. If one had to be removed because
+    it could not be used, the second value says so. Blocks."""
     path = folder(config)
     if not is_there(path):
         return None, ""

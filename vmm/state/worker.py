@@ -1,4 +1,4 @@
-"""Calls in worker threads that are waited for whatever happens. Loop thread."""
+"""Calls in worker threads, which are waited for even when the caller is cancelled. Loop thread."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 async def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A call that reads guest memory or writes files. Cancelled, it is waited for: what it uses is given back
-    afterwards."""
+    """Run a call that reads guest memory or writes files in a worker thread. A caller that is cancelled waits for the
+    call all the same, since it gives back afterwards what the call uses."""
     future = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
     try:
         return await asyncio.shield(future)
