@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import uvloop
 
+import vmm
+from cpu import select
 from cpu.contract import Space, VmConfig
 from cpu.exits import FailEntry, Halt, InternalError, MmioRead, PortIn, PortOut, Shutdown, SystemEvent
 from cpu.scripted import ScriptedVm, Step
@@ -704,3 +706,16 @@ async def test_fifty_machines_in_one_loop(tmp_path: Path) -> None:
     gc.collect()
     assert descriptors() == before
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("core", ["soft", pytest.param("kvm", marks=pytest.mark.kvm)])
+async def test_memory_of_the_reserved_pool(core: str) -> None:
+    found = select.probe(core)
+    if not found.available:
+        pytest.skip(f"{core}: {found.reason}")
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    if not pool.exists() or int(pool.read_text()) < 8:
+        pytest.skip("the host has no 8 large pages free (sysctl vm.nr_hugepages=16)")
+    async with vmm.run("hello", core=core, memory="16M", hugepages=True) as vm:
+        await vm.console.expect("Hello", timeout=60)
+        assert (await vm.wait()).reason is Reason.RESET

@@ -68,7 +68,7 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
             )
         )
         memory.attach(vm)
-        if memory.shared:
+        if isinstance(memory.source, Shared):
             start_direct(vm, memory, always=config.direct == "on")
         return Hardware(memory, vm, [vm.create_vcpu(index) for index in range(config.most_cpus)], epoch_ns)
     except BaseException:
