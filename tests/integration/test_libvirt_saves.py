@@ -155,7 +155,7 @@ def test_a_linux_guests_disk_and_memory_go_back_together() -> None:
         while not answer.get("exited") and time.monotonic() < deadline:
             answer = json.loads(daemon.virsh(*agent, status))["return"]
         assert answer == {"exited": True, "exitcode": 3, "out-data": "b3V0Cg=="}
-        assert "guest-exec-status" in daemon.virsh(*agent, '{"execute": "guest-set-vcpus"}', ok=False)
+        assert "guest-exec-status" in daemon.virsh(*agent, '{"execute": "guest-get-disks"}', ok=False)
         console.run(b"echo first >/file; sync; a=in-memory")
         daemon.virsh("snapshot-create-as", "d", "s")
         console.run(b"echo second >/file; sync; a=lost")

@@ -59,7 +59,7 @@ def test_a_volumes_life(daemon: DaemonProcess, pool: Path, tmp_path: Path) -> No
     file = pool / "v"
     assert file.stat().st_size == 3 << 20 and file.stat().st_mode & 0o777 == 0o600
     assert daemon.virsh("vol-list", "p").split() == ["v", str(file)]
-    assert "already exists" in daemon.virsh("vol-create-as", "p", "v", "1M", ok=False)
+    assert "exists already" in daemon.virsh("vol-create-as", "p", "v", "1M", ok=False)
     data = random.Random(1).randbytes(1_500_001)
     (tmp_path / "in").write_bytes(data)
     daemon.virsh("vol-upload", "v", str(tmp_path / "in"), "--pool", "p", "--offset", "512")
