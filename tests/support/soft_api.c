@@ -604,9 +604,14 @@ static void resting(void)
     long before = resident_kib();
     soft_vm_nmi(g->vm, 0);
     wait_word(g->ram + 0x3000, 3);
+#ifndef __SANITIZE_ADDRESS__ /* ASan keeps what was freed */
     for (double end = microseconds() + patience; resident_kib() > before - 1024; usleep(1000))
         if (microseconds() > end)
             fail("%ld KiB are resident after a rest, %ld were before", resident_kib(), before);
+#else
+    (void)before;
+    usleep(500000);
+#endif
     soft_vm_nmi(g->vm, 0);
     wait_word(g->ram + 0x3000, 4);
     CHECK(decoded(g) > made + BLOCKS);
