@@ -82,6 +82,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(benches()):
         parser.error(f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(benches())}")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # commands find modules compiled, as installed ones do
     described = host()
     rows = []
     for name in arguments.names or benches():
