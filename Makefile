@@ -61,7 +61,7 @@ test-kvm-rig: venv ## the KVM-marked tests against kvm-amd in an emulated host
 	@.ci/packages test
 	$(BIN)/python -m tests.rig
 
-test-system-rig: venv ## random system-level programs on kvm-amd in the rig, beside the software core; PROGRAMS=4 of each kind but the timer's
+test-system-rig: venv ## random system-level programs on kvm-amd in the rig, beside the software core; PROGRAMS=4 of each kind
 	@.ci/packages test
 	$(BIN)/python -m tests.rig.system $${PROGRAMS:-4} $${SEED:-0}
 
