@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.errors import HostError, StateError, VmmError
 from vmm.lifecycle import State
 from vmm.machine.memory import Anonymous
-from vmm.migration.link import SILENCE, Link
+from vmm.migration.link import CONNECT_SECONDS, SILENCE, Link
 from vmm.migration.postcopy import missing_frames
 from vmm.migration.protocol import Kind, Recovered
 from vmm.vm import Obstacle
@@ -38,27 +38,28 @@ class Fetching:
         """The machine cannot do without its source."""
         self._vm = vm
         self._link: Link | None = None
+        self._joined = asyncio.Event()
         self._changed = asyncio.Event()
         self._paused_here = False
         vm.fetching = self
-
-    @property
-    def joined(self) -> bool:
-        """The page link is there."""
-        return self._link is not None
 
     def join(self, link: Link) -> bool:
         """The page link; False: there is one."""
         if self._link is not None or link.version < 3:
             return False
         self._link = link
+        self._joined.set()
         return True
 
     async def begin(self, at_once: Sequence[tuple[int, int]]) -> None:
         """All that is missing is known: (gpa, length) `at_once` is fetched now. Nothing of the machine runs. Raises
         StateError, HostError."""
-        if self._link is None:
-            raise StateError("pages are missing, and there is no connection for them")
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._joined.wait()  # it was made before, and may still be shaking hands
+        except TimeoutError:
+            raise StateError("pages are missing, and there is no connection for them") from None
+        assert self._link is not None
         await asyncio.to_thread(self.absent.begin)
         self.needed = True
         self.absent.listen(self._told)
