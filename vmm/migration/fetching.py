@@ -43,6 +43,11 @@ class Fetching:
         self._paused_here = False
         vm.fetching = self
 
+    @property
+    def joined(self) -> bool:
+        """The page link is there."""
+        return self._link is not None
+
     def join(self, link: Link) -> bool:
         """The page link; False: there is one."""
         if self._link is not None or link.version < 3:
