@@ -33,7 +33,7 @@ from virtio.backends.switch import SwitchCore, SwitchPort
 from virtio.errors import HostError as LinkError
 from vmm.errors import ConfigError, HostError, core_errors, os_reason
 from vmm.management.registry import runtime_directory
-from vmm.management.sockets import BACKLOG, check_path
+from vmm.management.sockets import check_path, is_live, listen
 
 IDLE_SECONDS = 10.0
 """How long a switch process stays without a port."""
@@ -68,21 +68,25 @@ def _folder() -> Path:
 
 @contextlib.asynccontextmanager
 async def _locked(name: str) -> AsyncIterator[Path]:
-    """Nobody else connects to, begins or ends this switch."""
+    """Nobody else connects to, begins or ends this switch: the path of its socket. Raises ConfigError, HostError."""
     path = _folder() / f"{name}.lock"
     check_path(path.with_suffix(".sock"), "switch")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        async with asyncio.timeout(LOCK_SECONDS):
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(0.02)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(f"switch {name}: {path}: {os_reason(error)}") from error
+    try:
+        try:
+            async with asyncio.timeout(LOCK_SECONDS):
+                while True:
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise HostError(f"switch {name}: somebody holds {path} and does not let go") from None
         yield path.with_suffix(".sock")
-    except TimeoutError:
-        raise HostError(f"switch {name}: somebody holds {path} and does not let go") from None
     finally:
         os.close(descriptor)
 
@@ -100,23 +104,6 @@ def _dial(path: Path) -> socket.socket | None:
         sock.close()
         raise HostError(f"switch: {path}: {os_reason(error)}") from error
     return sock
-
-
-def _listen(path: Path) -> socket.socket:
-    """Only with the lock: what is at the path is nobody's."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise HostError(f"switch: {path}: {os_reason(error)}") from error
-    finally:
-        os.umask(before)
-    return listener
 
 
 def _begin(name: str, command: list[str], descriptor: int) -> None:
@@ -145,7 +132,7 @@ async def connect(name: str) -> NetBackend:
     async with _locked(name) as path:
         sock = _dial(path)
         if sock is None:
-            with _listen(path) as listener:
+            with listen(path, "switch") as listener:
                 command = [sys.executable, "-m", "vmm.network.switch", name, str(listener.fileno())]
                 _begin(name, command, listener.fileno())
                 sock = _dial(path)
@@ -178,11 +165,9 @@ class Switch:
 
     async def __aenter__(self) -> Self:
         async with _locked(self.name) as path:
-            probe = _dial(path)
-            if probe is not None:
-                probe.close()
+            if is_live(path):
                 raise ConfigError(f"switch: {self.name} is there already; choose another name")
-            self.serve(_listen(path))
+            self.serve(listen(path, "switch"))
         return self
 
     def serve(self, listener: socket.socket) -> None:

@@ -178,6 +178,24 @@ async def test_a_port_counts_from_the_moment_it_is_plugged_in(runtime: Path) -> 
     ours.close()
 
 
+async def test_a_lock_that_cannot_be_had_is_told_apart_from_what_goes_wrong_under_it(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switch, "LOCK_SECONDS", 0.1)
+    async with switch._locked("lan") as path:
+        with pytest.raises(vmm.HostError, match="somebody holds"):
+            async with switch._locked("lan"):
+                pass
+    with pytest.raises(TimeoutError):
+        async with switch._locked("lan"):
+            raise TimeoutError
+    path.with_suffix(".lock").unlink()
+    path.with_suffix(".lock").mkdir()
+    with pytest.raises(vmm.HostError, match="switch lan: .*lan.lock"):
+        async with switch._locked("lan"):
+            pass
+
+
 async def test_a_switch_between_processes(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first who comes begins it; it ends when nobody is left, and if it is killed the next who comes begins it."""
     monkeypatch.setenv("LOOPVISOR_SWITCH_IDLE", "0.2")
