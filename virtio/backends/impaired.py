@@ -132,7 +132,6 @@ class ImpairedNet(NetBackend):
         self._in.on_arrival(lambda frame: self._put(self._received, frame))
         self._events = {id(queue): asyncio.Event() for queue in (self._sending, self._received)}
         self._tasks: list[asyncio.Task[None]] = []
-        self._failed: asyncio.Future[None] | None = None
 
     def use_clock(self, clock: Callable[[], DeviceClock]) -> None:
         self._clock = clock

@@ -40,8 +40,7 @@ class JobPace:
     async def passed(self, count: int) -> None:
         """So many bytes were moved: until more may be."""
         now = asyncio.get_running_loop().time
-        self._due = max(self._due, now()) if self._due else now()
-        self._due += count / self._speed if self._speed else 0.0
+        self._due = max(self._due, now()) + (count / self._speed if self._speed else 0.0)
         while self._speed and (wait := self._due - now()) > 0:
             self._changed.clear()
             with suppress(TimeoutError):

@@ -20,22 +20,8 @@ from collections.abc import Awaitable, Callable
 from virtio import _ring
 from virtio.backends import dns
 from virtio.backends.net import NetBackend
-from virtio.backends.packets import (
-    ARP,
-    ETHERNET,
-    ICMP,
-    ICMPV6,
-    IPV6,
-    TCP,
-    UDP,
-    IpPacket,
-    checksum,
-    datagram,
-    packet,
-)
+from virtio.backends.packets import ARP, ETHERNET, ICMP, ICMPV6, IPV6, TCP, UDP, IpPacket, datagram, packet
 from virtio.backends.rules import Address, Egress, stays_here
-
-__all__ = ["PolicedNet", "checksum", "packet"]
 
 NEIGHBOURS = range(133, 137)
 """ICMPv6 types of neighbour discovery (RFC 4861, 4) that a host sends; redirects are a router's."""
@@ -183,7 +169,7 @@ class PolicedNet(NetBackend):
         found = packet(frame)
         if isinstance(found, str):
             return REFUSE, found
-        if found.protocol == UDP and found.target_port == DNS and not self._is_listed(found):
+        if found.protocol == UDP and found.target_port == DNS and not self._is_server(found.target):
             why = self._ask(frame, found)
             return (REFUSE, why) if why else (TAKEN, "")
         if found.target.version == 6:
@@ -236,9 +222,6 @@ class PolicedNet(NetBackend):
             return False
         sender = ipaddress.IPv4Address(data[14:18])
         return sender == NOBODY or self._address is None or sender == self._address
-
-    def _is_listed(self, found: IpPacket) -> bool:
-        return self._is_server(found.target)
 
     def _is_server(self, address: Address) -> bool:
         """A name server that a rule names by its address is spoken to directly."""

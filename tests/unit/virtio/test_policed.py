@@ -17,7 +17,8 @@ from tests.support.virtio import PciDriver
 from virtio import _ring
 from virtio.backends import dns
 from virtio.backends.net import MemoryNet
-from virtio.backends.policed import MAX_QUESTIONS, REASONS, TOLD, PolicedNet, checksum, no_names, packet
+from virtio.backends.packets import checksum, packet
+from virtio.backends.policed import MAX_QUESTIONS, REASONS, TOLD, PolicedNet, no_names
 from virtio.backends.rules import Address, Egress, parse
 from virtio.backends.sockets import StreamNet
 from virtio.devices.net import NetDevice
