@@ -145,17 +145,23 @@ def name_from(path: str, below: str) -> str:
     return os.path.realpath(below)
 
 
+async def step(call: Callable[[int, int], None], at: int, length: int) -> None:
+    """A call about these bytes of a disk, in a thread. One who is cancelled waits for its end, for the image is in use
+    until then."""
+    future = asyncio.ensure_future(asyncio.to_thread(call, at, length))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.gather(future, return_exceptions=True)
+        raise
+
+
 async def _steps(image: _ring.Image, call: Callable[[int, int], None], progress: Progress, pace: JobPace) -> None:
     """Have `call` go over the whole disk in a thread, one step after the other."""
     size, at = image.length, 0
     while at < size:
         length = min(pace.step, size - at)
-        step = asyncio.ensure_future(asyncio.to_thread(call, at, length))
-        try:
-            await asyncio.shield(step)
-        except asyncio.CancelledError:
-            await asyncio.gather(step, return_exceptions=True)  # the image is in use until it ends
-            raise
+        await step(call, at, length)
         at += length
         progress(at, size)
         await pace.passed(length)

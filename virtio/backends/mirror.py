@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from virtio.backends.image import ImageBlock
-from virtio.backends.live import LiveDisk, image_of, name_from, one_kind
+from virtio.backends.live import LiveDisk, image_of, name_from, one_kind, step
 from virtio.backends.pace import STEP, JobPace
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.images.chain import Format, ImageChain, open_chain
@@ -214,7 +214,7 @@ class _Copy:
         at = 0
         while at < self._size:
             length, moved = min(self._pace.step, self._size - at), self._moved
-            await self._step(self._copy_data if self._fresh and not self._shallow else self._copy_any, at, length)
+            await step(self._copy_data if self._fresh and not self._shallow else self._copy_any, at, length)
             at += length
             progress(at, self._size)
             await self._pace.passed(self._moved - moved)
@@ -224,18 +224,10 @@ class _Copy:
             at, end = start, min(start + length, self._size)
             while at < end:
                 part, moved = min(STEP if hurry else self._pace.step, end - at), self._moved
-                await self._step(self._copy_any, at, part)
+                await step(self._copy_any, at, part)
                 at += part
                 if not hurry:
                     await self._pace.passed(self._moved - moved)
-
-    async def _step(self, call: Callable[[int, int], None], at: int, length: int) -> None:
-        step = asyncio.ensure_future(asyncio.to_thread(call, at, length))
-        try:
-            await asyncio.shield(step)
-        except asyncio.CancelledError:
-            await asyncio.gather(step, return_exceptions=True)
-            raise
 
     async def _switch(self, changed: list[tuple[int, int]], *, apart: bool) -> None:
         """The rest, while the guest waits; then the target is the disk, or if `apart` a copy of it."""

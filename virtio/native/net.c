@@ -143,10 +143,10 @@ static int examine(NetObject *self, struct iovec *iov, size_t *count, uint64_t *
         have += part;
     }
     /* A connection whose other end is gone gets its reset, whether or not it would be allowed to begin now. */
-    bool first = self->flows && self->flows->answers;
+    bool first = self->flows && (self->flows->answers || !self->fence);
     int gone = first ? flows_outgoing(self->flows, head, have) : 0;
     if (gone || !self->fence)
-        return gone || first || !self->flows ? gone : flows_outgoing(self->flows, head, have);
+        return gone;
     size_t size = (size_t)*length;
     int verdict = fence_outgoing(self->fence, head, have, iov, *count, &size);
     if (verdict < 0)
