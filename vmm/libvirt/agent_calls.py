@@ -183,11 +183,12 @@ async def domain_authorized_ssh_keys_get(call: Call, dom: DomainRef, user: str, 
 async def domain_authorized_ssh_keys_set(call: Call, dom: DomainRef, user: str, keys: list[str], flags: int) -> None:
     check_flags(flags, KEYS_APPEND | KEYS_REMOVE)
     domain = call.daemon.domains.of(dom)
-    if flags:
-        before = await guest.ssh_lines(domain, user)
-        removed = [key for key in before if key.strip() not in {one.strip() for one in keys}]
-        keys = removed if flags & KEYS_REMOVE else [*before, *keys]
-    await guest.set_ssh_lines(domain, user, keys)
+    if flags & KEYS_REMOVE:
+        await guest.remove_ssh_lines(domain, user, keys)
+    elif flags & KEYS_APPEND:
+        await guest.add_ssh_lines(domain, user, keys)
+    else:
+        await guest.set_ssh_lines(domain, user, keys)
 
 
 @qemu.change(1, "domain_monitor_command", "dom:domain command:string flags:uint", "result:string")

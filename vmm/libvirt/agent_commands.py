@@ -217,14 +217,12 @@ async def _keys(domain: Domain, arguments: dict[str, Any], seconds: float | None
 
 async def _add_keys(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
     user, keys = _user(arguments), _key_list(arguments)
-    before = [] if arguments.get("reset") is True else await guest.ssh_lines(domain, user)
-    await guest.set_ssh_lines(domain, user, [*before, *keys])
+    await (guest.set_ssh_lines if arguments.get("reset") is True else guest.add_ssh_lines)(domain, user, keys)
     return {}
 
 
 async def _remove_keys(domain: Domain, arguments: dict[str, Any], seconds: float | None) -> Any:
-    user, keys = _user(arguments), _key_list(arguments)
-    await guest.set_ssh_lines(domain, user, [line for line in await guest.ssh_lines(domain, user) if line not in keys])
+    await guest.remove_ssh_lines(domain, _user(arguments), _key_list(arguments))
     return {}
 
 

@@ -256,6 +256,18 @@ async def set_ssh_lines(domain: Domain, user: str, lines: list[str]) -> None:
     await run(domain, "sh", "-c", f"{KEYS}\n{KEEP}", "sh", user, data=data)
 
 
+async def add_ssh_lines(domain: Domain, user: str, lines: list[str]) -> None:
+    """These after those that stand there. Raises LibvirtError."""
+    await set_ssh_lines(domain, user, [*await ssh_lines(domain, user), *lines])
+
+
+async def remove_ssh_lines(domain: Domain, user: str, lines: list[str]) -> None:
+    """All but these. Raises LibvirtError."""
+    removed = {line.strip() for line in lines}
+    kept = [line for line in await ssh_lines(domain, user) if line not in removed]
+    await set_ssh_lines(domain, user, kept)
+
+
 def _check_user(user: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", user):
         raise LibvirtError(Code.INVALID_ARG, f"{user[:40]!r} is no user's name")
