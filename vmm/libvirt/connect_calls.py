@@ -9,6 +9,7 @@ from vmm import __version__
 from vmm.config import MAX_CPUS
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
+from vmm.libvirt.cpusets import cpu_map
 from vmm.libvirt.domain_xml import MACHINE
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.procedures import Procedures
@@ -190,7 +191,7 @@ async def node_get_memory_stats(call: Call, nparams: int, cell: int, flags: int)
     293, "node_get_cpu_map", "need_map:int need_online:int flags:uint", "map:opaque<2048> online:uint count:int"
 )
 async def node_get_cpu_map(call: Call, need_map: int, need_online: int, flags: int) -> tuple[bytes, int, int]:
-    numbers = [cpu.number for cpu in host.processors()]
+    numbers = host.processor_numbers()
     return cpu_map(numbers) if need_map else b"", len(numbers), max(numbers) + 1
 
 
@@ -221,11 +222,3 @@ async def node_get_free_pages(call: Call, pages: list[int], start: int, cells: i
         if size not in free:
             raise LibvirtError(Code.INVALID_ARG, f"page size {size} KiB is not available")
     return [free[size] for size in pages]
-
-
-def cpu_map(numbers: list[int]) -> bytes:
-    """A set of processors as libvirt's bitmap."""
-    data = bytearray(max(numbers, default=0) // 8 + 1)
-    for number in numbers:
-        data[number // 8] |= 1 << number % 8
-    return bytes(data)

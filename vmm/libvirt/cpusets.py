@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vmm.libvirt.errors import Code, LibvirtError
 
@@ -38,6 +38,14 @@ def cpu_text(cpus: Iterable[int]) -> str:
         else:
             runs.append([cpu, cpu])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def cpu_map(cpus: Collection[int]) -> bytes:
+    """The protocol's bitmap, as long as its greatest number needs."""
+    data = bytearray(max(cpus, default=0) // 8 + 1)
+    for cpu in cpus:
+        data[cpu // 8] |= 1 << cpu % 8
+    return bytes(data)
 
 
 def from_map(data: bytes) -> frozenset[int]:

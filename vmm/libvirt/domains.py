@@ -284,7 +284,7 @@ class Domains:
         for domain in [only] if only is not None else self.all():
             if domain.live is None or domain.live.pins == Pins():
                 continue
-            present = present or frozenset(cpu.number for cpu in host.processors())
+            present = present or host.processor_numbers()
             try:
                 pinning.apply(domain.pid, domain.live.pins, present)
                 domain.extra.pop("pins refused", None)

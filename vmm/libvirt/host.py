@@ -45,13 +45,16 @@ class Processor(NamedTuple):
     siblings: str
 
 
+def processor_numbers() -> frozenset[int]:
+    """Of the processors that are online."""
+    return frozenset(cpu for cpu in range(os.cpu_count() or 1) if not cpu or (CPUS / f"cpu{cpu}").exists())
+
+
 def processors() -> list[Processor]:
     """Those that are online."""
     found = []
-    for number in range(os.cpu_count() or 1):
+    for number in sorted(processor_numbers()):
         place = CPUS / f"cpu{number}" / "topology"
-        if number and not (CPUS / f"cpu{number}").exists():
-            continue
         socket, core = (_read(place / name, "0") for name in ("physical_package_id", "core_id"))
         siblings = _read(place / "thread_siblings_list", str(number))
         found.append(Processor(number, max(int(socket), 0), int(core), siblings))

@@ -138,7 +138,7 @@ async def _cpus(domain: Domain) -> list[dict[str, Any]]:
     threads = pinning.threads_of(domain.pid)
     found = []
     for number in range(domain.spec.config.cpus):
-        thread = threads.vcpus.get(number, threads.shared)
+        thread = threads.of(number)
         found.append({"cpu-index": number, "target": "x86_64", **({"thread-id": thread} if thread else {})})
     return found
 

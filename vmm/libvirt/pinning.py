@@ -32,6 +32,10 @@ class MachineThreads(NamedTuple):
     others: list[int]
     workers: list[int]
 
+    def of(self, vcpu: int) -> int:
+        """The thread that runs a vCPU; 0: none does."""
+        return self.vcpus.get(vcpu, self.shared)
+
 
 def threads_of(pid: int) -> MachineThreads:
     """Those that are there now; none of a process that has gone."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vmm.libvirt import host, pinning
 from vmm.libvirt.client import Call
-from vmm.libvirt.cpusets import cpu_text, from_map
+from vmm.libvirt.cpusets import cpu_map, cpu_text, from_map
 from vmm.libvirt.domain import Domain
 from vmm.libvirt.domain_calls import AFFECT_CONFIG, AFFECT_LIVE, at_least_zero, check_flags, spec_for, wants
 from vmm.libvirt.errors import Code, LibvirtError
@@ -19,23 +19,16 @@ from vmm.libvirt.wire import DomainRef, VcpuInfo
 calls = Procedures()
 
 
-def present() -> frozenset[int]:
-    """The host's processors."""
-    return frozenset(cpu.number for cpu in host.processors())
-
-
 def _map(cpus: frozenset[int], length: int) -> bytes:
-    from vmm.libvirt.connect_calls import cpu_map
-
     if not 0 <= length <= 2048:
         raise LibvirtError(Code.INVALID_ARG, f"a map of {length} bytes")
-    return cpu_map(sorted(cpus))[:length].ljust(length, b"\0")
+    return cpu_map(cpus)[:length].ljust(length, b"\0")
 
 
 def _maps(call: Call, domain: Domain, numbers: Iterable[int], length: int, flags: int) -> bytes:
     """Where these vCPUs, or the EMULATOR, run, or are to run by the definition: a map of `length` bytes for each. What
     has no thread yet runs where it is to."""
-    spec, there = spec_for(call, domain, flags), present()
+    spec, there = spec_for(call, domain, flags), host.processor_numbers()
     pinned = dict(spec.pins.vcpus)
     threads = pinning.threads_of(domain.pid) if spec is domain.live else None
     maps = []
@@ -43,7 +36,7 @@ def _maps(call: Call, domain: Domain, numbers: Iterable[int], length: int, flags
         asked = spec.pins.emulator if number == EMULATOR else pinned.get(number)
         thread = 0
         if threads is not None:
-            thread = domain.pid if number == EMULATOR else threads.vcpus.get(number, threads.shared)
+            thread = domain.pid if number == EMULATOR else threads.of(number)
         found = pinning.affinity(thread) if thread else None
         maps.append(_map(found or asked or there, length))
     return b"".join(maps)
@@ -57,7 +50,7 @@ async def domain_get_vcpus(call: Call, dom: DomainRef, maxinfo: int, maplen: int
     threads = pinning.threads_of(domain.pid)
     infos = []
     for number in range(count):
-        thread = threads.vcpus.get(number, threads.shared)
+        thread = threads.of(number)
         time, cpu = host.thread_time(domain.pid, thread) if thread else (0, -1)
         # One thread may run several vCPUs, so its time is theirs in equal parts.
         share = time if number in threads.vcpus else time // domain.spec.config.cpus
@@ -99,7 +92,7 @@ async def domain_pin_emulator(call: Call, dom: DomainRef, map: bytes, flags: int
 def _pin(call: Call, domain: Domain, which: int, data: bytes, flags: int) -> None:
     check_flags(flags, AFFECT_LIVE | AFFECT_CONFIG)
     running, config = wants(call, domain, flags)
-    cpus, there = from_map(data), present()
+    cpus, there = from_map(data), host.processor_numbers()
     if not cpus & there:
         raise LibvirtError(Code.INVALID_ARG, f"processors {cpu_text(cpus)}: this host has none of them")
     chosen = None if there <= cpus else cpus & there
@@ -111,9 +104,11 @@ def _pin(call: Call, domain: Domain, which: int, data: bytes, flags: int) -> Non
     if running and domain.live is not None:
         spec = replace(domain.live, pins=domain.live.pins.changed(which, chosen))
         pinning.check(domain, spec.pins)
+        wanted = spec.pins
         if which == EMULATOR and chosen is None:
-            pinning.apply(domain.pid, replace(spec.pins, emulator=frozenset(os.sched_getaffinity(0))), there)
-        pinning.apply(domain.pid, spec.pins, there)
+            # apply() does not move the threads of an emulator without pins: they get what this daemon has.
+            wanted = replace(wanted, emulator=frozenset(os.sched_getaffinity(0)))
+        pinning.apply(domain.pid, wanted, there)
         call.daemon.domains.set_live(domain, spec)
     if config and domain.persistent is not None:
         changed = replace(domain.persistent, pins=domain.persistent.pins.changed(which, chosen))

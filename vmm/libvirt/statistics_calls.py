@@ -171,7 +171,7 @@ async def domain_get_cpu_stats(
     domain.running_entry()
     if start != -1:
         # How many processors the host has; for one process it does not count by processor.
-        return [], 0 if ncpus else max(cpu.number for cpu in host.processors()) + 1
+        return [], 0 if ncpus else max(host.processor_numbers()) + 1
     user, system = host.process_times(domain.pid)
     times = {"cpu_time": user + system, "user_time": user, "system_time": system}
     return some([ullong_param(name, value) for name, value in times.items()], nparams)
