@@ -39,10 +39,11 @@ def missing() -> str:
     return "" if shutil.which("at-spi-bus-launcher", path="/usr/libexec") else "at-spi2-core"
 
 
+MISSING = missing()
 pytestmark = [
     needs_virsh,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=f"{missing()} is not installed (virt-manager, xvfb, xdotool, dbus)"),
+    pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} is not installed (virt-manager, xvfb, xdotool, dbus)"),
 ]
 
 
