@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmm.config import Config
 from vmm.convert import MIB
 from vmm.errors import HostError, VmmError
 from vmm.libvirt import jobs
@@ -126,8 +127,12 @@ def _begin(call: Call, domain: Domain, flags: int) -> str:
 
 def _cookie(domain: Domain) -> bytes:
     """What the target is to know of the machine beside what may be changed for it: where its disks' files are here."""
-    config = domain.spec.config
-    return json.dumps({"disks": dict(zip(disk_ids(config), (str(d.path) for d in config.disks), strict=True))}).encode()
+    return json.dumps({"disks": _files(domain.spec.config)}).encode()
+
+
+def _files(config: Config) -> dict[str, str]:
+    """Where the file of each disk is, by the disk's name."""
+    return dict(zip(disk_ids(config), (str(disk.path) for disk in config.disks), strict=True))
 
 
 @calls.change(
@@ -282,12 +287,12 @@ def _elsewhere(cookie: bytes, spec: Spec) -> dict[str, str]:
     """Disks that have another file in the description for this host than at the source. Raises LibvirtError."""
     if not cookie:
         return {}
+    paths = _files(spec.config)
     try:
         disks = json.loads(cookie)["disks"]
-        there = {name: disks[name] for name in disk_ids(spec.config) if name in disks}
+        there = {name: disks[name] for name in paths if name in disks}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise LibvirtError(Code.INVALID_ARG, "the source's cookie is not one of vmm daemon's") from error
-    paths = dict(zip(disk_ids(spec.config), (str(disk.path) for disk in spec.config.disks), strict=True))
     return {name: paths[name] for name, path in there.items() if path != paths[name]}
 
 
