@@ -61,7 +61,7 @@ async def block(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
         return {"disks": [_described(disk) for disk in vm.disks.values()]}
     disk = vm.disks.find(_text(request, "disk"))
     job = None
-    _speed(request.get("speed", 0))
+    speed = _speed(request.get("speed", 0))
     match action:
         case "look":
             pass
@@ -99,7 +99,7 @@ async def block(vm: VirtualMachine, request: dict[str, Any]) -> dict[str, Any]:
         case _:
             raise ConfigError(f"block: unknown action {str(action)[:40]!r}")
     if job is not None and "speed" in request:
-        job.pace.speed = _speed(request["speed"])
+        job.pace.speed = speed
     return _described(disk) if job is None else {"job": job.describe()}
 
 
