@@ -273,7 +273,7 @@ def _file(domain: Domain, arguments: dict[str, Any], *, writing: bool | None = N
     if file is None:
         raise LibvirtError(Code.INVALID_ARG, f"handle {handle!r:.40} is not open")
     assert isinstance(file, GuestFile)
-    if writing is not None and file.mode == ("r" if writing else "w") or writing is False and file.mode == "a":
+    if writing is True and file.mode == "r" or writing is False and file.mode in ("w", "a"):
         raise LibvirtError(Code.INVALID_ARG, f"{file.path}: is open for {'reading' if writing else 'writing'} only")
     return file
 

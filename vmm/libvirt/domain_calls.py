@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmm.convert import KIB
-from vmm.libvirt import host
+from vmm.libvirt import guest, host
 from vmm.libvirt.client import Call
 from vmm.libvirt.domain import Domain, DomainState
 from vmm.libvirt.errors import Code, From, LibvirtError, not_running
@@ -252,17 +252,15 @@ async def domain_reboot(call: Call, dom: DomainRef, flags: int) -> None:
 
 async def _by_agent_or_button(domain: Domain, flags: int, program: str, command: str) -> None:
     """The button if nothing is said, or if it is among what is."""
-    domain.running_entry()
+    entry = domain.running_entry()
     if flags and not flags & (SHUTDOWN_ACPI | SHUTDOWN_AGENT):
         raise LibvirtError(
             Code.ARGUMENT_UNSUPPORTED, "a machine is asked by its button or its agent: mode acpi or agent"
         )
     if flags & SHUTDOWN_AGENT and not flags & SHUTDOWN_ACPI:
-        from vmm.libvirt import guest
-
         await guest.power(domain, program)
     else:
-        await ask(domain.running_entry(), command)
+        await ask(entry, command)
 
 
 @calls.change(245, "domain_reset", "dom:domain flags:uint")

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.libvirt.events import DomainEvent
-from vmm.libvirt.wire import PARAM_BOOLEAN, Param, int_param, ullong_param
+from vmm.libvirt.wire import Param, boolean_param, int_param, ullong_param
 
 if TYPE_CHECKING:
     from vmm.libvirt.domain import Domain
@@ -84,5 +84,5 @@ def job_params(job: dict[str, Any]) -> list[Param]:
     }  # fmt: skip
     params = [int_param("operation", MIGRATION_OUT), *(ullong_param(name, value) for name, value in values.items())]
     if "ended" in job:
-        params.append(Param("success", (PARAM_BOOLEAN, 1)))
+        params.append(boolean_param("success", True))
     return params

@@ -23,7 +23,6 @@ from vmm.libvirt.statistics import devices, disk_sizes
 
 HMP = 1
 """virDomainQemuMonitorCommandFlags."""
-JOB_TYPES = {"stream": "stream", "mirror": "mirror", "commit": "commit"}
 
 
 class MonitorRefusal(Exception):
@@ -211,7 +210,7 @@ async def _block_jobs(domain: Domain) -> list[dict[str, Any]]:
     ids = disk_ids(domain.spec.config)
     return [
         {
-            "type": JOB_TYPES[job["kind"]],
+            "type": job["kind"],
             "device": f"drive-{_alias(ids.index(disk['id']))}",
             "len": job["total"],
             "offset": job["done"],
