@@ -5,12 +5,12 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
-#include <stdio.h>
 #include <unistd.h>
 
 enum {
@@ -56,7 +56,7 @@ static int engine_start(struct lv_engine *engine)
     pthread_attr_destroy(&attr);
     if (error)
         return -error;
-    if (!engine->vm->shared_engine) /* so that the host's means can tell which thread is which vCPU */
+    if (!engine->vm->shared_engine) /* its name tells users of tools such as top which vCPU it runs */
         snprintf(name, sizeof name, "vcpu%u", engine->vcpus[0]->index);
     pthread_setname_np(engine->thread, name);
     engine->started = true;

@@ -394,8 +394,9 @@ void soft_store_bytes(struct soft_vcpu *c, uint64_t linear, const void *from, un
 void soft_check_alignment(struct soft_vcpu *c, uint64_t linear, unsigned size);
 /* Raise now if [linear, +size) cannot be written (probe before a multi-part store or read-modify-write). */
 void soft_probe_write(struct soft_vcpu *c, uint64_t linear, unsigned size);
-/* Begin a locked read-modify-write; raises what its accesses would. True: it is done at `host`, by a locked operation of the
- * host. False: by loads and stores, while no other vCPU executes; if not all of it is RAM, others do. soft_unlock() follows. */
+/* Begin a locked read-modify-write; raises what its accesses would. True: the caller does it at `host`, by a locked operation
+ * of the host. False: the caller does it by loads and stores, and no other vCPU executes meanwhile if all of it is RAM.
+ * soft_unlock() follows in both cases. */
 struct soft_locked {
     uint8_t *host;          /* NULL: loads and stores */
     struct soft_slot *slot; /* to be told of the write, or NULL */

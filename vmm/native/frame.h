@@ -83,7 +83,7 @@ static inline uint64_t next_bit(const uint64_t *words, uint64_t at, uint64_t cou
     return count;
 }
 
-/* The bits that are set, before others may change them. */
+/* How many bits are set. No other thread may change them meanwhile. */
 static inline uint64_t count_bits(const uint64_t *words, uint64_t bits)
 {
     uint64_t set = 0;

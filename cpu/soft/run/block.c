@@ -22,7 +22,7 @@ enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
 enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
 enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
-enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back at every sleep */
+enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back when a VM goes to sleep */
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
 enum { SHARERS_MANY = 20, PARTS_MOST = 42 }; /* so many VMs or more have one PARTS_MOSTth each */
 enum { RESTERS_MAX = 32 }; /* with more VMs at rest a part is no smaller than with so many */
@@ -126,7 +126,7 @@ static const uint8_t *page_of(const uint8_t *host) { return (const uint8_t *)((u
 
 static uint32_t sharers; /* VMs of this process */
 
-/* Of a huge page that is given back in part the host keeps all. */
+/* Memory is given back in such units: the host frees nothing of a huge page of which only a part is given back. */
 static size_t unit(size_t size) { return size < HUGE ? 4096 : HUGE; }
 
 static size_t part(size_t whole, uint32_t parts)
@@ -418,8 +418,8 @@ void soft_blocks_rest_long(struct block_cache *b)
 
 /* ---- making blocks ---- */
 
-/* Room for any block and what belongs to it. Flushes if there is none: afterwards nothing does until it is made, although
- * this VM's share may shrink meanwhile (another thread makes a VM). */
+/* Flush unless the arena has room for the largest block and what belongs to it, so that making one block cannot flush, even
+ * if another thread makes a VM meanwhile and this VM's share shrinks. */
 static void reserve(struct block_cache *b)
 {
     size_t share = soft_share(ARENA_SIZE, b->shares);
@@ -428,7 +428,7 @@ static void reserve(struct block_cache *b)
         soft_blocks_flush(b);
 }
 
-/* After reserve(). */
+/* `size` bytes of the arena, for which reserve() has made room. */
 static void *allocate(struct block_cache *b, size_t size)
 {
     size = (size + 7) & ~(size_t)7;
