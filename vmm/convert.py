@@ -188,25 +188,24 @@ def to_size(low: int, high: int, multiple: int = 1) -> Converter:
     return partial(sized, low, high, multiple)
 
 
-def to_seconds(where: str, value: object) -> float:
+def _float(where: str, value: object, what: str) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        seconds = float(value)  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ConfigError(f"{where}: {value!r} is not a number of seconds") from None
+        raise ConfigError(f"{where}: {value!r} is not {what}") from None
+
+
+def to_seconds(where: str, value: object) -> float:
+    seconds = _float(where, value, "a number of seconds")
     if not 0 < seconds < 1e9:
         raise ConfigError(f"{where}: {value} seconds is not a time limit; give more than 0 and less than 1e9")
     return seconds
 
 
 def numbered(least: float, most: float, where: str, value: object) -> float:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: {value!r} is not a number") from None
+    number = _float(where, value, "a number")
     if not least <= number <= most:
         raise ConfigError(f"{where}: {value} is outside {least:g} to {most:g}")
     return number
