@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.fuzz.program_maker import ProgramMaker
-from tests.fuzz.system_programs import CANONICAL
+from tests.fuzz.system_programs import CANONICAL, UCODE64, UDATA
 
 ALIAS = 0x80_0000
 USTACK = 0x18000
@@ -326,7 +326,7 @@ class NmiMaker(ProgramMaker):
 
     def to_user(self, out: list[str], there: str, depth: int) -> None:
         flags = 2 | (0x200 if self.often(70) else 0)
-        out += [f"push {0x23:#x}", f"push {USTACK:#x}", f"push {flags:#x}", f"push {0x2B:#x}"]
+        out += [f"push {UDATA:#x}", f"push {USTACK:#x}", f"push {flags:#x}", f"push {UCODE64:#x}"]
         out += [f"lea rax, [rip + {there} + {ALIAS:#x}]", "push rax", "iretq"]
         self.cpl, self.interrupts, self.blocked = 3, bool(flags & 0x200), False
 

@@ -1,8 +1,8 @@
 """`python -m tests.rig.system [PROGRAMS] [SEED]`: random system-level programs on kvm-amd, beside the software core.
 
-PROGRAMS of each kind in KINDS are made from seeds and run on the software core here, and on KVM in the rig, where the
-processor of a guest is QEMU's emulation of SVM and kvm-amd together. Each step prints the same on both, or what the
-model of its maker says, but for
+PROGRAMS of each kind (tests.fuzz.system.MAKERS) are made from seeds and run on the software core here, and on KVM in
+the rig, where the processor of a guest is QEMU's emulation of SVM and kvm-amd together. Each step prints the same on
+both, or what the model of its maker says, but for
 
 - what QEMU does otherwise than the manuals, which it does in a guest, too (`ProgramMaker.unlike`, `system.plain`); but
   not about the timer, which is KVM's own;
@@ -29,9 +29,6 @@ from tests.rig.__main__ import NO_RESULT, ROOT, run
 from tests.rig.guest import build
 from tests.support import soft_programs
 
-KINDS = ("long", "legacy", "nmi", "timer")
-"""Of tests.fuzz.system.MAKERS. Programs about the timer do not write CR8: QEMU 7.2 is ended by an assertion of its own
-(tcg_handle_interrupt: qemu_mutex_iothread_locked) where a guest does so while KVM waits for an interrupt window."""
 MEMORY_MIB = 2048
 SECONDS_EACH = 120
 """For one program, on a busy host."""
@@ -63,8 +60,8 @@ def main() -> int:
     ours = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(first, first + count):
-            for kind in KINDS:
-                maker, name = system.MAKERS[kind], f"{kind}-{seed}"
+            for kind, maker in system.MAKERS.items():
+                name = f"{kind}-{seed}"
                 makers[name] = maker(seed, maker.STEPS)
                 image = system.build(makers[name], seed, Path(folder)).rename(Path(folder, f"{name}.bin"))
                 ours[name] = system.on_core(boot, image, "virtual")
