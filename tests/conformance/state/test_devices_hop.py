@@ -294,15 +294,12 @@ def test_acpi_fixed_hardware(drive: Callable[[Driven], None]) -> None:
     check(pm, drive)
 
 
-class Registers:
-    """A CpuHotplug on ports, and its events."""
-
-    def __new__(cls, driven: Driven) -> Any:
-        device = CpuHotplug(40, {0, 1}, lambda: None, lambda index, on: None)
-        device.on_change = lambda index, reason: driven.host.append((index, reason))
-        device.attach(driven.pc)
-        device.start()
-        return device
+def cpu_hotplug(driven: Driven) -> CpuHotplug:
+    device = CpuHotplug(40, {0, 1}, lambda: None, lambda index, on: None)
+    device.on_change = lambda index, reason: driven.host.append((index, reason))
+    device.attach(driven.pc)
+    device.start()
+    return device
 
 
 def processors_that_come_and_go(driven: Driven) -> None:
@@ -324,7 +321,7 @@ def processors_that_come_and_go(driven: Driven) -> None:
 
 @moves("cpu-hotplug")
 def test_processor_hot_plug() -> None:
-    check(Registers, processors_that_come_and_go)
+    check(cpu_hotplug, processors_that_come_and_go)
 
 
 # Firmware configuration: one memory for both machines, as the state of devices does not hold it.
@@ -422,7 +419,7 @@ def test_generation_id() -> None:
 MAKERS: list[tuple[Callable[[Driven], Any], list[int]]] = [
     (uart, [*range(COM1, COM1 + 8)]), (rtc, [0x70, 0x71]), (keyboard, [0x60, 0x64]), (reset_control, [0x92, 0xCF9]),
     (delay_ports, [0x80]), (pm, [layout.PM_BASE + at for at in range(0, 16)]),
-    (Registers, [layout.CPU_HOTPLUG + at for at in range(0, 32, 4)]), (fw_cfg(Memory(MEMORY)), [0x510, 0x511, 0x518]),
+    (cpu_hotplug, [layout.CPU_HOTPLUG + at for at in range(0, 32, 4)]), (fw_cfg(Memory(MEMORY)), [0x510, 0x511, 0x518]),
 ]  # fmt: skip
 
 
