@@ -335,10 +335,15 @@ async def test_a_job_goes_as_fast_as_it_may(guest: Guest, tmp_path: Path) -> Non
             lambda tell, speed: mirror.mirror(disk, CopyTarget(str(tmp_path / "m")), tell, pace=speed),
         ):
             told: list[int] = []
+            begun = asyncio.Event()
+
+            def tell(done: int, _: int) -> None:
+                told.append(done)  # noqa: B023
+                begun.set()  # noqa: B023
+
             speed = JobPace(1)  # one step of it takes most of a day
-            task = asyncio.create_task(work(lambda done, _: told.append(done), speed))  # noqa: B023
-            while not told:
-                await asyncio.sleep(0.001)
+            task = asyncio.create_task(work(tell, speed))
+            await asyncio.wait_for(begun.wait(), 60)
             assert not task.done() and told[-1] < SIZE
             speed.speed = 0
             await asyncio.wait_for(task, 60)
