@@ -7,8 +7,8 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,13 @@ def large(folder: Path, devices: str = "") -> str:
     xml = tiny("m").replace("</kernel>", f"</kernel><initrd>{folder / 'initrd'}</initrd>")
     xml = xml.replace("<devices>", f"<devices>{devices}")
     return xml.replace("<memory unit='MiB'>4<", "<memory unit='MiB'>256<")
+
+
+def boot(daemon: DaemonProcess, xml: str) -> None:
+    """Define and start m; it has answered."""
+    daemon.define(xml)
+    daemon.virsh("start", "m")
+    talk(daemon, b"before")
 
 
 @contextmanager
@@ -70,6 +77,25 @@ def size(text: str) -> float:
     """Bytes of "1.5 MiB" and "1.5 MiB/s"."""
     number, unit = text.removesuffix("/s").split()
     return float(number) * UNITS[unit]
+
+
+@contextmanager
+def migrating(here: DaemonProcess, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """`virsh migrate`, which has begun."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(here.path)
+    ) as moving:
+        try:
+            wait_for(lambda: job(here).get("Job type") == "Unbounded", "no job", 60)
+            yield moving
+        finally:
+            moving.kill()
+
+
+def slow(here: DaemonProcess, there: DaemonProcess, *options: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A migration at a MiB a second that has begun."""
+    command = ["virsh", "-q", "-c", here.uri(), "migrate", "--live", "--bandwidth", "1", *options, "m", there.uri()]
+    return migrating(here, [*command, "--migrateuri", place(there)])
 
 
 def watch(here: DaemonProcess) -> None:
@@ -123,25 +149,15 @@ def test_a_migration_by_tls_is_watched(hosts: Hosts, tmp_path: Path, how: str) -
     here, there = hosts.here, hosts.there
     here.virsh("destroy", "m")
     here.virsh("undefine", "m")
-    here.define(large(tmp_path))
-    here.virsh("start", "m")
-    talk(here, b"before")
+    boot(here, large(tmp_path))
     options = ["--p2p", f"loopvisor+tls://{THERE}/system"] if how == "p2p" else [hosts.far]
     command = ["virsh", "-q", "-c", here.uri(), "migrate", "--live", "--tls", "--bandwidth", "1", "m", *options]
     command += ["--migrateuri", f"tcp://{THERE}"]
-    with (
-        watched(here) as source,
-        watched(there) as target,
-        subprocess.Popen(
-            hosts.near.command(*command), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as moving,
-    ):
-        try:
+    with watched(here) as source, watched(there) as target:
+        with migrating(here, hosts.near.command(*command)) as moving:
             watch(here)
             here.virsh("migrate-setspeed", "m", "1000")
             assert moving.wait(120) == 0, moving.stderr and moving.stderr.read()
-        finally:
-            moving.kill()
         check_events(source, target)
     took = job(here, "--completed", "--keep-completed")
     assert took["Job type"] == "Completed" and size(took["Data processed"]) > CONTENT << 20
@@ -157,46 +173,24 @@ def test_post_copy_by_tls_from_peer_to_peer(hosts: Hosts, tmp_path: Path) -> Non
     here, there = hosts.here, hosts.there
     here.virsh("destroy", "m")
     here.virsh("undefine", "m")
-    here.define(large(tmp_path))
-    here.virsh("start", "m")
-    talk(here, b"before")
+    boot(here, large(tmp_path))
     command = ["virsh", "-q", "-c", here.uri(), "migrate", "--live", "--p2p", "--tls", "--postcopy", "--bandwidth", "1"]
     command += ["m", f"loopvisor+tls://{THERE}/system", "--migrateuri", f"tcp://{THERE}"]
-    with subprocess.Popen(hosts.near.command(*command), stderr=subprocess.PIPE, text=True) as moving:
-        try:
-            wait_for(lambda: job(here).get("Job type") == "Unbounded", "no job")
-            here.virsh("migrate-postcopy", "m")
-            wait_for(lambda: here.virsh("domstate", "m") == "paused", "it does not go")
-            talk(there, b"after")
-            assert job(here)["Job type"] == "Unbounded" and size(job(here)["Memory remaining"]) > 0
-            here.virsh("migrate-setspeed", "m", "1000")
-            assert moving.wait(120) == 0, moving.stderr and moving.stderr.read()
-        finally:
-            moving.kill()
+    with migrating(here, hosts.near.command(*command)) as moving:
+        here.virsh("migrate-postcopy", "m")
+        wait_for(lambda: here.virsh("domstate", "m") == "paused", "it does not go")
+        talk(there, b"after")
+        assert job(here)["Job type"] == "Unbounded" and size(job(here)["Memory remaining"]) > 0
+        here.virsh("migrate-setspeed", "m", "1000")
+        assert moving.wait(120) == 0, moving.stderr and moving.stderr.read()
     assert here.virsh("domstate", "m", "--reason") == "shut off (migrated)"
     assert there.virsh("domstate", "m", "--reason") == "running (migrated)"
     talk(there, b"again")
 
 
-@contextmanager
-def slow(here: DaemonProcess, there: DaemonProcess, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A migration at a MiB a second that has begun."""
-    command = ["virsh", "-q", "-c", here.uri(), "migrate", "--live", "--bandwidth", "1", *options, "m", there.uri()]
-    with subprocess.Popen(
-        [*command, "--migrateuri", place(there)], stderr=subprocess.PIPE, text=True, env=environment(here.path)
-    ) as moving:
-        try:
-            wait_for(lambda: job(here).get("Job type") == "Unbounded", "no job")
-            yield moving
-        finally:
-            moving.kill()
-
-
 def test_a_migration_is_changed_and_ended(tmp_path: Path) -> None:
     with DaemonProcess() as here, DaemonProcess() as there:
-        here.define(large(tmp_path))
-        here.virsh("start", "m")
-        talk(here, b"before")
+        boot(here, large(tmp_path))
         with slow(here, there) as moving:
             assert "already running" in here.virsh("migrate", "--live", "m", there.uri(), ok=False)
             wait_for(lambda: size(job(here).get("Data processed", "0 B")) > 1 << 20, "nothing is sent")
@@ -217,9 +211,7 @@ def test_a_migration_is_changed_and_ended(tmp_path: Path) -> None:
 def test_after_a_timeout_it_is_paused_and_goes(tmp_path: Path) -> None:
     """--timeout with --timeout-suspend, which virsh does by pausing it here: there it runs again."""
     with DaemonProcess() as here, DaemonProcess() as there:
-        here.define(large(tmp_path))
-        here.virsh("start", "m")
-        talk(here, b"before")
+        boot(here, large(tmp_path))
         with slow(here, there, "--timeout", "2", "--timeout-suspend") as moving:
             wait_for(lambda: here.virsh("domstate", "m") == "paused", "it is not paused")
             here.virsh("migrate-setspeed", "m", "1000")
@@ -234,9 +226,7 @@ def test_disks_go_along(tmp_path: Path) -> None:
     disk.write_bytes(os.urandom(8 << 20))
     devices = f"<disk type='file'><driver type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>"
     with DaemonProcess() as here, DaemonProcess() as there:
-        here.define(large(tmp_path, devices).replace("machine='bare'", "machine='q35'"))
-        here.virsh("start", "m")
-        talk(here, b"before")
+        boot(here, large(tmp_path, devices).replace("machine='bare'", "machine='q35'"))
         move = ("migrate", "--live", "--copy-storage-all", "--migrateuri", place(there), "m", there.uri())
         assert "is here already" in here.virsh(*move, ok=False)
         moved.write_text(here.virsh("dumpxml", "m", "--migratable").replace(str(disk), str(tmp_path / "b.img")))
