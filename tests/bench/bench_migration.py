@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -106,27 +106,32 @@ def ticking(folder: Path) -> str:
     )
 
 
-async def _ours(folder: Path, rate: int, **options: Any) -> dict[str, float]:
-    """ms and MB of one migration into a process of its own."""
+@asynccontextmanager
+async def receiving(folder: Path) -> AsyncIterator[str]:
+    """Where a process waits for a machine."""
     runtime = folder / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
     command = [*VMM, "receive", "tcp:127.0.0.1:0", "--trust", "--name", "there", "--console", "none"]
-    neighbour = Neighbour(folder)
-    nets = [f"unix={neighbour.path},mac={MAC}"]
-    with neighbour:
+    with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stderr is not None
+            yield (await asyncio.to_thread(child.stderr.readline)).split()[-1]
+        finally:
+            child.kill()
+
+
+async def _ours(folder: Path, rate: int, **options: Any) -> dict[str, float]:
+    """ms and MB of one migration into a process of its own."""
+    with Neighbour(folder) as neighbour:
+        nets = [f"unix={neighbour.path},mac={MAC}"]
         async with vmm.run("linux", memory="1G", nets=nets, core="soft") as vm:
             await vm.exec("sh", "-c", ticking(folder), timeout=120)
             await vm.exec("sh", "-c", writing(rate), timeout=120)
             await asyncio.sleep(2)
-            with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
-                try:
-                    assert child.stderr is not None
-                    where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
-                    await asyncio.to_thread(neighbour.ask, "begin")
-                    progress = await vm.migrate(where, **options)
-                    seen = await asyncio.to_thread(neighbour.ask, "end")
-                finally:
-                    child.kill()
+            async with receiving(folder) as where:
+                await asyncio.to_thread(neighbour.ask, "begin")
+                progress = await vm.migrate(where, **options)
+                seen = await asyncio.to_thread(neighbour.ask, "end")
     return {
         "total": progress.seconds * 1e3,
         "still": progress.downtime * 1e3,
@@ -156,9 +161,6 @@ def _high(times: list[float]) -> float:
 
 async def _beside(folder: Path) -> tuple[list[float], list[float]]:
     """ms of another machine's answers, before and during a migration at BESIDE bytes a second."""
-    runtime = folder / "run"
-    runtime.mkdir(mode=0o700, exist_ok=True)
-    command = [*VMM, "receive", "tcp:127.0.0.1:0", "--trust", "--name", "there", "--console", "none"]
     async with (
         vmm.run("linux", memory="1G", nets=[], core="soft") as vm,
         vmm.run("echo", core="soft", memory="16M") as other,
@@ -167,15 +169,10 @@ async def _beside(folder: Path) -> tuple[list[float], list[float]]:
         await vm.exec("sh", "-c", writing(50), timeout=120)
         await asyncio.sleep(2)
         before = await _answers(other, lambda count: count >= ANSWERS)
-        with subprocess.Popen(command, env=environment(runtime), stderr=subprocess.PIPE, text=True) as child:
-            try:
-                assert child.stderr is not None
-                where = (await asyncio.to_thread(child.stderr.readline)).split()[-1]
-                moving = asyncio.create_task(vm.migrate(where, bandwidth=BESIDE))
-                during = await _answers(other, lambda count: count > 0 and moving.done())
-                await moving
-            finally:
-                child.kill()
+        async with receiving(folder) as where:
+            moving = asyncio.create_task(vm.migrate(where, bandwidth=BESIDE))
+            during = await _answers(other, lambda count: count > 0 and moving.done())
+            await moving
     return before, during
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import programs
 from tests.support.oci import layout
 from tests.support.ociregistry import registry
 
@@ -32,6 +33,7 @@ LAPS = int(os.environ.get("BENCH_OCI_LAPS", "5"))
 WARM_LAPS = 3 * LAPS
 LAYERS, LAYER_BYTES = 10, 25 << 20
 LARGEST = 8 << 20
+VMM = str(Path(sys.executable).with_name("vmm"))
 NEEDED = ("skopeo", "docker-registry", "busybox")
 PULL_LAYERS = """
 import sys
@@ -100,7 +102,7 @@ def compared(name: str, ours: list[Spent], theirs: list[Spent], *, goal: bool) -
 
 def rows() -> Iterator[dict[str, object]]:
     """Pull, pull and unpack, and runs."""
-    missing = [name for name in NEEDED if shutil.which(name) is None]
+    missing = programs.missing(NEEDED)
     if missing:
         yield {"name": "pull", "value": None, "unit": "", "note": f"not here: {', '.join(missing)}"}
         return
@@ -122,9 +124,8 @@ def pulls(folder: Path, reference: str) -> Iterator[dict[str, object]]:
     """Alternating laps; the other one first in every second."""
     settings = {**os.environ, "LOOPVISOR_CACHE": str(folder / "cache")}
     target = folder / "layout"
-    vmm = str(Path(sys.executable).with_name("vmm"))
     pull_layers = [sys.executable, "-c", PULL_LAYERS, reference]
-    pull = [vmm, "images", "pull", f"oci:{reference}"]
+    pull = [VMM, "images", "pull", f"oci:{reference}"]
     copy = ["skopeo", "copy", "--src-tls-verify=false", f"docker://{reference}", f"oci:{target}:latest"]
 
     def clean() -> None:
@@ -150,16 +151,15 @@ def runs(folder: Path, name: str) -> Iterator[dict[str, object]]:
 
     cache = folder / "cache"
     settings = {**os.environ, "LOOPVISOR_CACHE": str(cache), "XDG_RUNTIME_DIR": str(folder)}
-    vmm = str(Path(sys.executable).with_name("vmm"))
-    command = [vmm, "run", "--core", "soft", name, "--", "/bin/true"]
-    warm = [vmm, "run", "--core", "soft", "--warm", name, "--", "/bin/true"]
+    command = [VMM, "run", "--core", "soft", name, "--", "/bin/true"]
+    warm = [VMM, "run", "--core", "soft", "--warm", name, "--", "/bin/true"]
     try:
         builder.build("container")
     except ImageError as error:
         yield {"name": "vmm run oci:", "value": None, "unit": "s", "note": f"no kernel for container images: {error}"}
         return
     shutil.rmtree(cache, ignore_errors=True)
-    spent([vmm, "images", "build", "container"], settings)
+    spent([VMM, "images", "build", "container"], settings)
     yield {"name": "vmm run oci:… -- true, first: pulls", "value": round(spent(command, settings).wall, 3), "unit": "s"}
     next_ones = [spent(command, settings).wall for _ in range(LAPS)]
     yield {"name": "vmm run oci:… -- true, next", "value": round(statistics.median(next_ones), 3), "unit": "s"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import vmm
-from tests.support import passt
+from tests.support import passt, programs
 from tests.support.guestprograms import install
 from tests.support.passt import FAR
 from vmm.config import Net
@@ -51,7 +50,7 @@ async def _measured() -> dict[tuple[str, str], list[float]]:
 
 def rows() -> Iterator[dict[str, object]]:
     """Each way with a policy, and its ratio to the same without."""
-    missing = [name for name in ("ip", "iperf3", "passt") if shutil.which(name) is None]
+    missing = programs.missing(("ip", "iperf3", "passt"))
     if missing or os.geteuid() or passt.why_not():
         note = f"not here: {', '.join(missing) or passt.why_not() or 'needs root'}"
         yield {"name": "network policy", "value": None, "unit": "", "note": note}
