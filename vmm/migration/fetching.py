@@ -61,7 +61,7 @@ class Fetching:
         StateError, HostError."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._joined.wait()  # it was made before, and may still be shaking hands
+                await self._joined.wait()  # the source has connected it already, but its handshake may still go on
         except TimeoutError:
             raise StateError("pages are missing, and there is no connection for them") from None
         assert self._link is not None

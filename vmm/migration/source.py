@@ -69,7 +69,7 @@ LOCK_SECONDS = 10.0
 ROUND_SECONDS = 3600.0
 """How long what was sent may take to arrive over a slow link; silence ends it sooner."""
 LOOK_SECONDS = 0.2
-"""How often it is told how far it is."""
+"""How often progress is reported."""
 BUILD_SECONDS = 120.0
 """How long the other side may take to build the machine."""
 
@@ -143,7 +143,7 @@ class Outgoing:
         self._rate = 0.0
         """Bytes a second that the connections carry while nothing holds them back; 0: not known yet."""
         self._round_before = 0
-        """What had been sent when the round began."""
+        """_carried when the round began."""
         self._task: asyncio.Task[Any] | None = None
         self._cancelled = False
         self._sent_before = 0
@@ -245,9 +245,14 @@ class Outgoing:
         self.progress.phase = phase
         self._report()
 
+    @property
+    def _carried(self) -> int:
+        """Bytes over the present connections."""
+        return sum(link.sent for link in self._links)
+
     def _report(self) -> None:
         serving = self._serving
-        self.progress.sent = self._sent_before + sum(link.sent for link in self._links)
+        self.progress.sent = self._sent_before + self._carried
         if serving is not None:
             sent, _, _, self.progress.asked, left = serving.counts
             self.progress.sent += sent
@@ -265,7 +270,7 @@ class Outgoing:
                     await self._threads.call(link.send_message, Kind.PING)
 
     async def _look(self) -> None:
-        """So that everybody sees how far it is."""
+        """So that whoever follows it sees progress while nothing else reports it."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             self._report()
@@ -481,7 +486,7 @@ class Outgoing:
         """Tell how far a round of `size` bytes of memory is."""
         progress = self.progress
         progress.remaining = max(size - self._pages.handled * protocol.PAGE, 0)
-        sent = sum(link.sent for link in self._links) - self._round_before
+        sent = self._carried - self._round_before
         progress.rate = int(sent / timing.seconds)
         progress.expected_downtime = planner.expected_downtime(
             progress.remaining + self._storage.remaining, self._rate or sent / timing.unhindered
@@ -496,7 +501,7 @@ class Outgoing:
         """Send these pages and what disks have."""
         pages, progress = self._pages, self.progress
         pages.begin_round()
-        self._round_before = sum(link.sent for link in self._links)
+        self._round_before = self._carried
         if self._storage.remaining:
             await self._threads.call(self._storage.send, self._links[0])
         work = pages.pieces(bitmaps)
@@ -508,7 +513,7 @@ class Outgoing:
             progress.unchanged += sent.unchanged
             self._rest += sent.rest
         progress.rounds += 1
-        self._round_bytes = sum(link.sent for link in self._links) - self._round_before
+        self._round_bytes = self._carried - self._round_before
 
     async def _round_done(self) -> None:
         """Until the other side has all of the round."""
