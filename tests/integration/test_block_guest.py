@@ -6,6 +6,7 @@ On each core that runs stock kernels.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 import random
@@ -20,8 +21,7 @@ import pytest
 
 import vmm
 from images import catalog
-from images.errors import ImageError
-from tests.support import programs
+from tests.support import linuximage, programs
 from tests.support.debian import PATIENCE
 from vmm.config import Disk
 
@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(programs.missing(["e2fsck", "debugfs"])), reason="e2fsprogs is not installed"),
 ]
 SECONDS = 120 * PATIENCE
+sh = functools.partial(linuximage.sh, seconds=SECONDS)
 MIB = 1 << 20
 
 WAYS = [
@@ -59,26 +60,13 @@ def disk(path: Path, way: Way, **options: Any) -> Disk:
     return Disk(path=path, transport=transport, io=io, cache=cache, **options)  # type: ignore[arg-type]
 
 
-def image() -> catalog.Image:
-    try:
-        return catalog.resolve("linux", build=True)
-    except ImageError as error:
-        pytest.skip(f"the image linux cannot be built here: {error}")
-
-
 def root_copy(folder: Path) -> tuple[catalog.Image, Path]:
     """The image, and a copy of its root disk to write to."""
-    found = image()
+    found = linuximage.need()
     assert found.disk is not None
     path = folder / "root.img"
     shutil.copyfile(found.disk, path)
     return found, path
-
-
-async def sh(vm: vmm.VirtualMachine, script: str) -> str:
-    """Run a script in the guest; its output. GuestError if it fails."""
-    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
-    return result.stdout.decode()
 
 
 async def disks_by_id(vm: vmm.VirtualMachine) -> dict[str, str]:
@@ -121,7 +109,7 @@ FIO = (
 @pytest.mark.skipif(bool(programs.missing(["fio"])), reason="fio is not installed")
 async def test_fio_verifies(tmp_path: Path, stock_core: Any, way: Way) -> None:
     """Random and sequential writes that fio reads back, and its own proof that it would have seen a wrong byte."""
-    image()
+    linuximage.need()
     data = tmp_path / "data"
     data.write_bytes(random.Random(1).randbytes(16 * MIB))
     tools = programs.tools(tmp_path, ["fio"])
@@ -151,7 +139,7 @@ async def test_fio_verifies(tmp_path: Path, stock_core: Any, way: Way) -> None:
 @pytest.mark.skipif(bool(programs.missing(["blkdiscard", "fallocate"])), reason="util-linux is not installed")
 async def test_what_a_disk_can_do(tmp_path: Path, stock_core: Any, way: Way) -> None:
     """Discard, write-zeroes, topology, serial number, cache mode and queues, as Linux sees them."""
-    image()
+    linuximage.need()
     data = tmp_path / "data"
     content = random.Random(2).randbytes(8 * MIB)
     data.write_bytes(content)

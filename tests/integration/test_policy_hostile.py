@@ -4,6 +4,7 @@ allowed, and nothing else."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import struct
 import sys
@@ -12,9 +13,7 @@ from pathlib import Path
 import pytest
 
 import vmm
-from images import catalog
-from images.errors import ImageError
-from tests.support import netns, passt
+from tests.support import linuximage, netns, passt
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import static
 from tests.support.passt import FAR
@@ -24,6 +23,7 @@ from vmm.config import Net
 
 pytestmark = [pytest.mark.debian, pytest.mark.root]
 SECONDS = 240 * PATIENCE
+sh = functools.partial(linuximage.sh, seconds=SECONDS)
 OTHER = "10.214.7.2"
 FAR_6, OTHER_6 = "fd00:7::3", "fd00:7::2"
 SNIFFER = """
@@ -104,19 +104,11 @@ def attempts(mac: bytes, gateway: bytes, own: str, own_6: str) -> list[bytes]:
     return found
 
 
-async def sh(vm: vmm.VirtualMachine, script: str) -> str:
-    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
-    return result.stdout.decode()
-
-
 async def test_only_what_is_allowed_gets_out(stock_core: str, tmp_path: Path) -> None:
     netns.need("passt")
     passt.need()
     program = static("sendframes")
-    try:
-        catalog.resolve("linux", build=True)
-    except ImageError as error:
-        pytest.skip(f"the image linux cannot be built here: {error}")
+    linuximage.need()
     with passt.networks(tmp_path) as (near, far):
         near.ip("addr", "add", "fd00:7::1/64", "dev", "eth0", "nodad")
         near.ip("route", "add", "default", "via", OTHER_6)

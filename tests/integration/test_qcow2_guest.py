@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import vmm
-from tests.integration.test_block_guest import MACHINE, MIB, RECORDS, SECONDS, file_of, fsck, image, replay, sh
-from tests.support import programs
+from tests.integration.test_block_guest import MACHINE, MIB, RECORDS, SECONDS, file_of, fsck, replay, sh
+from tests.support import linuximage, programs
 from tests.support.qcow2 import needs_qemu_img, our_check, qemu
 from vmm import disks
 from vmm.config import Disk
@@ -34,7 +34,7 @@ ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way[0])
 
 def root_over(folder: Path, options: dict[str, Any]) -> tuple[Any, Path]:
     """The image "linux", and an overlay over a copy of its root disk."""
-    found = image()
+    found = linuximage.need()
     assert found.disk is not None
     shutil.copyfile(found.disk, folder / "base.img")
     top = folder / "top.qcow2"

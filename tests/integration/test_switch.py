@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import os
 import signal
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 
 import vmm
-from images import catalog
-from images.errors import ImageError
+from tests.support import linuximage
 from tests.support.debian import PATIENCE
 
 pytestmark = [pytest.mark.debian]
 SECONDS = 240 * PATIENCE
+sh = functools.partial(linuximage.sh, seconds=SECONDS)
 SETTLE = (
     "for i in $(seq 100); do pidof udhcpc >/dev/null && break; sleep 0.1; done; "
     "while pidof udhcpc >/dev/null; do killall -9 udhcpc; sleep 0.1; done; "
@@ -32,15 +33,7 @@ LISTENS = "until grep -q ':0050 [0-9A-F:]* 0A' /proc/net/tcp /proc/net/tcp6; do 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    try:
-        catalog.resolve("linux", build=True)
-    except ImageError as error:
-        pytest.skip(f"the image linux cannot be built here: {error}")
-
-
-async def sh(vm: vmm.VirtualMachine, script: str) -> str:
-    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
-    return result.stdout.decode()
+    linuximage.need()
 
 
 async def test_two_guests_and_a_copy(stock_core: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ On each core that runs stock kernels.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,8 +16,7 @@ from typing import Any
 import pytest
 
 import vmm
-from images import catalog
-from images.errors import ImageError
+from tests.support import linuximage
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import static
 from virtio.devices.console import ConsoleDevice
@@ -25,20 +25,8 @@ from vmm.config import Disk, PortConfig
 pytestmark = [pytest.mark.debian]
 TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
 SECONDS = 90 * PATIENCE
+sh = functools.partial(linuximage.sh, seconds=SECONDS)
 HVC0 = "console=hvc0 panic=-1 cryptomgr.notests no_timer_check"
-
-
-def image() -> catalog.Image:
-    try:
-        return catalog.resolve("linux", build=True)
-    except ImageError as error:
-        pytest.skip(f"the image linux cannot be built here: {error}")
-
-
-async def sh(vm: vmm.VirtualMachine, script: str) -> str:
-    """Run a script in the guest; its output. GuestError if it fails."""
-    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
-    return result.stdout.decode()
 
 
 async def on_its_transport(vm: vmm.VirtualMachine, module: str, transport: str) -> None:
@@ -74,7 +62,7 @@ async def packed_devices(vm: vmm.VirtualMachine) -> dict[str, bool]:
 @pytest.mark.parametrize("machine", [False, True])
 async def test_packed_rings_are_asked_for(tmp_path: Path, stock_core: Any, machine: bool) -> None:
     """By `packed` of a disk, or of the whole machine; the guest's driver takes them and works."""
-    image()
+    linuximage.need()
     content = os.urandom(1 << 20)
     (tmp_path / "disk").write_bytes(content)
     disk = Disk.parse(f"{tmp_path / 'disk'},id=mine{'' if machine else ',packed'}")
@@ -88,7 +76,7 @@ async def test_packed_rings_are_asked_for(tmp_path: Path, stock_core: Any, machi
 
 async def test_disks_over_pci_and_mmio(tmp_path: Path, stock_core: Any) -> None:
     """What the guest reads is what the image holds, and the other way round; also read-only and O_DIRECT."""
-    image()
+    linuximage.need()
     content = os.urandom(4 << 20)
     disks: Sequence[Disk] = [
         Disk(path=tmp_path / "pci", id="pcidisk"),
@@ -124,7 +112,7 @@ async def test_disks_over_pci_and_mmio(tmp_path: Path, stock_core: Any) -> None:
 @TRANSPORTS
 async def test_named_ports(tmp_path: Path, stock_core: Any, transport: str) -> None:
     """hvc0 joins the console; each named port is a socket, both ways; the size of the terminal follows."""
-    image()
+    linuximage.need()
     names = ("org.test.one", "org.test.two")
     ports = tuple(PortConfig(name=name, path=tmp_path / name) for name in names)
     async with vmm.run(
@@ -159,7 +147,7 @@ async def test_named_ports(tmp_path: Path, stock_core: Any, transport: str) -> N
 @TRANSPORTS
 async def test_a_shell_on_hvc0(stock_core: Any, transport: str) -> None:
     """The kernel's console and a shell on hvc0: what is typed goes there, what it says comes back."""
-    image()
+    linuximage.need()
     async with vmm.run(
         "linux", core=stock_core, cmdline=HVC0, hvc=True, transport=transport, timeout=SECONDS
     ) as vm:
@@ -178,7 +166,7 @@ async def test_a_shell_on_hvc0(stock_core: Any, transport: str) -> None:
 @TRANSPORTS
 async def test_vsock_both_ways(tmp_path: Path, stock_core: Any, transport: str) -> None:
     """A megabyte is echoed: by the guest to a host that says CONNECT, and by the host to the guest."""
-    image()
+    linuximage.need()
     program = static("vsock")
     body = os.urandom(1 << 20)
     base = tmp_path / "vsock"
@@ -225,7 +213,7 @@ async def test_vsock_both_ways(tmp_path: Path, stock_core: Any, transport: str) 
 
 @TRANSPORTS
 async def test_entropy(stock_core: Any, transport: str) -> None:
-    image()
+    linuximage.need()
     async with vmm.run("linux", core=stock_core, transport=transport, timeout=SECONDS) as vm:
         await on_its_transport(vm, "virtio_rng", transport)
         assert (await sh(vm, "cat /sys/class/misc/hw_random/rng_current")).startswith("virtio_rng")
@@ -245,7 +233,7 @@ def jump(vm: vmm.VirtualMachine, name: str) -> None:
 async def test_a_broken_ring_hurts_nobody_else(tmp_path: Path, stock_core: Any) -> None:
     """A disk's ring becomes malformed under a running guest: that device needs a reset. The guest's other devices and
     another machine in the same loop go on."""
-    image()
+    linuximage.need()
     disks = [Disk(path=tmp_path / name, id=name) for name in ("broken", "sound")]
     for disk in disks:
         disk.path.write_bytes(os.urandom(4 << 20))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import ipaddress
 import json
@@ -20,9 +21,7 @@ from typing import Any, Literal, cast
 import pytest
 
 import vmm
-from images import catalog
-from images.errors import ImageError
-from tests.support import netns, passt, pcap
+from tests.support import linuximage, netns, passt, pcap
 from tests.support.debian import PATIENCE
 from tests.support.guestprograms import install
 from tests.support.netns import Namespace
@@ -33,24 +32,12 @@ from vmm.config import Net
 
 pytestmark = [pytest.mark.debian]
 SECONDS = 120 * PATIENCE
+sh = functools.partial(linuximage.sh, seconds=SECONDS)
 HOST, GUEST = "10.213.7.1", "10.213.7.2"
 TRANSPORTS = pytest.mark.parametrize("transport", ["pci", "mmio"])
 Transport = Literal["pci", "mmio"]
 LISTENS = 'until grep -q ":$(printf %04X {port}) [0-9A-F:]* 0A" /proc/net/tcp /proc/net/tcp6; do sleep 0.05; done'
 """Wait in the guest until somebody listens on a port."""
-
-
-def image() -> None:
-    try:
-        catalog.resolve("linux", build=True)
-    except ImageError as error:
-        pytest.skip(f"the image linux cannot be built here: {error}")
-
-
-async def sh(vm: vmm.VirtualMachine, script: str) -> str:
-    """Run a script in the guest; its output. GuestError if it fails."""
-    result = await vm.exec("sh", "-c", script, timeout=SECONDS, check=True)
-    return result.stdout.decode()
 
 
 def card(vm: vmm.VirtualMachine) -> NetDevice:
@@ -98,7 +85,7 @@ async def tap_guest(
 ) -> AsyncIterator[tuple[vmm.VirtualMachine, Namespace, str]]:
     """(a running guest with address GUEST, the namespace at the other end of its cable with HOST, the tap's name)"""
     netns.need("iperf3")
-    image()
+    linuximage.need()
     name = f"lvt{os.getpid() % 1000000}{transport[0]}"
     queues = options.pop("queues", 1)
     net = Net(kind="tap", target=name, transport=transport, queues=queues)
@@ -214,7 +201,7 @@ async def test_passt(
 ) -> None:
     """DHCP, ping, downloads and iperf3 both ways, without privileges; ports that lead to the guest."""
     _, far = passt_networks
-    image()
+    linuximage.need()
     net = Net(kind="user", transport=transport, forward="8080:80+5202:5202")
     async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
         await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
@@ -241,7 +228,7 @@ async def test_a_policy_lets_through_what_it_allows_alone(
 
     monkeypatch.setattr(policed, "host_addresses", resolve)
     _, far = passt_networks
-    image()
+    linuximage.need()
     await far.listen(5201, "iperf3", "-s", "-B", FAR)
     await far.listen(5203, "iperf3", "-s", "-p", "5203", "-B", FAR)
     net = Net(kind="user", allow="far.test:5201+10.214.7.9:80", forward="5202:5202")
@@ -296,7 +283,7 @@ async def change_while_it_runs(vm: vmm.VirtualMachine, call: str) -> None:
 async def test_a_recording_holds_every_frame(tmp_path: Path, stock_core: str, transport: Transport) -> None:
     """What the guest downloaded can be put together again from the pcap file; so can how it got its address."""
     passt.need()
-    image()
+    linuximage.need()
     body = os.urandom(1 << 20)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
