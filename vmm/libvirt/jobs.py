@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmm.config import PAGE
 from vmm.libvirt.events import DomainEvent
 from vmm.libvirt.wire import Param, boolean_param, int_param, ullong_param
 
@@ -78,8 +79,8 @@ def job_params(job: dict[str, Any]) -> list[Param]:
         "time_elapsed": _elapsed(job),
         "data_total": sent + left, "data_processed": sent, "data_remaining": left,
         "memory_total": sent + left, "memory_processed": sent, "memory_remaining": left,
-        "memory_bps": int(job.get("rate", 0)), "memory_dirty_rate": int(job.get("dirty_rate", 0)) // 4096,
-        "memory_page_size": 4096, "memory_iteration": int(job.get("rounds", 0)) + ("ended" not in job),
+        "memory_bps": int(job.get("rate", 0)), "memory_dirty_rate": int(job.get("dirty_rate", 0)) // PAGE,
+        "memory_page_size": PAGE, "memory_iteration": int(job.get("rounds", 0)) + ("ended" not in job),
         "downtime": stood,
     }  # fmt: skip
     params = [int_param("operation", MIGRATION_OUT), *(ullong_param(name, value) for name, value in values.items())]
