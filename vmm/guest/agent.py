@@ -212,12 +212,13 @@ class Agent:
         user: Text = "",
         timeout: float | None = None,
         check: bool = False,
+        limit: int | None = None,
     ) -> ExecResult:
         """Run a program to its end. TimeoutError after `timeout` seconds (it is killed); with `check`, GuestError if
-        its status is not 0."""
+        its status is not 0. `limit`: bytes of each output that are kept; None: all."""
         async with asyncio.timeout(timeout):
             async with await self.start_process(*arguments, env=env, cwd=cwd, user=user) as process:
-                result = await process.communicate(input)
+                result = await process.communicate(input, limit=limit)
         return result.check() if check else result
 
     async def copy_in(self, source: Path | str, target: Text) -> None:
@@ -244,6 +245,3 @@ class Agent:
     def _fail(self, why: str) -> None:
         self._ready.set_exception(GuestError(why))
         self._ready.exception()
-
-
-

@@ -6,7 +6,6 @@ one has no answer. Everything that comes from the guest is hostile: it is bounde
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ ANSWER_SECONDS = 5.0
 MAX_OUTPUT = 64 << 10
 MAX_KEPT = 1 << 20
 """Bytes of a program's output, and of its errors, that are kept; the guest may send any number."""
-MAX_MOUNTS = 1000
+MAX_LISTED = 1000
+"""File systems, or processors, of a guest; what it lists beyond them is left out."""
 FREEZE_SECONDS = 60.0
 """How long file systems may take to write out what they have."""
 MAX_KEYS = 2048
@@ -49,8 +49,7 @@ async def execute(domain: Domain, arguments: list[str], data: bytes | None, seco
             Code.ARGUMENT_UNSUPPORTED, "the domain has no guest agent (agent='on' in <loopvisor:machine>)"
         )
     try:
-        async with asyncio.timeout(seconds), await agent_of(entry).start_process(*arguments) as process:
-            return await process.communicate(data, limit=MAX_KEPT)
+        return await agent_of(entry).exec(*arguments, input=data, timeout=seconds, limit=MAX_KEPT)
     except TimeoutError:
         raise LibvirtError(Code.AGENT_UNRESPONSIVE, f"no answer within {seconds:g} s") from None
     except VmmError as error:
@@ -100,7 +99,7 @@ class Mounted(NamedTuple):
 async def mounts(domain: Domain) -> list[Mounted]:
     """The guest's file systems that are on disks and may be written, in the order of mounting. Raises LibvirtError."""
     found: list[Mounted] = []
-    for line in (await run(domain, "cat", "/proc/self/mounts")).splitlines()[:MAX_MOUNTS]:
+    for line in (await run(domain, "cat", "/proc/self/mounts")).splitlines()[:MAX_LISTED]:
         words = line.split()
         if len(words) >= 4 and words[0].startswith("/dev/") and "rw" in words[3].split(","):
             point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[1])
@@ -199,7 +198,7 @@ CPUS = "for at in /sys/devices/system/cpu/cpu[0-9]*; do echo ${at##*cpu} $(cat $
 
 async def cpus(domain: Domain) -> list[GuestCpu]:
     """The guest's processors. Raises LibvirtError."""
-    told = re.findall(r"^(\d{1,5}) ([01-])$", await run(domain, "sh", "-c", CPUS), re.MULTILINE)[:MAX_MOUNTS]
+    told = re.findall(r"^(\d{1,5}) ([01-])$", await run(domain, "sh", "-c", CPUS), re.MULTILINE)[:MAX_LISTED]
     return sorted(GuestCpu(int(number), state != "0", state == "-") for number, state in told)
 
 
