@@ -1,9 +1,10 @@
 /* virtio._ring.Fence. */
 #include "fence.h"
+#include "replies.h"
 
 #include <string.h>
 
-enum { PROTOCOL_ICMP = 1, PROTOCOL_UDP = 17, PROTOCOL_ICMPV6 = 58, PORT_DNS = 53, PORT_DHCP = 67, REPLIES_MAX = 256,
+enum { PROTOCOL_ICMP = 1, PROTOCOL_UDP = 17, PROTOCOL_ICMPV6 = 58, PORT_DNS = 53, PORT_DHCP = 67,
        ECHO_REPLY = 0, ECHO_REQUEST_6 = 128, ECHO_REPLY_6 = 129 };
 
 /* What the first bytes of a frame of `length` bytes in all say. */
@@ -120,12 +121,7 @@ static int ask(FenceObject *self, PyObject *frame, bool outgoing, enum reading k
 
 static int reply(FenceObject *self, const uint8_t *frame, size_t length)
 {
-    if (PyList_GET_SIZE(self->replies) >= REPLIES_MAX)
-        return 0;
-    PyObject *one = PyBytes_FromStringAndSize((const char *)frame, (Py_ssize_t)length);
-    int failed = !one || PyList_Append(self->replies, one);
-    Py_XDECREF(one);
-    return failed ? -1 : 0;
+    return replies_full(self->replies) ? 0 : replies_add(self->replies, frame, length);
 }
 
 /* The frame in `iov`, but its beginning as it was judged. */
@@ -345,11 +341,7 @@ static PyObject *py_reply(FenceObject *self, PyObject *args)
 
 static PyObject *py_replies(FenceObject *self, PyObject *Py_UNUSED(ignored))
 {
-    PyObject *empty = PyList_New(0), *found = self->replies;
-    if (!empty)
-        return NULL;
-    self->replies = empty;
-    return found;
+    return replies_take(&self->replies);
 }
 
 static PyObject *py_close(FenceObject *self, PyObject *Py_UNUSED(ignored))

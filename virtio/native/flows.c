@@ -1,9 +1,8 @@
 /* virtio._ring.Flows. */
 #include "flows.h"
+#include "replies.h"
 
 #include <string.h>
-
-enum { REPLIES_MAX = 256 };
 
 /* Of one connection: the hardware addresses may change. */
 static bool same(const struct flow *a, const struct flow *b)
@@ -69,11 +68,6 @@ static int note(FlowsObject *self, const struct segment_seen *seen, uint8_t dire
     return 0;
 }
 
-static PyObject *frame_bytes(const uint8_t *frame, size_t length)
-{
-    return PyBytes_FromStringAndSize((const char *)frame, (Py_ssize_t)length);
-}
-
 int flows_replace(FlowsObject **to, PyObject *given)
 {
     if (given != Py_None && !PyObject_TypeCheck(given, &flows_type)) {
@@ -94,13 +88,10 @@ int flows_outgoing(FlowsObject *self, const uint8_t *head, size_t length)
         return note(self, &seen, 1);
     /* RFC 9293, 3.10.7.1: "An incoming segment containing a RST is discarded. An incoming segment not containing a RST
      * causes a RST to be sent in response." */
-    if (seen.flags & TCP_RST || PyList_GET_SIZE(self->replies) >= REPLIES_MAX)
+    if (seen.flags & TCP_RST || replies_full(self->replies))
         return 1;
     uint8_t frame[FLOW_ANSWER];
-    PyObject *reply = frame_bytes(frame, tcp_reset_sender(frame, &seen, true));
-    int failed = !reply || PyList_Append(self->replies, reply);
-    Py_XDECREF(reply);
-    return failed ? -1 : 1;
+    return replies_add(self->replies, frame, tcp_reset_sender(frame, &seen, true)) ? -1 : 1;
 }
 
 int flows_incoming(FlowsObject *self, const uint8_t *head, size_t length)
@@ -151,11 +142,7 @@ static PyObject *py_incoming(FlowsObject *self, PyObject *args)
 
 static PyObject *py_replies(FlowsObject *self, PyObject *Py_UNUSED(ignored))
 {
-    PyObject *empty = PyList_New(0), *found = self->replies;
-    if (!empty)
-        return NULL;
-    self->replies = empty;
-    return found;
+    return replies_take(&self->replies);
 }
 
 static int clear(FlowsObject *self)
@@ -208,10 +195,8 @@ static PyObject *py_forgotten(FlowsObject *self, PyObject *given)
         }
         memcpy(&flow, bytes, sizeof flow);
         uint8_t frame[FLOW_ANSWER];
-        PyObject *probe = frame_bytes(frame, tcp_segment(frame, &flow, TCP_ACK, 0, 0));
-        if (!probe || PyList_Append(self->replies, probe))
+        if (replies_add(self->replies, frame, tcp_segment(frame, &flow, TCP_ACK, 0, 0)))
             Py_CLEAR(saved);
-        Py_XDECREF(probe);
     }
     if (!saved)
         return NULL;
