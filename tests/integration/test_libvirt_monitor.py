@@ -83,6 +83,10 @@ def test_processors_of_the_host(daemon: DaemonProcess) -> None:
     daemon.virsh("vcpupin", "p", "0", "r", "--live", "--config")  # any processor
     wait_for(lambda: {0, 1} <= os.sched_getaffinity(threads.shared), "it is pinned on")
     assert "vcpupin" not in daemon.virsh("dumpxml", "p")
+    daemon.virsh("emulatorpin", "p", "r", "--live")
+    others = {frozenset(os.sched_getaffinity(one)) for one in threads_of(daemon.pid("p")).others}
+    assert others == {frozenset(os.sched_getaffinity(0))}
+    assert "emulatorpin" not in daemon.virsh("dumpxml", "p")
     assert "vcpu 3" in daemon.virsh("vcpupin", "p", "3", "0", "--config", ok=False).lower()
     daemon.virsh("vcpupin", "p", "0", "0", ok=False, read_only=True)
     daemon.virsh("destroy", "p")
