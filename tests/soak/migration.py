@@ -66,7 +66,7 @@ class Failure(Exception):
 def compiled(folder: Path, source: Path) -> Path:
     """A program of one C file."""
     program = folder / source.stem
-    command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", program, source]
+    command: list[str | Path] = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", program, source]
     subprocess.run(command, check=True, capture_output=True)
     return program
 
@@ -309,7 +309,8 @@ class Soak:
         sessions, iperf3, transfers = self._clients
         for client in self._clients:
             client.check()
-        sessions.fresh(), iperf3.fresh()
+        for client in (sessions, iperf3):
+            client.fresh()  # lines of before do not count
         before = self._transfers()
         lines: list[list[str]] = []
         ways: set[str] = set()
@@ -325,9 +326,13 @@ class Soak:
                     ways.update([found[1]] if float(found[2]) else [])
             return len(ways) == 2
 
+        def transferred() -> bool:
+            transfers.check()
+            return self._transfers() > before
+
         self._until("the SSH sessions stand still", ssh)
         self._until("iperf3 stands still", both_ways)
-        self._until("the transfers stand still", lambda: (transfers.check(), self._transfers() > before)[1])
+        self._until("the transfers stand still", transferred)
         self.silences.append(max(float(line[2]) for line in lines))
         self.told = f"{lines[-1][0]} lines and {lines[-1][1]} sums by ssh, {self._transfers()} transfers, {self._now}"
 
@@ -339,11 +344,13 @@ class Soak:
 
     def got_on(self) -> None:
         """Failure if the guest's slow work has not got on since the last call."""
-        self._until("fio or the compiler stand still", lambda: (self._look(), self._all_more())[1])
-        self._counts = self._now
 
-    def _all_more(self) -> bool:
-        return all(self._now[name] > self._counts[name] for name in SLOW)
+        def more() -> bool:
+            self._look()
+            return all(self._now[name] > self._counts[name] for name in SLOW)
+
+        self._until("fio or the compiler stand still", more)
+        self._counts = self._now
 
     def finish(self) -> None:
         """The guest shuts down; its disks are clean. Failure."""
