@@ -331,7 +331,7 @@ class Planner:
         self._rounds += 1
         goal = self._options.downtime
         if self.expected_downtime(remaining, rate) <= goal:
-            # Another round is cheap while each leaves less than half, and the machine stands still for the less.
+            # While each round leaves less than half, another one is cheap and makes the standstill shorter.
             if self._polish < MAX_POLISH and remaining <= sent // 2 and remaining > rate * WORTH_SECONDS:
                 self._polish += 1
                 return "again"
