@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.pc import SECOND, Pc
 from vmm.devices.rtc import Rtc
+from vmm.state.payload import decode, encode
 
 GSI = 8
 
@@ -149,6 +150,18 @@ def test_state_moves_with_its_alarm() -> None:
     assert other.date() == cmos.date() and other.rtc.save() == cmos.rtc.save()
     other.pc.clock.advance(65 * SECOND)
     assert other.line
+
+
+def test_a_time_in_another_millennium_moves() -> None:
+    """A guest may set any year, however far that is from the machine's wall clock."""
+    cmos = Cmos()
+    cmos.put(0x32, 0x99), cmos.put(9, 0x99)
+    assert cmos.date()[:2] == (0x99, 0x99)
+    other = Cmos()
+    other.rtc.restore(decode(other.rtc, "rtc", encode(cmos.rtc.save())))
+    assert other.date() == cmos.date()
+    other.put(0x32, 0x20)
+    assert other.date()[:2] == (0x20, 0x99)
 
 
 @settings(max_examples=150, deadline=None)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from cpu.contract import Space
-from cpu.values import I64, U8, dataclass
+from cpu.values import U8, dataclass
+from vmm.errors import StateError
 from vmm.machine import layout
 from vmm.machine.interfaces import Assembly, Board, TimerHandle
 
@@ -48,7 +49,8 @@ class RtcState:
     version: ClassVar = 1
     index: Annotated[int, range(SIZE)]
     ram: Annotated[bytes, range(SIZE, SIZE + 1)]
-    offset_ns: I64
+    offset_ns: Annotated[int, range(-(1 << 69), 1 << 69)]
+    """From any moment of the machine's wall clock to any second that can be shown."""
     frozen: Annotated[int, range(FIRST_SECOND, LAST_SECOND + 1)] | None
     """The second shown while SET is on."""
     wanted_day: U8 | None
@@ -176,7 +178,7 @@ class Rtc:
         if self._frozen is not None:
             self._frozen = moment
         else:
-            self._offset_ns += (moment - self._second()) * SECOND
+            self._offset_ns += (moment - self._time_ns() // SECOND) * SECOND
         self._seen_ns = self._time_ns()
 
     # Flags and interrupts
@@ -341,6 +343,9 @@ class Rtc:
         )
 
     def restore(self, state: RtcState) -> None:
+        """Raises StateError."""
+        if bool(state.ram[REGISTER_B] & SET) != (state.frozen is not None):
+            raise StateError("rtc: frozen: the clock stands while SET is on, and only then")
         self._index, self._flags = state.index, state.flags & (PF | AF | UF)
         self._ram[:] = state.ram
         self._offset_ns = state.offset_ns
