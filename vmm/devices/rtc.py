@@ -53,7 +53,7 @@ class RtcState:
     """From any moment of the machine's wall clock to any second that can be shown."""
     frozen: Annotated[int, range(FIRST_SECOND, LAST_SECOND + 1)] | None
     """The second shown while SET is on."""
-    wanted_day: U8 | None
+    wanted_day: Annotated[int, range(1, 32)] | None
     """The day last written while SET is on."""
     flags: U8
 
