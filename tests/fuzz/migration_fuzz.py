@@ -18,8 +18,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ import vmm
 from vmm import _native
 from vmm.errors import VmmError
 from vmm.lifecycle import State
+from vmm.migration import fetching, protocol
 from vmm.migration import link as links
-from vmm.migration import protocol
 from vmm.migration.protocol import HEADER, Kind
 from vmm.migration.target import Receiver
 
 OPTIONS: dict[str, Any] = {"memory": "32M", "platform": "pc"}
 Frame = tuple[Kind, int, bytes]
+WORKERS = 6
 
 
 def split(data: bytes) -> list[Frame]:
@@ -157,9 +160,9 @@ def _hello(frames: list[Frame]) -> list[Frame]:
     return [frame for frame in frames if frame[0] is Kind.HELLO]
 
 
-async def attack(folder: Path, stream: bytes, pages: bytes | None = None, head: int = 0) -> str:
-    """Give a receiver this stream, and the other as its page link after `head` bytes of the first; how it ended."""
-    path = folder / "target"
+async def attack(path: Path, stream: bytes, pages: bytes | None = None, head: int = 0) -> str:
+    """Give a receiver at a socket this stream, and the other as its page link after `head` bytes of the first; how it
+    ended."""
     async with Receiver(f"unix:{path}", name="") as receiver:
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX) as client:
@@ -182,12 +185,12 @@ async def attack(folder: Path, stream: bytes, pages: bytes | None = None, head: 
                     if second is not None:
                         await _until(lambda: second.done() or reading.done())
                 client.shutdown(socket.SHUT_WR)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(20):
-                    await reading
             if second is not None:
                 second.cancel()
                 await asyncio.gather(second, return_exceptions=True)
+            await _until(lambda: reading.done() or _awaits_its_source(receiver), seconds=20)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
         session = receiver.session
         if session is None:
             return "refused"
@@ -207,9 +210,16 @@ def _joined(receiver: Receiver) -> bool:
     return session is not None and session.fetching is not None and session.fetching.joined
 
 
-async def _until(condition: Callable[[], bool]) -> None:
-    """Wait for it, a second at most."""
-    deadline = time.monotonic() + 1.0
+def _awaits_its_source(receiver: Receiver) -> bool:
+    """The machine runs here without all of its memory: it stands, and the first connection stays open, until its
+    source has come back."""
+    session = receiver.session
+    return session is not None and session.phase == "running" and session.vm.obstacle is not None
+
+
+async def _until(condition: Callable[[], bool], seconds: float = 1.0) -> None:
+    """Wait for it, so many seconds at most."""
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         await asyncio.sleep(0.001)
 
@@ -231,45 +241,69 @@ async def _second(path: Path, receiver: Receiver, pages: bytes) -> None:
             await asyncio.gather(sending, return_exceptions=True)
 
 
+@dataclass
+class Recorded:
+    """Good streams: a migration's, and one's by post-copy together with its page link's, which may join after `head`
+    bytes of the first."""
+
+    frames: list[Frame]
+    main_link: list[Frame]
+    pages: list[Frame]
+    head: int
+
+
+async def worker(path: Path, chance: random.Random, good: Recorded, deadline: float, ends: Counter[str]) -> None:
+    """One damaged stream after another. AssertionError, or whatever came through, ends it with the stream in a file."""
+    whole_main, whole_pages = b"".join(map(whole, good.main_link)), b"".join(map(whole, good.pages))
+    while time.monotonic() < deadline:
+        how = chance.randrange(3)
+        stream, second = hostile(chance, good.main_link if how else good.frames), None
+        if how == 1:  # a good stream, and hostile pages
+            stream, second = whole_main, hostile(chance, good.pages)
+        elif how == 2:
+            second = whole_pages
+        try:
+            ends[await attack(path, stream, second, good.head)] += 1
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):
+                Path("migration-fuzz-failure.bin").write_bytes(stream)
+                Path("migration-fuzz-pages.bin").write_bytes(second or b"")
+            raise
+
+
 async def main(seconds: float, seed: int) -> None:
-    """Until the time is over. AssertionError, or whatever came through, ends it with the stream in a file."""
+    """Until the time is over, with several receivers at a time, since most of a stream's time is waiting."""
     chance = random.Random(seed)
-    ends: dict[str, int] = {}
+    ends: Counter[str] = Counter()
+    fetching.CONNECT_SECONDS = 1.0  # many streams never bring their page link
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         frames = await record(folder, postcopy=False)
         main_link, pages = page_link(chance, await record(folder, postcopy=True))
-        sys.stdout.write(f"seed {seed}: {len(frames)}, {len(main_link)}, {len(pages)} frames recorded\n")
-        assert await attack(folder, b"".join(map(whole, frames))) == "running"
-        good = b"".join(map(whole, pages))
         head = sum(len(whole(frame)) for frame in main_link[:2])
-        assert await attack(folder, b"".join(map(whole, main_link)), good, head) == "running"
-        deadline, count = time.monotonic() + seconds, 0
+        good = Recorded(frames, main_link, pages, head)
+        sys.stdout.write(f"seed {seed}: {len(frames)}, {len(main_link)}, {len(pages)} frames recorded\n")
+        sys.stdout.flush()
+        path = folder / "target"
+        assert await attack(path, b"".join(map(whole, frames))) == "running"
+        streams = b"".join(map(whole, main_link)), b"".join(map(whole, pages))
+        assert await attack(path, *streams, head) == "running"
+        await attack(path, hostile(chance, frames))
         loop = asyncio.get_running_loop()
         failures: list[dict[str, Any]] = []
         loop.set_exception_handler(lambda _, context: failures.append(context))
-        await attack(folder, hostile(chance, frames))
         before, open_files = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
-        while time.monotonic() < deadline:
-            how = chance.randrange(3)
-            stream, second = hostile(chance, main_link if how else frames), None
-            if how == 1:  # a good stream, and hostile pages
-                stream, second = b"".join(map(whole, main_link)), hostile(chance, pages)
-            elif how == 2:
-                second = good
-            try:
-                end = await attack(folder, stream, second, head)
-                assert not failures, failures
-            except BaseException:
-                Path("migration-fuzz-failure.bin").write_bytes(stream)
-                Path("migration-fuzz-pages.bin").write_bytes(second or b"")
-                raise
-            ends[end] = ends.get(end, 0) + 1
-            count += 1
+        deadline = time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            for number in range(WORKERS):
+                own = random.Random(seed * WORKERS + number)
+                group.create_task(worker(folder / f"target{number}", own, good, deadline, ends))
+        assert not failures, failures
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         left = len(os.listdir("/proc/self/fd")) - open_files
         assert grown < 200 << 10 and left <= 2, f"{grown} KiB more memory, {left} more descriptors"
-        sys.stdout.write(f"{count} streams: {ends}; {grown} KiB more memory, {left} more descriptors\n")
+        kinds = ", ".join(f"{end} {count}" for end, count in sorted(ends.items()))
+        sys.stdout.write(f"{ends.total()} streams: {kinds}; {grown} KiB more memory, {left} more descriptors\n")
 
 
 if __name__ == "__main__":
