@@ -8,11 +8,11 @@ Blocks that are zeroes throughout stay holes of the image's file. The same tree 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import stat
 import struct
 from collections.abc import Iterable
-from contextlib import suppress
 
 from images.errors import ImageError
 from images.oci.rootfs import Inode, Rootfs
@@ -42,6 +42,10 @@ MAX_XATTRS = 12 + 4 * 65534
 ZEROES = bytes(1 << 20)
 PUNCH_HOLE = 3
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, of linux/falloc.h."""
+WRITE_OUT = 2
+"""SYNC_FILE_RANGE_WRITE, of linux/fs.h."""
+WRITTEN_OUT = 32 << 20
+"""After so many bytes the host begins to write them to its disk, so that publishing need not wait for all of them."""
 
 
 class Writer:
@@ -54,6 +58,7 @@ class Writer:
         self._next = 1
         self._size = 0
         self._extents: list[tuple[int, int]] = []
+        self._waiting = 0
 
     def add_file(self, size: int) -> int:
         """Room for a file's content: its first block."""
@@ -78,6 +83,10 @@ class Writer:
         while view:
             count = os.pwrite(self._descriptor, view, at)
             view, at = view[count:], at + count
+        self._waiting += len(data)
+        if self._waiting >= WRITTEN_OUT:
+            self._waiting = 0
+            _libc().sync_file_range(self._descriptor, 0, 0, WRITE_OUT)
 
     def finish(self, tree: Rootfs, identity: bytes) -> None:
         """Write the inodes and the superblock; `identity` is 16 bytes. Frees what no file of the tree has."""
@@ -106,12 +115,18 @@ class Writer:
 
     def _punch(self, alive: set[int]) -> None:
         """What upper layers have hidden takes no room on the disk; a file system that cannot do that keeps it."""
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         for start, blocks in self._extents:
             if start not in alive:
-                with suppress(OSError):
-                    fallocate(self._descriptor, PUNCH_HOLE, start * BLOCK, blocks * BLOCK)
+                _libc().fallocate(self._descriptor, PUNCH_HOLE, start * BLOCK, blocks * BLOCK)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """The calls that os has not; what they cannot do on a file system is not missed."""
+    found = ctypes.CDLL(None)
+    found.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    found.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
 
 
 class _Out:

@@ -18,8 +18,8 @@ from images.errors import ImageError
 
 CHUNK = 4 << 20
 INPUT = 256 << 10
-AHEAD = 3
-"""Chunks of a layer that are taken before somebody asks for them."""
+AHEAD = 8
+"""Chunks of a layer that are taken before somebody asks for them; most have about a MiB."""
 MAX_WINDOW = 128 << 20
 """Bytes that a zstd frame may have its reader keep."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"

@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from images import cache
 from images.errors import ImageError
@@ -112,17 +114,15 @@ def _make(source: Source, manifest: ImageManifest, made: Path, key: str, tell: T
         writer = Writer(descriptor, limit)
         blobs = source.open_layers(manifest, tell)
         try:
-            for number, (blob, diff_id) in enumerate(zip(blobs, manifest.diff_ids, strict=True)):
-                where = f"{source.name}: layer {number + 1} of {len(blobs)}"
-                with blob.result() as file:
+            with closing(_contents(blobs, manifest.diff_ids, limit)) as contents:
+                for number, (stream, diff_id) in enumerate(zip(contents, manifest.diff_ids, strict=True)):
                     tell(f"unpacking layer {number + 1} of {len(blobs)}", number, len(blobs) + 1)
                     try:
-                        with LayerStream(decompressed(file), limit, diff_id) as stream:
-                            apply(stream, tree, writer)
-                            if stream.finish() != diff_id:
-                                raise ImageError("its content has another digest than the configuration says")
+                        apply(stream, tree, writer)
+                        if stream.finish() != diff_id:
+                            raise ImageError("its content has another digest than the configuration says")
                     except ImageError as error:
-                        raise ImageError(f"{where}: {error}") from error
+                        raise ImageError(f"{source.name}: layer {number + 1} of {len(blobs)}: {error}") from error
         finally:
             for blob in blobs:
                 if blob.done() and not blob.cancelled() and blob.exception() is None:
@@ -136,6 +136,19 @@ def _make(source: Source, manifest: ImageManifest, made: Path, key: str, tell: T
     finally:
         os.close(descriptor)
     tell("done", 1, 1)
+
+
+def _contents(blobs: list[Future[BinaryIO]], diff_ids: tuple[str, ...], limit: int) -> Generator[LayerStream]:
+    """The layers' contents, lowest first, each to be read before the next is asked for. While one is read the next is
+    decompressed, as far as it is there and its stream keeps ahead."""
+    begun: dict[int, LayerStream] = {}
+    with contextlib.ExitStack() as stack:
+        for number in range(len(blobs)):
+            for at in range(number, min(number + 2, len(blobs))):
+                if at not in begun and (at == number or blobs[at].done()):
+                    file = stack.enter_context(blobs[at].result())
+                    begun[at] = stack.enter_context(LayerStream(decompressed(file), limit, diff_ids[at]))
+            yield begun.pop(number)
 
 
 def _limit() -> int:

@@ -12,7 +12,6 @@ import os
 import re
 import ssl
 import time
-import tomllib
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,10 +73,16 @@ def _configuration() -> dict[str, dict[str, Any]]:
     base = os.environ.get("XDG_CONFIG_HOME")
     path = (Path(base) if base else Path.home() / ".config") / "loopvisor" / "registries.toml"
     try:
-        value = tomllib.loads(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"{path}: {error}", "config") from error
+    import tomllib
+
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ImageError(f"{path}: {error}", "config") from error
     for registry, table in value.items():
         if not isinstance(table, dict) or not set(table) <= {"mirrors", "insecure", "ca"}:
@@ -160,19 +165,25 @@ class RegistryTransport:
             proxy = ""
         if proxy not in self._pools:
             http = _library()
-            settings: dict[str, Any] = {"ssl_context": self._tls(), "maxsize": 8}
             if not proxy:
-                self._pools[proxy] = http.PoolManager(**settings)
+                manager = http.PoolManager(maxsize=8)
             else:
                 address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
                 given = f"{unquote(address.username or '')}:{unquote(address.password or '')}"
                 own = http.make_headers(proxy_basic_auth=given) if address.username else None
-                self._pools[proxy] = http.ProxyManager(
-                    f"{address.scheme}://{address.netloc.rpartition('@')[2]}", proxy_headers=own, **settings
+                manager = http.ProxyManager(
+                    f"{address.scheme}://{address.netloc.rpartition('@')[2]}", proxy_headers=own, maxsize=8
                 )
+
+            def with_tls(host: str, port: int, **settings: Any) -> Any:
+                return http.HTTPSConnectionPool(host, port, **settings | {"ssl_context": self._tls()})
+
+            manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": with_tls}
+            self._pools[proxy] = manager
         return self._pools[proxy]
 
     def _tls(self) -> ssl.SSLContext:
+        """Made for the first connection that wants it: reading the host's authorities takes as long as ten requests."""
         if self._context is None:
             context = ssl.create_default_context()
             if self.endpoint.insecure:
