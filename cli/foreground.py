@@ -39,12 +39,12 @@ def run(
     arguments: RunArguments,
     head_start: HeadStart,
     *,
-    begin: int,
-    configured: int,
+    begin: tuple[int, int],
+    configured: tuple[int, int],
     saved: Saved | None = None,
 ) -> int:
     """Run it; the exit status. `saved`: what it goes on from. `begin` and `configured`: when its first two moments
-    were, of time.monotonic_ns(). Raises VmmError."""
+    were (timeline.now()). Raises VmmError."""
     timeline = Timeline()
     timeline.mark("begin", begin)
     timeline.mark("configured", configured)
@@ -181,10 +181,10 @@ async def _tell_warnings(events: EventStream, name: str) -> None:
 
 def _show_timing(timeline: Timeline, name: str, arguments: RunArguments) -> None:
     """Raises HostError if the picture cannot be written."""
-    from vmm.timeline import process_start_ns
+    from vmm.timeline import process_start
     from vmm.timelineview import as_svg, as_text
 
-    timeline.mark("exec", process_start_ns())
+    timeline.mark("exec", process_start())
     if arguments.timing:
         sys.stderr.write(as_text(timeline, name))
     if arguments.timing_svg is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from vmm.config import Config
 from vmm.errors import ConfigError, HostError
 from vmm.image import config_for
 from vmm.machine.hardware import HeadStart
+from vmm.timeline import now
 
 if TYPE_CHECKING:
     from cli.progress import ProgressLine
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def execute(arguments: RunArguments) -> int:
     """Run it; the exit status. Raises VmmError."""
-    begin = time.monotonic_ns()
+    begin = now()
     if arguments.print_schema:
         import json
 
@@ -48,7 +48,7 @@ def execute(arguments: RunArguments) -> int:
         from cli.warm import run_warm
 
         return run_warm(config, arguments, begin)
-    configured = time.monotonic_ns()
+    configured = now()
     head_start = HeadStart(config)
     try:
         import_asyncio()

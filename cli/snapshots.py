@@ -64,8 +64,9 @@ def restore_machine(
     from cli.foreground import run
     from vmm.machine.hardware import HeadStart
     from vmm.state.snapshot import Snapshot
+    from vmm.timeline import now
 
-    begin = time.monotonic_ns()
+    begin = now()
     arguments = RunArguments(command=command)
     arguments.paused, arguments.json = paused, json
     snapshot = Snapshot.open(directory)
@@ -78,7 +79,7 @@ def restore_machine(
         if core is not None:
             changes["core"] = core
         config, saved = snapshot.prepare(changes, trusted=trust, as_copy=as_copy)
-        configured = time.monotonic_ns()
+        configured = now()
         head_start = HeadStart(config, saved.origin)
         try:
             return run(config, arguments, head_start, begin=begin, configured=configured, saved=saved)

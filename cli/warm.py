@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from cli.errors import say
 from cli.lean import import_asyncio
 from cli.options import RunArguments
@@ -11,9 +9,10 @@ from vmm.config import Config
 from vmm.machine.hardware import HeadStart
 from vmm.machine.origin import BOOT, Origin
 from vmm.state import warm
+from vmm.timeline import now
 
 
-def run_warm(config: Config, arguments: RunArguments, begin: int) -> int:
+def run_warm(config: Config, arguments: RunArguments, begin: tuple[int, int]) -> int:
     """From the kept machine, or by a boot after which it is kept; exit status. Raises VmmError."""
     warm.check(config)
     config.check_host()
@@ -27,7 +26,7 @@ def run_warm(config: Config, arguments: RunArguments, begin: int) -> int:
             config, saved = snapshot.prepare(warm.changes(config))
             origin = saved.origin
         head_start = HeadStart(config, origin)
-        configured = time.monotonic_ns()
+        configured = now()
         try:
             import_asyncio()
             from cli.foreground import run

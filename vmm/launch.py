@@ -8,7 +8,6 @@ turns that into a Config.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from vmm.config import Config
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.image import ImageLike, config_for
 from vmm.machine.hardware import HeadStart
+from vmm.timeline import now
 from vmm.vm import VirtualMachine
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ async def run(
     """A running machine: an image by name or by value, or none and Config's fields. Ends with the block. `devices` are
     VirtualMachine's. `warm`: a machine of this kind that was booted before goes on from where its agent listened; the
     first one boots, and is kept for that."""
-    asked = time.monotonic_ns()
+    asked = now()
     if isinstance(image, str):
         image = await asyncio.to_thread(find_image, image)
     config = Config.from_dict(options) if image is None else config_for(image, **options)

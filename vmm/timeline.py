@@ -35,6 +35,8 @@ class Phase(NamedTuple):
     where: str
     begin: float
     end: float
+    processor: float
+    """Seconds of processor time that all threads of this process took meanwhile."""
 
 
 class Moment(NamedTuple):
@@ -48,40 +50,51 @@ class Timeline:
     """The moments of a machine's start and end. Of each name the first counts, so reboots in place change nothing."""
 
     def __init__(self) -> None:
-        self._moments: dict[str, int] = {}
+        self._moments: dict[str, tuple[int, int]] = {}
+        """When, and how much processor time the process had taken by then, ns."""
         self.on_mark: Callable[[str], None] | None = None
         """Called with the name of each moment when it comes."""
 
-    def mark(self, name: str, at_ns: int | None = None) -> None:
-        """It happens now, or happened at `at_ns` of time.monotonic_ns()."""
+    def mark(self, name: str, at: tuple[int, int] | None = None) -> None:
+        """It happens now, or happened `at` a moment that now() told."""
         if name not in self._moments:
-            self._moments[name] = time.monotonic_ns() if at_ns is None else at_ns
+            self._moments[name] = now() if at is None else at
             if self.on_mark is not None:
                 self.on_mark(name)
 
     @property
     def moments(self) -> list[Moment]:
         """Every moment so far, in order."""
-        ordered = sorted(self._moments.items(), key=lambda item: item[1])
-        return [Moment(name, (at - ordered[0][1]) / 1e9) for name, at in ordered]
+        ordered = sorted(self._moments.items(), key=lambda item: item[1][0])
+        return [Moment(name, (at - ordered[0][1][0]) / 1e9) for name, (at, _) in ordered]
 
     def phases(self) -> list[Phase]:
         """The phases of which both ends are known, in order of their beginning."""
         at = dict(self.moments)
-        known = [Phase(name, where, at[a], at[b]) for name, where, a, b in PHASES if a in at and b in at]
-        return sorted(known, key=lambda phase: phase.begin)
+
+        def processor(begin: str, end: str) -> float:
+            return (self._moments[end][1] - self._moments[begin][1]) / 1e9
+
+        known = [entry for entry in PHASES if entry[2] in at and entry[3] in at]
+        found = [Phase(name, where, at[a], at[b], processor(a, b)) for name, where, a, b in known]
+        return sorted(found, key=lambda phase: phase.begin)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"moments": {name: seconds}, "phases": [{"name", "where", "begin", "end"}]}, for JSON."""
+        """{"moments": {name: seconds}, "phases": [{"name", "where", "begin", "end", "processor"}]}, for JSON."""
         return {"moments": dict(self.moments), "phases": [phase._asdict() for phase in self.phases()]}
 
 
-def process_start_ns() -> int:
-    """When this process was started, of time.monotonic_ns(); the kernel tells it in clock ticks, so up to 10 ms early.
-    Raises OSError without /proc."""
+def now() -> tuple[int, int]:
+    """This moment: of time.monotonic_ns(), and of time.process_time_ns()."""
+    return time.monotonic_ns(), time.process_time_ns()
+
+
+def process_start() -> tuple[int, int]:
+    """When this process was started; the kernel tells it in clock ticks, so up to 10 ms early. Raises OSError without
+    /proc."""
     import os
 
     with open("/proc/self/stat", "rb") as file:
         ticks = int(file.read().rpartition(b")")[2].split()[19])  # proc(5): starttime, the 22nd field
     since_boot = ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot)
+    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot), 0

@@ -15,14 +15,15 @@ STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10
 
 
 def as_text(timeline: Timeline, title: str) -> str:
-    """One line a phase: when it began, how long it took (ms), a bar; then the single moments."""
+    """One line a phase: when it began, how long it took, its processor time (ms), a bar; then the single moments."""
     total = _total(timeline)
-    lines = [f"{title}: {total * 1e3:.1f} ms"]
+    lines = [f"{title}: {total * 1e3:.1f} ms", f"  {'':<16}{'begins':>9}{'takes':>9}{'processor':>11}"]
     for phase in timeline.phases():
         begin, took = phase.begin, phase.end - phase.begin
         at = int(BAR * begin / total)
         bar = " " * at + "#" * max(1, round(BAR * took / total))
-        lines.append(f"  {phase.name:<10}{phase.where:<6}{begin * 1e3:>9.1f}{took * 1e3:>9.1f}  |{bar[:BAR]:<{BAR}}|")
+        figures = f"{begin * 1e3:>9.1f}{took * 1e3:>9.1f}{phase.processor * 1e3:>11.1f}"
+        lines.append(f"  {phase.name:<10}{phase.where:<6}{figures}  |{bar[:BAR]:<{BAR}}|")
     lines += [f"  {name:<24} at {seconds * 1e3:>8.1f}" for name, seconds in timeline.moments if name in ALONE]
     return "\n".join(lines) + "\n"
 
@@ -61,10 +62,11 @@ def as_svg(timeline: Timeline, title: str) -> str:
 def _bar(phase: Phase, y: int, total: float) -> str:
     x, end = _x(phase.begin, total), _x(phase.end, total)
     took = f"{(phase.end - phase.begin) * 1e3:.1f} ms"
+    processor = f"{phase.processor * 1e3:.1f} ms of processor time"
     return (
         f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end">{phase.name}</text>'
         f'<rect x="{x:.2f}" y="{y + 4}" width="{max(end - x, 0.5):.2f}" height="{ROW - 8}" '
-        f'fill="{COLOURS[phase.where]}"><title>{phase.name}, {phase.where}: {took}</title></rect>'
+        f'fill="{COLOURS[phase.where]}"><title>{phase.name}, {phase.where}: {took}, {processor}</title></rect>'
         f'<text x="{end + 6:.1f}" y="{y + 16}">{took}</text>'
     )
 

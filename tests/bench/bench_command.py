@@ -4,12 +4,14 @@ Both get the image's kernel (QEMU as vmlinux, which it enters directly), initram
 and no network. QEMU has no agent in the guest: the command is typed at the shell on the serial console as soon as its
 prompt stands there, which our side does not have to wait for. Pairs alternate, so that what disturbs the machine
 disturbs both; figures are medians. Processor time, of all threads and children up to the output, is what a busy host
-disturbs least. One row has the network that `vmm run linux` has by default.
+disturbs least. One row has the network that `vmm run linux` has by default. The last rows are the phases of
+`vmm run linux -- true` (`--timing`), in time by the clock and in processor time.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -66,6 +68,20 @@ def medians(runs: list[Run]) -> Run:
     return Run(*(statistics.median(column) for column in columns[:3]), runs[0].status)
 
 
+PHASE = re.compile(r"  (\w+) +(host|guest) +([\d.]+) +([\d.]+) +([\d.]+)  \|")
+"""A line of --timing: name, where, and ms: when it begins, takes, processor time."""
+
+
+def phases() -> dict[str, tuple[float, float]]:
+    """Of one run: name -> ms that it took, and ms of processor time."""
+    words = [VMM, "run", "linux", "--core", "soft", "--net", "none", "--timing", "--", "true"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True)
+    found = {name: (float(took), float(processor)) for name, _, _, took, processor in PHASE.findall(done.stderr)}
+    if "kernel" not in found:
+        raise RuntimeError(f"no phases in {done.stderr!r}")
+    return found
+
+
 def rows() -> Iterator[Mapping[str, object]]:
     built = builder.build("linux")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,3 +121,8 @@ def rows() -> Iterator[Mapping[str, object]]:
             yield {"name": "vmm / QEMU, to the output", "value": ratio, "unit": "×", "goal": 1.0}
             ratio = ours_to.processor / theirs_to.processor
             yield {"name": "vmm / QEMU, processor time", "value": ratio, "unit": "×"}
+    runs = [phases() for _ in range(PAIRS + 1)][1:]
+    for name in runs[0]:
+        taken, processor = (statistics.median(column) for column in zip(*(run[name] for run in runs), strict=True))
+        note = f"{processor:.1f} ms of processor time" + (", a part of build" if name == "unpack" else "")
+        yield {"name": f"vmm run linux -- true: {name}", "value": taken, "unit": "ms", "note": note}

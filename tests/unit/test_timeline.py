@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from images import guests
 from tests.support.command import vmm
 from vmm import VirtualMachine
-from vmm.timeline import ALONE, PHASES, Timeline, process_start_ns
+from vmm.timeline import ALONE, PHASES, Timeline, process_start
 from vmm.timelineview import COLOURS, as_svg, as_text
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -25,7 +25,7 @@ def whole() -> Timeline:
     order = ["exec", "begin", "configured", "enter", "load", "loaded", "built", "resume", "first exit", "init", "root",
              "agent", "command", "first output", "status", "end", "closed"]  # fmt: skip
     for number, name in enumerate(order):
-        timeline.mark(name, 5_000_000_000 + number * 10_000_000)
+        timeline.mark(name, (5_000_000_000 + number * 10_000_000, number * 7_000_000))
     return timeline
 
 
@@ -36,22 +36,24 @@ def test_phases_lie_between_their_moments() -> None:
     assert found["build"] == ("host", 0.03, 0.06)
     assert found["kernel"] == ("guest", 0.07, 0.09)
     assert set(found) == {name for name, *_ in PHASES}
-    assert timeline.to_dict()["phases"][0] == {"name": "python", "where": "host", "begin": 0.0, "end": 0.01}
+    assert timeline.to_dict()["phases"][0] == {
+        "name": "python", "where": "host", "begin": 0.0, "end": 0.01, "processor": 0.007
+    }  # fmt: skip
 
 
 def test_the_first_moment_of_a_name_counts() -> None:
     timeline = Timeline()
-    timeline.mark("init", 1)
-    timeline.mark("init", 2)
-    timeline.mark("root", 3)
-    assert timeline.phases() == [("init", "guest", 0.0, 2e-9)]
+    timeline.mark("init", (1, 0))
+    timeline.mark("init", (2, 5))
+    timeline.mark("root", (3, 1))
+    assert timeline.phases() == [("init", "guest", 0.0, 2e-9, 1e-9)]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.integers(0, 10**13)), st.text(max_size=20))
 def test_any_timeline_can_be_shown(moments: dict[str, int], title: str) -> None:
     timeline = Timeline()
     for name, at in moments.items():
-        timeline.mark(name, at)
+        timeline.mark(name, (at, at // 2))
     assert as_text(timeline, title).count("|") >= 2 * len(timeline.phases())
     clean = "".join(char for char in title if char.isprintable())
     ElementTree.fromstring(as_svg(timeline, clean))
@@ -75,9 +77,9 @@ def test_the_picture_is_to_scale() -> None:
 
 
 def test_the_start_of_this_process_is_in_the_past() -> None:
-    start = process_start_ns()
-    assert start < time.monotonic_ns()
-    assert abs(process_start_ns() - start) < 1_000_000_000
+    start, taken = process_start()
+    assert start < time.monotonic_ns() and taken == 0
+    assert abs(process_start()[0] - start) < 1_000_000_000
 
 
 async def test_a_machine_marks_its_moments_in_order() -> None:
@@ -96,7 +98,7 @@ def test_timing_goes_to_stderr_and_the_picture_to_its_file(tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, "Hello from guest mode!\n")
     lines = done.stderr.splitlines()
     assert lines[0].startswith("h: ") and lines[0].endswith(" ms")
-    assert [line.split()[0] for line in lines[1:7]] == ["python", "image", "loop", "build", "unpack", "close"]
+    assert [line.split()[0] for line in lines[2:8]] == ["python", "image", "loop", "build", "unpack", "close"]
     assert any(line.strip().startswith("first console byte") for line in lines)
     assert ElementTree.parse(tmp_path / "boot.svg").getroot().tag == f"{SVG}svg"
     done = vmm(tmp_path, "run", "hello", "--timing-svg", "/nothing/boot.svg")

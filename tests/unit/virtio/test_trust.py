@@ -268,7 +268,7 @@ async def test_a_console_that_writes_wrongly(connect: Connect, caplog: pytest.Lo
     assert bytes(backend.output) == b"output"
 
 
-@pytest.mark.parametrize("mistake", {"os-error", "key-error", "text", "none", "empty", "too-long"})
+@pytest.mark.parametrize("mistake", ["os-error", "key-error", "text", "none", "empty", "too-long"])
 async def test_a_source_that_is_not_random(connect: Connect, caplog: pytest.LogCaptureFixture, mistake: str) -> None:
     """There is no answer that says so: the device needs a reset, and works once the source does."""
     mistakes = MISTAKES | SHORT | {"empty": returns(b"")}
