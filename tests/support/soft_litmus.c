@@ -35,10 +35,10 @@ enum { ALIAS = 1 << 30 }; /* the same memory once more */
 #define FREE_ROUNDS(body)                                                                                              \
     "xor %r8d, %r8d; xor %r9d, %r9d; xor %r13d, %r13d; 2: xor %eax, %eax; xor %edx, %edx; " body                       \
     "; mov %eax, (%r12,%r9); mov %edx, 4(%r12,%r9); add $8, %r9; add $128, %r8; dec %rsi; jnz 2b"
-/* The same, and each round begins when all threads are there: for two. Who waits gives its processor away after a while. */
+/* The same, and each round begins when all threads are there: for two. Who waits for long gives its processor away: by PAUSEs in a row. */
 #define ROUNDS(body)                                                                                                   \
     FREE_ROUNDS("add %r14, %r13; lock incq 0x40(%rdi); mov $4000, %r15d;"                                              \
-                "7: cmpq %r13, 0x40(%rdi); jae 8f; dec %r15d; jnz 7b; pause; mov $1000, %r15d; jmp 7b; 8:" body)
+                "7: cmpq %r13, 0x40(%rdi); jae 8f; dec %r15d; jnz 7b; 9: pause; cmpq %r13, 0x40(%rdi); jb 9b; 8:" body)
 
 PROGRAM(write_both, ROUNDS("movl $1, (%rbx,%r8); movl $1, (%rbp,%r8)"));
 PROGRAM(read_both, ROUNDS("mov (%rbp,%r8), %eax; mov (%rbx,%r8), %edx"));
@@ -385,7 +385,7 @@ static void make_code(uint64_t rounds, unsigned count, uint64_t through)
 /* A device changes the code instead: the writer is this program. */
 static void *device(void *arg)
 {
-    uint64_t rounds = *(const uint64_t *)arg, readers = threads - 1;
+    const uint64_t rounds = ((const uint64_t *)arg)[0], readers = ((const uint64_t *)arg)[1];
     while (__atomic_load_n((uint64_t *)(void *)(ram + SHARED), __ATOMIC_SEQ_CST) <= readers)
         sched_yield();
     for (uint32_t value = 1; value <= rounds; value++) {
@@ -406,8 +406,8 @@ static void modify_by_device(uint64_t rounds, unsigned count)
     write_code(PATCHED, function, sizeof function);
     write_code(PATCHED + 0x40, other, sizeof other);
     memset(ram + SHARED, 0, 0x1000);
-    threads = count;
-    if (pthread_create(&thread, NULL, device, &rounds))
+    uint64_t how[2] = { rounds, count - 1 };
+    if (pthread_create(&thread, NULL, device, how))
         fail("no thread");
     batch(programs, count, rounds, 0);
     pthread_join(thread, NULL);
