@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmm.config import PAGE, POLICY, Disk, Net, limit_names
@@ -157,13 +157,14 @@ async def change(
     """Change all of these, or none. `cpus`: how many processors, see change_cpus. `memory`: bytes that the guest is to
     keep, of those that it began with; it gives the rest to the balloon as fast as it likes. `disks`, `nets`: limits by
     name, and of a card its policy: "allow", "deny" and "dns" as Net has them. ConfigError; GuestError if the guest does
-    not give up a processor, and the rest is changed then."""
+    not give up a processor, and HostError if a card cannot get its first policy or lose its last (vmm.policies): the
+    rest is changed then."""
     from vmm import policies
 
     balloon, pages = _target(vm, memory) if memory is not None else (None, 0)
     count = 0 if cpus is None else in_range(1, vm.config.most_cpus, "cpus", cpus)
     wanted: list[tuple[BlockDevice | NetDevice, dict[str, int]]] = []
-    policed: list[Callable[[], None]] = []
+    policed: list[Callable[[], Awaitable[None]]] = []
     for name, values in (disks or {}).items():
         wanted.append((find_disk(vm, name), checked(Disk, values)))
     for name, values in (nets or {}).items():
@@ -176,7 +177,7 @@ async def change(
         for device, limits in wanted:
             device.set_limits(limits)
         for change_policy in policed:
-            change_policy()
+            await change_policy()
         if balloon is not None:
             balloon.set_target(pages)
     if cpus is not None:

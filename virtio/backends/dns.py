@@ -33,6 +33,11 @@ class Question:
     recursion: bool
 
 
+def is_name(name: str) -> bool:
+    """Whether `parse` can have given it: at most 255 bytes with the lengths of its labels (RFC 1035, 2.3.4)."""
+    return 0 < len(name) <= 253 and name.isprintable() and name == name.lower()
+
+
 def parse(data: bytes) -> Question | None:
     """A standard query with one question of class IN."""
     if len(data) < HEAD.size:
@@ -56,7 +61,7 @@ def parse(data: bytes) -> Question | None:
         return None
     kind, family = struct.unpack_from(">HH", data, at)
     name = b".".join(labels).decode("ascii", "replace").lower()
-    if family != IN or not labels or not name.isprintable() or any(b"." in label for label in labels):
+    if family != IN or any(b"." in label for label in labels) or not is_name(name):
         return None
     return Question(identity, name, kind, data[HEAD.size : at + 4], bool(flags & 0x100))
 

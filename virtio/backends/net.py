@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from virtio._ring import Fence
+from virtio.backends.learned import PolicyState
 from virtio.errors import ConfigError, HostError
 from virtio.protocols import DeviceClock
 
@@ -84,6 +85,14 @@ class NetBackend(Protocol):
     def on_replies(self, call: Callable[[], None]) -> None:
         """Call this when `fence` has frames for the guest, other than while a frame passes it."""
         return None
+
+    def save(self) -> PolicyState | None:
+        """What is part of the machine's state."""
+        return None
+
+    def restorer(self, state: PolicyState) -> Callable[[], None]:
+        """What takes over what `save` gave; nothing has changed yet. StateError: it cannot be such a state."""
+        return lambda: None
 
     async def send_offloaded(self, header: bytes, frame: bytes) -> None:
         """`send` with the frame's virtio_net_hdr; a backend without `offloads` does not need it."""
@@ -267,6 +276,12 @@ class PcapNet(NetBackend):
 
     def use_clock(self, clock: Callable[[], DeviceClock]) -> None:
         self.inner.use_clock(clock)
+
+    def save(self) -> PolicyState | None:
+        return self.inner.save()
+
+    def restorer(self, state: PolicyState) -> Callable[[], None]:
+        return self.inner.restorer(state)
 
     async def send(self, frame: bytes) -> None:
         self._record(frame)

@@ -3,7 +3,8 @@
 Names are resolved here, whichever server the guest asks: so no message of the guest gets to a name server, and only
 addresses that it was told are its to reach. What is not plainly understood is refused: VLAN tags, fragments, IP options
 and extension headers, other protocols, IPv4 and hardware addresses that are not the guest's. A guest's IPv6 addresses
-are its own choice: passt opens sockets of the host's, so none of them leaves it.
+are its own choice (RFC 8981 has it change them) and are not looked at: passt opens sockets of the host's, so none of
+them leaves it, and whoever answers is known by its own address.
 
 This module decides; virtio/native/fence.c keeps what it decided of each connection and looks at every frame. Loop
 thread only.
@@ -19,9 +20,12 @@ from collections.abc import Awaitable, Callable
 
 from virtio import _ring
 from virtio.backends import dns
+from virtio.backends.learned import PolicyState, Resolved
 from virtio.backends.net import NetBackend
+from virtio.backends.ownaddresses import Watch
 from virtio.backends.packets import ARP, ETHERNET, ICMP, ICMPV6, IPV6, TCP, UDP, IpPacket, datagram, packet
-from virtio.backends.rules import Address, Egress, stays_here
+from virtio.backends.rules import Address, Egress, may_be_told, stays_here
+from virtio.errors import StateError
 
 NEIGHBOURS = range(133, 137)
 """ICMPv6 types of neighbour discovery (RFC 4861, 4) that a host sends; redirects are a router's."""
@@ -30,7 +34,7 @@ DNS, DHCP_SERVER, DHCP_CLIENT = 53, 67, 68
 MAX_QUESTIONS = 64
 """Names that are looked up at once."""
 MAX_FLOWS = 4096
-"""Connections from outside to published ports that are remembered."""
+"""Connections from outside to published ports that are remembered; beyond, the quarter not used for longest goes."""
 FORMER = 8
 """Policies of before, whose connections are reset when this one forbids them."""
 REASONS = 64
@@ -83,6 +87,7 @@ class PolicedNet(NetBackend):
         self._replied: Callable[[], None] = lambda: None
         self._answers: deque[bytes] = deque()
         self._receiving: asyncio.Task[bytes] | None = None
+        self._watch = Watch(self._fence.forget)  # an address that this host gets is closed from then on
         self._questions: set[asyncio.Task[None]] = set()
 
     @property
@@ -96,11 +101,41 @@ class PolicedNet(NetBackend):
     def change(self, policy: Egress, resolve: Resolve | None = None) -> None:
         """Another policy from now on, and who resolves names. Addresses that the guest was told stay open as far as the
         new rules of their names say; a connection that it forbids is reset at its next frame, in either direction."""
-        policy.adopt(self.policy)
+        for address, names in self.policy.learned():
+            policy.adopt(address, names)
         self._former.append(self.policy)
         self.policy, self.resolve = policy, resolve or host_addresses
         self._told.clear()
         self._fence.forget()
+
+    def save(self) -> PolicyState:
+        """The guest's address, and what it was told by names: that stays open, wherever the machine goes on."""
+        guest = b"" if self._address is None else self._address.packed
+        return PolicyState(guest, tuple([Resolved(item.packed, names) for item, names in self.policy.learned()]))
+
+    def restorer(self, state: PolicyState) -> Callable[[], None]:
+        """NetBackend.restorer. Names that this policy does not allow are left out."""
+        if len(state.guest) not in (0, 4):
+            raise StateError(f"policy: an IPv4 address has 4 bytes, not {len(state.guest)}")
+        found: list[tuple[Address, tuple[str, ...]]] = []
+        for item in state.resolved:
+            if len(item.address) not in (4, 16):
+                raise StateError(f"policy: an address has 4 or 16 bytes, not {len(item.address)}")
+            address = ipaddress.ip_address(item.address)
+            if not may_be_told(address):
+                raise StateError(f"policy: no guest is told {address}")
+            if not all(dns.is_name(name) for name in item.names):
+                raise StateError(f"policy: {address} has what is no name")
+            found.append((address, item.names))
+
+        def take_over() -> None:
+            if state.guest:
+                self._know(ipaddress.IPv4Address(state.guest))
+            for address, names in found:
+                self.policy.adopt(address, names)
+            self._fence.forget()
+
+        return take_over
 
     def set_mac(self, mac: bytes) -> None:
         self._old_mac, self._mac = self._mac, mac
@@ -139,6 +174,7 @@ class PolicedNet(NetBackend):
 
     async def aclose(self) -> None:
         self._fence.close()
+        self._watch.close()
         self.channels = ()
         tasks = [*self._questions, *([self._receiving] if self._receiving is not None else [])]
         for task in tasks:
@@ -199,19 +235,31 @@ class PolicedNet(NetBackend):
         return PASS, ""
 
     def _judge_target(self, found: IpPacket) -> tuple[int, str]:
-        if self._is_open(found.protocol, found.target, found.target_port, found.source_port):
-            return PASS | KEEP, ""
         begins = found.protocol == TCP and found.payload[13] & (SYN | ACK) == SYN
+        if self._is_open(found.protocol, found.target, found.target_port, found.source_port, begins=begins):
+            return PASS | KEEP, ""
         if found.protocol == TCP and not begins and self._was_open(found.target, found.target_port):
             return CUT | KEEP, str(found)
-        return REFUSE | KEEP, str(found)
+        own = ", an address of this host's own" if self.policy.is_own(found.target) else ""
+        return REFUSE | KEEP, f"{found}{own}"
 
-    def _is_open(self, protocol: int, peer: Address, peer_port: int, port: int) -> bool:
+    def _is_open(self, protocol: int, peer: Address, peer_port: int, port: int, *, begins: bool = False) -> bool:
+        """`begins`: the guest's first segment of a connection, which is none that began outside."""
         if self.policy.may_reach(peer, peer_port):
             return True
         if protocol == UDP and peer_port == DNS and self._is_server(peer):
             return True
-        return protocol == TCP and (peer, peer_port, port) in self._flows
+        flow = peer, peer_port, port
+        if protocol != TCP or begins or flow not in self._flows:
+            return False
+        self._flows.move_to_end(flow)
+        return True
+
+    def _trim_flows(self) -> None:
+        """Forget a quarter of them: those that no frame passed of for longest."""
+        ages = {flow: self._fence.used(flow[0].packed, flow[1], flow[2]) for flow in self._flows}
+        for flow in sorted(ages, key=ages.__getitem__)[: MAX_FLOWS // 4]:
+            del self._flows[flow]
 
     def _was_open(self, peer: Address, port: int) -> bool:
         return any(policy.may_reach(peer, port) for policy in self._former)
@@ -241,8 +289,9 @@ class PolicedNet(NetBackend):
             return PASS
         if found.protocol == TCP and found.payload[13] & (SYN | ACK) == SYN:  # somebody connects
             self._flows[found.source, found.source_port, found.target_port] = None
+            self._flows.move_to_end((found.source, found.source_port, found.target_port))
             if len(self._flows) > MAX_FLOWS:
-                self._flows.popitem(last=False)
+                self._trim_flows()
             return PASS | KEEP
         if found.protocol not in (TCP, UDP) and found.payload[0] != ECHO_REPLIES.get(found.protocol):
             return PASS

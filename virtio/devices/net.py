@@ -10,20 +10,18 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from collections.abc import Awaitable, Callable, Mapping
 
 from virtio import _ring
 from virtio.backends.net import FRAME_MAX, NetBackend
 from virtio.constants import DeviceId
 from virtio.device import Activation, Device
+from virtio.devices.netstate import CONNECTIONS_MAX, NetState
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.layouts import NetConfig, NetControl, NetHeader, fast
-from virtio.limits import CARD, Flow, LimitState
+from virtio.limits import CARD, Flow
 from virtio.protocols import Chain, RandomSource
 from virtio.queue import TURN, TURN_BYTES, Queue
-from virtio.state import U16
 from virtio.trust import Backend, Mistake
 
 log = logging.getLogger(__name__)
@@ -108,6 +106,11 @@ def incoming_header(header: bytes, features: int) -> bytes | None:
     return _header.pack(flags, gso_type, hdr_len, gso_size, start, offset, 0)
 
 
+def _counted(engine: _ring.NetEngine) -> tuple[int, ...]:
+    """What an engine has counted, in the order of COUNTERS."""
+    return engine.received, engine.received_bytes, engine.sent, engine.sent_bytes, engine.dropped
+
+
 def reverse_arp(mac: bytes) -> bytes:
     """A reverse ARP request (RFC 903) of this card to all, which any switch on its way learns from."""
     arp = b"\0\1\x08\0\6\4\0\3" + mac + bytes(4) + mac + bytes(4)
@@ -130,69 +133,8 @@ def parse_mac(text: str) -> bytes:
     return mac
 
 
-@dataclass(frozen=True, slots=True)
-class NetStateV1:
-    """A network card that has no limits of its own."""
-
-    kind: ClassVar = "virtio-net"
-    version: ClassVar = 1
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-
-
-Limits = Annotated[tuple[LimitState, ...], range(len(CARD), len(CARD) + 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class NetStateV2:
-    """A network card of which no connections are known."""
-
-    kind: ClassVar = "virtio-net"
-    version: ClassVar = 2
-    previous: ClassVar = NetStateV1
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-    limits_in: Limits | None
-    limits_out: Limits | None
-    peer_lost: bool
-
-    @classmethod
-    def upgrade(cls, old: NetStateV1) -> Self:
-        """Limits were not part of it: those of the configuration stand."""
-        return cls(old.mac, old.link, old.pairs, None, None, False)
-
-
-CONNECTIONS_MAX = 4096
-"""That are watched (virtio/native/flows.h)."""
 REPLIES_A_TURN, REPLIES_MAX = 64, 2 * CONNECTIONS_MAX
 """Frames of our own that the guest gets in one turn of the loop, and that wait for its buffers at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class NetState:
-    """A network card: its address, whether its cable is in, the queue pairs that the driver uses, and the limits of
-    frames that come in and go out, in the order of limits.CARD."""
-
-    kind: ClassVar = "virtio-net"
-    version: ClassVar = 3
-    previous: ClassVar = NetStateV2
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-    limits_in: Limits | None
-    """None: those of the configuration."""
-    limits_out: Limits | None
-    peer_lost: bool
-    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
-    connections: Annotated[tuple[Annotated[bytes, range(50, 51)], ...], range(CONNECTIONS_MAX + 1)]
-    """TCP connections that end in the backend: the addresses of each (virtio/native/flows.h)."""
-
-    @classmethod
-    def upgrade(cls, old: NetStateV2) -> Self:
-        """Connections were not part of it."""
-        return cls(old.mac, old.link, old.pairs, old.limits_in, old.limits_out, old.peer_lost, ())
 
 
 class NetDevice(Device):
@@ -206,6 +148,14 @@ class NetDevice(Device):
         super().__init__()
         self.backend = backend
         self._trusted = Backend(backend, "network backend")
+        self._present = asyncio.Event()
+        """Not set while one backend is gone and its successor has not come: frames stay in the driver's queues."""
+        self._present.set()
+        self._gone = False
+        self._sending = False
+        """A frame is on its way into `backend.send`; its chain is returned already."""
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        """The path for any backend, by way."""
         self._mtu = backend.mtu
         # 5.1.4.1: "The device MUST set mtu to between 68 and 65535 inclusive, if it offers VIRTIO_NET_F_MTU."
         if self._mtu is not None and not 68 <= self._mtu <= 65535:
@@ -231,13 +181,23 @@ class NetDevice(Device):
             features |= NetFeature.MQ
         self.device_features = int(features) | backend.offloads
         self.queue_sizes = (queue_size, queue_size) * self.pairs_max + (64,)
-        self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
         self._flows = {
             "in": Flow(lambda: self.clock, lambda channel: self.guarded(self._receive, channel)),
             "out": Flow(lambda: self.clock, lambda pair: self.guarded(self._transmit, pair)),
         }
         self._connections = _ring.Flows() if backend.keeps_connections else None
         self._replies: deque[bytes] = deque(maxlen=REPLIES_MAX)
+        self._engines: list[_ring.NetEngine] = []
+        self._connect(backend)
+        self._native = False
+        """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
+        self._counted = dict.fromkeys(COUNTERS, 0)
+        self._reading: set[int] = set()
+        self._writing: set[int] = set()
+
+    def _connect(self, backend: NetBackend) -> None:
+        """The path in C, and what the backend asks of the card."""
+        self._engines = [_ring.NetEngine(channel.fd, channel.framing) for channel in backend.channels]
         for engine in self._engines:
             engine.limit(self._flows["out"].buckets.native, self._flows["in"].buckets.native)
             engine.watch(self._connections)
@@ -245,11 +205,6 @@ class NetDevice(Device):
         backend.use_clock(lambda: self.clock)
         if self._engines:
             backend.on_replies(lambda: self.next_turn(self._reply))
-        self._native = False
-        """This driver's queues are worked by the engines: decided at DRIVER_OK, whatever it stops later."""
-        self._counted = dict.fromkeys(COUNTERS, 0)
-        self._reading: set[int] = set()
-        self._writing: set[int] = set()
 
     def config(self) -> bytes:
         result: bytes = NetConfig.build(
@@ -312,11 +267,8 @@ class NetDevice(Device):
         """Frames and bytes so far, as the guest sees their direction, by COUNTERS' names."""
         counted = dict(self._counted)
         for engine in self._engines:
-            counted["received"] += engine.received
-            counted["bytes_received"] += engine.received_bytes
-            counted["sent"] += engine.sent
-            counted["bytes_sent"] += engine.sent_bytes
-            counted["dropped"] += engine.dropped
+            for name, value in zip(COUNTERS, _counted(engine), strict=True):
+                counted[name] += value
         return counted
 
     def _count(self, what: str, frame: bytes) -> None:
@@ -330,25 +282,79 @@ class NetDevice(Device):
         if self._new_peer:
             self._new_peer = False
             self.next_turn(self.set_link, True)
-        self.backend.set_offloads(active.features & self.backend.offloads)
         if active.features & NetFeature.CTRL_VQ:
             # 5.1.2: "controlq ... 2N": N is 1 unless VIRTIO_NET_F_MQ was negotiated, else max_virtqueue_pairs
             self.spawn(self._control(active.queues[2 * self.pairs_max if multi else 2]), "control")
         self._native = bool(self._engines) and all(
             isinstance(queue.ring, _ring.Ring) for queue in active.queues if queue.enabled
         )
+        self._workers.clear()
+        self._work(active)
+
+    def _work(self, active: Activation) -> None:
+        """Begin to move frames between the driver and the backend, where that does not happen already."""
+        self.backend.set_offloads(active.features & self.backend.offloads)
         if self._native:
             for engine in self._engines:
                 engine.configure(
                     bool(active.features & NetFeature.MRG_RXBUF), self._longest(active.features), active.features
                 )
             self._set_pairs(self.pairs)
-            self.next_turn(self._reply)
-            return
-        receive, transmit = active.queues[:2]
-        self.spawn(self._send_frames(transmit), "transmit")
-        self.spawn(self._deliver_frames(receive, active.features), "receive")
+        else:
+            receive, transmit = active.queues[:2]
+            if "transmit" not in self._workers:
+                self._workers["transmit"] = self.spawn(self._send_frames(transmit), "transmit")
+            if "receive" not in self._workers:
+                self._workers["receive"] = self.spawn(self._deliver_frames(receive, active.features), "receive")
         self.next_turn(self._reply)
+
+    async def exchange(
+        self,
+        close: Callable[[], Awaitable[None]],
+        make: Callable[[], Awaitable[NetBackend]],
+        *,
+        overlap: bool,
+    ) -> None:
+        """Another backend of the same sort instead of this one, at any time: `make` gives it, `close` gives up the old
+        one, before that or with `overlap` after it. Frames of the driver wait meanwhile. As after a restore, TCP
+        connections that ended in the old backend are reset. What `make` raises passes; then the old one stays, or
+        without `overlap` the link is down. StateError: the card is gone. Not twice at once."""
+        successor = await make() if overlap else None
+        self._present.clear()
+        self._unregister()
+        try:
+            await self._stop_work()
+            await close()
+            if successor is None:
+                successor = await make()
+            if self._gone:
+                raise StateError("the card is gone")
+        except BaseException:
+            if successor is not None:
+                await successor.aclose()
+            if not self._gone:
+                self._link_lost(HostError("the link is down: one network is gone and no other has come"))
+            raise
+        for engine in self._engines:
+            for name, value in zip(COUNTERS, _counted(engine), strict=True):
+                self._counted[name] += value
+        self.backend, self._trusted = successor, Backend(successor, "network backend")
+        self._connect(successor)
+        if self._connections is not None:
+            self._connections.forgotten(self._connections.save())
+        self._present.set()
+        if self._peer_lost:
+            self.set_link(True)
+        if self._active is not None:
+            self._work(self._active)
+
+    async def _stop_work(self) -> None:
+        """What waits for the backend ends; what waits for the driver goes on. A frame in between is lost."""
+        ways = ["receive", "transmit"] if self._sending else ["receive"]
+        stopped = [self._workers.pop(way) for way in ways if way in self._workers]
+        for task in stopped:
+            task.cancel()
+        await asyncio.gather(*stopped, return_exceptions=True)
 
     def _longest(self, features: int) -> int:
         # 5.1.4.1: "The device MUST NOT pass received packets that exceed mtu (plus low level ethernet header length)
@@ -366,6 +372,7 @@ class NetDevice(Device):
             self.config_changed()
             return
         for pause in ANNOUNCE_SECONDS:
+            await self._present.wait()
             if not self.link:
                 return
             try:
@@ -399,6 +406,7 @@ class NetDevice(Device):
         self._writing.clear()
 
     async def aclose(self) -> None:
+        self._gone = True
         await super().aclose()
         await self.backend.aclose()
 
@@ -411,16 +419,20 @@ class NetDevice(Device):
     def save_device(self) -> NetState:
         limits_in, limits_out = (flow.buckets.save() for flow in self._flows.values())
         connections = () if self._connections is None else tuple(self._connections.save())
-        return NetState(self.mac, self.link, self.pairs, limits_in, limits_out, self._peer_lost, connections)
+        policy = self.backend.save()
+        return NetState(self.mac, self.link, self.pairs, limits_in, limits_out, self._peer_lost, connections, policy)
 
     def restore_device(self, state: NetState) -> None:
         if not 1 <= state.pairs <= max(1, len(self.queue_sizes) // 2):
             raise StateError(f"{state.pairs} queue pairs are not among those that the card has")
+        learn = self.backend.restorer(state.policy) if state.policy is not None else None
         if self._connections is not None:
             try:
                 self._connections.forgotten(state.connections)
             except ValueError as error:
                 raise StateError(f"connections: {error}") from error
+        if learn is not None:
+            learn()
         self.mac = self._mac_default = state.mac
         self.backend.set_mac(state.mac)
         self.link, self.pairs = state.link, state.pairs
@@ -488,6 +500,8 @@ class NetDevice(Device):
         queue = self.active.queues[2 * pair + 1]
         if self.is_due(self._transmit, pair):
             return
+        if not self._present.is_set():
+            return
         if self.paused or not queue.enabled or pair >= self.pairs:
             self._watch(pair, self._writing, False, self._transmit)
             return
@@ -509,6 +523,8 @@ class NetDevice(Device):
     def _receive(self, channel: int) -> None:
         # 5.1.6.5.5: only queues that the driver uses get packets, so a channel may share its queue with others
         queue = self.active.queues[2 * (channel % self.pairs)]
+        if not self._present.is_set():
+            return
         if self.paused or not queue.enabled or not self.link:
             self._watch(channel, self._reading, False, self._receive)
             return
@@ -571,17 +587,21 @@ class NetDevice(Device):
                 await self._flows["out"].admit(len(frame))
                 self._flows["out"].charge(len(frame))
             queue.complete(chain, 0)
+            await self._present.wait()
             if frame and self._connections is not None and self._connections.outgoing(frame):
                 self._reply()
             elif frame and self.link:
                 send = self.backend.send_offloaded
                 self._count("sent", frame)
+                self._sending = True
                 try:
                     await self._trusted.call(send, outgoing_header(header, len(frame)), frame)
                 except (Mistake, OSError) as error:
                     self._trusted.warn(error)  # the frame is lost, as on a wire
                 except HostError as error:
                     self._link_lost(error)
+                finally:
+                    self._sending = False
 
     def _link_lost(self, error: Exception) -> None:
         if self.link:
@@ -608,6 +628,7 @@ class NetDevice(Device):
             while queue.paused:  # a frame that is taken now would be lost if the machine moves
                 queue.want_more()
                 await queue.wait()
+            await self._present.wait()
             try:
                 raw, frame = await self._next_frame()
             except (HostError, OSError) as error:

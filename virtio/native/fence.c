@@ -10,7 +10,7 @@ enum { PROTOCOL_ICMP = 1, PROTOCOL_UDP = 17, PROTOCOL_ICMPV6 = 58, PORT_DNS = 53
 /* What the first bytes of a frame of `length` bytes in all say. */
 enum reading { OTHER, FLOW, OPENS };
 
-/* FLOW: a plain packet, and `key` is its connection. OPENS: the same, and the other end begins it. OTHER: all else. */
+/* FLOW: a plain packet, and `key` is its connection. OPENS: the same, and its sender begins it. OTHER: all else. */
 static enum reading look(const FenceObject *self, const uint8_t *head, size_t have, size_t length, bool outgoing,
                       struct fence_key *key)
 {
@@ -49,7 +49,7 @@ static enum reading look(const FenceObject *self, const uint8_t *head, size_t ha
         memcpy(key->guest_port, body + (outgoing ? 0 : 2), 2);
         if (key->protocol == PROTOCOL_UDP)
             return load16(key->peer_port) == (outgoing ? PORT_DNS : PORT_DHCP) ? OTHER : FLOW;
-        return !outgoing && (body[13] & (TCP_SYN | TCP_ACK)) == TCP_SYN ? OPENS : FLOW;
+        return (body[13] & (TCP_SYN | TCP_ACK)) == TCP_SYN ? OPENS : FLOW;
     }
     if (key->version == 4 && key->protocol == PROTOCOL_ICMP && seen >= 4)
         return outgoing || body[0] == ECHO_REPLY ? FLOW : OTHER;
@@ -60,20 +60,27 @@ static enum reading look(const FenceObject *self, const uint8_t *head, size_t ha
 
 static struct fence_entry *set_of(const FenceObject *self, const struct fence_key *key)
 {
-    uint64_t hash = 0xCBF29CE484222325; /* FNV-1a */
-    const uint8_t *bytes = (const uint8_t *)key;
-    for (size_t i = 0; i < sizeof *key; i++)
-        hash = (hash ^ bytes[i]) * 0x100000001B3;
-    return self->entries + (hash >> 32) % FENCE_SETS * FENCE_WAYS;
+    return self->entries + tcp_hash((const uint8_t *)key, sizeof *key) % FENCE_SETS * FENCE_WAYS;
 }
 
-static struct fence_entry *find(const FenceObject *self, const struct fence_key *key)
+/* The connection's place, be its verdict void or not. */
+static struct fence_entry *place_of(const FenceObject *self, const struct fence_key *key)
 {
     struct fence_entry *set = self->entries ? set_of(self, key) : NULL;
     for (unsigned i = 0; set && i < FENCE_WAYS; i++)
-        if (set[i].epoch == self->epoch && !memcmp(&set[i].key, key, sizeof *key))
+        if (set[i].epoch && !memcmp(&set[i].key, key, sizeof *key))
             return &set[i];
     return NULL;
+}
+
+/* The verdict that stands, for a frame that needs it now. */
+static struct fence_entry *find(FenceObject *self, const struct fence_key *key)
+{
+    struct fence_entry *entry = place_of(self, key);
+    if (!entry || entry->epoch != self->epoch)
+        return NULL;
+    entry->used = ++self->uses;
+    return entry;
 }
 
 /* 0, or -1 with an exception. */
@@ -83,13 +90,14 @@ static int keep(FenceObject *self, const struct fence_key *key, uint8_t verdict)
         PyErr_NoMemory();
         return -1;
     }
-    struct fence_entry *set = set_of(self, key), *entry = find(self, key);
-    for (unsigned i = 0; !entry && i < FENCE_WAYS; i++)
-        if (set[i].epoch != self->epoch)
-            entry = &set[i];
-    if (!entry)
-        entry = &set[self->places++ % FENCE_WAYS];
-    *entry = (struct fence_entry){*key, verdict, self->epoch};
+    struct fence_entry *set = set_of(self, key), *entry = place_of(self, key);
+    if (!entry) {
+        entry = set;
+        for (unsigned i = 1; i < FENCE_WAYS; i++)
+            if (set[i].used < entry->used)
+                entry = &set[i];
+    }
+    *entry = (struct fence_entry){*key, verdict, self->epoch, ++self->uses};
     return 0;
 }
 
@@ -148,6 +156,8 @@ int fence_outgoing(FenceObject *self, uint8_t head[FLOW_HEAD], size_t have, cons
     struct fence_key key;
     enum reading kind = look(self, head, have, *length, true, &key);
     struct fence_entry *entry = kind == OTHER ? NULL : find(self, &key);
+    if (entry && kind == OPENS && entry->verdict == PASS)
+        entry = NULL; /* it may stand for a connection that the other end began, and this is another */
     int verdict = entry ? entry->verdict : ask(self, whole(head, have, iov, count, *length), true, kind, &key);
     if (entry)
         self->refused += verdict == REFUSE;
@@ -171,11 +181,7 @@ int fence_incoming(FenceObject *self, const uint8_t *frame, size_t length, uint8
                  frame[ETHERNET + 9] == PROTOCOL_UDP;
     if (kind == OTHER && !lease)
         return PASS;
-    struct fence_entry *entry = kind == OTHER ? NULL : find(self, &key);
-    if (entry && kind == OPENS) { /* what the guest was told before is of no account: somebody connects */
-        entry->epoch = 0;
-        entry = NULL;
-    }
+    struct fence_entry *entry = kind == FLOW ? find(self, &key) : NULL;
     int verdict;
     if (entry)
         verdict = entry->verdict;
@@ -317,6 +323,27 @@ static PyObject *py_mac(FenceObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_used(FenceObject *self, PyObject *args)
+{
+    Py_buffer peer;
+    unsigned short peer_port, port;
+    if (!PyArg_ParseTuple(args, "y*HH", &peer, &peer_port, &port))
+        return NULL;
+    struct fence_key key = {.protocol = PROTOCOL_TCP, .version = peer.len == 4 ? 4 : 6};
+    bool fits = peer.len == 4 || peer.len == 16;
+    if (fits)
+        memcpy(key.peer, peer.buf, (size_t)peer.len);
+    PyBuffer_Release(&peer);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "an address has 4 or 16 bytes");
+        return NULL;
+    }
+    key.peer_port[0] = (uint8_t)(peer_port >> 8), key.peer_port[1] = (uint8_t)peer_port;
+    key.guest_port[0] = (uint8_t)(port >> 8), key.guest_port[1] = (uint8_t)port;
+    const struct fence_entry *entry = place_of(self, &key);
+    return PyLong_FromUnsignedLongLong(entry ? entry->used : 0);
+}
+
 static PyObject *py_forget(FenceObject *self, PyObject *Py_UNUSED(ignored))
 {
     if (!++self->epoch) { /* after 2^32 of them old verdicts would be young again */
@@ -362,6 +389,8 @@ static PyMethodDef fence_methods[] = {
      "incoming(frame) -> (whether a frame for the guest passes, a frame for the other end or nothing)."},
     {"address", (PyCFunction)py_address, METH_VARARGS, "address(bytes): the guest's IPv4 address."},
     {"mac", (PyCFunction)py_mac, METH_VARARGS, "mac(bytes): the card's hardware address from now on."},
+    {"used", (PyCFunction)py_used, METH_VARARGS,
+     "used(peer, peer_port, port) -> int: when a frame of this TCP connection came last; greater is later, 0 unknown."},
     {"forget", (PyCFunction)py_forget, METH_NOARGS, "forget(): every connection is judged anew."},
     {"reply", (PyCFunction)py_reply, METH_VARARGS, "reply(frame): a frame for the guest; lost if too many wait."},
     {"replies", (PyCFunction)py_replies, METH_NOARGS, "replies() -> frames for the guest, each told once."},

@@ -36,6 +36,7 @@ struct fence_entry {
     struct fence_key key;
     uint8_t verdict;
     uint32_t epoch; /* of the Fence when it was judged: an older verdict is void; 0: free */
+    uint64_t used;  /* when a frame of it came last, counted in the Fence's uses; the least of a set gives way */
 };
 
 typedef struct {
@@ -48,7 +49,7 @@ typedef struct {
     bool addressed;              /* `address` is the guest's */
     unsigned questions;          /* since fence_begin() */
     uint64_t refused;            /* frames, by verdicts that stood here */
-    uint64_t places;             /* counts insertions: which of a full set gives way */
+    uint64_t uses;
 } FenceObject;
 
 extern PyTypeObject fence_type;

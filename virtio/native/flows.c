@@ -13,11 +13,8 @@ static bool same(const struct flow *a, const struct flow *b)
 
 static struct flow_entry *set_of(FlowsObject *self, const struct flow *flow)
 {
-    uint64_t hash = 0xCBF29CE484222325; /* FNV-1a */
-    const uint8_t *bytes = (const uint8_t *)flow;
-    for (size_t i = offsetof(struct flow, guest); i < sizeof *flow; i++)
-        hash = (hash ^ bytes[i]) * 0x100000001B3;
-    return self->entries + (hash >> 32) % FLOW_SETS * FLOW_WAYS;
+    enum { FROM = offsetof(struct flow, guest) };
+    return self->entries + tcp_hash((const uint8_t *)flow + FROM, sizeof *flow - FROM) % FLOW_SETS * FLOW_WAYS;
 }
 
 static struct flow_entry *find(FlowsObject *self, const struct flow *flow)
@@ -27,6 +24,14 @@ static struct flow_entry *find(FlowsObject *self, const struct flow *flow)
         if (set[i].used && same(&set[i].flow, flow))
             return &set[i];
     return NULL;
+}
+
+static struct flow_entry *use(FlowsObject *self, const struct flow *flow)
+{
+    struct flow_entry *entry = find(self, flow);
+    if (entry)
+        entry->seen = ++self->uses;
+    return entry;
 }
 
 /* 0, or -1 with an exception. */
@@ -40,14 +45,14 @@ static int add(FlowsObject *self, const struct flow *flow)
     for (unsigned i = 0; !entry && i < FLOW_WAYS; i++)
         if (!set[i].used)
             entry = &set[i];
-    if (!entry) { /* the oldest, of those that are closing if there is one */
+    if (!entry) { /* the one not used for longest, of those that are closing if there is one */
         entry = &set[0];
         for (unsigned i = 1; i < FLOW_WAYS; i++)
             if (set[i].closing > entry->closing || (set[i].closing == entry->closing && set[i].seen < entry->seen))
                 entry = &set[i];
         self->evicted |= !entry->closing;
     }
-    *entry = (struct flow_entry){*flow, true, false, 0, self->made++};
+    *entry = (struct flow_entry){*flow, true, false, 0, ++self->uses};
     return 0;
 }
 
@@ -56,10 +61,8 @@ static int note(FlowsObject *self, const struct segment_seen *seen, uint8_t dire
 {
     if ((seen->flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN)
         return add(self, &seen->flow);
-    if (!(seen->flags & (TCP_RST | TCP_FIN)))
-        return 0;
-    struct flow_entry *entry = find(self, &seen->flow);
-    if (!entry)
+    struct flow_entry *entry = use(self, &seen->flow);
+    if (!entry || !(seen->flags & (TCP_RST | TCP_FIN)))
         return 0;
     if (seen->flags & TCP_RST)
         entry->used = false;

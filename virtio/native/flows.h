@@ -17,13 +17,13 @@ struct flow_entry {
     struct flow flow;
     bool used, closing; /* closing: both ends have sent a FIN */
     uint8_t fins;
-    uint64_t seen;      /* when it was made; the oldest gives way */
+    uint64_t seen;      /* when a segment of it passed last, counted in uses; the least gives way */
 };
 
 typedef struct {
     PyObject_HEAD
     struct flow_entry *entries; /* FLOW_SETS * FLOW_WAYS; NULL until there is one */
-    uint64_t made;
+    uint64_t uses;
     bool answers;  /* the other end is new: segments of connections that are not known are answered with a reset */
     bool evicted;  /* a connection was forgotten for want of room: what is not known may be alive */
     PyObject *replies; /* list of bytes: frames for the guest */

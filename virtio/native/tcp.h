@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 enum {
     ETHERNET = 14, ETHERTYPE_IPV4 = 0x0800, ETHERTYPE_IPV6 = 0x86DD, PROTOCOL_TCP = 6,
@@ -27,6 +28,19 @@ struct segment_seen {
 };
 
 static inline uint16_t load16(const uint8_t *p) { return (uint16_t)(p[0] << 8 | p[1]); }
+
+/* Of the addresses of a connection, of 8 bytes or more: where tables look for it. Each multiplication by an odd number near
+ * the golden ratio of 2^64 carries what is in a bit to all higher ones, and the shift brings it down again. */
+static inline uint64_t tcp_hash(const uint8_t *bytes, size_t length)
+{
+    uint64_t hash = length, word;
+    for (size_t at = 0; at < length; at += 8) {
+        memcpy(&word, bytes + (at + 8 <= length ? at : length - 8), 8);
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15;
+        hash ^= hash >> 32;
+    }
+    return hash * 0x9E3779B97F4A7C15 >> 32;
+}
 
 /* Whether the frame is a whole TCP header over IP that is understood; `outgoing`: the guest sends it. */
 bool tcp_look(const uint8_t *frame, size_t length, bool outgoing, struct segment_seen *found);

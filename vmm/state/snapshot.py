@@ -329,7 +329,8 @@ class Snapshot:
 
     def _fresh_addresses(self, machine: dict[str, Any]) -> dict[bytes, bytes]:
         """A new MAC address for each network card, by its old one. Raises StateError."""
-        from virtio.devices.net import NetState, random_mac  # loads asyncio
+        from virtio.devices.net import random_mac  # loads asyncio
+        from virtio.devices.netstate import NetState
 
         found: dict[bytes, bytes] = {}
 

@@ -6,7 +6,9 @@ tests/unit/virtio/test_state.py does the same with every device in mid-traffic, 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
+import socket
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,11 +19,16 @@ import pytest
 from tests.support.fuse import share
 from tests.support.hops import moves
 from tests.support.virtio import DRIVERS, Driver, MmioDriver
+from tests.unit.virtio.test_policed import GUEST, MAC, SERVER, ip, question, resolve, tcp, udp
 from tests.unit.virtio.test_vsock import CID, Guest, Op
+from virtio.backends.policed import PolicedNet
+from virtio.backends.rules import Egress, parse
+from virtio.backends.sockets import StreamNet
 from virtio.backends.vsock import MemoryVsock
 from virtio.device import Device
 from virtio.devices.balloon import BalloonDevice
 from virtio.devices.fs import FsDevice
+from virtio.devices.net import NetDevice
 from virtio.devices.rng import EntropyDevice
 from virtio.devices.vsock import VsockDevice
 from virtio.fs import messages as m
@@ -92,6 +99,41 @@ async def test_a_driver_that_sets_a_device_up(kind: str) -> None:
     for at in range(writes):
         assert await run(at) == (writes, wanted), f"a hop before write {at}"
     assert await run(None) == (writes, wanted)
+
+
+@moves("virtio-net")
+@pytest.mark.parametrize("kind", DRIVERS)
+async def test_a_card_whose_guest_was_told_addresses(kind: str) -> None:
+    """What the policy opened by a name stays open over each hop, and all else closed; with the question in flight it is
+    asked again."""
+    far: StreamNet
+
+    def fresh() -> NetDevice:
+        nonlocal far
+        near, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        far = StreamNet(there)
+        policy = Egress(parse("files.example.org:443"), ())
+        return NetDevice(PolicedNet(StreamNet(near), MAC, policy, resolve=resolve), MAC)
+
+    driver = begin(kind, fresh())
+    driver.initialize()
+    room = driver.buffer(2000)
+    driver.submit(0, [], [room])
+    driver.submit(1, [driver.buffer(bytes(12) + ip(udp(53, question("files.example.org")), "198.18.0.53"))])
+    (used,) = await driver.used(0, timeout=30)
+    assert ipaddress.ip_address(SERVER).packed in driver.bytes_at(room)[: used.length]
+    for number in range(3):
+        before = far
+        await hop(driver, fresh)
+        await before.aclose()
+        for port, target, source in ((80, SERVER, GUEST), (443, SERVER, "192.0.2.77"), (443, "203.0.113.1", GUEST)):
+            driver.submit(1, [driver.buffer(bytes(12) + ip(tcp(port), target, source, 6))])
+        good = ip(tcp(443, source=5000 + number), SERVER, protocol=6)
+        driver.submit(1, [driver.buffer(bytes(12) + good)])
+        assert await asyncio.wait_for(far.receive(), 30) == good
+    driver.transport.reset()
+    await driver.transport.device.aclose()
+    await far.aclose()
 
 
 @moves("virtio-fs")

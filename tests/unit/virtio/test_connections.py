@@ -19,8 +19,9 @@ from tests.support.segments import ACK, FIN, RST, SYN, Segment
 from virtio import _ring
 from virtio.backends.net import MemoryNet
 from virtio.backends.sockets import StreamNet
-from virtio.devices.net import NetDevice, NetState, NetStateV2, parse_mac
-from virtio.errors import StateError
+from virtio.devices.net import NetDevice, parse_mac
+from virtio.devices.netstate import NetState, NetStateV2
+from virtio.errors import HostError, StateError
 from vmm.state.payload import encode, parse
 
 from .conftest import Connect
@@ -208,8 +209,96 @@ async def test_a_card_that_goes_on_resets_them(
     await far.aclose()
 
 
+@pytest.mark.parametrize("pair", [memory, stream])
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_a_card_gets_another_backend(
+    connect: Connect, pair: Callable[[], tuple[Any, Any]], overlap: bool
+) -> None:
+    """While it is used: the connection of before is reset, a frame that is sent meanwhile arrives at the new one, and
+    what it counted stays. One that does not come costs the link until another does, or nothing if the old one stays."""
+    near, far = pair()
+    device = NetDevice(near, GUEST)
+    driver = connect(device)
+    driver.initialize()
+    rooms = [driver.buffer(2000) for _ in range(4)]
+    for room in rooms:
+        driver.submit(0, [], [room])
+    driver.submit(1, [driver.buffer(HEADER + V4.frame())])
+    assert await asyncio.wait_for(far.receive(), 30) == V4.frame()
+    await driver.used(1)
+
+    async def fails() -> Any:
+        raise HostError("no network")
+
+    with pytest.raises(HostError, match="no network"):
+        await device.exchange(near.aclose, fails, overlap=overlap)
+    assert device.link is overlap
+    begun, come = asyncio.Event(), asyncio.Event()
+    new_near, new_far = pair()
+
+    async def make() -> Any:
+        begun.set()
+        await come.wait()
+        return new_near
+
+    change = asyncio.create_task(device.exchange(near.aclose, make, overlap=overlap))
+    await begun.wait()
+    fresh = replace(V4, source_port=40001)
+    if not overlap:  # else the old one is there to the end
+        driver.submit(1, [driver.buffer(HEADER + fresh.frame())])
+    come.set()
+    await asyncio.wait_for(change, 30)
+    assert device.link
+
+    async def arrives() -> Segment:
+        room = rooms.pop(0)
+        (used,) = await driver.used(0)
+        return Segment.read(driver.bytes_at(room)[len(HEADER) : used.length])
+
+    assert await arrives() == back(V4, ACK)
+    driver.submit(1, [driver.buffer(HEADER + replace(V4, flags=ACK, seq=9, ack=77).frame())])
+    assert await arrives() == back(V4, RST, seq=77)
+    if overlap:
+        driver.submit(1, [driver.buffer(HEADER + fresh.frame())])
+    assert await asyncio.wait_for(new_far.receive(), 30) == fresh.frame()
+    inward = back(V4, SYN, source_port=5000, target_port=22)
+    await new_far.send(inward.frame())
+    assert await arrives() == inward
+    await driver.used(1, 2)
+    assert device.counters["sent"] >= 2 and device.counters["received"] >= 1
+    await far.aclose()
+    await new_far.aclose()
+
+
+async def test_a_card_that_goes_takes_its_next_backend_along() -> None:
+    """Nothing stays behind of one that came too late."""
+    near, far = stream()
+    device, (late, other) = NetDevice(near, GUEST), stream()
+
+    async def make() -> Any:
+        await device.aclose()
+        return late
+
+    with pytest.raises(StateError, match="gone"):
+        await device.exchange(near.aclose, make, overlap=False)
+    assert late.channels == ()
+    for end in (far, other):
+        await end.aclose()
+
+
+def test_a_connection_in_use_is_not_the_one_that_gives_way() -> None:
+    """However many come after it."""
+    flows = _ring.Flows()
+    flows.outgoing(V4.frame())
+    for port in range(1, 40000):
+        flows.incoming(back(V4, ACK).frame())
+        flows.outgoing(replace(V4, source_port=port).frame())
+    assert len(flows.save()) <= 4096
+    assert V4.source_port.to_bytes(2, "big") in [item[46:48] for item in flows.save()]
+
+
 def test_a_card_refuses_nonsense() -> None:
     """A saved state is hostile."""
     device = NetDevice(Kept(), GUEST)
     with pytest.raises(StateError, match="connections"):
-        device.restore_device(NetState(GUEST, True, 1, None, None, False, (b"\xff" * 50,)))
+        device.restore_device(NetState(GUEST, True, 1, None, None, False, (b"\xff" * 50,), None))

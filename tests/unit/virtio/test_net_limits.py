@@ -13,7 +13,8 @@ from tests.support.clocks import SteppedClock
 from tests.support.virtio import Driver, PciDriver
 from virtio.backends.net import Channel, MemoryNet, NetBackend
 from virtio.backends.sockets import DatagramNet, StreamNet
-from virtio.devices.net import NetDevice, NetState, NetStateV1, NetStateV2, parse_mac
+from virtio.devices.net import NetDevice, parse_mac
+from virtio.devices.netstate import NetState, NetStateV1, NetStateV2, NetStateV3
 from virtio.errors import ConfigError
 
 MAC = parse_mac("52:54:00:12:34:56")
@@ -201,7 +202,7 @@ async def test_state_and_names(wire: Wire) -> None:
     other = NetDevice(MemoryNet.pair()[0], MAC)
     other.restore_device(wire.device.save_device())
     assert other.limits == values and other.save_device() == wire.device.save_device()
-    other.restore_device(NetState.upgrade(NetStateV2.upgrade(NetStateV1(MAC, True, 1))))
+    other.restore_device(NetState.upgrade(NetStateV3.upgrade(NetStateV2.upgrade(NetStateV1(MAC, True, 1)))))
     assert other.limits == values
     for wrong in ({"pps": 1}, {"iops_in": 1}, {"pps_in_max": 1}, {"bps_out": -1}):
         with pytest.raises(ConfigError):

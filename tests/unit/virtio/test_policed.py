@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from tests.support.virtio import PciDriver
 from virtio import _ring
-from virtio.backends import dns
+from virtio.backends import dns, policed
+from virtio.backends.learned import PolicyState, Resolved
 from virtio.backends.net import MemoryNet
 from virtio.backends.packets import checksum, packet
 from virtio.backends.policed import MAX_QUESTIONS, REASONS, TOLD, PolicedNet, no_names
 from virtio.backends.rules import Address, Egress, parse
 from virtio.backends.sockets import StreamNet
 from virtio.devices.net import NetDevice
-from virtio.errors import ConfigError
+from virtio.devices.netstate import NetState
+from virtio.errors import ConfigError, StateError
 
 MAC, ROUTER = bytes.fromhex("525400123456"), bytes.fromhex("020000000001")
 GUEST, SERVER = "192.0.2.2", "198.51.100.7"
@@ -228,6 +230,93 @@ async def test_this_host_is_out_of_reach_whatever_is_allowed() -> None:
             assert not await card.passes(ip(udp(53), target, source)), (allow, target)
         assert not card.net.policy.learn("example.org", ipaddress.ip_address("::ffff:192.0.2.1"))
         await card.net.aclose()
+
+
+async def test_own_addresses_of_this_host_are_open_only_where_they_are_listed() -> None:
+    """Not by a network, by all, or by a name that leads there, whoever answers for it; deny=host is the opposite."""
+    own, other = "10.1.2.3", "10.1.2.4"
+
+    def is_own(address: Address) -> bool:
+        return str(address) in (own, SERVER)
+
+    for allow, deny, here, there in (
+        ("*", "", (False, False), True), ("10.0.0.0/8", "", (False, False), True), (own, "", (True, True), False),
+        (f"{own}:80", "", (True, False), False), ("host", "", (True, True), False), ("host:80", "", (True, False), False),
+        ("*+host:80", "", (True, False), True), ("*+host", "host:81", (True, False), True), ("", "", (True, True), True),
+        ("", "host", (False, False), True), ("", "host:81", (True, False), True), ("*+host", own, (False, False), True),
+    ):  # fmt: skip
+        policy = Egress(parse(allow), parse(deny), is_own)
+        for port, passes in zip((80, 81), here, strict=True):
+            assert policy.may_reach(ipaddress.ip_address(own), port) is passes, (allow, deny, port)
+        assert policy.may_reach(ipaddress.ip_address(other), 80) is there, (allow, deny)
+    card = Card("files.example.org")
+    card.net.policy.is_own = is_own
+    assert await card.ask("files.example.org") == (0, [SERVER])
+    assert not await card.passes(ip(tcp(443), SERVER, protocol=6))
+    assert f"refused by the network's policy: TCP to {SERVER}:443, an address of this host's own" in card.told
+    card.net.change(Egress(parse("files.example.org+host:443"), (), is_own), resolve)
+    assert await card.passes(ip(tcp(443), SERVER, protocol=6))
+    await card.net.aclose()
+
+
+async def test_what_began_outside_is_not_begun_by_the_guest(card: Card) -> None:
+    peer = "203.0.113.200"
+    card.wire.deliver(ip(tcp(80, 0x02, 5000), GUEST, peer, 6))
+    await asyncio.wait_for(card.net.receive(), 30)
+    assert await card.passes(ip(tcp(5000, 0x12, 80), peer, protocol=6))
+    assert not await card.passes(ip(tcp(5000, 0x02, 80), peer, protocol=6))
+
+
+async def test_a_connection_from_outside_that_is_used_stays_known(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else comes from outside."""
+    monkeypatch.setattr(policed, "MAX_FLOWS", 16)
+    peer, answer = "203.0.113.200", ip(tcp(5000, 0x10, 80), "203.0.113.200", protocol=6)
+    for port in range(5000, 5100):
+        card.wire.deliver(ip(tcp(80, 0x02, port), GUEST, peer, 6))
+        await asyncio.wait_for(card.net.receive(), 30)
+        assert await card.passes(answer), port
+        assert len(card.net._flows) <= 16
+    card.net._fence.forget()
+    assert await card.passes(answer)
+    assert not await card.passes(ip(tcp(5001, 0x10, 80), peer, protocol=6))
+
+
+async def test_what_names_opened_is_part_of_the_state(card: Card) -> None:
+    """It stays open where the machine goes on, as the policy there says; so does whose address is the guest's."""
+    assert await card.ask("files.example.org") == (0, [SERVER])
+    assert await card.passes(ip(tcp(443), SERVER, protocol=6))
+    state = card.net.save()
+    assert state.guest == ipaddress.ip_address(GUEST).packed
+    other = Card("*.example.org:443")
+    other.net.restorer(state)()
+    assert await other.passes(ip(tcp(443), SERVER, protocol=6))
+    assert not await other.passes(ip(tcp(80), SERVER, protocol=6))
+    assert not await other.passes(ip(tcp(443), SERVER, "192.0.2.77", 6))
+    assert other.net.save() == state
+    stricter = Card("example.com")
+    stricter.net.restorer(state)()
+    assert not await stricter.passes(ip(tcp(443), SERVER, protocol=6)) and not stricter.net.save().resolved
+    for one in (other, stricter):
+        await one.net.aclose()
+
+
+HERE = ipaddress.ip_address(SERVER).packed
+
+
+@pytest.mark.parametrize(("guest", "address", "name"), [
+    (b"\1\2\3", HERE, "a.b"), (b"", b"\1" * 5, "a.b"), (b"", b"\x7f\0\0\1", "a.b"), (b"", bytes(15) + b"\1", "a.b"),
+    (b"", b"\xe0\0\0\1", "a.b"), (b"", HERE, "A.b"), (b"", HERE, "a\nb"), (b"", HERE, "a" * 254),
+    (b"", bytes(10) + b"\xff\xff\x7f\0\0\1", "a.b"),
+])  # fmt: skip
+async def test_a_state_that_no_policy_gave_is_refused(card: Card, guest: bytes, address: bytes, name: str) -> None:
+    device = NetDevice(card.net, MAC)
+    policy = PolicyState(guest, (Resolved(HERE, ("files.example.org",)), Resolved(address, (name,))))
+    with pytest.raises(StateError, match="policy"):
+        device.restore_device(NetState(MAC, True, 1, None, None, False, (), policy))
+    assert not card.net.save().resolved
+    await device.aclose()
 
 
 async def test_an_answer_that_took_long_is_received(card: Card) -> None:

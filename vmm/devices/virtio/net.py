@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 POLICED = ["--no-map-gw", "-D", "198.18.0.53"]
 """passt(1), behind a policy: the gateway's address does not mean this host, and the guest is told a name server,
 whatever the host has (of RFC 2544's addresses, which nobody has): questions to it are answered by the policy."""
+ONCE_POLICED = ["--dns-forward", "198.18.0.53"]
+"""passt(1), for a guest that may have been behind a policy before, and goes on asking the name server of then."""
 
 
 def policy_of(net: Net) -> tuple[Egress, Resolve | None]:
     """The policy that a card asks for, and who resolves its guest's names; None: this host."""
     from virtio.backends import rules
+    from virtio.backends.ownaddresses import is_own
     from virtio.backends.policed import no_names
     from virtio.backends.resolver import NONE, Resolver, parse_servers
 
-    policy = rules.Egress(rules.parse(net.allow), rules.parse(net.deny))
+    policy = rules.Egress(rules.parse(net.allow), rules.parse(net.deny), is_own)
     if not net.dns:
         return policy, None
     return policy, no_names if net.dns == NONE else Resolver(parse_servers(net.dns))
@@ -44,6 +47,18 @@ def policed(device: NetDevice) -> PolicedNet | None:
     if isinstance(backend, PcapNet):
         backend = backend.inner
     return backend if isinstance(backend, PolicedNet) else None
+
+
+async def user_net(net: Net, mac: bytes, tell: Callable[[str], None], *, used: bool, wait: bool) -> NetBackend:
+    """User networking by a new passt, behind the card's policy if it has one. `tell` hears what that refuses. `used`:
+    the guest has used the card before. `wait`: UserNet.start. ConfigError, HostError."""
+    ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
+    if not net.policed:
+        return await UserNet.start(ports + (ONCE_POLICED if used else []), wait=wait)
+    from virtio.backends.policed import PolicedNet
+
+    policy, resolve = policy_of(net)
+    return PolicedNet(await UserNet.start(ports + POLICED, wait=wait), mac, policy, tell, resolve)
 
 
 class NetMaker(Maker):
@@ -74,15 +89,7 @@ class NetMaker(Maker):
         net = self._net
         backend: NetBackend
         if net.kind == "user":
-            ports = ["-t", net.forward.replace("+", ",")] if net.forward else []
-            if net.policed:
-                ports += POLICED
-            backend = await UserNet.start(ports, wait=not self._restored)
-            if net.policed:
-                from virtio.backends.policed import PolicedNet
-
-                policy, resolve = policy_of(net)
-                backend = PolicedNet(backend, self.mac, policy, self._tell, resolve)
+            backend = await user_net(net, self.mac, self._tell, used=self._restored, wait=not self._restored)
         elif net.kind == "tap":
             backend = TapNet(net.target, queues=net.queues)
         elif net.kind == "switch":
