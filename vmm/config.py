@@ -240,9 +240,11 @@ class Net(Checked):
     """User networking: TCP ports of the host that lead to the guest's, as 8080:80 or 8080:80+2222:22."""
     allow: str = ""
     """User networking: the only places that the guest may connect to, as example.org:443+*.example.net+10.0.0.0/8.
-    Names are resolved on this host; the guest itself reaches no name server."""
+    Names are resolved on this host; the guest itself reaches no name server. host: this host's own addresses, which
+    nothing else opens but the very address."""
     deny: str = ""
-    """User networking: places that the guest may not connect to, whatever `allow` says; a name here has no port."""
+    """User networking: places that the guest may not connect to, whatever `allow` says; a name here has no port. host:
+    this host's own addresses."""
     dns: str = ""
     """User networking: the name servers that resolve the guest's names, as 10.0.0.53+[2001:db8::53]:5353, instead of
     this host's resolver. none: the guest can resolve no names."""

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -272,11 +273,115 @@ async def change_while_it_runs(vm: vmm.VirtualMachine, call: str) -> None:
     (copy,) = await vm.fork()
     try:
         assert [net.allow for net in copy.config.nets] == [policy["allow"]]
-        assert FAR in await sh(copy, "until nslookup far.test; do sleep 0.2; done")
         assert await iperf(copy, f"{call} -c {FAR} -p 5203", 2)
         await sh(copy, f"timeout 3 {call} -c {FAR} -n 1K -p 5201 >/dev/null 2>&1; [ $? -ne 0 ]")
     finally:
         await copy.aclose()
+
+
+async def transfer(vm: vmm.VirtualMachine, call: str) -> None:
+    """Begin to send for good, and wait until bytes flow."""
+    await vm.exec("sh", "-c", f"{call} -c {FAR} -t 1000 >/tmp/cut 2>&1 & echo", timeout=SECONDS, check=True)
+    before = card(vm).counters["bytes_sent"]
+    async with asyncio.timeout(SECONDS):
+        while card(vm).counters["bytes_sent"] < before + (2 << 20):
+            await asyncio.sleep(0.05)
+
+
+async def ended(vm: vmm.VirtualMachine) -> str:
+    """What the transfer said when it was reset."""
+    await sh(vm, "while pgrep -f 't 1000' >/dev/null; do sleep 0.2; done")
+    return (await sh(vm, "cat /tmp/cut")).lower()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["native", "recorded"])
+async def test_a_first_policy_comes_and_the_last_one_goes(
+    kind: str, tmp_path: Path, stock_core: str, passt_networks: tuple[Namespace, Namespace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """While the machine runs: what was open is reset each time. With the policy this host's loopback is no more behind
+    the gateway, names open what they lead to, and the published port goes on; without it all is as it was."""
+
+    async def resolve(name: str, kind: int) -> list[ipaddress.IPv4Address]:
+        return [ipaddress.IPv4Address(FAR)] if (name, kind) == ("far.test", 1) else []
+
+    monkeypatch.setattr(policed, "host_addresses", resolve)
+    near, far = passt_networks
+    linuximage.need()
+    await far.listen(5201, "iperf3", "-s", "-B", FAR)
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "secret").write_text("of the host")
+    await near.serve(tmp_path / "www", "127.0.0.1", 7000)
+    recording = tmp_path / "frames.pcap" if kind == "recorded" else None
+    net = Net(kind="user", forward="5202:5202", packed=recording is not None, pcap=recording)
+    host = f"timeout {5 * PATIENCE} wget -q -O - http://10.214.7.2:7000/secret"
+    async with vmm.run("linux", core=stock_core, nets=(net,), timeout=SECONDS) as vm:
+        await sh(vm, "until ip route | grep -q default; do sleep 0.1; done")
+        call = await install(vm, "iperf3")
+        assert await sh(vm, host) == "of the host"
+        await sh(vm, f"{call} -s -D -p 5202; {LISTENS.format(port=5202)}")
+        await transfer(vm, call)
+        await vm.set(nets={"net0": {"allow": "far.test:5201"}})
+        seen = await ended(vm)
+        assert "reset" in seen or "broken pipe" in seen
+        short = f"timeout 3 {call} -c {FAR} -n 1K >/dev/null 2>&1"
+        await sh(vm, f"! {short}; ! {host}; nslookup far.test 10.214.7.2")
+        assert await iperf(vm, f"{call} -c {FAR}", 2)
+        assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 2)
+        assert await sh(vm, f"{host} || echo no") == "no\n"
+        (policy,) = [one["policy"] for one in vm.attached() if one["kind"] == "net"]
+        assert policy["allow"] == "far.test:5201" and policy["refused"]["destination"] > 0
+        await transfer(vm, call)
+        await vm.set(nets={"net0": {"allow": ""}})
+        seen = await ended(vm)
+        assert "reset" in seen or "broken pipe" in seen
+        assert not any("policy" in one for one in vm.attached())
+        assert await sh(vm, host) == "of the host"
+        assert await iperf(vm, f"{call} -c {FAR}", 2)
+        assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 2)
+
+
+OWN = """
+import asyncio, sys
+import vmm
+from vmm.config import Net
+async def main():
+    net = Net(kind="user", allow="*")
+    async with vmm.run("linux", core=sys.argv[1], nets=(net,), timeout=float(sys.argv[2])) as vm:
+        events = vm.events()
+        sh = lambda text: vm.exec("sh", "-c", text, timeout=float(sys.argv[2]))
+        await sh("until ip route | grep -q default; do sleep 0.1; done")
+        for allow in ("*", "10.214.0.0/16", "*+host:7000", "10.214.8.1"):
+            await vm.set(nets={"net0": {"allow": allow}})
+            print(allow, (await sh("timeout 10 wget -q -O - http://10.214.8.1:7000/secret || echo no")).text)
+            print(allow, (await sh(f"timeout 10 wget -q -O - http://{sys.argv[3]}:7000/other || echo no")).text)
+    async for event in events:
+        if isinstance(event, vmm.Warned):
+            print(event.text)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.root
+async def test_own_addresses_of_this_host_have_to_be_listed(
+    tmp_path: Path, stock_core: str, passt_networks: tuple[Namespace, Namespace]
+) -> None:
+    """allow=* and networks open other hosts alone, for a machine of which this is the host."""
+    near, far = passt_networks
+    linuximage.need()
+    near.ip("addr", "add", "10.214.8.1/32", "dev", "lo")
+    for name, text in (("secret", "of the host"), ("other", "of another")):
+        (tmp_path / name).write_text(text)
+    await near.serve(tmp_path, "10.214.8.1", 7000)
+    await far.serve(tmp_path, FAR, 7000)
+    said = (await near.arun(sys.executable, "-c", OWN, stock_core, str(SECONDS), FAR, timeout=SECONDS)).split("\n")
+    for allow, here, there in (
+        ("*", "no", "of another"), ("10.214.0.0/16", "no", "of another"),
+        ("*+host:7000", "of the host", "of another"), ("10.214.8.1", "of the host", "no"),
+    ):  # fmt: skip
+        assert f"{allow} {here}" in said and f"{allow} {there}" in said, (allow, said)
+    assert "net0: refused by the network's policy: TCP to 10.214.8.1:7000, an address of this host's own" in said
 
 
 @TRANSPORTS

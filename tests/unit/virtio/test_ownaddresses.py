@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import netns
-from virtio.backends.ownaddresses import Watch, is_own
+from virtio.backends.ownaddresses import is_own
 
 
 def test_addresses_of_interfaces_are_own_and_others_are_not() -> None:

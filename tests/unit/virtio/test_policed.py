@@ -241,9 +241,10 @@ async def test_own_addresses_of_this_host_are_open_only_where_they_are_listed() 
 
     for allow, deny, here, there in (
         ("*", "", (False, False), True), ("10.0.0.0/8", "", (False, False), True), (own, "", (True, True), False),
-        (f"{own}:80", "", (True, False), False), ("host", "", (True, True), False), ("host:80", "", (True, False), False),
-        ("*+host:80", "", (True, False), True), ("*+host", "host:81", (True, False), True), ("", "", (True, True), True),
-        ("", "host", (False, False), True), ("", "host:81", (True, False), True), ("*+host", own, (False, False), True),
+        (f"{own}:80", "", (True, False), False), ("host", "", (True, True), False),
+        ("host:80", "", (True, False), False), ("*+host:80", "", (True, False), True),
+        ("*+host", "host:81", (True, False), True), ("", "", (True, True), True), ("", "host", (False, False), True),
+        ("", "host:81", (True, False), True), ("*+host", own, (False, False), True),
     ):  # fmt: skip
         policy = Egress(parse(allow), parse(deny), is_own)
         for port, passes in zip((80, 81), here, strict=True):
