@@ -45,7 +45,8 @@ def _annotation(option: RunOption) -> tuple[Any, Any]:
     if option.kind == "switch":
         flags = f"{option.flag}/{option.opposite}" if option.opposite else option.flag
         return Annotated[bool | None, typer.Option(flags, help=option.help)], None
-    settings = typer.Option(option.flag, help=option.help, metavar=option.metavar)
+    names = (option.flag, option.short) if option.short else (option.flag,)
+    settings = typer.Option(*names, help=option.help, metavar=option.metavar)
     if option.kind == "list":
         return Annotated[list[str] | None, settings], None
     return Annotated[str | None, settings], None

@@ -9,7 +9,7 @@ from typing import Any
 
 from cli.errors import EXIT_HOST
 from vmm.convert import MIB
-from vmm.cores import diagnose
+from vmm.cores import diagnose, models
 from vmm.errors import VmmError
 
 FINISHES = (
@@ -34,6 +34,7 @@ def report(*, json: bool) -> int:
                 "reason": probe.reason,
                 "cure": probe.cure,
                 "finishes": FINISHES if name == "kvm" and probe.available else "",
+                "models": models(name) if probe.available else {},
             }
             for name, probe in (diagnosis.probes.items() if diagnosis else ())
         ],
@@ -60,6 +61,12 @@ def _print(facts: dict[str, Any], failure: str) -> None:
             lines.append(f"    to improve: {core['cure']}")
         if core["finishes"]:
             lines.append(f"    finishes: {core['finishes']}")
+        for model, why_not in core["models"].items():
+            if why_not:
+                lines.append(f"    no CPU model {model}: it lacks {', '.join(why_not)}")
+        if core["models"]:
+            has = [model for model, why_not in core["models"].items() if not why_not]
+            lines.append(f"    CPU models: {', '.join(has)}")
         if core["capabilities"]:
             lines.append(f"    can: {', '.join(core['capabilities'])}")
     if facts["stock_kernels"]:

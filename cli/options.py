@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 
 class RunOption:
-    """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command"). A switch of the
-    configuration has its opposite, `--no-…`, for what a file or an image has set."""
+    """`field` is the key in vmm.Config, or a switch of the command itself (`of` "command"); `short` is another flag. A
+    switch of the configuration has its opposite, `--no-…`, for what a file or an image has set."""
 
-    __slots__ = ("field", "flag", "help", "kind", "metavar", "of")
+    __slots__ = ("field", "flag", "help", "kind", "metavar", "of", "short")
 
     def __init__(
         self,
@@ -24,8 +24,10 @@ class RunOption:
         help: str,
         metavar: str = "",
         of: Literal["config", "command"] = "config",
+        short: str = "",
     ) -> None:
         self.flag, self.field, self.kind, self.help, self.metavar, self.of = flag, field, kind, help, metavar, of
+        self.short = short
 
     @property
     def opposite(self) -> str:
@@ -35,7 +37,9 @@ class RunOption:
 
 RUN_OPTIONS = (
     RunOption("--core", "core", "text", "Execution core; auto takes the best that this host has.", "auto|kvm|soft"),
-    RunOption("--cpu-model", "cpu_model", "text", "What guests are told of the processor.", "v2|host"),
+    RunOption(
+        "--cpu-model", "cpu_model", "text", "What guests are told of the processor.", "v2|v3|max|host", short="--cpu"
+    ),
     RunOption("--cpus", "cpus", "text", "Virtual CPUs, and how many there may be while it runs.", "N[,max=M]"),
     RunOption("--max-cpus", "max_cpus", "text", "As max= of --cpus.", "M"),
     RunOption("--memory", "memory", "text", "Guest memory.", "SIZE"),
@@ -89,7 +93,7 @@ RUN_OPTIONS = (
     RunOption("--print-schema", "print_schema", "switch", "Print the file's JSON Schema, for editors.", of="command"),
     RunOption("--print-cmdline", "print_cmdline", "switch", "Print the kernel command line.", of="command"),
 )
-_BY_FLAG = {option.flag: option for option in RUN_OPTIONS}
+_BY_FLAG = {flag: option for option in RUN_OPTIONS for flag in (option.flag, option.short) if flag}
 _BY_OPPOSITE = {option.opposite: option for option in RUN_OPTIONS if option.opposite}
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from cpu.contract import CpuidEntry
 from cpu.cpuid import INDEX_SIGNIFICANT
-from cpu.errors import ConfigError
+from cpu.errors import ConfigError, HostError
 
 VENDOR: Final = (0x6874_7541, 0x444D_4163, 0x6974_6E65)
 """AuthenticAMD, in EBX, ECX, EDX."""
@@ -20,6 +20,7 @@ SIGNATURE: Final = 0x00A1_0F11
 PHYSICAL_BITS: Final = 40
 """Bits of a physical address that every server has: 1 TiB is more than most machines use."""
 BRAND: Final = b"loopvisor x86-64-v2".ljust(48, b"\0")
+XSAVE_LEGACY: Final = 576
 
 FEATURES: Final[dict[tuple[int, int, str], dict[int, str]]] = {
     (1, 0, "ecx"): {
@@ -82,6 +83,7 @@ def _bits(*numbers: int) -> int:
 
 _COMMON_EDX = _bits(0, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 23, 24)
 _words = [int.from_bytes(BRAND[at : at + 4], "little") for at in range(0, 48, 4)]
+_words_v3 = [int.from_bytes(BRAND.replace(b"v2", b"v3")[at : at + 4], "little") for at in range(0, 48, 4)]
 
 V2: Final = (
     CpuidEntry(0, 0, 0, 0xD, *VENDOR),
@@ -107,20 +109,57 @@ V2: Final = (
 )  # fmt: skip
 """x86-64-v2 and what the software core has beside it: AMD family 19h without AVX."""
 
-MODELS: Final = {"v2": V2}
-NAMES: Final = (*MODELS, "host")
+_V3: Final = {
+    (1, 0, "ecx"): _bits(1, 12, 25, 28, 29),
+    (7, 0, "ebx"): _bits(3, 5, 8),
+    (0xD, 0, "eax"): _bits(2),
+    (0x8000_0001, 0, "ecx"): _bits(5),
+}
+"""What x86-64-v3 has beside x86-64-v2 (x86-64 psABI, 3.1.1), and AES and PCLMULQDQ, which its processors have too."""
+XSAVE_AVX: Final = XSAVE_LEGACY + 256
+"""Bytes of an XSAVE area with the upper halves of YMM registers (SDM 1, 13.5.2)."""
+
+
+def _v3() -> tuple[CpuidEntry, ...]:
+    entries = []
+    for entry in V2:
+        for register in ("eax", "ebx", "ecx", "edx"):
+            more = _V3.get((entry.function, entry.index, register), 0)
+            entry = replace(entry, **{register: getattr(entry, register) | more})
+        if entry.function == 0xD and entry.index == 0:
+            entry = replace(entry, ebx=XSAVE_AVX, ecx=XSAVE_AVX)
+        elif 0x8000_0002 <= entry.function <= 0x8000_0004:
+            at = 4 * (entry.function - 0x8000_0002)
+            eax, ebx, ecx, edx = _words_v3[at : at + 4]
+            entry = replace(entry, eax=eax, ebx=ebx, ecx=ecx, edx=edx)
+        entries.append(entry)
+        if entry.function == 0xD and entry.index == 1:
+            entries.append(CpuidEntry(0xD, 2, INDEX_SIGNIFICANT, XSAVE_AVX - XSAVE_LEGACY, XSAVE_LEGACY, 0, 0))
+    return tuple(entries)
+
+
+V3: Final = _v3()
+"""x86-64-v3: AVX, AVX2, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE."""
+REQUIRED: Final = {"v3": {(1, 0, "ecx"): _bits(12, 22, 28, 29), **{key: _V3[key] for key in list(_V3)[1:]}}}
+"""Features without which a core cannot have a model at all; of others it leaves out what it lacks."""
+MODELS: Final = {"v2": V2, "v3": V3}
+NAMES: Final = (*MODELS, "max", "host")
 
 
 def table(name: str, supported: Sequence[CpuidEntry], *, address_limit: int = 0) -> list[CpuidEntry]:
     """What a guest of the model sees on a core that has `supported` (System.supported_cpuid()): features that both
-    have, for cpu.cpuid.for_vcpu(). "host" is all that the core has. On a core of another vendor the vendor, the
-    signature and the caches are the core's. Addresses have PHYSICAL_BITS, or as many as those below `address_limit`
-    need, if the core has them. ConfigError for a name that no model has."""
-    if name == "host":
+    have, for cpu.cpuid.for_vcpu(). "host" and "max" are all that the core has. On a core of another vendor the vendor,
+    the signature and the caches are the core's. Addresses have PHYSICAL_BITS, or as many as those below `address_limit`
+    need, if the core has them. ConfigError for a name that no model has; HostError if the core lacks what the model
+    cannot be without."""
+    if name in ("host", "max"):
         return list(supported)
     if name not in MODELS:
         raise ConfigError(f"no CPU model is named {name!r}; there are {', '.join(NAMES)}")
     have = {(entry.function, entry.index): entry for entry in supported}
+    if missing := unavailable(name, supported):
+        lacks = ", ".join(missing)
+        raise HostError(f"cpu_model {name}: this host's core has no {lacks}; --cpu-model v2 needs none of it")
     foreign = (0, 0) in have and (have[0, 0].ebx, have[0, 0].ecx, have[0, 0].edx) != VENDOR
     made = []
     for entry in MODELS[name]:
@@ -137,6 +176,22 @@ def table(name: str, supported: Sequence[CpuidEntry], *, address_limit: int = 0)
         made = [_of_core(entry, have) for entry in made]
         made += [entry for entry in supported if entry.function in (2, 4)]
     return [_sized(entry, have, made) for entry in made]
+
+
+def unavailable(name: str, supported: Sequence[CpuidEntry]) -> list[str]:
+    """Names of the features that the model cannot be without and a core that has `supported` lacks."""
+    have = {(entry.function, entry.index): entry for entry in supported}
+    names = []
+    for (function, index, register), bits in REQUIRED.get(name, {}).items():
+        core = have.get((function, index))
+        missing = bits & ~(getattr(core, register) if core else 0)
+        names += [text for bit, text in FEATURES[function, index, register].items() if missing >> bit & 1]
+    return names
+
+
+def has_avx(table: Sequence[CpuidEntry]) -> bool:
+    """Whether a guest with that table has YMM registers."""
+    return any(entry.function == 1 and entry.ecx >> 28 & 1 for entry in table)
 
 
 def _of_core(entry: CpuidEntry, have: dict[tuple[int, int], CpuidEntry]) -> CpuidEntry:
@@ -159,6 +214,9 @@ def _sized(entry: CpuidEntry, have: dict[tuple[int, int], CpuidEntry], made: lis
         return replace(entry, eax=min(entry.eax & 0xFF, core & 0xFF) | min(entry.eax & 0xFF00, core & 0xFF00))
     if entry.function == 0xD and not any(other.function == 1 and other.ecx >> 26 & 1 for other in made):
         return replace(entry, eax=0, ebx=0, ecx=0, edx=0)
+    if entry.function == 0xD and entry.index == 0 and entry.eax in (3, 7):
+        size = XSAVE_AVX if entry.eax & 4 else XSAVE_LEGACY
+        return replace(entry, ebx=size, ecx=size)
     return entry
 
 

@@ -245,6 +245,8 @@ def save_vcpu(vcpu: CoreVcpu) -> VcpuState:
         xsave[512] &= ~1
     if xsave[512] & 2 and xsave[24:28] == _MXCSR_INITIAL and not any(xsave[160:416]):
         xsave[512] &= ~2
+    if xsave[512] & 4 and not any(xsave[576:832]):
+        xsave[512] &= ~4
     debug = _DEBUGREGS.unpack(get(StateKind.DEBUGREGS))
     events = _EVENTS.unpack(get(StateKind.EVENTS))
     mp_state = int.from_bytes(get(StateKind.MP), "little")

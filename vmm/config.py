@@ -61,7 +61,7 @@ ROOT_TAG = "root"
 """The tag of the share that is the guest's root file system."""
 
 CoreName = Literal["auto", "kvm", "soft"]
-CpuModel = Literal["v2", "host"]
+CpuModel = Literal["v2", "v3", "max", "host"]
 ClockKind = Literal["real", "virtual"]
 Parallel = Literal["auto", "on", "off"]
 EntryMode = Literal["real", "protected", "long"]
@@ -590,7 +590,8 @@ class Config(Checked):
     """The execution core; auto takes the best that this host has for this kernel."""
     cpu_model: CpuModel = "v2"
     """What guests are told of the processor. v2 (x86-64-v2): what all cores offer, so that a saved machine can go on
-    with any of them; host: all that this host's core offers."""
+    with any of them; v3 (x86-64-v3: AVX2, FMA, BMI2): what all cores offer on hosts that have it; max or host: all
+    that this host's core offers."""
     cpus: int = 1
     """Virtual processors: 16 at most on the software core, on KVM as many as the host gives a machine (64 at most)."""
     max_cpus: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cpu import model
 from cpu.contract import Capability, Probe, System
 from cpu.errors import CpuError
 from cpu.select import NAMES, Choice, choose, probe
@@ -74,3 +75,17 @@ def diagnose() -> Diagnosis:
         except CpuError:
             stock = ""
         return Diagnosis(probes, stock, small)
+
+
+def models(core: str) -> dict[str, list[str]]:
+    """For `vmm doctor`: the CPU models, each with the names of the features for want of which this core cannot have it.
+    Nothing if the core cannot be opened."""
+    try:
+        system = open_choice(choose(core))
+    except CpuError:
+        return {}
+    try:
+        supported = system.supported_cpuid()
+        return {name: model.unavailable(name, supported) for name in model.NAMES}
+    finally:
+        system.close()

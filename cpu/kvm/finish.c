@@ -23,7 +23,7 @@
 enum { APIC_ENABLED = 1 << 11, APIC_X2 = 1 << 10, APIC_TPR = 0x80, APIC_EOI = 0xB0, APIC_ICR = 0x300, APIC_ICR2 = 0x310, IOAPIC_BASE = 0xFEC00000 };
 enum { MSR_TSC = 0x10, UD = 6 };
 enum { SAMPLE = 64 /* of so many instructions one is kept to be named: its bytes cost system calls */ };
-enum { XSTATE_BV = 512, LEGACY_STATE = 416 /* x87, MXCSR, XMM; the rest of 512 bytes is software's */ };
+enum { XSTATE_BV = 512, YMM_HIGH = 576, YMM_HIGH_BYTES = 256, LEGACY_STATE = 416 /* x87, MXCSR, XMM; the rest of 512 bytes is software's */ };
 
 /* What an instruction may read or write beside what is in the other structures. The TSC is only read. */
 static const uint32_t msr_indices[] = {MSR_TSC, 0x174, 0x175, 0x176, 0x277, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084,
@@ -291,7 +291,7 @@ static bool to_core(struct soft_vm *soft, const struct state *s)
                                      .nmi.masked = s->events.nmi.masked};
     struct kvm_xcrs xcrs = s->xcrs;
     for (unsigned i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
-        xcrs.xcrs[i].value &= 3; /* what the core has; the rest stays where KVM has it */
+        xcrs.xcrs[i].value &= soft_supported_xcr0(); /* what the core has; the rest stays where KVM has it */
     struct kvm_mp_state running = {.mp_state = KVM_MP_STATE_RUNNABLE};
     soft_vcpu_set(soft, 0, SOFT_STATE_MSRS, &s->msrs, msrs_size(s)); /* those that it has */
     return soft_vcpu_set(soft, 0, SOFT_STATE_REGS, &s->regs, sizeof s->regs) == 0 &&
@@ -341,12 +341,15 @@ static bool to_kvm(struct kvm_finish *f, int fd)
     }
     if (ok && memcmp(&before->xcrs, &after->xcrs, sizeof after->xcrs)) {
         struct kvm_xcrs x = f->kvm.xcrs;
-        x.xcrs[0].value = (x.xcrs[0].value & ~3ull) | after->xcrs.xcrs[0].value;
+        x.xcrs[0].value = (x.xcrs[0].value & ~soft_supported_xcr0()) | after->xcrs.xcrs[0].value;
         ok = call(fd, KVM_SET_XCRS, &x) >= 0;
     }
     if (ok && memcmp(before->xsave, after->xsave, sizeof after->xsave)) {
         memcpy(f->kvm.xsave, after->xsave, LEGACY_STATE);
-        f->kvm.xsave[XSTATE_BV] = (uint8_t)((f->kvm.xsave[XSTATE_BV] & ~3u) | (after->xsave[XSTATE_BV] & 3u));
+        unsigned components = (unsigned)soft_supported_xcr0();
+        if (components & 4)
+            memcpy(f->kvm.xsave + YMM_HIGH, after->xsave + YMM_HIGH, YMM_HIGH_BYTES);
+        f->kvm.xsave[XSTATE_BV] = (uint8_t)((f->kvm.xsave[XSTATE_BV] & ~components) | (after->xsave[XSTATE_BV] & components));
         ok = call(fd, KVM_SET_XSAVE, f->kvm.xsave) >= 0;
     }
     for (unsigned i = 0; ok && i < after->msrs.head.nmsrs; i++)

@@ -18,6 +18,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "soft/fpu/avx.h"
 #include "soft/fpu/fpu.h"
 #include "soft/irqchip/irqchip.h"
 #include "soft/soft.h"
@@ -274,7 +275,6 @@ struct soft_vcpu {
     uint64_t shadow_rip;     /* the instruction that is in the shadow */
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
     uint64_t turn_limit_ns;  /* the turn under way ends no later: the next timer event */
-    uint32_t pace;           /* ns that 1024 instructions took of late: see soft_pace() */
     bool turn_over;          /* end the turn under way: the timers or the turn order need a look */
     bool in_step;            /* soft_step() is under way; step_flags: RFLAGS before it */
     bool trap_taken;         /* the instruction entered a handler by itself (INT n, SYSCALL): no single-step trap */
@@ -286,7 +286,7 @@ struct soft_vcpu {
     struct soft_cpuid_entry { uint32_t function, index, flags, eax, ebx, ecx, edx; } cpuid[128];
     uint32_t cpuid_count;
     struct soft_stats stats;
-    uint16_t features;  /* MODE_FEATURE(): those of its CPUID that decide how bytes are decoded */
+    uint32_t features;  /* MODE_FEATURE(): those of its CPUID that decide how bytes are decoded */
     uint64_t phys_mask; /* of the physical addresses that the guest's CPUID announces, at most PHYS_BITS */
 
     struct direct_vcpu *direct; /* NULL: its code never runs natively */
@@ -336,13 +336,6 @@ static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
     c->turn_end = soft_instructions(c) + (uint64_t)n;
     c->budget_held = 0;
     c->budget = n;
-}
-/* The turn ends n instructions earlier, for one that took as long as so many. With the virtual clock, time is counted in
- * instructions, and a turn's length is theirs alone. */
-static inline void soft_shorten_turn(struct soft_vcpu *c, uint64_t n)
-{
-    c->turn_end -= n;
-    c->budget -= (int64_t)n;
 }
 
 /* ---- guest memory ----
@@ -492,6 +485,12 @@ void soft_sysret(struct soft_vcpu *c, bool to64);
 void soft_sysenter(struct soft_vcpu *c);
 void soft_sysexit(struct soft_vcpu *c, bool to64);
 void soft_xsetbv(struct soft_vcpu *c, uint32_t index, uint64_t value);
+uint64_t soft_vcpu_xcr0(const struct soft_vcpu *c); /* the components that its CPUID has (cpuid.c) */
+/* "#GP(0) if XCR0[0] is clear, or XCR0[2] is set and XCR0[1] is not" (SDM 2D, XSETBV), or others. */
+static inline bool soft_xcr0_valid(const struct soft_vcpu *c, uint64_t value)
+{
+    return (value & 1) && !(value & ~soft_vcpu_xcr0(c)) && (value & 6) != 4;
+}
 void soft_invlpg(struct soft_vcpu *c, uint64_t linear);
 void soft_invpcid(struct soft_vcpu *c, uint64_t type, uint64_t pcid, uint64_t linear);
 uint64_t soft_rdtsc(struct soft_vcpu *c);

@@ -39,9 +39,8 @@ struct soft_host {
     void (*written)(void *ctx, uint64_t gpa);
     /* EOI of a level-triggered GSI (for resampling irqfds); may be NULL. */
     void (*eoi)(void *ctx, uint32_t gsi);
-    /* On the thread that runs the vCPU: between two turns, before it sleeps or gives its processor away, and at times besides;
-     * may be NULL. */
-    void (*between)(void *ctx, uint32_t vcpu);
+    /* Between two turns, before the thread sleeps and at times besides; may be NULL. */
+    void (*between)(void *ctx);
 };
 
 struct soft_config {
@@ -164,6 +163,7 @@ int soft_direct_probe(const char *program, char *why, size_t size);
 struct kvm_cpuid_entry2;
 int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
 /* What the core implements. Returns the number of entries written (at most max). */
+uint64_t soft_supported_xcr0(void); /* components of state that a vCPU of the core can have on this host */
 uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max);
 
 /* State, in the layouts of the KVM API (linux/kvm.h): kind names the structure. Sizes are exact, except XSAVE

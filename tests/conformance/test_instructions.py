@@ -43,6 +43,15 @@ def test_software_core(program: Path, mode: str) -> None:
     assert result.differences == 0, result.report
 
 
+@pytest.mark.parametrize("mode", ["64", "32"])
+def test_instructions_with_a_vex_prefix(program: Path, mode: str) -> None:
+    """BMI, and where the host has them AVX, AVX2, FMA, F16C, AES and PCLMULQDQ: every opcode with each W and length,
+    upper halves of YMM registers included."""
+    result = oracle.run(program, "core", "--vex", "--mode", mode, "--per-slot", "6")
+    assert result.compared > 60_000
+    assert result.differences == 0, result.report
+
+
 def test_state_images(program: Path) -> None:
     """FXSAVE, FXRSTOR, XSAVE...: any alignment, contents and headers, of which a sample of every opcode has too few."""
     result = oracle.run(program, "core", "--map", "1", "--opcode", "0xAE", "--per-slot", "8000")
@@ -60,6 +69,8 @@ def test_software_core_beside_kvm(program: Path) -> None:
         assert result.compared > 10_000
         assert result.differences == 0, result.report
         assert result.alone < result.compared / 50
+        result = oracle.run(program, "kvm", "--vex", "--mode", mode, "--per-slot", "1")
+        assert result.differences == 0, result.report
         result = oracle.run(program, "kvm", "--mode", mode, "--programs", "3000")
         assert (result.differences, result.alone) == (0, 0), result.report
 

@@ -78,3 +78,24 @@ def test_lzcnt_is_bsr_without_its_bit() -> None:
     assert found[0] == 20
     assert outcome("f30fbdc3", 0, lacking) == (0xDEAD, zf | 4)
     assert not any(entry.ecx >> 5 & 1 for entry in table("v2", cpuid) if entry.function == 0x8000_0001)
+
+
+def test_tzcnt_is_bsf_without_bmi1() -> None:
+    """SDM 2D TZCNT: "If the processor does not support the TZCNT instruction, the instruction byte encoding is executed
+    as BSF". CF tells that the source is zero."""
+    cpuid = list(soft_system().supported_cpuid())
+    zf, cf = 0x40, 1
+    assert outcome("f30fbcc3", 0x0010_0000, cpuid) == (20, 0)
+    assert outcome("f30fbcc3", 1, cpuid) == (0, zf)
+    assert outcome("f30fbcc3", 0, cpuid) == (32, cf)
+    lacking = without(cpuid, 7, "ebx", 3)
+    assert outcome("f30fbcc3", 0, lacking) == (0xDEAD, zf | 4)
+
+
+def test_instructions_of_bmi_are_undefined_without_their_bits() -> None:
+    """SDM 2A ANDN, 2B SHLX: #UD without CPUID.7.0:EBX bits 3 and 8."""
+    cpuid = list(soft_system().supported_cpuid())
+    assert outcome("c4e260f2c3", 0xF0F0, cpuid) == (0, 0x44)  # andn eax, ebx, ebx
+    assert outcome("c4e260f2c3", 0xF0F0, without(cpuid, 7, "ebx", 3)) is None
+    assert outcome("c4e261f7c3", 0x21, cpuid) == (0x42, 0)  # shlx eax, ebx, ebx
+    assert outcome("c4e261f7c3", 0x21, without(cpuid, 7, "ebx", 8)) is None

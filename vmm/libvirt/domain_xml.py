@@ -20,7 +20,7 @@ from vmm.libvirt.cpusets import cpu_set
 from vmm.libvirt.devices_xml import DeviceList, read_devices
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.extras import read_extras
-from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, EMULATOR, Pins, Spec
+from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, CPU_MODEL_V3, EMULATOR, Pins, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
 
 UNITS = {
@@ -218,8 +218,11 @@ def _cpu(root: Reader, cpus: int, notes: list[str]) -> dict[str, Any]:
         return {}
     mode = cpu.choice("mode", ("host-passthrough", "host-model", "maximum", "custom"), "custom")
     cpu.ignore("check", "migratable", "match")
+    made = {"host-passthrough": "host", "maximum": "max"}.get(mode or "custom", "v2")
     if model := cpu.child("model"):
-        if model.text() != CPU_MODEL:
+        if mode == "custom" and model.text() == CPU_MODEL_V3:
+            made = "v3"
+        elif model.text() != CPU_MODEL:
             notes.append(f"cpu model {model.text()}: the guest is told of {CPU_MODEL}")
         model.ignore("fallback", "vendor_id")
     elif mode == "host-model":
@@ -234,7 +237,7 @@ def _cpu(root: Reader, cpus: int, notes: list[str]) -> dict[str, Any]:
         if product != cpus:
             raise unsupported(f"<cpu/topology>: {product} processors, <vcpu> says {cpus}")
         notes.append("cpu topology: every processor is a socket of its own")
-    return {"cpu_model": "host" if mode in ("host-passthrough", "maximum") else "v2"}
+    return {"cpu_model": made}
 
 
 def _clock(root: Reader) -> dict[str, Any]:

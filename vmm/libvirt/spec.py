@@ -14,6 +14,7 @@ TYPE_OF_CORE = {"kvm": "kvm", "soft": "qemu", "auto": "loopvisor"}
 """libvirt's domain types: kvm is the processor's own virtualization, qemu is software; loopvisor takes the best."""
 CPU_MODEL = "x86-64-v2"
 """What libvirt's clients are told of the CPU model that every core has."""
+CPU_MODEL_V3 = "x86-64-v3"
 CORE_OF_TYPE = {kind: core for core, kind in TYPE_OF_CORE.items()}
 
 

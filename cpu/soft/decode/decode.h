@@ -96,6 +96,9 @@ void decode_push_seg(struct dec *d, unsigned seg);
 void decode_pop_seg(struct dec *d, unsigned seg);
 void emit_fpu_check(struct dec *d, unsigned kind); /* decode_0f.c; kind: 0 SSE, 1 MMX, 2 x87 */
 void decode_two_byte(struct dec *d);    /* decode_0f.c */
+/* C4, C5: false: not a VEX prefix. */
+bool decode_vex(struct dec *d);         /* decode_vex.c */
+bool dec_has(const struct dec *d, enum vec_feature feature); /* the guest has it */
 bool decode_vector(struct dec *d, unsigned map, uint8_t opcode); /* decode_0f.c: true if it was one */
 
 #endif

@@ -64,7 +64,7 @@ bool decode_vector(struct dec *d, unsigned map, uint8_t opcode)
     const struct vec_op *op = fpu_lookup_vector((enum vec_map)map, opcode, prefix, emms ? 0 : d->bytes[d->pos]);
     if (!op)
         return false;
-    if (op->form == VEC_NONE) {
+    if (op->form == VEC_NONE || !dec_has(d, (enum vec_feature)op->feature)) {
         d->bad = true;
         return true;
     }

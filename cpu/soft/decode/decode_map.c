@@ -428,8 +428,8 @@ void decode_opcode(struct dec *d)
     case 0xC2: decode_ret(d, dec_u16(d)); return;
     case 0xC3: decode_ret(d, 0); return;
     case 0xC4: case 0xC5:
-        if (d->c64)
-            break; /* VEX */
+        if (decode_vex(d))
+            return;
         dec_modrm(d);
         if (!d->mem)
             break;

@@ -36,6 +36,7 @@ struct fpu {
     bool mxcsr_lazy;      /* the host's MXCSR collects this vCPU's exception flags */
     bool x87_ready;       /* cw is 37F, nothing is pending, and the host's x87 has no flag that sw has not */
     union xmm xmm[16];
+    union xmm high[16];   /* upper halves of YMM registers */
 };
 
 static inline uint32_t fpu_host_mxcsr(void)
@@ -63,8 +64,9 @@ enum fpu_fault {
     FPU_NO_STORE = 2 /* X87_STORE only: an unmasked x87 exception is now pending; memory is not written, no commit */
 };
 
-/* CPUID bits that a guest without them must see as #UD. */
-enum vec_feature { VEC_BASE, VEC_SSE3, VEC_SSSE3, VEC_SSE41, VEC_SSE42 };
+/* CPUID bits that a guest without them must see as #UD. Those up to SSE4.2 every guest has. */
+enum vec_feature { VEC_BASE, VEC_SSE3, VEC_SSSE3, VEC_SSE41, VEC_SSE42, VEC_AVX, VEC_AVX2, VEC_FMA, VEC_F16C, VEC_AES, VEC_PCLMUL, VEC_SHA,
+                   VEC_VAES, VEC_VPCLMUL, VEC_FEATURES };
 
 /* How a vector operation takes its operands. reg is ModRM.reg, rm is ModRM.rm. */
 enum vec_form {
@@ -215,9 +217,11 @@ static inline void fpu_summarise(struct fpu *f)
 void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_mode);
 /* false: MXCSR has reserved bits, #GP(0), nothing is changed. */
 bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode);
-/* XSAVE area, components x87 (bit 0) and SSE (bit 1) of rfbm. area is at least 576 bytes; those that the instruction does
- * not write keep their values, so the caller reads the area first. The compacted format differs in its header alone, for
- * there are no components behind it. xrstor: any format; XCR0 limits what the header may name; false: #GP(0). */
+/* XSAVE area, components x87 (bit 0), SSE (bit 1) and AVX (bit 2) of rfbm. area has at least FPU_XSAVE_SIZE(rfbm) bytes; those
+ * that the instruction does not write keep their values, so the caller reads the area first. The compacted format differs
+ * in its header alone, for AVX is the first component behind that in both. xrstor: any format; XCR0 limits what the header may name; false: #GP(0). */
+enum { FPU_XSAVE_LEGACY = 576, FPU_XSAVE_AVX = 832 };
+#define FPU_XSAVE_SIZE(rfbm) ((rfbm) & 4 ? FPU_XSAVE_AVX : FPU_XSAVE_LEGACY)
 enum fpu_xsave_form { XSAVE_STANDARD, XSAVE_OPTIMISED, XSAVE_COMPACTED };
 void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, enum fpu_xsave_form form, bool rex_w, bool long_mode);
 bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, uint64_t xcr0, bool rex_w, bool long_mode);

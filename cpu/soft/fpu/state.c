@@ -6,7 +6,7 @@
 /* Bits that LDMXCSR and FXRSTOR accept; stored in the images as MXCSR_MASK. */
 #define MXCSR_MASK 0xFFFFu
 #define MXCSR_RESET 0x1F80u
-enum { XFEATURE_X87 = 1, XFEATURE_SSE = 2, XSAVE_HEADER = 512 };
+enum { XFEATURE_X87 = 1, XFEATURE_SSE = 2, XFEATURE_AVX = 4, XSAVE_HEADER = 512, XSAVE_AVX = FPU_XSAVE_LEGACY };
 #define COMPACTED (1ull << 63) /* in XCOMP_BV */
 
 static void put(uint8_t *image, size_t offset, const void *from, size_t size) { memcpy(image + offset, from, size); }
@@ -142,6 +142,11 @@ uint64_t fpu_xinuse(const struct fpu *f)
     for (unsigned i = 0; i < 16; i++)
         any |= f->xmm[i].q[0] | f->xmm[i].q[1];
     uint64_t inuse = any ? XFEATURE_SSE : 0;
+    any = 0;
+    for (unsigned i = 0; i < 16; i++)
+        any |= f->high[i].q[0] | f->high[i].q[1];
+    if (any)
+        inuse |= XFEATURE_AVX;
     any = f->fip | f->fdp;
     for (unsigned i = 0; i < 8; i++)
         any |= f->st[i].mantissa | f->st[i].exponent;
@@ -165,7 +170,10 @@ void fpu_xsave(const struct fpu *f, uint8_t *area, uint64_t rfbm, enum fpu_xsave
         put_x87(f, area, rex_w);
     if (write & XFEATURE_SSE)
         put(area, 160, f->xmm, xmm_bytes(long_mode));
-    if ((form == XSAVE_COMPACTED ? write : rfbm) & XFEATURE_SSE)
+    if (write & XFEATURE_AVX)
+        put(area, XSAVE_AVX, f->high, xmm_bytes(long_mode));
+    /* The standard format has MXCSR with either of the two (SDM 1, 13.7), the compacted one with SSE (13.10). */
+    if (form == XSAVE_COMPACTED ? write & XFEATURE_SSE : rfbm & (XFEATURE_SSE | XFEATURE_AVX))
         put_mxcsr(f, area);
     bv = (bv & ~rfbm) | (inuse & rfbm);
     put(area, XSAVE_HEADER, &bv, 8);
@@ -188,7 +196,7 @@ bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, uint64_t xcr0
     } else if ((bv & ~xcr0) || compacted || get64(area, XSAVE_HEADER + 16)) {
         return false;
     }
-    if (rfbm & XFEATURE_SSE) {
+    if (rfbm & (compacted ? XFEATURE_SSE : XFEATURE_SSE | XFEATURE_AVX)) { /* SDM 1, 13.8.1, 13.8.2 */
         bool initial = (compacted & COMPACTED) && !(bv & XFEATURE_SSE);
         if (!fpu_load_mxcsr(f, initial ? MXCSR_RESET : get32(area, 24)))
             return false;
@@ -206,6 +214,12 @@ bool fpu_xrstor(struct fpu *f, const uint8_t *area, uint64_t rfbm, uint64_t xcr0
             get(area, 160, f->xmm, xmm_bytes(long_mode));
         else
             memset(f->xmm, 0, xmm_bytes(long_mode));
+    }
+    if (rfbm & XFEATURE_AVX) {
+        if (bv & XFEATURE_AVX)
+            get(area, XSAVE_AVX, f->high, xmm_bytes(long_mode));
+        else
+            memset(f->high, 0, xmm_bytes(long_mode));
     }
     return true;
 }

@@ -16,8 +16,8 @@ struct vec_row {
     int8_t group;    /* ModRM.reg of groups 12-14, else -1 */
     struct vec_op op;
 };
-extern struct vec_row vec_move_rows[], vec_int_rows[], vec_float_rows[], vec_text_rows[];
-extern const size_t vec_move_count, vec_int_count, vec_float_count, vec_text_count;
+extern struct vec_row vec_move_rows[], vec_int_rows[], vec_float_rows[], vec_text_rows[], vec_crypto_rows[];
+extern const size_t vec_move_count, vec_int_count, vec_float_count, vec_text_count, vec_crypto_count;
 
 #define OP(n, f, size, ...) {.fn = vec_##n, .form = f, .mem_size = size, .name = #n, __VA_ARGS__}
 #define VEC_UNUSED __attribute__((unused))
@@ -28,6 +28,11 @@ int vec_rcpps(VEC_ARGS);
 int vec_rcpss(VEC_ARGS);
 int vec_rsqrtps(VEC_ARGS);
 int vec_rsqrtss(VEC_ARGS);
+
+/* vec_float.c: around an operation that the host computes under the guest's MXCSR. enter: 0 if nothing has to be done after
+ * it; leave: true if it raised an unmasked exception. tiny: the result is denormal. */
+uint32_t vec_float_enter(struct fpu *f);
+bool vec_float_leave(struct fpu *f, uint32_t host, bool tiny);
 
 static inline __m128i vec_load(const union xmm *x) { return _mm_load_si128((const __m128i *)x); }
 static inline void vec_store(union xmm *x, __m128i v) { _mm_store_si128((__m128i *)x, v); }

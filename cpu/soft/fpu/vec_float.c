@@ -55,6 +55,9 @@ static inline bool leave(struct fpu *f, uint32_t host, bool tiny)
     return __builtin_expect(host & SWITCHED, 0) && finish(f, host, tiny);
 }
 
+uint32_t vec_float_enter(struct fpu *f) { return enter(f); }
+bool vec_float_leave(struct fpu *f, uint32_t host, bool tiny) { return leave(f, host, tiny); }
+
 static bool tiny_ps(__m128i v)
 {
     union xmm x;

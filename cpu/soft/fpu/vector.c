@@ -31,6 +31,7 @@ __attribute__((constructor(FPU_VECTOR_PRIORITY))) static void make_index(void)
     add(vec_int_rows, vec_int_count);
     add(vec_float_rows, vec_float_count);
     add(vec_text_rows, vec_text_count);
+    add(vec_crypto_rows, vec_crypto_count);
 }
 
 const struct vec_op *fpu_lookup_vector(enum vec_map map, uint8_t opcode, enum vec_prefix prefix, uint8_t modrm)

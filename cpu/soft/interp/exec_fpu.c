@@ -350,18 +350,19 @@ static uint64_t xsaves_mask(struct soft_vcpu *c, const struct uop *u)
 }
 HELPER(h_xsave)
 {
-    uint8_t area[576];
+    uint8_t area[FPU_XSAVE_AVX];
     uint64_t mask = xsaves_mask(c, u);
-    soft_probe_write(c, c->tmp[0], sizeof area);
-    soft_load_bytes(c, c->tmp[0], area, sizeof area);
+    unsigned size = FPU_XSAVE_SIZE(mask);
+    soft_probe_write(c, c->tmp[0], size);
+    soft_load_bytes(c, c->tmp[0], area, size);
     fpu_xsave(&c->fpu, area, mask, (enum fpu_xsave_form)(u->aux >> 1 & 3), u->aux & 1, c->code64);
-    soft_store_bytes(c, c->tmp[0], area, sizeof area);
+    soft_store_bytes(c, c->tmp[0], area, size);
 }
 HELPER(h_xrstor)
 {
-    uint8_t area[576];
+    uint8_t area[FPU_XSAVE_AVX];
     uint64_t mask = xsaves_mask(c, u);
-    soft_load_bytes(c, c->tmp[0], area, sizeof area);
+    soft_load_bytes(c, c->tmp[0], area, FPU_XSAVE_SIZE(mask));
     if (((u->aux & 8) && !fpu_xsave_compacted(area)) || !fpu_xrstor(&c->fpu, area, mask, c->xcr0, u->aux & 1, c->code64))
         soft_raise_error(c, VEC_GP, 0);
 }

@@ -34,6 +34,21 @@ HANDLER(fpu_available)
     NEXT;
 }
 
+/* Instructions with a VEX prefix: not in real and virtual-8086 mode; those of vectors if XCR0 says so, whatever CR0.EM and
+ * CR4.OSFXSR (SDM 2A 2.6). Once in a block, too. */
+static SLOW_HANDLER(vex_unavailable)
+{
+    SYNC();
+    soft_raise(c, !soft_protected(c) || !(c->cr4 & CR4_OSXSAVE) || (c->xcr0 & 6) != 6 ? VEC_UD : VEC_NM);
+}
+HANDLER(vex_available)
+{
+    if (SOFT_UNLIKELY(!soft_protected(c) ||
+                      (u->aux && (!(c->cr4 & CR4_OSXSAVE) || (c->xcr0 & 6) != 6 || (c->cr0 & CR0_TS)))))
+        return vex_unavailable(c, u, rip);
+    NEXT;
+}
+
 /* ---- slow paths: any operation of the fast forms, with all its faults ---- */
 
 /* Not in a handler: addresses of locals escape, and handlers end in tail calls. In SYNC. */

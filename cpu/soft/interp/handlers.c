@@ -12,6 +12,14 @@
         __VA_ARGS__                                                                                                    \
         NEXT;                                                                                                          \
     }
+#define VEX_INSTRUCTION(name, map, prefix, opcode, group, feature, flags, ...)                                          \
+    HANDLER(name)                                                                                                      \
+    {                                                                                                                  \
+        uint64_t v = get_reg(c, u->r1, u->size), w UNUSED = get_reg(c, u->base, u->size);                              \
+        __VA_ARGS__                                                                                                    \
+        NEXT;                                                                                                          \
+    }
+#define UNUSED __attribute__((unused))
 #include "soft/ops/table.h"
 
 static const struct {

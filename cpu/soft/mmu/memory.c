@@ -175,8 +175,8 @@ struct parts {
 /* #AC (SDM vol. 3, table 6-7). An address that is not canonical comes first. */
 static __attribute__((noinline, cold)) void unaligned(struct soft_vcpu *c, uint64_t linear, unsigned size)
 {
-    static const uint8_t masks[17] = { [2] = 1, [4] = 3, [8] = 7, [10] = 7, [14] = 1, [16] = 15 };
-    unsigned mask = size <= 16 ? masks[size] : size == 94 ? 1 : size == 28 || size == 108 ? 3 : 0;
+    static const uint8_t masks[33] = { [2] = 1, [4] = 3, [8] = 7, [10] = 7, [14] = 1, [16] = 15, [28] = 3, [32] = 15 }; /* 32: AMD processors check halves */
+    unsigned mask = size <= 32 ? masks[size] : size == 94 ? 1 : size == 108 ? 3 : 0;
     if ((linear & mask) && (!c->long_mode || soft_canonical(linear)))
         soft_raise_error(c, VEC_AC, 0);
 }

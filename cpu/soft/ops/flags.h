@@ -42,6 +42,15 @@ static inline void flags_set_co(struct soft_vcpu *c, uint64_t cf, uint64_t of)
     c->lf[1] = cf << 63 | (cf ^ of) << 62;
 }
 
+/* ZF, SF and PF of a result of `size` bytes, and CF; OF and AF clear. */
+static inline void flags_set_result(struct soft_vcpu *c, uint64_t r, unsigned size, bool cf)
+{
+    unsigned shift = 64 - size * 8;
+    c->lf[0] = (uint64_t)((int64_t)(r << shift) >> shift);
+    c->lf[1] = (uint64_t)cf << 63 | (uint64_t)cf << 62;
+    c->lf[2] = 0;
+}
+
 /* The whole of RFLAGS. */
 static inline uint32_t soft_flags(const struct soft_vcpu *c)
 {

@@ -61,6 +61,9 @@ HELPER(h_fpu_check);                       /* aux: 0 SSE, 1 MMX, 2 x87: #UD, #NM
 HELPER(h_vector); HELPER(h_x87); HELPER(h_fwait);
 HELPER(h_fxsave); HELPER(h_fxrstor); HELPER(h_xsave); HELPER(h_xrstor); HELPER(h_ldmxcsr); HELPER(h_stmxcsr);
 
+/* exec_avx.c: the next micro-op has the operation */
+HELPER(h_avx_stub); HELPER(h_avx_move);
+
 /* string.c: size: element; aux: STR_*; r0: 0 none, 1 REPE, 2 REPNE; base: address size; seg: of the source */
 enum { STR_MOVS, STR_CMPS, STR_STOS, STR_LODS, STR_SCAS, STR_INS, STR_OUTS };
 HELPER(h_string);

@@ -37,7 +37,7 @@ enum {
 #include "soft/ops/table.h"
     FEATURES
 };
-_Static_assert(FEATURES <= 8, "MODE_FEATURE()");
+_Static_assert(FEATURES <= 24, "MODE_FEATURE()");
 
 /* One of a family. An index of a dimension that the family does not have is 0. */
 #define OP_OF(name, op, size, dead, form)                                                                               \

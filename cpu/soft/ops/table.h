@@ -16,7 +16,11 @@
  *     others of the opcode have not. feature: it is decoded as this one only for a guest whose CPUID has that.
  *     flags: FLAG*_, those that it sets, whatever they were (a set of flags of which it keeps one is not among them). The body
  *     is its meaning, and becomes the handler: v is the source, zero-extended; RESULT() sets the destination.
+ * VEX_INSTRUCTION(name, map, prefix, opcode, group, feature, flags, { body }): an instruction of general registers of 4 or
+ *     8 bytes that has a VEX prefix. v is the operand "register or memory", w the register that VEX.vvvv names. RESULT() sets
+ *     the register of ModRM.reg; or, where that is part of the opcode (group; else -1), the one that VEX.vvvv names.
  * FEATURE(name, leaf, index, register, bit): a bit of CPUID that decides how bytes are decoded, and that this core has.
+ * HOST_FEATURE(...): the same, of instructions that the host's processor computes: the core has it where the host has.
  */
 #ifndef OPERATION
 #define OPERATION(...)
@@ -27,8 +31,14 @@
 #ifndef INSTRUCTION
 #define INSTRUCTION(name, map, prefix, opcode, feature, flags, emitter, ...) SINGLE(name, emitter)
 #endif
+#ifndef VEX_INSTRUCTION
+#define VEX_INSTRUCTION(name, map, prefix, opcode, group, feature, flags, ...) SINGLE(name, none)
+#endif
 #ifndef FEATURE
 #define FEATURE(...)
+#endif
+#ifndef HOST_FEATURE
+#define HOST_FEATURE(name, leaf, index, register, bit) FEATURE(name, leaf, index, register, bit)
 #endif
 
 /* Arithmetic and logic (exec_alu.c): ALU_*, UN_*. r0 op= r1, immediate, memory; memory op= r1, immediate. */
@@ -150,6 +160,86 @@ INSTRUCTION(popcnt, 0x0F, 0xF3, 0xB8, POPCNT, FLAGS_ALL, none, {
     RESULT(n);
 })
 
+/* TZCNT is BSF without BMI1. Undefined flags of BMI1 and BMI2: see docs/processor.md. */
+FEATURE(BMI1, 7, 0, ebx, 3)
+INSTRUCTION(tzcnt, 0x0F, 0xF3, 0xBC, BMI1, 0, none, {
+    unsigned bits = u->size * 8, r = v ? (unsigned)__builtin_ctzll(v) : bits;
+    flags_set_arith(c, (v ? 0 : F_CF) | (r ? 0 : F_ZF) | (flag_of(c) ? F_OF : 0));
+    RESULT(r);
+})
+VEX_INSTRUCTION(andn, 0x38, 0, 0xF2, -1, BMI1, FLAGS_ALL, {
+    uint64_t r = ~w & v;
+    flags_set_result(c, r, u->size, false);
+    RESULT(r);
+})
+VEX_INSTRUCTION(blsr, 0x38, 0, 0xF3, 1, BMI1, FLAGS_ALL, {
+    uint64_t r = v & (v - 1);
+    flags_set_result(c, r, u->size, v == 0);
+    RESULT(r);
+})
+VEX_INSTRUCTION(blsmsk, 0x38, 0, 0xF3, 2, BMI1, FLAGS_ALL, {
+    uint64_t r = v ^ (v - 1);
+    flags_set_result(c, r, u->size, v == 0);
+    RESULT(r);
+})
+VEX_INSTRUCTION(blsi, 0x38, 0, 0xF3, 3, BMI1, FLAGS_ALL, {
+    uint64_t r = v & -v;
+    flags_set_result(c, r, u->size, v != 0);
+    RESULT(r);
+})
+/* Undefined flags of BEXTR: AMD processors set AF, clear SF, and compute PF from the result. */
+VEX_INSTRUCTION(bextr, 0x38, 0, 0xF7, -1, BMI1, FLAGS_ALL, {
+    unsigned start = w & 0xFF, length = w >> 8 & 0xFF;
+    uint64_t r = start < 64 ? v >> start : 0;
+    if (length < 64)
+        r &= (1ull << length) - 1;
+    flags_set_result(c, r, u->size, false);
+    c->lf[2] = 8 | (c->lf[0] & 1ull << 63);
+    RESULT(r);
+})
+FEATURE(BMI2, 7, 0, ebx, 8)
+VEX_INSTRUCTION(bzhi, 0x38, 0, 0xF5, -1, BMI2, FLAGS_ALL, {
+    unsigned n = w & 0xFF;
+    uint64_t r = n < u->size * 8u ? v & ((1ull << n) - 1) : v;
+    flags_set_result(c, r, u->size, n >= u->size * 8u);
+    RESULT(r);
+})
+VEX_INSTRUCTION(pext, 0x38, 0xF3, 0xF5, -1, BMI2, 0, {
+    uint64_t r = 0;
+    for (unsigned n = 0; v; v &= v - 1, n++)
+        r |= (w >> __builtin_ctzll(v) & 1) << n;
+    RESULT(r);
+})
+VEX_INSTRUCTION(pdep, 0x38, 0xF2, 0xF5, -1, BMI2, 0, {
+    uint64_t r = 0;
+    for (unsigned n = 0; v; v &= v - 1, n++)
+        r |= (v & -v) * (w >> n & 1);
+    RESULT(r);
+})
+VEX_INSTRUCTION(mulx, 0x38, 0xF2, 0xF6, -1, BMI2, 0, { /* the high half wins where both destinations are one */
+    unsigned __int128 r = (unsigned __int128)v * get_reg(c, RDX * 8, u->size);
+    set_reg(c, u->base, u->size, (uint64_t)r);
+    RESULT(u->size == 8 ? (uint64_t)(r >> 64) : (uint64_t)r >> 32);
+})
+VEX_INSTRUCTION(shlx, 0x38, 0x66, 0xF7, -1, BMI2, 0, { RESULT(v << (w & (u->size * 8u - 1))); })
+VEX_INSTRUCTION(sarx, 0x38, 0xF3, 0xF7, -1, BMI2, 0, { RESULT((uint64_t)(sign_extend(v, u->size) >> (w & (u->size * 8u - 1)))); })
+VEX_INSTRUCTION(shrx, 0x38, 0xF2, 0xF7, -1, BMI2, 0, { RESULT(v >> (w & (u->size * 8u - 1))); })
+VEX_INSTRUCTION(rorx, 0x3A, 0xF2, 0xF0, -1, BMI2, 0, {
+    unsigned bits = u->size * 8, n = u->imm & (bits - 1);
+    RESULT(n ? v >> n | v << (bits - n) : v);
+})
+/* AVX and what comes with it (fpu/avx.h). All or none of the first four are there. */
+HOST_FEATURE(AVX, 1, 0, ecx, 28)
+HOST_FEATURE(AVX2, 7, 0, ebx, 5)
+HOST_FEATURE(FMA, 1, 0, ecx, 12)
+HOST_FEATURE(F16C, 1, 0, ecx, 29)
+HOST_FEATURE(AES, 1, 0, ecx, 25)
+HOST_FEATURE(PCLMUL, 1, 0, ecx, 1)
+HOST_FEATURE(SHA, 7, 0, ebx, 29)
+HOST_FEATURE(VAES, 7, 0, ecx, 9)
+HOST_FEATURE(VPCLMUL, 7, 0, ecx, 10)
+SINGLE(vex_available, none) /* aux 0: of general registers; 1: AVX: #UD, #NM */
+
 /* x87, MMX and SSE (exec_fpu.c, exec_vec.c): r0, r1 are numbers of XMM registers; ptr: struct vec_op. */
 SINGLE(vec_copy, none)
 SINGLE(vec_rr, none)
@@ -165,4 +255,6 @@ SINGLE(call_helper_end, none)   /* the helper has set c->rip; ends the block; th
 #undef OPERATION
 #undef SINGLE
 #undef INSTRUCTION
+#undef VEX_INSTRUCTION
 #undef FEATURE
+#undef HOST_FEATURE

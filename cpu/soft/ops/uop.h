@@ -71,9 +71,9 @@ struct block {
     uint16_t bytes;
     uint16_t count;         /* micro-ops */
     uint16_t entered;       /* times, until it is translated */
-    uint16_t mode;
     uint8_t insns;
     bool flags_in;          /* it may read arithmetic flags that it has not set */
+    uint32_t mode;
     bool linked;            /* a struct uop_links is the last of `code` */
     struct uop code[];      /* behind them block_ops() */
 };

@@ -499,7 +499,7 @@ static struct block *make_block(struct block_cache *b, const struct decoded *d, 
                                 const uint8_t *host2, struct code_page *q, unsigned mode)
 {
     struct block *k = allocate(b, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
-    *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = (uint16_t)mode,
+    *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = mode,
                         .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in,
                         .linked = d->links >= 0};
     bind_handlers(k->code, block_ops(k), d);

@@ -140,7 +140,7 @@ static void get_xsave(struct soft_vcpu *c, uint8_t *area)
 {
     memset(area, 0, 4096);
     const struct fpu *f = &c->fpu;
-    fpu_xsave(f, area, 3, XSAVE_STANDARD, true, true);
+    fpu_xsave(f, area, soft_vcpu_xcr0(c), XSAVE_STANDARD, true, true);
     /* The instruction leaves the pointers out unless an exception is pending. FNSAVE and FNSTENV tell them always. */
     memcpy(area + 6, &f->fop, 2);
     memcpy(area + 8, &f->fip, 8);
@@ -151,9 +151,9 @@ static int set_xsave(struct soft_vcpu *c, const uint8_t *from)
 {
     uint8_t area[4096] __attribute__((aligned(64)));
     memcpy(area, from, sizeof area);
-    area[XSTATE_BV] &= 3; /* what else another core saved has no place here */
+    area[XSTATE_BV] &= (uint8_t)soft_vcpu_xcr0(c); /* what else another core saved has no place here */
     memset(area + XSTATE_BV + 1, 0, 63);
-    return fpu_xrstor(&c->fpu, area, 3, 3, true, true) ? 0 : -EINVAL;
+    return fpu_xrstor(&c->fpu, area, soft_vcpu_xcr0(c), soft_vcpu_xcr0(c), true, true) ? 0 : -EINVAL;
 }
 
 static void get_xcrs(struct soft_vcpu *c, struct kvm_xcrs *x)
@@ -168,7 +168,7 @@ static int set_xcrs(struct soft_vcpu *c, const struct kvm_xcrs *x)
     for (unsigned i = 0; i < x->nr_xcrs && i < KVM_MAX_XCRS; i++) {
         if (x->xcrs[i].xcr != 0)
             continue;
-        if (!(x->xcrs[i].value & 1) || x->xcrs[i].value & ~3ull)
+        if (!soft_xcr0_valid(c, x->xcrs[i].value))
             return -EINVAL;
         c->xcr0 = x->xcrs[i].value;
     }

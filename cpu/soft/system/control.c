@@ -138,7 +138,7 @@ void soft_xsetbv(struct soft_vcpu *c, uint32_t index, uint64_t value)
     if (!(c->cr4 & CR4_OSXSAVE))
         soft_raise(c, VEC_UD);
     privileged(c);
-    if (index != 0 || !(value & 1) || (value & ~3ull))
+    if (index != 0 || !soft_xcr0_valid(c, value))
         refuse(c);
     c->xcr0 = value;
 }

@@ -1,8 +1,10 @@
 /* CPUID: what the software core implements, as a table. AMD64 APM vol. 3 appendix E; KVM's leaves
  * (Documentation/virt/kvm/x86/cpuid.rst).
  *
- * Vendor AuthenticAMD, family 19h model 11h ("Genoa") without AVX: x86-64-v2 and the system features named below.
+ * Vendor AuthenticAMD, family 19h model 11h ("Genoa"): x86-64-v2 and the system features named below; where the host has
+ * what its own processor computes for the core (HOST_FEATURE in ops/table.h), also AVX, AES and their like.
  */
+#include <cpuid.h>
 #include <errno.h>
 #include <linux/kvm.h>
 
@@ -19,8 +21,9 @@ enum {
 };
 
 /* The features that decide how bytes are decoded. */
-static const struct { uint32_t leaf, index; size_t offset; unsigned bit; } features[] = {
-#define FEATURE(name, leaf, index, register, bit) {leaf, index, offsetof(struct kvm_cpuid_entry2, register), bit},
+static const struct { uint32_t leaf, index; size_t offset; unsigned bit; bool host; } features[] = {
+#define FEATURE(name, leaf, index, register, bit) {leaf, index, offsetof(struct kvm_cpuid_entry2, register), bit, false},
+#define HOST_FEATURE(name, leaf, index, register, bit) {leaf, index, offsetof(struct kvm_cpuid_entry2, register), bit, true},
 #include "soft/ops/table.h"
 };
 enum { FEATURE_COUNT = sizeof features / sizeof features[0] };
@@ -29,10 +32,45 @@ static uint32_t *feature_word(struct kvm_cpuid_entry2 *e, unsigned n)
     return e->function == features[n].leaf && e->index == features[n].index ? (uint32_t *)((char *)e + features[n].offset) : NULL;
 }
 
+/* ---- what the host's processor has ---- */
+
+static bool host_bit(unsigned n)
+{
+    struct kvm_cpuid_entry2 e = {.function = features[n].leaf, .index = features[n].index};
+    return __get_cpuid_count(e.function, e.index, &e.eax, &e.ebx, &e.ecx, &e.edx) &&
+           *feature_word(&e, n) >> features[n].bit & 1;
+}
+/* AVX, AVX2, FMA and F16C, and an operating system that keeps YMM registers (SDM 1, 14.3). */
+static bool host_avx(void)
+{
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & BIT(27)))
+        return false;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & 6) == 6 && host_bit(FEATURE_AVX - 1) && host_bit(FEATURE_AVX2 - 1) && host_bit(FEATURE_FMA - 1) &&
+           host_bit(FEATURE_F16C - 1);
+}
+static bool offered(unsigned n)
+{
+    if (!features[n].host)
+        return true;
+    switch (n + 1) {
+    case FEATURE_AVX: case FEATURE_AVX2: case FEATURE_FMA: case FEATURE_F16C: return host_avx();
+    case FEATURE_VAES: case FEATURE_VPCLMUL: return host_avx() && host_bit(n);
+    default: return host_bit(n);
+    }
+}
+
+/* ---- what the core has ---- */
+
+enum { COMPONENTS = 3, COMPONENTS_AVX = 7 }; /* of XCR0: x87, SSE; AVX */
+uint64_t soft_supported_xcr0(void) { return host_avx() ? COMPONENTS_AVX : COMPONENTS; }
+uint64_t soft_vcpu_xcr0(const struct soft_vcpu *c) { return c->features & MODE_FEATURE(FEATURE_AVX) ? COMPONENTS_AVX : COMPONENTS; }
+
 static void put(struct kvm_cpuid_entry2 *entries, uint32_t max, uint32_t *count, struct kvm_cpuid_entry2 e)
 {
     for (unsigned n = 0; n < FEATURE_COUNT; n++)
-        if (feature_word(&e, n))
+        if (feature_word(&e, n) && offered(n))
             *feature_word(&e, n) |= BIT(features[n].bit);
     if (*count < max)
         entries[*count] = e;
@@ -60,8 +98,11 @@ uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max)
     /* FSGSBASE TSC_ADJUST SMEP ERMS INVPCID RDSEED SMAP; UMIP */
     PUT_INDEX(0xB, 0, 0, 1, BIT(8), 0);
     PUT_INDEX(0xB, 1, 0, 1, 2 << 8 | 1, 0);
-    PUT_INDEX(0xD, 0, 3, 576, 576, 0);
-    PUT_INDEX(0xD, 1, BIT(0) | BIT(1) | BIT(2) | BIT(3), 576, 0, 0); /* XSAVEOPT XSAVEC XGETBV1 XSAVES */
+    uint32_t components = (uint32_t)soft_supported_xcr0();
+    PUT_INDEX(0xD, 0, components, FPU_XSAVE_SIZE(components), FPU_XSAVE_SIZE(components), 0);
+    PUT_INDEX(0xD, 1, BIT(0) | BIT(1) | BIT(2) | BIT(3), FPU_XSAVE_SIZE(components), 0, 0); /* XSAVEOPT XSAVEC XGETBV1 XSAVES */
+    if (components == COMPONENTS_AVX)
+        PUT_INDEX(0xD, 2, FPU_XSAVE_AVX - FPU_XSAVE_LEGACY, FPU_XSAVE_LEGACY, 0, 0);
     PUT(0x40000000, 0x40000010, 0x4B4D564B, 0x564B4D56, 0x4D); /* KVMKVMKVM */
     PUT(0x40000001, BIT(0) | BIT(1) | BIT(3) | BIT(11) | BIT(24), 0, 0, 0);
     /* CLOCKSOURCE NOP_IO_DELAY CLOCKSOURCE2 PV_SEND_IPI CLOCKSOURCE_STABLE */
@@ -110,7 +151,7 @@ int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpui
             struct kvm_cpuid_entry2 e = entries[i];
             const uint32_t *word = feature_word(&e, n);
             if (word && (*word & BIT(features[n].bit)))
-                c->features |= (uint16_t)MODE_FEATURE(FEATURE_ALWAYS + 1 + n);
+                c->features |= MODE_FEATURE(FEATURE_ALWAYS + 1 + n);
         }
     c->phys_mask = (1ull << (bits < 36 || bits > PHYS_BITS ? PHYS_BITS : bits)) - 1;
     soft_tlb_flush(c, true);
@@ -179,6 +220,8 @@ void soft_cpuid(struct soft_vcpu *c)
             out[3] &= ~BIT(9);
         out[2] = (out[2] & ~BIT(27)) | (c->cr4 & CR4_OSXSAVE ? BIT(27) : 0);
     }
+    if (function == 0xD && index < 2 && out[1]) /* the area of what is enabled in XCR0 */
+        out[1] = FPU_XSAVE_SIZE(c->xcr0);
     c->gpr[RAX] = out[0];
     c->gpr[RBX] = out[1];
     c->gpr[RCX] = out[2];

@@ -81,5 +81,8 @@ bool outcomes_equal(const struct event *e, const struct freedom *f)
     for (unsigned i = 0; i < sizeof f->fx; i++)
         if ((a->fx[i] ^ b->fx[i]) & ~f->fx[i])
             return false;
+    for (unsigned i = 0; i < sizeof f->high; i++)
+        if ((((const uint8_t *)a->high)[i] ^ ((const uint8_t *)b->high)[i]) & ~f->high[i])
+            return false;
     return memory_equal(e, f);
 }

@@ -60,6 +60,8 @@ void core_init(void)
     count = soft_supported_cpuid(entries, room);
     if (soft_vcpu_set_cpuid(vm, 0, entries, count) != 0)
         guest_die(&guest, "soft_vcpu_set_cpuid");
+    for (uint32_t i = 0; i < count; i++)
+        guest.avx |= entries[i].function == 1 && entries[i].ecx >> 28 & 1;
     free(entries);
     guest_registers(&guest);
 }

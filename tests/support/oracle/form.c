@@ -23,7 +23,21 @@ struct form form_of(const uint8_t *bytes, bool mode32)
     if (!mode32 && (bytes[n] & 0xF0) == 0x40)
         x.rex = bytes[n++];
     x.map = MAP_ONE;
-    if (bytes[n] == 0x0F) {
+    if ((bytes[n] == 0xC4 || bytes[n] == 0xC5) && (!mode32 || bytes[n + 1] >= 0xC0)) {
+        bool three = bytes[n] == 0xC4;
+        uint8_t first = bytes[n + 1], last = bytes[n + 1 + three];
+        x.vex = true;
+        x.map = three ? first & 3 : MAP_0F;
+        x.rex = (uint8_t)(0x40 | (three && last & 0x80 ? 8 : 0) | (~first >> 5 & 4) | (three ? ~first >> 5 & 3 : 0));
+        if (mode32)
+            x.rex &= 0x48;
+        x.l = last & 4;
+        x.vvvv = ~(last >> 3) & (mode32 ? 7 : 15);
+        x.p66 = (last & 3) == 1;
+        x.f3 = (last & 3) == 2;
+        x.f2 = (last & 3) == 3;
+        n += 2 + three;
+    } else if (bytes[n] == 0x0F) {
         x.map = bytes[n + 1] == 0x38 ? MAP_0F38 : bytes[n + 1] == 0x3A ? MAP_0F3A : MAP_0F;
         n += x.map == MAP_0F ? 1 : 2;
     }
@@ -48,13 +62,19 @@ struct form form_of(const uint8_t *bytes, bool mode32)
                                  : x.map == MAP_0F && (x.opcode == 0xB0 || x.opcode == 0xC0);
     if (x.map == MAP_ONE && (x.opcode == 0xC8 || (x.opcode >= 0xB8 && x.opcode <= 0xBF) || x.opcode == 0x8E || x.opcode == 0x8C))
         byte = false;
-    x.size = byte ? 1 : x.rex & 8 ? 8 : x.p66 ? 2 : 4;
+    if (x.vex)
+        byte = false;
+    x.size = byte ? 1 : x.rex & 8 && !(x.vex && mode32) ? 8 : x.p66 && !x.vex ? 2 : 4;
     return x;
 }
 
 uint64_t form_address(const struct form *x, const uint8_t *bytes, const struct cpu_state *s, uint64_t rip)
 {
-    const uint8_t *p = bytes + x->prefixes + (x->rex != 0) + (x->map == MAP_ONE ? 1 : x->map == MAP_0F ? 2 : 3) + 1;
+    const uint8_t *p = bytes + x->prefixes + 1;
+    if (x->vex)
+        p += bytes[x->prefixes] == 0xC4 ? 4 : 3;
+    else
+        p += (x->rex != 0) + (x->map == MAP_ONE ? 1 : x->map == MAP_0F ? 2 : 3);
     unsigned mod = x->modrm >> 6, base = x->modrm & 7;
     uint64_t at = 0;
     bool no_base = mod == 0 && base == 5;
@@ -85,7 +105,7 @@ enum vec_prefix form_prefix(const struct form *x) { return x->f2 ? VEC_F2 : x->f
 
 const struct vec_op *form_vector(const struct form *x)
 {
-    return x->map == MAP_ONE ? NULL : fpu_lookup_vector((enum vec_map)(x->map - MAP_0F), x->opcode, form_prefix(x), x->modrm);
+    return x->map == MAP_ONE || x->vex ? NULL : fpu_lookup_vector((enum vec_map)(x->map - MAP_0F), x->opcode, form_prefix(x), x->modrm);
 }
 
 bool form_mmx(const struct form *x)
@@ -118,6 +138,8 @@ static unsigned arithmetic_reads(unsigned op) { return op == 2 || op == 3 ? F_CF
 unsigned form_reads(const struct form *x)
 {
     unsigned op = x->opcode, g = form_group(x);
+    if (x->vex)
+        return 0;
     if (x->map == MAP_0F)
         return (op & 0xF0) == 0x40 || (op & 0xF0) == 0x80 || (op & 0xF0) == 0x90 ? condition_reads(op & 15) : 0;
     if (x->map != MAP_ONE)
@@ -143,6 +165,8 @@ unsigned form_reads(const struct form *x)
 unsigned form_writes(const struct form *x)
 {
     unsigned op = x->opcode, g = form_group(x);
+    if (x->vex)
+        return x->map == MAP_0F38 && (op == 0xF2 || op == 0xF3 || (op == 0xF5 && !x->f2 && !x->f3) || (op == 0xF7 && !x->p66 && !x->f2 && !x->f3)) ? F_STATUS : 0;
     if (x->map == MAP_0F) {
         switch (op) {
         case 0x2E: case 0x2F: case 0xAF: case 0xB0: case 0xB1: case 0xB8: case 0xBC: case 0xBD: case 0xC0: case 0xC1:

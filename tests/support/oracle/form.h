@@ -1,5 +1,5 @@
 /* What an instruction is, read off its bytes: prefixes, opcode, operands. Enough for the instructions that generate.c and
- * sequence.c make; VEX and 16-bit addressing are not among them. */
+ * sequence.c make; EVEX and 16-bit addressing are not among them. */
 #ifndef ORACLE_FORM_H
 #define ORACLE_FORM_H
 
@@ -14,6 +14,8 @@ enum {
 struct form {
     uint8_t map, opcode, modrm, rex, imm8 /* the first byte behind the operands */;
     bool mode32, has_modrm, p66, p67, lock, f2, f3;
+    bool vex, l;        /* a VEX prefix; its pp is in p66, f2 and f3, its W, R, X and B are in rex */
+    unsigned vvvv;
     unsigned prefixes;  /* bytes before the opcode's escape, REX not counted */
     unsigned size;      /* operand size in bytes: 1 for byte opcodes, else 2, 4 or 8 */
     unsigned reg, rm;   /* with REX */

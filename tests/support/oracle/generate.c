@@ -70,8 +70,7 @@ static void any_extended(struct rng *r, uint8_t *to)
     memcpy(to + 8, &exponent, 2);
 }
 
-/* 16 bytes of one kind of operand. */
-static void any_operand(struct rng *r, uint8_t *to)
+void any_operand(struct rng *r, uint8_t *to)
 {
     uint64_t q;
     uint32_t d;
@@ -274,7 +273,7 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
         case 0xB8:
             return prefix == PREFIX_NONE || prefix == PREFIX_66; /* JMPE: #UD, but with ModRM or not? */
         case 0xBC: case 0xBD:
-            return prefix == PREFIX_F3 && !(opcode == 0xBD && __builtin_cpu_supports("lzcnt")); /* TZCNT, LZCNT */
+            return prefix == PREFIX_F3 && !(opcode == 0xBD ? __builtin_cpu_supports("lzcnt") : __builtin_cpu_supports("bmi"));
         case 0xC7:
             return !memory; /* RDRAND, RDPID */
         case 0x1E:
@@ -283,33 +282,34 @@ static bool excluded(unsigned map, unsigned opcode, unsigned prefix, unsigned mo
             return false;
         }
     case MAP_0F38:
-        if (opcode >= 0xC8 && opcode <= 0xCF)
-            return true; /* SHA, GFNI */
-        if (opcode >= 0xDB && opcode <= 0xDF)
-            return true; /* AES */
+        if (opcode >= 0xCE && opcode <= 0xCF)
+            return true; /* GFNI */
         if (opcode >= 0xD8 && opcode <= 0xDA)
             return true;
         return opcode >= 0xF5; /* ADX, MOVDIRI, shadow stacks... */
     default:
-        return opcode == 0x44 || opcode == 0xDF || opcode == 0xCC || opcode == 0xCE || opcode == 0xCF || opcode == 0xF0;
+        return opcode == 0xCE || opcode == 0xCF || opcode == 0xF0;
     }
 }
 
-/* XSAVE, XRSTOR, XSAVEOPT, XSAVEC (the ModRM byte is the last but the address): an area by RSI, for x87 and SSE, which is
- * all that the core has. */
+/* XSAVE, XRSTOR, XSAVEOPT, XSAVEC (the ModRM byte is the last but the address): an area by RSI, for x87, SSE and
+ * AVX, which is all that the core has. */
 static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s, struct memory *memory)
 {
     while (insn->bytes[--insn->length] != insn->modrm || insn->bytes[insn->length - 1] != insn->opcode)
         ;
     insn->modrm = (insn->modrm & 0x38) | 6;
     insn->bytes[insn->length++] = insn->modrm;
-    insn->ea = DATA_BASE + 0x400 + 64 * rng_below(r, 32);
+    insn->ea = DATA_BASE + 0x400 + 64 * rng_below(r, 32); /* up to 832 bytes */
     uint8_t *area = memory->data + (insn->ea - DATA_BASE);
     fill_fx(r, area);
     memset(area + 512, 0, 64);
-    area[512] = (uint8_t)rng_below(r, 4);
+    unsigned sets = __builtin_cpu_supports("avx2") ? 8 : 4; /* of components */
+    area[512] = (uint8_t)rng_below(r, sets);
+    for (unsigned i = 0; sets == 8 && i < 16; i++)
+        any_operand(r, area + 576 + 16 * i);
     if (rng_one_in(r, 3)) { /* compacted */
-        area[520] = rng_below(r, 3) ? 3 : (uint8_t)rng_below(r, 4);
+        area[520] = (uint8_t)(rng_below(r, 3) ? sets - 1 : rng_below(r, sets));
         area[527] = 0x80;
     }
     if (rng_one_in(r, 10)) /* not components that a processor may have: bits 24 to 55 */
@@ -318,8 +318,10 @@ static void xsave_operand(struct rng *r, struct insn *insn, struct cpu_state *s,
     if (rng_one_in(r, 16))
         insn->ea += rng_below(r, 64);
     s->gpr[6 | (insn->rex & 1) << 3] = insn->ea;
-    s->gpr[0] = rng_below(r, 4);
+    s->gpr[0] = rng_below(r, sets);
     s->gpr[2] = 0;
+    for (unsigned i = 0; sets == 8 && i < 16 && rng_one_in(r, 2); i++)
+        any_operand(r, s->high[i]);
 }
 
 static bool is_string(unsigned map, unsigned opcode)
@@ -328,7 +330,7 @@ static bool is_string(unsigned map, unsigned opcode)
 }
 
 /* A memory operand's address: mostly inside, also unaligned, across pages, read-only and unmapped. */
-static uint64_t any_address(struct rng *r)
+uint64_t any_address(struct rng *r)
 {
     switch (rng_below(r, 24)) {
     case 0: return DATA_BASE + 0x1000 - 1 - rng_below(r, 16);      /* across two writable pages */
@@ -341,29 +343,28 @@ static uint64_t any_address(struct rng *r)
     }
 }
 
-static void put(struct insn *insn, uint64_t value, unsigned size)
+void insn_put(struct insn *insn, uint64_t value, unsigned size)
 {
     memcpy(insn->bytes + insn->length, &value, size);
     insn->length += size;
 }
 
-/* ModRM, SIB and displacement for `ea`; sets the registers that it needs. */
-static void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s, unsigned reg, bool address32, unsigned imm_bytes)
+void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s, unsigned reg, bool address32, unsigned imm_bytes)
 {
     unsigned rex_b = (insn->rex & 1u) << 3, rex_x = (insn->rex & 2u) << 2;
     uint64_t ea = insn->ea, mask = insn->mode32 || address32 ? 0xFFFFFFFF : ~0ull;
     unsigned mod = rng_below(r, 3), rm = rng_below(r, 8);
     if (rm == 5 && mod == 0) {
         insn->modrm = (uint8_t)(reg << 3 | 5);
-        put(insn, insn->modrm, 1);
+        insn_put(insn, insn->modrm, 1);
         if (insn->mode32)
-            put(insn, ea, 4);
+            insn_put(insn, ea, 4);
         else
-            put(insn, ea - (CODE_BASE + insn->offset + insn->length + 4 + imm_bytes), 4);
+            insn_put(insn, ea - (CODE_BASE + insn->offset + insn->length + 4 + imm_bytes), 4);
         return;
     }
     insn->modrm = (uint8_t)(mod << 6 | reg << 3 | rm);
-    put(insn, insn->modrm, 1);
+    insn_put(insn, insn->modrm, 1);
     int32_t disp = mod == 1 ? (int8_t)rng_next(r) : mod == 2 ? (int32_t)(rng_next(r) & 0x3FFFFF) - 0x200000 : 0;
     if (rm != 4) {
         s->gpr[rm | rex_b] = (ea - (uint64_t)(int64_t)disp) & mask;
@@ -378,8 +379,8 @@ static void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s
                 s->gpr[i] &= 0xFF;
                 disp = (int32_t)(ea - (s->gpr[i] << scale));
             }
-            put(insn, scale << 6 | index << 3 | base, 1);
-            put(insn, (uint32_t)disp, 4);
+            insn_put(insn, scale << 6 | index << 3 | base, 1);
+            insn_put(insn, (uint32_t)disp, 4);
             return;
         }
         unsigned b = base | rex_b;
@@ -388,12 +389,12 @@ static void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s
         if ((index | rex_x) != 4)
             part = s->gpr[index | rex_x] << scale;
         s->gpr[b] = (ea - part - (uint64_t)(int64_t)disp) & mask;
-        put(insn, scale << 6 | index << 3 | base, 1);
+        insn_put(insn, scale << 6 | index << 3 | base, 1);
     }
     if (mod == 1)
-        put(insn, (uint8_t)disp, 1);
+        insn_put(insn, (uint8_t)disp, 1);
     else if (mod == 2)
-        put(insn, (uint32_t)disp, 4);
+        insn_put(insn, (uint32_t)disp, 4);
 }
 
 void any_registers(struct rng *r, struct cpu_state *s, bool mode32)
@@ -442,36 +443,36 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
         address32 = false; /* would be 16-bit addressing */
     insn->operand16 = prefix == PREFIX_66 || both;
     if (insn->operand16)
-        put(insn, 0x66, 1);
+        insn_put(insn, 0x66, 1);
     if (rng_one_in(r, 12))
-        put(insn, PICK(r, escapes), 1);
+        insn_put(insn, PICK(r, escapes), 1);
     if (mode32 && insn->length && insn->bytes[insn->length - 1] == 0x65)
         insn->bytes[insn->length - 1] = 0x3E; /* GS is a null selector */
     /* A store to the code segment by x87 with an exception pending: #GP here, #MF in hardware. */
     if (mode32 && map == MAP_ONE && (opcode & 0xF8) == 0xD8 && insn->length && insn->bytes[insn->length - 1] == 0x2E)
         insn->bytes[insn->length - 1] = 0x3E;
     if (address32)
-        put(insn, 0x67, 1);
+        insn_put(insn, 0x67, 1);
     /* LOCK MOV CR0 is MOV CR8 on AMD processors, which the core does not offer. */
     if (rng_one_in(r, 24) && !(map == MAP_0F && (opcode & 0xFD) == 0x20)) {
-        put(insn, 0xF0, 1);
+        insn_put(insn, 0xF0, 1);
         insn->other_prefixes = true;
     }
     if (prefix == PREFIX_F3)
-        put(insn, 0xF3, 1);
+        insn_put(insn, 0xF3, 1);
     if (prefix == PREFIX_F2)
-        put(insn, 0xF2, 1);
+        insn_put(insn, 0xF2, 1);
     if (!mode32 && (rex_w || rng_one_in(r, 3))) {
         insn->rex = (uint8_t)(0x40 | rex_w << 3 | rng_below(r, 8));
-        put(insn, insn->rex, 1);
+        insn_put(insn, insn->rex, 1);
     }
     if (map != MAP_ONE)
-        put(insn, 0x0F, 1);
+        insn_put(insn, 0x0F, 1);
     if (map == MAP_0F38)
-        put(insn, 0x38, 1);
+        insn_put(insn, 0x38, 1);
     if (map == MAP_0F3A)
-        put(insn, 0x3A, 1);
-    put(insn, opcode, 1);
+        insn_put(insn, 0x3A, 1);
+    insn_put(insn, opcode, 1);
     if (map == MAP_0F && opcode == 0xAE && form < 0xC0 && (form >> 3 & 7) == 1) {
         /* FXRSTOR: mostly an image that it accepts */
         insn->ea = DATA_BASE + 64 + 16 * rng_below(r, 64);
@@ -485,7 +486,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
     if (insn->has_modrm) {
         if (form >= 0xC0 || (map == MAP_0F && opcode >= 0x20 && opcode <= 0x23)) {
             insn->modrm = (uint8_t)form;
-            put(insn, form, 1);
+            insn_put(insn, form, 1);
         } else {
             if (insn->ea >= DATA_BASE + 64 && insn->ea < DATA_BASE + DATA_WRITABLE - 64 && !(map == MAP_0F && opcode == 0xAE))
                 any_operand(r, memory->data + (insn->ea - DATA_BASE));
@@ -495,7 +496,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
         }
     }
     if (map == MAP_ONE && opcode >= 0xA0 && opcode <= 0xA3) {
-        put(insn, insn->ea, imm);
+        insn_put(insn, insn->ea, imm);
     } else if (imm) {
         uint64_t value = imm == 1 && rng_below(r, 3) ? rng_next(r) : any_integer(r);
         bool branch = map == MAP_ONE && ((opcode >= 0x70 && opcode <= 0x7F) || (opcode >= 0xE0 && opcode <= 0xE3) || opcode == 0xEB);
@@ -505,7 +506,7 @@ bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, boo
             value = rng_one_in(r, 4) ? (uint64_t)(int64_t)(int32_t)(rng_next(r) | 0x100000) : 0x20 + rng_below(r, 0x300);
         insn->imm = (uint8_t)value;
         for (unsigned i = 0; i < imm; i += 8)
-            put(insn, value, imm);
+            insn_put(insn, value, imm);
     }
     /* Too long is #GP, undefined is #UD; the core need not know how long an undefined instruction is. */
     if (insn->length > 15 && map != MAP_ONE)

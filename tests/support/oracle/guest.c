@@ -95,7 +95,7 @@ void guest_registers(struct guest *g)
     g->sregs32 = g->sregs64;
     g->sregs32.cs = segment(0x23, 11, 3, false, true);
     struct kvm_xcrs xcrs = {.nr_xcrs = 1};
-    xcrs.xcrs[0].value = 3;
+    xcrs.xcrs[0].value = g->avx ? 7 : 3;
     g->set(SOFT_STATE_SREGS, s, sizeof *s);
     g->set(SOFT_STATE_XCRS, &xcrs, sizeof xcrs);
 }
@@ -118,6 +118,10 @@ void guest_run(struct guest *g, const struct insn *insn, struct cpu_state *state
     memset(area, 0, 576);
     memcpy(area, state->fx, 416);
     area[512] = 3;
+    if (g->avx) {
+        memcpy(area + 576, state->high, 256);
+        area[512] = 7;
+    }
     struct kvm_sregs *s = insn->mode32 ? &g->sregs32 : &g->sregs64;
     g->set(SOFT_STATE_SREGS, s, sizeof *s);
     g->set(SOFT_STATE_REGS, &regs, sizeof regs);
@@ -155,6 +159,9 @@ void guest_run(struct guest *g, const struct insn *insn, struct cpu_state *state
     memcpy(state->fx, area, 416);
     uint64_t bv;
     memcpy(&bv, area + 512, 8);
+    memcpy(state->high, area + 576, 256);
+    if (!(bv & 4))
+        memset(state->high, 0, 256);
     if (!(bv & 2))
         memset(state->fx + 160, 0, 256);
     if (!(bv & 1)) {

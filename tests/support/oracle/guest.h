@@ -16,6 +16,7 @@ struct guest {
     void (*set)(enum soft_state kind, const void *data, size_t size);
     void (*written)(uint64_t gpa, uint64_t size); /* NULL: the core sees for itself that code was written */
     unsigned (*run)(void);                        /* 0: the vCPU executed HLT; else why not */
+    bool avx;                                     /* it has YMM registers */
     uint8_t *ram;
     struct kvm_sregs sregs64, sregs32;
 };

@@ -70,6 +70,8 @@ bool kvm_init(void)
     cpuid->nent = ROOM;
     if (ioctl(system, KVM_GET_SUPPORTED_CPUID, cpuid) < 0 || ioctl(vcpu, KVM_SET_CPUID2, cpuid) < 0)
         guest_die(&guest, "CPUID");
+    for (uint32_t i = 0; i < cpuid->nent; i++)
+        guest.avx |= cpuid->entries[i].function == 1 && cpuid->entries[i].ecx >> 28 & 1;
     free(cpuid);
     guest_registers(&guest);
     return true;

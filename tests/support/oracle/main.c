@@ -1,4 +1,4 @@
-/* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu] [--programs N]
+/* oracle BACKEND [--mode 64|32] [--seed N] [--per-slot N] [--map M --opcode O] [--limit N] [--fpu] [--vex] [--programs N]
  *        [--rules amd|intel] [--host native|intel]
  * oracle vendors
  *
@@ -10,6 +10,7 @@
  * (those that are #UD on the core are not counted).
  *
  * --programs: run that many short programs instead of single instructions.
+ * --vex: instructions with a VEX prefix.
  * --rules: compare with a host of that vendor (see vendors.h); the default is what CPUID says. Programs are made for them.
  * --host intel: native execution is changed to what an Intel processor may do (foreign.c).
  * vendors: print the table of differences.
@@ -59,6 +60,13 @@ static void show(const struct insn *insn, const struct cpu_state *in, const stru
             print_bytes("in", in->fx + i, 16);
             print_bytes("host", want->fx + i, 16);
             print_bytes("core", got->fx + i, 16);
+        }
+    for (unsigned i = 0; i < 16; i++)
+        if (memcmp(want->high[i], got->high[i], 16) != 0) {
+            printf("    upper half of ymm%u\n", i);
+            print_bytes("in", in->high[i], 16);
+            print_bytes("host", want->high[i], 16);
+            print_bytes("core", got->high[i], 16);
         }
     const uint8_t *b = (const uint8_t *)before, *w = (const uint8_t *)mem_want, *g = (const uint8_t *)mem_got;
     unsigned lines = 0;
@@ -115,7 +123,7 @@ static void judge(const struct insn *insn, const struct cpu_state *in, const str
 int main(int argc, char **argv)
 {
     kvm = argc > 1 && strcmp(argv[1], "kvm") == 0;
-    bool core = kvm || (argc > 1 && strcmp(argv[1], "core") == 0), mode32 = false, fpu = false;
+    bool core = kvm || (argc > 1 && strcmp(argv[1], "core") == 0), mode32 = false, fpu = false, vex = false;
     unsigned long seed = 1, per_slot = 2, only_map = 99, only_opcode = 256, programs = 0;
     rules = vendors_host_rules();
     if (argc == 2 && strcmp(argv[1], "vendors") == 0) {
@@ -123,7 +131,7 @@ int main(int argc, char **argv)
         return 0;
     }
     if (argc < 2 || (!core && strcmp(argv[1], "direct") != 0)) {
-        fprintf(stderr, "usage: oracle core|kvm|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--programs N]"
+        fprintf(stderr, "usage: oracle core|kvm|direct [--mode 64|32] [--seed N] [--per-slot N] [--map M] [--opcode O] [--limit N] [--fpu] [--vex] [--programs N]"
                         " [--rules amd|intel] [--host native|intel]\n       oracle vendors\n");
         return 2;
     }
@@ -131,6 +139,10 @@ int main(int argc, char **argv)
         const char *value = i + 1 < argc ? argv[i + 1] : "0";
         if (strcmp(argv[i], "--fpu") == 0) {
             fpu = true;
+            continue;
+        }
+        if (strcmp(argv[i], "--vex") == 0) {
+            vex = true;
             continue;
         }
         if (strcmp(argv[i], "--mode") == 0)
@@ -175,9 +187,10 @@ int main(int argc, char **argv)
         core_run(&insn, &got, &memory);
         judge(&insn, &in, &got, &before, &memory);
     }
-    for (unsigned slot = programs ? UINT32_MAX : 0; slot < MAP_COUNT * 256 * 8; slot++) {
-        unsigned map = slot >> 11, opcode = slot >> 3 & 255, prefix = slot & 3;
-        bool rex_w = slot >> 2 & 1, x87 = map == MAP_ONE && (opcode & 0xF8) == 0xD8;
+    /* With a VEX prefix a bit more: L. */
+    for (unsigned slot = programs ? UINT32_MAX : 0; slot < MAP_COUNT * 256u * 8 << vex; slot++) {
+        unsigned map = slot >> vex >> 11, opcode = slot >> vex >> 3 & 255, prefix = slot >> vex & 3;
+        bool rex_w = slot >> vex >> 2 & 1, l = vex && slot & 1, x87 = map == MAP_ONE && (opcode & 0xF8) == 0xD8;
         if ((only_map != 99 && map != only_map) || (only_opcode != 256 && opcode != only_opcode) || (fpu && map == MAP_ONE && !x87))
             continue;
         unsigned long count = x87 && (rex_w || prefix > 1) ? per_slot : x87 ? per_slot * 24 : per_slot;
@@ -189,7 +202,8 @@ int main(int argc, char **argv)
                 struct rng fill = {seed + compared};
                 fill_memory(&fill, &before);
             }
-            if (!generate(&one, map, opcode, prefix, rex_w, mode32, -1, &insn, &in, &before))
+            if (vex ? !generate_vex(&one, map, opcode, prefix, rex_w, l, mode32, &insn, &in, &before)
+                    : !generate(&one, map, opcode, prefix, rex_w, mode32, -1, &insn, &in, &before))
                 continue;
             got = in;
             memory = before;

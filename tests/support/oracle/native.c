@@ -13,16 +13,26 @@
 
 static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                               REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
-enum { XSTATE_MAGIC1 = 0x46505853, SW_RESERVED = 464, FX_DEFINED = 416, XSAVE_HEADER = 512 };
+enum { XSTATE_MAGIC1 = 0x46505853, SW_RESERVED = 464, FX_DEFINED = 416, XSAVE_HEADER = 512, YMM_HIGH = 576, YMM = 4 };
 
 static volatile enum { IDLE, ENTERING, RUNNING } phase;
 static const struct insn *current;
 static struct cpu_state *current_state;
 static gregset_t saved;
-static uint8_t saved_fx[FX_DEFINED];
+static uint8_t saved_fx[FX_DEFINED], saved_high[16][16];
 static uint8_t *code;
 
-static void copy_fx(ucontext_t *u, const uint8_t *fx)
+/* Whether the frame has upper halves of YMM registers. */
+static bool has_high(const uint8_t *fp)
+{
+    uint32_t magic;
+    uint64_t features;
+    memcpy(&magic, fp + SW_RESERVED, 4);
+    memcpy(&features, fp + SW_RESERVED + 8, 8);
+    return magic == XSTATE_MAGIC1 && (features & YMM);
+}
+
+static void copy_fx(ucontext_t *u, const uint8_t *fx, const uint8_t (*high)[16])
 {
     uint8_t *fp = (uint8_t *)u->uc_mcontext.fpregs;
     uint32_t magic;
@@ -30,6 +40,19 @@ static void copy_fx(ucontext_t *u, const uint8_t *fx)
     memcpy(&magic, fp + SW_RESERVED, 4);
     if (magic == XSTATE_MAGIC1)
         fp[XSAVE_HEADER] |= 3;
+    if (has_high(fp)) {
+        memcpy(fp + YMM_HIGH, high, 256);
+        fp[XSAVE_HEADER] |= YMM;
+    }
+}
+
+static void read_fx(const ucontext_t *u, uint8_t *fx, uint8_t (*high)[16])
+{
+    const uint8_t *fp = (const uint8_t *)u->uc_mcontext.fpregs;
+    memcpy(fx, fp, FX_DEFINED);
+    memset(high, 0, 256);
+    if (has_high(fp) && (fp[XSAVE_HEADER] & YMM))
+        memcpy(high, fp + YMM_HIGH, 256);
 }
 
 static void handler(int signal, siginfo_t *info, void *context)
@@ -43,14 +66,14 @@ static void handler(int signal, siginfo_t *info, void *context)
     if (phase == ENTERING) {
         phase = RUNNING;
         memcpy(saved, g, sizeof saved);
-        memcpy(saved_fx, u->uc_mcontext.fpregs, FX_DEFINED);
+        read_fx(u, saved_fx, saved_high);
         for (unsigned i = 0; i < 16; i++)
             g[order[i]] = (greg_t)s->gpr[i];
         g[REG_RIP] = (greg_t)s->rip;
         g[REG_EFL] = (greg_t)s->rflags;
         if (current->mode32)
             g[REG_CSGSFS] = (g[REG_CSGSFS] & ~0xFFFFll) | 0x23;
-        copy_fx(u, s->fx);
+        copy_fx(u, s->fx, s->high);
         return;
     }
     if (signal == SIGALRM || phase != RUNNING) {
@@ -71,12 +94,12 @@ static void handler(int signal, siginfo_t *info, void *context)
         s->gpr[i] = (uint64_t)g[order[i]];
     s->rip = (uint64_t)g[REG_RIP];
     s->rflags = (uint64_t)g[REG_EFL];
-    memcpy(s->fx, u->uc_mcontext.fpregs, FX_DEFINED);
+    read_fx(u, s->fx, s->high);
     s->vector = (uint32_t)g[REG_TRAPNO];
     s->error = (uint32_t)g[REG_ERR];
     s->cr2 = s->vector == 14 ? (uint64_t)g[REG_CR2] : 0;
     memcpy(g, saved, sizeof saved);
-    copy_fx(u, saved_fx);
+    copy_fx(u, saved_fx, saved_high);
 }
 
 static void *map_at(uintptr_t address, size_t size, int rights)

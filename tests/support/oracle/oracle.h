@@ -24,6 +24,7 @@ struct cpu_state {
     uint64_t gpr[16]; /* in encoding order: RAX RCX RDX RBX RSP RBP RSI RDI R8... */
     uint64_t rip, rflags;
     uint8_t fx[512] __attribute__((aligned(16))); /* FXSAVE64 image */
+    uint8_t high[16][16];                         /* upper halves of YMM registers */
     /* how it ended */
     uint32_t vector, error;
     uint64_t cr2;
@@ -42,6 +43,7 @@ struct insn {
     unsigned offset; /* in the code pages */
     bool mode32;
     bool program; /* several instructions */
+    bool vex;     /* map and opcode are those of VEX.mmmmm */
     /* what direct.c needs of it */
     uint8_t map, opcode, prefix /* as enum vec_prefix */, rex, modrm, imm;
     bool operand16, has_modrm, other_prefixes;
@@ -63,6 +65,14 @@ static inline bool rng_one_in(struct rng *r, unsigned n) { return rng_below(r, n
  * the two sides do not share, an extension that the core does not offer). */
 bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
               struct insn *insn, struct cpu_state *state, struct memory *memory);
+/* vex.c: the same with a VEX prefix; prefix: VEX.pp as enum vec_prefix orders it. */
+bool generate_vex(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool w, bool l, bool mode32, struct insn *insn,
+                  struct cpu_state *state, struct memory *memory);
+void any_operand(struct rng *r, uint8_t *to); /* 16 bytes of one kind of operand */
+uint64_t any_address(struct rng *r);
+void insn_put(struct insn *insn, uint64_t value, unsigned size);
+/* ModRM, SIB and displacement for insn->ea; sets the registers that it needs. */
+void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s, unsigned reg, bool address32, unsigned imm_bytes);
 bool insn_has_modrm(unsigned map, unsigned opcode, bool mode32);
 unsigned insn_immediate_bytes(unsigned map, unsigned opcode, unsigned modrm, bool operand16, bool rex_w, bool address32, bool mode32);
 void any_registers(struct rng *r, struct cpu_state *state, bool mode32);

@@ -14,7 +14,7 @@ static bool is_one(const struct form *x, unsigned low, unsigned high)
 {
     return x->map == MAP_ONE && x->opcode >= low && x->opcode <= high;
 }
-static bool is_0f(const struct form *x, unsigned opcode) { return x->map == MAP_0F && x->opcode == opcode; }
+static bool is_0f(const struct form *x, unsigned opcode) { return x->map == MAP_0F && x->opcode == opcode && !x->vex; }
 static bool is_logic(const struct form *x)
 {
     unsigned op = x->map == MAP_ONE && x->opcode < 0x40 && (x->opcode & 7) < 6 ? x->opcode >> 3u
@@ -92,11 +92,17 @@ static unsigned division_flags(const struct form *x, int count)
     (void)count;
     return is_one(x, 0xF6, 0xF7) && form_group(x) >= 6 ? F_STATUS : 0;
 }
-static bool is_lzcnt(const struct form *x) { return is_0f(x, 0xBD) && x->f3; }
+static bool is_lzcnt(const struct form *x) { return (is_0f(x, 0xBC) || is_0f(x, 0xBD)) && x->f3; } /* or TZCNT */
 static unsigned scan_flags(const struct form *x, int count)
 {
     (void)count;
     return is_lzcnt(x) ? F_STATUS & ~(F_ZF | F_CF) : is_0f(x, 0xBC) || is_0f(x, 0xBD) ? F_STATUS & ~F_ZF : 0;
+}
+/* ANDN, BLSR, BLSMSK, BLSI, BZHI; BEXTR */
+static unsigned vex_flags(const struct form *x, int count)
+{
+    (void)count;
+    return !x->vex || !form_writes(x) ? 0 : x->opcode == 0xF7 ? F_SF | F_AF | F_PF : F_AF | F_PF;
 }
 static unsigned bit_test_flags(const struct form *x, int count)
 {
@@ -353,8 +359,10 @@ const struct difference integer_differences[] = {
     {.name = "MUL IMUL", .what = "SF, ZF, AF, PF undefined: AMD's keep them, Intel's compute SF and PF", .intel_source = "SDM 2A IMUL, 2B MUL: Flags Affected",
      .amd_source = "APM 3 MUL, IMUL: rFLAGS Affected", .flags = multiplication_flags, .intel = intel_multiplication},
     {.name = "DIV IDIV", .what = "all status flags undefined", .intel_source = "SDM 2A DIV, IDIV: Flags Affected", .amd_source = "APM 3 DIV, IDIV", .flags = division_flags},
-    {.name = "BSF BSR LZCNT", .what = "OF, SF, AF, PF undefined, for BSF and BSR also CF; their destination undefined (Intel) or kept (AMD) when the source is 0",
-     .intel_source = "SDM 2A BSF, BSR: Description; LZCNT: Flags Affected", .amd_source = "APM 3 BSF, BSR, LZCNT", .flags = scan_flags, .free = scan_free},
+    {.name = "BSF BSR LZCNT TZCNT", .what = "OF, SF, AF, PF undefined, for BSF and BSR also CF; their destination undefined (Intel) or kept (AMD) when the source is 0",
+     .intel_source = "SDM 2A BSF, BSR: Description; LZCNT, TZCNT: Flags Affected", .amd_source = "APM 3 BSF, BSR, LZCNT, TZCNT", .flags = scan_flags, .free = scan_free},
+    {.name = "ANDN BLSI BLSMSK BLSR BZHI BEXTR", .what = "AF, PF undefined, for BEXTR also SF",
+     .intel_source = "SDM 2A ANDN, BEXTR, BLSI, BLSMSK, BLSR, BZHI: Flags Affected", .amd_source = "APM 3 ANDN, BEXTR, BLSI, BLSMSK, BLSR, BZHI", .flags = vex_flags},
     {.name = "BT BTS BTR BTC", .what = "OF, SF, ZF, AF, PF undefined; how much of a bit string in memory is read, and so what faults",
      .intel_source = "SDM 2A BT: Description, Flags Affected", .amd_source = "APM 3 BT, BTC, BTR, BTS", .flags = bit_test_flags, .free = bit_string_free},
     {.name = "DAA DAS AAA AAS AAM AAD", .what = "DAA, DAS: OF; AAA, AAS: OF, SF, ZF, PF; AAM, AAD: OF, AF, CF undefined",

@@ -29,7 +29,7 @@ struct freedom {
     bool order;   /* which of an instruction's faults on memory, pending or invalid opcode comes first */
     uint64_t flags, gpr[16], cr2;
     uint32_t error;
-    uint8_t fx[416];
+    uint8_t fx[416], high[256]; /* high: upper halves of YMM registers */
     unsigned ranges;
     struct { uint32_t offset, length; } memory[32]; /* bytes of struct memory */
 };

@@ -338,17 +338,36 @@ static void approximation_free(const struct event *e, struct freedom *f)
     const struct form *x = &e->form;
     if (x->map != MAP_0F || (x->opcode != 0x52 && x->opcode != 0x53) || is_fault(e->host))
         return;
-    for (unsigned i = 0; i < (x->f3 ? 1 : 4); i++) {
-        unsigned at = 160 + 16 * x->reg + 4 * i;
+    for (unsigned i = 0; i < (x->f3 ? 1u : x->vex && x->l ? 8u : 4u); i++) {
+        unsigned at = 160 + 16 * x->reg + 4 * i, high = 16 * x->reg + 4 * (i - 4);
+        const uint8_t *host = i < 4 ? e->host->fx + at : (const uint8_t *)e->host->high + high;
+        const uint8_t *core = i < 4 ? e->core->fx + at : (const uint8_t *)e->core->high + high;
+        uint8_t *mask = i < 4 ? f->fx + at : f->high + high;
         uint32_t a, b;
-        memcpy(&a, e->host->fx + at, 4);
-        memcpy(&b, e->core->fx + at, 4);
+        memcpy(&a, host, 4);
+        memcpy(&b, core, 4);
         bool number = (a & 0x7F800000) != 0x7F800000 && (b & 0x7F800000) != 0x7F800000 && (a & 0x7FFFFFFF) && (b & 0x7FFFFFFF);
         if (number && (a > b ? a - b : b - a) <= 3 * (1 << 12))
-            memset(f->fx + at, 0xFF, 4);
+            memset(mask, 0xFF, 4);
         if (((a | b) & 0x7FFFFFFF) <= 0x00801000) /* next to the denormals, which are 0 */
-            memset(f->fx + at, 0xFF, 4);
+            memset(mask, 0xFF, 4);
     }
+}
+
+/* AMD's take VPERMQ and VPERMPD with W clear, which Intel's do not have, and do not check the alignment of SHA's operands. What
+ * gathers and masked moves have done before a fault is not the same. */
+static void vex_free(const struct event *e, struct freedom *f)
+{
+    const struct form *x = &e->form;
+    bool gather = x->vex && x->map == MAP_0F38 && x->opcode >= 0x90 && x->opcode <= 0x93;
+    bool masked = x->vex && x->map == MAP_0F38 && ((x->opcode >= 0x2C && x->opcode <= 0x2F) || x->opcode == 0x8C || x->opcode == 0x8E);
+    bool sha = !x->vex && ((x->map == MAP_0F38 && x->opcode >= 0xC8 && x->opcode <= 0xCD) || (x->map == MAP_0F3A && x->opcode == 0xCC));
+    if (x->vex && x->map == MAP_0F3A && x->opcode <= 1 && x->l && !(x->rex & 8))
+        f->everything = true;
+    if (sha && form_memory(x) && either(e, 13))
+        f->everything = true;
+    if ((gather || masked) && any_fault(e))
+        f->detail = true;
 }
 
 const struct difference fpu_differences[] = {
@@ -365,6 +384,8 @@ const struct difference fpu_differences[] = {
     {.name = "flags of an unmasked SIMD exception", .what = "the other flags in MXCSR, and whether an MMX conversion has entered MMX mode; the stages of DPPS and DPPD",
      .intel_source = "SDM 1, 11.5.2, 11.5.3", .amd_source = "APM 1, 4.10", .free = simd_flags_free},
     {.name = "MASKMOVQ MASKMOVDQU", .what = "whether bytes that the mask leaves out fault", .intel_source = "SDM 2B MASKMOVDQU: \"implementation dependent\"", .amd_source = "APM 4 MASKMOVDQU", .free = mask_move_free},
+    {.name = "VEX.W, SHA, gathers", .what = "VPERMQ and VPERMPD with W clear are #UD (Intel) or the same (AMD); alignment of SHA's operands is not checked by AMD's; what gathers and VMASKMOV have done before a fault",
+     .intel_source = "SDM 2C VPERMQ, VPERMPD, VGATHERDPS, VMASKMOV; SDM 2A table 2-21", .amd_source = "APM 4 VGATHERDPS, VMASKMOVPS; W and alignment: measured on family 1Ah", .free = vex_free},
     {.name = "CVTPI2PS CVTPI2PD from memory", .what = "AMD's stay out of MMX mode", .intel_source = "SDM 2A CVTPI2PS, CVTPI2PD: Description", .amd_source = "APM 4 CVTPI2PS, CVTPI2PD",
      .free = conversion_free, .intel = intel_conversion},
     {.name = "aliases of x87 instructions", .what = "D9 D8, DC D0, DC D8, DD C8, DE D0, DF C0 to DF D8, DB E0, DB E1, DB E4", .intel_source = "SDM 2D table A-7 onwards has none", .amd_source = "APM 5 appendix A", .free = alias_free},

@@ -164,6 +164,8 @@ def test_what_is_live_is_said_of_the_live_only() -> None:
     [
         ("<cpu mode='host-passthrough' check='none' migratable='on'/>", "host", ""),
         ("<cpu mode='custom' match='exact'><model fallback='forbid'>x86-64-v2</model></cpu>", "v2", ""),
+        ("<cpu mode='custom' match='exact'><model fallback='forbid'>x86-64-v3</model></cpu>", "v3", ""),
+        ("<cpu mode='maximum'/>", "max", ""),
         ("<cpu mode='host-model'/>", "v2", "host-model"),
         ("<cpu><model>Skylake-Client</model></cpu>", "v2", "Skylake-Client"),
         ("", "v2", ""),
@@ -172,6 +174,7 @@ def test_what_is_live_is_said_of_the_live_only() -> None:
 def test_processors(xml: str, model: str, note: str) -> None:
     spec = shell(top=xml)
     assert spec.config.cpu_model == model
+    assert read(domain_xml(spec, "/vmm")).config.cpu_model == model
     assert note in " ".join(spec.notes) and bool(spec.notes) == bool(note)
 
 
