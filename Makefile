@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures clean
+.PHONY: help venv run test test-long check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -32,9 +32,13 @@ run: venv        ## a shell in a real Linux guest
 		exec $(BIN)/vmm run echo; \
 	fi
 
-test: venv       ## every test
+test: venv       ## every test but the campaigns, in TEST_PROCESSES (2) processes
 	@.ci/packages test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m tests.support.lanes $${TEST_PROCESSES:-2}
+
+test-long: venv  ## the tests that `make test` skips as campaigns
+	@.ci/packages test
+	LOOPVISOR_CAMPAIGN=1 $(BIN)/python -m pytest -q -m campaign
 
 check: venv      ## ruff, mypy --strict, layering
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ async def test_a_guest_that_was_paused_takes_it_for_no_lockup() -> None:
         async with await vm.start_process("sh", "-c", "while :; do :; done"):
             await vm.exec("sleep", "1", timeout=BOOT)
             await vm.pause()
-            await asyncio.sleep(6)  # three times what it takes for a lockup
+            await asyncio.sleep(4)  # twice what it takes for a lockup
             vm.resume()
             await vm.exec("sleep", "3", timeout=BOOT)
         log = (await vm.exec("dmesg", check=True, timeout=BOOT)).stdout

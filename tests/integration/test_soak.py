@@ -18,6 +18,13 @@ pytestmark = [
     pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core"),
 ]
 KIB = 64
+DAILY = {("linux-image-cloud-amd64", 2), ("linux-image-amd64", 4)}
+"""Each kernel, and few and many vCPUs; the other cases are a campaign."""
+CASES = [
+    pytest.param(meta, cpus, id=f"{meta}-{cpus}", marks=() if (meta, cpus) in DAILY else pytest.mark.campaign)
+    for meta in ("linux-image-cloud-amd64", "linux-image-amd64")
+    for cpus in (1, 2, 4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 4])
-@pytest.mark.parametrize("meta", ["linux-image-cloud-amd64", "linux-image-amd64"])
+@pytest.mark.parametrize(("meta", "cpus"), CASES)
 async def test_work_under_debians_kernels_has_the_hosts_results(folder: Path, meta: str, cpus: int) -> None:
     kernel = machine.vmlinux(meta, folder)
     result = await machine.soak(

@@ -26,13 +26,13 @@ def static(name: str) -> Path:
         return target
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / name
         command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-o", made, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{name}.c cannot be linked statically here: {done.stderr.splitlines()[-1:]}")
-        shutil.move(made, target)
+        made.rename(target)  # whole at once, for whoever else runs tests
     return target
 
 

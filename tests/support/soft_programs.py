@@ -1,12 +1,14 @@
 """Build the standalone C programs that link the software core: the boot harness and the fuzzer.
 
 `python3 -m tests.support.soft_programs [--sanitize] NAME` prints the path of the program. Objects are kept under
-build/soft/ and rebuilt when a source or any header is newer. Needs gcc and nothing else; knows nothing of the package.
+build/soft/ and rebuilt when a source or any header is newer, by one process at a time. Needs gcc and nothing else;
+knows nothing of the package.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +58,14 @@ def build(name: str, *, sanitize: bool = False, threads: bool = False, hot: bool
             subprocess.run(["gcc", *flags, *more, "-c", source, "-o", target], check=True, cwd=ROOT)
         return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = out / name
-    if not program.exists() or program.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-        linked = ["-fsanitize=thread"] if threads else []
-        subprocess.run(["gcc", *flags, *linked, "-o", program, *objects, "-lm"], check=True, cwd=ROOT)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, sources))
+        program = out / name
+        if not program.exists() or program.stat().st_mtime < max(path.stat().st_mtime for path in objects):
+            linked = ["-fsanitize=thread"] if threads else []
+            subprocess.run(["gcc", *flags, *linked, "-o", program, *objects, "-lm"], check=True, cwd=ROOT)
     return program
 
 
