@@ -40,8 +40,8 @@ def support() -> Support:
     if result >= 0:
         return Support(True, "", result == 1)
     step, _, reason = why.partition(": ")
-    if step == "ptrace" or result == -errno.EPERM:
-        reason += "; this container or host forbids ptrace of own children"
+    if result in (-errno.EPERM, -errno.EINVAL, -errno.ENOSYS):
+        reason += "; this container or host forbids it, or has it not"
     return Support(False, f"{step}: {reason}")
 
 

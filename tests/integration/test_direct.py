@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,14 @@ from tests.support.patience import PATIENCE
 from vmm.config import Share
 from vmm.errors import ConfigError
 
-SOURCE = Path(__file__).parents[1] / "support" / "direct" / "programs.c"
+SOURCES = Path(__file__).parents[1] / "support" / "direct"
 FLAGS = ["-O1", "-static", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-mno-red-zone", "-mxsavec", "-mxsave"]
+OWN_PAGES = ["-falign-functions=4096", "-Icpu"]
+"""So that no attack shares a page with code that the core has to execute."""
 TRACING = Path("/sys/kernel/tracing")
-SECCOMP, MAPPING_CALLS = 317, {9, 10, 11}
-"""System calls of x86-64: seccomp; mmap, mprotect, munmap."""
+SECCOMP, STOP, MAPPING_CALLS, UNFILTERED = 317, 436, {9, 10, 11, 16}, {335, 336}
+"""System calls of x86-64: seccomp; close_range, by which a guest half stops; mmap, mprotect, munmap, ioctl; uretprobe
+and uprobe, which Linux passes by every filter and refuses outside of its own trampolines."""
 
 pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core")
 
@@ -29,7 +33,8 @@ pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build ha
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    subprocess.run(["gcc", *FLAGS, "-o", folder / "programs", SOURCE], check=True)
+    for name, more in (("programs", []), ("attacks", OWN_PAGES)):
+        subprocess.run(["gcc", *FLAGS, *more, "-o", folder / name, SOURCES / f"{name}.c"], check=True)
     return folder
 
 
@@ -39,22 +44,35 @@ def direct() -> None:
         pytest.skip(f"direct execution: {support().reason}")
 
 
-async def output(folder: Path, name: str, direct: Any) -> tuple[str, dict[str, int]]:
+async def output(folder: Path, words: str, direct: Any) -> tuple[str, dict[str, int]]:
     """What a program prints in a guest, and the machine's counters."""
     shares = [Share(path=folder, mount="/work", readonly=True)]
     options: dict[str, Any] = {"core": "soft", "nets": [], "memory": "256M", "shares": shares, "direct": direct}
     async with vmm.run("linux", **options) as machine:
-        result = await machine.exec("/work/programs", name, timeout=240 * PATIENCE, check=True)
+        result = await machine.exec(*f"/work/{words}".split(), timeout=240 * PATIENCE, check=True)
         return result.text, machine.stats()
 
 
 @pytest.mark.parametrize("name", ["identity", "faults", "compatibility", "code", "memory", "signals", "calls"])
 async def test_results_are_those_of_the_core(linux: Any, direct: None, programs: Path, name: str) -> None:
-    native, counters = await output(programs, name, "on")
-    core, none = await output(programs, name, "off")
+    native, counters = await output(programs, f"programs {name}", "on")
+    core, none = await output(programs, f"programs {name}", "off")
     assert native.splitlines() == core.splitlines()
     assert native.splitlines()[-1] == "done"
     assert counters["native-stops"] > 0 and none["native-stops"] == 0
+
+
+def survived(text: str) -> bool:
+    """Every attack ended, or computed rightly, and its parent was sound after it."""
+    *lines, last = text.splitlines()
+    counts = [re.fullmatch(r"[a-z ]+: (\d+) of (\d+) as expected, sound", line) for line in lines]
+    return last == "done" and len(lines) == 11 and all(found and found[1] == found[2] for found in counts)
+
+
+async def test_attacks_end_with_their_program(linux: Any, direct: None, programs: Path) -> None:
+    text, counters = await output(programs, "attacks", "on")
+    assert survived(text), text
+    assert counters["native-stops"] > 0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,8 @@ async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None
 
 @pytest.fixture
 def calls_of_runners() -> Iterator[Path]:
-    """A trace of every system call that begins in a process of the name runner.bin."""
+    """A trace of the system calls of processes of the name runner.bin, but for rt_sigreturn and futex: they are so many
+    that others would be lost. Calls that a filter answers are in no trace."""
     mounted = False
     if os.geteuid() != 0:
         pytest.skip("needs root, for the kernel's trace of system calls")
@@ -107,7 +126,7 @@ def calls_of_runners() -> Iterator[Path]:
         instance.mkdir()
         (instance / "buffer_size_kb").write_text("4096")
         event = instance / "events/raw_syscalls/sys_enter"
-        (event / "filter").write_text('comm == "runner.bin"')
+        (event / "filter").write_text('comm == "runner.bin" && id != 15 && id != 202')
         (event / "enable").write_text("1")
     except OSError as error:
         pytest.skip(f"the kernel gives no trace of system calls: {error}")
@@ -132,16 +151,16 @@ def calls(trace: str) -> dict[int, list[int]]:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", ["faults", "calls"])
+@pytest.mark.parametrize("words", ["programs faults", "programs calls", "attacks"])
 async def test_runners_make_no_other_system_call(
-    linux: Any, direct: None, programs: Path, calls_of_runners: Path, name: str
+    linux: Any, direct: None, programs: Path, calls_of_runners: Path, words: str
 ) -> None:
-    """Hostile programs in the guest: once its filter stands, the half that executes them has called nothing of the
-    host, and the other nothing but what it is for."""
-    _, counters = await output(programs, name, "on")
+    """Hostile programs in the guest: once its filter stands, the half that executes them makes only the call that gives
+    up its descriptors (and returns from signals), and the other nothing but what it is for."""
+    _, counters = await output(programs, words, "on")
     found = calls(calls_of_runners.read_text())
     after = {pid: numbers[numbers.index(SECCOMP) + 1 :] for pid, numbers in found.items() if SECCOMP in numbers}
     assert counters["native-stops"] > 0 and len(after) >= 2
-    silent = [pid for pid, numbers in after.items() if not numbers]
-    assert silent and len(silent) >= len(after) // 2, after
-    assert all(set(numbers) <= MAPPING_CALLS for numbers in after.values()), after
+    halves = [pid for pid, made in after.items() if made[:1] == [STOP] and set(made[1:]) <= UNFILTERED]
+    assert halves and len(halves) >= len(after) // 2, after
+    assert all(set(numbers) <= MAPPING_CALLS for pid, numbers in after.items() if pid not in halves), after

@@ -1,6 +1,6 @@
 /* When guest code runs natively: the run loop's way in, and what decides.
  *
- * A stop costs some 10 us, as much as the core needs for a few thousand instructions. So after the guest's kernel returned to a
+ * A stop costs some 7 us, as much as the core needs for two thousand instructions. So after the guest's kernel returned to a
  * program, its first instructions run in the core, unless this address space has shown that its native stretches are long
  * enough; and one whose stretches are short stays in the core for a while, longer each time.
  */
@@ -76,7 +76,7 @@ static struct runner *take_runner(struct soft_vcpu *c)
     return d->current = r;
 }
 
-/* The tracer is a thread: if another one runs the vCPU now, the runners ended with the last. */
+/* Runners end with the thread that made them: if another one runs the vCPU now, it makes its own. */
 static void follow_thread(struct soft_vcpu *c)
 {
     struct direct_vcpu *d = c->direct;
@@ -156,7 +156,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
     r->last_used = ++d->use;
-    if ((r->regs.eflags & F_ID) || !pages_prepare(c, r)) { /* a tracer cannot clear that flag */
+    if (!pages_prepare(c, r)) {
         close_runner(c, r);
         return;
     }
@@ -168,8 +168,6 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         runner_bind(d, r);
     else
         runner_unbind(d);
-    if (!(d->native_stops & 255))
-        runner_quiet();
     if (trip_run(c, r) == TRIP_LOST)
         lose(c, r);
     d->failures = 0;

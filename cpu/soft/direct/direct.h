@@ -2,9 +2,10 @@
  * else. A runner is a TLB with an execution unit: what it has mapped follows from the guest's page tables, the core decides
  * every fault, and it may be thrown away whenever its guest half is stopped.
  *
- * The guest half is stopped by the kernel (ptrace), not by its own good will, before the core's thread goes on: what the
- * guest's kernel does in the core is never concurrent with the same vCPU's user code. Nothing of a runner's memory is read
- * but guest RAM; its registers come from the kernel and are checked as those of any guest program are.
+ * The guest half stands in a system call that waits for the core's answer, by the host kernel's word (seccomp's user
+ * notification) and not by its own, before the core's thread goes on: what the guest's kernel does in the core is never
+ * concurrent with the same vCPU's user code. Of a runner's memory the core reads guest RAM and the frame of the signal that
+ * stopped it; what is there is copied once and checked, since guest code may have written it.
  *
  * Files: runner.c (the processes), pages.c (what they have mapped), scan.c (which code pages may run), trip.c (state in and
  * out, why it stopped), decide.c (when it pays; the run loop's only entry), kick.c (ends native execution in time),

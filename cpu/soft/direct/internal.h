@@ -5,8 +5,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/types.h>
-#include <sys/user.h>
-#undef PAGE_MASK /* sys/user.h has another */
 
 #include "soft/direct/direct.h"
 #include "soft/direct/layout.h"
@@ -29,9 +27,46 @@ struct region {
     uint8_t in_core[REGION_PAGES]; /* how often the core had to execute code of a page, in powers of two */
 };
 
+/* The frame that Linux for x86-64 puts on the stack for a signal (its user-space ABI), as far as it is used here. */
+struct signal_frame {
+    uint64_t restorer;
+    uint64_t context, link, stack;
+    int32_t stack_flags, unused;
+    uint64_t stack_bytes;
+    uint64_t gpr[16]; /* R8 to R15, RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP */
+    uint64_t rip, flags;
+    uint16_t cs, gs, fs, ss;
+    uint64_t error, trap, old_blocked, cr2;
+    uint64_t state;   /* the address of an XSAVE area */
+    uint64_t reserved[8];
+    uint64_t blocked; /* signals */
+    struct {
+        int32_t signal, error, code, unused;
+        uint64_t address; /* si_addr, or si_call_addr */
+    } info;
+};
+_Static_assert(offsetof(struct signal_frame, info) == 312, "as Linux has it");
+/* Of the XSAVE area: the kernel's own bytes, the header, and what there is at least. */
+enum { STATE_SOFTWARE = 464, STATE_FEATURES = 472, STATE_HEADER = 512, STATE_LEAST = 576 };
+
+/* What a stop tells: copied once from the frame that the host's kernel made and from the arguments of the stop call. */
+struct stop {
+    struct signal_frame frame;
+    uint64_t fs_base, gs_base;
+    uint16_t ds, es, fs, gs;
+};
+
+enum { FX_USED = 416 };   /* of an FXSAVE image: what follows is unused, or the kernel's own */
 struct runner {
     pid_t guest, mapper;
-    struct runner_page *commands;
+    struct runner_page *page;
+    struct runner_frame *frame;
+    int listener;         /* where stops of the guest half arrive, and are answered */
+    uint64_t stopped;     /* the stop that waits for its answer */
+    uint32_t stack;       /* where in the frame's pages a signal is put, the same each time; */
+    uint32_t state;       /* and the processor's extended state in it */
+    uint8_t made_by_kernel[48]; /* bytes 464 to 511 of that, as every frame has them */
+    uint32_t waiting;     /* commands that are carried out before the guest half goes on */
     bool used;
     uint64_t root, pcid;  /* the address space it is for */
     bool stale;           /* all regions have to be checked */
@@ -41,11 +76,10 @@ struct runner {
     uint32_t mapped;      /* calls of mmap() since it was empty: no more mappings than that */
     uint64_t last_used;
     bool blocked;         /* the guest has a page where ours are */
-    /* The guest half as it stopped last. */
-    struct user_regs_struct regs;
-    struct user_fpregs_struct fp;
-    struct fpu fpu;       /* what `fp` is in the core */
+    uint8_t fx[512] __attribute__((aligned(16))); /* x87 and SSE of the guest half as it stopped last, or will go on */
+    struct fpu fpu;       /* what `fx` is in the core */
     bool fp_known;
+    bool clean;           /* nothing of what ran in it is to be left in its other registers */
     int cpu;              /* it is bound to this processor; -1: to none */
     /* Whether it pays: decide.c's own. */
     uint64_t used_ns;     /* processor time of the guest half */
@@ -70,13 +104,15 @@ struct direct_vcpu {
     bool returned;            /* the guest's kernel went back to a program */
     struct young young[YOUNG];
     uint64_t use;             /* counts look-ups */
-    pid_t thread;             /* who made the runners: nobody else can resume them */
+    pid_t thread;             /* who made the runners: they end with that thread */
     pid_t running;            /* atomic: the guest half that executes, or 0 */
     uint64_t deadline;        /* atomic: CLOCK_MONOTONIC ns at which it has to stop */
+    uint64_t kicked, kicked_used; /* kick.c: native_stops when a deadline was over, and kick_time() then */
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
     int bound;                /* the processor, or -1 */
     uint64_t bound_ns;
-    uint64_t native_ns, native_stops;
+    uint64_t native_ns;
+    uint64_t native_stops;    /* atomic */
     uint64_t failures;        /* runners that could not be made or went wrong, in a row */
 };
 
@@ -108,14 +144,17 @@ struct direct_vm {
 /* 0, or -errno; *why names the step. */
 int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
 void runner_close(struct runner *r);
-/* Carry out the commands in its page. False: the runner is of no use any more. */
+/* Carry out the first `count` commands in its page, now. False: the runner is of no use any more. */
 bool runner_command(struct runner *r, uint32_t count);
-/* Let the guest half go on until it stops; the status of waitpid(), or -1. */
-int runner_resume(struct runner *r);
+/* Let the guest half go on by its frame, after the commands that wait, until it stops; with the arguments of its stop. False: it
+ * is gone. */
+bool runner_resume(struct runner *r, uint64_t arguments[6]);
 void runner_bind(struct direct_vcpu *d, struct runner *r);
 void runner_unbind(struct direct_vcpu *d);
-/* Stops of traced processes are no news for whoever handles SIGCHLD in this program. */
-void runner_quiet(void);
+/* In a forked child: it is the parent's. */
+void runner_forget(struct runner *r);
+/* Where in the frame's pages something stands. */
+static inline uint8_t *runner_at(struct runner *r, uint32_t offset) { return (uint8_t *)r->frame + offset; }
 
 /* pages.c */
 struct region *region_of(struct runner *r, uint64_t linear);
@@ -134,13 +173,15 @@ bool scan_page(const struct direct_vm *direct, const uint8_t *page);
 /* trip.c */
 enum trip { TRIP_NATIVE /* go on natively */, TRIP_CORE /* the core has to go on */, TRIP_LOST /* the runner is gone */ };
 bool trip_possible(const struct soft_vcpu *c);
-/* Nothing of what ran in it is left in its registers. */
+/* Nothing of what ran in it will be left in its registers. */
 bool trip_clean(struct runner *r);
 enum trip trip_run(struct soft_vcpu *c, struct runner *r);
 
 /* kick.c */
 bool kick_start(struct direct_vm *direct, struct soft_vm *vm);
 void kick_end(struct direct_vm *direct);
+/* What a process has used of a processor, in ns: a busy host's waiting does not count. */
+uint64_t kick_time(pid_t pid);
 void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline);
 void kick_after(struct direct_vcpu *d);
 

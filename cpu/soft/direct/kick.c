@@ -1,12 +1,13 @@
 /* Native code ends in time: by whoever has something for the vCPU (soft_attend()), and by a thread that knows until when each
- * may run. A signal stops the guest half; that it is SIGUSR1 means nothing. */
+ * may run. A signal stops the guest half; that it is SIGUSR1 means nothing. Guest code that has blocked signals by a forged return
+ * goes on: the kicker ends the process that uses the processor for longer than an honest one can. */
 #include "soft/direct/internal.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <time.h>
 
-enum { NS = 1000000000, AGAIN_NS = 500000 };
+enum { NS = 1000000000, AGAIN_NS = 500000, DEAF_NS = 4000000 };
 
 /* The lock is held: whoever ends the runner takes it first. */
 static void stop(struct direct_vcpu *d)
@@ -14,6 +15,26 @@ static void stop(struct direct_vcpu *d)
     pid_t pid = __atomic_load_n(&d->running, __ATOMIC_SEQ_CST);
     if (pid > 0)
         kill(pid, SIGUSR1);
+}
+
+uint64_t kick_time(pid_t pid)
+{
+    struct timespec t = {0};
+    clock_gettime((clockid_t)(~(unsigned)pid << 3 | 2), &t);
+    return (uint64_t)t.tv_sec * NS + (uint64_t)t.tv_nsec;
+}
+
+/* The kicker's own: its deadline is over, perhaps not for the first time. */
+static void insist(struct direct_vcpu *d)
+{
+    pid_t pid = __atomic_load_n(&d->running, __ATOMIC_SEQ_CST);
+    uint64_t stretch = __atomic_load_n(&d->native_stops, __ATOMIC_SEQ_CST), used = pid > 0 ? kick_time(pid) : 0;
+    if (d->kicked != stretch) {
+        d->kicked = stretch;
+        d->kicked_used = used;
+    }
+    if (pid > 0)
+        kill(pid, used > d->kicked_used + DEAF_NS ? SIGKILL : SIGUSR1);
 }
 
 void soft_direct_kick(struct soft_vcpu *c)
@@ -37,7 +58,7 @@ static void *kicker(void *argument)
             struct direct_vcpu *d = vm->vcpus[i]->direct;
             uint64_t at = d ? __atomic_load_n(&d->deadline, __ATOMIC_SEQ_CST) : UINT64_MAX;
             if (at <= now) {
-                stop(d);
+                insist(d);
                 at = now + AGAIN_NS; /* until it is seen to have stopped */
             }
             next = at < next ? at : next;

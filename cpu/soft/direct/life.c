@@ -61,13 +61,8 @@ void soft_direct_forked(struct soft_vm *vm)
     if (!vm->direct)
         return;
     for (uint32_t i = 0; i < vm->config.vcpus; i++)
-        for (unsigned n = 0; vm->vcpus[i]->direct && n < RUNNERS; n++) {
-            struct runner *r = &vm->vcpus[i]->direct->runner[n];
-            if (r->commands)
-                munmap(r->commands, PAGE_BYTES);
-            r->mapper = r->guest = 0;
-            r->commands = NULL;
-        }
+        for (unsigned n = 0; vm->vcpus[i]->direct && n < RUNNERS; n++)
+            runner_forget(&vm->vcpus[i]->direct->runner[n]);
     vm->direct->kicker_started = false;
     free_direct(vm);
 }
@@ -114,7 +109,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
         struct direct_vcpu *d = calloc(1, sizeof *d);
         if ((ok = d != NULL)) {
             d->bound = -1;
-            d->deadline = UINT64_MAX;
+            d->deadline = d->kicked = UINT64_MAX;
             vm->vcpus[i]->direct = d;
         }
     }

@@ -154,7 +154,7 @@ static void end_run(struct batch *b)
 {
     if (!b->bytes || b->failed)
         return;
-    struct runner_command *command = &b->r->commands->commands[b->count++];
+    struct runner_command *command = &b->r->page->list[b->count++];
     if (!b->what) {
         *command = (struct runner_command){SYS_munmap, {b->linear, b->bytes}};
     } else {
@@ -199,20 +199,19 @@ static void set_page(struct batch *b, struct region *region, unsigned i, uint64_
     b->bytes += PAGE_BYTES;
 }
 
+/* The commands are carried out when the runner goes on. */
 static bool end_batch(struct batch *b)
 {
     end_run(b);
-    if (!b->failed && b->count)
-        b->failed = !runner_command(b->r, b->count);
-    b->count = 0;
+    b->r->waiting = b->count;
     return !b->failed;
 }
 
 bool pages_drop_all(struct runner *r)
 {
     pages_forget(r);
-    r->commands->commands[0] = (struct runner_command){SYS_munmap, {0, RUNNER_GATE}};
-    r->commands->commands[1] = (struct runner_command){SYS_munmap, {RUNNER_OWN_END, RUNNER_END - RUNNER_OWN_END}};
+    r->page->list[0] = (struct runner_command){SYS_munmap, {0, RUNNER_GATE}};
+    r->page->list[1] = (struct runner_command){SYS_munmap, {RUNNER_OWN_END, RUNNER_END - RUNNER_OWN_END}};
     return runner_command(r, 2);
 }
 
@@ -333,11 +332,11 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
     struct direct_vm *direct = c->vm->direct;
-    struct batch b = {.c = c, .r = r};
     uint32_t seq = direct->protect_seq;
     bool all = r->stale, protect = r->protect_seq != seq;
     if (r->mapped > MAX_MAPPED && !pages_drop_all(r))
         return false;
+    struct batch b = {.c = c, .r = r, .count = r->waiting};
     r->blocked = maps_ours(c);
     if (all || protect || r->some_stale) {
         for (unsigned i = 0; i < REGION_HASH; i++)

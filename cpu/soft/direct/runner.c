@@ -1,128 +1,272 @@
-/* The processes of a runner: made from cpu/runner/'s program, traced by the thread that made them, ended with it. */
+/* The processes of a runner: made from cpu/runner/'s program, ended with the thread that made them.
+ *
+ * The guest half stands in a system call that the core has to answer (seccomp's user notification). That the kernel hands
+ * the call over is the proof that it stands: guest code can make the same call, but not go on meanwhile.
+ */
 #define _GNU_SOURCE
 #include "soft/direct/internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/ptrace.h>
+#include <linux/futex.h>
+#include <linux/seccomp.h>
+#include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <sys/auxv.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, HIGH_FD = 64 };
-enum { OPTION_SYSGOOD = 1, OPTION_EXITKILL = 0x100000 };
+#ifndef SECCOMP_IOCTL_NOTIF_SET_FLAGS /* Linux 6.6 */
+#define SECCOMP_IOCTL_NOTIF_SET_FLAGS SECCOMP_IOW(4, __u64)
+#endif
+enum { PAGE = 4096, PAGES_BYTES = PAGE + RUNNER_FRAME_BYTES, HIGH_FD = 64, SYNC_WAKE_UP = 1, HAS_FSGSBASE = 2 };
+enum { PATIENCE_NS = 100000000 };
+_Static_assert(RUNNER_ANSWER == SECCOMP_IOCTL_NOTIF_SEND, "what the mapper is allowed");
+_Static_assert(sizeof(struct runner_answer) == sizeof(struct seccomp_notif_resp), "what the mapper sends");
 
-static long trace(long request, pid_t pid, uint64_t address, const void *data)
+/* ---- stops ---- */
+
+/* Since Linux 6.11 a wait for a stop ends when the process does; before, only poll() tells. */
+static bool wait_tells_end(void)
 {
-    return syscall(SYS_ptrace, request, pid, address, data);
+    static int tells = -1;
+    if (tells < 0) {
+        struct utsname host;
+        int major = 0, minor = 0;
+        tells = uname(&host) == 0 && sscanf(host.release, "%d.%d", &major, &minor) == 2 && (major > 6 || (major == 6 && minor >= 11));
+    }
+    return tells;
 }
 
-static int wait_for(pid_t pid)
+/* Wait until there is a stop to be taken, or it has ended: false. */
+static bool poll_stop(struct runner *r)
 {
-    int status;
-    while (waitpid(pid, &status, __WALL) < 0)
-        if (errno != EINTR)
-            return -1;
-    return status;
+    struct pollfd one = {.fd = r->listener, .events = POLLIN};
+    int n;
+    while ((n = poll(&one, 1, -1)) < 0 && errno == EINTR)
+        ;
+    return n > 0 && !(one.revents & (POLLHUP | POLLERR));
 }
 
-static int stop_signal(int status) { return status >= 0 && WIFSTOPPED(status) ? WSTOPSIG(status) : 0; }
-
-/* Wait until it stops with `wanted`; other signals are none of its business. */
-static bool wait_stop(pid_t pid, int wanted)
+/* Wait until the guest half stands. */
+static bool wait_stop(struct runner *r, struct seccomp_notif *stop)
 {
-    for (unsigned i = 0; i < 100; i++) {
-        int status = wait_for(pid), got = stop_signal(status);
-        if (got == wanted)
-            return true;
-        if (!got || got == SIGILL || got == SIGSEGV || trace(PTRACE_CONT, pid, 0, NULL) < 0)
+    for (;;) {
+        if (!wait_tells_end() && !poll_stop(r))
+            return false;
+        memset(stop, 0, sizeof *stop);
+        if (ioctl(r->listener, SECCOMP_IOCTL_NOTIF_RECV, stop) == 0) {
+            r->stopped = stop->id;
+            return stop->data.nr == RUNNER_STOP;
+        }
+        /* ENOENT: guest code made the call itself and left it again for a signal, or it has ended. */
+        if (errno != EINTR && !(errno == ENOENT && poll_stop(r)))
             return false;
     }
-    return false;
 }
 
+static bool answer(struct runner *r, uint32_t flags)
+{
+    struct seccomp_notif_resp response = {.id = r->stopped, .flags = flags};
+    return ioctl(r->listener, SECCOMP_IOCTL_NOTIF_SEND, &response) == 0;
+}
+
+/* ---- the mapper ---- */
+
+static long futex(uint32_t *word, int what, uint32_t value, const struct timespec *timeout)
+{
+    return syscall(SYS_futex, word, what, value, timeout, NULL, 0);
+}
+
+static bool lives(pid_t pid)
+{
+    siginfo_t info = {0};
+    return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == 0;
+}
+
+static void give_turn(struct runner *r, uint32_t count, bool resume)
+{
+    r->page->count = count;
+    r->page->resume = resume;
+    __atomic_store_n(&r->page->turn, r->page->turn + 1, __ATOMIC_SEQ_CST);
+    futex(&r->page->turn, FUTEX_WAKE, 1, NULL);
+}
+
+bool runner_command(struct runner *r, uint32_t count)
+{
+    static const struct timespec patience = {.tv_nsec = PATIENCE_NS};
+    r->waiting = 0;
+    if (!count)
+        return true;
+    uint32_t before = r->page->turn;
+    __atomic_store_n(&r->frame->done, before, __ATOMIC_SEQ_CST); /* guest code can have written there */
+    give_turn(r, count, false);
+    while (__atomic_load_n(&r->frame->done, __ATOMIC_SEQ_CST) != r->page->turn)
+        if (futex(&r->frame->done, FUTEX_WAIT, before, &patience) < 0 && errno == ETIMEDOUT && !lives(r->mapper))
+            return false;
+    return true;
+}
+
+bool runner_resume(struct runner *r, uint64_t arguments[6])
+{
+    struct seccomp_notif stop;
+    if (r->waiting) { /* the mapper answers when it has done them: a switch of processes fewer */
+        r->page->answer = (struct runner_answer){.id = r->stopped};
+        give_turn(r, r->waiting, true);
+        r->waiting = 0;
+    } else if (!answer(r, 0)) {
+        return false;
+    }
+    if (!wait_stop(r, &stop))
+        return false;
+    for (unsigned i = 0; i < 6; i++)
+        arguments[i] = stop.data.args[i];
+    return true;
+}
+
+/* ---- begin and end ---- */
+
 /* Become the stub. The parent's memory is shared until then, so nothing but system calls. */
-static _Noreturn void become(const char *path, int memory_fd, int commands_fd)
+static _Noreturn void become(const char *path, int memory_fd, int pages_fd, int socket_fd)
 {
     char *const arguments[] = {(char *)"loopvisor-runner", NULL}, *const environment[] = {NULL};
-    int memory = fcntl(memory_fd, F_DUPFD, HIGH_FD), commands = fcntl(commands_fd, F_DUPFD, HIGH_FD);
-    if (memory >= 0 && commands >= 0 && dup2(memory, RUNNER_MEMORY_FD) >= 0 && dup2(commands, RUNNER_COMMANDS_FD) >= 0) {
-        close(0), close(1), close(2);
-        syscall(SYS_close_range, RUNNER_COMMANDS_FD + 1, ~0u, 0);
+    int memory = fcntl(memory_fd, F_DUPFD, HIGH_FD), pages = fcntl(pages_fd, F_DUPFD, HIGH_FD),
+        socket = fcntl(socket_fd, F_DUPFD, HIGH_FD);
+    if (memory >= 0 && pages >= 0 && socket >= 0 && dup2(memory, RUNNER_MEMORY_FD) >= 0 && dup2(pages, RUNNER_PAGES_FD) >= 0 &&
+        dup2(socket, RUNNER_SOCKET_FD) >= 0) {
+        close(0), close(1), close(2), close(RUNNER_LISTENER_FD);
+        syscall(SYS_close_range, RUNNER_SOCKET_FD + 1, ~0u, 0);
         execve(path, arguments, environment);
     }
     _exit(127);
 }
 
-static int commands_page(struct runner *r)
+/* The page of commands and the frame, which both sides map. */
+static int make_pages(struct runner *r)
 {
-    int fd = (int)syscall(SYS_memfd_create, "runner-commands", 1 /* MFD_CLOEXEC */);
+    int fd = (int)syscall(SYS_memfd_create, "runner-pages", 1 /* MFD_CLOEXEC */);
     if (fd < 0)
         return -errno;
-    void *page = ftruncate(fd, PAGE) < 0 ? MAP_FAILED : mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (page == MAP_FAILED) {
+    uint8_t *pages = ftruncate(fd, PAGES_BYTES) < 0
+                         ? MAP_FAILED
+                         : mmap(NULL, PAGES_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (pages == MAP_FAILED) {
         int error = errno;
         close(fd);
         return -error;
     }
-    r->commands = page;
+    r->page = (struct runner_page *)(void *)pages;
+    r->frame = (struct runner_frame *)(void *)(pages + PAGE);
     return fd;
 }
 
-static int begin(struct direct_vm *direct, struct runner *r, const char **why)
+/* What the stub says first, with its listener. */
+static int receive_hello(int fd, struct runner *r, struct runner_hello *hello)
 {
-    struct user_regs_struct regs;
-    if (!wait_stop(r->mapper, SIGTRAP)) {
-        *why = "the runner's program did not start";
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr aligned;
+    } control = {0};
+    struct iovec piece = {hello, sizeof *hello};
+    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    ssize_t n;
+    while ((n = recvmsg(fd, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR)
+        ;
+    if (n != sizeof *hello)
         return -EIO;
+    const struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    if (!rights || rights->cmsg_type != SCM_RIGHTS)
+        return hello->guest < 0 ? (int)hello->guest : -EIO;
+    memcpy(&r->listener, CMSG_DATA(rights), sizeof r->listener);
+    r->guest = (pid_t)hello->guest;
+    return 0;
+}
+
+/* Where the host's kernel puts the frames of the guest half's signals. No guest code has run yet. */
+static bool find_frame(struct runner *r, const struct seccomp_notif *stop)
+{
+    uint64_t stack = stop->data.args[4] - RUNNER_FRAME;
+    struct signal_frame at;
+    if (stack > RUNNER_FRAME_BYTES - sizeof at)
+        return false;
+    memcpy(&at, runner_at(r, (uint32_t)stack), sizeof at);
+    uint64_t state = at.state - RUNNER_FRAME;
+    if (state > RUNNER_FRAME_BYTES - STATE_LEAST || at.info.signal != SIGTRAP)
+        return false;
+    r->stack = (uint32_t)stack;
+    r->state = (uint32_t)state;
+    memcpy(r->made_by_kernel, runner_at(r, r->state) + STATE_SOFTWARE, sizeof r->made_by_kernel);
+    r->page->stack = RUNNER_FRAME + stack;
+    return true;
+}
+
+static int begin(struct direct_vm *direct, struct runner *r, int fd, const char **why)
+{
+    struct runner_hello hello;
+    struct seccomp_notif stop;
+    *why = "the runner's program did not start";
+    int result = receive_hello(fd, r, &hello);
+    if (result < 0) {
+        if (result == -EBUSY)
+            *why = "system calls here are handed to another program already (seccomp)";
+        else if (result != -EIO)
+            *why = "seccomp with user notification (Linux 5.19)";
+        return result;
     }
-    *why = "ptrace";
-    if (trace(PTRACE_SETOPTIONS, r->mapper, 0, (void *)(long)(OPTION_EXITKILL | OPTION_SYSGOOD)) < 0 ||
-        trace(PTRACE_GETREGS, r->mapper, 0, &regs) < 0)
-        return -errno;
-    r->guest = (pid_t)regs.rbx;
-    if (!wait_stop(r->guest, SIGSTOP) ||
-        trace(PTRACE_SETOPTIONS, r->guest, 0, (void *)(long)(OPTION_EXITKILL | OPTION_SYSGOOD)) < 0 ||
-        trace(PTRACE_CONT, r->guest, 0, NULL) < 0 || !wait_stop(r->guest, SIGTRAP) ||
-        trace(PTRACE_GETREGS, r->guest, 0, &regs) < 0)
+    ioctl(r->listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, (unsigned long)SYNC_WAKE_UP); /* cheaper, where there is such a thing */
+    if (!wait_stop(r, &stop) || stop.data.args[2] != 2 /* CLOSE_RANGE_UNSHARE */ || !answer(r, SECCOMP_USER_NOTIF_FLAG_CONTINUE) ||
+        !wait_stop(r, &stop))
         return -EIO;
-    direct->cpuid_faults = regs.rcx & RUNNER_CPUID_FAULTS;
+    *why = "signal frames are not as expected";
+    if (!find_frame(r, &stop))
+        return -EIO;
+    direct->cpuid_faults = hello.flags & RUNNER_CPUID_FAULTS;
     *why = "RDTSC cannot be made to fault";
-    if (!(regs.rcx & RUNNER_NO_TSC))
+    if (!(hello.flags & RUNNER_NO_TSC))
         return -ENOTSUP;
-    r->regs = regs;
-    r->regs.orig_rax = (unsigned long long)-1;
     *why = "the runner's memory cannot be emptied";
     return pages_drop_all(r) ? 0 : -EIO;
 }
 
 /* The process that becomes a runner, or -errno. */
-static __attribute__((noinline)) pid_t start(const char *program, int memory_fd, int commands_fd)
+static __attribute__((noinline)) pid_t start(const char *program, int memory_fd, int pages_fd, int socket_fd)
 {
     pid_t pid = vfork();
     if (!pid)
-        become(program, memory_fd, commands_fd);
+        become(program, memory_fd, pages_fd, socket_fd);
     return pid < 0 ? -errno : pid;
 }
 
 int runner_open(struct direct_vm *direct, struct runner *r, const char **why)
 {
     memset(r, 0, sizeof *r);
-    r->cpu = -1;
+    r->cpu = r->listener = -1;
+    *why = "this processor, or host, has no FSGSBASE";
+    if (!(getauxval(AT_HWCAP2) & HAS_FSGSBASE))
+        return -ENOTSUP;
     *why = "memory";
-    int fd = commands_page(r);
+    int sockets[2], fd = make_pages(r);
     if (fd < 0)
         return fd;
     *why = "vfork";
-    pid_t pid = start(direct->stub, direct->memory_fd, fd);
+    int result = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) < 0 ? -errno : 0;
+    if (result == 0) {
+        pid_t pid = start(direct->stub, direct->memory_fd, fd, sockets[1]);
+        close(sockets[1]);
+        r->mapper = pid < 0 ? 0 : pid;
+        result = pid < 0 ? pid : begin(direct, r, sockets[0], why);
+        close(sockets[0]);
+    }
     close(fd);
-    r->mapper = pid < 0 ? 0 : pid;
-    int result = pid < 0 ? pid : begin(direct, r, why);
     if (result < 0)
         runner_close(r);
     return result;
@@ -135,33 +279,25 @@ void runner_close(struct runner *r)
         if (pids[i] > 0)
             kill(pids[i], SIGKILL);
     for (unsigned i = 0; i < 2; i++)
-        if (pids[i] > 0)
-            for (;;) {
-                int status = wait_for(pids[i]);
-                if (status < 0 || WIFEXITED(status) || WIFSIGNALED(status))
-                    break;
-            }
-    if (r->commands)
-        munmap(r->commands, PAGE);
+        while (pids[i] > 0 && waitpid(pids[i], NULL, __WALL) < 0 && errno == EINTR)
+            ;
+    if (r->listener >= 0)
+        close(r->listener);
+    if (r->page)
+        munmap(r->page, PAGES_BYTES);
     pages_forget(r);
     memset(r, 0, sizeof *r);
+    r->listener = -1;
 }
 
-bool runner_command(struct runner *r, uint32_t count)
+void runner_forget(struct runner *r)
 {
-    if (!count)
-        return true;
-    r->commands->count = count;
-    bool done = trace(PTRACE_CONT, r->mapper, 0, NULL) == 0 && wait_stop(r->mapper, SIGTRAP);
-    memset(r->commands, 0, sizeof(uint64_t) + count * sizeof r->commands->commands[0]);
-    return done;
-}
-
-int runner_resume(struct runner *r)
-{
-    if (trace(PTRACE_SYSEMU, r->guest, 0, NULL) < 0)
-        return -1;
-    return wait_for(r->guest);
+    if (r->page)
+        munmap(r->page, PAGES_BYTES);
+    if (r->mapper && r->listener >= 0)
+        close(r->listener);
+    r->page = NULL;
+    r->mapper = r->guest = 0;
 }
 
 /* While stops follow each other quickly, the thread and the runner share a processor: to wake a process on another one takes
@@ -193,14 +329,4 @@ void runner_unbind(struct direct_vcpu *d)
     struct runner *r = d->current;
     if (r && r->cpu >= 0 && sched_setaffinity(r->guest, sizeof d->own_affinity, &d->own_affinity) == 0)
         r->cpu = -1;
-}
-
-void runner_quiet(void)
-{
-    struct sigaction action;
-    if (sigaction(SIGCHLD, NULL, &action) == 0 && action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN &&
-        !(action.sa_flags & SA_NOCLDSTOP)) {
-        action.sa_flags |= SA_NOCLDSTOP;
-        sigaction(SIGCHLD, &action, NULL);
-    }
 }

@@ -1,30 +1,28 @@
 /* A stretch of native execution: the vCPU's state into the guest half, and back when it stopped; what the stop means.
  *
- * What comes back are registers of a process that guest code ran in. Each is a value that the guest's program could have put
- * there itself, after the masks below; nothing of it is used as an address on the host.
+ * State goes by the frame of a signal, in pages shared with the guest half. What comes back is copied once while the guest half
+ * stands. Guest code can have written it: each value is one that the guest's program could have put into a register, after the
+ * checks below; nothing of it is used as an address on the host. What goes out is written whole, whatever was there.
  */
 #define _GNU_SOURCE
 #include "soft/direct/internal.h"
 
-#include <errno.h>
-#include <linux/ptrace.h>
 #include <signal.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80, TRAP_BREAKPOINT = 1 };
+enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
+enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */, AUTODISARM = INT32_MIN };
+enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
 /* What code at CPL 3 can change with IOPL 0. */
 #define F_USER (F_ARITH | F_TF | F_DF | F_NT | F_AC | F_ID)
+#define F_ALWAYS 2u
 #define MXCSR_BITS 0xFFFFu
+#define VSYSCALL_PAGE 0xFFFFFFFFFF600000ull
+/* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
+enum { URETPROBE = 335 };
 enum { SLICE_DOUBLINGS = 10 };
 #define LONGEST_NS 20000000ull
 #define SHARE_NS 500000ull
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
-
-static long trace(long request, pid_t pid, void *data) { return syscall(SYS_ptrace, request, pid, 0, data); }
 
 bool trip_possible(const struct soft_vcpu *c)
 {
@@ -47,103 +45,134 @@ bool trip_possible(const struct soft_vcpu *c)
 
 /* ---- state ---- */
 
-static const size_t places[16] = {
-    [RAX] = offsetof(struct user_regs_struct, rax), [RCX] = offsetof(struct user_regs_struct, rcx),
-    [RDX] = offsetof(struct user_regs_struct, rdx), [RBX] = offsetof(struct user_regs_struct, rbx),
-    [RSP] = offsetof(struct user_regs_struct, rsp), [RBP] = offsetof(struct user_regs_struct, rbp),
-    [RSI] = offsetof(struct user_regs_struct, rsi), [RDI] = offsetof(struct user_regs_struct, rdi),
-    [R8] = offsetof(struct user_regs_struct, r8), [R9] = offsetof(struct user_regs_struct, r9),
-    [R10] = offsetof(struct user_regs_struct, r10), [R11] = offsetof(struct user_regs_struct, r11),
-    [R12] = offsetof(struct user_regs_struct, r12), [R13] = offsetof(struct user_regs_struct, r13),
-    [R14] = offsetof(struct user_regs_struct, r14), [R15] = offsetof(struct user_regs_struct, r15),
-};
+static const unsigned places[16] = {[R8] = 0,   [R9] = 1,   [R10] = 2,  [R11] = 3,  [R12] = 4,  [R13] = 5,  [R14] = 6,  [R15] = 7,
+                                    [RDI] = 8,  [RSI] = 9,  [RBP] = 10, [RBX] = 11, [RDX] = 12, [RAX] = 13, [RCX] = 14, [RSP] = 15};
 
-static bool load(struct soft_vcpu *c, struct runner *r)
+/* x87 and SSE, unless the frame has them; what else the processor has stays as it was. */
+static void load_fpu(struct soft_vcpu *c, struct runner *r)
 {
-    struct user_regs_struct *to = &r->regs;
-    for (unsigned i = 0; i < 16; i++)
-        memcpy((char *)to + places[i], &c->gpr[i], 8);
-    to->rip = c->rip;
-    to->eflags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
-    to->cs = USER_CS;
-    to->ss = USER_DS;
-    to->ds = to->es = to->fs = to->gs = 0;
-    to->fs_base = c->seg[SEG_FS].base;
-    to->gs_base = c->seg[SEG_GS].base;
-    to->orig_rax = (unsigned long long)-1; /* no system call to be begun again */
-    if (trace(PTRACE_SETREGS, r->guest, to) < 0)
-        return false;
+    uint8_t *state = runner_at(r, r->state);
+    uint64_t in_use, features, none[7] = {0};
+    memcpy(&in_use, state + STATE_HEADER, sizeof in_use);
+    memcpy(&features, r->made_by_kernel + (STATE_FEATURES - STATE_SOFTWARE), sizeof features);
+    in_use &= r->clean ? X87_AND_SSE : features;
+    r->clean = false;
     fpu_collect(&c->fpu);
     struct fpu compare = c->fpu;
     compare.x87_ready = r->fpu.x87_ready;
-    if (r->fp_known && !memcmp(&compare, &r->fpu, sizeof compare))
-        return true;
-    struct user_fpregs_struct image = r->fp;
-    fpu_fxsave(&c->fpu, (uint8_t *)&image, true, true);
-    r->fp_known = false;
-    if (trace(PTRACE_SETFPREGS, r->guest, &image) < 0)
-        return false;
-    r->fp = image;
-    r->fpu = c->fpu;
-    r->fp_known = true;
-    return true;
-}
-
-static bool store(struct soft_vcpu *c, struct runner *r)
-{
-    const struct user_regs_struct *from = &r->regs;
-    struct user_fpregs_struct image;
-    if (trace(PTRACE_GETREGS, r->guest, &r->regs) < 0 || trace(PTRACE_GETFPREGS, r->guest, &image) < 0)
-        return false;
-    for (unsigned i = 0; i < 16; i++)
-        memcpy(&c->gpr[i], (const char *)from + places[i], 8);
-    c->rip = from->rip;
-    soft_set_flags(c, ((uint32_t)from->eflags & F_USER) | (soft_flags(c) & ~(F_USER | F_RF)));
-    c->seg[SEG_FS].base = from->fs_base;
-    c->seg[SEG_GS].base = from->gs_base;
-    if (!r->fp_known || memcmp(&image, &r->fp, sizeof image)) {
-        r->fp = image;
-        image.mxcsr &= MXCSR_BITS;
-        fpu_fxrstor(&c->fpu, (const uint8_t *)&image, true, true);
+    if (!r->fp_known || memcmp(&compare, &r->fpu, sizeof compare)) {
+        memset(r->fx, 0, sizeof r->fx);
+        fpu_fxsave(&c->fpu, r->fx, true, true);
+        memcpy(state, r->fx, FX_USED);
+        in_use |= X87_AND_SSE;
         r->fpu = c->fpu;
         r->fp_known = true;
     }
+    memcpy(state + STATE_SOFTWARE, r->made_by_kernel, sizeof r->made_by_kernel);
+    memcpy(state + STATE_HEADER, &in_use, sizeof in_use);
+    memcpy(state + STATE_HEADER + sizeof in_use, none, sizeof none);
+}
+
+static void load(struct soft_vcpu *c, struct runner *r)
+{
+    uint64_t flags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
+    struct signal_frame to = {
+        .context = CONTEXT,
+        .stack = RUNNER_FRAME + RUNNER_STACK_OFFSET,
+        .stack_flags = AUTODISARM,
+        .stack_bytes = RUNNER_FRAME_BYTES - RUNNER_STACK_OFFSET,
+        .rip = c->rip,
+        .flags = flags,
+        .cs = USER_CS,
+        .ss = USER_DS,
+        .state = RUNNER_FRAME + r->state,
+    };
+    for (unsigned i = 0; i < 16; i++)
+        to.gpr[places[i]] = c->gpr[i];
+    memcpy(runner_at(r, r->stack), &to, offsetof(struct signal_frame, info));
+    r->page->flags = (flags & (F_NT | F_ID)) | F_ALWAYS; /* a return from a signal leaves these two as they are */
+    r->page->fs_base = c->seg[SEG_FS].base;
+    r->page->gs_base = c->seg[SEG_GS].base;
+    load_fpu(c, r);
+}
+
+static void store_fpu(struct soft_vcpu *c, struct runner *r)
+{
+    static const uint8_t x87[X87_BYTES] = {0x7F, 0x03};
+    const uint8_t *state = runner_at(r, r->state);
+    uint8_t image[512] __attribute__((aligned(16)));
+    uint64_t in_use;
+    uint32_t mxcsr;
+    memcpy(&in_use, state + STATE_HEADER, sizeof in_use);
+    memcpy(image, state, FX_USED);
+    memset(image + FX_USED, 0, sizeof image - FX_USED);
+    if (!(in_use & 1)) { /* as it is after FNINIT */
+        memcpy(image, x87, sizeof x87);
+        memset(image + X87_STACK, 0, XMM - X87_STACK);
+    }
+    if (!(in_use & 2))
+        memset(image + XMM, 0, FX_USED - XMM);
+    if (r->fp_known && !memcmp(image, r->fx, FX_USED))
+        return;
+    memcpy(r->fx, image, sizeof image);
+    memcpy(&mxcsr, image + X87_BYTES, sizeof mxcsr);
+    r->fp_known = !(mxcsr & ~MXCSR_BITS);
+    mxcsr &= MXCSR_BITS;
+    memcpy(image + X87_BYTES, &mxcsr, sizeof mxcsr);
+    fpu_fxrstor(&c->fpu, image, true, true);
+    r->fpu = c->fpu;
+}
+
+/* False: it claims what no program can have done. */
+static bool store(struct soft_vcpu *c, struct runner *r, const uint64_t arguments[6], struct stop *stop)
+{
+    struct signal_frame *from = &stop->frame;
+    memcpy(from, runner_at(r, r->stack), sizeof *from);
+    stop->fs_base = arguments[0];
+    stop->gs_base = arguments[1];
+    stop->ds = (uint16_t)arguments[2];
+    stop->es = (uint16_t)(arguments[2] >> 16);
+    stop->fs = (uint16_t)(arguments[2] >> 32);
+    stop->gs = (uint16_t)(arguments[2] >> 48);
+    if (!soft_canonical(from->rip) || !soft_canonical(stop->fs_base) || !soft_canonical(stop->gs_base))
+        return false;
+    for (unsigned i = 0; i < 16; i++)
+        c->gpr[i] = from->gpr[places[i]];
+    c->rip = from->rip;
+    soft_set_flags(c, ((uint32_t)from->flags & F_USER) | (soft_flags(c) & ~(F_USER | F_RF)));
+    c->seg[SEG_FS].base = stop->fs_base;
+    c->seg[SEG_GS].base = stop->gs_base;
+    store_fpu(c, r);
     return true;
 }
 
 bool trip_clean(struct runner *r)
 {
-    static const size_t header = 512;
-    uint8_t image[16384] __attribute__((aligned(64)));
-    struct iovec area = {image, sizeof image};
-    memset(image, 0, sizeof image);
+    r->clean = true;
     r->fp_known = false;
-    if (syscall(SYS_ptrace, PTRACE_GETREGSET, r->guest, 0x202 /* NT_X86_XSTATE */, &area) < 0 || area.iov_len < header + 64)
-        return false;
-    memset(image + header, 0, 8); /* XSTATE_BV: every component as it is at first */
-    return syscall(SYS_ptrace, PTRACE_SETREGSET, r->guest, 0x202, &area) >= 0 && !(r->regs.eflags & F_ID);
+    return true;
 }
 
 /* The guest loaded a segment register natively: the host's descriptors are flat ones, as in Linux; the guest's own decide what it
  * has now. */
-static void take_segments(struct soft_vcpu *c, const struct user_regs_struct *regs)
+static void take_segments(struct soft_vcpu *c, const struct stop *stop)
 {
-    const struct { unsigned seg; uint64_t selector; } data[] = {
-        {SEG_DS, regs->ds}, {SEG_ES, regs->es}, {SEG_FS, regs->fs}, {SEG_GS, regs->gs}};
+    const struct { unsigned seg; uint16_t selector; } data[] = {
+        {SEG_DS, stop->ds}, {SEG_ES, stop->es}, {SEG_FS, stop->fs}, {SEG_GS, stop->gs}};
     soft_mode_changed(c);
     for (unsigned i = 0; i < 4; i++) {
-        if (!(uint16_t)data[i].selector)
+        if (!data[i].selector)
             continue;
         uint64_t base = c->seg[data[i].seg].base;
-        soft_load_seg(c, data[i].seg, (uint16_t)data[i].selector);
+        soft_load_seg(c, data[i].seg, data[i].selector);
         if (data[i].seg == SEG_FS || data[i].seg == SEG_GS)
             c->seg[data[i].seg].base = base;
     }
-    if ((uint16_t)regs->ss != USER_DS)
-        soft_load_seg(c, SEG_SS, (uint16_t)regs->ss);
-    if ((uint16_t)regs->cs != USER_CS) {
+    if (stop->frame.ss != USER_DS)
+        soft_load_seg(c, SEG_SS, stop->frame.ss);
+    if (stop->frame.cs != USER_CS) {
         struct descriptor d;
-        uint16_t selector = (uint16_t)regs->cs;
+        uint16_t selector = stop->frame.cs;
         if (!soft_fetch_descriptor(c, selector, false, &d) || !descriptor_s(&d) || !descriptor_present(&d) ||
             !(descriptor_type(&d) & TYPE_CODE) || descriptor_dpl(&d) != 3 || (selector & 3) != 3)
             soft_raise_error(c, VEC_GP, 0);
@@ -152,9 +181,9 @@ static void take_segments(struct soft_vcpu *c, const struct user_regs_struct *re
     }
 }
 
-static bool segments_changed(const struct user_regs_struct *regs)
+static bool segments_changed(const struct stop *stop)
 {
-    return regs->cs != USER_CS || regs->ss != USER_DS || regs->ds || regs->es || regs->fs || regs->gs;
+    return stop->frame.cs != USER_CS || stop->frame.ss != USER_DS || stop->ds || stop->es || stop->fs || stop->gs;
 }
 
 /* ---- stops ---- */
@@ -199,52 +228,51 @@ static void undo_vsyscall(struct soft_vcpu *c, uint64_t called)
     c->gpr[RSP] -= 8;
 }
 
-static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, int signal)
+static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct signal_frame *frame)
 {
-    siginfo_t info;
-    if (trace(PTRACE_GETSIGINFO, r->guest, &info) < 0)
-        return TRIP_LOST;
-    switch (signal) {
+    int32_t code = frame->info.code;
+    switch (frame->info.signal) {
     case SIGSEGV:
-    case SIGBUS:
-        if (info.si_code != SI_KERNEL_CODE && info.si_code > 0 && signal == SIGSEGV)
-            return page_stop(c, r, (uint64_t)(uintptr_t)info.si_addr);
-        in_core(c);
-        return TRIP_NATIVE;
+        if (code > 0 && code != SI_KERNEL_CODE)
+            return page_stop(c, r, frame->info.address);
+        break;
     case SIGILL:
+        if (code == SI_KERNEL_CODE) { /* a call of URETPROBE */
+            c->rip -= SYSCALL_BYTES;
+            c->gpr[RAX] = URETPROBE;
+        }
+        break;
+    case SIGBUS:
     case SIGFPE:
-        in_core(c);
-        return TRIP_NATIVE;
-    case SIGSYS:
-        undo_vsyscall(c, (uint64_t)(uintptr_t)info.si_call_addr);
-        in_core(c);
-        return TRIP_NATIVE;
+        break;
+    case SIGSYS: /* what is left of the system calls */
+        undo_vsyscall(c, frame->info.address);
+        break;
     case SIGTRAP:
         if (c->rflags & F_TF) { /* a single step of the guest's own ended */
             c->dr[6] |= DR6_BS;
             soft_raise(c, VEC_DB);
         }
         c->rip--; /* INT3 and INT1 trap behind themselves */
-        in_core(c);
-        return TRIP_NATIVE;
+        break;
     default: /* a kick, or somebody's signal to the process: nothing of the guest's */
         return TRIP_CORE;
     }
+    in_core(c);
+    return TRIP_NATIVE;
 }
 
-static enum trip after_stop(struct soft_vcpu *c, struct runner *r, int status)
+static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct stop *stop)
 {
-    int signal = WSTOPSIG(status);
-    bool system_call = signal == (SIGTRAP | 0x80);
-    if (system_call) { /* back to the instruction: the core executes it */
-        c->gpr[RAX] = r->regs.orig_rax;
+    int signal = stop->frame.info.signal;
+    bool system_call = signal == SIGSYS && (stop->frame.info.address & PAGE_MASK) != VSYSCALL_PAGE;
+    if (system_call) /* back to the instruction: the core executes it */
         c->rip -= SYSCALL_BYTES;
-    }
-    if (segments_changed(&r->regs)) {
+    if (segments_changed(stop)) {
         if (signal == SIGTRAP && !(c->rflags & F_TF))
             c->rip--;
         c->direct->slice = c->vm->direct->page_slice;
-        take_segments(c, &r->regs);
+        take_segments(c, stop);
         soft_system_flags_changed(c);
         return TRIP_CORE;
     }
@@ -253,7 +281,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, int status)
         in_core(c);
         return c->cpl == 3 ? TRIP_NATIVE : TRIP_CORE;
     }
-    enum trip result = signal_stop(c, r, signal);
+    enum trip result = signal_stop(c, r, &stop->frame);
     soft_system_flags_changed(c);
     return result;
 }
@@ -267,20 +295,11 @@ static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
     return end < now + limit ? end : now + limit;
 }
 
-/* What the guest half has used of a processor: a busy host's waiting does not count. */
-static uint64_t guest_time(pid_t pid)
-{
-    struct timespec t = {0};
-    clock_gettime((clockid_t)(~(unsigned)pid << 3 | 2), &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 enum trip trip_run(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
     struct soft_vm *vm = c->vm;
-    if (!load(c, r))
-        return TRIP_LOST;
+    load(c, r);
     uint64_t began = soft_host_now();
     kick_before(vm, d, r->guest, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
@@ -288,19 +307,21 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
         return TRIP_CORE;
     }
     c->shadow = 0; /* of an STI or MOV SS that is past */
-    int status = runner_resume(r);
+    uint64_t arguments[6];
+    struct stop stop;
+    bool stands = runner_resume(r, arguments);
     kick_after(d);
-    uint64_t ns = soft_host_now() - began, used = guest_time(r->guest), worked = used - r->used_ns;
+    uint64_t ns = soft_host_now() - began, used = kick_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
     if (worked < vm->direct->floor_ns)
         vm->direct->floor_ns = worked;
     worked -= vm->direct->floor_ns;
     d->native_ns += worked;
-    d->native_stops++;
+    __atomic_store_n(&d->native_stops, d->native_stops + 1, __ATOMIC_SEQ_CST);
     r->average_ns = (uint64_t)((int64_t)r->average_ns + ((int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX) - (int64_t)r->average_ns) / 8);
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
     c->budget -= (int64_t)(ns / 4);
-    if (status < 0 || !WIFSTOPPED(status) || !store(c, r))
+    if (!stands || !store(c, r, arguments, &stop))
         return TRIP_LOST;
-    return after_stop(c, r, status);
+    return after_stop(c, r, &stop);
 }
