@@ -292,7 +292,7 @@ async def cut_at(tmp_path: Path, way: int, limit: int, *, again: bool, disk: Pat
 @pytest.mark.parametrize("again", [True, False], ids=["comes back", "stays away"])
 async def test_a_cut_link_leaves_exactly_one(tmp_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut after every so many bytes, and after each of the last frames of both sides."""
-    # Whoever comes back is to be asked in time on a busy host as well; whoever stays away is asked in vain.
+    # On a busy host, too, whoever comes back is to be asked in time; whoever stays away is asked in vain.
     monkeypatch.setattr("vmm.migration.source.ASK_SECONDS", 5.0 if again else 0.2)
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))

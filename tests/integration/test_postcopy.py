@@ -207,13 +207,16 @@ async def test_a_broken_link_is_recovered(linux: Any, tmp_path: Path) -> None:
             await new.migrate(other, recover=True)
 
 
-async def test_a_machine_that_waits_for_its_memory_can_be_ended(tmp_path: Path) -> None:
+async def test_a_machine_that_waits_for_its_memory_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also while its vCPU waits for a page that does not come; then its source ends, too."""
     async with echo(memory="64M") as vm, waiting(f"unix:{tmp_path / 't'}") as receiver:
         with SlowLink(tmp_path / "p", tmp_path / "t") as link:
             new = await broken(tmp_path, vm, receiver, link)
             async with asyncio.timeout(30):
                 await new.aclose()
+            monkeypatch.setattr("vmm.migration.link.CONNECT_SECONDS", 0.5)  # nobody is there who could answer
             with pytest.raises(HostError):
                 await vm.migrate(f"unix:{link.path}", recover=True)
             assert vm.state is State.PAUSED
