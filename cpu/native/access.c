@@ -21,6 +21,7 @@ struct lv_entry {
     uint64_t value, after;     /* shadow */
     struct lv_entry *next_put_off; /* ioeventfd: in the list of its engine */
     uint64_t put_off;              /* ioeventfd: so many writes the descriptor is not told of yet */
+    struct lv_engine *put_off_by;  /* ioeventfd: that engine, while put_off is not 0 */
 };
 
 static uint32_t slot_of(uint8_t space, uint64_t address)
@@ -71,15 +72,17 @@ static int insert(struct lv_vm *vm, const struct lv_entry *entry)
     return 0;
 }
 
-/* Under the lock: the descriptor of an entry that goes is not told any more. */
-static void forget_doorbell(struct lv_vm *vm, const struct lv_entry *gone)
+/* Under the lock: what was put off is not told by its engine any more. */
+static void forget_doorbell(struct lv_entry *e)
 {
-    for (uint32_t i = 0; i < vm->engine_count; i++)
-        for (struct lv_entry **link = &vm->engines[i]->put_off; *link; link = &(*link)->next_put_off)
-            if (*link == gone) {
-                *link = gone->next_put_off;
-                return;
-            }
+    if (!e->put_off)
+        return;
+    for (struct lv_entry **link = &e->put_off_by->put_off; *link; link = &(*link)->next_put_off)
+        if (*link == e) {
+            *link = e->next_put_off;
+            break;
+        }
+    e->put_off = 0;
 }
 
 static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
@@ -88,8 +91,7 @@ static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
     pthread_mutex_lock(&vm->lock);
     *link = gone->next;
     vm->entry_count--;
-    if (gone->put_off)
-        forget_doorbell(vm, gone);
+    forget_doorbell(gone);
     pthread_mutex_unlock(&vm->lock);
     if (gone->kind == ENTRY_IOEVENTFD)
         close(gone->fd);
@@ -225,10 +227,18 @@ static void tell(struct lv_entry *e, uint64_t writes)
 
 static void doorbell(struct lv_engine *engine, struct lv_entry *e)
 {
+    if (e->put_off && e->put_off_by != engine) {
+        /* Another vCPU rang it, and may not have a processor now: this one does not wait for that turn's end. */
+        uint64_t writes = e->put_off + 1;
+        forget_doorbell(e);
+        tell(e, writes);
+        return;
+    }
     if (engine->puts_off && engine->doorbell_ns >= DOORBELL_SLOW_NS && ++engine->doorbells % DOORBELL_PROBE) {
         if (!e->put_off++) {
             e->next_put_off = engine->put_off;
-            engine->put_off = e;
+            e->put_off_by = engine;
+            __atomic_store_n(&engine->put_off, e, __ATOMIC_RELAXED);
         }
         lv_count(engine->vm, LV_STAT_PUT_OFF);
         return;

@@ -275,6 +275,7 @@ struct soft_vcpu {
     uint64_t shadow_rip;     /* the instruction that is in the shadow */
     uint64_t mwait_until;    /* ns; ACT_MWAIT ends then */
     uint64_t turn_limit_ns;  /* the turn under way ends no later: the next timer event */
+    uint32_t pace;           /* ns that 1024 instructions took of late: see soft_pace() */
     bool turn_over;          /* end the turn under way: the timers or the turn order need a look */
     bool in_step;            /* soft_step() is under way; step_flags: RFLAGS before it */
     bool trap_taken;         /* the instruction entered a handler by itself (INT n, SYSCALL): no single-step trap */
@@ -336,6 +337,13 @@ static inline void soft_set_budget(struct soft_vcpu *c, int64_t n)
     c->turn_end = soft_instructions(c) + (uint64_t)n;
     c->budget_held = 0;
     c->budget = n;
+}
+/* The turn ends n instructions earlier, for one that took as long as so many. With the virtual clock, time is counted in
+ * instructions, and a turn's length is theirs alone. */
+static inline void soft_shorten_turn(struct soft_vcpu *c, uint64_t n)
+{
+    c->turn_end -= n;
+    c->budget -= (int64_t)n;
 }
 
 /* ---- guest memory ----

@@ -39,8 +39,9 @@ struct soft_host {
     void (*written)(void *ctx, uint64_t gpa);
     /* EOI of a level-triggered GSI (for resampling irqfds); may be NULL. */
     void (*eoi)(void *ctx, uint32_t gsi);
-    /* Between two turns, before the thread sleeps and at times besides; may be NULL. */
-    void (*between)(void *ctx);
+    /* On the thread that runs the vCPU: between two turns, before it sleeps or gives its processor away, and at times besides;
+     * may be NULL. */
+    void (*between)(void *ctx, uint32_t vcpu);
 };
 
 struct soft_config {

@@ -22,4 +22,4 @@ def test_c_interface(hot: bool) -> None:
     run = subprocess.run([program, "all", str(20 * PATIENCE)], capture_output=True, text=True, timeout=300 * PATIENCE,
                          check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("\nok ") == 16
+    assert run.stdout.count("\nok ") == 17

@@ -36,7 +36,8 @@ async def run(arguments: argparse.Namespace, folder: Path) -> int:
             try:
                 result = await soak(
                     vmlinux(meta, folder), initrd, host, cpus=cpus, seconds=arguments.seconds, kib=arguments.kib,
-                    seed=arguments.seed, direct=arguments.direct, progress=progress if sys.stderr.isatty() else None,
+                    seed=arguments.seed, direct=arguments.direct, parallel=arguments.parallel,
+                    progress=progress if sys.stderr.isatty() else None,
                 )  # fmt: skip
             except (vmm.VmmError, TimeoutError) as error:
                 result = Result(problems=[str(error)])
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("seconds", type=float, help="of rounds, for each kernel and number of vCPUs")
     parser.add_argument("--seed", type=int, help="of the first round (default: any)")
     parser.add_argument("--direct", choices=("auto", "on", "off"), default="off", help="as of vmm run")
+    parser.add_argument("--parallel", choices=("auto", "on", "off"), default="auto", help="as of vmm run")
     parser.add_argument("--kib", type=int, default=512, help="of text that is compressed, sorted, hashed a round")
     parser.add_argument("--cpus", type=int, nargs="+", default=CPUS)
     parser.add_argument("--kernels", nargs="+", default=KERNELS, help="Debian's meta packages")

@@ -22,7 +22,7 @@ from images.tree import Tree
 from tests.support import debian
 from vmm.boot import linux
 from vmm.boot.unpack import unpack_cached
-from vmm.config import Direct
+from vmm.config import Direct, Parallel
 from vmm.lifecycle import Outcome, Reason
 
 GUEST = Path(__file__).parent / "guest"
@@ -169,11 +169,13 @@ class Comparison:
 
 async def soak(
     kernel: Path, initrd: Path, host: Host, *, cpus: int, seconds: float, kib: int, seed: int = 1,
-    rounds: int = 0, direct: Direct = "off", progress: Callable[[Result], Awaitable[None]] | None = None,
+    rounds: int = 0, direct: Direct = "off", parallel: Parallel = "auto",
+    progress: Callable[[Result], Awaitable[None]] | None = None,
 ) -> Result:
     """Boot, run one worker for each vCPU for that many seconds (a round under way comes to its end), compare.
 
-    `rounds`: of each worker at most; 0: no limit. `seed`: of the first round. `direct`: as the configuration's.
+    `rounds`: of each worker at most; 0: no limit. `seed`: of the first round. `direct`, `parallel`: as the
+    configuration's.
     `progress` is called after each round.
     Raises vmm.VmmError if the guest does not come to its shell or does not end its rounds.
     """
@@ -181,7 +183,7 @@ async def soak(
     comparison = Comparison(host, result)
     config = vmm.Config(
         core="soft", kernel=kernel, initrd=initrd, cpus=cpus, memory=512 << 20, append="quiet oops=panic",
-        direct=direct,
+        direct=direct, parallel=parallel,
     )  # fmt: skip
     async with vmm.VirtualMachine(config) as machine:
         begin = time.monotonic()

@@ -621,6 +621,27 @@ static void resting(void)
         destroy(others[i]);
 }
 
+/* A timer's interrupt comes in time while the guest copies 60 KiB over and over, each time by one instruction. Real clock. */
+static void timer_in_copies(void)
+{
+    struct guest *g = create(1, false, false);
+    uint32_t vcpu = 9;
+    CODE(g, 0x1000, "\xB8\x00\x20\x8E\xC0" /* ES = 2000 */
+         "\x66\xB9\x1B\x00\x00\x00\x0F\x32\x0D\x00\x0C\x0F\x30" /* x2APIC */
+         "\x66\x31\xD2\x66\xB9\x0F\x08\x00\x00\x66\xB8\xFF\x01\x00\x00\x0F\x30" /* enabled */
+         "\x66\xB9\x32\x08\x00\x00\x66\xB8\x42\x00\x04\x00\x0F\x30" /* timer: vector 42, a deadline */
+         "\x0F\x31\x66\x05\xA0\x86\x01\x00\x66\x83\xD2\x00\x66\xB9\xE0\x06\x00\x00\x0F\x30\xFB" /* in 100 us; sti */
+         "\x31\xF6\x31\xFF\xB9\x00\xF0\xF3\xA4\x66\xFF\x06\x00\x30\xEB\xF0"); /* rep movsb; inc dword [3000]; again */
+    CODE(g, 0x42 * 4, "\x00\x20\x00\x00");
+    CODE(g, 0x2000, "\xFA\xF4"); /* cli; hlt */
+    start_at(g, 0, 0x1000, false);
+    CHECK(soft_vm_run(g->vm, &vcpu) == SOFT_STOP_HALTED && rip_of(g) == 0x2002);
+    uint32_t copies = *(uint32_t *)(void *)(g->ram + 0x3000);
+    if (copies > 1000) /* of some us each */
+        fail("%u copies before the interrupt", copies);
+    destroy(g);
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
@@ -630,7 +651,7 @@ int main(int argc, char **argv)
         { "dma_into_code", dma_into_code }, { "dma_while_decoding", dma_while_decoding }, { "wake_spinning", wake_spinning }, { "wake_is_sticky", wake_is_sticky },
         { "interrupts_from_threads", interrupts_from_threads }, { "dirty_log", dirty_log }, { "slots", slots },
         { "parking", parking }, { "caller_debug", caller_debug }, { "caller_points", caller_points }, { "halted_and_nmi", halted_and_nmi }, { "nmi_and_shadow", nmi_and_shadow }, { "physical_addresses", physical_addresses }, { "alarms", alarms },
-        { "state_is_checked", state_is_checked }, { "resting", resting },
+        { "state_is_checked", state_is_checked }, { "resting", resting }, { "timer_in_copies", timer_in_copies },
     };
     for (unsigned i = 0; i < sizeof checks / sizeof checks[0]; i++) {
         if (argc > 1 && strcmp(argv[1], "all") && strcmp(argv[1], checks[i].name))

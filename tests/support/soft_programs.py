@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("cpu/soft", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cpu/soft").iterdir() if path.is_dir()))
 PROGRAMS = {"soft_boot": "tests/support/soft_boot.c", "soft_api": "tests/support/soft_api.c",
             "soft_fuzz": "tests/fuzz/soft_fuzz.c", "soft_math": "tests/support/soft_math.c",
-            "soft_litmus": "tests/support/soft_litmus.c", "oracle": "tests/support/oracle/*.c"}
+            "soft_litmus": "tests/support/soft_litmus.c", "soft_latency": "tests/support/soft_latency.c",
+            "oracle": "tests/support/oracle/*.c"}
 PYTHON_ONLY = {"backend.c"}
 """Files that belong to the extension module, not to the library."""
 FLAGS = ["-std=gnu11", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-foptimize-sibling-calls",

@@ -18,6 +18,7 @@ struct string_op {
  * answers, and counts for a page of them. Neither depends on what the TLB happens to hold, so that a run under the virtual
  * clock is the same after a restore. */
 enum { CHUNK = 64 << 10, TURN = 1 << 20, SINGLE = 4096 };
+enum { BYTES_AN_INSTRUCTION = 32 }; /* that take about as long, with the real clock: so copies of many MiB keep no timer waiting */
 
 static uint64_t linear(const struct string_op *s, unsigned seg, uint64_t offset, bool write)
 {
@@ -245,6 +246,13 @@ static uint64_t chunk(struct string_op *s, unsigned op, unsigned until, uint64_t
     }
 }
 
+/* With the real clock, what was done shortens the turn. */
+static void charge(const struct string_op *s)
+{
+    if (s->work > SINGLE && !s->c->budget_held && !s->c->vm->config.virtual_clock)
+        soft_shorten_turn(s->c, s->work / BYTES_AN_INSTRUCTION);
+}
+
 HELPER(h_string)
 {
     struct string_op s = {.c = c, .size = u->size, .shift = (unsigned)__builtin_ctz(u->size), .seg = u->seg, .repeat = u->r0 != 0};
@@ -264,8 +272,10 @@ HELPER(h_string)
         uint64_t n = c->gpr[RCX] & s.mask;
         if (n == 0 || stop)
             break;
-        if (s.work >= TURN)
+        if (s.work >= TURN) {
+            charge(&s);
             return;
+        }
         uint64_t most = (TURN - s.work + s.size - 1) >> s.shift;
         count_down(&s, chunk(&s, op, u->r0, c->budget_held ? 1 : n < most ? n : most, &stop));
         /* Stepping, an event, or code was written (perhaps this instruction): come back for the rest. */
@@ -273,8 +283,10 @@ HELPER(h_string)
             (c->budget_held || __atomic_load_n(&c->attention, __ATOMIC_RELAXED) || block_code_changed(c))) {
             if (!c->budget_held)
                 c->budget++;
+            charge(&s);
             return;
         }
     }
+    charge(&s);
     c->rip = next;
 }

@@ -175,7 +175,11 @@ static void on_random(void *ctx, void *buffer, size_t size)
 
 static void on_eoi(void *ctx, uint32_t gsi) { lv_eoi(((struct backend *)ctx)->vm, gsi); }
 
-static void on_between(void *ctx) { lv_tell_put_off(((struct backend *)ctx)->vm->engines[0]); }
+static void on_between(void *ctx, uint32_t vcpu)
+{
+    struct lv_vm *vm = ((struct backend *)ctx)->vm;
+    lv_tell_put_off(vm->shared_engine ? vm->engines[0] : vm->vcpus[vcpu]->engine);
+}
 
 /* ---- the engine ---- */
 
@@ -223,11 +227,11 @@ static void run(struct lv_engine *engine)
 {
     struct lv_vm *vm = engine->vm;
     struct backend *b = of(vm);
+    engine->puts_off = !vm->config.virtual_clock; /* there the loop is waited for */
     if (b->parallel) {
         run_one(engine);
         return;
     }
-    engine->puts_off = !vm->config.virtual_clock; /* there the loop is waited for */
     while (!lv_closing(vm)) {
         uint32_t seq = atomic_load(&engine->seq), index = 0;
         for (uint32_t i = 0; i < engine->count; i++)

@@ -10,6 +10,13 @@
 #include "soft/system/system.h"
 
 enum { NS = 1000000000 };
+/* Real clock: a turn is to take so long at most, whatever the guest does, since timers are looked at between turns. */
+enum {
+    TURN_NS = 250000,
+    PACE_LEAST = 4 * 1024,  /* ns for 1024 instructions: about 250 million a second */
+    PACE_MOST = 128 * 1024, /* slower ones are a thread that had no processor */
+    PACE_FROM = 1000,       /* instructions: a shorter turn tells nothing */
+};
 typedef unsigned __int128 wide;
 
 uint64_t soft_host_now(void)
@@ -48,8 +55,9 @@ void soft_set_now(struct soft_vm *vm, uint64_t before, uint64_t now)
     irqchip_clock_moved(vm->irqchip, before, now);
 }
 
-int64_t soft_budget_until(const struct soft_vm *vm, uint64_t now, uint64_t deadline)
+int64_t soft_budget_until(const struct soft_vcpu *c, uint64_t now, uint64_t deadline)
 {
+    const struct soft_vm *vm = c->vm;
     uint64_t ns = deadline > now ? deadline - now : 0, quantum = vm->config.quantum, n;
     if (vm->config.virtual_clock) {
         uint64_t ips = vm->config.virtual_ips;
@@ -57,8 +65,18 @@ int64_t soft_budget_until(const struct soft_vm *vm, uint64_t now, uint64_t deadl
         n = exact > quantum ? quantum : (uint64_t)exact;
         return n ? (int64_t)n : 1;
     }
-    n = ns / 4; /* about 250 million instructions a second */
+    if (ns > TURN_NS)
+        ns = TURN_NS;
+    n = ns * 1024 / (c->pace > PACE_LEAST ? c->pace : PACE_LEAST);
     return (int64_t)(n > quantum ? quantum : n < 2000 ? 2000 : n);
+}
+
+void soft_pace(struct soft_vcpu *c, uint64_t ns, uint64_t instructions)
+{
+    if (instructions < PACE_FROM || c->vm->config.virtual_clock)
+        return;
+    uint64_t now = ns * 1024 / instructions;
+    c->pace = (uint32_t)((3ull * c->pace + (now < PACE_MOST ? now : PACE_MOST)) / 4);
 }
 
 /* ---- TSC ---- */

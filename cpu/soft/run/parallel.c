@@ -386,6 +386,12 @@ bool soft_shared_may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64_t
     return !__atomic_load_n(&slot->code_pages[page], __ATOMIC_SEQ_CST);
 }
 
+static void between(struct soft_vcpu *c)
+{
+    if (c->vm->host.between)
+        c->vm->host.between(c->vm->host.ctx, c->index);
+}
+
 /* ---- PAUSE ---- */
 
 /* A lock's owner may not have a processor: whoever spins for it gives way, at last for longer than the scheduler's idea of
@@ -398,6 +404,7 @@ void soft_shared_pause(struct soft_vcpu *c)
     own->paused_at = at;
     if (own->pauses % PAUSES)
         return;
+    between(c);
     go_outside(c);
     if (own->pauses < PAUSES_SLEEP)
         sched_yield();
@@ -472,6 +479,7 @@ enum soft_stop soft_vcpu_run(struct soft_vm *vm, uint32_t vcpu)
     int stop = GO_ON;
     come_inside(c);
     while (stop == GO_ON) {
+        between(c);
         __atomic_store_n(&c->attention, 0, __ATOMIC_SEQ_CST);
         if (__atomic_exchange_n(&c->own.wake, 0, __ATOMIC_SEQ_CST)) {
             stop = SOFT_STOP_WAKE;
@@ -492,8 +500,10 @@ enum soft_stop soft_vcpu_run(struct soft_vm *vm, uint32_t vcpu)
         }
         soft_lives_again(c);
         c->turn_limit_ns = next;
-        soft_set_budget(c, soft_budget_until(vm, now, next));
+        int64_t budget = soft_budget_until(c, now, next);
+        soft_set_budget(c, budget);
         stop = soft_run_turn(c);
+        soft_pace(c, soft_now(vm) - now, (uint64_t)(budget - c->budget - c->budget_held));
         fpu_collect(&c->fpu);
         c->turn_limit_ns = UINT64_MAX;
     }

@@ -444,7 +444,7 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
     *vcpu = 0;
     for (;;) {
         if (vm->host.between)
-            vm->host.between(vm->host.ctx);
+            vm->host.between(vm->host.ctx, vm->turn);
         if (soft_events_pending(vm) && soft_events_apply(vm))
             return SOFT_STOP_WAKE;
         uint64_t now = soft_now(vm);
@@ -467,11 +467,15 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
             vm->turn_left = vm->config.quantum;
         }
         c->turn_limit_ns = next_event(vm);
-        int64_t budget = soft_budget_until(vm, now, c->turn_limit_ns);
-        uint64_t before = soft_instructions(c);
-        soft_set_budget(c, budget < vm->turn_left ? budget : vm->turn_left);
+        int64_t budget = soft_budget_until(c, now, c->turn_limit_ns);
+        if (budget > vm->turn_left)
+            budget = vm->turn_left;
+        soft_set_budget(c, budget);
         int stop = soft_run_turn(c);
-        vm->turn_left -= (int64_t)(soft_instructions(c) - before);
+        budget -= c->budget + c->budget_held; /* what was used */
+        vm->turn_left -= budget;
+        if (!vm->config.virtual_clock)
+            soft_pace(c, soft_now(vm) - now, (uint64_t)budget);
         if (vm->turn_left <= 0)
             vm->turn = (c->index + 1) % vm->config.vcpus;
         fpu_collect(&c->fpu);
