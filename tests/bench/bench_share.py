@@ -42,7 +42,7 @@ export PATH=/bin:/usr/bin HOME=/tmp GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.dir
 mountpoint -q /proc || mount -t proc none /proc; mountpoint -q /dev || mount -t devtmpfs none /dev
 mount -t tmpfs none /tmp
 stty -echo
-now() { read up rest </proc/uptime; echo ${up%.*}${up#*.}; }
+now() { read up rest </proc/uptime; echo $((${up%.*} * 100 + 1${up#*.} - 100)); }
 cat /tree.tar >/dev/null
 echo BENCH ready 0
 while read kind files rest; do
@@ -158,7 +158,7 @@ def rows() -> Iterator[dict[str, object]]:
 
     image = catalog.resolve("linux", build=True)
     assert image.initrd is not None
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="bench-share-") as name:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_SHARE_DIR", "/var/tmp"), prefix="bench-share-") as name:
         folder = Path(name)
         archive = tree(folder)
         disks = [folder / "ours.img", folder / "theirs.img"]

@@ -209,6 +209,7 @@ class FsDevice(Device):
             flags = self._finish(queue, ring, flags)
         if flags & _SIGNAL:
             self.active.interrupts.signal_queue(index)
+        self.progressed()
         if flags & _MORE:
             self.next_turn(self.queue_notified, index)
 

@@ -44,6 +44,24 @@ static int give_back(FsObject *self, struct fs_request *request, bool answered)
     return failed;
 }
 
+/* Give back what the threads finish of this ring's requests in a moment. 0, or -1 with an exception. */
+static int linger(FsObject *self, RingObject *ring)
+{
+    struct fs_list done, others = {0};
+    int failed = 0;
+    Py_BEGIN_ALLOW_THREADS
+    done = fs_pool_linger(&self->pool);
+    Py_END_ALLOW_THREADS
+    for (struct fs_request *request; (request = fs_list_take(&done));) {
+        if (request->ring == ring)
+            failed |= give_back(self, request, true);
+        else
+            fs_list_add(&others, request);
+    }
+    fs_pool_put_back(&self->pool, &others);
+    return failed;
+}
+
 static PyObject *fs_drain(FsObject *self, PyObject *args)
 {
     RingObject *ring;
@@ -84,7 +102,10 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
         self->in_flight++;
         fs_list_add(&list, request);
     }
-    if (!fs_pool_submit(&self->pool, &list, urgent)) {
+    bool lingers = list.count;
+    if (fs_pool_submit(&self->pool, &list, urgent)) {
+        failed |= lingers && linger(self, ring);
+    } else {
         for (struct fs_request *request; (request = fs_list_take(&list));) {
             fs_run(&self->fs, request);
             failed |= give_back(self, request, true);

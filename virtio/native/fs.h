@@ -232,12 +232,19 @@ struct fs_pool {
     struct fs_list queue, urgent, done;
     unsigned running, idle;
     bool stopping;
+    bool watched;          /* the loop looks at `done` now and need not be told */
+    uint32_t linger_ns;    /* adaptive: how long the loop looks for what it has just submitted; 0: nobody else could run */
+    uint64_t submitted_ns; /* CLOCK_MONOTONIC of the last submission; loop thread only, as the one before */
 };
 
 int fs_pool_open(struct fs_pool *pool, struct fs *fs); /* 0 or an errno */
 /* False: no thread could be started, and the list is as it was. `urgent`: they wait for no other requests. */
 bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent);
 struct fs_list fs_pool_done(struct fs_pool *pool);
+/* After a submission: wait a moment for what is done, which saves the loop a sleep and being woken. Without the GIL. */
+struct fs_list fs_pool_linger(struct fs_pool *pool);
+/* Requests that fs_pool_linger() gave and the caller cannot take: fs_pool_done() has them. */
+void fs_pool_put_back(struct fs_pool *pool, struct fs_list *requests);
 bool fs_pool_cancel(struct fs_pool *pool, struct fs_list *dropped); /* whether nothing runs */
 void fs_pool_close(struct fs_pool *pool);                           /* waits for what runs; without the GIL */
 

@@ -7,7 +7,24 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
+
+enum { LINGER_MAX_NS = 100000, LINGER_MIN_NS = 10000 };
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* Whether a request can be answered while the loop looks on. */
+static bool several_processors(void)
+{
+    cpu_set_t allowed;
+    return !sched_getaffinity(0, sizeof allowed, &allowed) && CPU_COUNT(&allowed) > 1;
+}
 
 int fs_pool_open(struct fs_pool *pool, struct fs *fs)
 {
@@ -16,6 +33,7 @@ int fs_pool_open(struct fs_pool *pool, struct fs *fs)
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->urgent_work, NULL);
+    pool->linger_ns = several_processors() ? LINGER_MAX_NS : 0;
     pool->event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     return pool->event < 0 ? errno : 0;
 }
@@ -41,7 +59,7 @@ static void *serve(struct fs_pool *pool, struct fs_list *queue, pthread_cond_t *
         pthread_mutex_unlock(&pool->lock);
         fs_run(pool->fs, request);
         pthread_mutex_lock(&pool->lock);
-        bool first = !pool->done.count;
+        bool first = !pool->done.count && !pool->watched;
         fs_list_add(&pool->done, request);
         pool->running--;
         if (first) { /* without the lock, which who wakes by it wants at once */
@@ -86,6 +104,7 @@ bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
         return true;
     if (start(pool) < (urgent ? 1 : 2))
         return false;
+    pool->submitted_ns = now_ns();
     pthread_mutex_lock(&pool->lock);
     unsigned wake = requests->count < pool->idle ? requests->count : pool->idle;
     for (struct fs_request *request; (request = fs_list_take(requests));)
@@ -99,10 +118,45 @@ bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
     return true;
 }
 
+struct fs_list fs_pool_linger(struct fs_pool *pool)
+{
+    if (pool->linger_ns < LINGER_MIN_NS)
+        return (struct fs_list){0};
+    pthread_mutex_lock(&pool->lock);
+    pool->watched = true;
+    pthread_mutex_unlock(&pool->lock);
+    uint64_t end = pool->submitted_ns + pool->linger_ns;
+    bool done = false;
+    while (!(done = __atomic_load_n(&pool->done.count, __ATOMIC_RELAXED)) && now_ns() < end)
+        __builtin_ia32_pause();
+    pthread_mutex_lock(&pool->lock);
+    pool->watched = false;
+    struct fs_list taken = pool->done;
+    pool->done = (struct fs_list){0};
+    pthread_mutex_unlock(&pool->lock);
+    if (!done)
+        pool->linger_ns /= 2;
+    return taken;
+}
+
+void fs_pool_put_back(struct fs_pool *pool, struct fs_list *requests)
+{
+    if (!requests->count)
+        return;
+    pthread_mutex_lock(&pool->lock);
+    for (struct fs_request *request; (request = fs_list_take(requests));)
+        fs_list_add(&pool->done, request);
+    pthread_mutex_unlock(&pool->lock);
+    eventfd_write(pool->event, 1);
+}
+
 struct fs_list fs_pool_done(struct fs_pool *pool)
 {
     eventfd_t count;
     eventfd_read(pool->event, &count);
+    /* It pays to linger as long as answers would come in that time. */
+    if (pool->linger_ns && pool->linger_ns < LINGER_MAX_NS && now_ns() - pool->submitted_ns < LINGER_MAX_NS)
+        pool->linger_ns = LINGER_MAX_NS;
     pthread_mutex_lock(&pool->lock);
     struct fs_list done = pool->done;
     pool->done = (struct fs_list){0};
