@@ -225,6 +225,7 @@ struct soft_vcpu {
     int64_t budget;          /* instructions left in this turn: see soft_set_budget(), soft_instructions() */
     uint64_t turn_end;       /* instructions retired + budget */
     int64_t budget_held;     /* block.c: kept back from budget while single instructions are run */
+    uint16_t host_flags;     /* host code's own: arithmetic flags as the host has them (jit/translate_flags.c) */
     struct soft_jump *jumps; /* jump.table of the mode */
     const struct soft_tlb *tlb; /* tlbs[view], or an empty one */
     struct soft_seg seg[SEG_COUNT];

@@ -13,16 +13,67 @@ static int64_t imm_of(const struct uop *u, unsigned size)
     return size == 0 ? (int8_t)u->imm : size == 1 ? (int16_t)u->imm : size == 2 ? (int32_t)u->imm : (int64_t)u->imm;
 }
 
-static void set_flags(struct gen *g, unsigned op, unsigned size, unsigned h)
+/* Whether flags that micro-op g->uop sets may be wanted as lazy ones, in the hot path: by a handler, or at the block's end.
+ * A guess: without it they are made lazy by more instructions. */
+static bool wanted_lazy(const struct gen *g)
 {
-    if (logic(op)) {
-        gen_logic_flags(g, size, h);
-    } else {
-        gen_result_flags(g, size, h);
-        g->pending = true;
+    for (unsigned i = g->uop + 1; i < g->count; i++) {
+        const struct uop *u = &g->code[i];
+        struct variant v = op_variant(g->ops[i]);
+        struct uop *taken = NULL, *next = NULL;
+        switch (op_family(g->ops[i])) {
+        case FAMILY_alu_rr: case FAMILY_alu_ri: case FAMILY_alu_rm: case FAMILY_alu_mr: case FAMILY_alu_mi:
+            if (v.flags && !u->aux)
+                return false;
+            break;
+        case FAMILY_unary_r:
+            if (v.op != UN_NOT && v.flags && !u->aux)
+                return false;
+            break;
+        case FAMILY_shift_ri:
+            if (v.op >= SH_SHL && v.flags)
+                return false;
+            break;
+        case FAMILY_fused_rr: case FAMILY_fused_ri: return false;
+        case FAMILY_jcc_rel: next = LINKS((struct uop *)u)->next; /* fall through */
+        case FAMILY_jmp_rel: case FAMILY_call_rel: taken = LINKS((struct uop *)u)->taken;
+            return (next && !gen_flags_dead_at(next)) || (taken && !gen_flags_dead_at(taken));
+        case FAMILY_jmp_fall: next = LINKS((struct uop *)u)->next;
+            return next && !gen_flags_dead_at(next);
+        case FAMILY_ret64: return true;
+        default:
+            if (!op_emitter(g->ops[i]))
+                return true;
+        }
     }
-    g->host_flags = true;
-    g->pending_keep_cf = false;
+    return true;
+}
+/* The host's flags are those of an operation with its result in a register. Uses RAX. */
+static void set_flags(struct gen *g, enum af af, unsigned size, unsigned h)
+{
+    gen_new_flags(g, af);
+    if (!wanted_lazy(g))
+        return;
+    gen_result_flags(g, size, h);
+    g->result_lazy = true;
+    if (af == AF_CLEAR) { /* of logic: there is no CF and no OF */
+        gen_store_field(g, FIELD(lf[1]), 0);
+        gen_store_field(g, FIELD(lf[2]), 0);
+        g->in_lazy = true;
+    }
+}
+/* No flags are wanted until others are set. */
+static void no_flags(struct gen *g)
+{
+    g->in_host = g->in_word = false;
+    g->in_lazy = true;
+}
+static void alu_flags(struct gen *g, bool wanted, struct variant v, unsigned h)
+{
+    if (wanted)
+        set_flags(g, logic(v.op) ? AF_CLEAR : AF_HOST, v.size, h);
+    else
+        no_flags(g);
 }
 
 /* r <- r op r/m, or the same on a copy for what only sets flags: the host opcode and group to use. */
@@ -41,108 +92,146 @@ static unsigned destination(struct gen *g, unsigned op, unsigned a)
 EMITTER(alu_rr)
 {
     bool flags = v.flags && !u->aux;
-    if (reads_carry(v.op))
-        return false;
     if (!modifies(v.op) && !flags)
         return true;
     if (!ok_reg(u->r0) || !ok_reg(u->r1))
         return false;
-    gen_settle(g);
     bool clear = (v.op == ALU_XOR || v.op == ALU_SUB) && u->r0 == u->r1 && v.size >= 2;
     unsigned a = gen_reg_of(g, u->r0, !clear), b = gen_reg_of(g, u->r1, true);
     a = destination(g, v.op, a);
+    if (reads_carry(v.op))
+        gen_carry_to_host(g);
     gen_op_rr(g, v.size, opcode(v.op), a, b);
-    if (flags)
-        set_flags(g, v.op, v.size, a);
+    alu_flags(g, flags, v, a);
     return true;
 }
 EMITTER(alu_ri)
 {
     bool flags = v.flags && !u->aux;
     int64_t imm = imm_of(u, v.size);
-    if (reads_carry(v.op))
-        return false;
     if (!modifies(v.op) && !flags)
         return true;
     if (!ok_reg(u->r0) || imm != (int32_t)imm)
         return false;
-    gen_settle(g);
     unsigned a = destination(g, v.op, gen_reg_of(g, u->r0, true));
+    if (reads_carry(v.op))
+        gen_carry_to_host(g);
     gen_op_imm(g, v.size, group(v.op), a, imm);
-    if (flags)
-        set_flags(g, v.op, v.size, a);
+    alu_flags(g, flags, v, a);
     return true;
 }
 EMITTER(alu_rm)
 {
-    if (reads_carry(v.op) || !ok_reg(u->r0))
+    if (!ok_reg(u->r0))
         return false;
     gen_access(g, u, v.form, v.size, ACCESS_READ);
     unsigned a = destination(g, v.op, gen_reg_of(g, u->r0, true));
+    if (reads_carry(v.op))
+        gen_carry_to_host(g);
     gen_op_rm(g, v.size, opcode(v.op), a, H_RSI, 0);
-    if (v.flags && !u->aux)
-        set_flags(g, v.op, v.size, a);
+    alu_flags(g, v.flags && !u->aux, v, a);
     return true;
 }
 EMITTER(alu_mr)
 {
-    if (reads_carry(v.op) || !ok_reg(u->r1))
+    if (!ok_reg(u->r1))
         return false;
     gen_access(g, u, v.form, v.size, modifies(v.op) ? ACCESS_WRITE : ACCESS_READ);
     unsigned b = gen_reg_of(g, u->r1, true);
     gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    if (reads_carry(v.op))
+        gen_carry_to_host(g);
     gen_op_rr(g, v.size, opcode(v.op), H_RAX, b);
     if (modifies(v.op))
         gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
-    if (v.flags && !u->aux)
-        set_flags(g, v.op, v.size, H_RAX);
+    alu_flags(g, v.flags && !u->aux, v, H_RAX);
     return true;
 }
 EMITTER(alu_mi)
 {
     int64_t imm = imm_of(u, v.size);
-    if (reads_carry(v.op) || imm != (int32_t)imm)
+    if (imm != (int32_t)imm)
         return false;
     gen_access(g, u, v.form, v.size, modifies(v.op) ? ACCESS_WRITE : ACCESS_READ);
     gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    if (reads_carry(v.op))
+        gen_carry_to_host(g);
     gen_op_imm(g, v.size, group(v.op), H_RAX, imm);
     if (modifies(v.op))
         gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
-    if (v.flags && !u->aux)
-        set_flags(g, v.op, v.size, H_RAX);
+    alu_flags(g, v.flags && !u->aux, v, H_RAX);
     return true;
 }
 
+/* NOT leaves the host's flags alone, as INC and DEC leave CF. */
+static void unary(struct gen *g, struct variant v, unsigned h)
+{
+    gen_prefix(g, v.size, 0, 0, h);
+    gen_b1(g, v.op >= UN_NEG ? (v.size ? 0xF7 : 0xF6) : v.size ? 0xFF : 0xFE);
+    gen_b1(g, 0xC0 | (v.op == UN_INC ? 0 : v.op == UN_DEC ? 1 : v.op == UN_NEG ? 3 : 2) << 3 | (h & 7));
+}
 EMITTER(unary_r)
 {
     if (!ok_reg(u->r0))
         return false;
-    gen_settle(g);
     unsigned h = gen_reg_of(g, u->r0, true);
+    bool flags = v.flags && !u->aux;
     g->dirty[h] = true;
-    gen_prefix(g, v.size, 0, 0, h);
-    gen_b1(g, v.op >= UN_NEG ? (v.size ? 0xF7 : 0xF6) : v.size ? 0xFF : 0xFE);
-    gen_b1(g, 0xC0 | (v.op == UN_INC ? 0 : v.op == UN_DEC ? 1 : v.op == UN_NEG ? 3 : 2) << 3 | (h & 7));
-    if (v.op != UN_NOT && v.flags && !u->aux) {
-        gen_result_flags(g, v.size, h);
-        g->pending = g->host_flags = true;
-        g->pending_keep_cf = v.op != UN_NEG;
-    }
+    if (flags && v.op < UN_NEG)
+        gen_carry_to_host(g);
+    unary(g, v, h);
+    if (flags && v.op != UN_NOT)
+        set_flags(g, AF_HOST, v.size, h);
+    else if (v.op == UN_NEG)
+        no_flags(g);
+    return true;
+}
+EMITTER(unary_m)
+{
+    gen_access(g, u, v.form, v.size, ACCESS_WRITE);
+    gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    if (v.flags && v.op < UN_NEG)
+        gen_carry_to_host(g);
+    unary(g, v, H_RAX);
+    gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
+    if (v.flags && v.op != UN_NOT)
+        set_flags(g, AF_HOST, v.size, H_RAX);
+    else if (v.op == UN_NEG)
+        no_flags(g);
     return true;
 }
 
-/* Without flags only. */
+/* By imm; the last step alone, since the host's OF is defined for a count of one. */
+static void shift(struct gen *g, struct variant v, unsigned h, unsigned n, bool flags)
+{
+    unsigned group = v.op == SH_SAL ? SH_SHL : v.op;
+    for (unsigned part = flags && n > 1 ? n - 1 : n; n; n -= part, part = n) {
+        gen_prefix(g, v.size, 0, 0, h);
+        gen_b1(g, part == 1 ? (v.size ? 0xD1 : 0xD0) : v.size ? 0xC1 : 0xC0);
+        gen_b1(g, 0xC0u | group << 3 | (h & 7));
+        if (part != 1)
+            gen_b1(g, part);
+    }
+}
 EMITTER(shift_ri)
 {
-    if (v.flags || v.op == SH_RCL || v.op == SH_RCR || !ok_reg(u->r0) || u->imm >= 8u << v.size)
+    if (v.op == SH_RCL || v.op == SH_RCR || !ok_reg(u->r0) || u->imm >= 8u << v.size)
         return false;
-    gen_settle(g);
     unsigned h = gen_reg_of(g, u->r0, true);
+    bool rotate = v.op < SH_SHL;
     g->dirty[h] = true;
-    gen_prefix(g, v.size, 0, 0, h);
-    gen_b1(g, v.size ? 0xC1 : 0xC0);
-    gen_b1(g, 0xC0u | (v.op == SH_SAL ? SH_SHL : v.op) << 3 | (h & 7));
-    gen_b1(g, (uint8_t)u->imm);
+    if (v.flags && rotate)
+        gen_flags_to_host(g); /* all but CF and OF stay */
+    shift(g, v, h, (unsigned)u->imm, v.flags);
+    if (!v.flags) {
+        no_flags(g);
+    } else if (!rotate) {
+        set_flags(g, AF_SET, v.size, h);
+    } else if (g->in_host) {
+        g->in_word = g->in_lazy = false;
+    } else {
+        gen_lazy_carries(g);
+    }
     return true;
 }
 
@@ -150,17 +239,15 @@ EMITTER(shift_ri)
 static void imul_flags(struct gen *g, const struct uop *u)
 {
     if (u->aux)
-        return;
-    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC0);  /* seto al */
-    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC0);  /* movzx eax, al */
-    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 63);
-    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[1]));
+        no_flags(g);
+    else
+        gen_carry_and_overflow(g);
 }
 EMITTER(imul_rr)
 {
     if (!ok_reg(u->r0) || !ok_reg(u->r1))
         return false;
-    gen_settle(g);
+    gen_clobber(g);
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, true);
     g->dirty[h] = true;
     gen_op_0f_rr(g, v.size, 0xAF, h, from);
@@ -171,7 +258,7 @@ EMITTER(imul_rri)
 {
     if (!ok_reg(u->r0) || !ok_reg(u->r1) || v.size == 1 || u->imm != (uint64_t)(int64_t)(int32_t)u->imm)
         return false;
-    gen_settle(g);
+    gen_clobber(g);
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, false);
     g->dirty[h] = true;
     gen_op_rr(g, v.size, 0x69, h, from);

@@ -3,24 +3,18 @@
 
 #include "soft/jit/emitters.h"
 
-/* Conditions whose inputs the host's flags have. */
-static bool host_condition(const struct gen *g, unsigned cc)
+/* Host flags in which *cc holds if the guest's condition does. False: the flags are lazy, and it is not a simple one. */
+static bool condition(struct gen *g, unsigned *cc)
 {
-    bool carry = (cc >> 1) == 1 || (cc >> 1) == 3;
-    return g->host_flags && !(g->pending_keep_cf && carry);
-}
-
-/* Host code that puts the stored condition into ZF (set: it does not hold); false: not a simple one. */
-static bool stored_condition(struct gen *g, unsigned cc, unsigned *host_cc)
-{
-    switch (cc) {
+    if (gen_flags_to_host(g))
+        return true;
+    switch (*cc) {
     case 4: case 5: /* ZF */
         gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(lf[0])), gen_b1(g, 0); /* cmp lf0, 0 */
-        *host_cc = cc;
         return true;
     case 2: case 3: /* CF */
         gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(lf[1])), gen_b1(g, 0); /* cmp lf1, 0: sign */
-        *host_cc = cc == 2 ? 8 : 9;
+        *cc = *cc == 2 ? 8 : 9;
         return true;
     default: return false;
     }
@@ -32,11 +26,8 @@ EMITTER(cmov_rr)
     if (!ok_reg(u->r0) || !ok_reg(u->r1))
         return false;
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, true);
-    if (!host_condition(g, cc)) {
-        gen_settle(g);
-        if (!stored_condition(g, v.op, &cc))
-            return false;
-    }
+    if (!condition(g, &cc))
+        return false;
     g->dirty[h] = true;
     gen_op_0f_rr(g, v.size, 0x40 | cc, h, from);
     return true;
@@ -47,31 +38,36 @@ EMITTER(setcc_r)
     if (!ok_reg(u->r0))
         return false;
     unsigned h = gen_reg_of(g, u->r0, true);
-    if (!host_condition(g, cc)) {
-        gen_settle(g);
-        if (!stored_condition(g, v.op, &cc))
-            return false;
-    }
+    if (!condition(g, &cc))
+        return false;
     g->dirty[h] = true;
     gen_prefix(g, 2, 0, 0, h), gen_b1(g, 0x0F), gen_b1(g, 0x90 | cc), gen_b1(g, 0xC0 | (h & 7));
     return true;
 }
 
+/* Before the way to a successor: flags that nobody there wants are kept for what leaves in the cold. */
+static void flags_for(struct gen *g, const struct uop *to)
+{
+    if (gen_flags_dead_at(to))
+        gen_clobber(g);
+    else
+        gen_settle(g);
+}
 EMITTER(jmp_rel)
 {
-    gen_settle(g);
+    flags_for(g, LINKS((struct uop *)u)->taken);
     gen_go(g, u, true, false);
     return g->ended = true;
 }
 EMITTER(jmp_fall)
 {
-    gen_settle(g);
+    flags_for(g, LINKS((struct uop *)u)->next);
     gen_go(g, u, false, false);
     return g->ended = true;
 }
 EMITTER(call_rel)
 {
-    gen_settle(g);
+    flags_for(g, LINKS((struct uop *)u)->taken);
     if (!LINKS((struct uop *)u)->taken) { /* the probe comes before anything is changed */
         gen_add_rip(g, H_RCX, LINKS((struct uop *)u)->delta);
         gen_probe(g);
@@ -148,62 +144,60 @@ void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
         gen_op_imm(g, v.size, test ? 4 : 5, H_RAX, v.size == 1 ? (int16_t)u->imm : v.size == 2 ? (int32_t)u->imm : (int64_t)u->imm);
     }
     if (test) {
-        gen_logic_flags(g, v.size, H_RAX);
-    } else {
         gen_result_flags(g, v.size, H_RAX);
-        gen_store_carries(g, false);
+        gen_store_field(g, FIELD(lf[1]), 0);
+        gen_store_field(g, FIELD(lf[2]), 0);
+    } else {
+        gen_compare_flags(g, v.size, H_RAX);
     }
 }
 
 /* Both ways out of a block, after the host's jump on `cc`. fused: flags are the comparison's, not stored yet. */
-static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool pending, bool keep_cf, bool fused)
+static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused)
 {
     struct uop_links *l = LINKS((struct uop *)u);
+    bool in_host = g->in_host, in_word = g->in_word, in_lazy = g->in_lazy;
     gen_b1(g, 0x0F), gen_b1(g, 0x80 | cc);
     uint8_t *patch = g->p;
     gen_b4(g, 0);
     for (unsigned taken = 0; taken < 2; taken++) {
-        bool dead = fused && gen_flags_dead_at(taken ? l->taken : l->next);
+        bool dead = gen_flags_dead_at(taken ? l->taken : l->next);
         if (taken && !g->failed) {
             uint32_t distance = (uint32_t)(g->p - patch - 4);
             memcpy(patch, &distance, 4);
         }
-        if (pending)
-            gen_store_carries(g, keep_cf);
-        if (fused && !dead)
-            emit_compare_flags(g, u, g->ops[g->uop]);
-        gen_go(g, u, taken, dead);
+        g->in_host = in_host, g->in_word = in_word, g->in_lazy = in_lazy;
+        if (fused) {
+            if (!dead)
+                emit_compare_flags(g, u, g->ops[g->uop]);
+        } else {
+            flags_for(g, taken ? l->taken : l->next);
+        }
+        gen_go(g, u, taken, fused && dead);
     }
     return g->ended = true;
 }
 EMITTER(jcc_rel)
 {
     unsigned cc = v.op;
-    bool pending = false, keep_cf = g->pending_keep_cf;
-    if (host_condition(g, cc)) {
-        pending = g->pending;
-        gen_write_back(g);
-        g->pending = g->host_flags = false;
-    } else {
-        gen_settle(g);
-        gen_write_back(g);
-        if (!stored_condition(g, v.op, &cc))
-            return false;
-    }
-    return two_ways(g, u, cc, pending, keep_cf, false);
+    if (!condition(g, &cc))
+        return false;
+    gen_write_back(g);
+    return two_ways(g, u, cc, false);
 }
 static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm)
 {
     if (!ok_reg(u->r0) || (!imm && !ok_reg(u->r1)) || (imm && v.size == 3 && u->imm != (uint64_t)(int64_t)(int32_t)u->imm))
         return false;
-    gen_settle(g);
     /* Both paths start from the same registers. */
     gen_reg_of(g, u->r0, true);
     if (!imm)
         gen_reg_of(g, u->r1, true);
     gen_write_back(g);
     compare(g, u, v, imm);
-    return two_ways(g, u, v.op & 15, false, false, true);
+    g->in_host = g->in_word = false;
+    g->in_lazy = true; /* or recomputed, by fused stubs */
+    return two_ways(g, u, v.op & 15, true);
 }
 EMITTER(fused_rr) { return fused(g, u, v, false); }
 EMITTER(fused_ri) { return fused(g, u, v, true); }

@@ -29,7 +29,7 @@ EMITTER(mov_ri)
 
 static void rip_access(struct gen *g, const struct uop *u, unsigned size, enum soft_kind kind)
 {
-    gen_settle(g);
+    gen_clobber(g);
     gen_rip_address(g, u, H_RSI);
     gen_tlb(g, 1u << size, kind);
 }
@@ -146,7 +146,7 @@ EMITTER(push64_r)
 {
     if (!ok_reg(u->r1))
         return false;
-    gen_settle(g);
+    gen_clobber(g);
     unsigned h = gen_reg_of(g, RSP * 8, true);
     gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
     gen_tlb(g, 8, ACCESS_WRITE);
@@ -157,7 +157,7 @@ EMITTER(push64_r)
 }
 EMITTER(push64_i)
 {
-    gen_settle(g);
+    gen_clobber(g);
     unsigned h = gen_reg_of(g, RSP * 8, true);
     gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
     gen_tlb(g, 8, ACCESS_WRITE);
@@ -171,7 +171,7 @@ EMITTER(pop64_r)
 {
     if (!ok_reg(u->r0))
         return false;
-    gen_settle(g);
+    gen_clobber(g);
     unsigned h = gen_reg_of(g, RSP * 8, true);
     gen_op_rr(g, 3, 0x8B, H_RSI, h);
     gen_tlb(g, 8, ACCESS_READ);

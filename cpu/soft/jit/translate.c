@@ -50,11 +50,21 @@ static void emit_stubs(struct gen *g, const uop_fn *fns)
             }
             gen_add_rip(g, H_RAX, s->delta);
             gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
-            gen_b1(g, 0xC3);
+            if (s->flags) {
+                gen_mov_imm64(g, H_RSI, s->flags - 1u);
+                gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
+                gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
+            } else {
+                gen_b1(g, 0xC3);
+            }
         } else {
             gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)&g->code[s->uop]);
-            gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)fns[s->uop]);
-            gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
+            gen_mov_imm64(g, s->flags ? H_RCX : H_RAX, (uint64_t)(uintptr_t)fns[s->uop]);
+            if (s->flags) {
+                gen_mov_imm64(g, 8, s->flags - 1u); /* R8, written back by now */
+                gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_resume);
+            }
+            gen_b1(g, 0xFF), gen_b1(g, 0xE0);
         }
     }
 }
@@ -82,8 +92,10 @@ bool host_code_translate(struct host_code *code, struct block *k)
         g->end = g->start + RUN_MAX;
         g->code = k->code;
         g->ops = ops;
+        g->count = last;
         g->stub_count = 0;
-        g->failed = g->ended = g->pending = g->host_flags = false;
+        g->failed = g->ended = g->in_host = g->in_word = false;
+        g->in_lazy = true;
         g->clock = 0;
         gen_forget(g);
         unsigned from = i;

@@ -109,14 +109,7 @@ void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t 
         }
     }
 }
-static void store_zero(struct gen *g, int32_t field)
-{
-    gen_prefix(g, 3, 0, 0, H_RDI);
-    gen_b1(g, 0xC7);
-    gen_memory(g, 0, H_RDI, field);
-    gen_b4(g, 0);
-}
-static void movsx64(struct gen *g, unsigned size, unsigned to, unsigned from)
+void gen_movsx64(struct gen *g, unsigned size, unsigned to, unsigned from)
 {
     if (size == 3)
         gen_op_rr(g, 3, 0x8B, to, from);
@@ -190,6 +183,10 @@ static struct stub *new_stub(struct gen *g)
     struct stub *s = &g->stubs[g->stub_count++];
     memset(s, 0, sizeof *s);
     s->uop = (uint16_t)g->uop;
+    if (!g->in_lazy) {
+        s->flags = (uint8_t)(1 + g->af);
+        g->failed |= !g->in_word;
+    }
     for (unsigned i = 0; i < sizeof pool; i++) {
         unsigned h = pool[i];
         if (g->holds[h] >= 0 && g->dirty[h]) {
@@ -208,51 +205,6 @@ static struct stub *jump_to_stub(struct gen *g, unsigned cc)
     s->at = (uint32_t)(g->p - g->start);
     gen_b4(g, 0);
     return s;
-}
-
-/* ---- flags ---- */
-
-/* lf[0] from the result in a register; keeps the host's flags. */
-void gen_result_flags(struct gen *g, unsigned size, unsigned h)
-{
-    if (size == 3) {
-        gen_op_rm(g, 3, 0x89, h, H_RDI, FIELD(lf[0]));
-    } else {
-        movsx64(g, size, H_RAX, h);
-        gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[0]));
-    }
-}
-/* CF, OF and AF from the host's flags. Uses RAX, RCX, RSI. */
-void gen_store_carries(struct gen *g, bool keep_cf)
-{
-    gen_b1(g, 0x9F);                                    /* lahf */
-    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC1);          /* seto cl */
-    if (keep_cf) {
-        gen_op_rm(g, 3, 0x8B, H_RSI, H_RDI, FIELD(lf[1]));
-        gen_prefix(g, 3, 0, 0, H_RSI), gen_b1(g, 0xC1), gen_b1(g, 0xFE), gen_b1(g, 63); /* sar rsi, 63 */
-    } else {
-        gen_op_rr(g, 3, 0x1B, H_RSI, H_RSI);            /* sbb rsi, rsi */
-    }
-    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC9);          /* movzx ecx, cl */
-    gen_prefix(g, 3, 0, 0, H_RCX), gen_b1(g, 0xC1), gen_b1(g, 0xE1), gen_b1(g, 62); /* shl rcx, 62 */
-    gen_op_rr(g, 3, 0x33, H_RCX, H_RSI);
-    gen_op_rm(g, 3, 0x89, H_RCX, H_RDI, FIELD(lf[1]));
-    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC4);          /* movzx eax, ah */
-    gen_b1(g, 0xD1), gen_b1(g, 0xE8);                       /* shr eax, 1: AF to bit 3 */
-    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[2]));
-}
-/* Before host flags are lost. */
-void gen_settle(struct gen *g)
-{
-    if (g->pending)
-        gen_store_carries(g, g->pending_keep_cf);
-    g->pending = g->host_flags = false;
-}
-void gen_logic_flags(struct gen *g, unsigned size, unsigned h)
-{
-    gen_result_flags(g, size, h);
-    store_zero(g, FIELD(lf[1]));
-    store_zero(g, FIELD(lf[2]));
 }
 
 /* ---- memory ---- */
@@ -291,17 +243,16 @@ void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind)
 }
 void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind)
 {
-    gen_settle(g);
+    gen_clobber(g);
     gen_lea_address(g, u, form, H_RSI, 3);
     gen_tlb(g, 1u << size, kind);
 }
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
 {
-    if (u->imm != (uint64_t)(int64_t)(int32_t)u->imm)
-        gen_settle(g);
     if (u->imm == (uint64_t)(int64_t)(int32_t)u->imm) {
         gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)u->imm);
     } else {
+        gen_clobber(g);
         gen_mov_imm64(g, to, u->imm);
         gen_op_rr(g, 3, 0x03, to, H_RDX);
     }

@@ -12,12 +12,16 @@ enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
 enum { GUESTS = 20, STUBS = 256 };
 #define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
 
+/* Of flags that are not lazy: AF as the host has it, clear, or set. */
+enum af { AF_HOST, AF_CLEAR, AF_SET };
+
 struct stub {
     uint32_t at;               /* of the rel32 that jumps here */
     uint16_t uop;
     uint16_t dirty_count;
     uint8_t leave;             /* not back to the interpreter, but out: c->rip = RDX + delta */
     uint8_t fused;             /* leave: first do the comparison's flags */
+    uint8_t flags;             /* 1 + AF_*: the flags are in the word that LAHF made; 0: lazy */
     int64_t delta;
     struct { uint8_t guest, host; } dirty[10];
 };
@@ -25,15 +29,15 @@ struct gen {
     uint8_t *start, *p, *end;
     struct uop *code;          /* the block's micro-ops, and their operations */
     const uint16_t *ops;
-    unsigned uop;
+    unsigned uop, count;       /* the one under way, and how many there are */
     int8_t where[GUESTS];      /* host register of a guest register, or -1 */
     int8_t holds[16];          /* guest register in a host register, or -1 */
     bool dirty[16];
     uint16_t pinned;
     uint32_t age[16], clock;
-    bool host_flags;           /* the host's flags are the guest's */
-    bool pending;              /* CF, OF and AF of them are not stored yet */
-    bool pending_keep_cf;      /* INC, DEC: CF is the stored one */
+    bool in_host, in_word, in_lazy; /* where the guest's flags are (translate_flags.c) */
+    bool result_lazy;          /* not lazy as a whole, but lf[0] is */
+    uint8_t af;                /* enum af */
     bool failed, ended;        /* no room; the block's last micro-op was translated */
     struct stub stubs[STUBS];
     unsigned stub_count;
@@ -54,13 +58,34 @@ void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t 
 unsigned gen_reg_of(struct gen *g, unsigned offset, bool load);
 void gen_write_back(struct gen *g);
 void gen_forget(struct gen *g);
-/* lf[0] from the result in a register; keeps the host's flags. */
+void gen_movsx64(struct gen *g, unsigned size, unsigned to, unsigned from);
+
+/* ---- translate_flags.c ---- */
+/* The host's flags are the guest's from now on. */
+void gen_new_flags(struct gen *g, enum af af);
+/* lf[0] from the result in a register; keeps the host's flags. Uses RAX. */
 void gen_result_flags(struct gen *g, unsigned size, unsigned h);
-/* CF, OF and AF from the host's flags. Uses RAX, RCX, RSI. */
-void gen_store_carries(struct gen *g, bool keep_cf);
-/* Store pending flags: before host flags are lost. */
+/* mov qword [vCPU + field], v */
+void gen_store_field(struct gen *g, int32_t field, uint32_t v);
+/* The lazy flags of a subtraction: result in a register, the host's flags. Uses RAX, RCX, RSI. */
+void gen_compare_flags(struct gen *g, unsigned size, unsigned h);
+/* The host's flags are about to be lost. Uses RAX. */
+void gen_clobber(struct gen *g);
+/* Make the guest's flags lazy, and the host's free. Uses RAX, RCX, RSI. */
 void gen_settle(struct gen *g);
-void gen_logic_flags(struct gen *g, unsigned size, unsigned h);
+/* Make the host's flags the guest's. False: they are lazy. Uses RAX. */
+bool gen_flags_to_host(struct gen *g);
+/* The guest's CF in the host's, wherever it is. */
+void gen_carry_to_host(struct gen *g);
+/* The guest's CF and OF become the host's OF; its other flags, which are not in the host's, stay. Uses RAX, RCX. */
+void gen_carry_and_overflow(struct gen *g);
+/* lf[1] from the host's flags, of flags that are lazy. Uses RAX, RCX, RSI. */
+void gen_lazy_carries(struct gen *g);
+/* Where a stub goes: the lazy flags from the word, then on with a handler, or out. */
+void host_flags_resume(struct soft_vcpu *c, struct uop *u, uint64_t rip, uop_fn next, uint64_t af);
+void host_flags_leave(struct soft_vcpu *c, uint64_t af);
+
+/* ---- translate_gen.c ---- */
 void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size);
 /* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
 void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind);

@@ -48,7 +48,7 @@ OPERATION(alu_rm, ALU_OPS, 4, 2, 2, alu_rm)
 OPERATION(alu_mr, ALU_OPS, 4, 2, 2, alu_mr)
 OPERATION(alu_mi, ALU_OPS, 4, 2, 2, alu_mi)
 OPERATION(unary_r, UN_OPS, 4, 2, 1, unary_r)
-OPERATION(unary_m, UN_OPS, 4, 2, 2, none)
+OPERATION(unary_m, UN_OPS, 4, 2, 2, unary_m)
 
 /* Shifts, multiplication, division (exec_shift.c): SH_*. By imm (masked, not 0), by CL; size; r0, r1. */
 OPERATION(shift_ri, SH_OPS, 4, 2, 1, shift_ri)
