@@ -82,7 +82,7 @@ static unsigned group(unsigned op) { return op == ALU_CMP ? 5 : alu_group[op]; }
 static unsigned destination(struct gen *g, unsigned op, unsigned a)
 {
     if (modifies(op)) {
-        g->dirty[a] = true;
+        g->r.dirty[a] = true;
         return a;
     }
     gen_op_rr(g, 3, 0x8B, H_RAX, a);
@@ -176,7 +176,7 @@ EMITTER(unary_r)
         return false;
     unsigned h = gen_reg_of(g, u->r0, true);
     bool flags = v.flags && !u->aux;
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     if (flags && v.op < UN_NEG)
         gen_carry_to_host(g);
     unary(g, v, h);
@@ -219,7 +219,7 @@ EMITTER(shift_ri)
         return false;
     unsigned h = gen_reg_of(g, u->r0, true);
     bool rotate = v.op < SH_SHL;
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     if (v.flags && rotate)
         gen_flags_to_host(g); /* all but CF and OF stay */
     shift(g, v, h, (unsigned)u->imm, v.flags);
@@ -249,7 +249,7 @@ EMITTER(imul_rr)
         return false;
     gen_clobber(g);
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, true);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_op_0f_rr(g, v.size, 0xAF, h, from);
     imul_flags(g, u);
     return true;
@@ -260,7 +260,7 @@ EMITTER(imul_rri)
         return false;
     gen_clobber(g);
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, false);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_op_rr(g, v.size, 0x69, h, from);
     gen_b4(g, (uint32_t)u->imm);
     imul_flags(g, u);
@@ -303,7 +303,7 @@ EMITTER(lzcnt)
     gen_prefix(g, 2, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 8);    /* shl */
     gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[2]));
     unsigned h = gen_reg_of(g, u->r0, u->size == 2);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_op_rr(g, u->size == 2 ? 1 : 2, 0x8B, h, H_RCX);
     return true;
 }

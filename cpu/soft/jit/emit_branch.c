@@ -28,7 +28,7 @@ EMITTER(cmov_rr)
     unsigned from = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, u->r0, true);
     if (!condition(g, &cc))
         return false;
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_op_0f_rr(g, v.size, 0x40 | cc, h, from);
     return true;
 }
@@ -40,7 +40,7 @@ EMITTER(setcc_r)
     unsigned h = gen_reg_of(g, u->r0, true);
     if (!condition(g, &cc))
         return false;
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_prefix(g, 2, 0, 0, h), gen_b1(g, 0x0F), gen_b1(g, 0x90 | cc), gen_b1(g, 0xC0 | (h & 7));
     return true;
 }
@@ -78,7 +78,7 @@ EMITTER(call_rel)
     gen_add_rip(g, H_RAX, u->off + u->len);
     gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
     gen_op_imm(g, 3, 5, h, 8);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     if (LINKS((struct uop *)u)->taken) {
         gen_go(g, u, true, false);
     } else {
@@ -101,7 +101,7 @@ EMITTER(ret64)
     gen_op_rm(g, 3, 0x8B, H_RCX, H_RSI, 0);
     gen_probe(g);
     gen_op_imm(g, 3, 0, h, (int64_t)(8 + u->imm));
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_write_back(g);
     gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
     gen_due(g, u, 0, false);
@@ -157,6 +157,7 @@ static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused
 {
     struct uop_links *l = LINKS((struct uop *)u);
     bool in_host = g->in_host, in_word = g->in_word, in_lazy = g->in_lazy;
+    struct registers registers = g->r;
     gen_b1(g, 0x0F), gen_b1(g, 0x80 | cc);
     uint8_t *patch = g->p;
     gen_b4(g, 0);
@@ -167,6 +168,7 @@ static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused
             memcpy(patch, &distance, 4);
         }
         g->in_host = in_host, g->in_word = in_word, g->in_lazy = in_lazy;
+        g->r = registers;
         if (fused) {
             if (!dead)
                 emit_compare_flags(g, u, g->ops[g->uop]);
@@ -177,12 +179,19 @@ static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused
     }
     return g->ended = true;
 }
+/* Before the host's jump: once for both ways, unless one of them leaves registers where they are. */
+static void write_back_both(struct gen *g, const struct uop *u)
+{
+    struct uop_links *l = LINKS((struct uop *)u);
+    if (!gen_in_loop(g, l->taken) && !gen_in_loop(g, l->next))
+        gen_write_back(g);
+}
 EMITTER(jcc_rel)
 {
     unsigned cc = v.op;
     if (!condition(g, &cc))
         return false;
-    gen_write_back(g);
+    write_back_both(g, u);
     return two_ways(g, u, cc, false);
 }
 static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm)
@@ -193,7 +202,7 @@ static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm
     gen_reg_of(g, u->r0, true);
     if (!imm)
         gen_reg_of(g, u->r1, true);
-    gen_write_back(g);
+    write_back_both(g, u);
     compare(g, u, v, imm);
     g->in_host = g->in_word = false;
     g->in_lazy = true; /* or recomputed, by fused stubs */

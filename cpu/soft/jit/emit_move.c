@@ -7,7 +7,7 @@ EMITTER(nop) { return true; }
 static unsigned write_reg(struct gen *g, unsigned offset, bool load)
 {
     unsigned h = gen_reg_of(g, offset, load);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     return h;
 }
 
@@ -152,7 +152,7 @@ EMITTER(push64_r)
     gen_tlb(g, 8, ACCESS_WRITE);
     gen_op_rm(g, 3, 0x89, gen_reg_of(g, u->r1, true), H_RSI, 0);
     gen_op_imm(g, 3, 5, h, 8);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     return true;
 }
 EMITTER(push64_i)
@@ -164,7 +164,7 @@ EMITTER(push64_i)
     gen_mov_imm64(g, H_RAX, u->imm);
     gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
     gen_op_imm(g, 3, 5, h, 8);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     return true;
 }
 EMITTER(pop64_r)
@@ -176,7 +176,7 @@ EMITTER(pop64_r)
     gen_op_rr(g, 3, 0x8B, H_RSI, h);
     gen_tlb(g, 8, ACCESS_READ);
     gen_op_imm(g, 3, 0, h, 8);
-    g->dirty[h] = true;
+    g->r.dirty[h] = true;
     gen_op_rm(g, 3, 0x8B, write_reg(g, u->r0, false), H_RSI, 0);
     return true;
 }

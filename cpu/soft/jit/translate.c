@@ -33,54 +33,107 @@ emitter op_emitter(unsigned op)
 
 /* ---- blocks ---- */
 
-static void emit_stubs(struct gen *g, const uop_fn *fns)
+/* The block's address in RDX, micro-op in RSI, on with its handler. flags: as in a stub. */
+static void to_handler(struct gen *g, struct block *k, unsigned uop, unsigned flags)
+{
+    gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)&k->code[uop]);
+    gen_mov_imm64(g, flags ? H_RCX : H_RAX, (uint64_t)(uintptr_t)op_handler(block_ops(k)[uop]));
+    if (g->bias)
+        gen_add_rip(g, H_RDX, 0);
+    if (flags) {
+        gen_mov_imm64(g, 8, flags - 1u); /* R8, written back by now */
+        gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_resume);
+    }
+    gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
+}
+static void emit_stubs(struct gen *g)
 {
     for (unsigned i = 0; i < g->stub_count && !g->failed; i++) {
         const struct stub *s = &g->stubs[i];
         uint32_t distance = (uint32_t)(g->p - g->start) - s->at - 4;
         memcpy(g->start + s->at, &distance, 4);
+        g->bias = s->bias;
         for (unsigned k = 0; k < s->dirty_count; k++)
             gen_op_rm(g, 3, 0x89, s->dirty[k].host, H_RDI, s->dirty[k].guest * 8);
-        if (s->leave) {
-            if (s->fused) {
-                /* Registers were written back before the comparison: take the operands from there. */
-                gen_forget(g);
-                g->pinned = 0;
-                emit_compare_flags(g, &g->code[s->uop], g->ops[s->uop]);
-            }
-            gen_add_rip(g, H_RAX, s->delta);
-            gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
-            if (s->flags) {
-                gen_mov_imm64(g, H_RSI, s->flags - 1u);
-                gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
-                gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
-            } else {
-                gen_b1(g, 0xC3);
-            }
-        } else {
-            gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)&g->code[s->uop]);
-            gen_mov_imm64(g, s->flags ? H_RCX : H_RAX, (uint64_t)(uintptr_t)fns[s->uop]);
-            if (s->flags) {
-                gen_mov_imm64(g, 8, s->flags - 1u); /* R8, written back by now */
-                gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_resume);
-            }
+        if (!s->leave) {
+            to_handler(g, s->block, s->uop, s->flags);
+            continue;
+        }
+        if (s->fused) {
+            /* Take the operands from where registers were just written back to. */
+            gen_forget(g);
+            g->pinned = 0;
+            emit_compare_flags(g, &s->block->code[s->uop], block_ops(s->block)[s->uop]);
+        }
+        gen_add_rip(g, H_RAX, s->delta);
+        gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
+        if (s->flags) {
+            gen_mov_imm64(g, H_RSI, s->flags - 1u);
+            gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
             gen_b1(g, 0xFF), gen_b1(g, 0xE0);
+        } else {
+            gen_b1(g, 0xC3);
         }
     }
+}
+
+/* Micro-ops of a block that are known, from one on, up to its end or the first that is not; which that is. */
+static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned from)
+{
+    unsigned i = from, last = k->linked ? k->count - 1u : k->count;
+    g->block = k;
+    g->bias = bias;
+    g->code = k->code;
+    g->ops = block_ops(k);
+    g->count = last;
+    g->ended = g->in_host = g->in_word = false;
+    g->in_lazy = true;
+    while (i < last && !g->ended) {
+        emitter emit = op_emitter(g->ops[i]);
+        g->uop = i;
+        g->pinned = 0;
+        if (!emit || !emit(g, &k->code[i], op_variant(g->ops[i])))
+            break;
+        i++;
+    }
+    if (!g->ended) {
+        gen_settle(g);
+        gen_write_back(g);
+        to_handler(g, k, i, 0);
+    }
+    return i;
+}
+
+/* Host code for a run of a block, with the loop that the block begins. Returns as emit_run(). */
+static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned from, bool loop)
+{
+    struct block *next;
+    g->start = g->p = at;
+    g->end = at + RUN_MAX;
+    g->stub_count = g->loop_count = g->label_count = g->jump_count = 0;
+    g->failed = false;
+    g->clock = 0;
+    gen_forget(g);
+    if (loop)
+        gen_find_loop(g, k);
+    if (g->loop_count)
+        g->labels[g->label_count++] = (struct label){k, at, g->r};
+    unsigned end = emit_run(g, k, 0, from);
+    while ((next = gen_loop_next(g)))
+        emit_run(g, next, next->host - k->host, 0);
+    emit_stubs(g);
+    return end;
 }
 
 /* Replace the runs of known micro-ops of a block by host code. True: it did, or there is nothing to do; false: no room. */
 bool host_code_translate(struct host_code *code, struct block *k)
 {
     static __thread struct gen gen;
-    static __thread uop_fn fns[BLOCK_MAX_UOPS + 2];
     struct gen *g = &gen;
     if (!code->base)
         return true;
     const uint16_t *ops = block_ops(k);
     unsigned last = k->linked ? k->count - 1u : k->count;
-    for (unsigned i = 0; i < last; i++)
-        fns[i] = i ? k->code[i].fn : k->first;
     for (unsigned i = 0; i < last;) {
         if (!op_emitter(ops[i])) {
             i++;
@@ -88,33 +141,10 @@ bool host_code_translate(struct host_code *code, struct block *k)
         }
         if (code->used + RUN_MAX > soft_share(HOST_CODE_SIZE, code->shares))
             return false;
-        g->start = g->p = code->base + code->used;
-        g->end = g->start + RUN_MAX;
-        g->code = k->code;
-        g->ops = ops;
-        g->count = last;
-        g->stub_count = 0;
-        g->failed = g->ended = g->in_host = g->in_word = false;
-        g->in_lazy = true;
-        g->clock = 0;
-        gen_forget(g);
         unsigned from = i;
-        while (i < last && !g->ended) {
-            emitter emit = op_emitter(ops[i]);
-            g->uop = i;
-            g->pinned = 0;
-            if (!emit || !emit(g, &k->code[i], op_variant(ops[i])))
-                break;
-            i++;
-        }
-        if (!g->ended) {
-            gen_settle(g);
-            gen_write_back(g);
-            gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)&k->code[i]);
-            gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)fns[i]);
-            gen_b1(g, 0xFF), gen_b1(g, 0xE0);
-        }
-        emit_stubs(g, fns);
+        i = make_run(g, code->base + code->used, k, from, from == 0);
+        if (g->failed && g->label_count)
+            i = make_run(g, code->base + code->used, k, from, false);
         if (!g->failed && i > from) {
             k->code[from].fn = (uop_fn)(uintptr_t)(code->runs + (g->start - code->base));
             code->used += ((size_t)(g->p - g->start) + 15) & ~(size_t)15;

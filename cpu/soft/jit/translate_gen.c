@@ -123,53 +123,53 @@ void gen_movsx64(struct gen *g, unsigned size, unsigned to, unsigned from)
 
 static void save(struct gen *g, unsigned h)
 {
-    gen_op_rm(g, 3, 0x89, h, H_RDI, g->holds[h] * 8);
-    g->dirty[h] = false;
+    gen_op_rm(g, 3, 0x89, h, H_RDI, g->r.holds[h] * 8);
+    g->r.dirty[h] = false;
 }
 static unsigned take(struct gen *g)
 {
     int best = -1;
     for (unsigned i = 0; i < sizeof pool; i++) {
         unsigned h = pool[i];
-        if (g->holds[h] < 0)
+        if (g->r.holds[h] < 0)
             return h;
-        if (!(g->pinned >> h & 1) && (best < 0 || g->age[h] < g->age[best]))
+        if (!(g->pinned >> h & 1) && (best < 0 || g->r.age[h] < g->r.age[best]))
             best = (int)h;
     }
-    if (g->dirty[best])
+    if (g->r.dirty[best])
         save(g, (unsigned)best);
-    g->where[(unsigned)g->holds[best]] = -1;
-    g->holds[best] = -1;
+    g->r.where[(unsigned)g->r.holds[best]] = -1;
+    g->r.holds[best] = -1;
     return (unsigned)best;
 }
 /* The host register of a guest register; loaded unless it is about to be overwritten entirely. */
 unsigned gen_reg_of(struct gen *g, unsigned offset, bool load)
 {
     unsigned guest = offset >> 3;
-    int h = g->where[guest];
+    int h = g->r.where[guest];
     if (h < 0) {
         h = (int)take(g);
-        g->where[guest] = (int8_t)h;
-        g->holds[h] = (int8_t)guest;
-        g->dirty[h] = false;
+        g->r.where[guest] = (int8_t)h;
+        g->r.holds[h] = (int8_t)guest;
+        g->r.dirty[h] = false;
         if (load)
             gen_op_rm(g, 3, 0x8B, (unsigned)h, H_RDI, (int32_t)guest * 8);
     }
     g->pinned |= (uint16_t)(1u << h);
-    g->age[h] = ++g->clock;
+    g->r.age[h] = ++g->clock;
     return (unsigned)h;
 }
 void gen_write_back(struct gen *g)
 {
     for (unsigned i = 0; i < sizeof pool; i++)
-        if (g->holds[pool[i]] >= 0 && g->dirty[pool[i]])
+        if (g->r.holds[pool[i]] >= 0 && g->r.dirty[pool[i]])
             save(g, pool[i]);
 }
 void gen_forget(struct gen *g)
 {
-    memset(g->where, -1, sizeof g->where);
-    memset(g->holds, -1, sizeof g->holds);
-    memset(g->dirty, 0, sizeof g->dirty);
+    memset(g->r.where, -1, sizeof g->r.where);
+    memset(g->r.holds, -1, sizeof g->r.holds);
+    memset(g->r.dirty, 0, sizeof g->r.dirty);
 }
 
 /* ---- leaving in the cold ---- */
@@ -182,6 +182,8 @@ static struct stub *new_stub(struct gen *g)
     }
     struct stub *s = &g->stubs[g->stub_count++];
     memset(s, 0, sizeof *s);
+    s->block = g->block;
+    s->bias = g->bias;
     s->uop = (uint16_t)g->uop;
     if (!g->in_lazy) {
         s->flags = (uint8_t)(1 + g->af);
@@ -189,8 +191,8 @@ static struct stub *new_stub(struct gen *g)
     }
     for (unsigned i = 0; i < sizeof pool; i++) {
         unsigned h = pool[i];
-        if (g->holds[h] >= 0 && g->dirty[h]) {
-            s->dirty[s->dirty_count].guest = (uint8_t)g->holds[h];
+        if (g->r.holds[h] >= 0 && g->r.dirty[h]) {
+            s->dirty[s->dirty_count].guest = (uint8_t)g->r.holds[h];
             s->dirty[s->dirty_count++].host = (uint8_t)h;
         }
     }
@@ -249,29 +251,35 @@ void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size
 }
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
 {
-    if (u->imm == (uint64_t)(int64_t)(int32_t)u->imm) {
-        gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)u->imm);
+    int64_t distance = (int64_t)(u->imm + (uint64_t)g->bias);
+    if (distance == (int32_t)distance) {
+        gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)distance);
     } else {
         gen_clobber(g);
-        gen_mov_imm64(g, to, u->imm);
+        gen_mov_imm64(g, to, (uint64_t)distance);
         gen_op_rr(g, 3, 0x03, to, H_RDX);
     }
 }
 
 /* ---- the ends of a block ---- */
 
-/* Charge the budget, look for attention; out through a stub when due. */
-void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused)
+void gen_budget(struct gen *g, const struct uop *u, int64_t delta, bool fused)
 {
     gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 5, H_RDI, FIELD(budget)), gen_b1(g, u->idx + 1u); /* sub */
     struct stub *s = jump_to_stub(g, 14); /* jle */
     s->leave = 1, s->delta = delta, s->fused = fused;
+}
+/* Charge the budget, look for attention; out through a stub when due. */
+void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused)
+{
+    gen_budget(g, u, delta, fused);
     gen_prefix(g, 2, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(attention)), gen_b1(g, 0); /* cmp */
-    s = jump_to_stub(g, 5);
+    struct stub *s = jump_to_stub(g, 5);
     s->leave = 1, s->delta = delta, s->fused = fused;
 }
 void gen_add_rip(struct gen *g, unsigned to, int64_t delta)
 {
+    delta += g->bias;
     if (delta == (int32_t)delta) {
         gen_op_rm(g, 3, 0x8D, to, H_RDX, (int32_t)delta);
     } else {
@@ -317,6 +325,10 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
     const struct uop_links *l = LINKS((struct uop *)u);
     int64_t delta = taken ? l->delta : u->off + u->len;
     struct uop *to = taken ? l->taken : l->next;
+    if (gen_in_loop(g, to)) {
+        gen_loop_edge(g, u, to, delta, fused);
+        return;
+    }
     gen_write_back(g);
     if (to) {
         gen_due(g, u, delta, fused);
@@ -334,5 +346,5 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
 }
 bool gen_flags_dead_at(const struct uop *to)
 {
-    return to && !((const struct block *)((const char *)to - offsetof(struct block, code)))->flags_in;
+    return to && !gen_block_of(to)->flags_in;
 }

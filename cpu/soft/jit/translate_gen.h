@@ -9,13 +9,15 @@
 #include "soft/ops/operations.h"
 
 enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
-enum { GUESTS = 20, STUBS = 256 };
+enum { GUESTS = 20, STUBS = 512, LABELS = 12, JUMPS = 4 * LABELS };
 #define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
 
 /* Of flags that are not lazy: AF as the host has it, clear, or set. */
 enum af { AF_HOST, AF_CLEAR, AF_SET };
 
 struct stub {
+    struct block *block;       /* whose micro-op it is, */
+    int64_t bias;              /* and how far its start is from the address in RDX */
     uint32_t at;               /* of the rel32 that jumps here */
     uint16_t uop;
     uint16_t dirty_count;
@@ -25,22 +27,40 @@ struct stub {
     int64_t delta;
     struct { uint8_t guest, host; } dirty[10];
 };
-struct gen {
-    uint8_t *start, *p, *end;
-    struct uop *code;          /* the block's micro-ops, and their operations */
-    const uint16_t *ops;
-    unsigned uop, count;       /* the one under way, and how many there are */
+struct registers {
     int8_t where[GUESTS];      /* host register of a guest register, or -1 */
     int8_t holds[16];          /* guest register in a host register, or -1 */
     bool dirty[16];
+    uint32_t age[16];
+};
+/* A block of a loop, as it is entered with registers in host registers (translate_loop.c). */
+struct label {
+    struct block *block;
+    uint8_t *at;               /* NULL: not made yet */
+    struct registers registers;
+};
+struct gen {
+    uint8_t *start, *p, *end;
+    struct block *block;
+    int64_t bias;              /* of its start from the address in RDX */
+    struct uop *code;          /* its micro-ops, and their operations */
+    const uint16_t *ops;
+    unsigned uop, count;       /* the one under way, and how many there are */
+    struct registers r;
     uint16_t pinned;
-    uint32_t age[16], clock;
+    uint32_t clock;
     bool in_host, in_word, in_lazy; /* where the guest's flags are (translate_flags.c) */
     bool result_lazy;          /* not lazy as a whole, but lf[0] is */
     uint8_t af;                /* enum af */
     bool failed, ended;        /* no room; the block's last micro-op was translated */
     struct stub stubs[STUBS];
     unsigned stub_count;
+    struct block *loop[LABELS]; /* blocks that may be joined */
+    unsigned loop_count;
+    struct label labels[LABELS];
+    unsigned label_count;
+    struct { uint8_t *at; uint8_t label; } jumps[JUMPS]; /* rel32 to fill in */
+    unsigned jump_count;
 };
 
 void gen_b1(struct gen *g, unsigned v);
@@ -93,7 +113,24 @@ void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 /* Charge the budget, look for attention; out through a stub when due. */
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
+void gen_budget(struct gen *g, const struct uop *u, int64_t delta, bool fused); /* the budget alone */
 void gen_add_rip(struct gen *g, unsigned to, int64_t delta);
+static inline struct block *gen_block_of(const struct uop *first)
+{
+    return (struct block *)((char *)(uintptr_t)first - offsetof(struct block, code));
+}
+
+/* ---- translate_loop.c ---- */
+/* Find the loop that a block begins: g->loop, without blocks if there is none. */
+void gen_find_loop(struct gen *g, struct block *head);
+/* Whether a block's successor is one of the loop. */
+bool gen_in_loop(const struct gen *g, const struct uop *to);
+/* The way to a successor in the loop: registers stay where they are, or come where it expects them. */
+void gen_loop_edge(struct gen *g, const struct uop *u, struct uop *to, int64_t delta, bool fused);
+/* A block of the loop that is to be made now, at g->p; NULL: none is left, and jumps between them are complete. */
+struct block *gen_loop_next(struct gen *g);
+/* ---- translate_gen.c ---- */
+
 /* RAX: the jump cache's entry for the linear address in a register. */
 void gen_jump_entry(struct gen *g, unsigned address);
 /* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */

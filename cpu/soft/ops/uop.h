@@ -75,6 +75,8 @@ struct block {
     bool flags_in;          /* it may read arithmetic flags that it has not set */
     uint32_t mode;
     bool linked;            /* a struct uop_links is the last of `code` */
+    bool stops;             /* the caller may have a breakpoint at its start */
+    bool in_loop;           /* another block's host code has it, as a part of a loop */
     struct uop code[];      /* behind them block_ops() */
 };
 /* Operations of the micro-ops, for the translator. */

@@ -504,8 +504,9 @@ static struct block *make_block(struct block_cache *b, const struct decoded *d, 
                         .linked = d->links >= 0};
     bind_handlers(k->code, block_ops(k), d);
     k->first = k->code[0].fn;
+    k->stops = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF));
     if (!(mode & MODE_SINGLE))
-        k->code[0].fn = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF)) ? stop_entry : count_entry;
+        k->code[0].fn = k->stops ? stop_entry : count_entry;
     if (k->linked)
         block_links(k)->block = k;
     k->page_next = p->blocks;
