@@ -37,10 +37,11 @@ static bool wanted_lazy(const struct gen *g)
         case FAMILY_fused_rr: case FAMILY_fused_ri: return false;
         case FAMILY_jcc_rel: next = LINKS((struct uop *)u)->next; /* fall through */
         case FAMILY_jmp_rel: case FAMILY_call_rel: taken = LINKS((struct uop *)u)->taken;
-            return (next && !gen_flags_dead_at(next)) || (taken && !gen_flags_dead_at(taken));
+            return (next && gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY) ||
+                   (taken && gen_flags_entry(gen_block_of(taken)) == ENTRY_LAZY);
         case FAMILY_jmp_fall: next = LINKS((struct uop *)u)->next;
-            return next && !gen_flags_dead_at(next);
-        case FAMILY_ret64: return true;
+            return next && gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY;
+        case FAMILY_ret64: return false;
         default:
             if (!op_emitter(g->ops[i]))
                 return true;
@@ -62,18 +63,12 @@ static void set_flags(struct gen *g, enum af af, unsigned size, unsigned h)
         g->in_lazy = true;
     }
 }
-/* No flags are wanted until others are set. */
-static void no_flags(struct gen *g)
-{
-    g->in_host = g->in_word = false;
-    g->in_lazy = true;
-}
 static void alu_flags(struct gen *g, bool wanted, struct variant v, unsigned h)
 {
     if (wanted)
         set_flags(g, logic(v.op) ? AF_CLEAR : AF_HOST, v.size, h);
     else
-        no_flags(g);
+        gen_no_flags(g);
 }
 
 /* r <- r op r/m, or the same on a copy for what only sets flags: the host opcode and group to use. */
@@ -183,7 +178,7 @@ EMITTER(unary_r)
     if (flags && v.op != UN_NOT)
         set_flags(g, AF_HOST, v.size, h);
     else if (v.op == UN_NEG)
-        no_flags(g);
+        gen_no_flags(g);
     return true;
 }
 EMITTER(unary_m)
@@ -197,7 +192,7 @@ EMITTER(unary_m)
     if (v.flags && v.op != UN_NOT)
         set_flags(g, AF_HOST, v.size, H_RAX);
     else if (v.op == UN_NEG)
-        no_flags(g);
+        gen_no_flags(g);
     return true;
 }
 
@@ -224,7 +219,7 @@ EMITTER(shift_ri)
         gen_flags_to_host(g); /* all but CF and OF stay */
     shift(g, v, h, (unsigned)u->imm, v.flags);
     if (!v.flags) {
-        no_flags(g);
+        gen_no_flags(g);
     } else if (!rotate) {
         set_flags(g, AF_SET, v.size, h);
     } else if (g->in_host) {
@@ -239,7 +234,7 @@ EMITTER(shift_ri)
 static void imul_flags(struct gen *g, const struct uop *u)
 {
     if (u->aux)
-        no_flags(g);
+        gen_no_flags(g);
     else
         gen_carry_and_overflow(g);
 }

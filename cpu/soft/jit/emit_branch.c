@@ -45,29 +45,21 @@ EMITTER(setcc_r)
     return true;
 }
 
-/* Before the way to a successor: flags that nobody there wants are kept for what leaves in the cold. */
-static void flags_for(struct gen *g, const struct uop *to)
-{
-    if (gen_flags_dead_at(to))
-        gen_clobber(g);
-    else
-        gen_settle(g);
-}
 EMITTER(jmp_rel)
 {
-    flags_for(g, LINKS((struct uop *)u)->taken);
+    gen_flags_for(g, LINKS((struct uop *)u)->taken);
     gen_go(g, u, true, false);
     return g->ended = true;
 }
 EMITTER(jmp_fall)
 {
-    flags_for(g, LINKS((struct uop *)u)->next);
+    gen_flags_for(g, LINKS((struct uop *)u)->next);
     gen_go(g, u, false, false);
     return g->ended = true;
 }
 EMITTER(call_rel)
 {
-    flags_for(g, LINKS((struct uop *)u)->taken);
+    gen_flags_for(g, LINKS((struct uop *)u)->taken);
     if (!LINKS((struct uop *)u)->taken) { /* the probe comes before anything is changed */
         gen_add_rip(g, H_RCX, LINKS((struct uop *)u)->delta);
         gen_probe(g);
@@ -88,13 +80,13 @@ EMITTER(call_rel)
         gen_add_rip(g, H_RDX, delta);
         gen_jump_entry(g, H_RDX);
         gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-        gen_jump_rsi(g);
+        gen_jump_rsi(g, NULL);
     }
     return g->ended = true;
 }
 EMITTER(ret64)
 {
-    gen_settle(g);
+    gen_flags_for(g, NULL);
     unsigned h = gen_reg_of(g, RSP * 8, true);
     gen_op_rr(g, 3, 0x8B, H_RSI, h);
     gen_tlb(g, 8, ACCESS_READ);
@@ -106,7 +98,7 @@ EMITTER(ret64)
     gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
     gen_due(g, u, 0, false);
     gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-    gen_jump_rsi(g);
+    gen_jump_rsi(g, NULL);
     return g->ended = true;
 }
 
@@ -150,6 +142,7 @@ void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
     } else {
         gen_compare_flags(g, v.size, H_RAX);
     }
+    gen_no_flags(g); /* they are lazy */
 }
 
 /* Both ways out of a block, after the host's jump on `cc`. fused: flags are the comparison's, not stored yet. */
@@ -157,25 +150,27 @@ static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused
 {
     struct uop_links *l = LINKS((struct uop *)u);
     bool in_host = g->in_host, in_word = g->in_word, in_lazy = g->in_lazy;
+    uint8_t af = g->af;
     struct registers registers = g->r;
     gen_b1(g, 0x0F), gen_b1(g, 0x80 | cc);
     uint8_t *patch = g->p;
     gen_b4(g, 0);
     for (unsigned taken = 0; taken < 2; taken++) {
-        bool dead = gen_flags_dead_at(taken ? l->taken : l->next);
+        struct uop *to = taken ? l->taken : l->next;
+        enum flags_entry entry = gen_flags_entry(to ? gen_block_of(to) : NULL);
         if (taken && !g->failed) {
             uint32_t distance = (uint32_t)(g->p - patch - 4);
             memcpy(patch, &distance, 4);
         }
-        g->in_host = in_host, g->in_word = in_word, g->in_lazy = in_lazy;
+        g->in_host = in_host, g->in_word = in_word, g->in_lazy = in_lazy, g->af = af;
         g->r = registers;
-        if (fused) {
-            if (!dead)
-                emit_compare_flags(g, u, g->ops[g->uop]);
-        } else {
-            flags_for(g, taken ? l->taken : l->next);
-        }
-        gen_go(g, u, taken, fused && dead);
+        if (fused && entry == ENTRY_LAZY)
+            emit_compare_flags(g, u, g->ops[g->uop]);
+        else if (fused && entry == ENTRY_DEAD)
+            gen_no_flags(g);
+        else
+            gen_flags_for(g, to);
+        gen_go(g, u, taken, fused && entry == ENTRY_DEAD);
     }
     return g->ended = true;
 }
@@ -204,8 +199,7 @@ static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm
         gen_reg_of(g, u->r1, true);
     write_back_both(g, u);
     compare(g, u, v, imm);
-    g->in_host = g->in_word = false;
-    g->in_lazy = true; /* or recomputed, by fused stubs */
+    gen_new_flags(g, v.op >> 4 == FUSE_TEST ? AF_CLEAR : AF_HOST);
     return two_ways(g, u, v.op & 15, true);
 }
 EMITTER(fused_rr) { return fused(g, u, v, false); }

@@ -34,16 +34,14 @@ emitter op_emitter(unsigned op)
 /* ---- blocks ---- */
 
 /* The block's address in RDX, micro-op in RSI, on with its handler. flags: as in a stub. */
-static void to_handler(struct gen *g, struct block *k, unsigned uop, unsigned flags)
+static void to_handler(struct gen *g, struct block *k, unsigned uop, bool flags)
 {
     gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)&k->code[uop]);
     gen_mov_imm64(g, flags ? H_RCX : H_RAX, (uint64_t)(uintptr_t)op_handler(block_ops(k)[uop]));
     if (g->bias)
         gen_add_rip(g, H_RDX, 0);
-    if (flags) {
-        gen_mov_imm64(g, 8, flags - 1u); /* R8, written back by now */
+    if (flags)
         gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_resume);
-    }
     gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
 }
 static void emit_stubs(struct gen *g)
@@ -68,7 +66,6 @@ static void emit_stubs(struct gen *g)
         gen_add_rip(g, H_RAX, s->delta);
         gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
         if (s->flags) {
-            gen_mov_imm64(g, H_RSI, s->flags - 1u);
             gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
             gen_b1(g, 0xFF), gen_b1(g, 0xE0);
         } else {
@@ -86,8 +83,12 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
     g->code = k->code;
     g->ops = block_ops(k);
     g->count = last;
-    g->ended = g->in_host = g->in_word = false;
-    g->in_lazy = true;
+    g->ended = false;
+    gen_no_flags(g);
+    if (from == 0 && gen_flags_entry(k) == ENTRY_WORD) {
+        g->in_word = g->unknown = true;
+        g->in_lazy = false;
+    }
     while (i < last && !g->ended) {
         emitter emit = op_emitter(g->ops[i]);
         g->uop = i;
@@ -97,15 +98,17 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
         i++;
     }
     if (!g->ended) {
-        gen_settle(g);
+        bool unknown = g->unknown;
+        if (!unknown)
+            gen_settle(g);
         gen_write_back(g);
-        to_handler(g, k, i, 0);
+        to_handler(g, k, i, unknown);
     }
     return i;
 }
 
-/* Host code for a run of a block, with the loop that the block begins. Returns as emit_run(). */
-static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned from, bool loop)
+/* Host code for a run of a block, with the loop that the block begins. Returns as emit_run(); *word: the second entry. */
+static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned from, bool loop, uint8_t **word)
 {
     struct block *next;
     g->start = g->p = at;
@@ -117,7 +120,10 @@ static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned f
     if (loop)
         gen_find_loop(g, k);
     if (g->loop_count)
-        g->labels[g->label_count++] = (struct label){k, at, g->r};
+        g->labels[g->label_count++] = (struct label){k, NULL, g->r};
+    if (from == 0 && gen_flags_entry(k) == ENTRY_WORD)
+        gen_mark_lazy(g);
+    g->labels[0].at = *word = g->p;
     unsigned end = emit_run(g, k, 0, from);
     while ((next = gen_loop_next(g)))
         emit_run(g, next, next->host - k->host, 0);
@@ -142,11 +148,14 @@ bool host_code_translate(struct host_code *code, struct block *k)
         if (code->used + RUN_MAX > soft_share(HOST_CODE_SIZE, code->shares))
             return false;
         unsigned from = i;
-        i = make_run(g, code->base + code->used, k, from, from == 0);
+        uint8_t *word;
+        i = make_run(g, code->base + code->used, k, from, from == 0, &word);
         if (g->failed && g->label_count)
-            i = make_run(g, code->base + code->used, k, from, false);
+            i = make_run(g, code->base + code->used, k, from, false, &word);
         if (!g->failed && i > from) {
             k->code[from].fn = (uop_fn)(uintptr_t)(code->runs + (g->start - code->base));
+            if (from == 0 && gen_flags_entry(k) != ENTRY_LAZY)
+                k->word_fn = (uop_fn)(uintptr_t)(code->runs + (word - code->base));
             code->used += ((size_t)(g->p - g->start) + 15) & ~(size_t)15;
         }
         if (i == from)

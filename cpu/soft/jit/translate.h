@@ -25,6 +25,8 @@ bool host_code_exceeds_rest(const struct host_code *code);
 void host_code_drop(struct host_code *code); /* all translations are dead, and all memory goes back */
 /* False: no room is left. */
 bool host_code_translate(struct host_code *code, struct block *k);
+/* A block's word_fn as long as it is not translated: make flags lazy. */
+void host_flags_enter(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 /* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */
 void host_enter(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 

@@ -186,7 +186,7 @@ static struct stub *new_stub(struct gen *g)
     s->bias = g->bias;
     s->uop = (uint16_t)g->uop;
     if (!g->in_lazy) {
-        s->flags = (uint8_t)(1 + g->af);
+        s->flags = true;
         g->failed |= !g->in_word;
     }
     for (unsigned i = 0; i < sizeof pool; i++) {
@@ -305,9 +305,13 @@ void gen_probe(struct gen *g)
     gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, 0);
     jump_to_stub(g, 5);
 }
-void gen_jump_rsi(struct gen *g)
+/* To a block, the code of which is at RSI; to: the block, or NULL for any. */
+void gen_jump_rsi(struct gen *g, const struct uop *to)
 {
-    gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
+    if (gen_flags_entry(to ? gen_block_of(to) : NULL) == ENTRY_WORD)
+        gen_b1(g, 0xFF), gen_b1(g, 0x66), gen_b1(g, (unsigned)BLOCK_WORD_FN & 0xFF); /* jmp [rsi + disp8] */
+    else
+        gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
 }
 /* The link itself is read every time: it is cleared when its block is invalidated, perhaps by what the block itself did.
  * Then out: the instruction is complete, and a CALL has pushed. */
@@ -334,17 +338,13 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
         gen_due(g, u, delta, fused);
         load_link(g, taken ? &l->taken : &l->next, delta, fused);
         gen_add_rip(g, H_RDX, delta);
-        gen_jump_rsi(g);
+        gen_jump_rsi(g, to);
     } else {
         gen_add_rip(g, H_RCX, delta);
         gen_probe(g);
         gen_due(g, u, delta, fused);
         gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
         gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
-        gen_jump_rsi(g);
+        gen_jump_rsi(g, NULL);
     }
-}
-bool gen_flags_dead_at(const struct uop *to)
-{
-    return to && !gen_block_of(to)->flags_in;
 }

@@ -23,7 +23,7 @@ struct stub {
     uint16_t dirty_count;
     uint8_t leave;             /* not back to the interpreter, but out: c->rip = RDX + delta */
     uint8_t fused;             /* leave: first do the comparison's flags */
-    uint8_t flags;             /* 1 + AF_*: the flags are in the word that LAHF made; 0: lazy */
+    uint8_t flags;             /* they are in the word that LAHF made, not lazy */
     int64_t delta;
     struct { uint8_t guest, host; } dirty[10];
 };
@@ -50,6 +50,7 @@ struct gen {
     uint16_t pinned;
     uint32_t clock;
     bool in_host, in_word, in_lazy; /* where the guest's flags are (translate_flags.c) */
+    bool unknown;              /* in_word: the word may say that they are lazy */
     bool result_lazy;          /* not lazy as a whole, but lf[0] is */
     uint8_t af;                /* enum af */
     bool failed, ended;        /* no room; the block's last micro-op was translated */
@@ -89,6 +90,15 @@ void gen_result_flags(struct gen *g, unsigned size, unsigned h);
 void gen_store_field(struct gen *g, int32_t field, uint32_t v);
 /* The lazy flags of a subtraction: result in a register, the host's flags. Uses RAX, RCX, RSI. */
 void gen_compare_flags(struct gen *g, unsigned size, unsigned h);
+/* Nobody wants flags until others are set. */
+void gen_no_flags(struct gen *g);
+/* Where a block wants flags that it has not set. */
+enum flags_entry { ENTRY_UNKNOWN, ENTRY_DEAD /* nowhere */, ENTRY_WORD /* in the word, marked or not */, ENTRY_LAZY };
+enum flags_entry gen_flags_entry(struct block *b); /* NULL: any block */
+/* Flags where a successor (NULL: any) wants them, and the host's are free. Uses RAX, RCX, RSI. */
+void gen_flags_for(struct gen *g, const struct uop *to);
+/* Flags are lazy, says the word. */
+void gen_mark_lazy(struct gen *g);
 /* The host's flags are about to be lost. Uses RAX. */
 void gen_clobber(struct gen *g);
 /* Make the guest's flags lazy, and the host's free. Uses RAX, RCX, RSI. */
@@ -102,8 +112,8 @@ void gen_carry_and_overflow(struct gen *g);
 /* lf[1] from the host's flags, of flags that are lazy. Uses RAX, RCX, RSI. */
 void gen_lazy_carries(struct gen *g);
 /* Where a stub goes: the lazy flags from the word, then on with a handler, or out. */
-void host_flags_resume(struct soft_vcpu *c, struct uop *u, uint64_t rip, uop_fn next, uint64_t af);
-void host_flags_leave(struct soft_vcpu *c, uint64_t af);
+void host_flags_resume(struct soft_vcpu *c, struct uop *u, uint64_t rip, uop_fn next);
+void host_flags_leave(struct soft_vcpu *c);
 
 /* ---- translate_gen.c ---- */
 void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size);
@@ -135,9 +145,9 @@ struct block *gen_loop_next(struct gen *g);
 void gen_jump_entry(struct gen *g, unsigned address);
 /* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
 void gen_probe(struct gen *g);
-void gen_jump_rsi(struct gen *g);
+void gen_jump_rsi(struct gen *g, const struct uop *to);
 /* To a fixed successor. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
-bool gen_flags_dead_at(const struct uop *to);
+
 
 #endif

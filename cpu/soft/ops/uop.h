@@ -77,8 +77,12 @@ struct block {
     bool linked;            /* a struct uop_links is the last of `code` */
     bool stops;             /* the caller may have a breakpoint at its start */
     bool in_loop;           /* another block's host code has it, as a part of a loop */
+    uint8_t flags_entry;    /* the translator's: where it wants flags that it has not set */
+    uop_fn word_fn;         /* code[0].fn for host code that has flags elsewhere (jit/translate_flags.c) */
     struct uop code[];      /* behind them block_ops() */
 };
+enum { BLOCK_WORD_FN = (int)offsetof(struct block, word_fn) - (int)offsetof(struct block, code) };
+_Static_assert(BLOCK_WORD_FN == -(int)sizeof(uop_fn), "of empty_entry, too");
 /* Operations of the micro-ops, for the translator. */
 static inline uint16_t *block_ops(struct block *k) { return (uint16_t *)(k->code + k->count); }
 /* Of the last micro-op, or NULL. */
@@ -109,7 +113,12 @@ void block_link_next(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 bool block_code_changed(struct soft_vcpu *c);
 
 /* ---- jump.c ---- */
-extern struct uop empty_jump; /* what an empty entry of a jump cache leads to; it enters c->rip */
+/* What an empty entry of a jump cache leads to; it enters c->rip. */
+extern struct empty_entry {
+    uop_fn word_fn; /* as in struct block */
+    struct uop code;
+} empty_entry;
+#define empty_jump empty_entry.code
 /* Code at `linear` into the current table. crosses: the instruction there goes on in the next page. */
 void soft_jump_insert(struct soft_vcpu *c, uint64_t linear, struct uop *code, bool crosses);
 

@@ -501,7 +501,7 @@ static struct block *make_block(struct block_cache *b, const struct decoded *d, 
     struct block *k = allocate(b, sizeof(struct block) + d->count * (sizeof(struct uop) + sizeof(uint16_t)));
     *k = (struct block){.host = host, .host2 = host2, .bytes = (uint16_t)d->bytes, .mode = mode,
                         .insns = (uint8_t)d->insns, .count = (uint16_t)d->count, .flags_in = d->flags_in,
-                        .linked = d->links >= 0};
+                        .linked = d->links >= 0, .word_fn = host_flags_enter};
     bind_handlers(k->code, block_ops(k), d);
     k->first = k->code[0].fn;
     k->stops = stops_at(b, (unsigned)((uintptr_t)host & 0xFFF));

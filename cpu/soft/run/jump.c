@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include "soft/mmu/access.h"
+#include "soft/jit/translate.h"
 
 /* What an empty entry of a jump cache leads to: rip is the address looked for. */
 static HANDLER(jump_miss)
@@ -9,7 +10,8 @@ static HANDLER(jump_miss)
     c->rip = rip;
     return block_enter(c, u, rip);
 }
-struct uop empty_jump = {.fn = jump_miss};
+struct empty_entry empty_entry = {host_flags_enter, {.fn = jump_miss}};
+_Static_assert(offsetof(struct empty_entry, code) + (size_t)0 == (size_t)-BLOCK_WORD_FN, "found from code");
 
 static void jump_clear(struct soft_jump *e)
 {
