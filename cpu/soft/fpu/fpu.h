@@ -167,6 +167,11 @@ static inline unsigned fpu_env_size(uint8_t opcode, bool operand16)
 {
     return (operand16 ? 14u : 28u) + (opcode == 0xDD ? 80u : 0u);
 }
+/* Short paths: false if they do not apply, and then nothing has changed. */
+bool fpu_x87_fast_register(struct x87_context *ctx, unsigned opcode);
+bool fpu_x87_fast_load(struct x87_context *ctx, unsigned opcode);
+bool fpu_x87_fast_store(struct x87_context *ctx, unsigned opcode);
+bool fpu_x87_fast_commit(struct x87_context *ctx);
 /* The bits that exist in the control word; bit 6 reads as one. */
 static inline uint16_t fpu_control_word(uint16_t value) { return (value & 0x1F3F) | 0x40; }
 

@@ -15,12 +15,6 @@ int fpu_x87_load(struct x87_context *ctx, unsigned opcode);
 int fpu_x87_store(struct x87_context *ctx, unsigned opcode); /* FPU_NO_STORE, or 0 and then commit */
 void fpu_x87_store_commit(struct x87_context *ctx);
 
-/* Short paths: false if they do not apply, and then nothing has changed. */
-bool fpu_x87_fast_register(struct x87_context *ctx, unsigned opcode);
-bool fpu_x87_fast_load(struct x87_context *ctx, unsigned opcode);
-bool fpu_x87_fast_store(struct x87_context *ctx, unsigned opcode);
-bool fpu_x87_fast_commit(struct x87_context *ctx);
-
 /* Results that do not depend on the host (x87_math.c): false if they do not apply, and then nothing has changed. */
 bool fpu_x87_math_register(struct x87_context *ctx, unsigned opcode);
 bool fpu_x87_math_load(struct x87_context *ctx, unsigned opcode);

@@ -243,7 +243,12 @@ HANDLER(vec_rr)
 
 /* ---- x87 ---- r0: opcode, r1: ModRM, size: of the memory operand, aux: 16-bit operand size, base: memory operand */
 
-HELPER(h_x87)
+static inline void set_pointers(struct soft_vcpu *c, const struct uop *u, uint64_t at)
+{
+    fpu_set_pointers(&c->fpu, u->r0, u->r1, c->seg[SEG_CS].selector, c->rip, u->base, c->seg[u->seg].selector,
+                     u->base ? at - (!c->code64 || u->seg >= SEG_FS ? c->seg[u->seg].base : 0) : 0);
+}
+static __attribute__((noinline)) void x87_exact(struct soft_vcpu *c, struct uop *u)
 {
     const struct x87_op *op = u[1].ptr;
     struct fpu *f = &c->fpu;
@@ -294,8 +299,36 @@ HELPER(h_x87)
     default: op->fn(&ctx); break;
     }
     if (op->pointers)
-        fpu_set_pointers(f, u->r0, u->r1, c->seg[SEG_CS].selector, c->rip, u->base, c->seg[u->seg].selector,
-                         u->base ? at - (!c->code64 || u->seg >= SEG_FS ? c->seg[u->seg].base : 0) : 0);
+        set_pointers(c, u, at);
+}
+/* What is frequent, in place, where its memory operand is RAM and nothing is pending. */
+HELPER(h_x87)
+{
+    const struct x87_op *op = u[1].ptr;
+    struct x87_context ctx; /* not initialised as a whole: scratch is large */
+    uint64_t at = c->tmp[0];
+    bool done = false;
+    ctx.fpu = &c->fpu;
+    ctx.modrm = u->r1;
+    if (SOFT_LIKELY(op->pointers && !fpu_pending(&c->fpu))) {
+        switch (op->form) {
+        case X87_REG: done = fpu_x87_fast_register(&ctx, u->r0 & 7); break;
+        case X87_FLAGS:
+            if ((done = fpu_x87_fast_register(&ctx, u->r0 & 7)))
+                flags_set_arith(c, ctx.flags);
+            break;
+        case X87_LOAD: done = tlb_hit(c, at, u->size, ACCESS_READ, &ctx.mem) && fpu_x87_fast_load(&ctx, u->r0 & 7); break;
+        case X87_STORE:
+            if ((done = tlb_hit(c, at, u->size, ACCESS_WRITE, &ctx.mem) && fpu_x87_fast_store(&ctx, u->r0 & 7)))
+                fpu_x87_fast_commit(&ctx);
+            break;
+        default: break;
+        }
+    }
+    if (SOFT_LIKELY(done))
+        set_pointers(c, u, at);
+    else
+        x87_exact(c, u);
 }
 
 /* ---- state ---- */

@@ -41,7 +41,7 @@ static bool wanted_lazy(const struct gen *g)
                    (taken && gen_flags_entry(gen_block_of(taken)) == ENTRY_LAZY);
         case FAMILY_jmp_fall: next = LINKS((struct uop *)u)->next;
             return next && gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY;
-        case FAMILY_ret64: return false;
+        case FAMILY_ret64: case FAMILY_jmp_r: case FAMILY_call_r: return false;
         default:
             if (!op_emitter(g->ops[i]))
                 return true;

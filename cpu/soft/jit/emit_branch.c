@@ -102,6 +102,43 @@ EMITTER(ret64)
     return g->ended = true;
 }
 
+EMITTER(jmp_r)
+{
+    if (!ok_reg(u->r1))
+        return false;
+    gen_flags_for(g, NULL);
+    gen_op_rr(g, 3, 0x8B, H_RCX, gen_reg_of(g, u->r1, true));
+    gen_probe(g);
+    gen_write_back(g);
+    gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
+    gen_due(g, u, 0, false);
+    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+    gen_jump_rsi(g, NULL);
+    return g->ended = true;
+}
+EMITTER(call_r)
+{
+    if (!ok_reg(u->r1))
+        return false;
+    gen_flags_for(g, NULL);
+    unsigned target = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, RSP * 8, true);
+    gen_op_rr(g, 3, 0x8B, H_RCX, target);
+    gen_probe(g);
+    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
+    gen_tlb(g, 8, ACCESS_WRITE);
+    gen_add_rip(g, H_RAX, u->off + u->len);
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
+    gen_op_rr(g, 3, 0x8B, H_RDX, target); /* CALL RSP goes to the old one */
+    gen_op_imm(g, 3, 5, h, 8);
+    g->r.dirty[h] = true;
+    gen_write_back(g);
+    gen_due(g, u, 0, false);
+    gen_jump_entry(g, H_RDX);
+    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+    gen_jump_rsi(g, NULL);
+    return g->ended = true;
+}
+
 /* The comparison of a fused micro-op: host flags, and nothing else changed. */
 static void compare(struct gen *g, const struct uop *u, struct variant v, bool imm)
 {

@@ -110,8 +110,11 @@ EMITTER(lea_r)
 {
     if (!ok_reg(u->r0) || v.size < 2)
         return false;
-    gen_lea_address(g, u, v.form, H_RSI, v.size);
-    gen_op_rr(g, 3, 0x8B, write_reg(g, u->r0, false), H_RSI);
+    if (u->base != OFF_ZERO) /* before a register is taken for the result: it may be the same */
+        gen_reg_of(g, u->base, true);
+    if (v.form && u->index != OFF_ZERO)
+        gen_reg_of(g, u->index, true);
+    gen_lea_address(g, u, v.form, write_reg(g, u->r0, false), v.size);
     return true;
 }
 EMITTER(lea_rip)
@@ -139,6 +142,32 @@ EMITTER(ea_bi)
 EMITTER(ea_rip)
 {
     gen_rip_address(g, u, H_RSI);
+    return address_to_t0(g);
+}
+
+/* RSI: plus the base of a segment. */
+static void add_base(struct gen *g, const struct uop *u)
+{
+    gen_op_rm(g, 3, 0x8B, H_RAX, H_RDI, FIELD(seg) + (int32_t)(u->seg * sizeof(struct soft_seg) + offsetof(struct soft_seg, base)));
+    gen_prefix(g, 3, 0, 0, 0), gen_b1(g, 0x8D), gen_b1(g, 0x34), gen_b1(g, 0x06); /* lea rsi, [rsi + rax] */
+}
+EMITTER(ea_seg)
+{
+    gen_lea_address(g, u, 1, H_RSI, 3);
+    add_base(g, u);
+    return address_to_t0(g);
+}
+EMITTER(ea_a64_rip)
+{
+    gen_rip_address(g, u, H_RSI);
+    add_base(g, u);
+    return address_to_t0(g);
+}
+EMITTER(ea_abs)
+{
+    gen_mov_imm64(g, H_RSI, u->imm);
+    if (u->aux)
+        add_base(g, u);
     return address_to_t0(g);
 }
 
@@ -189,3 +218,31 @@ static bool swap_bytes(struct gen *g, const struct uop *u, unsigned size)
 }
 EMITTER(bswap32) { return swap_bytes(g, u, 2); }
 EMITTER(bswap64) { return swap_bytes(g, u, 3); }
+
+EMITTER(xchg_rr)
+{
+    if (v.size < 2 || !ok_reg(u->r0) || !ok_reg(u->r1))
+        return false;
+    unsigned a = write_reg(g, u->r0, true), b = write_reg(g, u->r1, true);
+    gen_op_rr(g, v.size, 0x8B, H_RAX, a);
+    gen_op_rr(g, v.size, 0x8B, a, b);
+    gen_op_rr(g, v.size, 0x8B, b, H_RAX);
+    return true;
+}
+EMITTER(cdqe)
+{
+    unsigned h = write_reg(g, RAX * 8, true);
+    gen_op_rr(g, 3, 0x63, h, h);
+    return true;
+}
+/* RDX: the sign of RAX. */
+static bool sign_to_rdx(struct gen *g, unsigned size)
+{
+    gen_clobber(g);
+    unsigned from = gen_reg_of(g, RAX * 8, true), h = write_reg(g, RDX * 8, false);
+    gen_op_rr(g, size, 0x8B, h, from);
+    gen_prefix(g, size, 0, 0, h), gen_b1(g, 0xC1), gen_b1(g, 0xF8 | (h & 7)), gen_b1(g, (8u << size) - 1); /* sar */
+    return true;
+}
+EMITTER(cdq) { return sign_to_rdx(g, 2); }
+EMITTER(cqo) { return sign_to_rdx(g, 3); }

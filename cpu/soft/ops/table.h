@@ -83,11 +83,11 @@ SINGLE(lea_mask, none)     /* imm: address mask; size */
 SINGLE(ea_bd, ea_bd)       /* these, and no others, set tmp[0] */
 SINGLE(ea_bi, ea_bi)
 SINGLE(ea_rip, ea_rip)
-SINGLE(ea_seg, none)
-SINGLE(ea_abs, none)
+SINGLE(ea_seg, ea_seg)
+SINGLE(ea_abs, ea_abs)
 SINGLE(ea_a32, none)
 SINGLE(ea_a32_rip, none)
-SINGLE(ea_a64_rip, none)
+SINGLE(ea_a64_rip, ea_a64_rip)
 SINGLE(ea_legacy, none)
 SINGLE(rmw_load, none)     /* size: probe [tmp0] for writing, load it to tmp1 */
 SINGLE(rmw_store, none)    /* size: tmp1 to [tmp0] */
@@ -95,7 +95,7 @@ SINGLE(push64_r, push64_r)
 SINGLE(push64_i, push64_i)
 SINGLE(pop64_r, pop64_r)
 SINGLE(leave64, none)
-OPERATION(xchg_rr, 1, 4, 1, 1, none)
+OPERATION(xchg_rr, 1, 4, 1, 1, xchg_rr)
 OPERATION(cmov_rr, 16, 4, 1, 1, cmov_rr)  /* operators: conditions; 16, 32, 64 bits */
 OPERATION(setcc_r, 16, 1, 1, 1, setcc_r)
 SINGLE(bswap16, none)
@@ -106,10 +106,10 @@ SINGLE(movbe32, none)
 SINGLE(movbe64, none)
 SINGLE(cbw, none)
 SINGLE(cwde, none)
-SINGLE(cdqe, none)
+SINGLE(cdqe, cdqe)
 SINGLE(cwd, none)
-SINGLE(cdq, none)
-SINGLE(cqo, none)
+SINGLE(cdq, cdq)
+SINGLE(cqo, cqo)
 SINGLE(fence, none)
 SINGLE(nop, nop)
 
@@ -118,8 +118,8 @@ SINGLE(jmp_rel, jmp_rel)   /* linked */
 SINGLE(jmp_fall, jmp_fall) /* the block is full; idx: its last instruction's */
 SINGLE(call_rel, call_rel)
 SINGLE(ret64, ret64)       /* imm: bytes to pop besides the address */
-SINGLE(jmp_r, none)        /* r1 */
-SINGLE(call_r, none)
+SINGLE(jmp_r, jmp_r)       /* r1 */
+SINGLE(call_r, call_r)
 OPERATION(jcc_rel, 16, 1, 1, 1, jcc_rel)
 OPERATION(fused_rr, FUSE_OPS * 16, 4, 1, 1, fused_rr)
 OPERATION(fused_ri, FUSE_OPS * 16, 4, 1, 1, fused_ri)
