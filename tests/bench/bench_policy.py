@@ -1,7 +1,7 @@
 """iperf3 through user networking with a policy and without, both ways: one machine, which gets and loses it by turns.
 
 Two machines of one image and core differ from each other by more than a policy costs. BENCH_POLICY_LAPS (6) turns of
-BENCH_POLICY_MIB (2048) each way; shown are the medians and the median of the turns' ratios, of the rate and of the
+BENCH_POLICY_SECONDS (3) each way; shown are the medians and the median of the turns' ratios, of the rate and of the
 bytes that a second of processor time moved (this process with the guest in it, and passt). A private switch is measured
 beside it: one machine sends to another. passt and iperf3's server are in network namespaces, so this needs root, passt,
 iperf3 and the image linux; the switch needs iperf3 and the image alone.
@@ -26,7 +26,7 @@ from tests.support.passt import FAR
 from vmm.config import Net
 
 LAPS = int(os.environ.get("BENCH_POLICY_LAPS", "6"))
-MIB = int(os.environ.get("BENCH_POLICY_MIB", "2048"))
+SECONDS = int(os.environ.get("BENCH_POLICY_SECONDS", "3"))
 POLICIES = {"open": "", "allowed": f"{FAR}:5201+example.org:443+*.example.net+10.0.0.0/9+192.0.2.0/24:22"}
 WAYS = {"the guest sends": "", "the guest receives": "-R"}
 Turn = tuple[float, float]
@@ -69,7 +69,7 @@ async def _policy() -> dict[tuple[str, str], list[Turn]]:
             for name in sorted(POLICIES, reverse=bool(lap % 2)):
                 await vm.set(nets={"net0": {"allow": POLICIES[name]}})
                 for way, option in WAYS.items():
-                    command = f"{call} -c {FAR} -n {MIB}M {option} -J"
+                    command = f"{call} -c {FAR} -t {SECONDS} {option} -J"
                     turn = await _turn(vm, command, os.getpid(), _passt_of(vm))
                     found.setdefault((way, name), []).append(turn)
     return found
@@ -85,7 +85,7 @@ async def _switch() -> list[Turn]:
             await vm.exec("sh", "-c", script, timeout=300, check=True)
         serve, call = await install(other, "iperf3"), await install(one, "iperf3")
         await other.exec("sh", "-c", f"{serve} -s -D", timeout=300, check=True)
-        return [await _turn(one, f"{call} -c 10.77.0.2 -n {MIB}M -J", os.getpid()) for _ in range(LAPS)]
+        return [await _turn(one, f"{call} -c 10.77.0.2 -t {SECONDS} -J", os.getpid()) for _ in range(LAPS)]
 
 
 def rows() -> Iterator[dict[str, object]]:
