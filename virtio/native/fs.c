@@ -221,7 +221,7 @@ static PyObject *fs_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->pool.event = -1;
     int error = fs_pool_open(&self->pool, &self->fs);
     if (!error) {
-        int own = dup(root);
+        int own = fcntl(root, F_DUPFD_CLOEXEC, 3);
         error = own < 0 ? errno : nodes_open(&self->fs, own);
     }
     if (error) {

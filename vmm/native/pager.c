@@ -403,7 +403,9 @@ static bool take_orders(struct pager *p)
     size_t queued = p->queued;
     p->queue = NULL;
     p->queued = p->room = 0;
-    p->detach = p->has_next = false;
+    p->detach = false;
+    if (!stop)
+        p->has_next = false; /* else free_all() closes it */
     pthread_mutex_unlock(&p->lock);
     if (stop)
         return free(queue), false;

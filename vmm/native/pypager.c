@@ -2,6 +2,7 @@
 #include "native.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -126,7 +127,7 @@ static PyObject *pager_py_attach(PagerObject *self, PyObject *argument)
     int fd = PyObject_AsFileDescriptor(argument);
     if (fd < 0 || !is_open(self))
         return NULL;
-    fd = dup(fd);
+    fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     int error = fd < 0 ? errno : pager_attach(self->pager, fd);
     if (error)
         return raise(error);
