@@ -96,8 +96,26 @@ static unsigned put_instruction(uint8_t *p)
     unsigned n = 0;
     while (below(4) == 0 && n < 3)
         p[n++] = prefixes[below(sizeof prefixes)];
-    if (below(3) == 0)
+    bool vex = below(6) == 0;
+    if (below(3) == 0 && !vex)
         p[n++] = (uint8_t)(0x40 | below(16));
+    if (vex) {
+        unsigned map = 1 + below(3);
+        if (map == 1 && below(2)) {
+            p[n++] = 0xC5;
+        } else {
+            p[n++] = 0xC4;
+            p[n++] = (uint8_t)(0xE0 | map); /* in 32-bit code that is no LES */
+            if (below(2))
+                p[n - 1] ^= (uint8_t)(below(8) << 5);
+        }
+        p[n++] = (uint8_t)(below(2) ? rnd() : 0x78 | (rnd() & 0x87)); /* half of them without VEX.vvvv */
+        p[n++] = (uint8_t)rnd();
+        n += put_modrm(p + n, false);
+        if (map == 3 || below(4) == 0)
+            p[n++] = (uint8_t)rnd();
+        return n;
+    }
     switch (below(8)) {
     case 0: case 1: case 2:
         p[n++] = 0x0F;
@@ -303,6 +321,12 @@ static void build_state(struct soft_vm *vm, enum mode mode)
     s.apic_base = 0xFEE00900;
     if (below(4) == 0)
         r.rflags |= below(2) ? 0x200 : 0x100;
+    if (below(4)) { /* YMM registers, where this host has them */
+        struct kvm_xcrs xcrs = { .nr_xcrs = 1 };
+        xcrs.xcrs[0].value = soft_supported_xcr0();
+        soft_vcpu_set(vm, 0, SOFT_STATE_XCRS, &xcrs, sizeof xcrs);
+        s.cr4 |= 0x40000;
+    }
     soft_vcpu_set(vm, 0, SOFT_STATE_SREGS, &s, sizeof s);
     soft_vcpu_set(vm, 0, SOFT_STATE_REGS, &r, sizeof r);
     soft_vcpu_set(vm, 0, SOFT_STATE_SREGS, &s, sizeof s);
@@ -313,9 +337,9 @@ static void build_state(struct soft_vm *vm, enum mode mode)
     if (below(4) == 0) {
         uint8_t area[4096] __attribute__((aligned(64)));
         soft_vcpu_get(vm, 0, SOFT_STATE_XSAVE, area, sizeof area);
-        for (unsigned i = 32; i < 416; i++)
-            area[i] = (uint8_t)rnd();
-        area[512] = 3;
+        for (unsigned i = 32; i < 832; i++)
+            area[i] = i < 416 || i >= 576 ? (uint8_t)rnd() : area[i];
+        area[512] = 7;
         soft_vcpu_set(vm, 0, SOFT_STATE_XSAVE, area, sizeof area);
     }
     struct kvm_debugregs d = { .dr6 = 0xFFFF0FF0, .dr7 = 0x400 };

@@ -88,6 +88,39 @@ static void decode_gather(struct dec *d, const struct avx_op *op, unsigned vvvv,
     u->scale = sib >> 6;
 }
 
+/* One of those that have handlers of their own. */
+static bool decode_fast(struct dec *d, const struct avx_op *op, unsigned vvvv, bool l, uint8_t imm, unsigned size)
+{
+    bool computes = (op->form == AVX_R_VM || op->form == AVX_R_M) && op->imm != AVX_IS4;
+    struct uop *u;
+    if (op->form == AVX_ZERO && !l && d->c64) {
+        emit_pure(d, OP_avx_zero_upper);
+        return true;
+    }
+    if (!d->mem && (computes || (op->form == AVX_G_M && op->when == AVX_REG_ONLY))) {
+        u = (op->real == AVX_NO_FLOAT ? emit_pure : emit)(d, computes ? OP_avx_rr : OP_avx_mask);
+        u->r1 = d->rm;
+        u->base = (uint8_t)vvvv;
+        u->scale = l && op->l != AVX_LIG;
+        u->aux = imm;
+    } else if (d->mem && (size == 16 || size == 32) && op->mem == AVX_FULL &&
+               (computes || op->form == AVX_LOAD || op->form == AVX_STORE)) {
+        int form = address_form(d, size, op->form == AVX_STORE);
+        u = emit(d, computes                 ? OP_FORMED(avx_rm, 0, form)
+                    : op->form == AVX_LOAD ? OP_FORMED(avx_load, 0, form)
+                                           : OP_FORMED(avx_store, 0, form));
+        operand(d, u);
+        u->r1 = (uint8_t)vvvv;
+        u->aux = computes ? imm : op->aligned ? (uint8_t)(size - 1) : 0;
+        u->size = (uint8_t)size;
+    } else {
+        return false;
+    }
+    u->r0 = d->reg;
+    u->ptr = op;
+    return true;
+}
+
 static bool decode_vector_vex(struct dec *d, unsigned map, unsigned vvvv, bool l, bool wide)
 {
     if (!dec_has(d, VEC_AVX))
@@ -108,6 +141,8 @@ static bool decode_vector_vex(struct dec *d, unsigned map, unsigned vvvv, bool l
     uint8_t imm = op->imm != AVX_NO_IMM ? dec_u8(d) : 0;
     vex_check(d, true);
     unsigned size = no_modrm ? 0 : avx_memory_size(op, l);
+    if (decode_fast(d, op, vvvv, l, imm, size))
+        return true;
     struct uop *u;
     switch (op->form) {
     case AVX_GATHER: decode_gather(d, op, vvvv, l); return true;

@@ -54,8 +54,32 @@ __asm__(".pushsection .text\n"
         " vzeroupper\n"
         " ret\n"
         ".size avx_call, . - avx_call\n"
+        /* avx_call_rr(stub, reg, vvvv, rm): registers by the address of their lower halves; the upper halves lie 256 bytes
+         * behind. The result is rax. avx_call_rm: rm is the address of 32 or, avx_call_rm16, of 16 bytes. */
+        ".macro avx_begin name\n"
+        ".type \\name, @function\n"
+        "\\name:\n"
+        " vmovdqa (%rsi), %xmm0\n"
+        " vinsertf128 $1, 256(%rsi), %ymm0, %ymm0\n"
+        " vmovdqa (%rdx), %xmm1\n"
+        " vinsertf128 $1, 256(%rdx), %ymm1, %ymm1\n"
+        ".endm\n"
+        ".macro avx_end name\n"
+        " call *%rdi\n"
+        " vmovdqa %xmm0, (%rsi)\n"
+        " vextractf128 $1, %ymm0, 256(%rsi)\n"
+        " vzeroupper\n"
+        " ret\n"
+        ".size \\name, . - \\name\n"
+        ".endm\n"
+        "avx_begin avx_call_rr\n vmovdqa (%rcx), %xmm2\n vinsertf128 $1, 256(%rcx), %ymm2, %ymm2\n avx_end avx_call_rr\n"
+        "avx_begin avx_call_rm\n vmovdqu (%rcx), %ymm2\n avx_end avx_call_rm\n"
+        "avx_begin avx_call_rm16\n vmovdqu (%rcx), %xmm2\n avx_end avx_call_rm16\n"
+        ".globl avx_call_rr, avx_call_rm, avx_call_rm16\n"
+        ".hidden avx_call_rr, avx_call_rm, avx_call_rm16\n"
         ".popsection");
 _Static_assert(AVX_R_VM == 0 && AVX_R_VG == 3 && AVX_M_R == 6 && AVX_L256 == 1 && AVX_LBOTH == 2 && AVX_IMM == 1 && AVX_IS4 == 2, "as avx_stubs has them");
+_Static_assert(offsetof(struct fpu, high) == offsetof(struct fpu, xmm) + 256, "as avx_begin has them");
 _Static_assert(offsetof(struct avx_values, gpr_reg) == 128 && offsetof(struct avx_values, flags) == 144, "as avx_call has them");
 void avx_call(const uint8_t *stub, struct avx_values *v) __attribute__((visibility("hidden")));
 
@@ -190,15 +214,16 @@ static bool tiny(const struct avx_op *op, const union ymm *v)
     }
 }
 
+const uint8_t *avx_stub_of(const struct avx_op *op, bool l, uint8_t imm)
+{
+    unsigned each = op->imm == AVX_IMM ? 256 * 8 : 8;
+    return op->stub + (l && op->l == AVX_LBOTH ? each : 0) + (op->imm == AVX_IMM ? imm * 8u : 0);
+}
+
 bool avx_compute(struct fpu *f, const struct avx_op *op, bool l, uint8_t imm, struct avx_values *v)
 {
-    const uint8_t *stub = op->stub;
-    unsigned each = op->imm == AVX_IMM ? 256 * 8 : 8;
-    if (op->form == AVX_V_M) { /* mem: the opcode of the form whose count is a register */
-        stub = operations[by_opcode[op->map][op->prefix][op->mem] - 1].stub;
-        each = 8;
-    }
-    stub += (l && op->l == AVX_LBOTH ? each : 0) + (op->stub && op->imm == AVX_IMM ? imm * 8u : 0);
+    bool shift = op->form == AVX_V_M; /* mem: the opcode of the form whose count is a register */
+    const uint8_t *stub = avx_stub_of(shift ? &operations[by_opcode[op->map][op->prefix][op->mem] - 1] : op, l, imm);
     if (op->real == AVX_NO_FLOAT) {
         avx_call(stub, v);
         return false;

@@ -73,6 +73,13 @@ bool avx_uses_vvvv(const struct avx_op *op, bool reg_form);
 /* Computes: true if an unmasked exception was raised. reg is then as it was. */
 bool avx_compute(struct fpu *f, const struct avx_op *op, bool l, uint8_t imm, struct avx_values *v);
 
+/* The stub itself, and calls of it that nothing is to be done around: integers, or floating point while flags gather in the
+ * host's MXCSR. Registers by the address of their struct fpu.xmm; the result is what a general register gets. */
+const uint8_t *avx_stub_of(const struct avx_op *op, bool l, uint8_t imm);
+uint64_t avx_call_rr(const uint8_t *stub, union xmm *reg, const union xmm *vvvv, const union xmm *rm);
+uint64_t avx_call_rm(const uint8_t *stub, union xmm *reg, const union xmm *vvvv, const void *rm);
+uint64_t avx_call_rm16(const uint8_t *stub, union xmm *reg, const union xmm *vvvv, const void *rm);
+
 static inline void avx_get(const struct fpu *f, unsigned n, union ymm *to)
 {
     to->half[0] = f->xmm[n];

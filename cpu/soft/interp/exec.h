@@ -20,6 +20,7 @@ extern const uop_fn movzx_rr[3], movsx_rr[3][4], movzx_rm[3][2], movsx_rm[3][4][
 extern const uop_fn lea_r[4][2], xchg_rr[4], cmov_rr[16][4], setcc_r[16];
 /* exec_branch.c */
 extern const uop_fn jcc_rel[16], fused_rr[FUSE_OPS][16][4], fused_ri[FUSE_OPS][16][4]; /* NULL: not fused */
+extern const uop_fn avx_rm[2], avx_load[2], avx_store[2]; /* exec_avx.c */
 /* exec_vec.c: of frequent operations, else NULL */
 extern uop_fn vec_fast[FPU_VECTOR_OPS][4];
 

@@ -363,3 +363,144 @@ HELPER(h_avx_move)
     default: soft_raise(c, VEC_UD);
     }
 }
+
+/* ---- the frequent ones, without the detour ---- aux: the immediate, or of moves which bits of the address must be 0; ptr: the operation. Of memory, r1 is VEX.vvvv, the address is
+ * as in exec.h, and the size says the length. */
+
+static inline bool is_ready(const struct soft_vcpu *c, const struct avx_op *op) { return op->real == AVX_NO_FLOAT || c->fpu.mxcsr_lazy; }
+
+static __attribute__((noinline)) bool general(struct soft_vcpu *c, unsigned reg, unsigned vvvv, const union ymm *rm, const struct uop *u, bool l)
+{
+    struct avx_values v = {.rm = *rm};
+    avx_get(&c->fpu, reg, &v.reg);
+    avx_get(&c->fpu, vvvv, &v.vvvv);
+    bool raised = avx_compute(&c->fpu, u->ptr, l, u->aux, &v);
+    if (!raised)
+        avx_put(&c->fpu, reg, &v.reg);
+    return raised;
+}
+static __attribute__((noinline)) void general_rr(struct soft_vcpu *c, const struct uop *u)
+{
+    union ymm rm;
+    avx_get(&c->fpu, u->r1, &rm);
+    if (general(c, u->r0, u->base, &rm, u, u->scale))
+        raise_simd(c);
+}
+static __attribute__((noinline)) void general_rm(struct soft_vcpu *c, const struct uop *u)
+{
+    union ymm rm = {.q = {0}};
+    soft_load_bytes(c, EA_BI, &rm, u->size);
+    if (general(c, u->r0, u->r1, &rm, u, u->size == 32))
+        raise_simd(c);
+}
+static SLOW_HANDLER(avx_slow_rr)
+{
+    SYNC();
+    general_rr(c, u);
+    UNSYNC();
+    NEXT;
+}
+static SLOW_HANDLER(avx_slow_rm)
+{
+    SYNC();
+    general_rm(c, u);
+    UNSYNC();
+    NEXT;
+}
+HANDLER(avx_rr)
+{
+    const struct avx_op *op = u->ptr;
+    if (SOFT_UNLIKELY(!is_ready(c, op)))
+        return avx_slow_rr(c, u, rip);
+    avx_call_rr(avx_stub_of(op, u->scale, u->aux), &c->fpu.xmm[u->r0], &c->fpu.xmm[u->base], &c->fpu.xmm[u->r1]);
+    NEXT;
+}
+/* VPMOVMSKB, VMOVMSKPS, VMOVMSKPD: into a general register. */
+HANDLER(avx_mask)
+{
+    union xmm *from = &c->fpu.xmm[u->r1]; /* the stub changes no vector register: this is written as it was */
+    REG64(u->r0 * 8) = avx_call_rr(avx_stub_of(u->ptr, u->scale, 0), from, from, from);
+    NEXT;
+}
+#define RM(form, EA)                                                                                                   \
+    static HANDLER(avx_rm_##form)                                                                                      \
+    {                                                                                                                  \
+        const struct avx_op *op = u->ptr;                                                                              \
+        uint64_t ea = EA;                                                                                              \
+        uint8_t *p;                                                                                                    \
+        if (SOFT_UNLIKELY(!is_ready(c, op)) || !tlb_hit(c, ea, u->size, ACCESS_READ, &p))                              \
+            return avx_slow_rm(c, u, rip);                                                                             \
+        const uint8_t *stub = avx_stub_of(op, u->size == 32, u->aux);                                                  \
+        if (u->size == 32)                                                                                             \
+            avx_call_rm(stub, &c->fpu.xmm[u->r0], &c->fpu.xmm[u->r1], p);                                              \
+        else                                                                                                           \
+            avx_call_rm16(stub, &c->fpu.xmm[u->r0], &c->fpu.xmm[u->r1], p);                                            \
+        NEXT;                                                                                                          \
+    }
+RM(bd, EA_BD) RM(bi, EA_BI)
+const uop_fn avx_rm[2] = {avx_rm_bd, avx_rm_bi};
+
+static __attribute__((noinline)) void general_move(struct soft_vcpu *c, const struct uop *u, bool to_memory)
+{
+    const struct avx_op *op = u->ptr;
+    uint64_t at = EA_BI;
+    union ymm v = {.q = {0}};
+    if (op->aligned && (at & (u->size - 1u)))
+        soft_raise_error(c, VEC_GP, 0);
+    if (to_memory) {
+        avx_get(&c->fpu, u->r0, &v);
+        soft_store_bytes(c, at, &v, u->size);
+    } else {
+        soft_load_bytes(c, at, &v, u->size);
+        avx_put(&c->fpu, u->r0, &v);
+    }
+}
+static SLOW_HANDLER(avx_slow_load)
+{
+    SYNC();
+    general_move(c, u, false);
+    UNSYNC();
+    NEXT;
+}
+static SLOW_HANDLER(avx_slow_store)
+{
+    SYNC();
+    general_move(c, u, true);
+    UNSYNC();
+    AFTER_SLOW_STORE();
+    NEXT;
+}
+#define MOVES(form, EA)                                                                                                \
+    static HANDLER(avx_load_##form)                                                                                    \
+    {                                                                                                                  \
+        uint64_t ea = EA;                                                                                              \
+        uint8_t *p;                                                                                                    \
+        if (SOFT_UNLIKELY(ea & u->aux) || !tlb_hit(c, ea, u->size, ACCESS_READ, &p))                              \
+            return avx_slow_load(c, u, rip);                                                                           \
+        memcpy(&c->fpu.xmm[u->r0], p, 16);                                                                             \
+        if (u->size == 32)                                                                                             \
+            memcpy(&c->fpu.high[u->r0], p + 16, 16);                                                                   \
+        else                                                                                                           \
+            memset(&c->fpu.high[u->r0], 0, 16);                                                                        \
+        NEXT;                                                                                                          \
+    }                                                                                                                  \
+    static HANDLER(avx_store_##form)                                                                                   \
+    {                                                                                                                  \
+        uint64_t ea = EA;                                                                                              \
+        uint8_t *p;                                                                                                    \
+        if (SOFT_UNLIKELY(ea & u->aux) || !tlb_hit(c, ea, u->size, ACCESS_WRITE, &p))                             \
+            return avx_slow_store(c, u, rip);                                                                          \
+        memcpy(p, &c->fpu.xmm[u->r0], 16);                                                                             \
+        if (u->size == 32)                                                                                             \
+            memcpy(p + 16, &c->fpu.high[u->r0], 16);                                                                   \
+        NEXT;                                                                                                          \
+    }
+MOVES(bd, EA_BD) MOVES(bi, EA_BI)
+const uop_fn avx_load[2] = {avx_load_bd, avx_load_bi}, avx_store[2] = {avx_store_bd, avx_store_bi};
+
+/* VZEROUPPER in 64-bit mode. */
+HANDLER(avx_zero_upper)
+{
+    memset(c->fpu.high, 0, sizeof c->fpu.high);
+    NEXT;
+}

@@ -247,6 +247,14 @@ SINGLE(fpu_available, none) /* aux: 0 SSE, 1 MMX, 2 x87: #UD, #NM */
 /* Operators: vec_op.id of frequent operations (not all exist); forms: of registers without and with REX.W, of memory. */
 OPERATION(vec_fast, FPU_VECTOR_OPS, 1, 1, 4, none)
 
+/* With a VEX prefix (exec_avx.c); ptr: struct avx_op. */
+SINGLE(avx_rr, none)
+OPERATION(avx_rm, 1, 1, 1, 2, none)
+SINGLE(avx_mask, none)
+OPERATION(avx_load, 1, 1, 1, 2, none)
+OPERATION(avx_store, 1, 1, 1, 2, none)
+SINGLE(avx_zero_upper, none)
+
 /* Calls of plain functions (helpers.h). In a helper state is in SYNC; the micro-op has its operands. */
 SINGLE(call_helper, none)       /* ptr: helper; goes on with the next micro-op */
 SINGLE(call_helper_store, none) /* goes on, unless the helper wrote code */
