@@ -3,7 +3,7 @@
 The same kernel, initrd, root disk and init (guestpair) with one vCPU, each with a directory of its own on the same file
 system of the host: ours by `--share`, QEMU's by its virtiofsd, both with the cache that each has by default. By turns,
 BENCH_SHARE_LAPS (5) times, the other one first in every second. "Cold" is after the guest has dropped what it remembers
-of names, attributes and content. Needs root for virtiofsd.
+of names, attributes and content. BENCH_SHARE_DIR (/var/tmp) is where the directories are. Needs root for virtiofsd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.bench.guestpair import Guest
 from tests.support import programs
 
 LAPS = int(os.environ.get("BENCH_SHARE_LAPS", "5"))
-FILES = int(os.environ.get("BENCH_SHARE_FILES", "3000"))
+FILES = int(os.environ.get("BENCH_SHARE_FILES", "2000"))
 LARGEST = 64 << 10
 NEEDED = ("git", "tar", "busybox", "mke2fs", "qemu-system-x86_64")
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
