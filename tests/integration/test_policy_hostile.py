@@ -151,7 +151,8 @@ async def test_only_what_is_allowed_gets_out(stock_core: str, tmp_path: Path, gi
                 await sh(vm, "/tmp/sendframes eth0 </tmp/frames")
                 seen: list[bytes] = []
                 async with asyncio.timeout(SECONDS):
-                    while not seen or b"the end" not in seen[-1]:
+                    # IPv6 looks for its neighbour first, and its packets may come after the end
+                    while not all(any(text in frame for frame in seen) for text in (b"the end", b"spoofed")):
                         seen.append(bytes.fromhex((await sniffer.stdout.readline()).decode()))
                         if b"the beginning" in seen[-1]:
                             del seen[:-1]
@@ -168,7 +169,7 @@ async def test_only_what_is_allowed_gets_out(stock_core: str, tmp_path: Path, gi
     # what has the address of nobody, or of another, and goes where it may, goes as this host's
     six = [frame[14:] for frame in seen if frame[12:14] == b"\x86\xdd" and frame[20] in (6, 17)]
     assert all((one[8:24], one[24:40], one[42:44]) == (near_v6, allowed_v6, b"\0\x09") for one in six), six
-    assert any(b"spoofed" in one for one in six) and not any(b"tunnel" in frame for frame in seen)
+    assert not any(b"tunnel" in frame for frame in seen)
     hardware, ours = "a frame with another hardware address", "a packet from another address"
     others = {"a fragment of a packet", "an ARP packet with another address", "a frame of type 0x8100"}
     assert {hardware, ours, "destination", "name", *others} <= set(facts), facts
