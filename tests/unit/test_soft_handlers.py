@@ -18,7 +18,7 @@ import cpu._core
 
 CALLERS = {"call_helper", "call_helper_store", "call_helper_end", "vec_rr"}
 """Handlers that call a function through a pointer in the micro-op, which returns."""
-NORETURN = {"divide_error"}
+NORETURN = {"divide_error", "vex_unavailable"}
 LINE = re.compile(r"^\s+[0-9a-f]+:\s+(.*)$")
 FUNCTION = re.compile(r"^[0-9a-f]+ <([^>]+)>:$")
 TARGET = re.compile(r"<([^>+]+)(?:\+0x[0-9a-f]+)?>$")
