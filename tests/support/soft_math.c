@@ -170,6 +170,8 @@ static void digests(void)
     const struct vec_op *op;
     uint64_t digest = 0;
     for (unsigned id = 0; (op = fpu_vector_operation(id)); id++) {
+        if (op->feature > VEC_SSE42) /* the host computes it, where it can */
+            continue;
         if (op->form == VEC_MASKMOV || op->form == VEC_MM_MASKMOV || op->form == VEC_EMMS)
             continue;
         state = mix(0, op->name, strlen(op->name));
