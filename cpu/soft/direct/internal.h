@@ -107,7 +107,9 @@ struct direct_vcpu {
     pid_t thread;             /* who made the runners: they end with that thread */
     pid_t running;            /* atomic: the guest half that executes, or 0 */
     uint64_t deadline;        /* atomic: CLOCK_MONOTONIC ns at which it has to stop */
-    uint64_t kicked, kicked_used; /* kick.c: native_stops when a deadline was over, and kick_time() then */
+    uint64_t stretch;         /* atomic: counts those begun, before `running` tells whose */
+    uint64_t kicked, kicked_used; /* kick.c's own: the stretch whose deadline was over last, and kick_time() then */
+    uint32_t kicks;           /* ... and how often it was kicked since */
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
     int bound;                /* the processor, or -1 */
     uint64_t bound_ns;

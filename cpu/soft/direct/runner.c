@@ -77,7 +77,10 @@ static bool wait_stop(struct runner *r, struct seccomp_notif *stop)
 static bool answer(struct runner *r, uint32_t flags)
 {
     struct seccomp_notif_resp response = {.id = r->stopped, .flags = flags};
-    return ioctl(r->listener, SECCOMP_IOCTL_NOTIF_SEND, &response) == 0;
+    int result;
+    while ((result = ioctl(r->listener, SECCOMP_IOCTL_NOTIF_SEND, &response)) < 0 && errno == EINTR)
+        ; /* a signal of this thread's while it waited for the kernel's lock */
+    return result == 0;
 }
 
 /* ---- the mapper ---- */
