@@ -333,7 +333,7 @@ async def test_a_first_policy_comes_and_the_last_one_goes(
         assert "reset" in seen or "broken pipe" in seen
         short = f"timeout 3 {call} -c {FAR} -n 1K >/dev/null 2>&1"
         await sh(vm, f"! {short}; ! timeout 5 {host}; nslookup far.test 10.214.7.2")
-        assert await iperf_when_free(vm, f"{call} -c {FAR}", 2)
+        assert await iperf_when_free(vm, f"{call} -c {FAR}", 32)
         assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 2)
         assert await sh(vm, f"timeout 5 {host} || echo no") == "no\n"
         (policy,) = [one["policy"] for one in vm.attached() if one["kind"] == "net"]
@@ -344,7 +344,7 @@ async def test_a_first_policy_comes_and_the_last_one_goes(
         assert "reset" in seen or "broken pipe" in seen
         assert not any("policy" in one for one in vm.attached())
         assert await sh(vm, host) == "of the host"
-        assert await iperf_when_free(vm, f"{call} -c {FAR}", 2)
+        assert await iperf_when_free(vm, f"{call} -c {FAR}", 32)
         assert arrived(await far.arun("iperf3", "-J", "-c", "10.214.7.1", "-p", "5202", "-n", "32M"), 2)
 
 

@@ -368,7 +368,8 @@ class Domains:
         if domain.live is not None:
             self.set_live(domain, described(spec, domain.live.config))
             await self._replug(domain)
-        domain.extra.pop("arrives", None)
+        if domain.state == DomainState.RUNNING:
+            domain.extra.pop("arrives", None)
         domain.reason = DomainReason.FROM_ANOTHER_HOST
         self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 1)
 
@@ -525,6 +526,7 @@ class Domains:
         elif state == "running" and domain.state != DomainState.RUNNING:
             domain.state, domain.reason = DomainState.RUNNING, DomainReason.UNPAUSED
             if domain.extra.pop("arrives", False):
+                domain.reason = DomainReason.FROM_ANOTHER_HOST
                 return  # received() tells, if the client is still there to ask for it
             self._events.lifecycle(domain.ref, LifecycleEvent.RESUMED, 0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -194,7 +195,12 @@ class Receiver:
                 continue
             task = asyncio.create_task(self._greet(listener, sock), name="receive: connection")
             self._waiting.add(task)
-            task.add_done_callback(self._waiting.discard)
+            task.add_done_callback(functools.partial(self._greeted, sock))
+
+    def _greeted(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        self._waiting.discard(task)
+        if task.cancelled():  # perhaps before it began
+            sock.close()
 
     async def _greet(self, listener: Listener, sock: socket.socket) -> None:
         """Find out what a connection wants. What is no migration ends here, and nobody else notices."""
