@@ -111,6 +111,8 @@ class Receiver:
         self.changes = changes
         self.newest = newest
         self.session: Session | None = None
+        self._refused: set[Session] = set()
+        """Whose machines did not fit, until they are closed."""
         self._threads = Threads(MAX_WAITING + 2)
         self._waiting: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
@@ -146,8 +148,8 @@ class Receiver:
         if self.session is not None:
             await self.session.settled()
         await self._stop_listening()
-        if self.session is not None:
-            await self.session.aclose()
+        for session in (*self._refused, *((self.session,) if self.session is not None else ())):
+            await session.aclose()
         if self._arrived is not None and self._arrived.done() and not self._arrived.cancelled():
             self._arrived.exception()
         self._threads.close()
@@ -252,7 +254,9 @@ class Receiver:
             failure = error if isinstance(error, VmmError) else HostError(os_reason(error))
             await self.refuse(link, failure)
             self.session = None
+            self._refused.add(session)  # aclose() closes it, if it cancels this
             await session.aclose()
+            self._refused.discard(session)
             self._fail(failure)
             return
         except BaseException:
