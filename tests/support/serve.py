@@ -95,6 +95,7 @@ def served(folder: Path, *options: str, cache: Path | None = None) -> Iterator[S
             server.process.kill()
             server.process.wait()
         if server.process.stderr is not None:
+            sys.stderr.write(server.process.stderr.read())
             server.process.stderr.close()
 
 

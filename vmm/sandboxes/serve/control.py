@@ -295,6 +295,11 @@ def application(fleet: Fleet, tokens: Tokens, domain: str) -> FastAPI:
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         return failure(error.status_code, str(error.detail), error.headers)
 
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, __: Exception) -> JSONResponse:
+        """Clients read every answer as JSON; the server's log has the traceback."""
+        return failure(500, "the server has a fault of its own, which its log names")
+
     @app.get("/health", status_code=204)
     async def health() -> None:
         """The server answers, and takes sandboxes."""
