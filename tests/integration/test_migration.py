@@ -496,7 +496,7 @@ async def test_disks_are_copied_while_the_guest_writes(linux: Any, tmp_path: Pat
         device = "/dev/$(grep -l data /sys/block/*/serial | cut -d/ -f4)"
         await text(vm, f"head -c 8000000 /dev/urandom >/tmp/one; cat /tmp/one >{device}; sync")
         write = "i=0; while :; do i=$((i+1)); echo $i | dd of=$D bs=512 seek=$((20000+i)) conv=notrunc 2>/dev/null;"
-        write += " sync; echo $i >/tmp/count; sleep 0.05; done"
+        write += " sync; echo $i >/tmp/next; mv /tmp/next /tmp/count; sleep 0.05; done"
         await text(vm, f"D={device}; ({write}) >/dev/null 2>&1 &")
         async with waiting(f"unix:{tmp_path / 'm'}", disks={"data": there / "disk"}) as receiver:
             progress = await vm.migrate(receiver.uri, copy_storage=True)
