@@ -94,7 +94,7 @@ def served(folder: Path, *options: str, cache: Path | None = None) -> Iterator[S
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
-        if server.process.stderr is not None:
+        if server.process.stderr is not None and not server.process.stderr.closed:
             sys.stderr.write(server.process.stderr.read())
             server.process.stderr.close()
 
