@@ -142,7 +142,7 @@ struct direct_vm {
     uint64_t sleeps_until;    /* atomic */
 };
 
-/* runner.c. All on the thread that made the runner; a runner that fails is to be closed. */
+/* runner.c. On the thread that made the runner, but for runner_close() and runner_forget(). A runner that fails is to be closed. */
 /* 0, or -errno; *why names the step. */
 int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
 void runner_close(struct runner *r);

@@ -27,15 +27,15 @@ uint64_t kick_time(pid_t pid)
     return (uint64_t)t.tv_sec * NS + (uint64_t)t.tv_nsec;
 }
 
-/* The kicker's own: its deadline is over, perhaps not for the first time. A process that is not seen to run in the same stretch from
- * here to there says nothing about it: the next stretch may have begun meanwhile, in another process. */
+/* The kicker calls this each time it finds the deadline over. Processor time counts only if the stretch is the same before and
+ * after the look at it: otherwise the next one may have begun meanwhile, in another process. */
 static void insist(struct direct_vcpu *d)
 {
     uint64_t stretch = __atomic_load_n(&d->stretch, __ATOMIC_SEQ_CST);
     pid_t pid = __atomic_load_n(&d->running, __ATOMIC_SEQ_CST);
-    uint64_t used = pid > 0 ? kick_time(pid) : 0;
     if (pid <= 0)
         return;
+    uint64_t used = kick_time(pid);
     bool same = __atomic_load_n(&d->stretch, __ATOMIC_SEQ_CST) == stretch;
     if (same && d->kicked != stretch) {
         d->kicked = stretch;

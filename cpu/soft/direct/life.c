@@ -31,7 +31,7 @@ static void free_direct(struct soft_vm *vm)
     vm->direct = NULL;
 }
 
-/* No thread is inside soft_vm_run(). A process may be ended by others than its tracer. */
+/* No thread is inside soft_vm_run(). Any thread of this process may end runners, not only the one that made them. */
 static void close_runners(struct soft_vm *vm)
 {
     pthread_mutex_lock(&vm->direct->lock);

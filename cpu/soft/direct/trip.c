@@ -245,7 +245,7 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct
     case SIGBUS:
     case SIGFPE:
         break;
-    case SIGSYS: /* what is left of the system calls */
+    case SIGSYS: /* at a vsyscall address: after_stop() took the system calls */
         undo_vsyscall(c, frame->info.address);
         break;
     case SIGTRAP:
