@@ -62,8 +62,10 @@ static struct runner *take_runner(struct soft_vcpu *c)
     for (unsigned i = 1; i < RUNNERS && r->used; i++)
         if (!d->runner[i].used || d->runner[i].last_used < r->last_used)
             r = &d->runner[i];
-    if (r->used && (!pages_drop_all(r) || !trip_clean(r)))
+    if (r->used && !pages_drop_all(r))
         close_runner(c, r);
+    else if (r->used)
+        trip_clean(r);
     if (!r->mapper && !open_runner(c, r))
         return NULL;
     r->used = true;

@@ -114,7 +114,7 @@ struct direct_vcpu {
     int bound;                /* the processor, or -1 */
     uint64_t bound_ns;
     uint64_t native_ns;
-    uint64_t native_stops;    /* atomic */
+    uint64_t native_stops;
     uint64_t failures;        /* runners that could not be made or went wrong, in a row */
 };
 
@@ -176,7 +176,7 @@ bool scan_page(const struct direct_vm *direct, const uint8_t *page);
 enum trip { TRIP_NATIVE /* go on natively */, TRIP_CORE /* the core has to go on */, TRIP_LOST /* the runner is gone */ };
 bool trip_possible(const struct soft_vcpu *c);
 /* Nothing of what ran in it will be left in its registers. */
-bool trip_clean(struct runner *r);
+void trip_clean(struct runner *r);
 enum trip trip_run(struct soft_vcpu *c, struct runner *r);
 
 /* kick.c */

@@ -146,11 +146,10 @@ static bool store(struct soft_vcpu *c, struct runner *r, const uint64_t argument
     return true;
 }
 
-bool trip_clean(struct runner *r)
+void trip_clean(struct runner *r)
 {
     r->clean = true;
     r->fp_known = false;
-    return true;
 }
 
 /* The guest loaded a segment register natively: the host's descriptors are flat ones, as in Linux; the guest's own decide what it
@@ -317,7 +316,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
         vm->direct->floor_ns = worked;
     worked -= vm->direct->floor_ns;
     d->native_ns += worked;
-    __atomic_store_n(&d->native_stops, d->native_stops + 1, __ATOMIC_SEQ_CST);
+    d->native_stops++;
     r->average_ns = (uint64_t)((int64_t)r->average_ns + ((int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX) - (int64_t)r->average_ns) / 8);
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
     c->budget -= (int64_t)(ns / 4);
