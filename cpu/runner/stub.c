@@ -29,7 +29,7 @@
 
 enum { PROT_READ = 1, PROT_WRITE = 2, PROT_EXEC = 4, MAP_SHARED = 1, MAP_PRIVATE = 2, MAP_FIXED = 16, MAP_ANONYMOUS = 32,
        MAP_POPULATE = 0x8000, PAGE = 4096, KILL = 9, SIGNALS = 64, SIG_STOP = 19 };
-enum { SOCKET = 1, RIGHTS = 1, AUTODISARM = 1 << 31 };
+enum { SOCKET = 1, RIGHTS = 1 };
 #define HANDLER_FLAGS 0x0C000004ul /* SA_ONSTACK, SA_RESTORER (no signal returns so), SA_SIGINFO */
 
 extern const char gate_begin[], gate_end[], gate_mapper[], gate_handler[];
@@ -83,7 +83,7 @@ static const struct sock_filter guest_filter[] = {
 
 /* Of the mapper: munmap(), mprotect() to what is no new kind of right, mmap() of the one descriptor at a fixed address, FUTEX_WAIT
  * and FUTEX_WAKE, and the one ioctl(). Which addresses is the core's affair, whose commands these are. */
-enum { FUTEX = 17, ANSWER = 21, PROTECTION = 26, REFUSE = 30, ALLOW = 31 };
+enum { FUTEX = 17, ANSWER = 21, PROTECTION = 25, REFUSE = 29, ALLOW = 30 };
 static const struct sock_filter mapping[] = {
     [0] = LOAD(FIELD(arch)),
     [1] = SAME(1, AUDIT_ARCH_X86_64, 2, REFUSE),
@@ -110,11 +110,10 @@ static const struct sock_filter mapping[] = {
     [22] = SAME(22, RUNNER_LISTENER_FD, 23, REFUSE),
     [23] = LOAD(LOW(1)),
     [24] = SAME(24, RUNNER_ANSWER, ALLOW, REFUSE),
-    [25] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
     [PROTECTION] = LOAD(LOW(2)),
-    [27] = BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, ~(uint32_t)(PROT_READ | PROT_WRITE | PROT_EXEC), REFUSE - 28, 0),
-    [28] = LOAD(HIGH(2)),
-    [29] = SAME(29, 0, ALLOW, REFUSE),
+    [26] = BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, ~(uint32_t)(PROT_READ | PROT_WRITE | PROT_EXEC), REFUSE - 27, 0),
+    [27] = LOAD(HIGH(2)),
+    [28] = SAME(28, 0, ALLOW, REFUSE),
     [REFUSE] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
     [ALLOW] = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
 };
@@ -156,7 +155,7 @@ static void handle_signals(void)
     const struct { uint64_t handler, flags, restorer, blocked; } action = {
         (uint64_t)in_gate(gate_handler), HANDLER_FLAGS, (uint64_t)in_gate(gate_handler), ~0ull};
     const struct { uint64_t base; int32_t flags; uint64_t size; } alternate = {
-        RUNNER_FRAME + RUNNER_STACK_OFFSET, AUTODISARM, RUNNER_FRAME_BYTES - RUNNER_STACK_OFFSET};
+        RUNNER_STACK, RUNNER_STACK_FLAGS, RUNNER_STACK_BYTES};
     for (long i = 1; i <= SIGNALS; i++)
         if (i != KILL && i != SIG_STOP && CALL(__NR_rt_sigaction, i, &action, 0, 8) < 0)
             fail(10);

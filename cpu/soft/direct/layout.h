@@ -65,8 +65,10 @@ _Static_assert(offsetof(struct runner_page, resume) == PAGE_RESUME && offsetof(s
                    offsetof(struct runner_page, answer) == PAGE_ANSWER && offsetof(struct runner_page, list) == PAGE_LIST,
                "gate.S goes by these");
 
-/* The pages of the frame: what the mapper tells, and the stack on which the host's kernel puts the guest half's signals. */
-enum { RUNNER_FRAME_BYTES = RUNNER_OWN_END - RUNNER_FRAME, RUNNER_STACK_OFFSET = 64 };
+/* The pages of the frame: what the mapper tells, and the alternate stack on which the host's kernel puts the guest half's signals. */
+enum { RUNNER_FRAME_BYTES = RUNNER_OWN_END - RUNNER_FRAME, RUNNER_STACK_OFFSET = 64,
+       RUNNER_STACK_BYTES = RUNNER_FRAME_BYTES - RUNNER_STACK_OFFSET, RUNNER_STACK_FLAGS = INT32_MIN /* SS_AUTODISARM */ };
+#define RUNNER_STACK (RUNNER_FRAME + RUNNER_STACK_OFFSET)
 struct runner_frame {
     uint32_t done; /* a futex: the turn that the mapper has finished */
     uint8_t rest[RUNNER_FRAME_BYTES - 4];

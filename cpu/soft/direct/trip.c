@@ -10,7 +10,7 @@
 #include <signal.h>
 
 enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
-enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */, AUTODISARM = INT32_MIN };
+enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */ };
 enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
 /* What code at CPL 3 can change with IOPL 0. */
 #define F_USER (F_ARITH | F_TF | F_DF | F_NT | F_AC | F_ID)
@@ -78,9 +78,9 @@ static void load(struct soft_vcpu *c, struct runner *r)
     uint64_t flags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
     struct signal_frame to = {
         .context = CONTEXT,
-        .stack = RUNNER_FRAME + RUNNER_STACK_OFFSET,
-        .stack_flags = AUTODISARM,
-        .stack_bytes = RUNNER_FRAME_BYTES - RUNNER_STACK_OFFSET,
+        .stack = RUNNER_STACK,
+        .stack_flags = RUNNER_STACK_FLAGS,
+        .stack_bytes = RUNNER_STACK_BYTES,
         .rip = c->rip,
         .flags = flags,
         .cs = USER_CS,
