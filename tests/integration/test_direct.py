@@ -21,7 +21,7 @@ from vmm.errors import ConfigError
 
 SOURCES = Path(__file__).parents[1] / "support" / "direct"
 FLAGS = ["-O1", "-static", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-mno-red-zone", "-mxsavec", "-mxsave"]
-OWN_PAGES = ["-falign-functions=4096", "-Icpu"]
+OWN_PAGES = ["-falign-functions=4096", f"-I{SOURCES.parents[2] / 'cpu'}"]
 """So that no attack shares a page with code that the core has to execute."""
 TRACING = Path("/sys/kernel/tracing")
 SECCOMP, STOP, MAPPING_CALLS, UNFILTERED = 317, 436, {9, 10, 11, 16}, {335, 336}
