@@ -163,8 +163,9 @@ int soft_direct_probe(const char *program, char *why, size_t size);
 /* CPUID as the VMM sets it; the layout is struct kvm_cpuid_entry2's. */
 struct kvm_cpuid_entry2;
 int soft_vcpu_set_cpuid(struct soft_vm *vm, uint32_t vcpu, const struct kvm_cpuid_entry2 *entries, uint32_t count);
+/* The components of state (XCR0) that a vCPU of the core can have on this host. */
+uint64_t soft_supported_xcr0(void);
 /* What the core implements. Returns the number of entries written (at most max). */
-uint64_t soft_supported_xcr0(void); /* components of state that a vCPU of the core can have on this host */
 uint32_t soft_supported_cpuid(struct kvm_cpuid_entry2 *entries, uint32_t max);
 
 /* State, in the layouts of the KVM API (linux/kvm.h): kind names the structure. Sizes are exact, except XSAVE

@@ -73,7 +73,7 @@ int64_t soft_budget_until(const struct soft_vcpu *c, uint64_t now, uint64_t dead
 
 void soft_pace(struct soft_vcpu *c, uint64_t ns, uint64_t instructions)
 {
-    if (instructions < PACE_FROM || c->vm->config.virtual_clock)
+    if (instructions < PACE_FROM)
         return;
     uint64_t now = ns * 1024 / instructions;
     c->pace = (uint32_t)((3ull * c->pace + (now < PACE_MOST ? now : PACE_MOST)) / 4);

@@ -130,7 +130,7 @@ void soft_caller_free(struct soft_vcpu *c);
 /* clock.c: TSC of `c` at a time of the VM's clock and back, kvmclock pages; instructions left until a time. */
 uint64_t soft_host_now(void);
 int64_t soft_budget_until(const struct soft_vcpu *c, uint64_t now, uint64_t deadline);
-/* A turn used up so many instructions of its budget in so many ns. */
+/* Real clock: a turn used up so many instructions of its budget in so many ns. */
 void soft_pace(struct soft_vcpu *c, uint64_t ns, uint64_t instructions);
 /* Set the clock; before: what it said when the timers were last looked at. */
 void soft_set_now(struct soft_vm *vm, uint64_t before, uint64_t now);
