@@ -11,6 +11,7 @@
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,16 +24,23 @@ enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PD_APIC = 0x4000, IDT = 0x5000
        NOTES = 0x40000 /* a struct note for each vCPU */, COPIED = 0x800000 };
 enum { MESSAGE = 0x40, SENT = 0x41, TIMER = 0x42, KINDS = 4 /* and kicks */ };
 
-/* What handlers of one vCPU leave: begun = when the last interrupt of its kind was sent or due, seen = when it was there. */
+/* What the programs of one vCPU note, in times of the TSC; they know each member by its offset. */
 struct note {
-    uint64_t done;       /* interrupts of all kinds */
-    uint64_t seen[3];    /* by vector - MESSAGE */
-    uint64_t count[3];
-    uint64_t sent;       /* by vCPU 0, and when */
-    uint64_t due;        /* of the timer */
-    uint64_t unused[7];
+    uint64_t done;          /* 0: interrupts of all kinds */
+    uint64_t seen[3];       /* 8: when the handler of the last one began, by vector - MESSAGE */
+    uint64_t count[3];      /* 32: how many there were */
+    uint64_t sent;          /* 56, of vCPU 0: when it last sent one to vCPU 1 */
+    uint64_t due;           /* 64: the timer's next deadline */
+    uint64_t expired_due;   /* 72: the deadline of its last interrupt, */
+    uint64_t expired_seen;  /* 80: and when the handler of that began */
+    uint64_t unused;
+    uint64_t asked;         /* 96, of vCPU 0: the host counts what is to be sent, */
+    uint64_t answered;      /* 104: and vCPU 0 what it has sent */
+    uint64_t unused_too[2];
 };
-_Static_assert(sizeof(struct note) == 128, "the programs count on it");
+_Static_assert(sizeof(struct note) == 128 && offsetof(struct note, count) == 32 && offsetof(struct note, sent) == 56 &&
+                   offsetof(struct note, expired_due) == 72 && offsetof(struct note, asked) == 96,
+               "the programs count on it");
 
 #define CODE_OF(name, text)                                                                                            \
     extern const uint8_t name##_begin[], name##_end[];                                                                 \
@@ -203,12 +211,12 @@ static const char *measure(unsigned k, uint64_t *timer_seen)
     keep(0, begun, n->seen[0]);
     if (vcpus > 1) {
         before = second->count[1];
-        ((volatile uint64_t *)first)[12]++;
+        first->asked++;
         if (!wait_beyond(&second->count[1], before))
             return missing("interrupt of another vCPU", 1);
         keep(1, first->sent, second->seen[1]);
     }
-    uint64_t due = ((volatile uint64_t *)n)[9], seen = ((volatile uint64_t *)n)[10];
+    uint64_t due = n->expired_due, seen = n->expired_seen;
     if (due && seen >= due && seen != timer_seen[i])
         keep(2, due, seen);
     timer_seen[i] = seen;
