@@ -106,11 +106,6 @@ def incoming_header(header: bytes, features: int) -> bytes | None:
     return _header.pack(flags, gso_type, hdr_len, gso_size, start, offset, 0)
 
 
-def _counted(engine: _ring.NetEngine) -> tuple[int, ...]:
-    """What an engine has counted, in the order of COUNTERS."""
-    return engine.received, engine.received_bytes, engine.sent, engine.sent_bytes, engine.dropped
-
-
 def reverse_arp(mac: bytes) -> bytes:
     """A reverse ARP request (RFC 903) of this card to all, which any switch on its way learns from."""
     arp = b"\0\1\x08\0\6\4\0\3" + mac + bytes(4) + mac + bytes(4)
@@ -267,8 +262,11 @@ class NetDevice(Device):
         """Frames and bytes so far, as the guest sees their direction, by COUNTERS' names."""
         counted = dict(self._counted)
         for engine in self._engines:
-            for name, value in zip(COUNTERS, _counted(engine), strict=True):
-                counted[name] += value
+            counted["received"] += engine.received
+            counted["bytes_received"] += engine.received_bytes
+            counted["sent"] += engine.sent
+            counted["bytes_sent"] += engine.sent_bytes
+            counted["dropped"] += engine.dropped
         return counted
 
     def _count(self, what: str, frame: bytes) -> None:
@@ -335,9 +333,7 @@ class NetDevice(Device):
             if not self._gone:
                 self._link_lost(HostError("the link is down: one network is gone and no other has come"))
             raise
-        for engine in self._engines:
-            for name, value in zip(COUNTERS, _counted(engine), strict=True):
-                self._counted[name] += value
+        self._counted = self.counters
         self.backend, self._trusted = successor, Backend(successor, "network backend")
         self._connect(successor)
         if self._connections is not None:
