@@ -255,12 +255,7 @@ async def test_a_policy_lets_through_what_it_allows_alone(
 
 async def change_while_it_runs(vm: vmm.VirtualMachine, call: str) -> None:
     """A transfer is cut when the policy forbids it, what is allowed now passes, and a copy has the same policy."""
-    sending = await vm.exec("sh", "-c", f"{call} -c {FAR} -t 1000 >/tmp/cut 2>&1 & echo", timeout=SECONDS, check=True)
-    assert sending.status == 0
-    before = card(vm).counters["bytes_sent"]
-    async with asyncio.timeout(SECONDS):
-        while card(vm).counters["bytes_sent"] < before + (2 << 20):
-            await asyncio.sleep(0.05)
+    await transfer(vm, call)
     await vm.set(nets={"net0": {"allow": f"far.test:5203+{FAR}:5204"}})
     seen = await ended(vm)
     assert "reset" in seen or "broken pipe" in seen  # whichever of its calls meets it first
