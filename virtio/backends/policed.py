@@ -321,7 +321,7 @@ class PolicedNet(NetBackend):
         if self.resolve is no_names or not self.policy.may_ask(question.name):
             code = dns.REFUSED if self.resolve is no_names else dns.NAME_ERROR
             self._reply(frame, found, dns.answer(question, code))
-            return f"the name {question.name[:253]}"
+            return f"the name {question.name}"
         if question.kind not in (dns.A, dns.AAAA):
             self._reply(frame, found, dns.answer(question, dns.NO_ERROR))
             return ""
