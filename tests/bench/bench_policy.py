@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import vmm
+from tests.bench.bench_daemon import processor_ms
 from tests.support import passt, programs
 from tests.support.guestprograms import install
 from tests.support.passt import FAR
@@ -34,12 +35,8 @@ Turn = tuple[float, float]
 
 
 def processor_seconds(*processes: int) -> float:
-    """What they and their ended children have used."""
-    ticks = 0
-    for process in processes:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """What they have used so far, without their children."""
+    return sum(map(processor_ms, processes)) / 1000
 
 
 async def _turn(vm: vmm.VirtualMachine, command: str, *processes: int) -> Turn:
