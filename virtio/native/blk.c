@@ -7,6 +7,7 @@
  */
 #include "blk.h"
 #include "blk_gate.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -361,7 +362,7 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
         blk_abandon(&self->disk, true);
         struct jobs dropped = {0};
         Py_BEGIN_ALLOW_THREADS
-        while (!blk_uring_cancel(&self->uring, blk_now() + 1000000000, &dropped))
+        while (!blk_uring_cancel(&self->uring, clock_now() + 1000000000, &dropped))
             ;
         blk_uring_close(&self->uring);
         pool_close(&self->pool);

@@ -129,8 +129,6 @@ int blk_return(struct request *request);
 
 /* blk_io.c; any thread */
 
-int64_t blk_now(void); /* CLOCK_MONOTONIC, ns */
-
 static inline bool blk_abandoned(const struct disk *disk)
 {
     return __atomic_load_n(&disk->abandoned, __ATOMIC_RELAXED);

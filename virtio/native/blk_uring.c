@@ -5,6 +5,7 @@
  * file system cannot make) goes to the threads.
  */
 #include "blk.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -268,7 +269,7 @@ bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dr
         jobs_join(dropped, &uring->waiting);
         if (!uring->in_flight)
             break;
-        int64_t left = deadline - blk_now();
+        int64_t left = deadline - clock_now();
         if (waited && left <= 0)
             return false;
         uring_submit(&uring->ring, true, left > 0 ? left : 0);

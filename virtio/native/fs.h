@@ -234,7 +234,7 @@ struct fs_pool {
     bool stopping;
     bool watched;          /* the loop looks at `done` now and need not be told */
     uint32_t linger_ns;    /* adaptive: how long the loop looks for what it has just submitted; 0: nobody else could run */
-    uint64_t submitted_ns; /* CLOCK_MONOTONIC of the last submission; loop thread only, as the one before */
+    int64_t submitted_ns;  /* CLOCK_MONOTONIC of the last submission; loop thread only, as the one before */
 };
 
 int fs_pool_open(struct fs_pool *pool, struct fs *fs); /* 0 or an errno */

@@ -1,23 +1,16 @@
 /* Requests of FsEngine on a few native threads. */
 #define _GNU_SOURCE
 #include "fs.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { LINGER_MAX_NS = 100000, LINGER_MIN_NS = 10000 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
 
 /* Whether a request can be answered while the loop looks on. */
 static bool several_processors(void)
@@ -104,7 +97,7 @@ bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
         return true;
     if (start(pool) < (urgent ? 1 : 2))
         return false;
-    pool->submitted_ns = now_ns();
+    pool->submitted_ns = clock_now();
     pthread_mutex_lock(&pool->lock);
     unsigned wake = requests->count < pool->idle ? requests->count : pool->idle;
     for (struct fs_request *request; (request = fs_list_take(requests));)
@@ -125,9 +118,9 @@ struct fs_list fs_pool_linger(struct fs_pool *pool)
     pthread_mutex_lock(&pool->lock);
     pool->watched = true;
     pthread_mutex_unlock(&pool->lock);
-    uint64_t end = pool->submitted_ns + pool->linger_ns;
+    int64_t end = pool->submitted_ns + pool->linger_ns;
     bool done = false;
-    while (!(done = __atomic_load_n(&pool->done.count, __ATOMIC_RELAXED)) && now_ns() < end)
+    while (!(done = __atomic_load_n(&pool->done.count, __ATOMIC_RELAXED)) && clock_now() < end)
         __builtin_ia32_pause();
     pthread_mutex_lock(&pool->lock);
     pool->watched = false;
@@ -155,7 +148,7 @@ struct fs_list fs_pool_done(struct fs_pool *pool)
     eventfd_t count;
     eventfd_read(pool->event, &count);
     /* It pays to linger as long as answers would come in that time. */
-    if (pool->linger_ns && pool->linger_ns < LINGER_MAX_NS && now_ns() - pool->submitted_ns < LINGER_MAX_NS)
+    if (pool->linger_ns && pool->linger_ns < LINGER_MAX_NS && clock_now() - pool->submitted_ns < LINGER_MAX_NS)
         pool->linger_ns = LINGER_MAX_NS;
     pthread_mutex_lock(&pool->lock);
     struct fs_list done = pool->done;
