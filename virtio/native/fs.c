@@ -1,7 +1,8 @@
 /* virtio._ring.FsEngine: a directory of the host behind a virtio-fs device (virtio 1.2, 5.11).
  *
- * drain() pops a batch and hands it to native threads; what they have done reap() returns to the rings. So the loop never
- * waits for a file system. */
+ * drain() pops a batch, hands it to native threads and returns to its ring what they finish in a moment: the loop waits
+ * LINGER_MAX_NS (fs_threads.c) for a file system at most. The rest reap() returns to the rings.
+ * Benchmark: tests/bench/bench_share.py. */
 #define _GNU_SOURCE
 #include "fs.h"
 
