@@ -25,18 +25,26 @@ Limits = Annotated[tuple[LimitState, ...], range(len(CARD), len(CARD) + 1)]
 
 
 @dataclass(frozen=True, slots=True)
-class NetStateV2:
+class NetFields:
+    """What every version from the second on has."""
+
+    mac: Annotated[bytes, range(6, 7)]
+    link: bool
+    pairs: U16
+    limits_in: Limits | None
+    """None: those of the configuration."""
+    limits_out: Limits | None
+    peer_lost: bool
+    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetStateV2(NetFields):
     """A network card of which no connections are known."""
 
     kind: ClassVar = "virtio-net"
     version: ClassVar = 2
     previous: ClassVar = NetStateV1
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-    limits_in: Limits | None
-    limits_out: Limits | None
-    peer_lost: bool
 
     @classmethod
     def upgrade(cls, old: NetStateV1) -> Self:
@@ -50,18 +58,12 @@ Connections = Annotated[tuple[Annotated[bytes, range(50, 51)], ...], range(CONNE
 
 
 @dataclass(frozen=True, slots=True)
-class NetStateV3:
+class NetStateV3(NetFields):
     """A network card whose policy knows nothing of its guest."""
 
     kind: ClassVar = "virtio-net"
     version: ClassVar = 3
     previous: ClassVar = NetStateV2
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-    limits_in: Limits | None
-    limits_out: Limits | None
-    peer_lost: bool
     connections: Connections
 
     @classmethod
@@ -71,21 +73,13 @@ class NetStateV3:
 
 
 @dataclass(frozen=True, slots=True)
-class NetState:
+class NetState(NetFields):
     """A network card: its address, whether its cable is in, the queue pairs that the driver uses, and the limits of
     frames that come in and go out, in the order of limits.CARD."""
 
     kind: ClassVar = "virtio-net"
     version: ClassVar = 4
     previous: ClassVar = NetStateV3
-    mac: Annotated[bytes, range(6, 7)]
-    link: bool
-    pairs: U16
-    limits_in: Limits | None
-    """None: those of the configuration."""
-    limits_out: Limits | None
-    peer_lost: bool
-    """The link is down because the other end went away: a machine that goes on elsewhere has another."""
     connections: Connections
     """TCP connections that end in the backend: the addresses of each (virtio/native/flows.h)."""
     policy: PolicyState | None
