@@ -7,7 +7,6 @@ process names its machines, by which commands find them, in a directory of its o
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +30,7 @@ def runtime_directory() -> Iterator[None]:
     """XDG_RUNTIME_DIR, while the tests run."""
     before = os.environ.get("XDG_RUNTIME_DIR")
     place = before if before is not None and Path(before).is_dir() else None
-    os.environ["XDG_RUNTIME_DIR"] = folder = tempfile.mkdtemp(prefix="tests-", dir=place)
-    yield
-    if before is None:
-        del os.environ["XDG_RUNTIME_DIR"]
-    else:
-        os.environ["XDG_RUNTIME_DIR"] = before
-    shutil.rmtree(folder, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix="tests-", dir=place, ignore_cleanup_errors=True)
+    with made as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
+        yield

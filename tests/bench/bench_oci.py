@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.bench_boot import VMM
 from tests.support import programs
 from tests.support.oci import layout
 from tests.support.ociregistry import registry
@@ -33,7 +34,6 @@ LAPS = int(os.environ.get("BENCH_OCI_LAPS", "5"))
 WARM_LAPS = 3 * LAPS
 LAYERS, LAYER_BYTES = 10, 25 << 20
 LARGEST = 8 << 20
-VMM = str(Path(sys.executable).with_name("vmm"))
 NEEDED = ("skopeo", "docker-registry", "busybox")
 PULL_LAYERS = """
 import sys
