@@ -201,7 +201,7 @@ class Receiver:
 
     def _greeted(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         self._waiting.discard(task)
-        if task.cancelled():  # perhaps before it began
+        if task.cancelled():  # before it had a link, which would close the socket; perhaps before it began
             sock.close()
 
     async def _greet(self, listener: Listener, sock: socket.socket) -> None:
@@ -238,8 +238,6 @@ class Receiver:
             if link is not None:
                 link.abort()
                 link.close()
-            else:
-                sock.close()
             raise
 
     async def _begin(self, link: Link, offer: Offer) -> None:
