@@ -2,8 +2,8 @@
 
 The formats that Linux's build can write (Documentation/arch/x86/boot.rst, `payload_offset`): gzip, bzip2, lzma, xz,
 lzo, lz4 (legacy frames), zstd, or none. A payload is followed by its unpacked size in 4 bytes, which every decoder
-here ignores as trailing data. The cache holds unpacked ELF files named by the SHA-256 of the payload. A decoder is
-imported when it is needed, which with a cache is once for a kernel (zstandard takes 13 ms).
+here ignores as trailing data. The cache holds unpacked ELF files named by the SHA-256 of the payload. Decoders are
+imported when a payload is unpacked, which with the cache is once for each kernel (zstandard takes 13 ms).
 """
 
 from __future__ import annotations

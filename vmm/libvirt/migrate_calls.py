@@ -368,7 +368,7 @@ async def domain_migrate_finish3_params(
     _arrivals(call).pop(name, None)
     domains = call.daemon.domains
     if flags & PAUSED:
-        domain.extra.pop("arrives", None)  # it is a user who lets it run
+        domain.extra.pop("arrives", None)  # it stays paused: when it runs, a user has resumed it
     if flags & PERSIST_DEST and domain.persistent is None:
         text = given.get("persistent_xml")
         domains.define(domains.read(text) if isinstance(text, str) else arrival.spec)

@@ -15,6 +15,7 @@ TYPE_OF_CORE = {"kvm": "kvm", "soft": "qemu", "auto": "loopvisor"}
 CPU_MODEL = "x86-64-v2"
 """What libvirt's clients are told of the CPU model that every core has."""
 CPU_MODEL_V3 = "x86-64-v3"
+"""What a domain asks for by name instead; only hosts that have AVX2 can run it."""
 CORE_OF_TYPE = {kind: core for core, kind in TYPE_OF_CORE.items()}
 
 
