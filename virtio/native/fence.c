@@ -338,8 +338,8 @@ static PyObject *py_used(FenceObject *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "an address has 4 or 16 bytes");
         return NULL;
     }
-    key.peer_port[0] = (uint8_t)(peer_port >> 8), key.peer_port[1] = (uint8_t)peer_port;
-    key.guest_port[0] = (uint8_t)(port >> 8), key.guest_port[1] = (uint8_t)port;
+    store16(key.peer_port, peer_port);
+    store16(key.guest_port, port);
     const struct fence_entry *entry = place_of(self, &key);
     return PyLong_FromUnsignedLongLong(entry ? entry->used : 0);
 }

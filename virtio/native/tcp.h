@@ -28,6 +28,7 @@ struct segment_seen {
 };
 
 static inline uint16_t load16(const uint8_t *p) { return (uint16_t)(p[0] << 8 | p[1]); }
+static inline void store16(uint8_t *p, uint16_t v) { p[0] = (uint8_t)(v >> 8), p[1] = (uint8_t)v; }
 
 /* Of the addresses of a connection, of 8 bytes or more: where tables look for it. Each multiplication by an odd number near
  * the golden ratio of 2^64 carries what is in a bit to all higher ones, and the shift brings it down again. */
