@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 from virtio.backends.rules import Address
 
@@ -21,6 +22,10 @@ _ADDRESS_GROUPS = 0x10 | 0x100
 """RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR: addresses that come and go."""
 
 
+def _netlink() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+
+
 def is_own(address: Address) -> bool:
     """Whether the kernel keeps a packet to this address on this host. True also if it does not say."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
@@ -28,7 +33,7 @@ def is_own(address: Address) -> bool:
     route = _ROUTE.pack(family, 8 * len(address.packed), 0, 0, 0, 0, 0, 0, 0)
     message = _HEADER.pack(_HEADER.size + len(route) + len(target), _GET_ROUTE, _REQUEST, 1, 0) + route + target
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asked:
+        with _netlink() as asked:
             asked.settimeout(1)  # the kernel answers in the call that asks
             asked.send(message)
             answer = asked.recv(4096)
@@ -48,7 +53,7 @@ class Watch:
         self._changed = changed
         self._socket: socket.socket | None = None
         try:
-            told = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+            told = _netlink()
         except OSError:
             return
         try:
@@ -62,13 +67,9 @@ class Watch:
 
     def _heard(self) -> None:
         assert self._socket is not None
-        try:
+        with suppress(OSError):  # EAGAIN: that was all. ENOBUFS: more came than there was room for.
             while self._socket.recv(65536):
                 pass
-        except BlockingIOError:
-            pass
-        except OSError:  # ENOBUFS: more came than there was room for, so something has changed
-            pass
         self._changed()
 
     def close(self) -> None:
