@@ -240,8 +240,9 @@ class PolicedNet(NetBackend):
             return PASS | KEEP, ""
         if found.protocol == TCP and not begins and self._was_open(found.target, found.target_port):
             return CUT | KEEP, str(found)
-        own = ", an address of this host's own" if self.policy.is_own(found.target) else ""
-        return REFUSE | KEEP, f"{found}{own}"
+        # the kernel is asked only while somebody may hear the answer: a guest can try any number of destinations
+        own = len(self._told) < TOLD and self.policy.is_own(found.target)
+        return REFUSE | KEEP, f"{found}, an address of this host's own" if own else str(found)
 
     def _is_open(self, protocol: int, peer: Address, peer_port: int, port: int, *, begins: bool = False) -> bool:
         """`begins`: the guest's first segment of a connection, which is none that began outside."""
