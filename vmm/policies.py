@@ -39,7 +39,7 @@ def prepare(vm: VirtualMachine, name: str, values: Mapping[str, Any]) -> Callabl
     async def change() -> None:
         async with vm.change_lock:  # no state is taken meanwhile
             vm.check_alive()
-            vm.check_settled()  # its new host was told the policy already
+            vm.check_settled()  # a machine that moves has told its new host the policy already
             part = vm.net_part(name)
             if part is None or vm.nets().get(name) is not device:
                 raise ConfigError(f"{name}: this card is gone")

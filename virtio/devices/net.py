@@ -150,7 +150,7 @@ class NetDevice(Device):
         self._sending = False
         """A frame is on its way into `backend.send`; its chain is returned already."""
         self._workers: dict[str, asyncio.Task[None]] = {}
-        """The path for any backend, by way."""
+        """The tasks "transmit" and "receive", which move frames where the engines do not."""
         self._mtu = backend.mtu
         # 5.1.4.1: "The device MUST set mtu to between 68 and 65535 inclusive, if it offers VIRTIO_NET_F_MTU."
         if self._mtu is not None and not 68 <= self._mtu <= 65535:
