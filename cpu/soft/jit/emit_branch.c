@@ -79,9 +79,17 @@ EMITTER(call_rel)
         gen_due(g, u, delta, false);
         gen_add_rip(g, H_RDX, delta);
         gen_jump_entry(g, H_RDX);
-        gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-        gen_jump_rsi(g, NULL);
+        gen_jump_cached(g);
     }
+    return g->ended = true;
+}
+/* The block's end, after gen_probe(): on at the address in RCX, whose entry of the jump cache is in RAX. */
+static bool go_to_probed(struct gen *g, const struct uop *u)
+{
+    gen_write_back(g);
+    gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
+    gen_due(g, u, 0, false);
+    gen_jump_cached(g);
     return g->ended = true;
 }
 EMITTER(ret64)
@@ -94,12 +102,7 @@ EMITTER(ret64)
     gen_probe(g);
     gen_op_imm(g, 3, 0, h, (int64_t)(8 + u->imm));
     g->r.dirty[h] = true;
-    gen_write_back(g);
-    gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
-    gen_due(g, u, 0, false);
-    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-    gen_jump_rsi(g, NULL);
-    return g->ended = true;
+    return go_to_probed(g, u);
 }
 
 EMITTER(jmp_r)
@@ -109,12 +112,7 @@ EMITTER(jmp_r)
     gen_flags_for(g, NULL);
     gen_op_rr(g, 3, 0x8B, H_RCX, gen_reg_of(g, u->r1, true));
     gen_probe(g);
-    gen_write_back(g);
-    gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
-    gen_due(g, u, 0, false);
-    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-    gen_jump_rsi(g, NULL);
-    return g->ended = true;
+    return go_to_probed(g, u);
 }
 EMITTER(call_r)
 {
@@ -134,8 +132,7 @@ EMITTER(call_r)
     gen_write_back(g);
     gen_due(g, u, 0, false);
     gen_jump_entry(g, H_RDX);
-    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-    gen_jump_rsi(g, NULL);
+    gen_jump_cached(g);
     return g->ended = true;
 }
 

@@ -306,12 +306,17 @@ void gen_probe(struct gen *g)
     jump_to_stub(g, 5);
 }
 /* To a block, the code of which is at RSI; to: the block, or NULL for any. */
-void gen_jump_rsi(struct gen *g, const struct uop *to)
+static void jump_rsi(struct gen *g, const struct uop *to)
 {
     if (gen_flags_entry(to ? gen_block_of(to) : NULL) == ENTRY_WORD)
         gen_b1(g, 0xFF), gen_b1(g, 0x66), gen_b1(g, (unsigned)BLOCK_WORD_FN & 0xFF); /* jmp [rsi + disp8] */
     else
         gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
+}
+void gen_jump_cached(struct gen *g)
+{
+    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
+    jump_rsi(g, NULL);
 }
 /* The link itself is read every time: it is cleared when its block is invalidated, perhaps by what the block itself did.
  * Then out: the instruction is complete, and a CALL has pushed. */
@@ -338,13 +343,12 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
         gen_due(g, u, delta, fused);
         load_link(g, taken ? &l->taken : &l->next, delta, fused);
         gen_add_rip(g, H_RDX, delta);
-        gen_jump_rsi(g, to);
+        jump_rsi(g, to);
     } else {
         gen_add_rip(g, H_RCX, delta);
         gen_probe(g);
         gen_due(g, u, delta, fused);
-        gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
         gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
-        gen_jump_rsi(g, NULL);
+        gen_jump_cached(g);
     }
 }

@@ -145,7 +145,8 @@ struct block *gen_loop_next(struct gen *g);
 void gen_jump_entry(struct gen *g, unsigned address);
 /* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
 void gen_probe(struct gen *g);
-void gen_jump_rsi(struct gen *g, const struct uop *to);
+/* To the block of the jump cache's entry in RAX; its address is in RDX. Uses RSI. */
+void gen_jump_cached(struct gen *g);
 /* To a fixed successor. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
 
