@@ -37,10 +37,9 @@ static bool wanted_lazy(const struct gen *g)
         case FAMILY_fused_rr: case FAMILY_fused_ri: return false;
         case FAMILY_jcc_rel: next = LINKS((struct uop *)u)->next; /* fall through */
         case FAMILY_jmp_rel: case FAMILY_call_rel: taken = LINKS((struct uop *)u)->taken;
-            return (next && gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY) ||
-                   (taken && gen_flags_entry(gen_block_of(taken)) == ENTRY_LAZY);
+            return gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY || gen_flags_entry(gen_block_of(taken)) == ENTRY_LAZY;
         case FAMILY_jmp_fall: next = LINKS((struct uop *)u)->next;
-            return next && gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY;
+            return gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY;
         case FAMILY_ret64: case FAMILY_jmp_r: case FAMILY_call_r: return false;
         default:
             if (!op_emitter(g->ops[i]))

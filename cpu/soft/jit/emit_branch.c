@@ -191,7 +191,7 @@ static bool two_ways(struct gen *g, const struct uop *u, unsigned cc, bool fused
     gen_b4(g, 0);
     for (unsigned taken = 0; taken < 2; taken++) {
         struct uop *to = taken ? l->taken : l->next;
-        enum flags_entry entry = gen_flags_entry(to ? gen_block_of(to) : NULL);
+        enum flags_entry entry = gen_flags_entry(gen_block_of(to));
         if (taken && !g->failed) {
             uint32_t distance = (uint32_t)(g->p - patch - 4);
             memcpy(patch, &distance, 4);

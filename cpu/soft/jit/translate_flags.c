@@ -188,7 +188,7 @@ void gen_mark_lazy(struct gen *g)
 }
 void gen_flags_for(struct gen *g, const struct uop *to)
 {
-    switch (gen_flags_entry(to ? gen_block_of(to) : NULL)) {
+    switch (gen_flags_entry(gen_block_of(to))) {
     case ENTRY_DEAD: gen_clobber(g); break;
     case ENTRY_LAZY: gen_settle(g); break;
     default:

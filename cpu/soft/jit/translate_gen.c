@@ -308,7 +308,7 @@ void gen_probe(struct gen *g)
 /* To a block, the code of which is at RSI; to: the block, or NULL for any. */
 static void jump_rsi(struct gen *g, const struct uop *to)
 {
-    if (gen_flags_entry(to ? gen_block_of(to) : NULL) == ENTRY_WORD)
+    if (gen_flags_entry(gen_block_of(to)) == ENTRY_WORD)
         gen_b1(g, 0xFF), gen_b1(g, 0x66), gen_b1(g, (unsigned)BLOCK_WORD_FN & 0xFF); /* jmp [rsi + disp8] */
     else
         gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */

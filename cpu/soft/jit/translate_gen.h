@@ -125,9 +125,10 @@ void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
 void gen_budget(struct gen *g, const struct uop *u, int64_t delta, bool fused); /* the budget alone */
 void gen_add_rip(struct gen *g, unsigned to, int64_t delta);
+/* The block of its first micro-op, or NULL for NULL. */
 static inline struct block *gen_block_of(const struct uop *first)
 {
-    return (struct block *)((char *)(uintptr_t)first - offsetof(struct block, code));
+    return !first ? NULL : (struct block *)((char *)(uintptr_t)first - offsetof(struct block, code));
 }
 
 /* ---- translate_loop.c ---- */

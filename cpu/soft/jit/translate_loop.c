@@ -17,7 +17,7 @@ enum { WARM = (SOFT_HOT + 1) / 2 }; /* entries of a block that goes into a loop 
 /* The successor that a block may be joined with, or NULL. */
 static struct block *joined(const struct block *head, const struct uop *to)
 {
-    struct block *b = to ? gen_block_of(to) : NULL;
+    struct block *b = gen_block_of(to);
     return b && b->mode == head->mode && b->entered >= WARM && !b->host2 && !b->stops ? b : NULL;
 }
 static bool whole(struct block *b)
