@@ -6,6 +6,10 @@
 
 #include "soft/ops/uop.h"
 
+#ifndef SOFT_HOT
+#define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
+#endif
+
 /* A VM's part of memory, in bytes: of what those that share have together, or the whole (block.c). */
 size_t soft_share(size_t whole, bool shares);
 /* The part that it keeps when it has slept for a while: all of it, if it is the only one. */

@@ -8,10 +8,8 @@
  * and not while it is in host code. Every way back looks for attention; ways forward charge the budget alone.
  */
 #include "soft/jit/emitters.h"
+#include "soft/jit/translate.h"
 
-#ifndef SOFT_HOT
-#define SOFT_HOT 40
-#endif
 enum { WARM = (SOFT_HOT + 1) / 2 }; /* entries of a block that goes into a loop */
 
 /* The successor that a block may be joined with, or NULL. */

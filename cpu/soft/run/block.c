@@ -26,9 +26,6 @@ enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back when a VM g
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
 enum { SHARERS_MANY = 20, PARTS_MOST = 42 }; /* so many VMs or more have one PARTS_MOSTth each */
 enum { RESTERS_MAX = 32 }; /* with more VMs at rest a part is no smaller than with so many */
-#ifndef SOFT_HOT
-#define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
-#endif
 
 /* A host page that code was translated from. */
 struct code_page {
