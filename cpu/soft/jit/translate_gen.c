@@ -208,6 +208,12 @@ static struct stub *jump_to_stub(struct gen *g, unsigned cc)
     gen_b4(g, 0);
     return s;
 }
+/* jcc to one that leaves host code: the next instruction is at RDX + delta. fused: as in a stub. */
+static void leave_if(struct gen *g, unsigned cc, int64_t delta, bool fused)
+{
+    struct stub *s = jump_to_stub(g, cc);
+    s->leave = true, s->delta = delta, s->fused = fused;
+}
 
 /* ---- memory ---- */
 
@@ -266,16 +272,14 @@ void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
 void gen_budget(struct gen *g, const struct uop *u, int64_t delta, bool fused)
 {
     gen_prefix(g, 3, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 5, H_RDI, FIELD(budget)), gen_b1(g, u->idx + 1u); /* sub */
-    struct stub *s = jump_to_stub(g, 14); /* jle */
-    s->leave = 1, s->delta = delta, s->fused = fused;
+    leave_if(g, 14, delta, fused); /* jle */
 }
 /* Charge the budget, look for attention; out through a stub when due. */
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused)
 {
     gen_budget(g, u, delta, fused);
     gen_prefix(g, 2, 0, 0, H_RDI), gen_b1(g, 0x83), gen_memory(g, 7, H_RDI, FIELD(attention)), gen_b1(g, 0); /* cmp */
-    struct stub *s = jump_to_stub(g, 5);
-    s->leave = 1, s->delta = delta, s->fused = fused;
+    leave_if(g, 5, delta, fused); /* jne */
 }
 void gen_add_rip(struct gen *g, unsigned to, int64_t delta)
 {
@@ -325,10 +329,9 @@ static void load_link(struct gen *g, struct uop *const *link, int64_t delta, boo
     gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)link);
     gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 0);
     gen_op_rr(g, 3, 0x85, H_RSI, H_RSI);
-    struct stub *s = jump_to_stub(g, 4);
-    s->leave = 1, s->delta = delta, s->fused = fused;
+    leave_if(g, 4, delta, fused); /* je */
 }
-/* To a fixed successor. Registers are written back and forgotten by the caller's caller (both paths share the state). */
+/* To a fixed successor. In a loop registers may stay in host registers; on any other way they are written back first. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
 {
     const struct uop_links *l = LINKS((struct uop *)u);
