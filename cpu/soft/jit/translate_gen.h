@@ -1,4 +1,5 @@
-/* Making host code: the x86-64 encoder, guest registers in host registers, lazy flags, the TLB look-up, the ends of a block.
+/* Making host code: the x86-64 encoder, guest registers in host registers, the TLB look-up, the ends of a block; and what
+ * translate_flags.c and translate_loop.c add, arithmetic flags and loops.
  *
  * Host registers: RDI vCPU, RDX the block's address, RAX, RCX and RSI scratch, the rest hold guest registers.
  * Operand sizes are log2 of bytes. Opcodes are those of the word forms; a byte form is one less.
@@ -130,6 +131,14 @@ static inline struct block *gen_block_of(const struct uop *first)
 {
     return !first ? NULL : (struct block *)((char *)(uintptr_t)first - offsetof(struct block, code));
 }
+/* RAX: the jump cache's entry for the linear address in a register. */
+void gen_jump_entry(struct gen *g, unsigned address);
+/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
+void gen_probe(struct gen *g);
+/* To the block of the jump cache's entry in RAX; its address is in RDX. Uses RSI. */
+void gen_jump_cached(struct gen *g);
+/* To a fixed successor. */
+void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
 
 /* ---- translate_loop.c ---- */
 /* Find the loop that a block begins: g->loop, without blocks if there is none. */
@@ -140,16 +149,5 @@ bool gen_in_loop(const struct gen *g, const struct uop *to);
 void gen_loop_edge(struct gen *g, const struct uop *u, struct uop *to, int64_t delta, bool fused);
 /* A block of the loop that is to be made now, at g->p; NULL: none is left, and jumps between them are complete. */
 struct block *gen_loop_next(struct gen *g);
-/* ---- translate_gen.c ---- */
-
-/* RAX: the jump cache's entry for the linear address in a register. */
-void gen_jump_entry(struct gen *g, unsigned address);
-/* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
-void gen_probe(struct gen *g);
-/* To the block of the jump cache's entry in RAX; its address is in RDX. Uses RSI. */
-void gen_jump_cached(struct gen *g);
-/* To a fixed successor. */
-void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
-
 
 #endif
