@@ -105,14 +105,21 @@ void gen_store_field(struct gen *g, int32_t field, uint32_t v)
     gen_b4(g, v);
 }
 
+/* shl or shr h, n */
+static void shift(struct gen *g, unsigned size, bool left, unsigned h, unsigned n)
+{
+    gen_prefix(g, size, 0, 0, h), gen_b1(g, 0xC1), gen_b1(g, 0xC0u | (left ? 4 : 5) << 3 | (h & 7)), gen_b1(g, n);
+}
+static void seto_al(struct gen *g) { gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC0); }
+
 /* And LAHF's byte to AH. */
 void gen_lazy_carries(struct gen *g)
 {
-    gen_b1(g, 0x9F);                                                                /* lahf */
-    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC1);                              /* seto cl */
-    gen_op_rr(g, 3, 0x1B, H_RSI, H_RSI);                                            /* sbb rsi, rsi */
-    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC9);                              /* movzx ecx, cl */
-    gen_prefix(g, 3, 0, 0, H_RCX), gen_b1(g, 0xC1), gen_b1(g, 0xE1), gen_b1(g, 62); /* shl rcx, 62 */
+    gen_b1(g, 0x9F);                                   /* lahf */
+    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC1); /* seto cl */
+    gen_op_rr(g, 3, 0x1B, H_RSI, H_RSI);               /* sbb rsi, rsi */
+    gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC9); /* movzx ecx, cl */
+    shift(g, 3, true, H_RCX, 62);
     gen_op_rr(g, 3, 0x33, H_RCX, H_RSI);
     gen_op_rm(g, 3, 0x89, H_RCX, H_RDI, FIELD(lf[1]));
 }
@@ -134,10 +141,6 @@ void gen_compare_flags(struct gen *g, unsigned size, unsigned h)
     store_adjust(g, AF_HOST);
 }
 
-static void shift(struct gen *g, unsigned size, bool left, unsigned h, unsigned n)
-{
-    gen_prefix(g, size, 0, 0, h), gen_b1(g, 0xC1), gen_b1(g, 0xC0u | (left ? 4 : 5) << 3 | (h & 7)), gen_b1(g, n);
-}
 /* lf[0] and lf[2] from AH, as flags_set_arith() makes them: SF 7, ZF 6, AF 4, PF 2. */
 static void store_from_ah(struct gen *g, unsigned af)
 {
@@ -167,8 +170,8 @@ static void store_from_ah(struct gen *g, unsigned af)
 
 static void to_word(struct gen *g)
 {
-    gen_b1(g, 0x9F);                                   /* lahf */
-    gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC0); /* seto al */
+    gen_b1(g, 0x9F); /* lahf */
+    seto_al(g);
     if (g->af == AF_CLEAR)
         gen_b1(g, 0x80), gen_b1(g, 0xE4), gen_b1(g, 0xEF); /* and ah, ~10h */
     else if (g->af == AF_SET)
@@ -243,8 +246,8 @@ void gen_carry_to_host(struct gen *g)
 void gen_carry_and_overflow(struct gen *g)
 {
     g->failed |= g->unknown;
+    seto_al(g);
     if (g->in_word) {
-        gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC0);                                         /* seto al */
         gen_op_rm(g, 0, 0x8B, H_RCX, H_RDI, FIELD(host_flags) + 1);
         gen_op_rm(g, 0, 0x89, H_RAX, H_RDI, FIELD(host_flags));
         gen_op_imm(g, 0, 4, H_RCX, ~F_CF);
@@ -252,9 +255,7 @@ void gen_carry_and_overflow(struct gen *g)
         gen_op_rm(g, 0, 0x89, H_RCX, H_RDI, FIELD(host_flags) + 1);
     }
     if (g->in_lazy) {
-        if (!g->in_word)
-            gen_b1(g, 0x0F), gen_b1(g, 0x90), gen_b1(g, 0xC0);
-        gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC0);                                         /* movzx eax, al */
+        gen_b1(g, 0x0F), gen_b1(g, 0xB6), gen_b1(g, 0xC0); /* movzx eax, al */
         shift(g, 3, true, H_RAX, 63);
         gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(lf[1]));
     }
