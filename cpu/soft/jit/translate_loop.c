@@ -4,8 +4,8 @@
  * of the loop (the head again, in the end) registers stay where they are, and the block is made as it is entered then. A
  * later way to the same block brings registers to where that one expects them. RDX stays the head's address.
  *
- * Nothing in here looks at links: they change only when blocks of the page are made or die, which this thread does itself,
- * and not while it is in host code. Every way back looks for attention; ways forward charge the budget alone.
+ * The host code reads no links between blocks of the loop: they change only when blocks of the page are made or die, which
+ * this thread does itself, and not while it is in host code. Every way back looks for attention; ways forward charge the budget alone.
  */
 #include "soft/jit/emitters.h"
 #include "soft/jit/translate.h"
@@ -90,7 +90,8 @@ bool gen_in_loop(const struct gen *g, const struct uop *to)
            (g->label_count < LABELS && g->stub_count < STUBS / 2 && g->p - g->start < (g->end - g->start) / 2);
 }
 
-/* Registers where the label expects them. What it holds as changed may be unchanged, but not the other way round. */
+/* Registers where the label expects them. A register that the label takes for changed (dirty) may be unchanged; one that is
+ * changed, and that the label takes for unchanged, is written to memory here. */
 static void reconcile(struct gen *g, const struct registers *to)
 {
     uint16_t pending = 0; /* host registers that get another one's value */
