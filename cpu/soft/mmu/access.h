@@ -85,11 +85,6 @@ static inline void set_reg(struct soft_vcpu *c, unsigned offset, unsigned size, 
     }
 }
 
-static inline int64_t sign_extend(uint64_t v, unsigned size)
-{
-    unsigned shift = 64 - size * 8;
-    return (int64_t)(v << shift) >> shift;
-}
 /* Flags of a - b. */
 static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, unsigned size)
 {

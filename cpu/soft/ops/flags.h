@@ -42,12 +42,18 @@ static inline void flags_set_co(struct soft_vcpu *c, uint64_t cf, uint64_t of)
     c->lf[1] = cf << 63 | (cf ^ of) << 62;
 }
 
+/* size: in bytes. */
+static inline int64_t sign_extend(uint64_t v, unsigned size)
+{
+    unsigned shift = 64 - size * 8;
+    return (int64_t)(v << shift) >> shift;
+}
+
 /* ZF, SF and PF of a result of `size` bytes, and CF; OF and AF clear. */
 static inline void flags_set_result(struct soft_vcpu *c, uint64_t r, unsigned size, bool cf)
 {
-    unsigned shift = 64 - size * 8;
-    c->lf[0] = (uint64_t)((int64_t)(r << shift) >> shift);
-    c->lf[1] = (uint64_t)cf << 63 | (uint64_t)cf << 62;
+    c->lf[0] = (uint64_t)sign_extend(r, size);
+    flags_set_co(c, cf, false);
     c->lf[2] = 0;
 }
 
