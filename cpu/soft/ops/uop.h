@@ -82,7 +82,7 @@ struct block {
     struct uop code[];      /* behind them block_ops() */
 };
 enum { BLOCK_WORD_FN = (int)offsetof(struct block, word_fn) - (int)offsetof(struct block, code) };
-_Static_assert(BLOCK_WORD_FN == -(int)sizeof(uop_fn), "of empty_entry, too");
+_Static_assert(BLOCK_WORD_FN == -(int)sizeof(uop_fn), "word_fn stands right before code, as in struct empty_entry");
 /* Operations of the micro-ops, for the translator. */
 static inline uint16_t *block_ops(struct block *k) { return (uint16_t *)(k->code + k->count); }
 /* Of the last micro-op, or NULL. */

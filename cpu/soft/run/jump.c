@@ -11,7 +11,7 @@ static HANDLER(jump_miss)
     return block_enter(c, u, rip);
 }
 struct empty_entry empty_entry = {host_flags_enter, {.fn = jump_miss}};
-_Static_assert(offsetof(struct empty_entry, code) + (size_t)0 == (size_t)-BLOCK_WORD_FN, "found from code");
+_Static_assert(offsetof(struct empty_entry, code) == (size_t)-BLOCK_WORD_FN, "host code finds word_fn from the address of code");
 
 static void jump_clear(struct soft_jump *e)
 {
