@@ -472,10 +472,10 @@ enum soft_stop soft_vm_run(struct soft_vm *vm, uint32_t *vcpu)
             budget = vm->turn_left;
         soft_set_budget(c, budget);
         int stop = soft_run_turn(c);
-        budget -= c->budget + c->budget_held; /* what was used */
-        vm->turn_left -= budget;
+        int64_t used = budget - c->budget - c->budget_held;
+        vm->turn_left -= used;
         if (!vm->config.virtual_clock)
-            soft_pace(c, soft_now(vm) - now, (uint64_t)budget);
+            soft_pace(c, soft_now(vm) - now, (uint64_t)used);
         if (vm->turn_left <= 0)
             vm->turn = (c->index + 1) % vm->config.vcpus;
         fpu_collect(&c->fpu);
