@@ -18,7 +18,9 @@ struct string_op {
  * answers, and counts for a page of them. Neither depends on what the TLB happens to hold, so that a run under the virtual
  * clock is the same after a restore. */
 enum { CHUNK = 64 << 10, TURN = 1 << 20, SINGLE = 4096 };
-enum { BYTES_AN_INSTRUCTION = 32 }; /* that take about as long, with the real clock: so copies of many MiB keep no timer waiting */
+/* So many bytes of a repetition take about as long as another instruction. With the real clock they shorten the turn as one
+ * does, so that copies of many MiB keep no timer waiting. */
+enum { BYTES_AN_INSTRUCTION = 32 };
 
 static uint64_t linear(const struct string_op *s, unsigned seg, uint64_t offset, bool write)
 {
@@ -246,7 +248,7 @@ static uint64_t chunk(struct string_op *s, unsigned op, unsigned until, uint64_t
     }
 }
 
-/* With the real clock, what was done shortens the turn. */
+/* Shorten the turn by what was done; see BYTES_AN_INSTRUCTION. */
 static void charge(const struct string_op *s)
 {
     if (s->work > SINGLE && !s->c->budget_held && !s->c->vm->config.virtual_clock)
