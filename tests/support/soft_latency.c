@@ -8,7 +8,6 @@
  *   soft_latency [VCPUS [EVENTS]]
  */
 #define _GNU_SOURCE
-#include <linux/kvm.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -17,7 +16,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "soft/soft.h"
+#include "soft_guest.h"
 
 enum { RAM = 32 << 20, MOST = 8, EVENTS_MOST = 1 << 20, PAUSE_NS = 300000 };
 enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PD_APIC = 0x4000, IDT = 0x5000, GDT = 0x6000, STACKS = 0x10000, CODE = 0x20000,
@@ -71,16 +70,6 @@ static uint64_t returned[MOST]; /* atomic: when each thread was last out of the 
 static uint32_t *times[KINDS];
 static unsigned counts[KINDS];
 
-static uint64_t on_access(void *ctx, const struct soft_access *access)
-{
-    (void)ctx, (void)access;
-    return ~0ull;
-}
-static void on_random(void *ctx, void *buffer, size_t size)
-{
-    (void)ctx;
-    memset(buffer, 7, size);
-}
 static volatile struct note *note(unsigned i) { return (volatile struct note *)(void *)(ram + NOTES) + i; }
 
 static void *run(void *arg)
@@ -110,24 +99,9 @@ static void prepare(uint32_t index, const uint8_t *begin, const uint8_t *end)
 {
     uint32_t at = CODE + index * 0x2000;
     memcpy(ram + at, begin, (size_t)(end - begin));
-    struct kvm_sregs s;
     struct kvm_regs r = { .rip = at, .rsp = STACKS + 0x1000 * (index + 1), .rflags = 2, .r12 = NOTES + 128 * index, .r13 = index };
-    struct kvm_segment code = { .limit = ~0u, .selector = 8, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1 };
-    struct kvm_segment data = { .limit = ~0u, .selector = 16, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1 };
-    struct kvm_mp_state mp = { KVM_MP_STATE_RUNNABLE };
-    soft_vcpu_get(vm, index, SOFT_STATE_SREGS, &s, sizeof s);
-    s.cs = code;
-    s.ds = s.es = s.ss = s.fs = s.gs = data;
-    s.idt.base = IDT;
-    s.idt.limit = 0xFFF;
-    s.gdt.base = GDT;
-    s.gdt.limit = 0x17;
-    s.cr0 = 0x80000033;
-    s.cr3 = PML4;
-    s.cr4 = 0x220;
-    s.efer = 0x500;
-    if (soft_vcpu_set(vm, index, SOFT_STATE_SREGS, &s, sizeof s) || soft_vcpu_set(vm, index, SOFT_STATE_REGS, &r, sizeof r) ||
-        soft_vcpu_set(vm, index, SOFT_STATE_MP, &mp, sizeof mp)) {
+    const struct kvm_dtable gdt = { .base = GDT, .limit = 0x17 }, idt = { .base = IDT, .limit = 0xFFF };
+    if (!begin_64bit(vm, index, &r, PML4, gdt, idt)) {
         printf("a state was refused\n");
         exit(1);
     }
@@ -234,13 +208,12 @@ static void work(const char *name, const uint8_t *begin, const uint8_t *end)
 {
     static const char *const kinds[KINDS] = { "message", "ipi", "timer", "kick" };
     const struct soft_config config = { .vcpus = vcpus, .parallel = true, .tsc_khz = 1000000, .quantum = 50000 };
-    const struct soft_host host = { .access = on_access, .random = on_random };
     uint64_t timer_seen[MOST] = { 0 };
     pthread_t ids[MOST];
     ending = false;
     memset(returned, 0, sizeof returned);
     build_memory();
-    vm = soft_vm_create(&config, &host);
+    vm = soft_vm_create(&config, &NO_DEVICES);
     if (!vm || soft_vm_set_slot(vm, 0, 0, RAM, ram, false, false))
         exit(1);
     for (unsigned i = 0; i < vcpus; i++)

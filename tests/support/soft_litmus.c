@@ -6,7 +6,6 @@
  *   soft_litmus [ROUNDS [SECONDS [NAME]]]
  */
 #define _GNU_SOURCE
-#include <linux/kvm.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -17,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "soft/soft.h"
+#include "soft_guest.h"
 
 enum { RAM = 16 << 20, THREADS = 4, BATCH = 200, LINE = 128 };
 enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PT = 0x4000, STACKS = 0x10000, CODE = 0x20000, PATCHED = 0x40000,
@@ -155,17 +154,6 @@ static void fail(const char *format, ...)
     _exit(1);
 }
 
-static uint64_t on_access(void *ctx, const struct soft_access *access)
-{
-    (void)ctx, (void)access;
-    return ~0ull;
-}
-static void on_random(void *ctx, void *buffer, size_t size)
-{
-    (void)ctx;
-    memset(buffer, 7, size);
-}
-
 static void *run(void *arg)
 {
     uint32_t index = (uint32_t)(uintptr_t)arg;
@@ -195,21 +183,10 @@ static void prepare(uint32_t index, const uint8_t *from, const uint8_t *to, uint
     uint32_t at = CODE + index * 0x2000;
     memcpy(ram + at, from, (size_t)(to - from));
     soft_vm_memory_written(vm, at, (uint64_t)(to - from));
-    struct kvm_sregs s;
     struct kvm_regs r = { .rip = at, .rsp = STACKS + 0x1000 * (index + 1), .rflags = 2, .rdi = SHARED, .rsi = rounds, .rbx = X,
                           .rbp = Y, .r12 = OUT + 0x10000 * index, .r13 = index, .r14 = threads, .r15 = r15 };
-    soft_vcpu_get(vm, index, SOFT_STATE_SREGS, &s, sizeof s);
-    struct kvm_segment code = { .limit = ~0u, .selector = 8, .type = 11, .present = 1, .s = 1, .l = 1, .g = 1 };
-    struct kvm_segment data = { .limit = ~0u, .selector = 16, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1 };
-    s.cs = code;
-    s.ds = s.es = s.ss = s.fs = s.gs = data;
-    s.cr0 = 0x80000033;
-    s.cr3 = PML4;
-    s.cr4 = 0x220; /* PAE, OSFXSR */
-    s.efer = 0x500;
-    struct kvm_mp_state mp = { KVM_MP_STATE_RUNNABLE };
-    if (soft_vcpu_set(vm, index, SOFT_STATE_SREGS, &s, sizeof s) || soft_vcpu_set(vm, index, SOFT_STATE_REGS, &r, sizeof r) ||
-        soft_vcpu_set(vm, index, SOFT_STATE_MP, &mp, sizeof mp))
+    const struct kvm_dtable none = { 0 };
+    if (!begin_64bit(vm, index, &r, PML4, none, none))
         fail("a state was refused");
 }
 
@@ -434,12 +411,11 @@ int main(int argc, char **argv)
     const char *only = argc > 3 ? argv[3] : NULL;
     seconds = argc > 2 ? atoi(argv[2]) : seconds;
     const struct soft_config config = { .vcpus = THREADS, .parallel = true, .tsc_khz = 1000000, .quantum = 50000 };
-    const struct soft_host host = { .access = on_access, .random = on_random };
     pthread_t ids[THREADS];
     ram = aligned_alloc(4096, RAM);
     memset(ram, 0, RAM);
     build_tables();
-    vm = soft_vm_create(&config, &host);
+    vm = soft_vm_create(&config, &NO_DEVICES);
     if (!vm || soft_vm_set_slot(vm, 0, 0, RAM, ram, false, false))
         fail("no VM");
     pthread_barrier_init(&begin, NULL, THREADS + 1);
