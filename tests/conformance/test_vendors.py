@@ -70,6 +70,14 @@ def test_an_intel_hosts_results_are_accepted(program: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["64", "32"])
+def test_an_intel_hosts_results_with_a_vex_prefix_are_accepted(program: Path, mode: str) -> None:
+    result = oracle.run(program, "core", "--vex", "--mode", mode, "--per-slot", "6", *INTEL)
+    assert result.compared > 60_000
+    assert result.differences == 0, result.report
+    assert result.not_compared < result.compared / 500
+
+
+@pytest.mark.parametrize("mode", ["64", "32"])
 def test_programs_for_every_vendor_read_nothing_undefined(program: Path, mode: str) -> None:
     """Run instruction by instruction, every undefined flag another value: the results are the core's."""
     result = oracle.run(program, "core", "--mode", mode, "--programs", "3000", *INTEL)

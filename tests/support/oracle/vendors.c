@@ -249,6 +249,8 @@ static void reserved_prefix_free(const struct event *e, struct freedom *f)
 {
     const struct form *x = &e->form;
     bool repeat = x->f2 || x->f3;
+    if (x->vex) /* p66, f2 and f3 are VEX.pp there, a part of the opcode */
+        return;
     if (x->map == MAP_ONE) {
         f->everything |= (form_string(x) && x->f2 && (x->opcode & 0xFE) != 0xA6 && (x->opcode & 0xFE) != 0xAE);
         return;

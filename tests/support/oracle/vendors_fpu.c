@@ -5,7 +5,7 @@
 
 enum {
     FX_SW = 2, FX_TAG = 4, FX_RESERVED = 5, FX_POINTERS = 6, FX_ST = 32, FX_MXCSR = 24, FX_MXCSR_MASK = 28, FX_XMM8 = 288, FX_END = 416,
-    FX_FOP = 6, FX_FIP = 8, FX_FDP = 16, FX_AVAILABLE = 464, XSAVE_BV = 512,
+    FX_FOP = 6, FX_FIP = 8, FX_FDP = 16, FX_AVAILABLE = 464, XSAVE_BV = 512, XSAVE_YMM_HIGH = 576,
     C0 = 0x100, C1 = 0x200, C2 = 0x400, C3 = 0x4000, CC = C0 | C1 | C2 | C3, ES_AND_B = 0x8080, PE = 0x20,
 };
 
@@ -204,8 +204,8 @@ static void initial_free(const struct event *e, struct freedom *f)
         return;
     bool optimised = x->opcode == 0xC7 || form_group(x) == 6;
     bool x87 = fx[0] == 0x7F && fx[1] == 3 && !memcmp(fx + FX_SW, zeros, 3) && !memcmp(fx + FX_ST, zeros, 128);
-    bool sse = !memcmp(fx + 160, zeros, x->mode32 ? 128 : 256);
-    if (x87 || sse)
+    bool sse = !memcmp(fx + 160, zeros, x->mode32 ? 128 : 256), avx = !memcmp(e->in->high, zeros, x->mode32 ? 128 : 256);
+    if (x87 || sse || avx)
         free_memory(f, e->insn->ea, XSAVE_BV, 1);
     if (x87 && optimised) {
         free_memory(f, e->insn->ea, 0, 24);
@@ -213,6 +213,8 @@ static void initial_free(const struct event *e, struct freedom *f)
     }
     if (sse && optimised)
         free_memory(f, e->insn->ea, 160, 256);
+    if (avx && optimised)
+        free_memory(f, e->insn->ea, XSAVE_YMM_HIGH, 256);
     if (sse && x->opcode == 0xC7)
         free_memory(f, e->insn->ea, FX_MXCSR, 4);
 }
@@ -354,8 +356,9 @@ static void approximation_free(const struct event *e, struct freedom *f)
     }
 }
 
-/* AMD's take VPERMQ and VPERMPD with W clear, which Intel's do not have, and do not check the alignment of SHA's operands. What
- * gathers and masked moves have done before a fault is not the same. */
+/* AMD's take VPERMQ and VPERMPD with W clear, which Intel's do not have. Outside 64-bit mode AMD's do not have VPEXTRQ and VPINSRQ,
+ * where Intel's ignore W. AMD's do not check the alignment of SHA's operands. What gathers and masked moves have done before
+ * a fault is not the same. */
 static void vex_free(const struct event *e, struct freedom *f)
 {
     const struct form *x = &e->form;
@@ -363,6 +366,8 @@ static void vex_free(const struct event *e, struct freedom *f)
     bool masked = x->vex && x->map == MAP_0F38 && ((x->opcode >= 0x2C && x->opcode <= 0x2F) || x->opcode == 0x8C || x->opcode == 0x8E);
     bool sha = !x->vex && ((x->map == MAP_0F38 && x->opcode >= 0xC8 && x->opcode <= 0xCD) || (x->map == MAP_0F3A && x->opcode == 0xCC));
     if (x->vex && x->map == MAP_0F3A && x->opcode <= 1 && x->l && !(x->rex & 8))
+        f->everything = true;
+    if (x->vex && x->map == MAP_0F3A && (x->opcode == 0x16 || x->opcode == 0x22) && x->mode32 && (x->rex & 8))
         f->everything = true;
     if (sha && form_memory(x) && either(e, 13))
         f->everything = true;
@@ -384,8 +389,8 @@ const struct difference fpu_differences[] = {
     {.name = "flags of an unmasked SIMD exception", .what = "the other flags in MXCSR, and whether an MMX conversion has entered MMX mode; the stages of DPPS and DPPD",
      .intel_source = "SDM 1, 11.5.2, 11.5.3", .amd_source = "APM 1, 4.10", .free = simd_flags_free},
     {.name = "MASKMOVQ MASKMOVDQU", .what = "whether bytes that the mask leaves out fault", .intel_source = "SDM 2B MASKMOVDQU: \"implementation dependent\"", .amd_source = "APM 4 MASKMOVDQU", .free = mask_move_free},
-    {.name = "VEX.W, SHA, gathers", .what = "VPERMQ and VPERMPD with W clear are #UD (Intel) or the same (AMD); alignment of SHA's operands is not checked by AMD's; what gathers and VMASKMOV have done before a fault",
-     .intel_source = "SDM 2C VPERMQ, VPERMPD, VGATHERDPS, VMASKMOV; SDM 2A table 2-21", .amd_source = "APM 4 VGATHERDPS, VMASKMOVPS; W and alignment: measured on family 1Ah", .free = vex_free},
+    {.name = "VEX.W, SHA, gathers", .what = "VPERMQ and VPERMPD with W clear are #UD (Intel) or the same (AMD); VPEXTRQ and VPINSRQ outside 64-bit mode are VPEXTRD and VPINSRD (Intel) or #UD (AMD); alignment of SHA's operands is not checked by AMD's; what gathers and VMASKMOV have done before a fault",
+     .intel_source = "SDM 2B PEXTRQ, PINSRQ: \"VEX.W/EVEX.W in non-64 bit is ignored\"; SDM 2C VPERMQ, VPERMPD, VGATHERDPS, VMASKMOV; SDM 2A table 2-21", .amd_source = "APM 4 VGATHERDPS, VMASKMOVPS; W and alignment: measured on family 1Ah", .free = vex_free},
     {.name = "CVTPI2PS CVTPI2PD from memory", .what = "AMD's stay out of MMX mode", .intel_source = "SDM 2A CVTPI2PS, CVTPI2PD: Description", .amd_source = "APM 4 CVTPI2PS, CVTPI2PD",
      .free = conversion_free, .intel = intel_conversion},
     {.name = "aliases of x87 instructions", .what = "D9 D8, DC D0, DC D8, DD C8, DE D0, DF C0 to DF D8, DB E0, DB E1, DB E4", .intel_source = "SDM 2D table A-7 onwards has none", .amd_source = "APM 5 appendix A", .free = alias_free},
