@@ -10,25 +10,6 @@
  * the memory operand; the next one: ptr the operation, size of a general register. */
 #define OPERATION_OF(u) ((const struct avx_op *)(u)[1].ptr)
 
-static void load_any(struct soft_vcpu *c, uint64_t at, void *to, unsigned size)
-{
-    uint8_t *p;
-    if (tlb_hit(c, at, size, ACCESS_READ, &p))
-        memcpy(to, p, size);
-    else
-        soft_load_bytes(c, at, to, size);
-}
-static void store_any(struct soft_vcpu *c, uint64_t at, const void *from, unsigned size)
-{
-    uint8_t *p;
-    if (tlb_hit(c, at, size, ACCESS_WRITE, &p))
-        memcpy(p, from, size);
-    else
-        soft_store_bytes(c, at, from, size);
-}
-
-static _Noreturn void raise_simd(struct soft_vcpu *c) { soft_raise(c, c->cr4 & CR4_OSXMMEXCPT ? VEC_XM_ : VEC_UD); }
-
 /* The operand "register or memory", with zeros above what memory has. */
 static void get_rm(struct soft_vcpu *c, const struct uop *u, union ymm *to)
 {

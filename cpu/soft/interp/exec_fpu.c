@@ -27,28 +27,6 @@ HELPER(h_fwait)
     check_pending(c);
 }
 
-static inline void load_any(struct soft_vcpu *c, uint64_t at, void *to, unsigned size)
-{
-    uint8_t *p;
-    if (tlb_hit(c, at, size, ACCESS_READ, &p))
-        memcpy(to, p, size);
-    else
-        soft_load_bytes(c, at, to, size);
-}
-static inline void store_any(struct soft_vcpu *c, uint64_t at, const void *from, unsigned size)
-{
-    uint8_t *p;
-    if (tlb_hit(c, at, size, ACCESS_WRITE, &p))
-        memcpy(p, from, size);
-    else
-        soft_store_bytes(c, at, from, size);
-}
-
-static __attribute__((noinline, cold)) void raise_simd(struct soft_vcpu *c)
-{
-    soft_raise(c, c->cr4 & CR4_OSXMMEXCPT ? VEC_XM_ : VEC_UD);
-}
-
 static void mask_move(struct soft_vcpu *c, const struct uop *u, const uint8_t *data, const uint8_t *mask, unsigned size)
 {
     uint64_t offset = c->gpr[RDI];

@@ -70,7 +70,7 @@ static __attribute__((noinline)) void general(struct soft_vcpu *c, const struct 
         src = &XMM(u->r1);
     }
     if (op->fn(&ctx, op->form == VEC_GPR_XMMM ? &scratch : &XMM(u->r0), src))
-        soft_raise(c, c->cr4 & CR4_OSXMMEXCPT ? VEC_XM_ : VEC_UD);
+        raise_simd(c);
     if (op->form == VEC_GPR_XMMM)
         REG64(u->r0) = u->aux ? scratch.q[0] : scratch.d[0];
     if (op->form == VEC_FLAGS)

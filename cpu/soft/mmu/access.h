@@ -66,6 +66,24 @@ static inline void store(struct soft_vcpu *c, uint64_t a, unsigned size, uint64_
     }
 }
 
+/* The same of any number of bytes. */
+static inline void load_any(struct soft_vcpu *c, uint64_t at, void *to, unsigned size)
+{
+    uint8_t *p;
+    if (tlb_hit(c, at, size, ACCESS_READ, &p))
+        memcpy(to, p, size);
+    else
+        soft_load_bytes(c, at, to, size);
+}
+static inline void store_any(struct soft_vcpu *c, uint64_t at, const void *from, unsigned size)
+{
+    uint8_t *p;
+    if (tlb_hit(c, at, size, ACCESS_WRITE, &p))
+        memcpy(p, from, size);
+    else
+        soft_store_bytes(c, at, from, size);
+}
+
 static inline uint64_t get_reg(struct soft_vcpu *c, unsigned offset, unsigned size)
 {
     switch (size) {
@@ -84,6 +102,9 @@ static inline void set_reg(struct soft_vcpu *c, unsigned offset, unsigned size, 
     default: SET64(offset, v); break;
     }
 }
+
+/* An unmasked exception of a vector operation. */
+static inline _Noreturn void raise_simd(struct soft_vcpu *c) { soft_raise(c, c->cr4 & CR4_OSXMMEXCPT ? VEC_XM_ : VEC_UD); }
 
 /* Flags of a - b. */
 static inline void flags_compare(struct soft_vcpu *c, uint64_t a, uint64_t b, unsigned size)
