@@ -41,7 +41,7 @@ static bool host_bit(unsigned n)
            *feature_word(&e, n) >> features[n].bit & 1;
 }
 /* AVX, AVX2, FMA and F16C, and an operating system that keeps YMM registers (SDM 1, 14.3). */
-static bool host_avx(void)
+static bool ask_host_avx(void)
 {
     unsigned a, b, c, d, low, high;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & BIT(27)))
@@ -49,6 +49,18 @@ static bool host_avx(void)
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & 6) == 6 && host_bit(FEATURE_AVX - 1) && host_bit(FEATURE_AVX2 - 1) && host_bit(FEATURE_FMA - 1) &&
            host_bit(FEATURE_F16C - 1);
+}
+/* Asked once: in a virtual machine each CPUID is an exit. */
+static bool host_avx(void)
+{
+    enum { NOT_ASKED, NO, YES };
+    static int known;
+    int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (answer == NOT_ASKED) {
+        answer = ask_host_avx() ? YES : NO;
+        __atomic_store_n(&known, answer, __ATOMIC_RELAXED);
+    }
+    return answer == YES;
 }
 static bool offered(unsigned n)
 {
