@@ -18,8 +18,6 @@ static void get_rm(struct soft_vcpu *c, const struct uop *u, union ymm *to)
         return;
     }
     memset(to, 0, sizeof *to);
-    if (OPERATION_OF(u)->aligned && (c->tmp[0] & (u->size - 1u)))
-        soft_raise_error(c, VEC_GP, 0);
     load_any(c, c->tmp[0], to, u->size);
 }
 
@@ -211,24 +209,14 @@ HELPER(h_avx_move)
     union ymm v = {.q = {0}}, w;
     unsigned bytes = op->mem;
     switch (op->form) {
-    case AVX_LOAD:
-        get_rm(c, u, &v);
+    case AVX_LOAD: case AVX_STORE: { /* of registers; avx_load and avx_store are those of memory */
+        bool load = op->form == AVX_LOAD;
+        avx_get(f, load ? u->r1 : u->r0, &v);
         if (!u->scale)
             memset(&v.half[1], 0, 16);
-        avx_put(f, u->r0, &v);
+        avx_put(f, load ? u->r0 : u->r1, &v);
         return;
-    case AVX_STORE:
-        avx_get(f, u->r0, &v);
-        if (!u->index) {
-            if (!u->scale)
-                memset(&v.half[1], 0, 16);
-            avx_put(f, u->r1, &v);
-            return;
-        }
-        if (op->aligned && (at & (u->size - 1u)))
-            soft_raise_error(c, VEC_GP, 0);
-        store_any(c, at, &v, u->size);
-        return;
+    }
     case AVX_LOAD_SCALAR:
         if (u->index) {
             load_any(c, at, &v, bytes);
@@ -345,8 +333,11 @@ HELPER(h_avx_move)
     }
 }
 
-/* ---- the frequent ones, without the detour ---- aux: the immediate, or of moves which bits of the address must be 0; ptr: the operation. Of memory, r1 is VEX.vvvv, the address is
- * as in exec.h, and the size says the length. */
+/* ---- the frequent ones, each a handler of its own ----
+ *
+ * The micro-op: r0 ModRM.reg, r1 ModRM.rm, base VEX.vvvv, scale VEX.L, aux the immediate, ptr the operation. With a memory operand
+ * its address is EA_BD or EA_BI (mmu/access.h), r1 is VEX.vvvv, and size is 32 for VEX.L; aux of moves: which bits of the address
+ * must be 0. */
 
 static inline bool is_ready(const struct soft_vcpu *c, const struct avx_op *op) { return op->real == AVX_NO_FLOAT || c->fpu.mxcsr_lazy; }
 
@@ -456,7 +447,7 @@ static SLOW_HANDLER(avx_slow_store)
     {                                                                                                                  \
         uint64_t ea = EA;                                                                                              \
         uint8_t *p;                                                                                                    \
-        if (SOFT_UNLIKELY(ea & u->aux) || !tlb_hit(c, ea, u->size, ACCESS_READ, &p))                              \
+        if (SOFT_UNLIKELY(ea & u->aux) || !tlb_hit(c, ea, u->size, ACCESS_READ, &p))                                  \
             return avx_slow_load(c, u, rip);                                                                           \
         memcpy(&c->fpu.xmm[u->r0], p, 16);                                                                             \
         if (u->size == 32)                                                                                             \
