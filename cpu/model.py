@@ -140,7 +140,7 @@ def _v3() -> tuple[CpuidEntry, ...]:
 
 V3: Final = _v3()
 """x86-64-v3: AVX, AVX2, FMA, F16C, BMI1, BMI2, LZCNT, MOVBE."""
-REQUIRED: Final = {"v3": {(1, 0, "ecx"): _bits(12, 22, 28, 29), **{key: _V3[key] for key in list(_V3)[1:]}}}
+REQUIRED: Final = {"v3": {**_V3, (1, 0, "ecx"): _bits(12, 22, 28, 29)}}
 """Features without which a core cannot have a model at all; of others it leaves out what it lacks."""
 MODELS: Final = {"v2": V2, "v3": V3}
 NAMES: Final = (*MODELS, "max", "host")

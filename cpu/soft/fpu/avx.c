@@ -142,7 +142,7 @@ __attribute__((constructor)) static void make_index(void)
     }
 }
 
-/* Most of those with a general register take W1 for W0 outside 64-bit mode; VPEXTRQ and VPINSRQ are #UD there. */
+/* Most of those with a general register take W1 for W0 outside 64-bit mode; VPEXTRQ and VPINSRQ are #UD there, as on AMD's processors. */
 static bool looks_at_w(const struct avx_op *op, bool code64)
 {
     bool general = op->form == AVX_G_M || op->form == AVX_R_VG || op->form == AVX_FROM_GPR || op->form == AVX_TO_GPR;
@@ -158,7 +158,8 @@ const struct avx_op *avx_lookup(unsigned map, unsigned prefix, uint8_t opcode, b
     for (unsigned n = by_opcode[map][prefix][opcode]; n; n = following[n - 1]) {
         const struct avx_op *op = &operations[n - 1];
         if ((op->l < AVX_LBOTH && op->l != l) || (op->when == AVX_REG_ONLY && !reg) || (op->when == AVX_MEM_ONLY && reg) ||
-            (op->group >= 0 && op->group != (modrm >> 3 & 7)) || (looks_at_w(op, code64) && op->w != w) || (!code64 && op->mem == 8 && (op->form == AVX_EXTRACT || op->form == AVX_INSERT)))
+            (op->group >= 0 && op->group != (modrm >> 3 & 7)) || (looks_at_w(op, code64) && op->w != w) ||
+            (!code64 && op->mem == 8 && (op->form == AVX_EXTRACT || op->form == AVX_INSERT)))
             continue;
         return op; /* of two that differ in W alone the first is without, which is what counts outside 64-bit mode */
     }

@@ -224,7 +224,8 @@ void fpu_fxsave(const struct fpu *f, uint8_t image[512], bool rex_w, bool long_m
 bool fpu_fxrstor(struct fpu *f, const uint8_t image[512], bool rex_w, bool long_mode);
 /* XSAVE area, components x87 (bit 0), SSE (bit 1) and AVX (bit 2) of rfbm. area has at least FPU_XSAVE_SIZE(rfbm) bytes; those
  * that the instruction does not write keep their values, so the caller reads the area first. The compacted format differs
- * in its header alone, for AVX is the first component behind that in both. xrstor: any format; XCR0 limits what the header may name; false: #GP(0). */
+ * in its header alone: AVX is the first component behind the header in both formats. xrstor: any format; XCR0 limits what
+ * the header may name; false: #GP(0). */
 enum { FPU_XSAVE_LEGACY = 576, FPU_XSAVE_AVX = 832 };
 #define FPU_XSAVE_SIZE(rfbm) ((rfbm) & 4 ? FPU_XSAVE_AVX : FPU_XSAVE_LEGACY)
 enum fpu_xsave_form { XSAVE_STANDARD, XSAVE_OPTIMISED, XSAVE_COMPACTED };
