@@ -419,18 +419,23 @@ void any_registers(struct rng *r, struct cpu_state *s, bool mode32)
         s->rflags |= F_AC; /* alignment is checked */
 }
 
-bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
-              struct insn *insn, struct cpu_state *s, struct memory *memory)
+void insn_begin(struct rng *r, struct insn *insn, unsigned map, unsigned opcode, unsigned prefix, bool mode32)
 {
-    static const uint8_t escapes[] = {0x26, 0x2E, 0x36, 0x3E, 0x65};
     memset(insn, 0, sizeof *insn);
-    memset(s, 0, sizeof *s);
     insn->mode32 = mode32;
     insn->map = (uint8_t)map;
     insn->opcode = (uint8_t)opcode;
     insn->prefix = (uint8_t)prefix;
     insn->has_modrm = insn_has_modrm(map, opcode, mode32);
     insn->offset = rng_one_in(r, 8) ? 0x1000 - 1 - rng_below(r, 12) : 0x800 + rng_below(r, 64);
+}
+
+bool generate(struct rng *r, unsigned map, unsigned opcode, unsigned prefix, bool rex_w, bool mode32, int modrm,
+              struct insn *insn, struct cpu_state *s, struct memory *memory)
+{
+    static const uint8_t escapes[] = {0x26, 0x2E, 0x36, 0x3E, 0x65};
+    memset(s, 0, sizeof *s);
+    insn_begin(r, insn, map, opcode, prefix, mode32);
     unsigned form = modrm >= 0 ? (unsigned)modrm : (unsigned)rng_below(r, 256);
     if (modrm < 0 && rng_below(r, 2))
         form |= 0xC0;

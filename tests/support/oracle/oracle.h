@@ -70,6 +70,8 @@ bool generate_vex(struct rng *r, unsigned map, unsigned opcode, unsigned prefix,
                   struct cpu_state *state, struct memory *memory);
 void any_operand(struct rng *r, uint8_t *to); /* 16 bytes of one kind of operand */
 uint64_t any_address(struct rng *r);
+/* An instruction without bytes yet: what it is, and where in the code pages, now and then across their boundary. */
+void insn_begin(struct rng *r, struct insn *insn, unsigned map, unsigned opcode, unsigned prefix, bool mode32);
 void insn_put(struct insn *insn, uint64_t value, unsigned size);
 /* ModRM, SIB and displacement for insn->ea; sets the registers that it needs. */
 void memory_operand(struct rng *r, struct insn *insn, struct cpu_state *s, unsigned reg, bool address32, unsigned imm_bytes);

@@ -50,17 +50,11 @@ bool generate_vex(struct rng *r, unsigned map, unsigned opcode, unsigned prefix,
                   struct cpu_state *s, struct memory *memory)
 {
     static const uint8_t pp[4] = {[VEC_NP] = 0, [VEC_66] = 1, [VEC_F3] = 2, [VEC_F2] = 3};
-    memset(insn, 0, sizeof *insn);
-    memset(s, 0, sizeof *s);
     if (excluded(map, opcode))
         return false;
+    memset(s, 0, sizeof *s);
+    insn_begin(r, insn, map, opcode, prefix, mode32);
     insn->vex = true;
-    insn->mode32 = mode32;
-    insn->map = (uint8_t)map;
-    insn->opcode = (uint8_t)opcode;
-    insn->prefix = (uint8_t)prefix;
-    insn->has_modrm = insn_has_modrm(map, opcode, false);
-    insn->offset = rng_one_in(r, 8) ? 0x1000 - 1 - rng_below(r, 12) : 0x800 + rng_below(r, 64);
     unsigned form = rng_below(r, 256) | (rng_below(r, 2) ? 0xC0 : 0);
     bool memory_form = form < 0xC0, gather = is_gather(map, opcode, prefix);
     any_registers(r, s, mode32);
