@@ -19,8 +19,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _hello(frames: list[Frame]) -> list[Frame]:
 async def attack(path: Path, stream: bytes, pages: bytes | None = None, head: int = 0) -> str:
     """Give a receiver at a socket this stream, and the other as its page link after `head` bytes of the first; how it
     ended."""
-    async with Receiver(f"unix:{path}", name="") as receiver:
+    async with _receiver(path) as receiver:
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX) as client:
             client.setblocking(False)
@@ -203,6 +203,19 @@ async def attack(path: Path, stream: bytes, pages: bytes | None = None, head: in
         end = "running" if vm.state is State.RUNNING else "waiting"
         await vm.aclose()
         return end
+
+
+@asynccontextmanager
+async def _receiver(path: Path) -> AsyncIterator[Receiver]:
+    """A receiver at a socket. A machine that runs without all of its memory ends with the block, else the receiver
+    would wait for the rest, which nobody sends."""
+    async with Receiver(f"unix:{path}", name="") as receiver:
+        try:
+            yield receiver
+        finally:
+            session = receiver.session
+            if session is not None and session.phase == "running":
+                await session.vm.aclose()
 
 
 def _joined(receiver: Receiver) -> bool:
@@ -252,8 +265,11 @@ class Recorded:
     head: int
 
 
-async def worker(path: Path, chance: random.Random, good: Recorded, deadline: float, ends: Counter[str]) -> None:
-    """One damaged stream after another. AssertionError, or whatever came through, ends it with the stream in a file."""
+async def worker(
+    path: Path, chance: random.Random, good: Recorded, deadline: float, ends: Counter[str], failures: list[Any]
+) -> None:
+    """One damaged stream after another. AssertionError, what came through, or one of the loop's `failures` ends all
+    workers, each with its stream in files: whose stream it was need not be known."""
     whole_main, whole_pages = b"".join(map(whole, good.main_link)), b"".join(map(whole, good.pages))
     while time.monotonic() < deadline:
         how = chance.randrange(3)
@@ -264,10 +280,10 @@ async def worker(path: Path, chance: random.Random, good: Recorded, deadline: fl
             second = whole_pages
         try:
             ends[await attack(path, stream, second, good.head)] += 1
-        except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):
-                Path("migration-fuzz-failure.bin").write_bytes(stream)
-                Path("migration-fuzz-pages.bin").write_bytes(second or b"")
+            assert not failures, failures
+        except BaseException:
+            Path(f"migration-fuzz-{path.name}.bin").write_bytes(stream)
+            Path(f"migration-fuzz-{path.name}-pages.bin").write_bytes(second or b"")
             raise
 
 
@@ -297,7 +313,7 @@ async def main(seconds: float, seed: int) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(WORKERS):
                 own = random.Random(seed * WORKERS + number)
-                group.create_task(worker(folder / f"target{number}", own, good, deadline, ends))
+                group.create_task(worker(folder / f"target{number}", own, good, deadline, ends, failures))
         assert not failures, failures
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         left = len(os.listdir("/proc/self/fd")) - open_files
