@@ -8,11 +8,6 @@ static bool logic(unsigned op) { return op == ALU_AND || op == ALU_OR || op == A
 static bool modifies(unsigned op) { return op != ALU_CMP && op != ALU_TEST; }
 static bool reads_carry(unsigned op) { return op == ALU_ADC || op == ALU_SBB; }
 
-static int64_t imm_of(const struct uop *u, unsigned size)
-{
-    return size == 0 ? (int8_t)u->imm : size == 1 ? (int16_t)u->imm : size == 2 ? (int32_t)u->imm : (int64_t)u->imm;
-}
-
 /* Whether flags that micro-op g->uop sets may be wanted as lazy ones, in the hot path: by a handler, or at the block's end.
  * A guess: without it they are made lazy by more instructions. */
 static bool wanted_lazy(const struct gen *g)

@@ -154,7 +154,7 @@ static void compare(struct gen *g, const struct uop *u, struct variant v, bool i
         else
             gen_b4(g, (uint32_t)u->imm);
     } else {
-        gen_op_imm(g, v.size, 7, a, v.size == 1 ? (int16_t)u->imm : v.size == 2 ? (int32_t)u->imm : (int64_t)u->imm);
+        gen_op_imm(g, v.size, 7, a, imm_of(u, v.size));
     }
 }
 void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
@@ -164,11 +164,10 @@ void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
     unsigned a = gen_reg_of(g, u->r0, true);
     bool test = v.op >> 4 == FUSE_TEST;
     gen_op_rr(g, 3, 0x8B, H_RAX, a);
-    if (!imm) {
+    if (!imm)
         gen_op_rr(g, v.size, test ? 0x23 : 0x2B, H_RAX, gen_reg_of(g, u->r1, true));
-    } else {
-        gen_op_imm(g, v.size, test ? 4 : 5, H_RAX, v.size == 1 ? (int16_t)u->imm : v.size == 2 ? (int32_t)u->imm : (int64_t)u->imm);
-    }
+    else
+        gen_op_imm(g, v.size, test ? 4 : 5, H_RAX, imm_of(u, v.size));
     if (test) {
         gen_result_flags(g, v.size, H_RAX);
         gen_store_field(g, FIELD(lf[1]), 0);
@@ -225,7 +224,7 @@ EMITTER(jcc_rel)
 }
 static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm)
 {
-    if (!ok_reg(u->r0) || (!imm && !ok_reg(u->r1)) || (imm && v.size == 3 && u->imm != (uint64_t)(int64_t)(int32_t)u->imm))
+    if (!ok_reg(u->r0) || (!imm && !ok_reg(u->r1)) || (imm && imm_of(u, v.size) != (int32_t)imm_of(u, v.size)))
         return false;
     /* Both paths start from the same registers. */
     gen_reg_of(g, u->r0, true);

@@ -21,6 +21,11 @@ emitter op_emitter(unsigned op); /* NULL: handlers alone do that */
 
 /* A whole register, not AH... and not the zero. */
 static inline bool ok_reg(unsigned offset) { return (offset & 7) == 0 && offset != OFF_ZERO; }
+/* The immediate, sign-extended from its operand size (log2 of bytes). */
+static inline int64_t imm_of(const struct uop *u, unsigned size)
+{
+    return size == 0 ? (int8_t)u->imm : size == 1 ? (int16_t)u->imm : size == 2 ? (int32_t)u->imm : (int64_t)u->imm;
+}
 /* The flags of a fused comparison, all stored (emit_branch.c). */
 void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op);
 
