@@ -8,6 +8,14 @@ static bool has(unsigned map, unsigned opcode, unsigned low, unsigned high, unsi
     return map == of && opcode >= low && opcode <= high;
 }
 
+/* FMA4 and, with XOP, VPERMIL2PS and VPERMIL2PD, where the host has them: family 15h, and the first Zen without saying so. */
+static bool is_fma4(unsigned map, unsigned opcode)
+{
+    bool host = __builtin_cpu_supports("fma4") || __builtin_cpu_supports("xop") || __builtin_cpu_is("znver1");
+    return host && (has(map, opcode, 0x48, 0x49, MAP_0F3A) || has(map, opcode, 0x5C, 0x5F, MAP_0F3A) ||
+                    has(map, opcode, 0x68, 0x6F, MAP_0F3A) || has(map, opcode, 0x78, 0x7F, MAP_0F3A));
+}
+
 /* Extensions that a host may have and the core does not offer. */
 static bool excluded(unsigned map, unsigned opcode)
 {
@@ -17,7 +25,7 @@ static bool excluded(unsigned map, unsigned opcode)
            has(map, opcode, 0xB0, 0xB1, MAP_0F38) || has(map, opcode, 0xB4, 0xB5, MAP_0F38) /* AVX-IFMA */ ||
            has(map, opcode, 0xC8, 0xD3, MAP_0F38) /* GFNI, SHA512, SM3, SM4, VNNI-INT16 */ ||
            has(map, opcode, 0xDA, 0xDA, MAP_0F38) || has(map, opcode, 0xE0, 0xEF, MAP_0F38) /* CMPccXADD */ ||
-           has(map, opcode, 0x30, 0x33, MAP_0F3A) /* masks */ || has(map, opcode, 0xCE, 0xDE, MAP_0F3A);
+           has(map, opcode, 0x30, 0x33, MAP_0F3A) /* masks */ || has(map, opcode, 0xCE, 0xDE, MAP_0F3A) || is_fma4(map, opcode);
 }
 
 static bool is_gather(unsigned map, unsigned opcode, unsigned prefix)
