@@ -10,7 +10,7 @@ import pytest
 
 import vmm
 from cpu import _core
-from cpu.model import unavailable
+from cpu.model import V3, lacking
 from cpu.system import soft_system
 from tests.support.patience import PATIENCE
 from vmm.config import Share
@@ -22,8 +22,8 @@ FLAGS = ["-O2", "-static", "-std=gnu11", "-fno-builtin", "-march=x86-64-v3", "-m
 SECONDS = 240 * PATIENCE
 
 pytestmark = pytest.mark.skipif(
-    "soft" not in _core.CORES or bool(unavailable("v3", soft_system().supported_cpuid())),
-    reason="this build has no software core, or this host lacks AVX2 or another part of the model v3",
+    "soft" not in _core.CORES or bool(lacking(V3, soft_system().supported_cpuid())),
+    reason="this build has no software core, or this host lacks AVX2, AES, PCLMULQDQ or another part of the model v3",
 )
 
 
