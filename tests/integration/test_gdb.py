@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 import vmm
+from cpu.contract import CpuidEntry
 from cpu.kvm.probe import has_hardware
+from cpu.model import has_avx, table
 from images import guests
 from tests.support.assemble import assemble
+from tests.support.cores import open_core
 from tests.support.gdbclient import DEADLINE_S, GdbClient, require_gdb, run_gdb
 from tests.support.patience import PATIENCE
 from vmm.management import debugging
@@ -461,3 +465,59 @@ async def test_gdb_follows_a_driver_through_its_interrupt(core: str) -> None:
         async with asyncio.timeout(DEADLINE_S):
             await machine.wait()
         assert "hhello" in machine.console.text
+
+
+VECTORS = f"""
+    mov rax, cr4
+    or eax, 0x40600
+    mov cr4, rax
+    xor ecx, ecx
+    xor edx, edx
+    mov eax, 7
+    xsetbv
+    mov rbx, {COUNTER}
+    vpcmpeqd ymm0, ymm0, ymm0
+    vpcmpeqd xmm15, xmm15, xmm15
+again:
+    vmovdqu [rbx], ymm0
+    vmovdqu [rbx + 32], ymm15
+    jmp again
+"""
+LOOP = CODE + 39
+"""Where both registers are full, and what they hold goes to memory again and again."""
+
+
+@pytest.mark.parametrize("core", CORES)
+async def test_gdb_reads_and_sets_vectors_of_avx(core: str, tmp_path: Path) -> None:
+    """GDB makes ymm0 of xmm0 and the upper half that the description has, and finds no ymm0 without AVX."""
+    require_gdb()
+    if not has_avx(table("max", _supported(core))):
+        pytest.skip("this host, or its KVM, has no AVX")
+    path = tmp_path / "vectors.bin"
+    path.write_bytes(assemble(VECTORS, CODE, 64))
+    flat = {"path": path, "load": CODE, "entry": CODE, "mode": "long"}
+    config = {"flat": flat, "core": core, "platform": "bare", "memory": "4M", "cpu_model": "max"}
+    async with vmm.VirtualMachine(**config) as machine, await machine.gdb() as server:
+        machine.resume()
+        output = await run_gdb(
+            server.target,
+            [f"hbreak *{LOOP:#x}", "continue", "info registers ymm0", "p/x $ymm15.v2_int128",
+             "set var $ymm0.v8_int32[7] = 0x1234", "set var $ymm15.v4_int64[3] = 0x5678",
+             "set var $ymm15.v4_int64[0] = 9", "p/x $ymm0.v8_int32", "stepi", "stepi", f"x/8gx {COUNTER:#x}"],
+        )  # fmt: skip
+        assert f"v8_int32 = {{{', '.join(8 * ['0xffffffff'])}}}" in output, output
+        assert "{0xffffffffffffffffffffffffffffffff, 0x0}" in output, output
+        assert f"= {{{', '.join([*7 * ['0xffffffff'], '0x1234'])}}}" in output, output
+        words = [int(word, 16) for word in re.findall(r"\t0x([0-9a-f]+)", output)]
+        ones = (1 << 64) - 1
+        assert words == [ones, ones, ones, 0x1234 << 32 | 0xFFFF_FFFF, 9, ones, 0, 0x5678], output
+    async with counting("soft", tmp_path) as machine, await machine.gdb() as server:
+        assert "Invalid register `ymm0'" in await run_gdb(server.target, ["info registers ymm0"])
+
+
+def _supported(core: str) -> list[CpuidEntry]:
+    system = open_core(core)
+    try:
+        return system.supported_cpuid()
+    finally:
+        system.close()

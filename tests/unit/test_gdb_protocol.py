@@ -68,27 +68,33 @@ def cpu(**system: object) -> target.CpuState:
     return target.CpuState(Registers(rip=0x1234, rax=7), SystemRegisters(**long_mode), fpu, 9)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("avx", [False, True])
 @pytest.mark.parametrize("architecture", target.ARCHITECTURES)
-def test_the_description_has_every_register_at_its_number(architecture: str) -> None:
-    root = ElementTree.fromstring(target.description(architecture).split(b"?>", 1)[1].split(b">", 1)[1])
+def test_the_description_has_every_register_at_its_number(architecture: str, avx: bool) -> None:
+    root = ElementTree.fromstring(target.description(architecture, avx).split(b"?>", 1)[1].split(b">", 1)[1])
     found = [(int(reg.attrib["regnum"]), reg.attrib["name"], int(reg.attrib["bitsize"])) for reg in root.iter("reg")]
-    declared = target.registers(architecture)
+    declared = target.registers(architecture, avx)
     assert found == [(number, each.name, each.bits) for number, each in enumerate(declared)]
     assert len({each.name for each in declared}) == len(declared)
     types = {each.attrib["id"] for each in root.iter() if "id" in each.attrib}
-    known = types | {"int", "int32", "int64", "data_ptr", "code_ptr", "i387_ext"}
+    known = types | {"int", "int32", "int64", "data_ptr", "code_ptr", "i387_ext", "uint128"}
     assert {reg.attrib["type"] for reg in root.iter("reg")} <= known
+    upper = [reg.attrib["name"] for feature in root if feature.get("name") == "org.gnu.gdb.i386.avx" for reg in feature]
+    vectors = 16 if architecture == "x86-64" else 8
+    assert upper == ([f"ymm{n}h" for n in range(vectors)] if avx else [])
 
 
+@pytest.mark.parametrize("avx", [False, True])
 @pytest.mark.parametrize("architecture", target.ARCHITECTURES)
-def test_registers_that_are_written_back_change_nothing(architecture: str) -> None:
-    state = cpu()
-    assert target.unpack(architecture, state, target.pack(architecture, state)) == state
+def test_registers_that_are_written_back_change_nothing(architecture: str, avx: bool) -> None:
+    state, registers = cpu(), target.registers(architecture, avx)
+    assert target.unpack(registers, state, target.pack(registers, state)) == state
 
 
 def test_one_changed_register_changes_one() -> None:
-    state, registers = cpu(), {each.name: each for each in target.registers("x86-64")}
-    for name, value in {"rax": 1 << 63, "xmm15": 5, "fs_base": 1 << 40, "cr2": 3, "mxcsr": 0x1F80, "st3": 4}.items():
+    state, registers = cpu(), {each.name: each for each in target.registers("x86-64", avx=True)}
+    values = {"rax": 1 << 63, "xmm15": 5, "ymm15h": 6, "fs_base": 1 << 40, "cr2": 3, "mxcsr": 0x1F80, "st3": 4}
+    for name, value in values.items():
         changed = registers[name].set(state, value)
         different = [each.name for each in registers.values() if each.get(each.set(state, 0)) is None or
                      each.get(changed) != each.get(state)]
@@ -108,7 +114,7 @@ def test_the_program_counter_is_linear_in_real_mode() -> None:
 @pytest.mark.parametrize("data", [b"", bytes(10), bytes(5000)])
 def test_registers_of_another_length_are_refused(data: bytes) -> None:
     with pytest.raises(ConfigError):
-        target.unpack("x86-64", cpu(), data)
+        target.unpack(target.registers("x86-64"), cpu(), data)
 
 
 # Breakpoints.

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from cpu.contract import Capability, Vcpu
 from cpu.debug import Debugging, Point, PointKind
 from cpu.exits import Debug
+from cpu.model import has_avx
 from cpu.values import dataclass
 from cpu.views import StateKind
 from vmm.debug.points import Patches, Placed, Wanted, place
-from vmm.debug.target import KERNEL_GS_BASE, XSAVE_LEGACY, CpuState
+from vmm.debug.target import KERNEL_GS_BASE, XSAVE_HEADER, XSAVE_LEGACY, XSAVE_UPPER, CpuState
 from vmm.errors import ConfigError, GuestError, StateError, core_errors
 from vmm.machine.builder import Machine
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 _STEP = 1 << 14
 _HITS = 15
+_UPPER = XSAVE_LEGACY + XSAVE_HEADER
 _numbers = itertools.count(1)
 
 
@@ -348,6 +350,11 @@ class Debugger:
         """vCPUs."""
         return self._vm.config.cpus
 
+    @property
+    def avx(self) -> bool:
+        """Whether the guest has YMM registers. StateError between two boots."""
+        return has_avx(self._vm.machine.cpuid[0])
+
     def state(self, index: int) -> CpuState:
         """The registers of a parked vCPU."""
         with core_errors():
@@ -358,10 +365,13 @@ class Debugger:
         self._standing()
         before, vcpu = self.state(index), self.vcpu(index)
         with core_errors():
-            if state.legacy != before.legacy:
+            if (state.legacy, state.upper) != (before.legacy, before.upper):
                 blob = bytearray(vcpu.get_blob(StateKind.XSAVE))
                 blob[:XSAVE_LEGACY] = state.legacy
-                blob[512] |= 3  # XSTATE_BV: x87 and SSE are there
+                blob[XSAVE_LEGACY] |= 3  # XSTATE_BV: x87 and SSE are there
+                if state.upper != before.upper:
+                    blob[_UPPER : _UPPER + XSAVE_UPPER] = state.upper
+                    blob[XSAVE_LEGACY] |= 4
                 vcpu.set_blob(StateKind.XSAVE, blob)
             if state.system != before.system:
                 vcpu.set_system_registers(state.system)
@@ -437,5 +447,8 @@ class Debugger:
 
 def cpu_state(vcpu: Vcpu) -> CpuState:
     """The registers of a parked vCPU."""
-    legacy = vcpu.get_blob(StateKind.XSAVE)[:XSAVE_LEGACY]
-    return CpuState(vcpu.registers(), vcpu.system_registers(), legacy, vcpu.msr(KERNEL_GS_BASE))
+    area = vcpu.get_blob(StateKind.XSAVE)
+    upper = area[_UPPER : _UPPER + XSAVE_UPPER] if area[XSAVE_LEGACY] & 4 else bytes(XSAVE_UPPER)
+    return CpuState(
+        vcpu.registers(), vcpu.system_registers(), area[:XSAVE_LEGACY], vcpu.msr(KERNEL_GS_BASE), bytes(upper)
+    )

@@ -187,9 +187,8 @@ class GdbSession:
             parts.append(f"{_WATCH[stop.point.kind]}:{stop.address:x};")
         elif stop.why is Why.BREAKPOINT and stop.point is not None:
             parts.append("hwbreak:;" if stop.point in self._hardware else "swbreak:;")
-        registers = target.registers(self._architecture)
         state = self._debugger.state(stop.vcpu)
-        for number, register in enumerate(registers):  # what GDB looks at first
+        for number, register in enumerate(self._registers):  # what GDB looks at first
             if register.name[1:] in ("ip", "sp", "bp") and register.name[0] in "re":
                 parts.append(f"{number:x}:{target.read(register, state).hex()};")
         return "".join(parts).encode()
@@ -199,16 +198,20 @@ class GdbSession:
 
     # Registers.
 
+    @property
+    def _registers(self) -> tuple[target.GdbRegister, ...]:
+        return target.registers(self._architecture, self._debugger.avx)
+
     def _read_registers(self, _rest: str) -> bytes:
-        return target.pack(self._architecture, self._debugger.state(self._thread)).hex().encode()
+        return target.pack(self._registers, self._debugger.state(self._thread)).hex().encode()
 
     def _write_registers(self, rest: str) -> bytes:
-        state = target.unpack(self._architecture, self._debugger.state(self._thread), unhex(rest))
+        state = target.unpack(self._registers, self._debugger.state(self._thread), unhex(rest))
         self._debugger.set_state(self._thread, state)
         return b"OK"
 
     def _register(self, text: str) -> target.GdbRegister:
-        registers = target.registers(self._architecture)
+        registers = self._registers
         return registers[hexadecimal(text, len(registers))]
 
     def _read_register(self, rest: str) -> bytes:
@@ -289,7 +292,7 @@ class GdbSession:
     def _legacy_resume(self, rest: str, action: Action) -> bytes | None:
         if rest:
             state = self._debugger.state(self._thread)
-            pc = next(each for each in target.registers(self._architecture) if each.name in ("rip", "eip"))
+            pc = next(each for each in self._registers if each.name in ("rip", "eip"))
             self._debugger.set_state(self._thread, pc.set(state, hexadecimal(rest)))
         if action is Action.STEP:
             return self._resume({self._thread if self._resuming is None else self._resuming: Action.STEP})
@@ -405,7 +408,7 @@ class GdbSession:
         if operation != "read":
             return b""
         if kind == "features" and annex == "target.xml":
-            content = target.description(self._architecture)
+            content = target.description(self._architecture, self._debugger.avx)
         elif kind == "threads":
             content = self._threads()
         else:

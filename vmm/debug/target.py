@@ -1,8 +1,9 @@
 """What GDB is told of the processor: registers in order, and the target description ("Debugging with GDB", appendix G).
 
-Features `org.gnu.gdb.i386.core`, `.sse` and `.segments` are GDB's own; `org.loopvisor.system` has the registers that
-only a machine's debugger can see. `rip` (`eip`) is the *linear* address, CS.base + IP: what GDB compares with the
-addresses of symbols and breakpoints. It differs from the register where CS has a base, as in real mode.
+Features `org.gnu.gdb.i386.core`, `.sse`, `.avx` (of a guest that has AVX) and `.segments` are GDB's own;
+`org.loopvisor.system` has the registers that only a machine's debugger can see. `rip` (`eip`) is the *linear* address,
+CS.base + IP: what GDB compares with the addresses of symbols and breakpoints. It differs from the register where CS has
+a base, as in real mode.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ ARCHITECTURES = ("x86-64", "i386", "i8086")
 _ARCHITECTURE = {"x86-64": "i386:x86-64", "i386": "i386", "i8086": "i8086"}
 KERNEL_GS_BASE = 0xC0000102
 XSAVE_LEGACY = 512
+XSAVE_HEADER = 64
+XSAVE_UPPER = 256
+"""Bytes of component 2, the upper halves of YMM registers, which stands behind the header (SDM 1, 13.5.2)."""
 _FLAGS = (
     ("CF", 0), ("", 1), ("PF", 2), ("AF", 4), ("ZF", 6), ("SF", 7), ("TF", 8), ("IF", 9), ("DF", 10), ("OF", 11),
     ("NT", 14), ("RF", 16), ("VM", 17), ("AC", 18), ("VIF", 19), ("VIP", 20), ("ID", 21),
@@ -33,12 +37,14 @@ _MXCSR = (
 
 @dataclass(frozen=True, slots=True)
 class CpuState:
-    """What GDB's registers are made of. `legacy`: the first 512 bytes of XSAVE's area (SDM 1, 10.5.1)."""
+    """What GDB's registers are made of. `legacy`: the first 512 bytes of XSAVE's area (SDM 1, 10.5.1); `upper`: bits
+    255:128 of each YMM register (13.5.2), without meaning for a guest without AVX."""
 
     general: Registers
     system: SystemRegisters
     legacy: bytes
     kernel_gs_base: int
+    upper: bytes = bytes(XSAVE_UPPER)
 
     @property
     def code64(self) -> bool:
@@ -119,6 +125,15 @@ def _set_legacy(at: int, size: int, state: CpuState, value: int) -> CpuState:
     return replace(state, legacy=changed)
 
 
+def _upper(n: int, state: CpuState) -> int:
+    return int.from_bytes(state.upper[16 * n : 16 * n + 16], "little")
+
+
+def _set_upper(n: int, state: CpuState, value: int) -> CpuState:
+    changed = state.upper[: 16 * n] + value.to_bytes(16, "little") + state.upper[16 * n + 16 :]
+    return replace(state, upper=changed)
+
+
 def _x87_tags(state: CpuState) -> int:
     """The full tag word (SDM 1, 8.1.7) of XSAVE's abridged one."""
     abridged, top, word = state.legacy[4], _legacy(2, 2, state) >> 11 & 7, 0
@@ -153,11 +168,12 @@ def _change(function: Callable[..., CpuState], *arguments: object) -> Callable[[
 
 
 @cache
-def registers(architecture: str) -> tuple[GdbRegister, ...]:
-    """All registers of a description, by number."""
+def registers(architecture: str, avx: bool = False) -> tuple[GdbRegister, ...]:
+    """All registers of a description, by number. `avx`: the guest has YMM registers."""
     wide = architecture == "x86-64"
     word = 64 if wide else 32
     core, sse, system = "org.gnu.gdb.i386.core", "org.gnu.gdb.i386.sse", "org.loopvisor.system"
+    vectors = range(16 if wide else 8)
     found: list[GdbRegister] = []
 
     def add(
@@ -190,10 +206,12 @@ def registers(architecture: str) -> tuple[GdbRegister, ...]:
         else:
             setter = _change(_set_masked, at, size)
             add(name, 32, "int", core, "float", _part(_legacy, at, size), setter)
-    for n in range(16 if wide else 8):
+    for n in vectors:
         at = 160 + 16 * n
         add(f"xmm{n}", 128, "vec128", sse, "", _part(_legacy, at, 16), _change(_set_legacy, at, 16))
     add("mxcsr", 32, "i386_mxcsr", sse, "vector", _part(_legacy, 24, 4), _change(_set_masked, 24, 4))
+    for n in vectors if avx else ():
+        add(f"ymm{n}h", 128, "uint128", "org.gnu.gdb.i386.avx", "", _part(_upper, n), _change(_set_upper, n))
     if wide:
         for name in ("fs", "gs"):
             getter, setter = _part(_segment, name, "base"), _change(_set_base, name)
@@ -229,16 +247,16 @@ def read(register: GdbRegister, state: CpuState) -> bytes:
     return (register.get(state) & (1 << register.bits) - 1).to_bytes(register.bits // 8, "little")
 
 
-def pack(architecture: str, state: CpuState) -> bytes:
-    """All registers, as packet `g` has them before they are hexadecimal."""
-    return b"".join(read(register, state) for register in registers(architecture))
+def pack(registers: Iterable[GdbRegister], state: CpuState) -> bytes:
+    """All of `registers`, as packet `g` has them before they are hexadecimal."""
+    return b"".join(read(register, state) for register in registers)
 
 
-def unpack(architecture: str, state: CpuState, data: bytes) -> CpuState:
-    """`state` with what packet `G` says; registers whose value is not another stay as they are to the last bit. Raises
-    ConfigError if the length is wrong."""
+def unpack(registers: Iterable[GdbRegister], state: CpuState, data: bytes) -> CpuState:
+    """`state` with what packet `G` says of `registers`; those whose value is not another stay as they are to the last
+    bit. Raises ConfigError if the length is wrong."""
     at = 0
-    for register in registers(architecture):
+    for register in registers:
         size = register.bits // 8
         part = data[at : at + size]
         if len(part) < size:
@@ -268,7 +286,7 @@ def _vector_types() -> str:
 
 
 @cache
-def description(architecture: str) -> bytes:
+def description(architecture: str, avx: bool = False) -> bytes:
     """target.xml"""
     types = {
         "org.gnu.gdb.i386.core": _flag_type("i386_eflags", _FLAGS),
@@ -279,7 +297,7 @@ def description(architecture: str) -> bytes:
         f"<architecture>{_ARCHITECTURE[architecture]}</architecture>",
     ]
     feature = ""
-    for number, register in enumerate(registers(architecture)):
+    for number, register in enumerate(registers(architecture, avx)):
         if register.feature != feature:
             text.append("</feature>" if feature else "")
             feature = register.feature
