@@ -77,11 +77,11 @@ def diagnose() -> Diagnosis:
         return Diagnosis(probes, stock, small)
 
 
-def models(core: str) -> dict[str, list[str]]:
-    """For `vmm doctor`: the CPU models, each with the names of the features for want of which this core cannot have it.
-    Nothing if the core cannot be opened."""
+def models(core: str, wanted: frozenset[Capability] = frozenset()) -> dict[str, list[str]]:
+    """For `vmm doctor` and libvirt's clients: the CPU models, each with the names of the features for want of which
+    this core cannot have it. `wanted`: what `auto` looks for. Nothing if the core cannot be opened."""
     try:
-        system = open_choice(choose(core))
+        system = open_choice(choose(core, wanted))
     except CpuError:
         return {}
     try:

@@ -3,9 +3,11 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from cpu import _core
 from tests.support.command import VMM, environment
 from tests.support.libvirtd import GUESTS, DaemonProcess, needs_virsh, tiny, wait_for
 
@@ -179,6 +181,25 @@ def test_what_is_asked_of_domains_that_have_none_of_it(daemon: DaemonProcess) ->
     assert "domain is not running" in daemon.virsh("domjobinfo", "plain", ok=False)
     assert "invalid path vdz not assigned" in daemon.virsh("domblkinfo", "plain", "vdz", ok=False)
     daemon.virsh("undefine", "plain")
+
+
+@pytest.mark.skipif("soft" not in _core.CORES, reason="this build has no software core")
+def test_a_domain_starts_with_each_model_that_is_usable_and_is_told_why_with_others(daemon: DaemonProcess) -> None:
+    found = ElementTree.fromstring(daemon.virsh("domcapabilities", "--virttype", "qemu"))
+    models = {model.text or "": model.attrib["usable"] for model in found.iterfind("cpu/mode[@name='custom']/model")}
+    assert set(models) == {"x86-64-v2", "x86-64-v3"} == set(daemon.virsh("cpu-models", "x86_64").split())
+    for model, usable in models.items():
+        cpu = f"<cpu mode='custom' match='exact'><model fallback='forbid'>{model}</model></cpu>"
+        daemon.define(tiny("model", extra=cpu))
+        assert f">{model}</model>" in daemon.virsh("dumpxml", "model")
+        if usable == "yes":
+            daemon.virsh("start", "model")
+            assert daemon.virsh("domstate", "model") == "running"
+            assert f">{model}</model>" in daemon.virsh("dumpxml", "model")
+            daemon.virsh("destroy", "model")
+        else:
+            assert "this host's core has no" in daemon.virsh("start", "model", ok=False)
+        daemon.virsh("undefine", "model")
 
 
 def test_events_come_in_order(daemon: DaemonProcess, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import socket
 
-from vmm import __version__
+from cpu.contract import Capability
+from vmm import __version__, cores
 from vmm.config import MAX_CPUS
 from vmm.libvirt import host
 from vmm.libvirt.client import Call
@@ -13,7 +14,7 @@ from vmm.libvirt.cpusets import cpu_map
 from vmm.libvirt.domain_xml import MACHINE
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.procedures import Procedures
-from vmm.libvirt.spec import CPU_MODEL
+from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODELS
 from vmm.libvirt.wire import Param, Stat, some
 from vmm.libvirt.xmltree import unsupported
 
@@ -146,7 +147,9 @@ async def connect_get_domain_capabilities(
         raise unsupported(f"{arch or 'x86_64'} domains of type {kind!r} do not run here")
     if machine is not None and machine != "bare" and not MACHINE.fullmatch(machine):
         raise LibvirtError(Code.INVALID_ARG, f"the machine {machine[:40]!r} is not known; here are pc, q35 and bare")
-    return host.domain_capabilities(call.daemon.emulator, kind, "bare" if machine == "bare" else "pc")
+    stock = frozenset({Capability.STOCK_KERNELS}) if kind == "loopvisor" else frozenset()
+    lacking = cores.models(CORE_OF_TYPE[kind], stock)
+    return host.domain_capabilities(call.daemon.emulator, kind, "bare" if machine == "bare" else "pc", lacking)
 
 
 @calls.query(
@@ -209,7 +212,7 @@ async def connect_get_sysinfo(call: Call, flags: int) -> str:
 async def connect_get_cpu_model_names(call: Call, arch: str, need: int, flags: int) -> tuple[list[str], int]:
     if arch != "x86_64":
         raise LibvirtError(Code.INVALID_ARG, f"Invalid architecture {arch!r}: here is only x86_64")
-    return ([CPU_MODEL] if need else []), 1
+    return (list(CPU_MODELS.values()) if need else []), len(CPU_MODELS)
 
 
 @calls.query(340, "node_get_free_pages", "pages:uint<1024> start:int cells:uint flags:uint", "counts:uhyper<1024>")

@@ -20,7 +20,7 @@ from vmm.libvirt.cpusets import cpu_set
 from vmm.libvirt.devices_xml import DeviceList, read_devices
 from vmm.libvirt.errors import Code, From, LibvirtError
 from vmm.libvirt.extras import read_extras
-from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, CPU_MODEL_V3, EMULATOR, Pins, Spec
+from vmm.libvirt.spec import CORE_OF_TYPE, CPU_MODEL, CPU_MODELS, EMULATOR, Pins, Spec
 from vmm.libvirt.xmltree import Reader, malformed, parse, serialise, unsupported
 
 UNITS = {
@@ -220,8 +220,9 @@ def _cpu(root: Reader, cpus: int, notes: list[str]) -> dict[str, Any]:
     cpu.ignore("check", "migratable", "match")
     made = {"host-passthrough": "host", "maximum": "max"}.get(mode or "custom", "v2")
     if model := cpu.child("model"):
-        if mode == "custom" and model.text() == CPU_MODEL_V3:
-            made = "v3"
+        ours = {name: key for key, name in CPU_MODELS.items()}.get(model.text())
+        if mode == "custom" and ours is not None:
+            made = ours
         elif model.text() != CPU_MODEL:
             notes.append(f"cpu model {model.text()}: the guest is told of {CPU_MODEL}")
         model.ignore("fallback", "vendor_id")

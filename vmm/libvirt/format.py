@@ -10,7 +10,7 @@ from vmm.convert import KIB
 from vmm.libvirt.cpusets import cpu_text
 from vmm.libvirt.extras import is_plain, write_extras
 from vmm.libvirt.iotune import BANDWIDTH, IO_TUNE, says_bandwidth
-from vmm.libvirt.spec import CPU_MODEL, CPU_MODEL_V3, TYPE_OF_CORE, Pins, Spec, tap_name
+from vmm.libvirt.spec import CPU_MODELS, TYPE_OF_CORE, Pins, Spec, tap_name
 from vmm.libvirt.xmltree import add, parse, serialise
 
 
@@ -55,8 +55,8 @@ def domain_xml(spec: Spec, emulator: str, live: Live | None = None) -> str:
     elif config.cpu_model == "max":
         add(root, "cpu", mode="maximum")
     else:
-        model = CPU_MODEL_V3 if config.cpu_model == "v3" else CPU_MODEL
-        add(add(root, "cpu", mode="custom", match="exact"), "model", model, fallback="forbid")
+        custom = add(root, "cpu", mode="custom", match="exact")
+        add(custom, "model", CPU_MODELS[config.cpu_model], fallback="forbid")
     if config.epoch is not None:
         add(root, "clock", offset="absolute", start=config.epoch)
     else:

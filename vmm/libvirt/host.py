@@ -6,12 +6,13 @@ import os
 import platform
 import re
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
 from vmm.config import MAX_CPUS
-from vmm.libvirt.spec import CPU_MODEL
+from vmm.libvirt.spec import CPU_MODEL, CPU_MODELS
 from vmm.libvirt.xmltree import add, serialise
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -199,8 +200,32 @@ def _enum(parent: Element, name: str, *values: str) -> None:
         add(element, "value", value)
 
 
-def domain_capabilities(emulator: str, kind: str, machine: str = "pc") -> str:
-    """virConnectGetDomainCapabilities. `machine`: pc or bare, which has no virtio devices."""
+FEATURE_NAMES = {"lzcnt": "abm", "xsave-avx": ""}
+"""Features of processors that libvirt's map calls otherwise than cpu/model.py; "": it has none of that kind."""
+
+
+def _cpu_modes(parent: Element, lacking: Mapping[str, Sequence[str]]) -> None:
+    """`lacking`: the CPU models that the core knows, with what it has not for each. Models without a name in libvirt
+    are modes: host is host-passthrough, max is maximum."""
+    for mode, model in (("host-passthrough", "host"), ("maximum", "max"), ("host-model", "v2")):
+        found = add(parent, "mode", name=mode, supported="yes" if model in lacking else "no")
+        if mode == "host-model" and model in lacking:
+            add(found, "model", CPU_MODEL, fallback="forbid")
+    custom = add(parent, "mode", name="custom", supported="yes" if lacking else "no")
+    for model, called in CPU_MODELS.items():
+        missing = lacking.get(model)
+        if missing is not None:
+            add(custom, "model", called, usable="no" if missing else "yes", vendor="unknown")
+        if missing:
+            blockers = add(custom, "blockers", model=called)
+            for name in (FEATURE_NAMES.get(feature, feature) for feature in missing):
+                if name:
+                    add(blockers, "feature", name=name)
+
+
+def domain_capabilities(emulator: str, kind: str, machine: str, lacking: Mapping[str, Sequence[str]]) -> str:
+    """virConnectGetDomainCapabilities. `machine`: pc or bare, which has no virtio devices; `lacking`: the CPU models
+    that domains of this kind may have, each with the features for want of which it cannot be had here."""
     virtio = "yes" if machine == "pc" else "no"
     root = Element("domainCapabilities")
     add(root, "path", emulator)
@@ -212,10 +237,7 @@ def domain_capabilities(emulator: str, kind: str, machine: str = "pc") -> str:
     system = add(root, "os", supported="yes")
     _enum(system, "firmware")
     add(system, "loader", supported="no")
-    cpu = add(root, "cpu")
-    for mode in ("host-passthrough", "maximum", "host-model"):
-        add(cpu, "mode", name=mode, supported="yes")
-    add(add(cpu, "mode", name="custom", supported="yes"), "model", CPU_MODEL, usable="yes")
+    _cpu_modes(add(root, "cpu"), lacking)
     _enum(add(root, "memoryBacking", supported="yes"), "sourceType", "memfd")
     devices = add(root, "devices")
     disk = add(devices, "disk", supported=virtio)

@@ -12,10 +12,10 @@ from vmm.firmware.smbios import name_uuid
 
 TYPE_OF_CORE = {"kvm": "kvm", "soft": "qemu", "auto": "loopvisor"}
 """libvirt's domain types: kvm is the processor's own virtualization, qemu is software; loopvisor takes the best."""
-CPU_MODEL = "x86-64-v2"
-"""What libvirt's clients are told of the CPU model that every core has."""
-CPU_MODEL_V3 = "x86-64-v3"
-"""What a domain asks for by name instead; only hosts that have AVX2 can run it."""
+CPU_MODELS = {"v2": "x86-64-v2", "v3": "x86-64-v3"}
+"""What libvirt's clients call the CPU models that have a name there; of mode custom a domain asks for one of them."""
+CPU_MODEL = CPU_MODELS["v2"]
+"""The one that every core has."""
 CORE_OF_TYPE = {kind: core for core, kind in TYPE_OF_CORE.items()}
 
 

@@ -1,6 +1,7 @@
 """Domain XML and configurations, both ways; what the machine does not have is refused by name."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from vmm.errors import VmmError
 from vmm.libvirt.domain_xml import read_domain
 from vmm.libvirt.errors import LibvirtError
 from vmm.libvirt.format import Live, domain_xml
+from vmm.libvirt.host import domain_capabilities
 from vmm.libvirt.metadata import get_metadata, set_metadata
 from vmm.libvirt.spec import Spec, disk_name, spec_of
 
@@ -176,6 +178,24 @@ def test_processors(xml: str, model: str, note: str) -> None:
     assert spec.config.cpu_model == model
     assert read(domain_xml(spec, "/vmm")).config.cpu_model == model
     assert note in " ".join(spec.notes) and bool(spec.notes) == bool(note)
+
+
+def test_capabilities_say_which_processors_a_domain_can_have() -> None:
+    """libvirt's "Domain capabilities" format, CPU configuration: models of mode custom, usable or not, and why not."""
+    lacking: dict[str, list[str]] = {"v2": [], "v3": ["avx2", "lzcnt", "xsave-avx"], "max": [], "host": []}
+    cpu = ElementTree.fromstring(domain_capabilities("/vmm", "qemu", "pc", lacking)).find("cpu")
+    assert cpu is not None
+    modes = {mode.attrib["name"]: mode for mode in cpu}
+    assert {name: mode.attrib["supported"] for name, mode in modes.items()} == {
+        "host-passthrough": "yes", "maximum": "yes", "host-model": "yes", "custom": "yes",
+    }  # fmt: skip
+    usable = {model.text: model.attrib["usable"] for model in modes["custom"].findall("model")}
+    assert usable == {"x86-64-v2": "yes", "x86-64-v3": "no"}
+    blockers = {one.attrib["model"]: [each.attrib["name"] for each in one] for one in modes["custom"].iter("blockers")}
+    assert blockers == {"x86-64-v3": ["avx2", "abm"]}
+    assert modes["host-model"].findtext("model") == "x86-64-v2"
+    cpu = ElementTree.fromstring(domain_capabilities("/vmm", "kvm", "pc", {})).find("cpu")
+    assert cpu is not None and {mode.attrib["supported"] for mode in cpu} == {"no"}
 
 
 def test_libvirts_defaults() -> None:
