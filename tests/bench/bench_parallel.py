@@ -92,15 +92,15 @@ def compiling_disks(folder: Path, root: Path) -> tuple[Path, Path]:
     return copy, programs.image(tree, folder / "project.img", "16M")
 
 
-def compiling_guests(folder: Path) -> dict[tuple[str, int], Guest]:
-    """By program and number of vCPUs. All are started; none is waited for."""
+def compiling_commands(folder: Path) -> dict[tuple[str, int], list[str | Path]]:
+    """By program and number of vCPUs."""
     image = built.current(IMAGE)
     if image is None:
         image = builder.build(str(RECIPE), None)
     kernel, initrd = image.directory / "vmlinuz", image.directory / "initrd"
     disk, project = compiling_disks(folder, image.directory / "root.img")
     append = "root=/dev/vda rw quiet init=/bench.sh"
-    guests = {}
+    commands = {}
     for cpus in (1, 2):
         disks = [folder / f"{who}{cpus}.img" for who in ("ours", "qemu")]
         for path in disks:
@@ -114,10 +114,24 @@ def compiling_guests(folder: Path) -> dict[tuple[str, int], Guest]:
         theirs += ["-kernel", kernel, "-initrd", initrd, "-append", f"{append} console=ttyS0"]
         for path, more in ((disks[1], ""), (project, ",readonly=on")):
             theirs += ["-drive", f"file={path},if=virtio,format=raw,cache=writeback{more}"]
-        guests["ours", cpus] = Guest(ours)
+        commands["ours", cpus] = ours
         if shutil.which("qemu-system-x86_64"):
-            guests["qemu", cpus] = Guest(theirs)
-    return guests
+            commands["qemu", cpus] = theirs
+    return commands
+
+
+def ready(command: list[str | Path], attempts: int) -> Guest:
+    """A guest that has booted. Raises TimeoutError, EOFError."""
+    for left in reversed(range(attempts)):
+        guest = Guest(command)
+        try:
+            guest.wait_ready()
+            return guest
+        except TimeoutError:
+            guest.end()
+            if not left:
+                raise
+    raise AssertionError("no attempt")
 
 
 def compiling() -> Iterator[Row]:
@@ -127,11 +141,11 @@ def compiling() -> Iterator[Row]:
         yield {"name": "make -j2", "value": None, "note": f"needs {', '.join(missing)}"}
         return
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name, contextlib.ExitStack() as stack:
-        guests = compiling_guests(Path(name))
-        for guest in guests.values():
-            stack.callback(guest.end)
-        for guest in guests.values():
-            guest.wait_ready()
+        guests = {}
+        for which, command in compiling_commands(Path(name)).items():
+            # One after the other. QEMU's guests sometimes stand still while they boot.
+            guests[which] = ready(command, attempts=3 if which[0] == "qemu" else 1)
+            stack.callback(guests[which].end)
         took: dict[tuple[str, int], list[float]] = {which: [] for which in guests}
         for _ in range(ROUNDS):
             for (who, cpus), guest in guests.items():
