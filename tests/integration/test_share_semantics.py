@@ -1,12 +1,15 @@
 """What a share does beside what the host's own directory does, for two programs that run natively and in a guest.
 
-SHARE_OPERATIONS sets the random operations of fsx in a guest; `make soak-share` takes many.
+SHARE_OPERATIONS sets the random operations of fsx in a guest; `make soak-share` takes many. A program in the guest may
+take as long as it likes, if only it gets on: busy hosts are slow.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,9 +20,11 @@ import pytest
 import vmm
 from tests.support import guestprograms
 from vmm.config import Share
+from vmm.guest.process import ExecResult, GuestStream
 
 OPERATIONS = int(os.environ.get("SHARE_OPERATIONS", "1500"))
 PATIENCE = 900
+"""Seconds in which a program must get on; for the one that runs on the host, to its end."""
 DIFFERENT = {
     "make/a character device": "EPERM",  # a share makes no device nodes
 }
@@ -32,6 +37,25 @@ def cache(request: pytest.FixtureRequest) -> str:
     if request.param != "auto" and OPERATIONS <= 1500:
         pytest.skip("SHARE_OPERATIONS above 1500 runs every cache mode")
     return str(request.param)
+
+
+async def run(vm: vmm.VirtualMachine, *command: str, progress: bytes = rb".+") -> ExecResult:
+    """Run a program in the guest to its end; TimeoutError when nothing that it writes and that matches `progress` has
+    changed for PATIENCE seconds."""
+    loop = asyncio.get_running_loop()
+    async with await vm.start_process(*command) as process, asyncio.timeout(PATIENCE) as limit:
+
+        async def read(stream: GuestStream) -> bytes:
+            whole, last = bytearray(), b""
+            async for part in stream:
+                whole += part
+                if (said := re.findall(progress, part)) and said[-1] != last:
+                    last = said[-1]
+                    limit.reschedule(loop.time() + PATIENCE)
+            return bytes(whole)
+
+        stdout, stderr = await asyncio.gather(read(process.stdout), read(process.stderr))
+        return ExecResult(await process.wait(), stdout, stderr)
 
 
 def machine(path: Path, cache: str) -> Any:
@@ -60,7 +84,7 @@ async def test_calls_do_what_they_do_on_the_host(linux: Any, tmp_path: Path, cac
     done = subprocess.run([program, native], capture_output=True, text=True, errors="surrogateescape", timeout=PATIENCE)
     assert not done.returncode
     async with machine(share, cache) as vm:
-        result = await vm.exec("/work/posix", "/work/files", timeout=PATIENCE)
+        result = await run(vm, "/work/posix", "/work/files")
         log = (await vm.exec("dmesg", check=True)).text
     assert not result.status, result.stderr
     wanted, found = lines(done.stdout), lines(result.stdout.decode(errors="surrogateescape"))
@@ -78,12 +102,10 @@ async def test_random_operations_beside_a_model_of_the_bytes(linux: Any, tmp_pat
     shutil.copy(guestprograms.static("fsx"), tmp_path / "fsx")
     seed = random.SystemRandom().randrange(1 << 32)
     async with machine(tmp_path, cache) as vm:
-        result = await vm.exec("/work/fsx", "/work", str(OPERATIONS), str(seed), timeout=max(PATIENCE, OPERATIONS / 20))
+        result = await run(vm, "/work/fsx", "/work", str(OPERATIONS), str(seed))
         # Two processes with files of their own, beside each other.
         both = "mkdir one two; (/work/fsx one $0 $1 || echo failed) & /work/fsx two $0 $1$1 || echo failed; wait"
-        many = await vm.exec(
-            "sh", "-c", f"cd /work; {both}", str(OPERATIONS // 4), str(seed), timeout=max(PATIENCE, OPERATIONS / 20)
-        )
+        many = await run(vm, "sh", "-c", f"cd /work; {both}", str(OPERATIONS // 4), str(seed))
     assert result.text == f"fsx: {OPERATIONS} operations", f"seed {seed}: {result.text}"
     assert many.text.splitlines() == [f"fsx: {OPERATIONS // 4} operations"] * 2, f"seed {seed}: {many.text}"
 
@@ -91,13 +113,14 @@ async def test_random_operations_beside_a_model_of_the_bytes(linux: Any, tmp_pat
 async def test_fio_verifies_what_it_wrote(linux: Any, tmp_path: Path, cache: str) -> None:
     """By system calls and by mappings; then again, by programs that open what is there anew."""
     job = f"--filename=/work/data --size={max(4, OPERATIONS // 1000)}M --verify=crc32c --verify_fatal=1 --randseed=7"
+    told = "--eta=always --eta-newline=5s"
     async with machine(tmp_path, cache) as vm:
         fio = await guestprograms.install(vm, "fio")
         for engine, way in (("psync", "randwrite"), ("mmap", "randwrite"), ("psync", "write")):
             blocks = "--bs=4k" if engine == "mmap" else "--bs=4k-64k --bs_unaligned"
-            command = f"{fio} --name={engine} --ioengine={engine} --rw={way} {blocks} {job}"
+            command = f"{fio} --name={engine} --ioengine={engine} --rw={way} {blocks} {job} {told}"
             for more in ("", " --verify_only"):
-                result = await vm.exec("sh", "-c", command + more, timeout=PATIENCE)
+                result = await run(vm, "sh", "-c", command + more, progress=rb"\d+\.\d+%")
                 assert not result.status, f"{engine} {way}{more}: {result.text[-800:]} {result.stderr[-800:]!r}"
                 assert "verify: bad" not in result.text
                 await vm.exec("sh", "-c", "echo 3 >/proc/sys/vm/drop_caches", check=True)

@@ -3,7 +3,7 @@
  * Two files and two descriptors of each (the second opened anew again and again), through which the program reads,
  * writes, maps, cuts, grows, punches, zeroes, copies ranges, syncs and drops caches; what is read must be what the model
  * says, and in the end each file must be the model to the last byte. Prints "fsx: N operations" and ends with 0, or
- * with the operation that went wrong and 1.
+ * with the operation that went wrong and 1; how far it is, every thousand operations to standard error.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -198,6 +198,8 @@ int main(int count, char **words)
     }
     for (long wanted = strtol(words[2], NULL, 0); operation < wanted; operation++) {
         int which = (int)number(FILES);
+        if (operation && operation % 1000 == 0)
+            fprintf(stderr, "fsx: at %ld\n", operation);
         errno = 0;
         one(&files[which], &files[!which]);
     }
