@@ -47,7 +47,8 @@ FAR = "10.214.7.3"
 @contextmanager
 def networks(folder: Path) -> Iterator[tuple[Namespace, Namespace]]:
     """(the namespace that passt runs in, with 10.214.7.1; one beyond a cable, with FAR). passt is the first in PATH,
-    and goes there. Needs root."""
+    and goes there. Debian 12's resets a connection of the guest's whose other end sends nothing in its first 24 seconds
+    (docs/networking.md): what only sends must take less. Needs root."""
     program = shutil.which("passt")
     with netns.namespaces("passt", "far") as (near, far):
         netns.cable(near, far)
