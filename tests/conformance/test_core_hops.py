@@ -11,7 +11,7 @@ from cpu.contract import Capability, CpuidEntry, Segment, VmConfig
 from cpu.cpuid import for_vcpu
 from cpu.errors import ConfigError, HostError
 from cpu.exits import Interrupted, MmioWrite
-from cpu.model import V2, common, lacking, table
+from cpu.model import V2, V3, common, lacking, table, unavailable
 from cpu.state import Msr
 from tests.support.assemble import assemble
 from tests.support.cores import CODE, MMIO, RESUME, STACK, make, open_core, set_long
@@ -95,18 +95,83 @@ SUPERVISOR = f"""
 """
 
 
+# Sixteen YMM registers and MXCSR (its rounding, and its flags, which gather) go on from round to round; for half of the
+# time the upper halves are in their initial state. Every 64th round MMIO tells words of some, upper halves included.
+VECTORS = f"""
+    .att_syntax prefix
+    mov $1, %ebx
+    xor %ecx, %ecx
+    vmovd %ebx, %xmm0
+    vpbroadcastd %xmm0, %ymm0
+    .irp n, 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    vpslld $\\n, %ymm0, %ymm\\n
+    .endr
+again:
+    .irp n, 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    vpaddd %ymm\\n, %ymm0, %ymm0
+    vpermq $0x39, %ymm0, %ymm0
+    vpxor %ymm0, %ymm\\n, %ymm\\n
+    .endr
+    vcvtdq2ps %ymm3, %ymm4
+    inc %ecx
+    test $63, %cl
+    jnz again
+    mov ${MMIO:#x}, %edx
+    .irp n, 0,4,9,15
+    vmovd %xmm\\n, (%rdx)
+    vextracti128 $1, %ymm\\n, %xmm8
+    vmovd %xmm8, (%rdx)
+    .endr
+    stmxcsr -8(%rsp)
+    mov -8(%rsp), %eax
+    mov %eax, (%rdx)
+    and $0x1fc0, %eax
+    xor $0x2000, %eax
+    mov %eax, -8(%rsp)
+    ldmxcsr -8(%rsp)
+    test $1023, %ecx
+    jnz again
+    vzeroupper
+2:  paddd %xmm1, %xmm0
+    pxor %xmm0, %xmm15
+    inc %ecx
+    test $63, %cl
+    jnz 2b
+    movd %xmm15, (%rdx)
+    test $1023, %ecx
+    jnz 2b
+    cmp $8192, %ecx
+    jb again
+    movl $-1, (%rdx)
+1:  jmp 1b
+"""
+
+
+def vectors(guest, _):
+    """VECTORS at CPL 3, with XCR0 for AVX."""
+    set_user(guest, VECTORS)
+    vcpu = guest.vcpus[0]
+    old = vcpu.system_registers()
+    vcpu.set_system_registers(replace(old, cr4=old.cr4 | 1 << 18))
+    vcpu.set_state(replace(vcpu.state(), xcr0=7))
+
+
 def supervisor(guest, _):
     guest.load_code(assemble(SUPERVISOR, CODE, 32))
 
 
 def user(guest, interrupts):
-    """PROGRAM at CPL 3, with an interrupt gate for INT 0x80."""
+    """PROGRAM at CPL 3."""
+    set_user(guest, PROGRAM.replace("INTERRUPT", "int $0x80" if interrupts else ""))
+
+
+def set_user(guest, program):
+    """A program at CPL 3, with an interrupt gate for INT 0x80."""
     set_long(guest, b"\xf4")
     memory, vcpu = guest.memory, guest.vcpus[0]
     for offset in (0x0000, 0x1000, 0x1000 + 8 * (MMIO >> 30), 0x2000, 0x3000 + 8 * (MMIO >> 21 & 511)):
         memory[TABLES + offset] |= 4  # for user mode
-    code = PROGRAM.replace("INTERRUPT", "int $0x80" if interrupts else "")
-    code, handler = assemble(code, USER, 64), assemble(HANDLER, CODE, 64)
+    code, handler = assemble(program, USER, 64), assemble(HANDLER, CODE, 64)
     memory[USER : USER + len(code)] = code
     memory[CODE : CODE + len(handler)] = handler
     struct.pack_into("<HHBBHII", memory, IDT + 16 * 0x80, CODE, 8, 0, 0xEE, 0, 0, 0)
@@ -173,10 +238,10 @@ def run(systems, cpuid, program, interrupts, hops):
 
 
 @functools.cache
-def expected(program, interrupts):
+def expected(program, interrupts, model="v2"):
     system = open_core("soft")
     try:
-        return run([system], table("v2", system.supported_cpuid()), program, interrupts, 0)[0]
+        return run([system], table(model, system.supported_cpuid()), program, interrupts, 0)[0]
     finally:
         system.close()
 
@@ -195,6 +260,26 @@ def test_hops_between_cores_change_nothing(names, program):
             system.close()
     assert hops == 14
     assert told == expected(program, interrupts)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("names", [("kvm", "soft"), ("soft", "kvm"), ("kvm",), ("soft",)], ids="-".join)
+def test_hops_of_a_guest_with_avx_change_nothing_or_are_refused_by_name(names):
+    systems = [open_core(name) for name in names]
+    try:
+        tables = [system.supported_cpuid() for system in systems]
+        if lacking(V3, tables[0]):
+            pytest.skip(f"{names[0]} has no AVX2, AES or another part of v3 here")
+        if lacks := [name for other in tables for name in unavailable("v3", other)]:
+            with pytest.raises(HostError, match=f"was told of what this core lacks: .*{lacks[0]}"):
+                run(systems, table("v3", tables[0]), vectors, False, 14)
+            return
+        told, hops = run(systems, common(*(table("v3", other) for other in tables)), vectors, False, 14)
+    finally:
+        for system in systems:
+            system.close()
+    assert hops == 14
+    assert told == expected(vectors, False, "v3")
 
 
 def test_what_a_core_lacks_is_refused_by_name(core, guests):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,18 @@ import pytest
 
 import vmm
 from cpu import _core
-from cpu.model import V3, lacking
-from cpu.system import soft_system
+from cpu.model import V2, V3, lacking
+from cpu.system import NativeSystem, soft_system
 from tests.support.patience import PATIENCE
+from vmm import _native
 from vmm.config import Share
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
+from vmm.migration.target import Receiver
 
 SOURCE = Path(__file__).parents[1] / "support" / "v3" / "programs.c"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 FLAGS = ["-O2", "-static", "-std=gnu11", "-fno-builtin", "-march=x86-64-v3", "-maes", "-mpclmul", *WARNINGS]
+RECEIVER: dict[str, Any] = {"name": "", "core": "soft"}
 SECONDS = 240 * PATIENCE
 
 pytestmark = pytest.mark.skipif(
@@ -50,16 +56,89 @@ async def test_programs_have_the_hosts_results(linux: Any, programs: Path) -> No
             assert (name, guest.text.strip()) == (name, host.stdout.strip())
 
 
-async def test_registers_live_in_a_snapshot(linux: Any, programs: Path, tmp_path: Path) -> None:
-    """A program whose YMM registers are full is saved in the middle of it, and goes on in another machine."""
-    script = "/work/programs live /tmp/end >/tmp/said & while ! grep -q holds /tmp/said; do :; done"
-    async with vmm.run("linux", **options(programs)) as machine:
-        await machine.exec("sh", "-c", script, timeout=SECONDS, check=True)
+@asynccontextmanager
+async def arrived(receiver: Receiver) -> AsyncIterator[vmm.VirtualMachine]:
+    """The machine that comes; it is closed at the end."""
+    machine = await receiver.arrive()
+    try:
+        yield machine
+    finally:
+        await machine.aclose()
+
+
+async def rounds(machine: vmm.VirtualMachine) -> list[int]:
+    """How often each process of the program `live` has looked at its registers."""
+    return [int(word) for word in (await machine.exec("cat", "/tmp/rounds", timeout=SECONDS)).text.split()]
+
+
+async def goes_on(machine: vmm.VirtualMachine) -> None:
+    """Each of them looks at its registers twice more: the first time may have been before a change of machines."""
+    before = await rounds(machine)
+    async with asyncio.timeout(SECONDS):
+        while not all(now >= then + 2 for then, now in zip(before, await rounds(machine), strict=True)):
+            assert (await machine.exec("cat", "/tmp/said", timeout=SECONDS)).text == ""
+            await asyncio.sleep(0.02)
+
+
+async def kept(machine: vmm.VirtualMachine) -> str:
+    """What it says at its end."""
+    script = "touch /tmp/end; while ! grep -qE 'kept|changed' /tmp/said; do :; done; cat /tmp/said"
+    return (await machine.exec("sh", "-c", script, timeout=SECONDS, check=True)).text.strip()
+
+
+async def test_registers_live_over_snapshots_copies_and_migrations(linux: Any, programs: Path, tmp_path: Path) -> None:
+    """Programs with full YMM registers, with upper halves in their initial state, and with an MXCSR of their own go on
+    in a restored machine, in a copy, and at the target of each kind of migration."""
+    options: dict[str, Any] = {"core": "soft", "cpu_model": "v3", "nets": [], "memory": "128M"}
+    async with vmm.run("linux", **options) as machine:
+        await machine.copy_in(programs / "programs", "/tmp/programs")
+        live = "/tmp/programs live /tmp/end /tmp/rounds >/tmp/said 2>&1 & while ! [ -s /tmp/rounds ]; do :; done"
+        await machine.exec("sh", "-c", live, timeout=SECONDS, check=True)
+        await goes_on(machine)
         await machine.snapshot(tmp_path / "saved")
-    async with vmm.restore(tmp_path / "saved") as machine:
-        script = "touch /tmp/end; while ! grep -qE 'kept|changed' /tmp/said; do :; done; cat /tmp/said"
-        said = await machine.exec("sh", "-c", script, timeout=SECONDS, check=True)
-        assert said.text.split() == ["holds", "kept"]
+        (copy,) = await machine.fork(1)
+        await goes_on(copy)
+        assert await kept(copy) == "kept"
+        await goes_on(machine)
+        assert await kept(machine) == "kept"
+    postcopy = _native.can_page(False)  # this process may have no userfaultfd: then its memory comes first
+    async with (
+        vmm.restore(tmp_path / "saved", core="soft") as machine,
+        Receiver(f"unix:{tmp_path}/a", **RECEIVER) as first,
+        Receiver(f"unix:{tmp_path}/b", **RECEIVER) as second,
+    ):
+        await goes_on(machine)
+        await machine.migrate(first.uri)
+        async with arrived(first) as moved:
+            await goes_on(moved)
+            how: dict[str, Any] = {"postcopy": "now"} if postcopy else {}
+            moving = asyncio.create_task(moved.migrate(second.uri, **how), name="moving")
+            async with arrived(second) as last:
+                await goes_on(last)
+                assert await kept(last) == "kept"
+                await moving
+
+
+@pytest.mark.parametrize("way", ["snapshot", "migration"])
+async def test_a_host_without_avx_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """The host's core declares no more than x86-64-v2; the machine runs on where it was."""
+    tiny: dict[str, Any] = {"core": "soft", "cpu_model": "v3", "memory": "32M"}
+    lacks = r"the guest was told of what the core soft lacks: .*\bavx\b.*\bavx2\b"
+    async with vmm.run("echo", **tiny) as machine:
+        await machine.console.expect(rb"Ctrl-D ends\n", timeout=SECONDS)
+        await machine.snapshot(tmp_path / "saved")
+        with monkeypatch.context() as patch:
+            patch.setattr(NativeSystem, "supported_cpuid", lambda self: list(V2))
+            if way == "snapshot":
+                with pytest.raises(HostError, match=lacks):
+                    async with vmm.restore(tmp_path / "saved", core="soft"):
+                        pass
+            else:
+                async with Receiver(f"unix:{tmp_path}/a", **RECEIVER) as receiver:
+                    with pytest.raises(HostError, match=lacks):
+                        await machine.migrate(receiver.uri)
+        await machine.console.write(b"runs on\n")
+        await machine.console.expect(b"runs on", timeout=SECONDS)
 
 
 async def test_direct_execution_says_that_it_does_not_do_avx(linux: Any, programs: Path) -> None:

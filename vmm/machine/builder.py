@@ -187,9 +187,10 @@ class Machine:
             self._making = Making(config, self.system, self._origin)
         # Meanwhile a thread makes the hardware.
         parts = [importlib.import_module(name) for name in (BARE_PARTS if config.platform == "bare" else PARTS)]
-        cpuid = model.table(
-            config.cpu_model, self.system.supported_cpuid(), address_limit=Layout(config.memory).mmio64.end
-        )
+        supported = self.system.supported_cpuid()
+        if not isinstance(self._origin, Boot) and (missing := model.unavailable(config.cpu_model, supported)):
+            raise HostError(f"the guest was told of what the core {self.system.name} lacks: {', '.join(missing)}")
+        cpuid = model.table(config.cpu_model, supported, address_limit=Layout(config.memory).mmio64.end)
         made = asyncio.Event()
         self._making.when_done(partial(self._call_soon, made.set))
         await made.wait()

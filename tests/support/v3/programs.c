@@ -3,8 +3,10 @@
  * results: digests of what AVX2, FMA, F16C, BMI, AES and PCLMULQDQ compute on generated values.
  * strings: glibc's own, which chooses AVX2 versions by CPUID, on strings of many lengths at ends of pages.
  * switches: processes with different YMM registers that give each other the processor, and find their registers as they were.
- * live FILE: keeps YMM registers until FILE is there, and says whether they are as they were.
+ * live FILE ROUNDS: three processes keep YMM registers and MXCSR until FILE is there; how often each looked stands in ROUNDS. At
+ *   last it says whether they are as they were.
  */
+#include <fcntl.h>
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -133,22 +135,70 @@ static void switches(void)
     printf("%s\n", bad ? "registers changed" : "kept");
 }
 
-static void live(const char *file)
+/* hold() without calls: the registers are there while the program computes, so that it is stopped with full ones. */
+static __attribute__((noinline)) void compute(const __m256i in[16], __m256i out[16], unsigned times)
+{
+    __asm__ volatile(
+        ".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n vmovdqu 32*\\n(%[in]), %%ymm\\n\n .endr\n"
+        "1: dec %[times]\n jnz 1b\n"
+        ".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n vmovdqu %%ymm\\n, 32*\\n(%[out])\n .endr\n"
+        : [times] "+r"(times)
+        : [in] "r"(in), [out] "r"(out)
+        : "memory");
+    _mm256_zeroall();
+}
+
+/* One of three: full registers; without upper halves, which are then in their initial state; all in their initial state but
+ * MXCSR. Each has an MXCSR of its own, without flags, and computes nothing that would raise one. */
+static int keep(unsigned n, const char *file, volatile unsigned *rounds)
 {
     enum { ACCESS = 21 };
+    static const unsigned controls[3] = {0x1F80, 0x3F80 /* rounds down */, 0xFFC0 /* flushes to zero, and denormals are; rounds to zero */};
     __m256i in[16], out[16];
-    for (unsigned i = 0; i < 16; i++)
-        in[i] = vector();
-    puts("holds");
-    fflush(stdout);
+    seed = 7 + n;
+    _mm_setcsr(controls[n]);
     do {
+        for (unsigned i = 0; i < 16; i++)
+            in[i] = n == 0 ? vector() : n == 1 ? _mm256_setr_epi64x((long long)any(), 1, 0, 0) : _mm256_setzero_si256();
         hold(in, out, ACCESS, (long)file, 1);
-        if (memcmp(in, out, sizeof in)) {
-            puts("registers changed");
-            return;
-        }
+        if (memcmp(in, out, sizeof in) || _mm_getcsr() != controls[n])
+            return 1;
+        compute(in, out, 100000);
+        if (memcmp(in, out, sizeof in) || _mm_getcsr() != controls[n])
+            return 1;
+        ++*rounds;
     } while (access(file, F_OK) != 0);
-    puts("kept");
+    return 0;
+}
+
+static int live(const char *file, const char *told)
+{
+    enum { PROCESSES = 3 };
+    volatile unsigned *rounds = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int out = open(told, O_WRONLY | O_CREAT | O_TRUNC, 0600), bad = 0, ended = 0;
+    if (rounds == MAP_FAILED || out < 0)
+        return 1;
+    for (unsigned n = 0; n < PROCESSES; n++)
+        if (fork() == 0)
+            _exit(keep(n, file, rounds + n));
+    while (ended < PROCESSES) {
+        char text[64];
+        int size = snprintf(text, sizeof text, "%010u %010u %010u\n", rounds[0], rounds[1], rounds[2]), status;
+        if (pwrite(out, text, (size_t)size, 0) != size)
+            return 1;
+        pid_t pid;
+        while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+            ended++;
+            if (status && !bad)
+                puts("registers changed");
+            fflush(stdout);
+            bad |= status;
+        }
+        usleep(20000);
+    }
+    if (!bad)
+        puts("kept");
+    return 0;
 }
 
 int main(int count, char **arguments)
@@ -160,8 +210,8 @@ int main(int count, char **arguments)
         strings();
     else if (!strcmp(name, "switches"))
         switches();
-    else if (!strcmp(name, "live") && count > 2)
-        live(arguments[2]);
+    else if (!strcmp(name, "live") && count > 3)
+        return live(arguments[2], arguments[3]);
     else
         return 2;
     return 0;
