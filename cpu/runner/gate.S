@@ -6,6 +6,8 @@
 	.globl gate_begin, gate_end, gate_handler, gate_mapper
 
 gate_begin:
+	ud2 /* RUNNER_REST */
+	.balign 16
 /* The guest half's handler of all signals, with all signals blocked, on a stack in the frame's pages. It stands in the system
  * call until the core answers it, having told what no signal frame holds: the bases and selectors of the data segments. */
 gate_handler:

@@ -71,7 +71,7 @@ def survived(text: str) -> bool:
     """Every attack ended, or computed rightly, and its parent was sound after it."""
     *lines, last = text.splitlines()
     counts = [re.fullmatch(r"[a-z ]+: (\d+) of (\d+) as expected, sound", line) for line in lines]
-    return last == "done" and len(lines) == 11 and all(found and found[1] == found[2] for found in counts)
+    return last == "done" and len(lines) == 12 and all(found and found[1] == found[2] for found in counts)
 
 
 async def test_attacks_end_with_their_program(linux: Any, direct: None, programs: Path) -> None:

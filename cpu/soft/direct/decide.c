@@ -62,10 +62,8 @@ static struct runner *take_runner(struct soft_vcpu *c)
     for (unsigned i = 1; i < RUNNERS && r->used; i++)
         if (!d->runner[i].used || d->runner[i].last_used < r->last_used)
             r = &d->runner[i];
-    if (r->used && !pages_drop_all(r))
+    if (r->used && (!pages_drop_all(r) || !trip_clean(r)))
         close_runner(c, r);
-    else if (r->used)
-        trip_clean(r);
     if (!r->mapper && !open_runner(c, r))
         return NULL;
     r->used = true;
@@ -158,7 +156,9 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
     r->last_used = ++d->use;
-    if (!pages_prepare(c, r)) {
+    if (r->suspect)
+        d->pending_count = 0; /* another's, perhaps */
+    if (!pages_prepare(c, r) || (r->suspect && !(runner_command(r, r->waiting) && trip_clean(r)))) {
         close_runner(c, r);
         return;
     }
@@ -172,7 +172,6 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         runner_unbind(d);
     if (trip_run(c, r) == TRIP_LOST)
         lose(c, r);
-    d->failures = 0;
 }
 
 void soft_direct_execute(struct soft_vcpu *c)
@@ -227,7 +226,9 @@ void soft_direct_flushed_page(struct soft_vcpu *c, uint64_t linear)
 void soft_direct_switched(struct soft_vcpu *c, bool keep)
 {
     uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK, pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
+    bool other = c->direct->root != root;
     c->direct->current = NULL;
+    c->direct->root = root;
     for (unsigned i = 0; i < RUNNERS; i++) {
         struct runner *r = &c->direct->runner[i];
         if (!r->used)
@@ -238,6 +239,9 @@ void soft_direct_switched(struct soft_vcpu *c, bool keep)
             r->stale = true;
             r->pcid = pcid;
         }
+        /* A program may have ended, and its root become another's: then its translations were flushed. */
+        if (r->root == root && other && r->stale)
+            r->suspect = true;
     }
 }
 

@@ -63,6 +63,7 @@ struct runner {
     struct runner_frame *frame;
     int listener;         /* where stops of the guest half arrive, and are answered */
     uint64_t stopped;     /* the stop that waits for its answer */
+    uint64_t stop_ip;     /* the address after the gate's own stop */
     uint32_t stack;       /* where in the frame's pages a signal is put, the same each time; */
     uint32_t state;       /* and the processor's extended state in it */
     uint8_t made_by_kernel[48]; /* bytes 464 to 511 of that, as every frame has them */
@@ -79,7 +80,7 @@ struct runner {
     uint8_t fx[512] __attribute__((aligned(16))); /* x87 and SSE of the guest half as it stopped last, or will go on */
     struct fpu fpu;       /* what `fx` is in the core */
     bool fp_known;
-    bool clean;           /* nothing of what ran in it is to be left in its other registers */
+    bool suspect;         /* its address space may be another one, under the same root */
     int cpu;              /* it is bound to this processor; -1: to none */
     /* Whether it pays: decide.c's own. */
     uint64_t used_ns;     /* processor time of the guest half */
@@ -97,6 +98,7 @@ enum { PENDING = 8, YOUNG = 64 };
 struct direct_vcpu {
     struct runner runner[RUNNERS];
     struct runner *current;   /* of c->cr3 when it was last looked for, else NULL */
+    uint64_t root;            /* in c->cr3, when it was last written */
     uint64_t pending[PENDING];/* linear addresses that the guest touched without a mapping */
     uint32_t pending_count;
     const struct runner *pending_for;
@@ -148,8 +150,8 @@ int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
 void runner_close(struct runner *r);
 /* Carry out the first `count` commands in its page, now. False: the runner is of no use any more. */
 bool runner_command(struct runner *r, uint32_t count);
-/* Let the guest half go on by its frame, after the commands that wait, until it stops; with the arguments of its stop. False: it
- * is gone. */
+/* Let the guest half go on by its frame, after the commands that wait, until it stops in the gate; with the arguments of its stop.
+ * False: it is gone, or made a stop of its own, from which it would not go on by a frame. */
 bool runner_resume(struct runner *r, uint64_t arguments[6]);
 void runner_bind(struct direct_vcpu *d, struct runner *r);
 void runner_unbind(struct direct_vcpu *d);
@@ -175,8 +177,10 @@ bool scan_page(const struct direct_vm *direct, const uint8_t *page);
 /* trip.c */
 enum trip { TRIP_NATIVE /* go on natively */, TRIP_CORE /* the core has to go on */, TRIP_LOST /* the runner is gone */ };
 bool trip_possible(const struct soft_vcpu *c);
-/* Nothing of what ran in it will be left in its registers. */
-void trip_clean(struct runner *r);
+/* Show that the guest half goes on where it is told, as a handler that the host's kernel has called, and take from its registers what
+ * ran in it. Guest code may stop by the gate's own call with single steps or signals on, and another stack for them; whoever ran next would
+ * feel that. No page may be mapped that was not while that code ran. False: it has to be ended. */
+bool trip_clean(struct runner *r);
 enum trip trip_run(struct soft_vcpu *c, struct runner *r);
 
 /* kick.c */

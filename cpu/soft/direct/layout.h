@@ -6,6 +6,7 @@
 /* Our pages: code that nobody can write, what the core tells (read-only in the runner), and the frame. A guest program that
  * maps something here is executed in the core. The host's Linux gives programs addresses below RUNNER_END. */
 #define RUNNER_GATE 0x6A0000000000
+#define RUNNER_REST RUNNER_GATE /* an instruction that faults: where a guest half goes that has to show that it goes where it should */
 #define RUNNER_COMMANDS 0x6A0000001000
 #define RUNNER_FRAME 0x6A0000002000
 #define RUNNER_OWN_END 0x6A0000008000

@@ -129,7 +129,7 @@ bool runner_resume(struct runner *r, uint64_t arguments[6])
     } else if (!answer(r, 0)) {
         return false;
     }
-    if (!wait_stop(r, &stop))
+    if (!wait_stop(r, &stop) || stop.data.instruction_pointer != r->stop_ip)
         return false;
     for (unsigned i = 0; i < 6; i++)
         arguments[i] = stop.data.args[i];
@@ -194,7 +194,7 @@ static int receive_hello(int fd, struct runner *r, struct runner_hello *hello)
     return 0;
 }
 
-/* Where the host's kernel puts the frames of the guest half's signals. No guest code has run yet. */
+/* Where the host's kernel puts the frames of the guest half's signals, and where their handler stops. No guest code has run yet. */
 static bool find_frame(struct runner *r, const struct seccomp_notif *stop)
 {
     uint64_t stack = stop->data.args[4] - RUNNER_FRAME;
@@ -209,6 +209,7 @@ static bool find_frame(struct runner *r, const struct seccomp_notif *stop)
     r->state = (uint32_t)state;
     memcpy(r->made_by_kernel, runner_at(r, r->state) + STATE_SOFTWARE, sizeof r->made_by_kernel);
     r->page->stack = RUNNER_FRAME + stack;
+    r->stop_ip = stop->data.instruction_pointer;
     return true;
 }
 

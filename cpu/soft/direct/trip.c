@@ -55,8 +55,7 @@ static void load_fpu(struct soft_vcpu *c, struct runner *r)
     uint64_t in_use, features, none[7] = {0};
     memcpy(&in_use, state + STATE_HEADER, sizeof in_use);
     memcpy(&features, r->made_by_kernel + (STATE_FEATURES - STATE_SOFTWARE), sizeof features);
-    in_use &= r->clean ? X87_AND_SSE : features;
-    r->clean = false;
+    in_use &= features;
     fpu_collect(&c->fpu);
     struct fpu compare = c->fpu;
     compare.x87_ready = r->fpu.x87_ready;
@@ -146,10 +145,32 @@ static bool store(struct soft_vcpu *c, struct runner *r, const uint64_t argument
     return true;
 }
 
-void trip_clean(struct runner *r)
+bool trip_clean(struct runner *r)
 {
-    r->clean = true;
-    r->fp_known = false;
+    struct signal_frame frame = {
+        .context = CONTEXT,
+        .stack = RUNNER_STACK,
+        .stack_flags = RUNNER_STACK_FLAGS,
+        .stack_bytes = RUNNER_STACK_BYTES,
+        .rip = RUNNER_REST,
+        .flags = F_ALWAYS,
+        .cs = USER_CS,
+        .ss = USER_DS,
+        .state = RUNNER_FRAME + r->state,
+    };
+    uint8_t *state = runner_at(r, r->state);
+    uint64_t arguments[6];
+    memcpy(runner_at(r, r->stack), &frame, offsetof(struct signal_frame, info));
+    memcpy(state + STATE_SOFTWARE, r->made_by_kernel, sizeof r->made_by_kernel);
+    memset(state + STATE_HEADER, 0, STATE_LEAST - STATE_HEADER); /* all registers as they are at first */
+    r->page->flags = F_ALWAYS;
+    r->page->fs_base = r->page->gs_base = 0;
+    r->fp_known = r->suspect = false;
+    if (!runner_resume(r, arguments))
+        return false;
+    /* Only gate code ran since, so this is what it and the kernel say. */
+    memcpy(&frame, runner_at(r, r->stack), sizeof frame);
+    return arguments[4] == (uint64_t)RUNNER_FRAME + r->stack && frame.rip == RUNNER_REST;
 }
 
 /* The guest loaded a segment register natively: the host's descriptors are flat ones, as in Linux; the guest's own decide what it
@@ -322,5 +343,6 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     c->budget -= (int64_t)(ns / 4);
     if (!stands || !store(c, r, arguments, &stop))
         return TRIP_LOST;
+    d->failures = 0;
     return after_stop(c, r, &stop);
 }
