@@ -98,6 +98,23 @@ async def test_without_a_loop_of_ones_own(image: str) -> None:
             pass
 
 
+async def test_without_a_block(image: str) -> None:
+    """In the cells of a notebook: started in one, used in others, and closed once or twice."""
+    box = vmm.SyncSandbox(image, core="soft")
+    box.close()
+    assert box.start() is box
+    try:
+        with pytest.raises(vmm.StateError, match="started before"):
+            box.start()
+        assert box.run("echo", "one").text == "one"
+        assert box.run("sleep", "100", timeout=0.1).end == "timeout"
+    finally:
+        box.close()
+    box.close()
+    with pytest.raises(vmm.StateError, match="not running"):
+        box.run("true")
+
+
 async def test_what_a_run_takes_is_limited_and_told(image: str) -> None:
     """Limits of the guest end a run with everything it started, as a value; what it used is told, also then."""
     async with vmm.sandbox(image, core="soft", memory="192M", lifetime=SECONDS) as box:

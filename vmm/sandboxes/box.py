@@ -282,8 +282,9 @@ def _nets(allow: str | Sequence[str] | None, network: bool) -> tuple[Net, ...]:
 
 
 class SyncSandbox:
-    """A sandbox for code without a loop: `with vmm.SyncSandbox("oci:…") as box: box.run(…)`. Everything it does happens
-    on a loop of its own in a thread, so it works where another loop runs already. *any thread*"""
+    """A sandbox for code without a loop: `with vmm.SyncSandbox("oci:…") as box: box.run(…)`, or start() and close(), as
+    in the cells of a notebook. Everything it does happens on a loop of its own in a thread, so it works where another
+    loop runs already. *any thread*"""
 
     def __init__(self, image: str, **options: Any) -> None:
         """As sandbox()."""
@@ -291,8 +292,19 @@ class SyncSandbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._box: Sandbox | None = None
+        self._used = False
 
     def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *failure: Any) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Start the machine. Once; StateError after that, and what sandbox() raises."""
+        if self._used:
+            raise StateError("this sandbox was started before: make another")
+        self._used = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sandbox", daemon=True)
         self._thread.start()
@@ -303,16 +315,19 @@ class SyncSandbox:
             raise
         return self
 
-    def __exit__(self, *failure: Any) -> None:
+    def close(self) -> None:
+        """End the machine. Idempotent; a sandbox that nobody closes ends with the process."""
+        if self._loop is None:
+            return
         try:
-            self._await(self._made.__aexit__(*failure))
+            self._await(self._made.__aexit__(None, None, None))
         finally:
             self._stop()
 
     def run(self, *arguments: Text, **options: Any) -> RunResult:
-        """As Sandbox.run, to its end. StateError outside of the block."""
+        """As Sandbox.run, to its end. StateError outside of the block, or of start() and close()."""
         if self._box is None or self._loop is None:
-            raise StateError("the sandbox is not running: use it in its with block")
+            raise StateError("the sandbox is not running: use it in its with block, or start() it")
         return self._await(self._box.run(*arguments, **options))
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
