@@ -38,9 +38,14 @@ def set_machine(
         say(f"{device}: {', '.join(f'{key}={value}' for key, value in limits.items())}")
     if cpus is not None:
         say(f"{name}: {answer['cpus']} of {answer['max_cpus']} processors")
-    for device, policy in answer.get("policies", {}).items():
+    policies = answer.get("policies", {})
+    for device, policy in policies.items():
         say(f"{device}: {', '.join(f'{key}={policy[key]}' for key in POLICY if policy[key])}")
-    if disks + nets and not answer["limits"] and not answer.get("policies"):
+    changed = {**wanted.get("disks", {}), **wanted.get("nets", {})}
+    for device, values in changed.items():
+        if device not in policies and not set(POLICY).isdisjoint(values):
+            say(f"{device}: no policy")
+    if not answer["limits"] and any(set(values) - set(POLICY) for values in changed.values()):
         say(f"{name}: no limits")
     if memory is not None:
         say(f"{name}: keeps {format_size(answer['balloon']['target'])}, as soon as it has given up the rest")
