@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,36 @@ async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None
 
 
 # ---- seen from outside ----
+
+
+def processor_time(pid: str) -> int:
+    """Of a process, in clock ticks."""
+    after_name = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+    return int(after_name[11]) + int(after_name[12])
+
+
+def busiest_runner() -> str:
+    """The guest half that has executed for longest, of this process's runners."""
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    runners = [pid for pid in children if Path("/proc", pid, "comm").read_text() == "runner.bin\n"]
+    return max(runners, key=processor_time)
+
+
+async def test_a_mapper_that_the_host_refuses_memory_ends_with_its_program(linux: Any, direct: None) -> None:
+    """The machine and its other programs go on."""
+    async with vmm.run("linux", core="soft", direct="on", nets=[], memory="256M") as machine:
+        script = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; x=1; while :; do x=$x$x; done"
+        hungry = asyncio.create_task(machine.exec("sh", "-c", script, timeout=240 * PATIENCE))
+        async with asyncio.timeout(120 * PATIENCE):
+            while machine.stats()["native-ns"] < 50_000_000:
+                await asyncio.sleep(0.01)
+        guest_half = int(busiest_runner())
+        resource.prlimit(os.getsid(guest_half), resource.RLIMIT_AS, (1 << 20, 1 << 20))
+        assert (await hungry).status in (139, -signal.SIGSEGV)
+        stops = machine.stats()["native-stops"]
+        async with asyncio.timeout(240 * PATIENCE):
+            while machine.stats()["native-stops"] <= stops:
+                await machine.exec("true", check=True)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@
 #include "soft/system/system.h"
 
 enum { RUNNERS = 8, REGION_PAGES = 512, REGION_HASH = 256 };
-/* A host allows a process vm.max_map_count mappings, 65,530 unless it was changed. */
-enum { MAX_MAPPED = 60000 };
+/* A host allows a process vm.max_map_count mappings, 65,530 unless it was changed. And what a runner has mapped costs memory here
+ * and in the host's page tables: some 10 KiB a region. */
+enum { MAX_MAPPED = 60000, MAX_REGIONS = 4096 };
 
 enum { PAGE_R = 1, PAGE_W = 2, PAGE_X = 4 };
 
@@ -74,7 +75,8 @@ struct runner {
     bool some_stale;      /* some have */
     uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
     struct region *regions[REGION_HASH];
-    uint32_t mapped;      /* calls of mmap() since it was empty: no more mappings than that */
+    uint32_t mapped;      /* no more mappings than that since it was empty */
+    uint32_t region_count;
     uint64_t last_used;
     bool blocked;         /* the guest has a page where ours are */
     uint8_t fx[512] __attribute__((aligned(16))); /* x87 and SSE of the guest half as it stopped last, or will go on */
@@ -108,6 +110,7 @@ struct direct_vcpu {
     uint64_t use;             /* counts look-ups */
     pid_t thread;             /* who made the runners: they end with that thread */
     pid_t running;            /* atomic: the guest half that executes, or 0 */
+    pid_t mapper;             /* atomic: its mapper, set before */
     uint64_t deadline;        /* atomic: CLOCK_MONOTONIC ns at which it has to stop */
     uint64_t stretch;         /* atomic: counts those begun, before `running` tells whose */
     uint64_t kicked, kicked_used; /* kick.c's own: the stretch whose deadline was over last, and kick_time() then */
@@ -148,6 +151,8 @@ struct direct_vm {
 /* 0, or -errno; *why names the step. */
 int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
 void runner_close(struct runner *r);
+/* Whether this process of ours has not ended. [any] */
+bool runner_lives(pid_t pid);
 /* Carry out the first `count` commands in its page, now. False: the runner is of no use any more. */
 bool runner_command(struct runner *r, uint32_t count);
 /* Let the guest half go on by its frame, after the commands that wait, until it stops in the gate; with the arguments of its stop.
@@ -188,7 +193,7 @@ bool kick_start(struct direct_vm *direct, struct soft_vm *vm);
 void kick_end(struct direct_vm *direct);
 /* What a process has used of a processor, in ns: a busy host's waiting does not count. */
 uint64_t kick_time(pid_t pid);
-void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline);
+void kick_before(struct soft_vm *vm, struct direct_vcpu *d, const struct runner *r, uint64_t deadline);
 void kick_after(struct direct_vcpu *d);
 
 #endif

@@ -43,6 +43,8 @@ static void insist(struct direct_vcpu *d)
         d->kicks = 0;
     }
     bool deaf = same && used > d->kicked_used + DEAF_NS && d->kicks >= DEAF_KICKS;
+    /* A mapper that could not carry out a command has ended and answers no more. */
+    deaf |= same && !runner_lives(__atomic_load_n(&d->mapper, __ATOMIC_SEQ_CST));
     d->kicks += same;
     kill(pid, deaf ? SIGKILL : SIGUSR1);
 }
@@ -119,11 +121,12 @@ void kick_end(struct direct_vm *direct)
 
 /* The guest half is about to run until `deadline`. What asks for attention afterwards stops it; what asked before is seen by the
  * caller, who looks at c->attention next. */
-void kick_before(struct soft_vm *vm, struct direct_vcpu *d, pid_t guest, uint64_t deadline)
+void kick_before(struct soft_vm *vm, struct direct_vcpu *d, const struct runner *r, uint64_t deadline)
 {
     struct direct_vm *direct = vm->direct;
     __atomic_store_n(&d->stretch, d->stretch + 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&d->running, guest, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&d->mapper, r->mapper, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&d->running, r->guest, __ATOMIC_SEQ_CST);
     __atomic_store_n(&d->deadline, deadline, __ATOMIC_SEQ_CST);
     if (deadline < __atomic_load_n(&direct->sleeps_until, __ATOMIC_SEQ_CST)) {
         pthread_mutex_lock(&direct->lock);

@@ -121,6 +121,7 @@ static struct region *make_region(struct runner *r, uint64_t linear)
     region->base = linear & ~(REGION_BYTES - 1);
     region->next = r->regions[hash(region->base)];
     r->regions[hash(region->base)] = region;
+    r->region_count++;
     return region;
 }
 
@@ -132,7 +133,7 @@ void pages_forget(struct runner *r)
             r->regions[i] = region->next;
             free(region);
         }
-    r->mapped = 0;
+    r->mapped = r->region_count = 0;
 }
 
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights)
@@ -146,17 +147,22 @@ struct batch {
     struct soft_vcpu *c;
     struct runner *r;
     uint32_t count;
-    bool failed;
+    bool failed, full; /* full: so many mappings that the runner has to begin anew */
     uint64_t linear, bytes, what; /* the run under way; what: as region.page of its first page */
 };
 
 static void end_run(struct batch *b)
 {
-    if (!b->bytes || b->failed)
+    if (!b->bytes || b->failed || b->full)
         return;
+    if (b->r->mapped > MAX_MAPPED) {
+        b->full = true;
+        return;
+    }
     struct runner_command *command = &b->r->page->list[b->count++];
     if (!b->what) {
         *command = (struct runner_command){SYS_munmap, {b->linear, b->bytes}};
+        b->r->mapped++; /* out of the middle of one */
     } else {
         struct soft_slot *slot;
         uint64_t gpa = b->what & PAGE_MASK;
@@ -168,7 +174,7 @@ static void end_run(struct batch *b)
         }
         uint64_t protection = PROT_READ | (b->what & PAGE_W ? PROT_WRITE : 0) | (b->what & PAGE_X ? PROT_EXEC : 0);
         uint64_t flags = MAP_SHARED | MAP_FIXED | (b->bytes <= POPULATE_MAX * PAGE_BYTES ? MAP_POPULATE : 0);
-        b->r->mapped++;
+        b->r->mapped += 2; /* in the middle of one */
         *command = (struct runner_command){
             SYS_mmap, {b->linear, b->bytes, protection, flags, RUNNER_MEMORY_FD, range->offset + (uint64_t)(host - range->host)}};
     }
@@ -334,7 +340,7 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
     struct direct_vm *direct = c->vm->direct;
     uint32_t seq = direct->protect_seq;
     bool all = r->stale, protect = r->protect_seq != seq;
-    if (r->mapped > MAX_MAPPED && !pages_drop_all(r))
+    if (r->region_count > MAX_REGIONS && !pages_drop_all(r))
         return false;
     struct batch b = {.c = c, .r = r, .count = r->waiting};
     r->blocked = maps_ours(c);
@@ -352,5 +358,5 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
     for (uint32_t i = 0; i < d->pending_count && d->pending_for == r; i++)
         map_around(&b, d->pending[i] & PAGE_MASK, d->pending[i] & 1);
     d->pending_count = 0;
-    return end_batch(&b);
+    return end_batch(&b) && (!b.full || pages_drop_all(r));
 }

@@ -90,7 +90,7 @@ static long futex(uint32_t *word, int what, uint32_t value, const struct timespe
     return syscall(SYS_futex, word, what, value, timeout, NULL, 0);
 }
 
-static bool lives(pid_t pid)
+bool runner_lives(pid_t pid)
 {
     siginfo_t info = {0};
     return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == 0;
@@ -114,7 +114,7 @@ bool runner_command(struct runner *r, uint32_t count)
     __atomic_store_n(&r->frame->done, before, __ATOMIC_SEQ_CST); /* guest code can have written there */
     give_turn(r, count, false);
     while (__atomic_load_n(&r->frame->done, __ATOMIC_SEQ_CST) != r->page->turn)
-        if (futex(&r->frame->done, FUTEX_WAIT, before, &patience) < 0 && errno == ETIMEDOUT && !lives(r->mapper))
+        if (futex(&r->frame->done, FUTEX_WAIT, before, &patience) < 0 && errno == ETIMEDOUT && !runner_lives(r->mapper))
             return false;
     return true;
 }

@@ -321,7 +321,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     struct soft_vm *vm = c->vm;
     load(c, r);
     uint64_t began = soft_host_now();
-    kick_before(vm, d, r->guest, deadline_of(c, began));
+    kick_before(vm, d, r, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
         kick_after(d);
         return TRIP_CORE;
