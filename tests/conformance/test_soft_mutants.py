@@ -43,17 +43,11 @@ MUTANTS = {
         "smc", MMU, "clear_victims(c);\n    for (unsigned view = 0; view < VIEW_COUNT; view++) {\n        struct",
         "for (unsigned view = 0; view < VIEW_COUNT; view++) {\n        struct",
     ),
-    "addresses still lead to the old block": (
-        "smc", BLOCK, "b->changed = true;\n        flush_all_jumps(b);", "b->changed = true;",
-    ),
+    "addresses still lead to the old block": ("smc", BLOCK, "k->code[0].fn = dead_entry;", ""),
     "INVLPG leaves addresses of code": ("smc", MMU, "soft_jump_cache_flush_page(c, linear);", ""),
     "another processor can still write": (
         "smc_smp", MMU, "for (unsigned n = 0; n < vm->config.vcpus; n++)\n        soft_tlb_protect(vm->vcpus[n]",
         "for (unsigned n = 0; n < 1; n++)\n        soft_tlb_protect(vm->vcpus[n]",
-    ),
-    "another processor's addresses": (
-        "smc_smp", BLOCK, "for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)\n        if (b->vm->vcpus[i] && b->vm",
-        "for (unsigned i = 0; i < 1; i++)\n        if (b->vm->vcpus[i] && b->vm",
     ),
     "DMA is not looked at": (
         "soft_api", EVENTS, "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);", ";",

@@ -149,6 +149,9 @@ bool host_code_translate(struct host_code *code, struct block *k)
             return false;
         unsigned from = i;
         uint8_t *word;
+        g->runs = (uintptr_t)code->runs;
+        g->runs_size = code->used;
+        g->runs_start = g->runs + code->used;
         i = make_run(g, code->base + code->used, k, from, from == 0, &word);
         if (g->failed && g->label_count)
             i = make_run(g, code->base + code->used, k, from, false, &word);

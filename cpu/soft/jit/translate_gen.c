@@ -309,10 +309,10 @@ void gen_probe(struct gen *g)
     gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, 0);
     jump_to_stub(g, 5);
 }
-/* To a block, the code of which is at RSI; to: the block, or NULL for any. */
-static void jump_rsi(struct gen *g, const struct uop *to)
+/* To a block, the code of which is at RSI: to its entry for flags in the word, or for lazy ones. */
+static void jump_rsi(struct gen *g, bool word)
 {
-    if (gen_flags_entry(gen_block_of(to)) == ENTRY_WORD)
+    if (word)
         gen_b1(g, 0xFF), gen_b1(g, 0x66), gen_b1(g, (unsigned)BLOCK_WORD_FN & 0xFF); /* jmp [rsi + disp8] */
     else
         gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
@@ -320,16 +320,21 @@ static void jump_rsi(struct gen *g, const struct uop *to)
 void gen_jump_cached(struct gen *g)
 {
     gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
-    jump_rsi(g, NULL);
+    jump_rsi(g, true);
 }
-/* The link itself is read every time: it is cleared when its block is invalidated, perhaps by what the block itself did.
- * Then out: the instruction is complete, and a CALL has pushed. */
-static void load_link(struct gen *g, struct uop *const *link, int64_t delta, bool fused)
+/* To a linked block, after gen_due(). It dies with this one, and then attention is set: no look at the link is due. */
+static void jump_linked(struct gen *g, struct uop *to)
 {
-    gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)link);
-    gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 0);
-    gen_op_rr(g, 3, 0x85, H_RSI, H_RSI);
-    leave_if(g, 4, delta, fused); /* je */
+    struct block *b = gen_block_of(to);
+    bool word = gen_flags_entry(b) == ENTRY_WORD;
+    uintptr_t entry = (uintptr_t)(word ? b->word_fn : to->fn);
+    if (entry - g->runs < g->runs_size) { /* it has host code */
+        gen_b1(g, 0xE9);
+        gen_b4(g, (uint32_t)(entry - (g->runs_start + (uintptr_t)(g->p - g->start) + 4)));
+        return;
+    }
+    gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)to);
+    jump_rsi(g, word);
 }
 /* To a fixed successor. In a loop registers may stay in host registers; on any other way they are written back first. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
@@ -344,9 +349,8 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
     gen_write_back(g);
     if (to) {
         gen_due(g, u, delta, fused);
-        load_link(g, taken ? &l->taken : &l->next, delta, fused);
         gen_add_rip(g, H_RDX, delta);
-        jump_rsi(g, to);
+        jump_linked(g, to);
     } else {
         gen_add_rip(g, H_RCX, delta);
         gen_probe(g);

@@ -42,6 +42,8 @@ struct label {
 };
 struct gen {
     uint8_t *start, *p, *end;
+    uintptr_t runs, runs_size; /* host code as it runs, all of it, */
+    uintptr_t runs_start;      /* and what stands at `start` */
     struct block *block;
     int64_t bias;              /* of its start from the address in RDX */
     struct uop *code;          /* its micro-ops, and their operations */

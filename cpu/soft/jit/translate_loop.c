@@ -4,8 +4,8 @@
  * of the loop (the head again, in the end) registers stay where they are, and the block is made as it is entered then. A
  * later way to the same block brings registers to where that one expects them. RDX stays the head's address.
  *
- * The host code reads no links between blocks of the loop: they change only when blocks of the page are made or die, which
- * this thread does itself, and not while it is in host code. Every way back looks for attention; ways forward charge the budget alone.
+ * The host code reads no links: they change only when blocks of the page are made or die, which this thread does itself, and
+ * not while it is in host code. Every way back looks for attention; ways forward charge the budget alone.
  */
 #include "soft/jit/emitters.h"
 #include "soft/jit/translate.h"

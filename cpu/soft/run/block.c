@@ -8,7 +8,9 @@
  * than its part of a quarter of that, so that many VMs at rest take little (python -m tests.bench many, state). One with a
  * virtual clock has all for itself: when blocks are made anew decides where turns end, and that must not depend on who else
  * is there.
- * Links only join blocks of the same page, and a page's blocks die together.
+ * Links only join blocks of the same page, and a page's blocks die together. A dead block's first handler looks its address up
+ * again, so jump caches may lead to it; `attention` is set as blocks die, so that one that runs leaves at its end, whatever it
+ * is joined with.
  */
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -20,7 +22,7 @@
 /* What a block can consist of at most, in multiples of 8. */
 enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
-enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12 };
+enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12, IN_PAGE_BITS = 7 };
 enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
 enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back when a VM goes to sleep */
 enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
@@ -62,10 +64,11 @@ struct block_cache {
     struct uop single[BLOCK_MAX_UOPS + 1]; /* code that is not kept */
 };
 
+/* A page's lists stand side by side, one for every 32 bytes: code that runs together is looked up in the same cache lines. */
 static struct block **block_list(const struct block_cache *b, const uint8_t *host, unsigned mode)
 {
-    uint64_t h = ((uintptr_t)host + mode * 0x9E37u) * 0x9E3779B97F4A7C15ull;
-    return &b->hash[h >> (64 - b->hash_bits)];
+    uint64_t page = (((uintptr_t)host >> 12) + mode * 0x9E37u) * 0x9E3779B97F4A7C15ull;
+    return &b->hash[(page >> (64 - (b->hash_bits - IN_PAGE_BITS)) << IN_PAGE_BITS) | ((uintptr_t)host >> 5 & ((1u << IN_PAGE_BITS) - 1))];
 }
 static size_t hash_bytes(unsigned bits) { return sizeof(struct block *) << bits; }
 static struct block **make_hash(unsigned bits)
@@ -214,6 +217,8 @@ static unsigned current_mode(struct soft_vcpu *c)
     return mode | c->features;
 }
 
+static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep);
+
 /* ---- invalidation ---- */
 
 static void flush_all_jumps(struct block_cache *b)
@@ -258,11 +263,38 @@ static void unlink_block(struct block *k)
         links->taken = links->next = NULL;
 }
 
+/* The first handler of a dead block: what is at its address now? Out of line, as enter_code(). */
+static __attribute__((noinline)) struct uop *enter_anew(struct soft_vcpu *c)
+{
+    if (c->budget <= 0 || __atomic_load_n(&c->attention, __ATOMIC_RELAXED))
+        return NULL;
+    return find_code(c, current_mode(c), true); /* in place of the dead one in the jump cache */
+}
+static HANDLER(dead_entry)
+{
+    c->rip = rip;
+    u = enter_anew(c);
+    if (!u)
+        return;
+    return u->fn(c, u, c->rip);
+}
+
+/* Blocks that may be running have died: to the run loop at the end of the one that does, and not into another of them. */
+static void leave_dead(struct block_cache *b)
+{
+    b->changed = true;
+    for (unsigned i = 0; i < SOFT_MAX_VCPUS; i++)
+        if (b->vm->vcpus[i] && b->vm->vcpus[i]->blocks == b)
+            __atomic_store_n(&b->vm->vcpus[i]->attention, 1, __ATOMIC_SEQ_CST);
+}
+
 static void kill_page(struct block_cache *b, struct code_page *p)
 {
     for (struct block *k = p->blocks; k; k = k->page_next) {
         hash_remove(b, k);
         unlink_block(k);
+        k->code[0].fn = dead_entry;
+        k->word_fn = host_flags_enter;
         b->stats.blocks_invalidated++;
     }
     p->blocks = NULL;
@@ -298,10 +330,8 @@ void soft_blocks_invalidate(struct block_cache *b, uint64_t gpa, uint64_t size)
             }
         }
     }
-    if (killed) {
-        b->changed = true;
-        flush_all_jumps(b);
-    }
+    if (killed)
+        leave_dead(b);
 }
 
 /* Nothing is freed here: this may be called from inside a running block's access. */
@@ -317,9 +347,9 @@ void soft_blocks_flush(struct block_cache *b)
     if (b->used)
         memset(b->hash, 0, hash_bytes(b->hash_bits));
     b->hashed = 0;
-    b->changed = true;
     b->reset = true;
     b->flushes++;
+    leave_dead(b);
     flush_all_jumps(b);
 }
 
