@@ -500,6 +500,8 @@ static inline bool soft_xcr0_valid(const struct soft_vcpu *c, uint64_t value)
 {
     return (value & 1) && !(value & ~soft_vcpu_xcr0(c)) && (value & 6) != 4;
 }
+/* Whether the guest's kernel lets instructions with a VEX prefix use vectors: SSE and AVX state. */
+static inline bool soft_avx_enabled(const struct soft_vcpu *c) { return (c->cr4 & CR4_OSXSAVE) && (c->xcr0 & 6) == 6; }
 void soft_invlpg(struct soft_vcpu *c, uint64_t linear);
 void soft_invpcid(struct soft_vcpu *c, uint64_t type, uint64_t pcid, uint64_t linear);
 uint64_t soft_rdtsc(struct soft_vcpu *c);

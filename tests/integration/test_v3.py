@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,17 +14,24 @@ import pytest
 
 import vmm
 from cpu import _core
+from cpu.direct import support
 from cpu.model import V2, V3, lacking
 from cpu.system import NativeSystem, soft_system
 from tests.support.patience import PATIENCE
 from vmm import _native
 from vmm.config import Share
-from vmm.errors import ConfigError, HostError
+from vmm.errors import HostError
 from vmm.migration.target import Receiver
 
 SOURCE = Path(__file__).parents[1] / "support" / "v3" / "programs.c"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 FLAGS = ["-O2", "-static", "-std=gnu11", "-fno-builtin", "-march=x86-64-v3", "-maes", "-mpclmul", *WARNINGS]
+OWN_PAGES = "-falign-functions=4096"
+"""So that nothing shares a page with code that direct execution leaves to the core."""
+ATTACKS = [
+    "-O1", "-static", "-std=gnu11", "-mno-red-zone", "-mxsave", "-mxsavec", OWN_PAGES, f"-I{SOURCE.parents[3] / 'cpu'}",
+    *WARNINGS,
+]  # fmt: skip
 RECEIVER: dict[str, Any] = {"name": "", "core": "soft"}
 SECONDS = 240 * PATIENCE
 
@@ -36,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    subprocess.run(["gcc", *FLAGS, "-o", folder / "programs", SOURCE], check=True)
+    subprocess.run(["gcc", *FLAGS, OWN_PAGES, "-o", folder / "programs", SOURCE], check=True)
     return folder
 
 
@@ -141,7 +149,46 @@ async def test_a_host_without_avx_says_what_it_lacks(tmp_path: Path, monkeypatch
         await machine.console.expect(b"runs on", timeout=SECONDS)
 
 
-async def test_direct_execution_says_that_it_does_not_do_avx(linux: Any, programs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"direct: programs that have AVX run in the core \(cpu_model: v3\)"):
-        async with vmm.run("linux", direct="on", **options(programs)):
-            pass
+# ---- natively ----
+
+
+@pytest.fixture(scope="module")
+def direct(programs: Path) -> Path:
+    """The programs, and attacks on direct execution beside them; skipped where this host has none."""
+    if not support().available:
+        pytest.skip(f"direct execution: {support().reason}")
+    attacks = SOURCE.parents[1] / "direct" / "attacks.c"
+    subprocess.run(["gcc", *ATTACKS, "-o", programs / "attacks", attacks], check=True)
+    return programs
+
+
+async def test_natively_programs_have_the_hosts_results(linux: Any, direct: Path) -> None:
+    """YMM registers go to the runners and back; they are those of the program that runs, whoever ran before."""
+    async with vmm.run("linux", direct="on", **options(direct)) as machine:
+        for name in ("results", "strings", "switches"):
+            host = subprocess.run([direct / "programs", name], capture_output=True, text=True, check=True)
+            guest = await machine.exec("/work/programs", name, timeout=SECONDS, check=True)
+            assert (name, guest.text.strip()) == (name, host.stdout.strip())
+        assert machine.stats()["native-ns"] > 0
+
+
+@pytest.mark.campaign
+async def test_attacks_change_no_vectors_of_others(linux: Any, direct: Path) -> None:
+    """Programs that forge stops, and overwrite the frame in which registers go to and fro, beside one that compares its
+    YMM registers; in between runners are given from one to the other."""
+    beside = "while [ ! -e /tmp/over ]; do /work/programs switches; done | sort -u >/tmp/kept &"
+    script = f"{beside} /work/attacks; touch /tmp/over; wait; cat /tmp/kept"
+    async with vmm.run("linux", direct="on", **options(direct)) as machine:
+        *attacks, done, kept = (await machine.exec("sh", "-c", script, timeout=SECONDS, check=True)).text.splitlines()
+        assert (done, kept) == ("done", "kept"), attacks
+        assert attacks and all(line.endswith("as expected, sound") for line in attacks), attacks
+        assert machine.stats()["native-stops"] > 0
+
+
+async def test_a_kernel_that_does_not_enable_avx_has_its_programs_in_the_core(linux: Any, direct: Path) -> None:
+    """The guest's CPUID announces AVX and its kernel does not use XSAVE: VEX instructions are #UD (SDM 2A 2.6), as the
+    host's are not."""
+    async with vmm.run("linux", direct="on", append="noxsave", **options(direct)) as machine:
+        ended = await machine.exec("sh", "-c", "/work/programs results; echo $?", timeout=SECONDS, check=True)
+        assert ended.text.split()[-1] == str(128 + signal.SIGILL)
+        assert machine.stats()["native-stops"] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cpu import model
 from vmm.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ def obstacle(config: Config, system: System) -> str:
         return "a vCPU that has a thread of its own runs in the core (parallel: on)"
     if config.most_cpus > 1:
         return "a machine of several processors runs in the core"
-    if config.cpu_model != "v2" and model.has_avx(model.table(config.cpu_model, system.supported_cpuid())):
-        return f"programs that have AVX run in the core (cpu_model: {config.cpu_model})"
     return ""
 
 

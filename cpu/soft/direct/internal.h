@@ -47,8 +47,10 @@ struct signal_frame {
     } info;
 };
 _Static_assert(offsetof(struct signal_frame, info) == 312, "as Linux has it");
-/* Of the XSAVE area: the kernel's own bytes, the header, and what there is at least. */
-enum { STATE_SOFTWARE = 464, STATE_FEATURES = 472, STATE_HEADER = 512, STATE_LEAST = 576 };
+/* Of the XSAVE area: the kernel's own bytes (struct _fpx_sw_bytes of its user-space ABI), the header, what there is at least, and
+ * with AVX; behind it stands STATE_END (FP_XSTATE_MAGIC2), without which a frame has no more than x87 and SSE. */
+enum { STATE_SOFTWARE = 464, STATE_FEATURES = 472, STATE_SIZE = 480, STATE_HEADER = 512, STATE_LEAST = 576, STATE_AVX = 832,
+       STATE_END = 0x46505845, STATE_HAS_AVX = 4 /* component 2 (SDM 1, 13.1) */ };
 
 /* What a stop tells: copied once from the frame that the host's kernel made and from the arguments of the stop call. */
 struct stop {
@@ -66,7 +68,8 @@ struct runner {
     uint64_t stopped;     /* the stop that waits for its answer */
     uint64_t stop_ip;     /* the address after the gate's own stop */
     uint32_t stack;       /* where in the frame's pages a signal is put, the same each time; */
-    uint32_t state;       /* and the processor's extended state in it */
+    uint32_t state;       /* and the processor's extended state in it, of that many bytes */
+    uint32_t state_bytes;
     uint8_t made_by_kernel[48]; /* bytes 464 to 511 of that, as every frame has them */
     uint32_t waiting;     /* commands that are carried out before the guest half goes on */
     bool used;

@@ -208,9 +208,11 @@ static bool find_frame(struct runner *r, const struct seccomp_notif *stop)
     r->stack = (uint32_t)stack;
     r->state = (uint32_t)state;
     memcpy(r->made_by_kernel, runner_at(r, r->state) + STATE_SOFTWARE, sizeof r->made_by_kernel);
+    memcpy(&r->state_bytes, r->made_by_kernel + (STATE_SIZE - STATE_SOFTWARE), sizeof r->state_bytes);
+    uint32_t least = r->made_by_kernel[STATE_FEATURES - STATE_SOFTWARE] & STATE_HAS_AVX ? STATE_AVX : STATE_LEAST;
     r->page->stack = RUNNER_FRAME + stack;
     r->stop_ip = stop->data.instruction_pointer;
-    return true;
+    return r->state_bytes >= least && r->state_bytes <= RUNNER_FRAME_BYTES - state - sizeof(uint32_t);
 }
 
 static int begin(struct direct_vm *direct, struct runner *r, int fd, const char **why)

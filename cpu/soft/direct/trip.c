@@ -12,6 +12,10 @@
 enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
 enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */ };
 enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
+/* Component 2: upper halves of YMM registers, of guests that have them (SDM 1, 13.5.2: behind the header, in the format that
+ * frames have). */
+enum { UPPER = STATE_LEAST, UPPER_BYTES = STATE_AVX - STATE_LEAST };
+_Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 has them");
 /* What code at CPL 3 can change with IOPL 0. */
 #define F_USER (F_ARITH | F_TF | F_DF | F_NT | F_AC | F_ID)
 #define F_ALWAYS 2u
@@ -24,6 +28,8 @@ enum { SLICE_DOUBLINGS = 10 };
 #define SHARE_NS 500000ull
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
 
+static bool has_avx(const struct soft_vcpu *c) { return soft_vcpu_xcr0(c) & STATE_HAS_AVX; }
+
 bool trip_possible(const struct soft_vcpu *c)
 {
     static const unsigned null[] = {SEG_DS, SEG_ES, SEG_FS, SEG_GS};
@@ -33,6 +39,8 @@ bool trip_possible(const struct soft_vcpu *c)
     if ((c->rflags & (F_IF | F_IOPL | F_TF | F_ID | F_VM)) != F_IF || (c->dr[7] & 0xFF) || c->in_exception)
         return false;
     if ((c->cr0 & (CR0_TS | CR0_EM | CR0_NE)) != CR0_NE || !(c->cr4 & CR4_OSFXSR) || !(c->cr4 & CR4_OSXMMEXCPT))
+        return false;
+    if (has_avx(c) && !soft_avx_enabled(c)) /* what is #UD for the guest would be none natively */
         return false;
     if (c->seg[SEG_CS].selector != USER_CS || c->seg[SEG_SS].selector != USER_DS)
         return false;
@@ -48,11 +56,12 @@ bool trip_possible(const struct soft_vcpu *c)
 static const unsigned places[16] = {[R8] = 0,   [R9] = 1,   [R10] = 2,  [R11] = 3,  [R12] = 4,  [R13] = 5,  [R14] = 6,  [R15] = 7,
                                     [RDI] = 8,  [RSI] = 9,  [RBP] = 10, [RBX] = 11, [RDX] = 12, [RAX] = 13, [RCX] = 14, [RSP] = 15};
 
-/* x87 and SSE, unless the frame has them; what else the processor has stays as it was. */
+/* x87, SSE and what the guest has of AVX, unless the frame has them; what else the processor has stays as it was. */
 static void load_fpu(struct soft_vcpu *c, struct runner *r)
 {
     uint8_t *state = runner_at(r, r->state);
     uint64_t in_use, features, none[7] = {0};
+    const uint32_t end = STATE_END;
     memcpy(&in_use, state + STATE_HEADER, sizeof in_use);
     memcpy(&features, r->made_by_kernel + (STATE_FEATURES - STATE_SOFTWARE), sizeof features);
     in_use &= features;
@@ -64,10 +73,15 @@ static void load_fpu(struct soft_vcpu *c, struct runner *r)
         fpu_fxsave(&c->fpu, r->fx, true, true);
         memcpy(state, r->fx, FX_USED);
         in_use |= X87_AND_SSE;
+        if (has_avx(c)) { /* in its initial state if all are zero: some processors are slower otherwise */
+            memcpy(state + UPPER, c->fpu.high, UPPER_BYTES);
+            in_use = (in_use & ~(uint64_t)STATE_HAS_AVX) | (fpu_xinuse(&c->fpu) & STATE_HAS_AVX);
+        }
         r->fpu = c->fpu;
         r->fp_known = true;
     }
     memcpy(state + STATE_SOFTWARE, r->made_by_kernel, sizeof r->made_by_kernel);
+    memcpy(state + r->state_bytes, &end, sizeof end);
     memcpy(state + STATE_HEADER, &in_use, sizeof in_use);
     memcpy(state + STATE_HEADER + sizeof in_use, none, sizeof none);
 }
@@ -111,7 +125,10 @@ static void store_fpu(struct soft_vcpu *c, struct runner *r)
     }
     if (!(in_use & 2))
         memset(image + XMM, 0, FX_USED - XMM);
-    if (r->fp_known && !memcmp(image, r->fx, FX_USED))
+    uint8_t upper[UPPER_BYTES] = {0};
+    if (has_avx(c) && (in_use & STATE_HAS_AVX))
+        memcpy(upper, state + UPPER, sizeof upper);
+    if (r->fp_known && !memcmp(image, r->fx, FX_USED) && !memcmp(upper, r->fpu.high, sizeof upper))
         return;
     memcpy(r->fx, image, sizeof image);
     memcpy(&mxcsr, image + X87_BYTES, sizeof mxcsr);
@@ -119,6 +136,7 @@ static void store_fpu(struct soft_vcpu *c, struct runner *r)
     mxcsr &= MXCSR_BITS;
     memcpy(image + X87_BYTES, &mxcsr, sizeof mxcsr);
     fpu_fxrstor(&c->fpu, image, true, true);
+    memcpy(c->fpu.high, upper, sizeof upper);
     r->fpu = c->fpu;
 }
 

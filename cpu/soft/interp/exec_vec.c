@@ -34,20 +34,16 @@ HANDLER(fpu_available)
     NEXT;
 }
 
-static inline bool avx_enabled(const struct soft_vcpu *c)
-{
-    return (c->cr4 & CR4_OSXSAVE) && (c->xcr0 & 6) == 6; /* SSE and AVX state */
-}
 /* Instructions with a VEX prefix: not in real and virtual-8086 mode; those of vectors if XCR0 says so, whatever CR0.EM and
  * CR4.OSFXSR (SDM 2A 2.6). Once in a block, too. */
 static SLOW_HANDLER(vex_unavailable)
 {
     SYNC();
-    soft_raise(c, soft_protected(c) && avx_enabled(c) ? VEC_NM : VEC_UD);
+    soft_raise(c, soft_protected(c) && soft_avx_enabled(c) ? VEC_NM : VEC_UD);
 }
 HANDLER(vex_available)
 {
-    if (SOFT_UNLIKELY(!soft_protected(c) || (u->aux && (!avx_enabled(c) || (c->cr0 & CR0_TS)))))
+    if (SOFT_UNLIKELY(!soft_protected(c) || (u->aux && (!soft_avx_enabled(c) || (c->cr0 & CR0_TS)))))
         return vex_unavailable(c, u, rip);
     NEXT;
 }
