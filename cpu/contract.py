@@ -315,8 +315,13 @@ class Vm(Protocol):
     def remove_shadow(self, space: Space, address: int, size: int) -> None:
         """Undo add_shadow()."""
 
-    def add_ioeventfd(self, fd: int, space: Space, address: int, size: int, match: int | None = None) -> None:
-        """A write (of value `match`, if given; size 0: any size) signals the eventfd and is done."""
+    def add_ioeventfd(
+        self, fd: int, space: Space, address: int, size: int, match: int | None = None, answerer: object = None
+    ) -> None:
+        """A write (of value `match`, if given; size 0: any size) signals the eventfd and is done.
+
+        `answerer`: a capsule (cpu/native/answerer.h) that is asked first, on the vCPU's own thread; the eventfd is
+        signalled if it leaves the matter to others. KVM, and any core with the virtual clock, does not ask it."""
 
     def remove_ioeventfd(
         self, fd: int, space: Space, address: int, size: int, match: int | None = None

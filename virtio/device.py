@@ -106,6 +106,15 @@ class Device:
         """Available buffer notification (2.3)."""
         self.active.queues[index].wake()
 
+    def answerer(self, index: int) -> object | None:
+        """A capsule (native/answerer.h) that may answer what comes in this queue on the thread of the vCPU that
+        notified it, while `queue_message` has told the device how to interrupt; None: there is no such way."""
+        return None
+
+    def queue_message(self, index: int, message: tuple[int, int] | None) -> None:
+        """The queue's interrupt is this message signalled one now: (address, data); None: only the transport can
+        send it. For devices with answerers."""
+
     state_type: type = NoState
     """The dataclass of what `save_device` returns: virtio/state.py says how it is declared."""
 

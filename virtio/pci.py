@@ -149,6 +149,10 @@ class PciTransport(Transport):
         self._config_vector = NO_VECTOR
         self._clear_isr()
 
+    def _clear(self) -> None:
+        super()._clear()
+        self.messages_changed()
+
     def _clear_isr(self) -> int:
         isr, self._isr = self._isr, 0
         if isr and self._host is not None:
@@ -168,7 +172,16 @@ class PciTransport(Transport):
             return
         for index in range(len(self.queues)):
             address = base + NOTIFY_AT + index * NOTIFY_MULTIPLIER
-            self._undo.append(self._host.ioeventfd(SPACE_MMIO, address, 2, None, partial(self.notify, index)))
+            notify, answerer = partial(self.notify, index), self.device.answerer(index)
+            self._undo.append(self._host.ioeventfd(SPACE_MMIO, address, 2, None, notify, answerer))
+        self.messages_changed()
+
+    def messages_changed(self) -> None:
+        """The queues' interrupts may be other messages now, or none."""
+        host = self._host
+        for index, queue in enumerate(self.queues):
+            known = host is not None and queue.vector != NO_VECTOR
+            self.device.queue_message(index, host.msix_message(queue.vector) if host is not None and known else None)
 
     def _drop_ioeventfds(self) -> None:
         undo, self._undo = self._undo, []
@@ -343,6 +356,7 @@ class PciTransport(Transport):
             case "queue_msix_vector":
                 if self.queue is not None:
                     self.queue.vector = self._vector(value)
+                    self.messages_changed()
             case "queue_enable":
                 if value == 1:
                     self.enable_queue()

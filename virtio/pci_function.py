@@ -38,6 +38,9 @@ class PciHost(Protocol):
     def signal_msix(self, vector: int) -> None:
         """Send, or set pending if the vector or the function is masked; nothing while MSI-X is off."""
 
+    def msix_message(self, vector: int) -> tuple[int, int] | None:
+        """(address, data) of the message that signal_msix would send now; None if it would send nothing."""
+
     @property
     def msix_enabled(self) -> bool:
         """The guest has switched MSI-X on."""
@@ -49,10 +52,17 @@ class PciHost(Protocol):
         """Where the BAR decodes now; None while decoding is off."""
 
     def ioeventfd(
-        self, space: Any, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Any,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
         """Call `callback` when the guest writes `match` (None: anything) to an address within a BAR: `size` bytes, in
-        space 0 (ports) or 1 (memory), the values of cpu.contract.Space. Returns what undoes it."""
+        space 0 (ports) or 1 (memory), the values of cpu.contract.Space. `answerer`, a capsule (native/answerer.h), may
+        be asked first, on the vCPU's thread. Returns what undoes it."""
 
 
 class PciFunction(Protocol):
@@ -79,6 +89,9 @@ class PciFunction(Protocol):
 
     def bar_write(self, index: int, offset: int, size: int, value: int) -> None:
         """A write, likewise."""
+
+    def messages_changed(self) -> None:
+        """What `msix_message` says may have changed."""
 
     def bars_changed(self) -> None:
         """A BAR moved, or decoding went on or off (drop and redo ioeventfds)."""

@@ -22,6 +22,7 @@ struct lv_entry {
     struct lv_entry *next_put_off; /* ioeventfd: in the list of its engine */
     uint64_t put_off;              /* ioeventfd: so many writes the descriptor is not told of yet */
     struct lv_engine *put_off_by;  /* ioeventfd: that engine, while put_off is not 0 */
+    struct lv_answerer *answerer;  /* ioeventfd: it is asked first; a reference; NULL: nobody is */
 };
 
 static uint32_t slot_of(uint8_t space, uint64_t address)
@@ -95,6 +96,8 @@ static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
     pthread_mutex_unlock(&vm->lock);
     if (gone->kind == ENTRY_IOEVENTFD)
         close(gone->fd);
+    if (gone->answerer)
+        gone->answerer->release(gone->answerer);
     free(gone);
 }
 
@@ -163,7 +166,7 @@ int lv_shadow_invalidate(struct lv_vm *vm, uint8_t space, uint64_t address, uint
 }
 
 int lv_ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint32_t size, bool has_match,
-                 uint64_t match, bool adding)
+                 uint64_t match, struct lv_answerer *answerer, bool adding)
 {
     if (size && !valid_size(size))
         return -EINVAL;
@@ -186,13 +189,15 @@ int lv_ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint
     if (!adding)
         return -ENOENT;
     struct lv_entry entry = {.kind = ENTRY_IOEVENTFD, .space = space, .address = address, .size = (uint8_t)size,
-                             .has_match = has_match, .match = match & mask(size), .user_fd = fd};
+                             .has_match = has_match, .match = match & mask(size), .user_fd = fd, .answerer = answerer};
     entry.fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     if (entry.fd < 0)
         return -errno;
     int error = insert(vm, &entry);
     if (error)
         close(entry.fd);
+    else if (answerer)
+        answerer->retain(answerer);
     return error;
 }
 
@@ -210,8 +215,9 @@ void lv_table_free(struct lv_vm *vm)
 /* Telling a descriptor wakes the loop's thread. Where no processor is free for it, it takes the vCPU's: two switches of
  * threads, and then an interrupt, for each request of a driver that was about to make more. So an engine looks how
  * long telling takes. While that is long, doorbells are put off to the end of the vCPU's turn (at most
- * some 100 us), or until it halts or exits: what the driver has made available by then is served in one go. Now and
- * then one is told at once, to see whether that is still so. Benchmark: tests/bench/bench_guest_io.py.
+ * some 100 us), or until it halts or exits: what the driver has made available by then is served in one go, by the vCPU's
+ * own thread if there is a patient answerer that can. Now and then one is told at once, to see whether that is still so.
+ * Benchmark: tests/bench/bench_guest_io.py.
  */
 enum {
     DOORBELL_SLOW_NS = 10000, /* a thread that wakes on another processor takes 2 to 6 us of the one that wakes it */
@@ -225,6 +231,13 @@ static void tell(struct lv_entry *e, uint64_t writes)
     (void)!write(e->fd, &writes, sizeof writes);
 }
 
+/* For the loop, as far as that is known: this process may have one only. */
+static bool no_processor_free(struct lv_engine *engine)
+{
+    return atomic_load_explicit(&lv_spinners_max, memory_order_relaxed) < 1 ||
+           (engine->doorbell_ns >= DOORBELL_SLOW_NS && ++engine->doorbells % DOORBELL_PROBE);
+}
+
 static void doorbell(struct lv_engine *engine, struct lv_entry *e)
 {
     if (e->put_off && e->put_off_by != engine) {
@@ -234,7 +247,7 @@ static void doorbell(struct lv_engine *engine, struct lv_entry *e)
         tell(e, writes);
         return;
     }
-    if (engine->puts_off && engine->doorbell_ns >= DOORBELL_SLOW_NS && ++engine->doorbells % DOORBELL_PROBE) {
+    if (engine->puts_off && no_processor_free(engine)) {
         if (!e->put_off++) {
             e->next_put_off = engine->put_off;
             e->put_off_by = engine;
@@ -251,23 +264,69 @@ static void doorbell(struct lv_engine *engine, struct lv_entry *e)
     }
 }
 
+static void signal_message(void *machine, uint64_t address, uint32_t data)
+{
+    struct lv_vm *vm = machine;
+    vm->ops->signal_msi(vm, address, data);
+}
+
+static void note_written(void *machine, uint64_t gpa, uint64_t size)
+{
+    struct lv_vm *vm = machine;
+    vm->written(vm->owner, gpa, size);
+    if (vm->ops->memory_written)
+        vm->ops->memory_written(vm, gpa, size);
+}
+
+/* Whether the answerer did what the doorbell asks for. The lock is held on entry and on return, but not meanwhile. */
+static bool answered(struct lv_vm *vm, struct lv_answerer *answerer)
+{
+    const struct lv_answerer_host host = {.machine = vm, .written = note_written, .message = signal_message};
+    answerer->retain(answerer); /* the entry may be removed meanwhile */
+    pthread_mutex_unlock(&vm->lock);
+    bool done = answerer->ring(answerer, &host);
+    answerer->release(answerer);
+    pthread_mutex_lock(&vm->lock);
+    if (done)
+        lv_count(vm, LV_STAT_ANSWERED);
+    return done;
+}
+
+bool lv_has_put_off(const struct lv_engine *engine)
+{
+    return __atomic_load_n(&engine->put_off, __ATOMIC_RELAXED); /* only this thread adds to it */
+}
+
+/* Under the lock: whether the entry was not removed. */
+static bool is_there(const struct lv_vm *vm, uint32_t slot, const struct lv_entry *entry)
+{
+    for (const struct lv_entry *e = vm->table[slot]; e; e = e->next)
+        if (e == entry)
+            return true;
+    return false;
+}
+
 void lv_tell_put_off(struct lv_engine *engine)
 {
     struct lv_vm *vm = engine->vm;
-    if (!__atomic_load_n(&engine->put_off, __ATOMIC_RELAXED)) /* only this thread adds to it */
+    if (!lv_has_put_off(engine))
         return;
     pthread_mutex_lock(&vm->lock);
     while (engine->put_off) {
         struct lv_entry *e = engine->put_off;
+        uint32_t slot = slot_of(e->space, e->address);
+        uint64_t writes = e->put_off;
         engine->put_off = e->next_put_off;
-        tell(e, e->put_off);
         e->put_off = 0;
+        /* If another has its place afterwards, that is told of nothing new, which is allowed. */
+        if (!e->answerer || (!answered(vm, e->answerer) && is_there(vm, slot, e)))
+            tell(e, writes);
     }
     pthread_mutex_unlock(&vm->lock);
 }
 
-/* True: the write is done. The lock is held on entry and, when false, on return. */
-static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a)
+/* True: the write is done. The lock is held on entry and, when false, on return. `ask`: an answerer, if there is one. */
+static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a, bool ask)
 {
     struct lv_vm *vm = vcpu->vm;
     struct lv_entry *posted = NULL;
@@ -278,6 +337,13 @@ static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a)
             posted = e;
         if (e->kind == ENTRY_IOEVENTFD && (!e->size || e->size == a->size) &&
             (!e->has_match || e->match == (a->value & mask(a->size)))) {
+            if (ask && e->answerer && !e->answerer->patient && !vm->config.virtual_clock && vm->written) {
+                if (!answered(vm, e->answerer))
+                    return write_on_the_spot(vcpu, a, false);
+                lv_count(vm, LV_STAT_IOEVENTFD);
+                pthread_mutex_unlock(&vm->lock);
+                return true;
+            }
             doorbell(vcpu->engine, e);
             lv_count(vm, LV_STAT_IOEVENTFD);
             if (vm->config.virtual_clock)
@@ -331,7 +397,7 @@ bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *va
         /* While this waits (virtual clock, full queue) the vCPU is inside an instruction: a kick must not park it here. */
         vcpu->engine->waiting = vcpu;
         pthread_mutex_lock(&vm->lock);
-        done = a->write ? write_on_the_spot(vcpu, a) : read_on_the_spot(vcpu, a, value);
+        done = a->write ? write_on_the_spot(vcpu, a, true) : read_on_the_spot(vcpu, a, value);
         if (!done)
             pthread_mutex_unlock(&vm->lock);
         vcpu->engine->waiting = outer;

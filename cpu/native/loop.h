@@ -16,6 +16,8 @@
 #ifndef LV_LOOP_H
 #define LV_LOOP_H
 
+#include "native/answerer.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -232,7 +234,8 @@ struct lv_vcpu {
     void *core;                /* the core's own, per vCPU */
 };
 
-enum { LV_STAT_POSTED = LV_EXIT_KINDS, LV_STAT_SHADOW, LV_STAT_IOEVENTFD, LV_STAT_PUT_OFF, LV_STAT_POSTED_WAIT, LV_STAT_SLEEP, LV_STATS };
+enum { LV_STAT_POSTED = LV_EXIT_KINDS, LV_STAT_SHADOW, LV_STAT_IOEVENTFD, LV_STAT_ANSWERED, LV_STAT_PUT_OFF, LV_STAT_POSTED_WAIT,
+       LV_STAT_SLEEP, LV_STATS };
 
 struct lv_event {
     uint8_t kind;      /* enum lv_event_kind */
@@ -263,6 +266,9 @@ struct lv_vm {
     uint32_t generation;             /* of forks, when it was made: see lv_forked() */
     _Atomic bool closing;
     uint64_t start_ns;               /* CLOCK_MONOTONIC at the VM's time 0 (modulo 2^64) */
+
+    void *owner;                     /* Python's Vm */
+    void (*written)(void *owner, uint64_t gpa, uint64_t size); /* a device wrote there: note it, if that is logged [any] */
 
     pthread_mutex_t lock;            /* everything below; held for well under a microsecond */
     struct lv_queue fill, drain;     /* engines append to fill; take() swaps (drain: loop thread only) */
@@ -311,6 +317,8 @@ uint32_t lv_park_kicked(struct lv_engine *engine);
 /* Tell the ioeventfds whose telling was put off. Called by cores with engine->puts_off between their vCPUs' turns and before the
  * thread sleeps by other means than lv_engine_wait(). [engine] */
 void lv_tell_put_off(struct lv_engine *engine);
+/* Whether there are any; who answers them may take its time, without what others wait for. [engine] */
+bool lv_has_put_off(const struct lv_engine *engine);
 /* Sleep until engine->seq differs from `seq` (read it before looking at the states). [engine] */
 void lv_engine_wait(struct lv_engine *engine, uint32_t seq);
 /* Make a sleeping engine look again. [any] */
@@ -350,7 +358,9 @@ int lv_add_shadow(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t siz
 int lv_remove_shadow(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size);
 int lv_shadow_set(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size, uint64_t value, bool has_after, uint64_t after);
 int lv_shadow_invalidate(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t size);
-int lv_ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint32_t size, bool has_match, uint64_t match, bool add);
+/* `answerer`: asked first, where the core can; NULL: nobody. */
+int lv_ioeventfd(struct lv_vm *vm, int fd, uint8_t space, uint64_t address, uint32_t size, bool has_match, uint64_t match,
+                 struct lv_answerer *answerer, bool add);
 int lv_irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add);
 int lv_set_routes(struct lv_vm *vm, const struct lv_route *routes, uint32_t count);
 

@@ -21,6 +21,7 @@ typedef struct {
     struct lv_vm *vm;      /* NULL once closed */
     uint32_t busy;         /* inside a call that must not see the VM closed */
     bool stopping;
+    pthread_mutex_t log_lock; /* the next two, against engines' threads; the loop reads them without */
     bool logging;          /* some slot has a dirty log */
     struct lv_slot slots[LV_MAX_SLOTS];
 } VmObject;

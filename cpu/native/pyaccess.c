@@ -87,19 +87,23 @@ PyObject *lv_vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
 
 static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, bool add)
 {
-    static char *names[] = {"fd", "space", "address", "size", "match", NULL};
+    static char *names[] = {"fd", "space", "address", "size", "match", "answerer", NULL};
     int fd, space, size;
-    PyObject *address, *match = Py_None;
+    PyObject *address, *match = Py_None, *capsule = Py_None;
     uint64_t at, value = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiOi|O", names, &fd, &space, &address, &size, &match) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, add ? "iiOi|OO" : "iiOi|O", names, &fd, &space, &address, &size, &match,
+                                     &capsule) ||
         !lv_u64(address, &at) || (match != Py_None && !lv_u64(match, &value)))
+        return NULL;
+    struct lv_answerer *answerer = NULL;
+    if (capsule != Py_None && !(answerer = PyCapsule_GetPointer(capsule, LV_ANSWERER_CAPSULE)))
         return NULL;
     struct lv_vm *vm = lv_open(self);
     if (!vm)
         return NULL;
     if ((space != LV_PORT && space != LV_MMIO) || size < 0 || size > 8)
         return lv_raise(-EINVAL, "no such ioeventfd");
-    return lv_none_or_raise(lv_ioeventfd(vm, fd, (uint8_t)space, at, (uint32_t)size, match != Py_None, value, add),
+    return lv_none_or_raise(lv_ioeventfd(vm, fd, (uint8_t)space, at, (uint32_t)size, match != Py_None, value, answerer, add),
                          add ? "cannot add the ioeventfd" : "no such ioeventfd");
 }
 

@@ -32,6 +32,24 @@ PyObject *lv_none_or_raise(int r, const char *what)
     Py_RETURN_NONE;
 }
 
+/* A device wrote there: into the bitmaps of the slots that are logged. Any thread, with or without the GIL. */
+static void log_written(void *owner, uint64_t gpa, uint64_t size)
+{
+    VmObject *self = owner;
+    pthread_mutex_lock(&self->log_lock);
+    for (unsigned int i = 0; self->logging && size && i < LV_MAX_SLOTS; i++) {
+        const struct lv_slot *s = &self->slots[i];
+        uint64_t length = (uint64_t)s->buffer.len;
+        if (!s->used || !s->written || (gpa >= s->gpa ? gpa - s->gpa >= length : s->gpa - gpa >= size))
+            continue;
+        uint64_t start = gpa > s->gpa ? gpa - s->gpa : 0, rest = size - (gpa > s->gpa ? 0 : s->gpa - gpa);
+        uint64_t last = (rest > length - start ? length - 1 : start + rest - 1) / PAGE;
+        for (uint64_t page = start / PAGE; page <= last; page++)
+            s->written[page / 64] |= 1ull << page % 64;
+    }
+    pthread_mutex_unlock(&self->log_lock);
+}
+
 static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"core", "vcpus", "virtual_clock", "virtual_ips", "epoch_ns", "seed", "system_fd", "pit", "finish",
@@ -62,6 +80,7 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!self)
         return NULL;
     struct lv_vm *vm;
+    pthread_mutex_init(&self->log_lock, NULL);
     Py_BEGIN_ALLOW_THREADS /* KVM may sleep for milliseconds */
     vm = lv_vm_create(ops, &config, &error);
     Py_END_ALLOW_THREADS
@@ -70,14 +89,18 @@ static PyObject *vm_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(self);
         return lv_raise(error, "cannot create a VM");
     }
+    vm->owner = self;
+    vm->written = log_written;
     return (PyObject *)self;
 }
 
-static void release_slot(struct lv_slot *slot)
+static void release_slot(VmObject *self, struct lv_slot *slot)
 {
+    pthread_mutex_lock(&self->log_lock);
     slot->used = false;
     free(slot->written);
     slot->written = NULL;
+    pthread_mutex_unlock(&self->log_lock);
     PyBuffer_Release(&slot->buffer);
 }
 
@@ -94,7 +117,7 @@ static void close_vm(VmObject *self)
     Py_END_ALLOW_THREADS
     for (int i = 0; i < LV_MAX_SLOTS; i++)
         if (self->slots[i].used)
-            release_slot(&self->slots[i]);
+            release_slot(self, &self->slots[i]);
 }
 
 static PyObject *vm_close(VmObject *self, PyObject *Py_UNUSED(ignored))
@@ -161,7 +184,7 @@ static PyObject *remove_slot(VmObject *self, struct lv_vm *vm, unsigned int slot
     Py_END_ALLOW_THREADS
     self->busy--;
     if (r >= 0)
-        release_slot(s);
+        release_slot(self, s);
     return lv_none_or_raise(r, "cannot remove the memory slot");
 }
 
@@ -173,8 +196,15 @@ static int map_slot(VmObject *self, struct lv_vm *vm, unsigned int index, bool l
 {
     struct lv_slot *s = &self->slots[index];
     int r;
-    if (log_dirty && !s->written && !(s->written = calloc(log_words(s), sizeof *s->written)))
+    uint64_t *bits = log_dirty && !s->written ? calloc(log_words(s), sizeof *bits) : NULL;
+    if (log_dirty && !s->written && !bits)
         return -ENOMEM;
+    if (bits) { /* before the core logs, so that a write during the change is in one of the two */
+        pthread_mutex_lock(&self->log_lock);
+        s->written = bits;
+        self->logging = true;
+        pthread_mutex_unlock(&self->log_lock);
+    }
     self->busy++;
     Py_BEGIN_ALLOW_THREADS
     r = vm->ops->set_slot(vm, index, s->gpa, (uint64_t)s->buffer.len, s->buffer.buf, s->readonly, log_dirty);
@@ -182,6 +212,7 @@ static int map_slot(VmObject *self, struct lv_vm *vm, unsigned int index, bool l
     self->busy--;
     if (r >= 0)
         s->logged = log_dirty;
+    pthread_mutex_lock(&self->log_lock);
     if (!s->logged) {
         free(s->written);
         s->written = NULL;
@@ -189,6 +220,7 @@ static int map_slot(VmObject *self, struct lv_vm *vm, unsigned int index, bool l
     self->logging = false;
     for (unsigned int i = 0; i < LV_MAX_SLOTS; i++)
         self->logging |= self->slots[i].used && self->slots[i].logged;
+    pthread_mutex_unlock(&self->log_lock);
     return r;
 }
 
@@ -236,7 +268,7 @@ static PyObject *vm_set_memory_slot(VmObject *self, PyObject *args, PyObject *kw
         PyBuffer_Release(&buffer);
     r = map_slot(self, vm, slot, log_dirty);
     if (r < 0 && fresh)
-        release_slot(s);
+        release_slot(self, s);
     return lv_none_or_raise(r, "cannot map the memory slot");
 }
 
@@ -287,6 +319,7 @@ static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
         return lv_raise(r, "cannot read the dirty log");
     }
     uint64_t *written = self->slots[slot].written;
+    pthread_mutex_lock(&self->log_lock);
     for (size_t i = 0; written && i < size / sizeof *written; i++) {
         uint64_t both;
         memcpy(&both, PyBytes_AS_STRING(bitmap) + i * sizeof both, sizeof both);
@@ -294,21 +327,13 @@ static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
         memcpy(PyBytes_AS_STRING(bitmap) + i * sizeof both, &both, sizeof both);
         written[i] = 0;
     }
+    pthread_mutex_unlock(&self->log_lock);
     return bitmap;
 }
 
 static void note_written(VmObject *self, uint64_t gpa, uint64_t size)
 {
-    for (unsigned int i = 0; self->logging && size && i < LV_MAX_SLOTS; i++) {
-        const struct lv_slot *s = &self->slots[i];
-        uint64_t length = (uint64_t)s->buffer.len;
-        if (!s->used || !s->written || (gpa >= s->gpa ? gpa - s->gpa >= length : s->gpa - gpa >= size))
-            continue;
-        uint64_t start = gpa > s->gpa ? gpa - s->gpa : 0, rest = size - (gpa > s->gpa ? 0 : s->gpa - gpa);
-        uint64_t last = (rest > length - start ? length - 1 : start + rest - 1) / PAGE;
-        for (uint64_t page = start / PAGE; page <= last; page++)
-            s->written[page / 64] |= 1ull << page % 64;
-    }
+    log_written(self, gpa, size);
     if (self->vm->ops->memory_written)
         self->vm->ops->memory_written(self->vm, gpa, size);
 }
@@ -498,6 +523,7 @@ static PyObject *vm_stats(VmObject *self, PyObject *Py_UNUSED(ignored))
         [LV_SYSTEM_EVENT] = "exit.system-event", [LV_FAIL_ENTRY] = "exit.fail-entry",
         [LV_INTERNAL_ERROR] = "exit.internal-error", [LV_DEBUG] = "exit.debug", [LV_INTERRUPTED] = "exit.interrupted",
         [LV_STAT_POSTED] = "posted", [LV_STAT_SHADOW] = "shadow", [LV_STAT_IOEVENTFD] = "ioeventfd",
+        [LV_STAT_ANSWERED] = "ioeventfd.answered",
         [LV_STAT_PUT_OFF] = "ioeventfd.put_off", [LV_STAT_POSTED_WAIT] = "posted.waits", [LV_STAT_SLEEP] = "sleeps"};
     struct lv_stat own[64];
     struct lv_vm *vm = lv_open(self);

@@ -57,6 +57,9 @@ class Fake:
     def bar_write(self, index: int, offset: int, size: int, value: int) -> None:
         self.memory[offset : offset + size] = value.to_bytes(size, "little")
 
+    def messages_changed(self) -> None:
+        self.messages = [self.host.msix_message(vector) for vector in range(self.msix.vectors)] if self.msix else []
+
     def bars_changed(self) -> None:
         self.moves.append(tuple(self.host.bar_address(bar.index) for bar in self.bars))
 

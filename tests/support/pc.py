@@ -135,7 +135,13 @@ class Pc:
         del self.shadows[space, address, size]
 
     def ioeventfd(
-        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Space,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
         return lambda: None
 

@@ -245,6 +245,9 @@ class FakePciHost:
         self.messages.append(vector)
         self._woken.set()
 
+    def msix_message(self, vector: int) -> tuple[int, int] | None:
+        return None
+
     @property
     def intx(self) -> bool:
         return self.status and not self.msix_enabled
@@ -258,7 +261,13 @@ class FakePciHost:
         return self.addresses[index]
 
     def ioeventfd(
-        self, space: Any, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Any,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
         assert int(space) == 1 and match is None and (address, size) not in self.notifiers
         self.notifiers[address, size] = callback

@@ -162,6 +162,7 @@ class BlockDevice(Device):
     def set_limits(self, values: Mapping[str, int]) -> None:
         """Change what it may do a second, at any time: limits.Buckets.set. ConfigError."""
         self.limits.set(values)
+        self._lend()
         self._gate.run()
         self._tokens_due()
 
@@ -258,11 +259,52 @@ class BlockDevice(Device):
             self._reader = asyncio.get_running_loop()
             for descriptor in self._engine.descriptors():
                 self._reader.add_reader(descriptor, self.guarded, self._reap)
+        self._lend()
         for queue in active.queues:
             if queue.enabled:
                 self.guarded(self.queue_notified, queue.index)
 
+    def answerer(self, index: int) -> object:
+        """Device.answerer"""
+        return None if self._engine is None else self._engine.answerer(index)
+
+    def queue_message(self, index: int, message: tuple[int, int] | None) -> None:
+        """Device.queue_message"""
+        if self._engine is not None:
+            self._engine.message(index, message)
+
+    def _lend(self) -> None:
+        """vCPUs' threads may carry out what is in the queues, if nothing else is to be done to requests now; else no
+        longer, and what they leave is seen to."""
+        engine = self._engine
+        if engine is None:
+            return
+        held = self.paused or self._held or self.synchronous or self.limits.active or self._tracked is not None
+        queues = () if held or self._active is None else self._active.queues
+        rings = {queue.index: queue.ring for queue in queues if queue.enabled}
+        for index in range(len(self.queue_sizes)):
+            ring = rings.get(index)
+            engine.lend(index, ring if isinstance(ring, _ring.Ring) else None)
+        if not rings:
+            self.guarded(self._reap)
+
+    def pause(self) -> None:
+        """Device.pause"""
+        super().pause()
+        self._lend()
+
+    def resume(self) -> None:
+        """Device.resume"""
+        super().resume()
+        self._lend()
+
+    def needs_reset(self) -> None:
+        """Device.needs_reset"""
+        super().needs_reset()
+        self._lend()
+
     def stopped(self) -> bool:
+        self._lend()
         self.writeback = self._writeback_default
         self._alarm.cancel()
         self._gate.close()
@@ -297,6 +339,7 @@ class BlockDevice(Device):
         """Set bit n of `bits`, lowest first, when a request that may have written byte n << shift is over; None: no
         more."""
         self._tracked = None if bits is None else (bits, shift)
+        self._lend()
         if self._engine is not None:
             self._engine.track(bits, shift)
 
@@ -315,6 +358,7 @@ class BlockDevice(Device):
         self.writeback = state.writeback
         if state.limits is not None:
             self.limits.restore(state.limits)
+        self._lend()
 
     async def quiesce(self) -> None:
         """Device.quiesce. What waits for tokens does not wait any more: they are owed."""
@@ -340,6 +384,7 @@ class BlockDevice(Device):
             raise StateError("another change of this disk is under way")
         self._held = self._gate.open = True
         try:
+            self._lend()
             self._open_gates()
             while self._active is not None and any(queue.in_flight for queue in self._active.queues):
                 for queue in self._active.queues:
@@ -358,6 +403,7 @@ class BlockDevice(Device):
                     self.resized()
         finally:
             self._held = self._gate.open = False
+            self._lend()
             for queue in self._active.queues if self._active is not None else ():
                 queue.on_push = None
                 if queue.enabled and not self.paused:

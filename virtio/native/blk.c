@@ -17,11 +17,6 @@ enum {
     MORE = 1, SIGNAL = 2, GATED = 4
 };
 
-/* What is counted of requests. */
-enum {
-    READS, WRITES, FLUSHES, OTHERS, FAILED, COUNTERS
-};
-
 typedef struct {
     PyObject_HEAD
     struct disk disk;
@@ -30,9 +25,9 @@ typedef struct {
     struct blk_uring uring; /* not open: everything goes to the threads */
     bool by_kind;           /* with an io_uring: threads do what they do better */
     struct gate gate;       /* of what is limited */
-    uint32_t in_flight;     /* requests between pop and push */
+    struct blk_direct *direct;
+    PyObject *leaving;      /* a list: rings that are not lent any more, while a vCPU's thread may still be at one */
     bool closed;
-    uint64_t requests[COUNTERS], bytes[COUNTERS]; /* returned to the driver so far */
     Py_buffer track;        /* one bit for each granule of the disk that was written; none: obj is NULL */
     unsigned track_shift;
 } BlockObject;
@@ -60,23 +55,22 @@ static void mark(BlockObject *self, const struct request *request)
             mark_range(self, request->zeroes[i].sector * SECTOR, (uint64_t)request->zeroes[i].sectors * SECTOR);
 }
 
-static void count(BlockObject *self, const struct request *request)
+/* Rings are touched in here alone. Recursive. */
+static void enter(BlockObject *self)
 {
-    int which = request->status != S_OK          ? FAILED
-                : request->type == T_IN          ? READS
-                : request->type == T_OUT         ? WRITES
-                : request->type == T_FLUSH       ? FLUSHES
-                                                 : OTHERS;
-    self->requests[which]++;
-    if (which == READS || which == WRITES)
-        self->bytes[which] += request->length;
+    pthread_mutex_lock(&self->direct->lock);
+}
+
+static void leave(BlockObject *self)
+{
+    pthread_mutex_unlock(&self->direct->lock);
 }
 
 static void job_free(BlockObject *self, struct request *job)
 {
     while (job) {
         struct request *next = job->merged;
-        self->in_flight--;
+        self->direct->counts.in_flight--;
         mark(self, job);
         blk_request_free(job);
         job = next;
@@ -88,9 +82,8 @@ static int job_return(BlockObject *self, struct request *job)
     int failed = 0;
     while (job) {
         struct request *next = job->merged;
-        self->in_flight--;
         mark(self, job);
-        count(self, job);
+        blk_count(&self->direct->counts, job);
         failed |= blk_return(job);
         job = next;
     }
@@ -127,7 +120,7 @@ static int job_finish(BlockObject *self, struct request *job, PyObject *rings)
  * the kernel's, one after the other, and wakes the loop for each; ours take several and wake it once (bench_guest_io). */
 static bool is_cached_write(const struct disk *disk, const struct request *job)
 {
-    return job->type == T_OUT && !job->dsync && disk->writes_wait;
+    return job->type == T_OUT && !job->dsync && __atomic_load_n(&disk->writes_wait, __ATOMIC_RELAXED);
 }
 
 /* Give jobs to the threads; with `one` a single thread begins with them. Does them itself if there can be no threads. */
@@ -160,14 +153,11 @@ static int begin(BlockObject *self, struct jobs *jobs, PyObject *rings)
 /* A request of its own from what was popped; NULL with an exception. */
 static struct request *request_new(RingObject *ring, const struct chain *chain)
 {
-    uint32_t segments = chain->readable + chain->writable;
-    struct request *request = calloc(1, sizeof *request + (segments + 1) * sizeof *request->iov);
-    if (!request || !chain_keep(&request->chain, chain)) {
-        free(request);
+    struct request *request = blk_request_new(chain);
+    if (request)
+        request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
+    else
         PyErr_NoMemory();
-        return NULL;
-    }
-    request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
     return request;
 }
 
@@ -176,9 +166,7 @@ static void add_request(struct jobs *jobs, struct request *request)
 {
     if (merge(jobs->last, request))
         return;
-    request->last = request;
-    request->job_length = request->length;
-    request->job_iovs = request->iovs;
+    blk_request_alone(request);
     jobs_add(jobs, request);
 }
 
@@ -205,7 +193,7 @@ static int execute(BlockObject *self, struct jobs *jobs, PyObject *rings)
     struct jobs later = {0};
     int failed = 0;
     for (struct request *job; (job = jobs_take(jobs));) {
-        if (blk_try_now(&self->disk, job))
+        if (blk_try_now(&self->disk, job, false))
             failed |= job_finish(self, job, rings);
         else
             jobs_add(&later, job);
@@ -215,16 +203,8 @@ static int execute(BlockObject *self, struct jobs *jobs, PyObject *rings)
     return failed;
 }
 
-static PyObject *block_drain(BlockObject *self, PyObject *args)
+static PyObject *drain(BlockObject *self, RingObject *ring, int limit)
 {
-    RingObject *ring;
-    int limit = TURN_REQUESTS;
-    if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, &limit))
-        return NULL;
-    if (ring->closed || self->closed) {
-        PyErr_SetString(state_error, self->closed ? "the engine is closed" : "the queue was reset");
-        return NULL;
-    }
     struct jobs jobs = {0};
     uint64_t bytes = 0;
     int taken = 0, failed = 0, flags = 0;
@@ -259,7 +239,7 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
             malformed = true;
             break;
         }
-        self->in_flight++;
+        self->direct->counts.in_flight++;
         if (status != S_OK || request->type == T_GET_ID) {
             request->status = (uint8_t)status;
             failed |= job_return(self, request);
@@ -287,12 +267,24 @@ static PyObject *block_drain(BlockObject *self, PyObject *args)
     return PyLong_FromLong(flags);
 }
 
-static PyObject *block_release(BlockObject *self, PyObject *args)
+static PyObject *block_drain(BlockObject *self, PyObject *args)
 {
-    long long now;
-    int open = 0;
-    if (!PyArg_ParseTuple(args, "L|p", &now, &open))
+    RingObject *ring;
+    int limit = TURN_REQUESTS;
+    if (!PyArg_ParseTuple(args, "O!|i", &ring_type, &ring, &limit))
         return NULL;
+    if (ring->closed || self->closed) {
+        PyErr_SetString(state_error, self->closed ? "the engine is closed" : "the queue was reset");
+        return NULL;
+    }
+    enter(self);
+    PyObject *flags = drain(self, ring, limit);
+    leave(self);
+    return flags;
+}
+
+static PyObject *release(BlockObject *self, int64_t now, bool open)
+{
     PyObject *rings = PyList_New(0);
     if (!rings)
         return NULL;
@@ -307,16 +299,52 @@ static PyObject *block_release(BlockObject *self, PyObject *args)
     return rings ? Py_BuildValue("(NL)", rings, (long long)wait) : NULL;
 }
 
+static PyObject *block_release(BlockObject *self, PyObject *args)
+{
+    long long now;
+    int open = 0;
+    if (!PyArg_ParseTuple(args, "L|p", &now, &open))
+        return NULL;
+    enter(self);
+    PyObject *result = release(self, now, open);
+    leave(self);
+    return result;
+}
+
 static PyObject *block_limit(BlockObject *self, PyObject *limits)
 {
     return limits_replace(&self->gate.limits, limits) ? NULL : Py_NewRef(Py_None);
 }
 
-static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
+/* What vCPUs' threads have left for the loop. Whether none is at it any more. */
+static bool take_direct(BlockObject *self, struct jobs *undone, struct jobs *done)
 {
-    struct jobs done = pool_done(&self->pool), elsewhere = {0};
+    bool idle = blk_direct_take(self->direct, undone, done);
+    if (idle && PyList_GET_SIZE(self->leaving))
+        (void)PyList_SetSlice(self->leaving, 0, PyList_GET_SIZE(self->leaving), NULL); /* with NULL it cannot fail */
+    return idle;
+}
+
+/* The rings whose interrupts vCPUs' threads did not send. 0, or -1 with an exception. */
+static int add_owed(BlockObject *self, PyObject *rings)
+{
+    int failed = 0;
+    for (unsigned i = 0; i < BLK_LANES; i++) {
+        struct blk_lane *lane = &self->direct->lanes[i];
+        if (lane->owes)
+            failed |= rings_add(rings, lane->owes);
+        lane->owes = NULL;
+    }
+    return failed;
+}
+
+static PyObject *reap(BlockObject *self)
+{
+    struct jobs done = pool_done(&self->pool), elsewhere = {0}, undone, finished, again = {0};
     PyObject *rings = PyList_New(0);
-    bool failed = !rings;
+    bool failed = !rings || add_owed(self, rings);
+    take_direct(self, &undone, &finished);
+    jobs_join(&done, &finished);
     if (self->uring.ring.fd >= 0) {
         blk_uring_done(&self->uring, &done, &elsewhere);
         if (elsewhere.count && !pool_submit(&self->pool, &elsewhere, false)) {
@@ -325,6 +353,10 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
             jobs_join(&done, &elsewhere);
         }
     }
+    for (struct request *job; (job = jobs_take(&undone));)
+        add_request(&again, job);
+    if (again.count)
+        failed |= !!execute(self, &again, failed ? NULL : rings);
     for (struct request *job; (job = jobs_take(&done));)
         failed |= !!job_finish(self, job, failed ? NULL : rings);
     if (failed)
@@ -332,20 +364,32 @@ static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
     return rings ? rings_to_notify(rings) : NULL;
 }
 
+static PyObject *block_reap(BlockObject *self, PyObject *Py_UNUSED(unused))
+{
+    enter(self);
+    PyObject *rings = reap(self);
+    leave(self);
+    return rings;
+}
+
 /* Drop every request that the kernel does not have, and ask it to end the others, without waiting. Whether none is
  * left. */
 static bool cancel(BlockObject *self)
 {
-    struct jobs dropped = {0};
-    bool idle;
+    struct jobs dropped = {0}, undone, done;
     blk_abandon(&self->disk, true);
     gate_empty(&self->gate, &dropped);
+    bool idle = take_direct(self, &undone, &done);
+    jobs_join(&dropped, &undone);
+    jobs_join(&dropped, &done);
     Py_BEGIN_ALLOW_THREADS
-    idle = blk_uring_cancel(&self->uring, 0, &dropped);
+    idle &= blk_uring_cancel(&self->uring, 0, &dropped);
     idle &= pool_cancel(&self->pool, &dropped);
     Py_END_ALLOW_THREADS
+    enter(self);
     for (struct request *job; (job = jobs_take(&dropped));)
         job_free(self, job);
+    leave(self);
     blk_abandon(&self->disk, !idle);
     return idle;
 }
@@ -355,20 +399,38 @@ static PyObject *block_cancel(BlockObject *self, PyObject *Py_UNUSED(unused))
     return PyBool_FromLong(cancel(self));
 }
 
+/* vCPUs' threads may carry out what comes in this queue, or, with NULL, no longer. 0, or -1 with an exception. */
+static int lend(BlockObject *self, unsigned number, RingObject *ring)
+{
+    if (self->closed)
+        ring = NULL;
+    RingObject *before = blk_direct_lend(self->direct, number, (RingObject *)Py_XNewRef((PyObject *)ring));
+    int failed = before && before != ring ? PyList_Append(self->leaving, (PyObject *)before) : 0;
+    if (!failed)
+        Py_XDECREF(before); /* else a vCPU's thread may be at it: it stays for good */
+    return failed;
+}
+
 static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
 {
     if (!self->closed) {
+        for (unsigned i = 0; i < BLK_LANES; i++)
+            if (lend(self, i, NULL))
+                return NULL;
         self->closed = true;
         blk_abandon(&self->disk, true);
         struct jobs dropped = {0};
         Py_BEGIN_ALLOW_THREADS
+        blk_direct_wait(self->direct);
         while (!blk_uring_cancel(&self->uring, clock_now() + 1000000000, &dropped))
             ;
         blk_uring_close(&self->uring);
         pool_close(&self->pool);
         Py_END_ALLOW_THREADS
+        enter(self);
         for (struct request *job; (job = jobs_take(&dropped));)
             job_free(self, job);
+        leave(self);
         cancel(self);
     }
     Py_RETURN_NONE;
@@ -376,7 +438,11 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
 
 static void block_dealloc(BlockObject *self)
 {
-    Py_XDECREF(block_close(self, NULL));
+    if (self->direct && self->leaving)
+        Py_XDECREF(block_close(self, NULL));
+    if (self->direct)
+        blk_direct_free(self->direct);
+    Py_XDECREF(self->leaving);
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
     Py_XDECREF(self->gate.limits);
@@ -413,6 +479,12 @@ static PyObject *block_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->uring.ring.fd = -1;
     self->by_kind = !wants_uring;
     int error = pool_open(&self->pool, &self->disk, threads);
+    self->leaving = PyList_New(0);
+    self->direct = blk_direct_new(&self->disk, &self->pool);
+    if (!self->leaving || !self->direct) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
     if (!error && strcmp(engine, "threads")) {
         int refused = blk_uring_open(&self->uring, &self->disk);
         error = wants_uring ? refused : 0;
@@ -441,10 +513,12 @@ static PyObject *block_configure(BlockObject *self, PyObject *args, PyObject *kw
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Kppp", names, &sectors, &writeback, &discard, &write_zeroes) ||
         !image_holds(self->image, sectors * SECTOR))
         return NULL;
+    enter(self);
     self->disk.sectors = sectors;
     self->disk.writeback = writeback;
     self->disk.discard = discard;
     self->disk.write_zeroes = write_zeroes;
+    leave(self);
     Py_RETURN_NONE;
 }
 
@@ -454,7 +528,10 @@ static PyObject *block_set_image(BlockObject *self, PyObject *args)
     unsigned long long sectors;
     if (!PyArg_ParseTuple(args, "O!K", &image_type, &image, &sectors) || !image_holds(image, sectors * SECTOR))
         return NULL;
-    if (self->in_flight || self->closed) {
+    enter(self);
+    bool busy = self->direct->counts.in_flight;
+    leave(self);
+    if (busy || self->closed) {
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "requests are in flight");
         return NULL;
     }
@@ -486,6 +563,55 @@ static PyObject *block_track(BlockObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static void release_capsule(PyObject *capsule)
+{
+    struct lv_answerer *answerer = PyCapsule_GetPointer(capsule, LV_ANSWERER_CAPSULE);
+    answerer->release(answerer);
+}
+
+static bool lane_number(unsigned number)
+{
+    if (number < BLK_LANES)
+        return true;
+    PyErr_Format(PyExc_ValueError, "queues are 0 to %d", BLK_LANES - 1);
+    return false;
+}
+
+static PyObject *block_answerer(BlockObject *self, PyObject *args)
+{
+    unsigned number;
+    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number))
+        return NULL;
+    struct lv_answerer *answerer = &self->direct->lanes[number].answerer;
+    PyObject *capsule = PyCapsule_New(answerer, LV_ANSWERER_CAPSULE, release_capsule);
+    if (capsule)
+        answerer->retain(answerer);
+    return capsule;
+}
+
+static PyObject *block_lend(BlockObject *self, PyObject *args)
+{
+    unsigned number;
+    PyObject *ring;
+    if (!PyArg_ParseTuple(args, "IO", &number, &ring) || !lane_number(number))
+        return NULL;
+    if (ring != Py_None && !PyObject_TypeCheck(ring, &ring_type))
+        return PyErr_Format(PyExc_TypeError, "lend(queue, ring or None)");
+    return lend(self, number, ring == Py_None ? NULL : (RingObject *)ring) ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *block_message(BlockObject *self, PyObject *args)
+{
+    unsigned number, data = 0;
+    unsigned long long address = 0;
+    PyObject *message;
+    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number) ||
+        (message != Py_None && !PyArg_ParseTuple(message, "KI", &address, &data)))
+        return NULL;
+    blk_direct_message(self->direct, number, message != Py_None, address, data);
+    Py_RETURN_NONE;
+}
+
 static PyObject *block_io_uring_error(PyObject *Py_UNUSED(type), PyObject *Py_UNUSED(unused))
 {
     struct uring ring;
@@ -497,7 +623,10 @@ static PyObject *block_io_uring_error(PyObject *Py_UNUSED(type), PyObject *Py_UN
 
 static PyObject *block_in_flight(BlockObject *self, void *Py_UNUSED(unused))
 {
-    return PyLong_FromUnsignedLong(self->in_flight);
+    enter(self);
+    uint32_t in_flight = self->direct->counts.in_flight;
+    leave(self);
+    return PyLong_FromUnsignedLong(in_flight);
 }
 
 static PyObject *block_waiting(BlockObject *self, void *Py_UNUSED(unused))
@@ -512,8 +641,11 @@ static PyObject *block_engine(BlockObject *self, void *Py_UNUSED(unused))
 
 static PyObject *block_counters(BlockObject *self, void *Py_UNUSED(unused))
 {
-    return Py_BuildValue("(KKKKKK)", self->requests[READS], self->bytes[READS], self->requests[WRITES],
-                         self->bytes[WRITES], self->requests[FLUSHES], self->requests[FAILED]);
+    enter(self);
+    struct blk_counts counts = self->direct->counts;
+    leave(self);
+    return Py_BuildValue("(KKKKKK)", counts.requests[BLK_READS], counts.bytes[BLK_READS], counts.requests[BLK_WRITES],
+                         counts.bytes[BLK_WRITES], counts.requests[BLK_FLUSHES], counts.requests[BLK_FAILED]);
 }
 
 static PyMethodDef block_methods[] = {
@@ -535,6 +667,12 @@ static PyMethodDef block_methods[] = {
      "track(bits, shift=0): set bit n of `bits`, lowest first, when a request that may have written byte n << shift is over; "
      "None: no more"},
     {"close", (PyCFunction)block_close, METH_NOARGS, "Wait for system calls that run, drop the rest, stop."},
+    {"answerer", (PyCFunction)block_answerer, METH_VARARGS,
+     "answerer(queue) -> a capsule (answerer.h) for that queue's doorbell; it answers while the queue is lent and has a message."},
+    {"lend", (PyCFunction)block_lend, METH_VARARGS,
+     "lend(queue, ring): vCPUs' threads may carry out what comes in it; None: no longer, and reap() has what they leave."},
+    {"message", (PyCFunction)block_message, METH_VARARGS,
+     "message(queue, (address, data)): what its interrupt is now; None: only the loop can send it."},
     {"descriptors", (PyCFunction)block_descriptors, METH_NOARGS, "One of them is readable when reap() has something."},
     {"io_uring_error", block_io_uring_error, METH_NOARGS | METH_STATIC, "Why there is no io_uring here, an errno; 0: there is."},
     {0},

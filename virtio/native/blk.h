@@ -6,10 +6,11 @@
  * blk_io.c       what one job does to the image, which may block; what the page cache does at once
  * blk_threads.c  jobs on native threads
  * blk_uring.c    jobs on an io_uring
+ * blk_direct.c   requests on the thread of the vCPU that makes them
  *
  * Where the bytes of the disk stand is the image's matter (image.h). A job is one request or several that are adjacent on
- * disk. Rings, status bytes and everything of Python is touched by
- * the loop's thread alone; other threads own nothing but the system calls of the jobs that they were given.
+ * disk. Everything of Python is touched by the loop's thread alone; rings, status bytes and counters by it and by vCPUs'
+ * threads, under `blk_direct.lock`; other threads own nothing but the system calls of the jobs that they were given.
  */
 #ifndef VIRTIO_BLK_H
 #define VIRTIO_BLK_H
@@ -19,6 +20,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "answerer.h"
 #include "image.h"
 #include "uring.h"
 
@@ -45,7 +47,7 @@ struct request {
     struct request *next;   /* in a list of jobs */
     struct request *merged; /* the rest of this job: adjacent on disk, same type */
     struct request *last;   /* tail of `merged`, valid in the first */
-    RingObject *ring;
+    RingObject *ring;       /* a reference; on a vCPU's thread it is the lane's */
     struct chain chain; /* segments: own copy */
     uint8_t *status_at;
     uint32_t type;
@@ -113,16 +115,28 @@ struct disk {
     struct image *image;
     uint64_t sectors;
     bool read_only, writeback, discard, write_zeroes;
-    bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; loop thread */
-    bool writes_wait; /* it refused RWF_NOWAIT for a write into the page cache; loop thread */
+    bool nowait_read, nowait_write; /* the file system answers RWF_NOWAIT; atomic, as the next */
+    bool writes_wait; /* it refused RWF_NOWAIT for a write into the page cache */
     bool abandoned; /* skip requests that were not yet submitted; set by the loop's thread, atomic */
     char serial[ID_BYTES];
 };
 
-/* blk_request.c; loop thread */
+/* blk_request.c */
 
+/* A request from what was popped, without a reference to its ring; NULL: no memory. Any thread. */
+struct request *blk_request_new(const struct chain *chain);
+/* A request that is not of one job with others. Any thread. */
+void blk_request_alone(struct request *request);
+/* What blk_request_free() does but for the ring. Any thread. */
+void blk_request_drop(struct request *request);
+/* The used length that the driver is told. */
+static inline uint32_t blk_used(const struct request *request)
+{
+    return (uint32_t)request->chain.writable_length;
+}
 /* Check a request: S_OK means that there is something to do; else it is answered (status set). -1: a malformed chain. */
 int blk_prepare(const struct disk *disk, struct request *request);
+/* Loop thread, as the next. */
 void blk_request_free(struct request *request);
 /* Return a request to the driver unless its queue was reset; frees it. 0, or -1 with an exception. */
 int blk_return(struct request *request);
@@ -142,8 +156,9 @@ static inline void blk_abandon(struct disk *disk, bool abandon)
 void blk_run(struct disk *disk, struct request *job);
 /* The outcome of a whole job. */
 void blk_done(struct request *job, uint8_t status);
-/* What the page cache answers at once; false: it would have blocked. Loop thread. */
-bool blk_try_now(struct disk *disk, struct request *job);
+/* What the page cache answers at once; false: it would have blocked. With `patient` a write may wait for the page cache where
+ * the file system has no RWF_NOWAIT for that. */
+bool blk_try_now(struct disk *disk, struct request *job, bool patient);
 unsigned blk_gather(const struct request *job, struct iovec *iov);
 
 /* blk_threads.c; all calls from the loop's thread */
@@ -158,6 +173,7 @@ struct pool {
     struct jobs queue, done;
     unsigned running;
     bool stopping;
+    bool poked; /* atomic: the event was signalled by another than our threads */
 };
 
 /* 0 or an errno. Threads start with the first job. */
@@ -165,6 +181,8 @@ int pool_open(struct pool *pool, struct disk *disk, unsigned threads);
 /* Takes the jobs; false, and takes none, if no thread can be started. `one`: wake one thread for all of them. */
 bool pool_submit(struct pool *pool, struct jobs *jobs, bool one);
 struct jobs pool_done(struct pool *pool);
+/* Have the loop come to pool_done(). Any thread. */
+void pool_poke(struct pool *pool);
 /* Drop what waits. Whether nothing runs. */
 bool pool_cancel(struct pool *pool, struct jobs *dropped);
 /* Wait for what runs and end the threads; call without the GIL. */
@@ -190,5 +208,54 @@ void blk_uring_done(struct blk_uring *uring, struct jobs *done, struct jobs *els
 /* Drop what waits and wait until nothing is in flight, or until `deadline` (CLOCK_MONOTONIC, ns). Whether nothing is. */
 bool blk_uring_cancel(struct blk_uring *uring, int64_t deadline, struct jobs *dropped);
 void blk_uring_close(struct blk_uring *uring);
+
+/* blk_direct.c */
+
+enum { BLK_LANES = 16 };
+
+/* What is counted of requests that were returned to the driver. */
+enum { BLK_READS, BLK_WRITES, BLK_FLUSHES, BLK_OTHERS, BLK_FAILED, BLK_COUNTERS };
+
+struct blk_counts {
+    uint32_t in_flight; /* requests between pop and push */
+    uint64_t requests[BLK_COUNTERS], bytes[BLK_COUNTERS];
+};
+
+/* A request that was in flight is returned. */
+void blk_count(struct blk_counts *counts, const struct request *request);
+
+/* One queue as vCPUs' threads see it. */
+struct blk_lane {
+    struct lv_answerer answerer; /* first */
+    struct blk_direct *direct;
+    RingObject *ring;       /* lent, a reference; NULL: vCPUs leave this queue to the loop */
+    RingObject *owes;       /* what was pushed there the driver is not told of yet; no reference */
+    bool has_message;       /* the interrupt that the driver wants of this queue can be sent as: */
+    uint64_t address;
+    uint32_t data;
+};
+
+struct blk_direct {
+    uint32_t count;         /* atomic: of references */
+    pthread_mutex_t lock;   /* recursive: what Python does in it may come back. The rings, and everything below */
+    pthread_cond_t ended;
+    struct disk *disk;
+    struct pool *pool;
+    bool busy;              /* a vCPU's thread is at it; a second one is not let in */
+    uint32_t shy, shyness;  /* doorbells whose writes are left to the loop: now, and after the next that took long */
+    struct jobs undone, done; /* for the loop: to be carried out, to be returned */
+    struct blk_counts counts;
+    struct blk_lane lanes[BLK_LANES];
+};
+
+struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool); /* NULL: no memory */
+void blk_direct_free(struct blk_direct *direct); /* one reference; nothing is lent and nothing runs */
+/* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. The ring that was
+ * lent, which the caller gives up when nothing runs any more and blk_direct_take() took what there was. */
+RingObject *blk_direct_lend(struct blk_direct *direct, unsigned lane, RingObject *ring);
+void blk_direct_message(struct blk_direct *direct, unsigned lane, bool valid, uint64_t address, uint32_t data);
+/* Loop thread: what is left for it; the requests have references to their rings. Whether nothing runs. */
+bool blk_direct_take(struct blk_direct *direct, struct jobs *undone, struct jobs *done);
+void blk_direct_wait(struct blk_direct *direct); /* until nothing runs; without the GIL */
 
 #endif

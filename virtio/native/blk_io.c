@@ -63,8 +63,20 @@ void blk_run(struct disk *disk, struct request *job)
     blk_done(job, status);
 }
 
-/* One extent of a job: moved if that needs no waiting. */
-static bool move_now(struct disk *disk, const struct extent *extent, bool write, const struct iovec *iov, unsigned count)
+/* Facts of the file system, which several threads find. */
+static bool is(const bool *fact)
+{
+    return __atomic_load_n(fact, __ATOMIC_RELAXED);
+}
+
+static void set(bool *fact, bool value)
+{
+    __atomic_store_n(fact, value, __ATOMIC_RELAXED);
+}
+
+/* One extent of a job: moved if that needs no waiting, or, with `patient`, but for the page cache. */
+static bool move_now(struct disk *disk, const struct extent *extent, bool write, bool patient, const struct iovec *iov,
+                     unsigned count)
 {
     if (extent->kind == KIND_ZERO) {
         iov_zero(iov, count);
@@ -72,20 +84,21 @@ static bool move_now(struct disk *disk, const struct extent *extent, bool write,
     }
     if (extent->kind != KIND_DATA || extent->align)
         return false;
-    ssize_t done = write ? pwritev2(extent->fd, iov, (int)count, (off_t)extent->offset, RWF_NOWAIT)
+    bool waits = write && patient && is(&disk->writes_wait);
+    ssize_t done = write ? pwritev2(extent->fd, iov, (int)count, (off_t)extent->offset, waits ? 0 : RWF_NOWAIT)
                          : preadv2(extent->fd, iov, (int)count, (off_t)extent->offset, RWF_NOWAIT);
-    if (done < 0 && errno != EAGAIN && errno != EINTR) {
+    if (done < 0 && !waits && errno != EAGAIN && errno != EINTR) {
         if (write) { /* for good: an error proper comes again where it is told */
-            disk->nowait_write = false;
-            disk->writes_wait = errno == EOPNOTSUPP;
+            set(&disk->writes_wait, errno == EOPNOTSUPP);
+            set(&disk->nowait_write, false);
         } else {
-            disk->nowait_read = false;
+            set(&disk->nowait_read, false);
         }
     }
     return done >= 0 && (uint64_t)done == extent->length;
 }
 
-bool blk_try_now(struct disk *disk, struct request *job)
+bool blk_try_now(struct disk *disk, struct request *job, bool patient)
 {
     bool write = job->type == T_OUT;
     struct image *image = disk->image;
@@ -93,8 +106,8 @@ bool blk_try_now(struct disk *disk, struct request *job)
         blk_done(job, S_OK);
         return true;
     }
-    if ((job->type != T_IN && !write) || job->job_length > INLINE_BYTES ||
-        !(write ? disk->nowait_write && !job->dsync : disk->nowait_read))
+    bool may_write = !job->dsync && (is(&disk->nowait_write) || (patient && is(&disk->writes_wait)));
+    if ((job->type != T_IN && !write) || job->job_length > INLINE_BYTES || !(write ? may_write : is(&disk->nowait_read)))
         return false;
     struct iovec all[IOV_LIMIT], slice[IOV_LIMIT], *whole = job->iov;
     unsigned count = job->iovs;
@@ -113,7 +126,7 @@ bool blk_try_now(struct disk *disk, struct request *job)
             parts = iov_slice(whole, count, done, extent.length, slice);
             part = slice;
         }
-        bool moved = move_now(disk, &extent, write, part, parts);
+        bool moved = move_now(disk, &extent, write, patient, part, parts);
         image_complete(&extent, moved);
         if (!moved)
             return false;

@@ -94,27 +94,48 @@ int blk_prepare(const struct disk *disk, struct request *request)
     }
 }
 
-void blk_request_free(struct request *request)
+struct request *blk_request_new(const struct chain *chain)
 {
-    Py_XDECREF(request->ring);
+    uint32_t segments = chain->readable + chain->writable;
+    struct request *request = calloc(1, sizeof *request + (segments + 1) * sizeof *request->iov);
+    if (!request || !chain_keep(&request->chain, chain)) {
+        free(request);
+        return NULL;
+    }
+    return request;
+}
+
+void blk_request_alone(struct request *request)
+{
+    request->last = request;
+    request->job_length = request->length;
+    request->job_iovs = request->iovs;
+}
+
+void blk_request_drop(struct request *request)
+{
     free(request->chain.segments);
     free(request->zeroes);
     free(request->all);
     free(request);
 }
 
+void blk_request_free(struct request *request)
+{
+    Py_XDECREF(request->ring);
+    blk_request_drop(request);
+}
+
 int blk_return(struct request *request)
 {
     RingObject *ring = request->ring;
-    uint64_t length = request->chain.writable_length;
     if (!ring->closed)
         *request->status_at = request->status;
     /* Also of a queue that was reset meanwhile: the kernel may have written before it was told to stop. */
     int failed = segments_notify(ring->memory, request->chain.segments + request->chain.readable, request->chain.writable,
-                                 length);
-    if (!ring->closed) {
-        ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, (uint32_t)length);
-    }
+                                 request->chain.writable_length);
+    if (!ring->closed)
+        ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, blk_used(request));
     blk_request_free(request);
     return failed;
 }

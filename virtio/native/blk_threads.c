@@ -83,7 +83,7 @@ bool pool_submit(struct pool *pool, struct jobs *jobs, bool one)
 struct jobs pool_done(struct pool *pool)
 {
     struct jobs done = {0};
-    if (!pool->started)
+    if (!__atomic_exchange_n(&pool->poked, false, __ATOMIC_ACQUIRE) && !pool->started)
         return done;
     eventfd_t count;
     eventfd_read(pool->event, &count);
@@ -91,6 +91,12 @@ struct jobs pool_done(struct pool *pool)
     jobs_join(&done, &pool->done);
     pthread_mutex_unlock(&pool->lock);
     return done;
+}
+
+void pool_poke(struct pool *pool)
+{
+    __atomic_store_n(&pool->poked, true, __ATOMIC_RELEASE);
+    eventfd_write(pool->event, 1);
 }
 
 bool pool_cancel(struct pool *pool, struct jobs *dropped)

@@ -94,7 +94,13 @@ class MachineBoard:
         self._drop_tag("shadow", space, address, size)
 
     def ioeventfd(
-        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Space,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
         """With a virtual clock the write is posted instead, so that the run stays a function of its inputs."""
         if self._virtual:
@@ -120,7 +126,7 @@ class MachineBoard:
                     os.close(descriptor)
 
         try:
-            self._vm.add_ioeventfd(descriptor, space, address, size, match)
+            self._vm.add_ioeventfd(descriptor, space, address, size, match, answerer)
         except BaseException:
             os.close(descriptor)
             raise

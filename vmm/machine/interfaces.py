@@ -99,10 +99,17 @@ class Board(Protocol):
         """Undo `shadow`."""
 
     def ioeventfd(
-        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Space,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
         """Call `callback` on the loop when the guest writes there (only when it writes `match`, if given; size 0: a
-        write of any size). Returns the function that undoes this."""
+        write of any size). `answerer` (cpu.contract.Vm.add_ioeventfd) may make the call unnecessary. Returns the
+        function that undoes this."""
 
     def stall(self) -> Callable[[], None]:
         """Make the vCPU whose access is being handled wait until the returned function is called. A device calls this

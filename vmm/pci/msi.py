@@ -86,6 +86,13 @@ class Msix:
         else:
             self._send(address, data)
 
+    def message(self, vector: int) -> tuple[int, int] | None:
+        """(address, data) that `signal` would send now; None if it would send nothing."""
+        if not self.enabled or self.function_masked or not 0 <= vector < self.spec.vectors:
+            return None
+        address, data, control = ENTRY.unpack_from(self._table, vector * ENTRY.size)
+        return None if control & VECTOR_MASKED else (address, data)
+
     def _deliver_pending(self) -> None:
         if self.function_masked:
             return

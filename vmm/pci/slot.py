@@ -75,6 +75,7 @@ class _Window:
         if msix is not None:
             if offset in self._table:
                 msix.table_write(offset - self._table.start, size, value)
+                self._slot.function.messages_changed()
                 return
             if offset in self._pba:
                 return  # 6.8.2.10: read-only
@@ -144,10 +145,20 @@ class Slot:
                 return bar.mapped
         return None
 
+    def msix_message(self, vector: int) -> tuple[int, int] | None:
+        master = self.config.get(cfg.COMMAND, 2) & cfg.COMMAND_MASTER
+        return self.msix.message(vector) if self.msix is not None and master else None
+
     def ioeventfd(
-        self, space: Space, address: int, size: int, match: int | None, callback: Callable[[], None]
+        self,
+        space: Space,
+        address: int,
+        size: int,
+        match: int | None,
+        callback: Callable[[], None],
+        answerer: object = None,
     ) -> Callable[[], None]:
-        return self._board.ioeventfd(space, address, size, match, callback)
+        return self._board.ioeventfd(space, address, size, match, callback, answerer)
 
     # What the bus calls.
 
@@ -173,6 +184,7 @@ class Slot:
         if offset < cfg.STATUS and end > cfg.COMMAND:
             self._update_intx()
             self._bus.remap()
+            self.function.messages_changed()
         elif offset < cfg.BARS + 24 and end > cfg.BARS:
             self._bus.remap()
         elif offset >= cfg.FIRST_CAPABILITY:
@@ -181,6 +193,7 @@ class Slot:
             if self.msi is not None:
                 self.msi.config_written()
             self._update_intx()
+            self.function.messages_changed()
 
     def wanted(self, bar: Bar) -> int | None:
         """Where the registers say that a BAR decodes."""
@@ -247,6 +260,7 @@ class Slot:
         self._intx = False
         self._update_intx()
         self.function.reset()
+        self.function.messages_changed()
 
     def state_parts(self) -> Mapping[str, Any]:
         """The component behind the `object` field of its state."""

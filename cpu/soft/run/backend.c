@@ -177,8 +177,19 @@ static void on_eoi(void *ctx, uint32_t gsi) { lv_eoi(((struct backend *)ctx)->vm
 
 static void on_between(void *ctx, uint32_t vcpu)
 {
-    struct lv_vm *vm = ((struct backend *)ctx)->vm;
-    lv_tell_put_off(vm->shared_engine ? vm->engines[0] : vm->vcpus[vcpu]->engine);
+    struct backend *b = ctx;
+    struct lv_engine *engine = b->vm->shared_engine ? b->vm->engines[0] : b->vm->vcpus[vcpu]->engine;
+    if (!lv_has_put_off(engine))
+        return;
+    if (b->parallel)
+        soft_vcpu_outside(b->soft, vcpu);
+    else
+        leave(b);
+    lv_tell_put_off(engine);
+    if (b->parallel)
+        soft_vcpu_inside(b->soft, vcpu);
+    else
+        enter_guest(b);
 }
 
 /* ---- the engine ---- */

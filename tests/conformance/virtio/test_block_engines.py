@@ -1,5 +1,5 @@
-"""Every path that a block request may take does the same: io_uring, threads, coroutines; cached, O_DIRECT, snapshot,
-qcow2."""
+"""Every path that a block request may take does the same: io_uring, threads, coroutines, a vCPU's own thread; cached,
+O_DIRECT, snapshot, qcow2."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.answering import AnsweringDriver
 from tests.support.engines import PATHS, open_path
 from tests.support.virtio import Driver, PciDriver
 from virtio.backends.block import BlockBackend
@@ -29,19 +30,26 @@ HALF_START = 64 << 10
 """Where buffers begin in either half of the memory: behind the queues."""
 
 
-@pytest.fixture(params=PATHS)
+VCPU = "vcpu "
+"""In front of a path: the vCPU's thread is asked first."""
+
+
+@pytest.fixture(params=[*PATHS, f"{VCPU}io_uring-cached", f"{VCPU}threads-qcow2"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> BlockBackend:
     (tmp_path / "disk").write_bytes(random.Random(3).randbytes(SECTORS * 512))
-    return await open_path(request.param, tmp_path / "disk")
+    return await open_path(request.param.removeprefix(VCPU), tmp_path / "disk")
 
 
 @pytest.fixture
-async def driver(backend: BlockBackend) -> AsyncIterator[Driver]:
-    made = PciDriver(BlockDevice(backend, queues=QUEUES))
+async def driver(request: pytest.FixtureRequest, backend: BlockBackend) -> AsyncIterator[Driver]:
+    asks = request.node.callspec.params["backend"].startswith(VCPU)
+    made = (AnsweringDriver if asks else PciDriver)(BlockDevice(backend, queues=QUEUES))
     made.initialize()
     yield made
     made.transport.reset()
     await made.transport.device.aclose()
+    if isinstance(made, AnsweringDriver):
+        made.close()
 
 
 @dataclass

@@ -1,0 +1,254 @@
+/* Requests of BlockEngine that the thread of the vCPU carries out which makes them.
+ *
+ * The loop's thread, and the threads that write into the page cache, do a disk's work beside the guest while a processor is
+ * free for them. Where none is, waking them takes the vCPU's, and each of them competes with it and with whoever else is
+ * busy (tests/bench/bench_guest_io.py, one processor busy). So a core that finds this (cpu/native/access.c) has the thread
+ * of the vCPU do at the end of its turn what was put off: it pops requests, moves their bytes if the page cache does that at
+ * once, pushes them and sends the interrupt. What needs more goes to the loop, and so do writes for a while after one for
+ * which the thread had to sleep.
+ *
+ * A ring is lent while the device is active, not paused, and nothing else is to be done to its requests. After it was taken
+ * back, a request that is under way is returned by the loop. */
+#include "blk.h"
+#include "clock.h"
+
+#include <stdlib.h>
+#include <sys/resource.h>
+
+enum {
+    DIRECT_REQUESTS = 64,      /* that one doorbell has carried out at most */
+    DIRECT_BYTES = 1 << 20,    /* after so many no more are */
+    DIRECT_SLOW_NS = 500000,   /* a write for which the thread slept so long makes it shy */
+    SHY_LEAST = 64,            /* doorbells */
+    SHY_MOST = 8192
+};
+
+void blk_count(struct blk_counts *counts, const struct request *request)
+{
+    int which = request->status != S_OK    ? BLK_FAILED
+                : request->type == T_IN    ? BLK_READS
+                : request->type == T_OUT   ? BLK_WRITES
+                : request->type == T_FLUSH ? BLK_FLUSHES
+                                           : BLK_OTHERS;
+    counts->in_flight--;
+    counts->requests[which]++;
+    if (which == BLK_READS || which == BLK_WRITES)
+        counts->bytes[which] += request->length;
+}
+
+/* Without the lock. False: it is not done. */
+static bool attempt(struct blk_direct *direct, struct request *request)
+{
+    if (request->type != T_OUT)
+        return blk_try_now(direct->disk, request, false);
+    if (direct->shy)
+        return false;
+    struct rusage before, after;
+    getrusage(RUSAGE_THREAD, &before);
+    int64_t begin = clock_now();
+    bool done = blk_try_now(direct->disk, request, true);
+    if (clock_now() - begin >= DIRECT_SLOW_NS && !getrusage(RUSAGE_THREAD, &after) && after.ru_nvcsw != before.ru_nvcsw) {
+        direct->shyness = !direct->shyness ? SHY_LEAST : direct->shyness < SHY_MOST ? 2 * direct->shyness : SHY_MOST;
+        direct->shy = direct->shyness;
+    } else if (direct->shyness > 1) {
+        direct->shyness--;
+    }
+    return done;
+}
+
+/* With the lock, to the driver. */
+static void push(struct blk_direct *direct, struct request *request, const struct lv_answerer_host *host)
+{
+    const struct chain *chain = &request->chain;
+    *request->status_at = request->status;
+    for (uint32_t i = 0; i < chain->writable; i++) {
+        const struct segment *segment = &chain->segments[chain->readable + i];
+        host->written(host->machine, segment->gpa, segment->len);
+    }
+    ring_push(&request->ring->ring, chain->order, chain->id, chain->slots, blk_used(request));
+    blk_count(&direct->counts, request);
+    blk_request_drop(request);
+}
+
+/* With the lock: tell the driver of what was pushed, and whoever logs what was written. */
+static void finish(struct blk_direct *direct, struct blk_lane *lane, const struct lv_answerer_host *host)
+{
+    struct ring *ring = &lane->ring->ring;
+    if (ring->used_dirty) {
+        ring->used_dirty = false;
+        if (ring->packed)
+            host->written(host->machine, ring->desc_gpa, ring->desc_size);
+        host->written(host->machine, ring->device_gpa, ring->device_size);
+    }
+    if (!lane->has_message) { /* it was masked meanwhile */
+        lane->owes = lane->ring;
+        pool_poke(direct->pool);
+    } else if (ring_needs_notification(ring)) {
+        host->message(host->machine, lane->address, lane->data);
+    }
+}
+
+/* With the lock: the loop has to go on with a request. */
+static void leave_to_loop(struct blk_direct *direct, struct jobs *jobs, struct request *request)
+{
+    jobs_add(jobs, request);
+    pool_poke(direct->pool);
+}
+
+/* With the lock, which is given up while bytes are moved. Whether all of the queue was taken and is done. */
+static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct lv_answerer_host *host)
+{
+    RingObject *lent = lane->ring;
+    struct ring *ring = &lent->ring;
+    uint64_t bytes = 0;
+    bool all = false;
+    ring_disable_notification(ring);
+    for (int left = DIRECT_REQUESTS; left-- && bytes < DIRECT_BYTES && lane->ring == lent;) {
+        struct chain chain;
+        int got = ring_pop(ring, &chain);
+        if (got < 0)
+            break; /* the loop finds the same, and says so */
+        if (!got) {
+            if ((all = !ring_enable_notification(ring)))
+                break;
+            continue;
+        }
+        struct request *request = blk_request_new(&chain);
+        if (!request) {
+            ring_undo_pop(ring, &chain);
+            break;
+        }
+        request->ring = lent;
+        int status = blk_prepare(direct->disk, request);
+        if (status < 0) {
+            ring->error = "block request without header or status";
+            blk_request_drop(request);
+            break;
+        }
+        direct->counts.in_flight++;
+        if (status != S_OK || request->type == T_GET_ID) {
+            request->status = (uint8_t)status;
+            push(direct, request, host);
+            continue;
+        }
+        bytes += request->length;
+        blk_request_alone(request);
+        pthread_mutex_unlock(&direct->lock);
+        bool done = attempt(direct, request);
+        pthread_mutex_lock(&direct->lock);
+        if (!done) {
+            leave_to_loop(direct, &direct->undone, request);
+            break;
+        }
+        if (lane->ring == lent)
+            push(direct, request, host);
+        else
+            leave_to_loop(direct, &direct->done, request);
+    }
+    if (lane->ring != lent)
+        return false;
+    finish(direct, lane, host);
+    return all;
+}
+
+static bool doorbell(struct lv_answerer *answerer, const struct lv_answerer_host *host)
+{
+    struct blk_lane *lane = (struct blk_lane *)answerer; /* its first member */
+    struct blk_direct *direct = lane->direct;
+    bool done = false;
+    if (pthread_mutex_trylock(&direct->lock))
+        return false; /* the loop is at it, and may be for as long as it takes to move some MiB */
+    if (lane->ring && lane->has_message && !direct->busy && !lane->ring->memory->memory.incomplete) {
+        if (direct->shy)
+            direct->shy--;
+        direct->busy = true;
+        done = serve(direct, lane, host);
+        direct->busy = false;
+        pthread_cond_broadcast(&direct->ended);
+    }
+    pthread_mutex_unlock(&direct->lock);
+    return done;
+}
+
+static void retain(struct lv_answerer *answerer)
+{
+    __atomic_fetch_add(&((struct blk_lane *)answerer)->direct->count, 1, __ATOMIC_RELAXED);
+}
+
+static void release(struct lv_answerer *answerer)
+{
+    blk_direct_free(((struct blk_lane *)answerer)->direct);
+}
+
+struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool)
+{
+    struct blk_direct *direct = calloc(1, sizeof *direct);
+    if (!direct)
+        return NULL;
+    pthread_mutexattr_t recursive;
+    pthread_mutexattr_init(&recursive);
+    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&direct->lock, &recursive);
+    pthread_mutexattr_destroy(&recursive);
+    pthread_cond_init(&direct->ended, NULL);
+    direct->count = 1;
+    direct->disk = disk;
+    direct->pool = pool;
+    for (unsigned i = 0; i < BLK_LANES; i++)
+        direct->lanes[i] = (struct blk_lane){.answerer = {doorbell, retain, release, true}, .direct = direct};
+    return direct;
+}
+
+void blk_direct_free(struct blk_direct *direct)
+{
+    if (__atomic_sub_fetch(&direct->count, 1, __ATOMIC_ACQ_REL))
+        return;
+    pthread_mutex_destroy(&direct->lock);
+    pthread_cond_destroy(&direct->ended);
+    free(direct);
+}
+
+RingObject *blk_direct_lend(struct blk_direct *direct, unsigned number, RingObject *ring)
+{
+    struct blk_lane *lane = &direct->lanes[number];
+    pthread_mutex_lock(&direct->lock);
+    RingObject *before = lane->ring;
+    lane->ring = ring;
+    if (before && before != ring && before->ring.signal_delta)
+        lane->owes = before; /* a vCPU has pushed something and does not come to telling the driver */
+    pthread_mutex_unlock(&direct->lock);
+    return before;
+}
+
+void blk_direct_message(struct blk_direct *direct, unsigned number, bool valid, uint64_t address, uint32_t data)
+{
+    struct blk_lane *lane = &direct->lanes[number];
+    pthread_mutex_lock(&direct->lock);
+    lane->has_message = valid;
+    lane->address = address;
+    lane->data = data;
+    pthread_mutex_unlock(&direct->lock);
+}
+
+bool blk_direct_take(struct blk_direct *direct, struct jobs *undone, struct jobs *done)
+{
+    pthread_mutex_lock(&direct->lock);
+    *undone = direct->undone;
+    *done = direct->done;
+    direct->undone = direct->done = (struct jobs){0};
+    bool idle = !direct->busy;
+    pthread_mutex_unlock(&direct->lock);
+    for (struct request *request = undone->first; request; request = request->next)
+        Py_INCREF(request->ring);
+    for (struct request *request = done->first; request; request = request->next)
+        Py_INCREF(request->ring);
+    return idle;
+}
+
+void blk_direct_wait(struct blk_direct *direct)
+{
+    pthread_mutex_lock(&direct->lock);
+    while (direct->busy)
+        pthread_cond_wait(&direct->ended, &direct->lock);
+    pthread_mutex_unlock(&direct->lock);
+}
