@@ -110,12 +110,12 @@ async def keep_warm(vm: VirtualMachine) -> None:
     if kept.is_there(path):
         return
     await vm.exec("true")  # a first program starts when the system is set up, and its network with it
-    with kept.making(path) as ours:
-        if ours:
-            try:
+    try:
+        with kept.making(path) as ours:
+            if ours:
                 await vm.snapshot(path)
-            except VmmError as error:
-                vm.tell(f"the machine is not kept for warm starts: {error}")
+    except (VmmError, OSError) as error:
+        vm.tell(f"the machine is not kept for warm starts: {error}")
 
 
 @asynccontextmanager

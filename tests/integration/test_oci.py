@@ -74,8 +74,12 @@ def test_the_configuration_is_what_the_program_gets(image: str) -> None:
 
 
 def test_a_program_that_is_not_named_is_asked_for(image: str, tmp_path: Path) -> None:
-    done = run(f"oci:{layout(tmp_path / 'bare', [base()])}")
-    assert done.returncode == 2 and "names no program" in done.stderr
+    name = f"oci:{layout(tmp_path / 'bare', [base()])}"
+    try:
+        done = run(name)
+        assert done.returncode == 2 and "names no program" in done.stderr
+    finally:
+        find.remove(name)
 
 
 async def test_the_file_system_is_the_image_with_a_layer_above(image: str) -> None:

@@ -72,20 +72,23 @@ def _program() -> list[Any]:
 
     facts: list[Any] = [__version__]
     for module in (cpu._core, virtio._ring, _native):
-        status = os.stat(str(module.__file__))
-        facts.append([status.st_size, status.st_mtime_ns])
+        with suppress(FileNotFoundError):  # it is just being installed anew
+            status = os.stat(str(module.__file__))
+            facts.append([status.st_size, status.st_mtime_ns])
     top = Path(__file__).parents[2]
     facts.append(max(_newest(str(top / package)) for package in ("cpu", "virtio", "vmm")))
     return facts
 
 
 def _newest(folder: str) -> int:
-    """When a Python module in the folder, or below it, was changed last, ns since 1970."""
+    """When a Python module in the folder, or below it, was changed last, ns since 1970. What goes while this looks, for
+    an installation may be under way, is no part of it."""
     found = 0
-    with os.scandir(folder) as entries:
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith(".py"):
-                found = max(found, entry.stat().st_mtime_ns)
+                with suppress(FileNotFoundError):
+                    found = max(found, entry.stat().st_mtime_ns)
             elif entry.is_dir() and entry.name != "__pycache__":
                 found = max(found, _newest(entry.path))
     return found
@@ -123,7 +126,7 @@ def is_there(path: Path) -> bool:
 @contextmanager
 def making(path: Path) -> Iterator[bool]:
     """Yields whether the caller is to make the snapshot: it is not there, and no other process is making it. Snapshots
-    beyond KEEP are removed afterwards."""
+    beyond KEEP are removed afterwards. Raises OSError if nothing can be kept here."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = os.open(path.parent / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -142,8 +145,16 @@ def _prune(cache: Path) -> None:
     found = [entry for entry in cache.iterdir() if (entry / MANIFEST).exists()]
     import shutil
 
-    for old in sorted(found, key=lambda entry: entry.stat().st_mtime_ns)[:-KEEP]:
+    for old in sorted(found, key=_used)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _used(path: Path) -> int:
+    """When the snapshot was used last, ns since 1970; 0: another process has just removed it."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def forget(path: Path, error: StateError) -> str:
