@@ -534,7 +534,12 @@ void decode_two_byte(struct dec *d)
         if (d->mem) {
             d->lock_ok = true;
             emit_address(d, size, true);
-            u = emit_helper_store(d, d->lock ? h_lock_cmpxchg : h_cmpxchg_m);
+            if (d->lock) {
+                u = emit_helper_store(d, h_lock_cmpxchg);
+            } else {
+                u = impure(d, emit_flags(d, OP_cmpxchg_m, OP_NONE, FLAGS_ALL, FLAGS_ALL, 0));
+                u->seg = d->ea_seg;
+            }
         } else {
             u = emit_helper(d, h_cmpxchg);
             u->r0 = (uint8_t)reg_off(d, d->rm, size);

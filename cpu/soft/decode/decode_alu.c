@@ -131,6 +131,7 @@ void decode_shift(struct dec *d, unsigned size, int count) /* count -1: CL */
         u->imm = (uint64_t)count;
     } else {
         u = emit_flags(d, OP_OF(shift_rc, op, s, 0, 0), OP_NONE, FLAGS_ALL, 0, carry ? FLAG_C : 0);
+        d->meta[d->out->count - 1].mark = true;
     }
     u->r0 = (uint8_t)r;
     rmw_end(d, size);

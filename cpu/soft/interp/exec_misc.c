@@ -112,10 +112,11 @@ HELPER(h_cmpxchg)
     else
         set_reg(c, RAX * 8, u->size, old);
 }
-HELPER(h_cmpxchg_m)
+HANDLER(cmpxchg_m)
 {
     uint64_t at = c->tmp[0];
     uint8_t *p;
+    SYNC();
     if (!tlb_hit(c, at, u->size, ACCESS_WRITE, &p))
         soft_probe_write(c, at, u->size);
     uint64_t old = load(c, at, u->size), a = get_reg(c, RAX * 8, u->size);
@@ -124,6 +125,9 @@ HELPER(h_cmpxchg_m)
     flags_compare(c, a, old, u->size);
     if (a != old)
         set_reg(c, RAX * 8, u->size, old);
+    UNSYNC();
+    AFTER_SLOW_STORE();
+    NEXT;
 }
 HELPER(h_cmpxchg8b)
 {
@@ -138,7 +142,9 @@ HELPER(h_cmpxchg16b)
     uint64_t at = c->tmp[0], low, high;
     if (at & 15)
         soft_raise_error(c, VEC_GP, 0);
-    soft_probe_write(c, at, 16);
+    uint8_t *p;
+    if (!tlb_hit(c, at, 16, ACCESS_WRITE, &p))
+        soft_probe_write(c, at, 16);
     bool equal = compare_pair(c, at, &low, &high);
     end_cmpxchg16b(c, equal, low, high);
 }

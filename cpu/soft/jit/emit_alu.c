@@ -29,7 +29,7 @@ static bool wanted_lazy(const struct gen *g)
             if (v.op >= SH_SHL && v.flags)
                 return false;
             break;
-        case FAMILY_fused_rr: case FAMILY_fused_ri: return false;
+        case FAMILY_fused_rr: case FAMILY_fused_ri: case FAMILY_cmpxchg_m: return false;
         case FAMILY_jcc_rel: next = LINKS((struct uop *)u)->next; /* fall through */
         case FAMILY_jmp_rel: case FAMILY_call_rel: taken = LINKS((struct uop *)u)->taken;
             return gen_flags_entry(gen_block_of(next)) == ENTRY_LAZY || gen_flags_entry(gen_block_of(taken)) == ENTRY_LAZY;
@@ -224,6 +224,21 @@ EMITTER(shift_ri)
     return true;
 }
 
+/* By CL, where nobody wants flags: whether they change depends on the count. */
+EMITTER(shift_rc)
+{
+    if (v.op == SH_RCL || v.op == SH_RCR || !ok_reg(u->r0) || !u->aux)
+        return false;
+    unsigned group = v.op == SH_SAL ? SH_SHL : v.op, count = gen_reg_of(g, RCX * 8, true), h = gen_reg_of(g, u->r0, true);
+    gen_no_flags(g);
+    gen_op_rr(g, 2, 0x8B, H_RCX, count);
+    g->r.dirty[h] = true;
+    gen_prefix(g, v.size, 0, 0, h);
+    gen_b1(g, v.size ? 0xD3 : 0xD2);
+    gen_b1(g, 0xC0u | group << 3 | (h & 7));
+    return true;
+}
+
 /* CF and OF are equal; the other flags stay what they were. */
 static void imul_flags(struct gen *g, const struct uop *u)
 {
@@ -253,6 +268,29 @@ EMITTER(imul_rri)
     gen_op_rr(g, v.size, 0x69, h, from);
     gen_b4(g, (uint32_t)u->imm);
     imul_flags(g, u);
+    return true;
+}
+
+/* Without LOCK. The host's EAX and AX in RAX, so that the guest's stay what they are if the values are equal. */
+EMITTER(cmpxchg_m)
+{
+    unsigned size = (unsigned)__builtin_ctz(u->size);
+    if (!ok_reg(u->r1))
+        return false;
+    gen_clobber(g);
+    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
+    gen_tlb(g, u->size, ACCESS_WRITE);
+    unsigned a = gen_reg_of(g, RAX * 8, true), from = gen_reg_of(g, u->r1, true);
+    gen_op_rr(g, 3, 0x8B, H_RAX, a);
+    gen_prefix(g, size, from, 0, H_RSI), gen_b1(g, 0x0F), gen_b1(g, size ? 0xB1 : 0xB0), gen_memory(g, from, H_RSI, 0);
+    if (size == 2) {
+        gen_op_rr(g, 2, 0x8B, H_RCX, H_RAX);
+        gen_op_0f_rr(g, 3, 0x45, a, H_RCX); /* cmovne */
+    } else {
+        gen_op_rr(g, 3, 0x8B, a, H_RAX);
+    }
+    g->r.dirty[a] = true;
+    gen_new_flags(g, AF_HOST);
     return true;
 }
 

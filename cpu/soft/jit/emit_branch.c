@@ -136,11 +136,23 @@ EMITTER(call_r)
     return g->ended = true;
 }
 
-/* The comparison of a fused micro-op: host flags, and nothing else changed. */
+/* AH, CH, DH or BH. */
+static bool high_byte(unsigned offset) { return (offset & 7) == 1; }
+/* Its value to AL. Flags are lost. */
+static void high_byte_to_al(struct gen *g, unsigned whole)
+{
+    gen_op_rr(g, 2, 0x8B, H_RAX, whole);
+    gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 8); /* shr eax, 8 */
+}
+/* The comparison of a fused micro-op: host flags, and nothing else changed but RAX. */
 static void compare(struct gen *g, const struct uop *u, struct variant v, bool imm)
 {
     bool test = v.op >> 4 == FUSE_TEST;
     unsigned a = gen_reg_of(g, u->r0, true);
+    if (high_byte(u->r0)) {
+        high_byte_to_al(g, a);
+        a = H_RAX;
+    }
     if (!imm) {
         gen_op_rr(g, v.size, test ? 0x85 : 0x3B, test ? gen_reg_of(g, u->r1, true) : a, test ? a : gen_reg_of(g, u->r1, true));
     } else if (test) {
@@ -163,7 +175,10 @@ void emit_compare_flags(struct gen *g, const struct uop *u, unsigned op)
     bool imm = op_family(op) == FAMILY_fused_ri;
     unsigned a = gen_reg_of(g, u->r0, true);
     bool test = v.op >> 4 == FUSE_TEST;
-    gen_op_rr(g, 3, 0x8B, H_RAX, a);
+    if (high_byte(u->r0))
+        high_byte_to_al(g, a);
+    else
+        gen_op_rr(g, 3, 0x8B, H_RAX, a);
     if (!imm)
         gen_op_rr(g, v.size, test ? 0x23 : 0x2B, H_RAX, gen_reg_of(g, u->r1, true));
     else
@@ -224,7 +239,8 @@ EMITTER(jcc_rel)
 }
 static bool fused(struct gen *g, const struct uop *u, struct variant v, bool imm)
 {
-    if (!ok_reg(u->r0) || (!imm && !ok_reg(u->r1)) || (imm && imm_of(u, v.size) != (int32_t)imm_of(u, v.size)))
+    if (!(ok_reg(u->r0) || (imm && high_byte(u->r0))) || (!imm && !ok_reg(u->r1)) ||
+        (imm && imm_of(u, v.size) != (int32_t)imm_of(u, v.size)))
         return false;
     /* Both paths start from the same registers. */
     gen_reg_of(g, u->r0, true);

@@ -73,6 +73,31 @@ EMITTER(store_i)
     return true;
 }
 
+/* [tmp0] to tmp1, and back. */
+EMITTER(rmw_load)
+{
+    unsigned size = (unsigned)__builtin_ctz(u->size);
+    gen_clobber(g);
+    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
+    gen_tlb(g, u->size, ACCESS_WRITE);
+    unsigned h = write_reg(g, OFF_T1, false);
+    if (size >= 2) {
+        gen_op_rm(g, size, 0x8B, h, H_RSI, 0);
+    } else {
+        gen_prefix(g, 2, h, 0, H_RSI);
+        gen_b1(g, 0x0F), gen_b1(g, 0xB6u | size), gen_memory(g, h, H_RSI, 0); /* movzx */
+    }
+    return true;
+}
+EMITTER(rmw_store)
+{
+    gen_clobber(g);
+    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
+    gen_tlb(g, u->size, ACCESS_WRITE);
+    gen_op_rm(g, (unsigned)__builtin_ctz(u->size), 0x89, gen_reg_of(g, OFF_T1, true), H_RSI, 0);
+    return true;
+}
+
 /* v.op is the source's size; zero extension is to 64 bits. */
 static bool extend_rr(struct gen *g, const struct uop *u, unsigned from_size, unsigned size, bool sign)
 {

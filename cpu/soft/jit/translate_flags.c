@@ -58,7 +58,7 @@ static enum flags_entry entry_of(struct block *b)
                 return ENTRY_LAZY;
             break;
         case FAMILY_shift_ri: return v.flags && v.op < SH_SHL ? ENTRY_LAZY : ENTRY_WORD;
-        case FAMILY_fused_rr: case FAMILY_fused_ri: return ENTRY_WORD;
+        case FAMILY_fused_rr: case FAMILY_fused_ri: case FAMILY_cmpxchg_m: case FAMILY_shift_rc: return ENTRY_WORD;
         case FAMILY_imul_rr: case FAMILY_imul_rri: case FAMILY_lzcnt:
         case FAMILY_jcc_rel: case FAMILY_cmov_rr: case FAMILY_setcc_r: return ENTRY_LAZY;
         default: break;

@@ -215,6 +215,9 @@ static void second_part_again(struct soft_vcpu *c, uint64_t linear, enum soft_vi
 uint64_t soft_load_as(struct soft_vcpu *c, uint64_t linear, unsigned size, enum soft_view view)
 {
     struct parts p;
+    const struct soft_tlb_entry *e = &c->tlbs[view].e[ACCESS_READ][(linear >> 12) & (TLB_SIZE - 1)];
+    if (((linear + size - 1) & PAGE_MASK) == e->tag && !c->mmu.watching) /* no tag is outside what wrap() leaves */
+        return read_host((const uint8_t *)(uintptr_t)(linear + e->addend), size);
     translate(c, linear, size, ACCESS_READ, view, &p);
     uint64_t value = p.host[0] ? read_host(p.host[0], p.size[0]) : soft_phys_load(c, p.gpa[0], p.size[0]);
     if (p.size[1]) {

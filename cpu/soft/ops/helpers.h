@@ -35,7 +35,7 @@ HELPER(h_lahf); HELPER(h_sahf); HELPER(h_bound); HELPER(h_arpl_r); HELPER(h_arpl
 HELPER(h_daa); HELPER(h_das); HELPER(h_aaa); HELPER(h_aas); HELPER(h_aam); HELPER(h_aad); HELPER(h_salc); HELPER(h_xlat);
 HELPER(h_bt_m);              /* a bit string by r1; aux: 0 BT, 1 BTS, 2 BTR, 3 BTC; base: address size; scale: locked */
 HELPER(h_crc32);
-HELPER(h_cmpxchg); HELPER(h_cmpxchg_m); HELPER(h_cmpxchg8b); HELPER(h_cmpxchg16b);
+HELPER(h_cmpxchg); HELPER(h_cmpxchg8b); HELPER(h_cmpxchg16b);
 HELPER(h_rdrand); HELPER(h_cpuid); HELPER(h_rdtsc); HELPER(h_rdtscp); HELPER(h_rdpmc);
 
 /* exec_lock.c: with LOCK; XCHG always is. aux: ALU_*, UN_*, of a bit as above; index: the operand is disp, else r1 */

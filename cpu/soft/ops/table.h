@@ -52,7 +52,7 @@ OPERATION(unary_m, UN_OPS, 4, 2, 2, unary_m)
 
 /* Shifts, multiplication, division (exec_shift.c): SH_*. By imm (masked, not 0), by CL; size; r0, r1. */
 OPERATION(shift_ri, SH_OPS, 4, 2, 1, shift_ri)
-OPERATION(shift_rc, SH_OPS, 4, 1, 1, none)
+OPERATION(shift_rc, SH_OPS, 4, 1, 1, shift_rc) /* aux 1: nobody wants flags */
 SINGLE(shld_ri, none)
 SINGLE(shld_rc, none)
 SINGLE(shrd_ri, none)
@@ -89,8 +89,8 @@ SINGLE(ea_a32, none)
 SINGLE(ea_a32_rip, none)
 SINGLE(ea_a64_rip, ea_a64_rip)
 SINGLE(ea_legacy, none)
-SINGLE(rmw_load, none)     /* size: probe [tmp0] for writing, load it to tmp1 */
-SINGLE(rmw_store, none)    /* size: tmp1 to [tmp0] */
+SINGLE(rmw_load, rmw_load) /* size: probe [tmp0] for writing, load it to tmp1 */
+SINGLE(rmw_store, rmw_store) /* size: tmp1 to [tmp0] */
 SINGLE(push64_r, push64_r)
 SINGLE(push64_i, push64_i)
 SINGLE(pop64_r, pop64_r)
@@ -128,6 +128,7 @@ OPERATION(fused_ri, FUSE_OPS * 16, 4, 1, 1, fused_ri)
 SINGLE(bt_ri, none)
 SINGLE(bt_rr, none)
 SINGLE(xadd, none)
+SINGLE(cmpxchg_m, cmpxchg_m) /* without LOCK: [tmp0] with rAX, r1 into it; size */
 /* Undefined flags of BSF and BSR: AMD processors compute PF from the result and clear the rest (0x100 keeps the lazy ZF
  * clear without touching PF). The destination of a zero source is unchanged. */
 INSTRUCTION(bsf, 0x0F, 0, 0xBC, ALWAYS, FLAGS_ALL, none, {
