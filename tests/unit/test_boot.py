@@ -127,6 +127,25 @@ def test_unpacked_kernel_is_cached_by_content(tmp_path: Path) -> None:
     assert bytes(unpack.unpack_cached(packed, cache=tmp_path)) == b"taken from the cache"
 
 
+def test_a_kernel_file_that_is_as_it_was_is_found_without_its_payload(tmp_path: Path) -> None:
+    kernel, cache = tmp_path / "kernel", tmp_path / "cache"
+    packed, other = (gzip.compress(elf64(0x100_0000, 0x100_0000, code * 100)) for code in (b"\xf4", b"\x90"))
+    kernel.write_bytes(packed)
+    fresh = kernel.stat()
+    data = bytes(unpack.unpack_cached(packed, cache=cache, file=fresh))
+    assert [entry.suffix for entry in cache.iterdir()] == [".elf"]  # it may change again within its clock's tick
+    fields = list(fresh)
+    settled = os.stat_result(fields, {"st_mtime_ns": 10**18, "st_ctime_ns": 10**18})
+    assert bytes(unpack.unpack_cached(packed, cache=cache, file=settled)) == data
+    assert bytes(unpack.unpack_cached(b"\x1f\x8b never read", cache=cache, file=settled)) == data
+    changed = os.stat_result(fields, {"st_mtime_ns": 10**18, "st_ctime_ns": 10**18 + 1})
+    assert bytes(unpack.unpack_cached(other, cache=cache, file=changed)) == gzip.decompress(other)
+    for entry in cache.glob("*.elf"):
+        entry.unlink()  # what a link leads to may go
+    assert bytes(unpack.unpack_cached(packed, cache=cache, file=settled)) == data
+    assert bytes(unpack.unpack_cached(b"\x1f\x8b never read", cache=cache, file=settled)) == data
+
+
 def test_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     data = elf64(0x100_0000, 0x100_0000, b"\xf4")
     blocked = tmp_path / "file"

@@ -7,6 +7,7 @@ cores. Loaders are imported when a file needs them, for a tiny guest should not 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from vmm.boot import elf
 from vmm.boot.cmdline import default_cmdline
 from vmm.boot.flat import load_flat, place_flat
 from vmm.boot.pvh import load_pvh
-from vmm.boot.request import Request, is_bzimage, read_file
+from vmm.boot.request import Request, is_bzimage, open_file, read_file
 from vmm.boot.state import BootState, LoadMemory, write_bda
 from vmm.errors import ConfigError
 from vmm.machine import layout
@@ -71,10 +72,11 @@ def load(
     None for the user's. Raises ConfigError, one line with the cure.
     """
     name = str(kernel)
-    data = _gunzipped(read_file(kernel), name)
+    raw, status = open_file(kernel)
+    data = _gunzipped(raw, name)
     request = Request(
         cmdline=cmdline, initrd=None if initrd is None else read_file(initrd), initrd_name=str(initrd), rsdp=rsdp,
-        e820=Layout(memory.size).e820(),
+        e820=Layout(memory.size).e820(), kernel_file=status,
     )
     if request.initrd is not None:
         from vmm.boot.initrd import check_whole
@@ -92,7 +94,7 @@ def load(
 
             return coreboot.load_payload(memory, elf.parse(data, name), request)
         case "pvh", "bzimage":
-            return load_pvh(memory, _unpacked(data, name, cache), request)
+            return load_pvh(memory, _unpacked(data, name, cache, status), request)
         case "pvh", _:
             return load_pvh(memory, elf.parse(data, name), request)
         case ("auto" | "linux64" | "bzimage"), "bzimage":
@@ -114,7 +116,7 @@ def load(
             )
 
 
-def _unpacked(data: memoryview, name: str, cache: Path | None) -> elf.Elf:
+def _unpacked(data: memoryview, name: str, cache: Path | None, file: os.stat_result) -> elf.Elf:
     from vmm.boot import linux
     from vmm.boot.unpack import UnpackError, compression, unpack_cached
 
@@ -123,6 +125,6 @@ def _unpacked(data: memoryview, name: str, cache: Path | None) -> elf.Elf:
     if compression(payload) is None:
         raise ConfigError(f"{name}: its payload cannot be unpacked, so that there is no PVH entry")
     try:
-        return elf.parse(unpack_cached(payload, cache=cache), name)
+        return elf.parse(unpack_cached(payload, cache=cache, file=file), name)
     except UnpackError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -196,7 +196,7 @@ def load_bzimage(
     if not unpacked or not payload or compression(payload) is None:
         return load_as_it_is(memory, image, request)
     try:
-        kernel = unpack_cached(payload, cache=cache)
+        kernel = unpack_cached(payload, cache=cache, file=request.kernel_file)
     except UnpackError as error:
         raise ConfigError(f"{image.name}: {error}") from error
     if not elf.is_elf(kernel):

@@ -30,6 +30,8 @@ class Request:
     initrd_name: str = "initrd"
     rsdp: int | None = None
     e820: Sequence[E820Entry] = field(default=())
+    kernel_file: os.stat_result | None = None
+    """What the kernel's file was as it was opened: unpack_cached()."""
 
 
 def is_bzimage(data: bytes | memoryview) -> bool:
@@ -38,11 +40,17 @@ def is_bzimage(data: bytes | memoryview) -> bool:
 
 def read_file(path: Path) -> memoryview:
     """A file's bytes, mapped. Raises ConfigError."""
+    return open_file(path)[0]
+
+
+def open_file(path: Path) -> tuple[memoryview, os.stat_result]:
+    """A file's bytes, mapped, and what it was as it was opened. Raises ConfigError."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
                 raise ConfigError(f"{path}: the file is empty")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), status
     except (OSError, ValueError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{path}: {reason}") from error

@@ -2,18 +2,18 @@
 
 The formats that Linux's build can write (Documentation/arch/x86/boot.rst, `payload_offset`): gzip, bzip2, lzma, xz,
 lzo, lz4 (legacy frames), zstd, or none. A payload is followed by its unpacked size in 4 bytes, which every decoder
-here ignores as trailing data. The cache holds unpacked ELF files named by the SHA-256 of the payload. Decoders are
-imported when a payload is unpacked, which with the cache is once for each kernel (zstandard takes 13 ms).
+here ignores as trailing data. The cache holds unpacked ELF files named by the SHA-256 of the payload, and links to them
+named by the identity of a kernel's file (inode, size, times of change), so that a file that is as it was is not read
+again. What only a kernel not known yet needs is imported then: decoders (zstandard takes 13 ms), hashlib and OpenSSL.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import mmap
 import os
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from vmm.cachedir import cache_directory
 
 MAX_UNPACKED = 1 << 30
 """Bytes; a larger result is refused."""
+_SETTLED_NS = 2_000_000_000
+"""A file that changed later than so long ago may change again without its times telling."""
 _LZ4_BLOCK = 8 << 20
 _LZO_BLOCK = 256 << 10
 """What Linux's own decompressor takes."""
@@ -163,24 +165,47 @@ def _map(path: Path) -> memoryview | None:
         return None
 
 
-def unpack_cached(payload: bytes | memoryview, *, cache: Path | None = None) -> memoryview:
+def _remember(link: Path, target: Path, file: os.stat_result) -> None:
+    if time.time_ns() - max(file.st_mtime_ns, file.st_ctime_ns) > _SETTLED_NS:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+
+
+def unpack_cached(
+    payload: bytes | memoryview, *, cache: Path | None = None, file: os.stat_result | None = None
+) -> memoryview:
     """The unpacked payload, from the cache if it is there; else it is unpacked and kept (a cache that cannot be
-    written is no error). Raises UnpackError."""
+    written is no error). `file`: what the payload's file was as it was opened; if the cache knows it, the payload is
+    not looked at. Raises UnpackError."""
     if compression(payload) == "none":
         return memoryview(payload)
     folder = cache_directory("kernels") if cache is None else cache
+    link = None
+    if file is not None:
+        parts = (file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+        link = folder / f"{'-'.join(f'{part:x}' for part in parts)}.link"
+        known = _map(link)
+        if known is not None:
+            return known
+    import hashlib
+
     path = folder / f"{hashlib.sha256(payload).hexdigest()}.elf"
     found = _map(path)
-    if found is not None:
-        return found
-    data = unpack(payload)
-    with contextlib.suppress(OSError):
-        store(path, data)
-    return memoryview(data)
+    if found is None:
+        data = unpack(payload)
+        with contextlib.suppress(OSError):
+            store(path, data)
+        found = memoryview(data)
+    if link is not None and file is not None:
+        _remember(link, path, file)
+    return found
 
 
 def store(path: Path, data: bytes) -> None:
     """Write a file so that others see it whole or not at all. Raises OSError."""
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
