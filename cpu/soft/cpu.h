@@ -543,6 +543,7 @@ void soft_direct_switched(struct soft_vcpu *c, bool keep);             /* CR3 wa
 void soft_direct_protect(struct soft_vm *vm, const uint8_t *host);     /* writes to the page must be seen */
 void soft_direct_protect_all(struct soft_vm *vm);                      /* the next write to every page must be */
 void soft_direct_returned(struct soft_vcpu *c);                        /* SYSRET or IRET, to a program perhaps */
+void soft_direct_mode(struct soft_vcpu *c);                            /* the privilege level may have changed */
 void soft_direct_kick(struct soft_vcpu *c);                            /* [any] c->attention was set */
 
 /* ---- parallel.c ---- */

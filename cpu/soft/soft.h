@@ -141,7 +141,7 @@ uint64_t soft_vm_instructions(struct soft_vm *vm);
 
 struct soft_stats {
     uint64_t instructions, blocks_decoded, blocks_invalidated, tlb_flushes, tlb_fills, exceptions, interrupts,
-        halts, accesses, icache_misses, native_ns, native_stops;
+        halts, accesses, icache_misses;
 };
 void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats);
 
@@ -159,6 +159,37 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
                        bool always);
 /* Whether this host can: 1, or 0: it can, but CPUID does not fault; -errno, and why in a few words. On any thread without a VM. */
 int soft_direct_probe(const char *program, char *why, size_t size);
+
+/* Why native code stopped. */
+enum soft_native_stop {
+    SOFT_NATIVE_CALL,  /* a system call */
+    SOFT_NATIVE_PAGE,  /* a page that the runner has not, or not so */
+    SOFT_NATIVE_FAULT, /* another fault, and what is made to fault */
+    SOFT_NATIVE_GUARD, /* a breakpoint of ours: an instruction that would see the host */
+    SOFT_NATIVE_KICK,  /* an interrupt, a timer, somebody's turn */
+    SOFT_NATIVE_STOPS
+};
+/* Why code of CPL 3 was executed in the core. */
+enum soft_native_core {
+    SOFT_CORE_IMPOSSIBLE, /* not in this state: 32-bit code, debugging, addresses that are ours */
+    SOFT_CORE_YOUNG,      /* its address space has no runner yet */
+    SOFT_CORE_TRIAL,      /* it may be about to call the kernel */
+    SOFT_CORE_POOR,       /* native stretches of its address space are too short to pay */
+    SOFT_CORE_REFUSED,    /* its page may not run natively, or what it touches is no RAM */
+    SOFT_CORE_STOP,       /* the instruction that a runner stopped at */
+    SOFT_CORE_WHYS
+};
+struct soft_native_stats {
+    uint64_t ns;                       /* of a host processor's time */
+    uint64_t stops;
+    uint64_t stop[SOFT_NATIVE_STOPS];
+    uint64_t core[SOFT_CORE_WHYS];     /* instructions */
+    uint64_t pages;                    /* mapped for runners */
+    uint64_t commands, batches;        /* calls of mappers, and how often one was asked */
+    uint64_t refused;                  /* tries to execute a page natively that may not be */
+    uint64_t spaces;                   /* address spaces that got a runner */
+};
+void soft_direct_stats(const struct soft_vm *vm, struct soft_native_stats *stats);
 
 /* CPUID as the VMM sets it; the layout is struct kvm_cpuid_entry2's. */
 struct kvm_cpuid_entry2;

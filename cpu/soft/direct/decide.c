@@ -12,7 +12,6 @@
 
 enum {
     TRIAL = 3000,          /* instructions in the core before an unknown program goes native */
-    PAYS_NS = 4000,        /* average native stretch from which on it goes native at once */
     POOR_NS = 2500,        /* and below which it stays away */
     BACKOFF = 200000,      /* instructions, doubled each time */
     BACKOFF_MAX = 6,
@@ -67,6 +66,7 @@ static struct runner *take_runner(struct soft_vcpu *c)
     if (!r->mapper && !open_runner(c, r))
         return NULL;
     r->used = true;
+    d->counts.spaces++;
     r->root = c->cr3 & PHYS_MASK & PAGE_MASK;
     r->pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
     r->stale = true;
@@ -111,9 +111,17 @@ static void lose(struct soft_vcpu *c, struct runner *r)
     soft_raise_error(c, VEC_GP, 0);
 }
 
-static void in_core(struct soft_vcpu *c, int64_t most)
+/* What is executed in the core from now on is for this reason. */
+static void stay(struct soft_vcpu *c, enum soft_native_core why)
+{
+    soft_direct_mode(c);
+    c->direct->why = why;
+}
+
+static void in_core(struct soft_vcpu *c, int64_t most, enum soft_native_core why)
 {
     uint64_t before = soft_instructions(c);
+    stay(c, why);
     struct young *y = young_of(c);
     soft_execute_some(c, most);
     int64_t done = (int64_t)(soft_instructions(c) - before);
@@ -163,13 +171,21 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         return;
     }
     if (r->blocked)
-        d->slice = TRIAL;
+        d->slice = TRIAL, d->slice_why = SOFT_CORE_IMPOSSIBLE;
     if (d->slice > 0)
         return;
+    if (!guard_set(r)) {
+        r->no_guards = true;
+        if (!pages_drop_all(r))
+            close_runner(c, r);
+        return;
+    }
     if (r->average_ns < BIND_NS && (d->bound < 0 || soft_host_now() - d->bound_ns < BOUND_NS))
         runner_bind(d, r);
     else
         runner_unbind(d);
+    stay(c, SOFT_CORE_STOP);
+    d->slice_why = SOFT_CORE_REFUSED;
     if (trip_run(c, r) == TRIP_LOST)
         lose(c, r);
 }
@@ -179,6 +195,7 @@ void soft_direct_execute(struct soft_vcpu *c)
     struct direct_vcpu *d = c->direct;
     struct direct_vm *direct = c->vm->direct;
     if (direct->off || !trip_possible(c)) {
+        stay(c, SOFT_CORE_IMPOSSIBLE);
         soft_execute(c);
         return;
     }
@@ -186,25 +203,37 @@ void soft_direct_execute(struct soft_vcpu *c)
     struct runner *r = known_runner(c);
     if (d->returned) {
         d->returned = false;
+        d->slice_why = SOFT_CORE_TRIAL;
         d->slice = direct->always || (r && r->average_ns >= PAYS_NS) ? 0 : TRIAL;
     }
     if (d->slice > 0) {
-        in_core(c, d->slice);
+        in_core(c, d->slice, d->slice_why);
         return;
     }
     if (!r && !direct->always && young_of(c)->spent < GROWN) {
-        in_core(c, GROWN);
+        in_core(c, GROWN, SOFT_CORE_YOUNG);
         return;
     }
     if (!r)
         r = take_runner(c);
     if (!r || poor(c, r))
-        in_core(c, GROWN);
+        in_core(c, GROWN, SOFT_CORE_POOR);
     else
         stretch(c, r);
 }
 
 /* ---- what the core tells ---- */
+
+void soft_direct_mode(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    uint64_t now = soft_instructions(c);
+    if (d->in_user)
+        d->counts.core[d->why] += now - d->user_from;
+    d->in_user = c->cpl == 3;
+    d->user_from = now;
+}
+
 
 void soft_direct_flushed(struct soft_vcpu *c)
 {

@@ -20,7 +20,6 @@
  * the budget is used up, at c->attention, and when the vCPU's mode has changed. [run loop, under its setjmp] */
 void soft_direct_execute(struct soft_vcpu *c);
 void soft_direct_destroy(struct soft_vm *vm);
-void soft_direct_stats(const struct soft_vm *vm, uint64_t *native_ns, uint64_t *stops);
 /* In a forked child: forget what is the parent's. */
 void soft_direct_forked(struct soft_vm *vm);
 

@@ -25,7 +25,18 @@ struct region {
     bool stale;           /* check against the page tables before it is used */
     uint64_t page[REGION_PAGES]; /* guest-physical address | PAGE_*; 0: not mapped */
     uint8_t turns[REGION_PAGES]; /* how often a page that is both writable and executable changed sides */
-    uint8_t in_core[REGION_PAGES]; /* how often the core had to execute code of a page, in powers of two */
+    uint8_t in_core[REGION_PAGES]; /* how long code of a page stays in the core, in powers of two */
+};
+
+enum { GUARDS = 4 };
+enum { PAYS_NS = 4000 }; /* a native stretch of this length is worth its stop */
+/* A breakpoint of a page: guard.c. */
+struct guard {
+    uint64_t page;     /* its linear address; 0: unused */
+    uint64_t address;
+    uint64_t since_ns; /* of runner.used_ns */
+    uint64_t armed;    /* where the host's event stops it, if it does; */
+    int fd;            /* the event's descriptor and one, or 0 */
 };
 
 /* The frame that Linux for x86-64 puts on the stack for a signal (its user-space ABI), as far as it is used here. */
@@ -87,9 +98,12 @@ struct runner {
     bool fp_known;
     bool suspect;         /* its address space may be another one, under the same root */
     int cpu;              /* it is bound to this processor; -1: to none */
+    struct guard guards[GUARDS];
+    bool no_guards;       /* the host has no breakpoints to give */
     /* Whether it pays: decide.c's own. */
     uint64_t used_ns;     /* processor time of the guest half */
     uint64_t average_ns;  /* of native time between two stops, a moving average */
+    uint64_t last_ns;     /* of the last */
     uint64_t core_until;  /* stay in the core until that many instructions are retired */
     uint32_t backoff;
 };
@@ -107,6 +121,7 @@ struct direct_vcpu {
     uint64_t pending[PENDING];/* linear addresses that the guest touched without a mapping */
     uint32_t pending_count;
     const struct runner *pending_for;
+    enum soft_native_core slice_why;
     int64_t slice;            /* instructions to execute in the core before it goes native */
     bool returned;            /* the guest's kernel went back to a program */
     struct young young[YOUNG];
@@ -121,8 +136,10 @@ struct direct_vcpu {
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
     int bound;                /* the processor, or -1 */
     uint64_t bound_ns;
-    uint64_t native_ns;
-    uint64_t native_stops;
+    struct soft_native_stats counts;
+    enum soft_native_core why; /* user code is in the core, if it is */
+    bool in_user;             /* it executes at CPL 3 in the core, */
+    uint64_t user_from;       /* since this instruction */
     uint64_t failures;        /* runners that could not be made or went wrong, in a row */
 };
 
@@ -137,9 +154,10 @@ struct direct_vm {
     char stub[4096];
     uint32_t page_slice;      /* instructions in the core once a page cannot run natively */
     bool off;                 /* it went wrong too often */
-    uint64_t floor_ns;        /* the least that a stop has cost of the guest half's processor time */
+    uint64_t floor_ns;        /* what a stop costs of the guest half's processor time, a moving average of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
+    bool sysenter;            /* 64-bit code can execute SYSENTER: an Intel host */
     uint8_t *writable;        /* a bit a page of memory_fd: it was mapped writable for a runner */
     uint32_t protect_seq;     /* bumped when pages that are mapped writable must no longer be */
     /* kick.c */
@@ -179,8 +197,22 @@ bool pages_have(struct runner *r, uint64_t linear, unsigned rights);
 /* Take everything of it away, for another address space. */
 bool pages_drop_all(struct runner *r);
 
-/* scan.c: whether a page of code may be executed natively: none of its bytes begin what would see the host. */
-bool scan_page(const struct direct_vm *direct, const uint8_t *page);
+/* scan.c: where instructions of a page could begin that would see the host, as offsets; they may begin in the page before.
+ * -1: at more than SCAN_MOST places. before, after: its neighbours, or NULL if they are not executable. */
+enum { SCAN_MOST = 4 };
+int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8_t *page, const uint8_t *after,
+              int16_t starts[SCAN_MOST]);
+
+/* guard.c */
+/* Give a page breakpoints at these offsets. False: there are none for it now. lost: pages that have none any more for that, and must
+ * not be executable. */
+bool guard_take(struct runner *r, uint64_t page, const int16_t *starts, unsigned count, uint64_t lost[GUARDS], unsigned *lost_count);
+/* Set the breakpoints. False: the host has none to give. */
+bool guard_set(struct runner *r);
+/* This page needs none, or none any more. */
+void guard_release(struct runner *r, uint64_t page);
+void guard_forget(struct runner *r);
+void guard_close(struct runner *r);
 
 /* trip.c */
 enum trip { TRIP_NATIVE /* go on natively */, TRIP_CORE /* the core has to go on */, TRIP_LOST /* the runner is gone */ };

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "soft/direct/internal.h"
 
+#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -9,7 +10,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGE_SLICE = 500 };
+enum { PAGE_SLICE = 500, FLOOR_NS = 4000 };
+
+static bool is_intel(void)
+{
+    unsigned most, b = 0, c = 0, d = 0;
+    return __get_cpuid(0, &most, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+}
 
 static void free_direct(struct soft_vm *vm)
 {
@@ -88,8 +95,9 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     direct->memory_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     direct->sleeps_until = 0;
     direct->always = always;
+    direct->sysenter = is_intel();
     direct->page_slice = PAGE_SLICE;
-    direct->floor_ns = UINT64_MAX;
+    direct->floor_ns = FLOOR_NS;
     strcpy(direct->stub, program);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -142,12 +150,10 @@ int soft_direct_probe(const char *program, char *why, size_t size)
     return result;
 }
 
-void soft_direct_stats(const struct soft_vm *vm, uint64_t *native_ns, uint64_t *stops)
+void soft_direct_stats(const struct soft_vm *vm, struct soft_native_stats *stats)
 {
-    *native_ns = *stops = 0;
+    memset(stats, 0, sizeof *stats);
     for (uint32_t i = 0; i < vm->config.vcpus; i++)
-        if (vm->vcpus[i]->direct) {
-            *native_ns += vm->vcpus[i]->direct->native_ns;
-            *stops += vm->vcpus[i]->direct->native_stops;
-        }
+        for (unsigned n = 0; vm->vcpus[i]->direct && n < sizeof *stats / sizeof(uint64_t); n++)
+            ((uint64_t *)stats)[n] += ((const uint64_t *)&vm->vcpus[i]->direct->counts)[n];
 }

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 16, TURNS_MAX = 32, POPULATE_MAX = 16 };
+enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 16, TURNS_MAX = 32, POPULATE_MAX = 16, SLICE_DOUBLINGS = 10 };
 #define NX (1ull << 63)
 #define ADDRESS (PHYS_MASK & PAGE_MASK)
 #define REGION_BYTES (REGION_PAGES * PAGE_BYTES)
@@ -179,6 +179,7 @@ static void end_run(struct batch *b)
             SYS_mmap, {b->linear, b->bytes, protection, flags, RUNNER_MEMORY_FD, range->offset + (uint64_t)(host - range->host)}};
     }
     b->bytes = 0;
+    b->c->direct->counts.commands++;
     if (b->count == RUNNER_MAX_COMMANDS) {
         b->failed |= !runner_command(b->r, b->count);
         b->count = 0;
@@ -209,6 +210,7 @@ static void set_page(struct batch *b, struct region *region, unsigned i, uint64_
 static bool end_batch(struct batch *b)
 {
     end_run(b);
+    b->c->direct->counts.batches += b->count != 0;
     b->r->waiting = b->count;
     return !b->failed;
 }
@@ -216,6 +218,7 @@ static bool end_batch(struct batch *b)
 bool pages_drop_all(struct runner *r)
 {
     pages_forget(r);
+    guard_forget(r);
     r->page->list[0] = (struct runner_command){SYS_munmap, {0, RUNNER_GATE}};
     r->page->list[1] = (struct runner_command){SYS_munmap, {RUNNER_OWN_END, RUNNER_END - RUNNER_OWN_END}};
     return runner_command(r, 2);
@@ -280,6 +283,34 @@ static void note_writable(struct direct_vm *direct, const uint8_t *host)
         direct->writable[n >> 3] |= (uint8_t)(1u << (n & 7));
 }
 
+/* The bytes of a page that the runner may execute, or NULL. */
+static const uint8_t *executable(struct batch *b, uint64_t linear)
+{
+    const struct region *region = region_of(b->r, linear);
+    uint64_t page = region ? region->page[linear >> 12 & 511] : 0;
+    return page & PAGE_X ? soft_phys(b->c->vm, page & PAGE_MASK, false, NULL) : NULL;
+}
+
+/* Whether the code of a page may run natively. What sees the host is watched, if the page is worth it now. */
+static bool may_execute(struct batch *b, uint64_t linear, const uint8_t *host, bool worth)
+{
+    int16_t starts[SCAN_MOST];
+    int count = scan_page(b->c->vm->direct, executable(b, linear - PAGE_BYTES), host, executable(b, linear + PAGE_BYTES), starts);
+    if (count == 0)
+        guard_release(b->r, linear);
+    if (count <= 0 || !worth)
+        return !count;
+    uint64_t lost[GUARDS];
+    unsigned lost_count;
+    bool taken = guard_take(b->r, linear, starts, (unsigned)count, lost, &lost_count);
+    for (unsigned i = 0; i < lost_count; i++) {
+        struct region *region = region_of(b->r, lost[i]);
+        unsigned n = lost[i] >> 12 & 511;
+        set_page(b, region, n, region->page[n] & ~(uint64_t)PAGE_X);
+    }
+    return taken;
+}
+
 static void map_page(struct batch *b, struct region *region, unsigned i, uint64_t now, bool touched, bool executed)
 {
     struct direct_vm *direct = b->c->vm->direct;
@@ -291,8 +322,9 @@ static void map_page(struct batch *b, struct region *region, unsigned i, uint64_
             region->turns[i]++;
     }
     const uint8_t *host = soft_phys(b->c->vm, now & PAGE_MASK, false, NULL);
-    if ((now & PAGE_X) && !scan_page(direct, host))
+    if ((now & PAGE_X) && !may_execute(b, region->base + i * PAGE_BYTES, host, touched && (executed || (old & PAGE_X))))
         now &= ~(uint64_t)PAGE_X;
+    b->c->direct->counts.pages++;
     if (now & PAGE_W)
         note_writable(direct, host);
     if (now != old)
@@ -330,8 +362,18 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
         if (now)
             map_page(b, region, i, now, touched, executed);
     }
-    if (!region->page[target])
+    if (!region->page[target]) {
         c->direct->slice = c->vm->direct->page_slice;
+    } else if (executed && !(region->page[target] & PAGE_X)) {
+        /* In the core, the longer the more often it comes there with little native time between. */
+        uint8_t *often = &region->in_core[target];
+        if (b->r->last_ns >= PAYS_NS)
+            *often = 0;
+        else
+            *often += *often < SLICE_DOUBLINGS;
+        c->direct->slice = (int64_t)c->vm->direct->page_slice << *often;
+        c->direct->counts.refused++;
+    }
 }
 
 bool pages_prepare(struct soft_vcpu *c, struct runner *r)

@@ -289,6 +289,7 @@ void runner_close(struct runner *r)
             ;
     if (r->listener >= 0)
         close(r->listener);
+    guard_close(r);
     if (r->page)
         munmap(r->page, PAGES_BYTES);
     pages_forget(r);
@@ -302,6 +303,7 @@ void runner_forget(struct runner *r)
         munmap(r->page, PAGES_BYTES);
     if (r->mapper && r->listener >= 0)
         close(r->listener);
+    guard_close(r);
     r->page = NULL;
     r->mapper = r->guest = 0;
 }

@@ -1,44 +1,83 @@
-/* Which pages of code may run natively.
+/* Which instructions of a page of code must not run natively: those that would show the guest the host's processor and that
+ * nothing makes fault. (RDTSC, RDTSCP and RDPRU fault as CR4.TSD is set, RDPMC as CR4.PCE is clear; RDRAND and RDSEED have no
+ * state to show. AMD APM vol. 3, Intel SDM vol. 2.)
  *
- * Instructions that would show the guest the host's processor, where nothing makes them fault: a page that holds the bytes of
- * one stays in the core. What begins in one page and ends in the next is looked for by its first bytes. Most are no
- * instructions at all but parts of others; that costs speed and nothing else.
+ * Code has no marks where instructions begin, so this finds every address at which such an instruction *could* begin: that of
+ * its 0F byte, and those of the prefixes before it. At most of them none ever does, as the bytes are part of others. guard.c
+ * watches these addresses.
  *
- * This is for guests that mean well: one that wants to know the host finds a way (it may write such an instruction into a page
- * that was looked at), and learns what every program of the host may know.
+ * A page is looked at when it becomes executable, together with the neighbours that are. What is written to it later through
+ * another mapping is not seen: a program that hides such an instruction so learns what every program of the host may know.
  */
 #include "soft/direct/internal.h"
 
-/* The two or three bytes at p[0..2], of which p[0] is 0F. */
-static bool sees_host(const uint8_t *p, bool cpuid_faults)
+enum { AROUND = 14 /* an instruction has 15 bytes at most */, PREFIXES_MAX = 12 };
+
+/* Bytes 0F, p[1] and perhaps p[2], of which `have` are there: the length of the opcode if it sees the host, else 0. */
+static unsigned sees_host(const struct direct_vm *direct, const uint8_t *p, int have)
 {
+    if (have < 2)
+        return 0;
+    if (p[1] == 0xA2) /* CPUID */
+        return direct->cpuid_faults ? 0 : 2;
+    if (p[1] == 0x34) /* SYSENTER: undefined in 64-bit mode on AMD's; Intel's enters the host's kernel, without a way back */
+        return direct->sysenter ? 2 : 0;
+    if (have < 3)
+        return 0;
     unsigned modrm = p[2], reg = modrm >> 3 & 7;
-    bool memory = modrm < 0xC0;
+    bool memory = modrm < 0xC0, sees = false;
     switch (p[1]) {
-    case 0xA2: /* CPUID */
-        return !cpuid_faults;
-    case 0x01: /* XGETBV; RDPKRU and WRPKRU */
-        return modrm == 0xD0 || modrm == 0xEE || modrm == 0xEF;
+    case 0x01: /* XGETBV; RDPKRU and WRPKRU; VMCALL and VMMCALL, which a host that is a guest itself answers */
+        sees = modrm == 0xD0 || modrm == 0xEE || modrm == 0xEF || modrm == 0xC1 || modrm == 0xD9;
+        break;
     case 0x02: /* LAR, LSL of a register: the host's descriptors (Linux's getcpu() keeps the processor's number in one) */
     case 0x03:
-        return !memory;
+        sees = !memory;
+        break;
     case 0xAE: /* XSAVE, XRSTOR, XSAVEOPT: the host's components */
-        return memory && reg >= 4 && reg <= 6;
+        sees = memory && reg >= 4 && reg <= 6;
+        break;
     case 0xC7: /* XRSTORS, XSAVEC, XSAVES; RDPID */
-        return (memory && reg >= 3 && reg <= 5) || (!memory && reg == 7);
+        sees = (memory && reg >= 3 && reg <= 5) || (!memory && reg == 7);
+        break;
+    }
+    return sees ? 3 : 0;
+}
+
+static bool is_prefix(uint8_t byte)
+{
+    switch (byte) {
+    case 0x26: case 0x2E: case 0x36: case 0x3E: case 0x64: case 0x65: case 0x66: case 0x67: case 0xF0: case 0xF2: case 0xF3:
+        return true;
     default:
-        return false;
+        return (byte & 0xF0) == 0x40; /* REX */
     }
 }
 
-bool scan_page(const struct direct_vm *direct, const uint8_t *page)
+int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8_t *page, const uint8_t *after,
+              int16_t starts[SCAN_MOST])
 {
-    const uint8_t *at = page, *end = page + PAGE_BYTES - 2;
-    while (at < end && (at = memchr(at, 0x0F, (size_t)(end - at)))) {
-        if (sees_host(at, direct->cpuid_faults))
-            return false;
-        at++;
+    uint8_t window[AROUND + PAGE_BYTES + AROUND];
+    int first = before ? 0 : AROUND, end = AROUND + PAGE_BYTES + (after ? AROUND : 0), count = 0;
+    if (before)
+        memcpy(window, before + PAGE_BYTES - AROUND, AROUND);
+    memcpy(window + AROUND, page, PAGE_BYTES);
+    if (after)
+        memcpy(window + AROUND + PAGE_BYTES, after, AROUND);
+    const uint8_t *at = window + first;
+    for (; (at = memchr(at, 0x0F, (size_t)(window + end - at))) != NULL; at++) {
+        int opcode = (int)(at - window), length = (int)sees_host(direct, at, end - opcode);
+        if (!length || opcode + length <= AROUND)
+            continue;
+        for (int start = opcode; start >= first && opcode - start <= PREFIXES_MAX; start--) {
+            if (start != opcode && !is_prefix(window[start]))
+                break;
+            if (start >= AROUND + PAGE_BYTES)
+                continue;
+            if (count == SCAN_MOST)
+                return -1;
+            starts[count++] = (int16_t)(start - AROUND);
+        }
     }
-    /* 0F A2 may end the page. */
-    return direct->cpuid_faults || page[PAGE_BYTES - 2] != 0x0F || page[PAGE_BYTES - 1] != 0xA2;
+    return count;
 }

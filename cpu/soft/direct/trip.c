@@ -9,7 +9,7 @@
 
 #include <signal.h>
 
-enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
+enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80, TRAP_WATCHED = 6 /* TRAP_PERF */ };
 enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */ };
 enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
 /* Component 2: upper halves of YMM registers, of guests that have them (SDM 1, 13.5.2: behind the header, in the format that
@@ -23,7 +23,6 @@ _Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 ha
 #define VSYSCALL_PAGE 0xFFFFFFFFFF600000ull
 /* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
 enum { URETPROBE = 335 };
-enum { SLICE_DOUBLINGS = 10 };
 #define LONGEST_NS 20000000ull
 #define SHARE_NS 500000ull
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
@@ -244,19 +243,12 @@ static void in_core(struct soft_vcpu *c)
 /* A fault at an address: a page that the runner has not, or not so, or a fault of the guest's. */
 static enum trip page_stop(struct soft_vcpu *c, struct runner *r, uint64_t linear)
 {
+    c->direct->counts.stop[SOFT_NATIVE_PAGE]++;
     bool executed = (linear & PAGE_MASK) == (c->rip & PAGE_MASK) || (linear & PAGE_MASK) == ((c->rip + 14) & PAGE_MASK);
     executed = executed && !pages_have(r, linear, PAGE_X);
-    bool scanned_out = executed && pages_have(r, linear, PAGE_R);
     pend(c->direct, r, linear, executed);
-    int64_t slice = 0;
-    if (scanned_out) { /* its code stays in the core: the longer the more often it comes there */
-        uint8_t *often = &region_of(r, linear)->in_core[linear >> 12 & 511];
-        slice = (int64_t)c->vm->direct->page_slice << *often;
-        *often += *often < SLICE_DOUBLINGS;
-    }
     in_core(c);
-    c->direct->slice = slice;
-    return slice ? TRIP_CORE : TRIP_NATIVE;
+    return TRIP_NATIVE;
 }
 
 /* A vsyscall address was called, and the host's kernel returned from it already: the core calls it. */
@@ -287,6 +279,11 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct
         undo_vsyscall(c, frame->info.address);
         break;
     case SIGTRAP:
+        if (code == TRAP_WATCHED) { /* guard.c: it was not executed */
+            c->direct->counts.stop[SOFT_NATIVE_GUARD]++;
+            in_core(c);
+            return TRIP_NATIVE;
+        }
         if (c->rflags & F_TF) { /* a single step of the guest's own ended */
             c->dr[6] |= DR6_BS;
             soft_raise(c, VEC_DB);
@@ -294,8 +291,10 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct
         c->rip--; /* INT3 and INT1 trap behind themselves */
         break;
     default: /* a kick, or somebody's signal to the process: nothing of the guest's */
+        c->direct->counts.stop[SOFT_NATIVE_KICK]++;
         return TRIP_CORE;
     }
+    c->direct->counts.stop[SOFT_NATIVE_FAULT]++;
     in_core(c);
     return TRIP_NATIVE;
 }
@@ -316,6 +315,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct 
     }
     soft_mode_changed(c);
     if (system_call) {
+        c->direct->counts.stop[SOFT_NATIVE_CALL]++;
         in_core(c);
         return c->cpl == 3 ? TRIP_NATIVE : TRIP_CORE;
     }
@@ -338,7 +338,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     struct direct_vcpu *d = c->direct;
     struct soft_vm *vm = c->vm;
     load(c, r);
-    uint64_t began = soft_host_now();
+    uint64_t began = soft_host_now(), entered = c->rip;
     kick_before(vm, d, r, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
         kick_after(d);
@@ -351,16 +351,19 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     kick_after(d);
     uint64_t ns = soft_host_now() - began, used = kick_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
-    if (worked < vm->direct->floor_ns)
-        vm->direct->floor_ns = worked;
-    worked -= vm->direct->floor_ns;
-    d->native_ns += worked;
-    d->native_stops++;
+    uint64_t spent = worked;
+    worked = worked > vm->direct->floor_ns ? worked - vm->direct->floor_ns : 0;
+    d->counts.ns += worked;
+    d->counts.stops++;
+    r->last_ns = worked;
     r->average_ns = (uint64_t)((int64_t)r->average_ns + ((int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX) - (int64_t)r->average_ns) / 8);
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
     c->budget -= (int64_t)(ns / 4);
+    d->user_from = soft_instructions(c);
     if (!stands || !store(c, r, arguments, &stop))
         return TRIP_LOST;
     d->failures = 0;
+    if (c->rip == entered && stop.frame.info.signal == SIGSEGV) /* not one instruction was executed: so much does a stop cost */
+        vm->direct->floor_ns = (vm->direct->floor_ns * 7 + spent) / 8;
     return after_stop(c, r, &stop);
 }

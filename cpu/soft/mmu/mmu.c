@@ -496,4 +496,6 @@ void soft_mode_changed(struct soft_vcpu *c)
         c->view = (c->cr4 & CR4_SMAP) && (c->rflags & F_AC) ? VIEW_SUPERVISOR_AC : VIEW_SUPERVISOR;
     c->align_check = c->cpl == 3 && (c->cr0 & CR0_AM) && (c->rflags & F_AC);
     c->tlb = c->align_check ? &no_tlb : &c->tlbs[c->view];
+    if (c->direct)
+        soft_direct_mode(c);
 }

@@ -42,6 +42,7 @@ struct backend {
     _Atomic int accessing;        /* the vCPU that waits inside an access, or -1 */
     bool defers;                  /* accesses are put off */
     struct soft_stats told;       /* the last that stats() gave */
+    struct soft_native_stats told_native;
     bool halt_told;               /* Halt was reported at this number of instructions */
     uint64_t halt_instructions;
 };
@@ -670,14 +671,24 @@ static uint32_t stats(struct lv_vm *vm, struct lv_stat *out, uint32_t max)
     struct backend *b = of(vm);
     if (enter_soon(b)) {
         soft_vm_stats(b->soft, &b->told);
+        soft_direct_stats(b->soft, &b->told_native);
         leave(b);
     }
     const struct soft_stats s = b->told;
+    const struct soft_native_stats n = b->told_native;
     const struct lv_stat all[] = {
         {"instructions", s.instructions}, {"blocks-decoded", s.blocks_decoded},
         {"blocks-invalidated", s.blocks_invalidated}, {"tlb-flushes", s.tlb_flushes}, {"tlb-fills", s.tlb_fills},
         {"exceptions", s.exceptions}, {"interrupts", s.interrupts}, {"halts", s.halts}, {"accesses", s.accesses},
-        {"icache-misses", s.icache_misses}, {"native-ns", s.native_ns}, {"native-stops", s.native_stops},
+        {"icache-misses", s.icache_misses},
+        {"native-ns", n.ns}, {"native-stops", n.stops},
+        {"native-stops.call", n.stop[SOFT_NATIVE_CALL]}, {"native-stops.page", n.stop[SOFT_NATIVE_PAGE]},
+        {"native-stops.fault", n.stop[SOFT_NATIVE_FAULT]}, {"native-stops.guard", n.stop[SOFT_NATIVE_GUARD]},
+        {"native-stops.kick", n.stop[SOFT_NATIVE_KICK]}, {"native-pages", n.pages}, {"native-commands", n.commands},
+        {"native-batches", n.batches}, {"native-refused", n.refused}, {"native-spaces", n.spaces},
+        {"core-user.impossible", n.core[SOFT_CORE_IMPOSSIBLE]}, {"core-user.young", n.core[SOFT_CORE_YOUNG]},
+        {"core-user.trial", n.core[SOFT_CORE_TRIAL]}, {"core-user.poor", n.core[SOFT_CORE_POOR]},
+        {"core-user.refused", n.core[SOFT_CORE_REFUSED]}, {"core-user.stop", n.core[SOFT_CORE_STOP]},
     };
     uint32_t count = sizeof all / sizeof *all < max ? (uint32_t)(sizeof all / sizeof *all) : max;
     memcpy(out, all, count * sizeof *all);

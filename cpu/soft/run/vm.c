@@ -183,7 +183,6 @@ void soft_vm_stats(struct soft_vm *vm, struct soft_stats *stats)
     for (uint32_t i = 0; i < vm->cache_count; i++)
         add_stats(stats, soft_blocks_stats(vm->caches[i]));
     stats->instructions = soft_vm_instructions(vm);
-    soft_direct_stats(vm, &stats->native_ns, &stats->native_stops);
 }
 
 /* ---- turns ---- */

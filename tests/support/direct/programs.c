@@ -210,6 +210,59 @@ static void code_changes(void)
     printf("cpuid written: %x\n", (unsigned)call(p + 64));
 }
 
+/* ---- instructions that hide in others ---- */
+
+enum { HIDING = 12, EDGE = HIDING, PREFIXED = EDGE + 2, MANY = PREFIXED + 2, HIDING_END };
+
+/* Call `often` times what is at `p`, then ask CPUID of leaf 1 at `question`, whose bytes end with a return. It is alone in its page,
+ * which so holds nothing that must be watched. */
+uint64_t call_and_ask(const uint8_t *p, long often, const uint8_t *question);
+__asm__(".balign 4096\n"
+        "call_and_ask:\n\t"
+        "push %rbx; push %rbp; push %r12; xor %ebp, %ebp; mov %rdx, %r12\n"
+        "1:\tcall *%rdi; lea (%rax, %rbp, 2), %rbp; dec %rsi; jnz 1b\n\t"
+        "mov $1, %eax; xor %ecx, %ecx; call *%r12\n\t"
+        "movzwl %bx, %ebx; add %rbp, %rax; add %rbx, %rax; add %rcx, %rax; add %rdx, %rax\n\t"
+        "pop %r12; pop %rbp; pop %rbx; ret\n\t"
+        ".balign 4096\n");
+
+/* Everywhere 0F A2 is another instruction's constant, is cut by a page's end, or has prefixes; the code around it is hot. */
+static void hidden(void)
+{
+    static uint8_t constant[] = {0xB8, 0x0F, 0xA2, 0xC3, 0x90, 0xC3}; /* mov eax, 0x90C3A20F; ret */
+    static const uint8_t prefixes[] = {0x48, 0x66};
+    uint8_t *p = mmap(NULL, HIDING_END * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memset(p, 0xC3, HIDING_END * PAGE);
+    for (unsigned i = 0; i < HIDING; i++)
+        for (unsigned n = 0; n <= i % 3; n++)
+            memcpy(p + i * PAGE + 100 + 50 * n, constant, sizeof constant);
+    p[EDGE * PAGE + PAGE - 1] = 0x0F;
+    p[(EDGE + 1) * PAGE] = 0xA2;
+    memcpy(p + (PREFIXED + 1) * PAGE - 2, prefixes, sizeof prefixes);
+    p[(PREFIXED + 1) * PAGE] = 0x48;
+    p[(PREFIXED + 1) * PAGE + 1] = 0x0F;
+    p[(PREFIXED + 1) * PAGE + 2] = 0xA2;
+    for (unsigned n = 0; n < 9; n++)
+        memcpy(p + MANY * PAGE + 50 * n, constant, sizeof constant);
+    mprotect(p, HIDING_END * PAGE, PROT_READ | PROT_EXEC);
+    uint64_t h = 0;
+    for (int round = 0; round < 8; round++)
+        for (unsigned i = 0; i < HIDING; i++) {
+            h = mix(h, call_and_ask(p + i * PAGE + 100, 30000, p + i * PAGE + 101));
+            h = mix(h, call_and_ask(p + i * PAGE + 100, 10, p + i * PAGE + 101 + 50 * (i % 3)));
+        }
+    printf("constants: %lx\n", h);
+    for (int n = 0; n < 200; n++)
+        h = mix(h, call_and_ask(p + (EDGE + n % 2) * PAGE + 64, 10, p + EDGE * PAGE + PAGE - 1));
+    printf("over an edge: %lx\n", h);
+    for (int n = 0; n < 200; n++)
+        h = mix(h, call_and_ask(p + PREFIXED * PAGE + 64, 10, p + (PREFIXED + 1) * PAGE - 2 + n % 4));
+    printf("prefixed: %lx\n", h);
+    for (int n = 0; n < 90; n++)
+        h = mix(h, call_and_ask(p + MANY * PAGE + 50 * (n % 9), 100, p + MANY * PAGE + 50 * (n % 9) + 1));
+    printf("many: %lx\n", h);
+}
+
 /* ---- memory ---- */
 
 static void memory(void)
@@ -324,6 +377,7 @@ int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } all[] = {
         {"identity", identity}, {"faults", faults}, {"compatibility", compatibility}, {"code", code_changes},
+        {"hidden", hidden},
         {"memory", memory}, {"signals", signal_flood}, {"calls", calls}};
     setvbuf(stdout, NULL, _IOLBF, 0);
     catch_all();
