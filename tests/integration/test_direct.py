@@ -68,7 +68,7 @@ async def test_results_are_those_of_the_core(linux: Any, direct: None, programs:
     assert native.splitlines()[-1] == "done"
     assert counters["native-stops"] > 0 and none["native-stops"] == 0
     if name == "hidden" and not support().cpuid_faults:
-        assert counters["native-stops.guard"] > 200
+        assert counters["native-stops.guard"] > 10
 
 
 def survived(text: str) -> bool:

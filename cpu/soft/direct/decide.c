@@ -61,16 +61,20 @@ static struct runner *take_runner(struct soft_vcpu *c)
     for (unsigned i = 1; i < RUNNERS && r->used; i++)
         if (!d->runner[i].used || d->runner[i].last_used < r->last_used)
             r = &d->runner[i];
-    if (r->used && (!pages_drop_all(r) || !trip_clean(r)))
+    bool foreign = r->used || r->left; /* something of another address space is in it */
+    if (foreign && (!pages_drop_all(r) || !trip_clean(r)))
         close_runner(c, r);
     if (!r->mapper && !open_runner(c, r))
         return NULL;
     r->used = true;
+    r->left = false;
+    r->top = 0;
     d->counts.spaces++;
     r->root = c->cr3 & PHYS_MASK & PAGE_MASK;
     r->pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
     r->stale = true;
     r->average_ns = PAYS_NS;
+    r->balance_ns = CREDIT_NS;
     r->core_until = 0;
     r->backoff = 0;
     return d->current = r;
@@ -136,7 +140,7 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
         return false;
     if (r->core_until > soft_instructions(c))
         return true;
-    if (r->average_ns >= POOR_NS) {
+    if (r->average_ns >= POOR_NS && r->balance_ns >= 0) {
         if (r->average_ns > 4 * PAYS_NS)
             r->backoff = 0;
         return false;
@@ -145,6 +149,7 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
     if (r->backoff < BACKOFF_MAX)
         r->backoff++;
     r->average_ns = PAYS_NS;
+    r->balance_ns = CREDIT_NS / 4;
     return true;
 }
 
@@ -157,6 +162,8 @@ void soft_direct_returned(struct soft_vcpu *c)
     const struct runner *r = d->current;
     if (!r || r->core_until <= soft_instructions(c))
         __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
+    else
+        d->why = SOFT_CORE_POOR;
 }
 
 /* Natively, once. */
@@ -201,6 +208,12 @@ void soft_direct_execute(struct soft_vcpu *c)
     }
     follow_thread(c);
     struct runner *r = known_runner(c);
+    if (r && pages_replaced(c, r)) { /* a program ended, and its root became another's */
+        r->used = false;
+        r->left = true;
+        r = d->current = NULL;
+        *young_of(c) = (struct young){.root = c->cr3 & PHYS_MASK & PAGE_MASK};
+    }
     if (d->returned) {
         d->returned = false;
         d->slice_why = SOFT_CORE_TRIAL;

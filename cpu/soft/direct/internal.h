@@ -29,7 +29,11 @@ struct region {
 };
 
 enum { GUARDS = 4 };
-enum { PAYS_NS = 4000 }; /* a native stretch of this length is worth its stop */
+enum {
+    PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
+    CREDIT_NS = 2000000, /* what an address space may lose before it has gained anything: its pages are mapped then */
+    GAIN = 4,            /* the core needs that many times a native stretch's time more */
+};
 /* A breakpoint of a page: guard.c. */
 struct guard {
     uint64_t page;     /* its linear address; 0: unused */
@@ -85,6 +89,8 @@ struct runner {
     uint32_t waiting;     /* commands that are carried out before the guest half goes on */
     bool used;
     uint64_t root, pcid;  /* the address space it is for */
+    bool left;            /* unused, but something is mapped */
+    uint64_t top;         /* of the page tables when that was last looked at: pages_replaced() */
     bool stale;           /* all regions have to be checked */
     bool some_stale;      /* some have */
     uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
@@ -104,6 +110,7 @@ struct runner {
     uint64_t used_ns;     /* processor time of the guest half */
     uint64_t average_ns;  /* of native time between two stops, a moving average */
     uint64_t last_ns;     /* of the last */
+    int64_t balance_ns;   /* gained and not lost again, at most CREDIT_NS */
     uint64_t core_until;  /* stay in the core until that many instructions are retired */
     uint32_t backoff;
 };
@@ -192,6 +199,8 @@ void pages_forget(struct runner *r);
 struct direct_range *range_of(struct direct_vm *direct, const uint8_t *host);
 /* Bring what the runner has mapped in line with the guest's page tables, and map what is pending. */
 bool pages_prepare(struct soft_vcpu *c, struct runner *r);
+/* Whether the address space is another one than before, under the same root: little of what is mapped is there any more. */
+bool pages_replaced(struct soft_vcpu *c, struct runner *r);
 /* Whether the runner has the page of `linear` mapped with these rights. */
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights);
 /* Take everything of it away, for another address space. */

@@ -246,6 +246,35 @@ static void check_region(struct batch *b, struct region *region)
     }
 }
 
+/* The tables that the lower half's top-level entries point to, as one number. */
+static uint64_t top_of(struct soft_vcpu *c)
+{
+    const uint64_t *top = (const uint64_t *)(const void *)soft_phys(c->vm, c->cr3 & ADDRESS, false, NULL);
+    uint64_t sum = 0;
+    for (unsigned i = 0; top && i < 256; i++) {
+        uint64_t entry = __atomic_load_n(&top[i], __ATOMIC_RELAXED);
+        sum = sum * 31 + (entry & P ? entry & ADDRESS : 0);
+    }
+    return sum;
+}
+
+bool pages_replaced(struct soft_vcpu *c, struct runner *r)
+{
+    uint64_t top = r->stale ? top_of(c) : r->top;
+    uint32_t kept = 0, lost = 0;
+    if (top == r->top)
+        return false;
+    r->top = top;
+    for (unsigned i = 0; i < REGION_HASH; i++)
+        for (const struct region *region = r->regions[i]; region; region = region->next) {
+            struct leaf leaf = region->count ? walk(c, region->base, P | U | A) : (struct leaf){0};
+            for (unsigned n = 0; n < REGION_PAGES && region->count; n++)
+                if (region->page[n])
+                    *((allowed(c, &leaf, n) ^ region->page[n]) & PAGE_MASK ? &lost : &kept) += 1;
+        }
+    return lost > kept;
+}
+
 /* Pages of which code was made, or whose writes the dirty log wants to see again. */
 static void protect_region(struct batch *b, struct region *region)
 {

@@ -333,6 +333,17 @@ static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
     return end < now + limit ? end : now + limit;
 }
 
+/* What a stretch was worth. Stops at pages are the fewer the longer a program runs, and say nothing about the next stretch. */
+static void account(const struct direct_vm *direct, struct runner *r, uint64_t worked, bool page)
+{
+    int64_t most = (int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX);
+    if (!page)
+        r->average_ns = (uint64_t)((int64_t)r->average_ns + (most - (int64_t)r->average_ns) / 8);
+    r->balance_ns += (int64_t)worked * GAIN - 2 * (int64_t)direct->floor_ns;
+    if (r->balance_ns > CREDIT_NS)
+        r->balance_ns = CREDIT_NS;
+}
+
 enum trip trip_run(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
@@ -356,7 +367,6 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     d->counts.ns += worked;
     d->counts.stops++;
     r->last_ns = worked;
-    r->average_ns = (uint64_t)((int64_t)r->average_ns + ((int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX) - (int64_t)r->average_ns) / 8);
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
     c->budget -= (int64_t)(ns / 4);
     d->user_from = soft_instructions(c);
@@ -365,5 +375,6 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     d->failures = 0;
     if (c->rip == entered && stop.frame.info.signal == SIGSEGV) /* not one instruction was executed: so much does a stop cost */
         vm->direct->floor_ns = (vm->direct->floor_ns * 7 + spent) / 8;
+    account(vm->direct, r, worked, stop.frame.info.signal == SIGSEGV);
     return after_stop(c, r, &stop);
 }
