@@ -30,7 +30,9 @@ class Support:
     reason: str
     """Why not; empty if it can."""
     cpuid_faults: bool = False
-    """CPUID comes back to the core. Where it does not, pages of code with that instruction run in the core."""
+    """CPUID comes back to the core. Where it does not, breakpoints stop code before it, or pages with it run in the core."""
+    breakpoints: bool = False
+    """The host gives a runner execution breakpoints (perf_event_open)."""
 
 
 @cache
@@ -38,7 +40,7 @@ def support() -> Support:
     """Found out once, by starting a runner and ending it: some 2 ms. *any thread*"""
     result, why = _core.direct_probe(str(_PROGRAM))
     if result >= 0:
-        return Support(True, "", result == 1)
+        return Support(True, "", bool(result & 1), bool(result & 2))
     step, _, reason = why.partition(": ")
     if result in (-errno.EPERM, -errno.EINVAL, -errno.ENOSYS):
         reason += "; this container or host forbids it, or has it not"

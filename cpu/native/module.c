@@ -163,7 +163,7 @@ static PyMethodDef methods[] = {
     {"script_append", script_append, METH_VARARGS, "script_append(vcpu, array of struct lv_exit)"},
     {"script_answers", script_answers, METH_O, "script_answers(vcpu) -> what its reads yielded"},
     {"script_interrupts", script_interrupts, METH_O, "script_interrupts(vm) -> [(msi, address or level, data or GSI)]"},
-    {"direct_probe", lv_direct_probe, METH_VARARGS, "direct_probe(program) -> (1, 0 or -errno, why not)"},
+    {"direct_probe", lv_direct_probe, METH_VARARGS, "direct_probe(program) -> (1: CPUID faults | 2: breakpoints; or -errno, why not)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -14,7 +14,9 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/hw_breakpoint.h>
 #include <linux/landlock.h>
+#include <linux/perf_event.h>
 #include <linux/prctl.h>
 #include <linux/resource.h>
 #include <linux/sched.h>
@@ -146,7 +148,9 @@ static long in_gate(const char *line) { return RUNNER_GATE + (line - gate_begin)
 
 static long flags;
 static int listener;      /* the guest half's, in the descriptor table that it still shares; or -errno */
-static uint32_t listening; /* it is known */
+static uint32_t listening; /* it is known, and these are, which are as many as the host gave: */
+static int breakpoints[RUNNER_BREAKPOINTS];
+static unsigned breakpoint_count;
 static char stack[4096] __attribute__((aligned(16)));
 
 /* All signals end in the gate. */
@@ -163,6 +167,20 @@ static void handle_signals(void)
         fail(11);
 }
 
+/* Execution breakpoints of this process, for the core to set (cpu/soft/direct/guard.c). A process may have its own, where others
+ * may not give them to it. All or none; none of them stops anything before the core says where. */
+static void open_breakpoints(void)
+{
+    const struct perf_event_attr attributes = RUNNER_BREAKPOINT(RUNNER_FRAME, 1);
+    unsigned *n = &breakpoint_count;
+    while (*n < RUNNER_BREAKPOINTS && (breakpoints[*n] = (int)call(__NR_perf_event_open, (long)&attributes, 0, -1, -1, 0, 0)) >= 0)
+        ++*n;
+    while (*n && *n < RUNNER_BREAKPOINTS)
+        CALL(__NR_close, breakpoints[--*n], 0, 0, 0);
+    if (*n < RUNNER_BREAKPOINTS)
+        *n = 0;
+}
+
 __attribute__((used)) void guest_half(void)
 {
     CALL(__NR_prctl, PR_SET_PDEATHSIG, KILL, 0, 0);
@@ -171,6 +189,8 @@ __attribute__((used)) void guest_half(void)
         flags |= RUNNER_NO_TSC;
     if (CALL(__NR_arch_prctl, ARCH_SET_CPUID, 0, 0, 0) == 0)
         flags |= RUNNER_CPUID_FAULTS;
+    if (((const volatile struct runner_page *)RUNNER_COMMANDS)->count)
+        open_breakpoints();
     long fd = filter(guest_filter, sizeof guest_filter / sizeof guest_filter[0],
                      SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV);
     listener = (int)fd;
@@ -199,7 +219,8 @@ static long clone_guest_half(void)
     return pid;
 }
 
-/* To the core goes the descriptor on which the guest half's stops arrive; the mapper keeps one, and that of guest memory. */
+/* To the core go the descriptor on which the guest half's stops arrive, and those of its breakpoints; the mapper keeps the former, and
+ * that of guest memory. */
 static void send_listener(long guest)
 {
     const struct { long s, ns; } soon = {0, 50000};
@@ -208,7 +229,10 @@ static void send_listener(long guest)
     int fd = listener;
     struct runner_hello hello = {guest, (uint64_t)flags};
     struct { void *base; uint64_t size; } piece = {&hello, sizeof hello};
-    struct { uint64_t size; int32_t level, type, fd, pad; } rights = {20, SOCKET, RIGHTS, fd, 0};
+    struct { uint64_t size; int32_t level, type, fd[1 + RUNNER_BREAKPOINTS + 1]; } rights = {
+        16 + (1 + breakpoint_count) * sizeof(int), SOCKET, RIGHTS, {fd}};
+    for (unsigned i = 0; i < breakpoint_count; i++)
+        rights.fd[1 + i] = breakpoints[i];
     struct {
         void *name;
         uint64_t name_size;
@@ -216,7 +240,7 @@ static void send_listener(long guest)
         uint64_t count;
         void *control;
         uint64_t control_size, flags;
-    } message = {0, 0, &piece, 1, &rights, sizeof rights, 0};
+    } message = {0, 0, &piece, 1, &rights, (rights.size + 7) & ~7ul, 0};
     if (fd < 0) { /* why: the core tells the user */
         hello.guest = fd;
         message.control = 0;

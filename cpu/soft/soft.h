@@ -157,7 +157,8 @@ struct soft_direct_memory {
  * good: memory is about to be mapped otherwise. -EINVAL, -EBUSY, -ENOMEM. */
 int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memory, uint32_t count, int fd, const char *program,
                        bool always);
-/* Whether this host can: 1, or 0: it can, but CPUID does not fault; -errno, and why in a few words. On any thread without a VM. */
+/* What this host can for it, as bits; or -errno, and why in a few words. On any thread without a VM. */
+enum { SOFT_DIRECT_CPUID_FAULTS = 1, SOFT_DIRECT_BREAKPOINTS = 2 /* a runner may have execution breakpoints */ };
 int soft_direct_probe(const char *program, char *why, size_t size);
 
 /* Why native code stopped. */

@@ -48,11 +48,12 @@ def runs_directly(config: Config, system: System) -> bool:
 
 
 def host_support() -> dict[str, Any]:
-    """What `vmm doctor` tells: available, reason (why not), cpuid_faults."""
+    """What `vmm doctor` tells: available, reason (why not), cpuid_faults, breakpoints."""
     from cpu.direct import support
 
     found = support()
-    return {"available": found.available, "reason": found.reason, "cpuid_faults": found.cpuid_faults}
+    names = "available", "reason", "cpuid_faults", "breakpoints"
+    return {name: getattr(found, name) for name in names}
 
 
 def start_direct(vm: Vm, memory: GuestMemory, *, always: bool) -> None:

@@ -17,6 +17,7 @@ enum {
     BACKOFF_MAX = 6,
     GROWN = 400000,        /* instructions before an address space gets a runner */
     FAILURES_MAX = 3,
+    HOT = 1000000,         /* instructions in the core for want of breakpoints before an address space gets them */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
     BOUND_NS = 4000000,    /* another one perhaps after this */
 };
@@ -30,11 +31,11 @@ static void close_runner(struct soft_vcpu *c, struct runner *r)
         c->direct->current = NULL;
 }
 
-static struct runner *open_runner(struct soft_vcpu *c, struct runner *r)
+static struct runner *open_runner(struct soft_vcpu *c, struct runner *r, bool breakpoints)
 {
     struct direct_vm *direct = c->vm->direct;
     const char *why;
-    if (!kick_start(direct, c->vm) || runner_open(direct, r, &why) < 0) {
+    if (!kick_start(direct, c->vm) || runner_open(direct, r, breakpoints, &why) < 0) {
         if (++c->direct->failures >= FAILURES_MAX)
             direct->off = true;
         return NULL;
@@ -53,6 +54,23 @@ static struct runner *known_runner(struct soft_vcpu *c)
     return d->current;
 }
 
+/* From now on it is for the current address space. */
+static void begin_space(struct soft_vcpu *c, struct runner *r)
+{
+    r->used = true;
+    r->left = false;
+    r->top = 0;
+    c->direct->counts.spaces++;
+    r->root = c->cr3 & PHYS_MASK & PAGE_MASK;
+    r->pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
+    r->stale = true;
+    r->average_ns = PAYS_NS;
+    r->balance_ns = CREDIT_NS;
+    r->refused = 0;
+    r->core_until = 0;
+    r->backoff = 0;
+}
+
 /* One for the current address space: an unused one, or the one that was not used for longest. */
 static struct runner *take_runner(struct soft_vcpu *c)
 {
@@ -64,20 +82,22 @@ static struct runner *take_runner(struct soft_vcpu *c)
     bool foreign = r->used || r->left; /* something of another address space is in it */
     if (foreign && (!pages_drop_all(r) || !trip_clean(r)))
         close_runner(c, r);
-    if (!r->mapper && !open_runner(c, r))
+    guard_close(r);
+    if (!r->mapper && !open_runner(c, r, false))
         return NULL;
-    r->used = true;
-    r->left = false;
-    r->top = 0;
-    d->counts.spaces++;
-    r->root = c->cr3 & PHYS_MASK & PAGE_MASK;
-    r->pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
-    r->stale = true;
-    r->average_ns = PAYS_NS;
-    r->balance_ns = CREDIT_NS;
-    r->core_until = 0;
-    r->backoff = 0;
+    begin_space(c, r);
     return d->current = r;
+}
+
+/* Another runner for the current address space, with breakpoints. */
+static void give_breakpoints(struct soft_vcpu *c, struct runner *r)
+{
+    close_runner(c, r);
+    if (!open_runner(c, r, true))
+        return;
+    c->vm->direct->no_guards = !guard_any(r);
+    begin_space(c, r);
+    c->direct->current = r;
 }
 
 /* Runners end with the thread that made them: if another one runs the vCPU now, it makes its own. */
@@ -181,8 +201,13 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         d->slice = TRIAL, d->slice_why = SOFT_CORE_IMPOSSIBLE;
     if (d->slice > 0)
         return;
+    if (r->refused > HOT && !guard_any(r) && !c->vm->direct->no_guards) {
+        give_breakpoints(c, r);
+        return;
+    }
     if (!guard_set(r)) {
-        r->no_guards = true;
+        guard_close(r);
+        c->vm->direct->no_guards = true;
         if (!pages_drop_all(r))
             close_runner(c, r);
         return;

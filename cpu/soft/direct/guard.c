@@ -2,16 +2,18 @@
  *
  * Such a breakpoint stops the guest half before the instruction is executed, however it was reached, and the core executes
  * it. Reads of the page see its true bytes. There are four, so they are a cache: a page with such addresses is executable while
- * it holds breakpoints for all of them. They are the host kernel's perf events; where it allows none (kernel.perf_event_paranoid,
- * a container), such pages are executed in the core.
+ * it holds breakpoints for all of them. They are the host kernel's perf events, which the guest half opened on itself before any guest
+ * code was there and gave away; where it may not (kernel.perf_event_paranoid, a container), such pages are executed in the core.
+ * A process with breakpoints, set or not, costs more at each stop. So only address spaces in which such pages are hot get a runner
+ * with breakpoints (decide.c).
  */
 #define _GNU_SOURCE
 #include "soft/direct/internal.h"
 
 #include <linux/hw_breakpoint.h>
 #include <linux/perf_event.h>
+#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 enum { LEAST_NS = 40000 /* a page that has just got its breakpoints keeps them so long: moving them costs half of that */ };
@@ -21,6 +23,8 @@ static bool alive(struct runner *r, const struct guard *g)
     const struct region *region = region_of(r, g->page);
     return region && (region->page[g->page >> 12 & 511] & PAGE_X);
 }
+
+bool guard_any(const struct runner *r) { return r->guards[0].fd != 0; }
 
 void guard_release(struct runner *r, uint64_t page)
 {
@@ -33,7 +37,7 @@ bool guard_take(struct runner *r, uint64_t page, const int16_t *starts, unsigned
 {
     unsigned unused = 0;
     *lost_count = 0;
-    if (r->no_guards || count > GUARDS)
+    if (!guard_any(r) || count > GUARDS)
         return false;
     guard_release(r, page);
     for (unsigned i = 0; i < GUARDS; i++) {
@@ -55,26 +59,22 @@ bool guard_take(struct runner *r, uint64_t page, const int16_t *starts, unsigned
         for (unsigned i = unused = 0; i < GUARDS; i++)
             unused += !r->guards[i].page;
     }
-    for (unsigned i = 0; i < GUARDS && count; i++)
-        if (!r->guards[i].page)
-            r->guards[i] = (struct guard){.page = page, .address = page + (uint64_t)(int64_t)starts[--count], .since_ns = r->used_ns, .fd = r->guards[i].fd, .armed = r->guards[i].armed};
+    for (struct guard *g = r->guards; count; g++) {
+        if (g->page)
+            continue;
+        g->page = page;
+        g->address = page + (uint64_t)(int64_t)starts[--count];
+        g->since_ns = r->used_ns;
+    }
     return true;
 }
 
 /* The event stops the guest half by SIGTRAP with TRAP_PERF, before the instruction. */
-static bool arm(const struct runner *r, struct guard *g)
+static bool arm(struct guard *g)
 {
-    struct perf_event_attr attributes = {
-        .type = PERF_TYPE_BREAKPOINT, .size = sizeof attributes, .sample_period = 1, .bp_type = HW_BREAKPOINT_X, .bp_addr = g->address,
-        .bp_len = sizeof(long), .exclude_kernel = 1, .exclude_hv = 1, .sigtrap = 1, .remove_on_exec = 1};
-    if (!g->fd) {
-        long fd = syscall(SYS_perf_event_open, &attributes, r->guest, -1, -1, PERF_FLAG_FD_CLOEXEC);
-        if (fd < 0)
-            return false;
-        g->fd = (int)fd + 1;
-    } else if (ioctl(g->fd - 1, PERF_EVENT_IOC_MODIFY_ATTRIBUTES, &attributes) < 0 || (!g->armed && ioctl(g->fd - 1, PERF_EVENT_IOC_ENABLE, 0) < 0)) {
+    struct perf_event_attr attributes = RUNNER_BREAKPOINT(g->address, 0);
+    if (ioctl(g->fd - 1, PERF_EVENT_IOC_MODIFY_ATTRIBUTES, &attributes) < 0 || (!g->armed && ioctl(g->fd - 1, PERF_EVENT_IOC_ENABLE, 0) < 0))
         return false;
-    }
     g->armed = g->address;
     return true;
 }
@@ -83,7 +83,7 @@ bool guard_set(struct runner *r)
 {
     for (unsigned i = 0; i < GUARDS; i++) {
         struct guard *g = &r->guards[i];
-        if (g->page && g->armed != g->address && !arm(r, g))
+        if (g->page && g->armed != g->address && !arm(g))
             return false;
         if (!g->page && g->armed) {
             ioctl(g->fd - 1, PERF_EVENT_IOC_DISABLE, 0);
@@ -97,6 +97,12 @@ void guard_forget(struct runner *r)
 {
     for (unsigned i = 0; i < GUARDS; i++)
         r->guards[i].page = 0;
+}
+
+void guard_open(struct runner *r, const int fds[GUARDS])
+{
+    for (unsigned i = 0; i < GUARDS; i++)
+        r->guards[i] = (struct guard){.fd = fds[i] + 1};
 }
 
 void guard_close(struct runner *r)

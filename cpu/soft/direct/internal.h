@@ -28,7 +28,7 @@ struct region {
     uint8_t in_core[REGION_PAGES]; /* how long code of a page stays in the core, in powers of two */
 };
 
-enum { GUARDS = 4 };
+enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
     CREDIT_NS = 2000000, /* what an address space may lose before it has gained anything: its pages are mapped then */
@@ -39,8 +39,8 @@ struct guard {
     uint64_t page;     /* its linear address; 0: unused */
     uint64_t address;
     uint64_t since_ns; /* of runner.used_ns */
-    uint64_t armed;    /* where the host's event stops it, if it does; */
-    int fd;            /* the event's descriptor and one, or 0 */
+    uint64_t armed;    /* where the host's event stops it; 0: nowhere */
+    int fd;            /* the event's descriptor and one; 0: none */
 };
 
 /* The frame that Linux for x86-64 puts on the stack for a signal (its user-space ABI), as far as it is used here. */
@@ -105,7 +105,7 @@ struct runner {
     bool suspect;         /* its address space may be another one, under the same root */
     int cpu;              /* it is bound to this processor; -1: to none */
     struct guard guards[GUARDS];
-    bool no_guards;       /* the host has no breakpoints to give */
+    uint64_t refused;     /* instructions that the core was to execute for want of them */
     /* Whether it pays: decide.c's own. */
     uint64_t used_ns;     /* processor time of the guest half */
     uint64_t average_ns;  /* of native time between two stops, a moving average */
@@ -161,6 +161,7 @@ struct direct_vm {
     char stub[4096];
     uint32_t page_slice;      /* instructions in the core once a page cannot run natively */
     bool off;                 /* it went wrong too often */
+    bool no_guards;           /* the host has no breakpoints to give */
     uint64_t floor_ns;        /* what a stop costs of the guest half's processor time, a moving average of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
@@ -176,8 +177,8 @@ struct direct_vm {
 };
 
 /* runner.c. On the thread that made the runner, but for runner_close() and runner_forget(). A runner that fails is to be closed. */
-/* 0, or -errno; *why names the step. */
-int runner_open(struct direct_vm *direct, struct runner *r, const char **why);
+/* 0, or -errno; *why names the step. breakpoints: it gets them if the host allows it. */
+int runner_open(struct direct_vm *direct, struct runner *r, bool breakpoints, const char **why);
 void runner_close(struct runner *r);
 /* Whether this process of ours has not ended. [any] */
 bool runner_lives(pid_t pid);
@@ -221,6 +222,9 @@ bool guard_set(struct runner *r);
 /* This page needs none, or none any more. */
 void guard_release(struct runner *r, uint64_t page);
 void guard_forget(struct runner *r);
+/* These are a new runner's events. */
+void guard_open(struct runner *r, const int fds[GUARDS]);
+bool guard_any(const struct runner *r);
 void guard_close(struct runner *r);
 
 /* trip.c */

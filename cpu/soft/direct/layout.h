@@ -49,7 +49,7 @@ enum { RUNNER_MAX_COMMANDS = 71 };
 struct runner_page {
     uint32_t turn;   /* a futex: the mapper carries out `list` when it changes */
     uint32_t resume; /* ... and then answers the stop of the guest half by `answer`, instead of telling the core */
-    uint64_t count;
+    uint64_t count;  /* of commands; as the runner begins: whether it is to have breakpoints */
     uint64_t stack, flags, fs_base, gs_base; /* of the guest half, as it goes on: its frame, and what no frame holds */
     struct runner_answer { /* struct seccomp_notif_resp */
         uint64_t id;
@@ -75,7 +75,14 @@ struct runner_frame {
     uint8_t rest[RUNNER_FRAME_BYTES - 4];
 };
 
-/* What the stub sends with the descriptor on which the guest half's stops arrive. */
+/* What the stub sends with the descriptor on which the guest half's stops arrive, followed by those of its breakpoints, if the host
+ * gives any. */
+enum { RUNNER_BREAKPOINTS = 4 /* as many as the processor has */ };
+/* struct perf_event_attr of one: it stops nothing but this process's own code, by SIGTRAP, before the instruction at `address`. */
+#define RUNNER_BREAKPOINT(address, is_disabled)                                                                                   \
+    {.type = PERF_TYPE_BREAKPOINT, .size = sizeof(struct perf_event_attr), .sample_period = 1, .bp_type = HW_BREAKPOINT_X,         \
+     .bp_addr = (address), .bp_len = sizeof(long), .disabled = (is_disabled), .exclude_kernel = 1, .exclude_hv = 1, .sigtrap = 1,  \
+     .remove_on_exec = 1}
 struct runner_hello {
     int64_t guest; /* its process id */
     uint64_t flags;

@@ -135,9 +135,9 @@ int soft_direct_probe(const char *program, char *why, size_t size)
     if (direct && r && strlen(program) < sizeof direct->stub) {
         strcpy(direct->stub, program);
         direct->memory_fd = memfd_create("runner-probe", MFD_CLOEXEC);
-        result = direct->memory_fd < 0 ? -errno : runner_open(direct, r, &step);
+        result = direct->memory_fd < 0 ? -errno : runner_open(direct, r, true, &step);
         if (result >= 0) {
-            result = direct->cpuid_faults ? 1 : 0;
+            result = (direct->cpuid_faults ? SOFT_DIRECT_CPUID_FAULTS : 0) | (guard_any(r) ? SOFT_DIRECT_BREAKPOINTS : 0);
             runner_close(r);
         }
         if (direct->memory_fd >= 0)

@@ -401,6 +401,7 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
         else
             *often += *often < SLICE_DOUBLINGS;
         c->direct->slice = (int64_t)c->vm->direct->page_slice << *often;
+        b->r->refused += (uint64_t)c->direct->slice;
         c->direct->counts.refused++;
     }
 }

@@ -35,17 +35,22 @@ _Static_assert(sizeof(struct runner_answer) == sizeof(struct seccomp_notif_resp)
 
 /* ---- stops ---- */
 
-/* Since Linux 6.11 a wait for a stop ends when the process does; before, only poll() tells. */
-static bool wait_tells_end(void)
+/* Whether this is Linux of at least that version. */
+static bool host_is(int major, int minor)
 {
-    static int tells = -1;
-    if (tells < 0) {
+    static int release; /* atomic */
+    int is = __atomic_load_n(&release, __ATOMIC_RELAXED);
+    if (!is) {
         struct utsname host;
-        int major = 0, minor = 0;
-        tells = uname(&host) == 0 && sscanf(host.release, "%d.%d", &major, &minor) == 2 && (major > 6 || (major == 6 && minor >= 11));
+        int first = 0, second = 0;
+        is = uname(&host) == 0 && sscanf(host.release, "%d.%d", &first, &second) == 2 ? first << 16 | second : 1;
+        __atomic_store_n(&release, is, __ATOMIC_RELAXED);
     }
-    return tells;
+    return is >= (major << 16 | minor);
 }
+
+/* Since Linux 6.11 a wait for a stop ends when the process does; before, only poll() tells. */
+static bool wait_tells_end(void) { return host_is(6, 11); }
 
 /* Wait until there is a stop to be taken, or it has ended: false. */
 static bool poll_stop(struct runner *r)
@@ -172,11 +177,15 @@ static int make_pages(struct runner *r)
     return fd;
 }
 
-/* What the stub says first, with its listener. */
+/* Earlier ones could let an instruction pass (a signal that was lost, "perf: Fix missing SIGTRAPs"). */
+static bool breakpoints_hold(void) { return host_is(6, 1); }
+
+/* What the stub says first, with its listener and breakpoints. */
 static int receive_hello(int fd, struct runner *r, struct runner_hello *hello)
 {
+    enum { MOST = 1 + RUNNER_BREAKPOINTS };
     union {
-        char bytes[CMSG_SPACE(sizeof(int))];
+        char bytes[CMSG_SPACE(MOST * sizeof(int))];
         struct cmsghdr aligned;
     } control = {0};
     struct iovec piece = {hello, sizeof *hello};
@@ -189,7 +198,12 @@ static int receive_hello(int fd, struct runner *r, struct runner_hello *hello)
     const struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
     if (!rights || rights->cmsg_type != SCM_RIGHTS)
         return hello->guest < 0 ? (int)hello->guest : -EIO;
-    memcpy(&r->listener, CMSG_DATA(rights), sizeof r->listener);
+    int fds[MOST];
+    size_t bytes = rights->cmsg_len - CMSG_LEN(0);
+    memcpy(fds, CMSG_DATA(rights), bytes);
+    r->listener = fds[0];
+    if (bytes == sizeof fds)
+        guard_open(r, fds + 1);
     r->guest = (pid_t)hello->guest;
     return 0;
 }
@@ -252,7 +266,7 @@ static __attribute__((noinline)) pid_t start(const char *program, int memory_fd,
     return pid < 0 ? -errno : pid;
 }
 
-int runner_open(struct direct_vm *direct, struct runner *r, const char **why)
+int runner_open(struct direct_vm *direct, struct runner *r, bool breakpoints, const char **why)
 {
     memset(r, 0, sizeof *r);
     r->cpu = r->listener = -1;
@@ -263,6 +277,7 @@ int runner_open(struct direct_vm *direct, struct runner *r, const char **why)
     int sockets[2], fd = make_pages(r);
     if (fd < 0)
         return fd;
+    r->page->count = breakpoints && breakpoints_hold();
     *why = "vfork";
     int result = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) < 0 ? -errno : 0;
     if (result == 0) {
@@ -299,9 +314,11 @@ void runner_close(struct runner *r)
 
 void runner_forget(struct runner *r)
 {
+    if (!r->mapper) /* there is none */
+        return;
     if (r->page)
         munmap(r->page, PAGES_BYTES);
-    if (r->mapper && r->listener >= 0)
+    if (r->listener >= 0)
         close(r->listener);
     guard_close(r);
     r->page = NULL;
