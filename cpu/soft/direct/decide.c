@@ -272,7 +272,6 @@ void soft_direct_mode(struct soft_vcpu *c)
     d->user_from = now;
 }
 
-
 void soft_direct_flushed(struct soft_vcpu *c)
 {
     for (unsigned i = 0; i < RUNNERS; i++)

@@ -72,7 +72,7 @@ int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8
         for (int start = opcode; start >= first && opcode - start <= PREFIXES_MAX; start--) {
             if (start != opcode && !is_prefix(window[start]))
                 break;
-            if (start >= AROUND + PAGE_BYTES)
+            if (start >= AROUND + (int)PAGE_BYTES)
                 continue;
             if (count == SCAN_MOST)
                 return -1;
