@@ -30,7 +30,7 @@ class Support:
     reason: str
     """Why not; empty if it can."""
     cpuid_faults: bool = False
-    """CPUID comes back to the core. Where it does not, breakpoints stop code before it, or pages with it run in the core."""
+    """CPUID comes back to the core. Else breakpoints stop code before it, or its pages run in the core."""
     breakpoints: bool = False
     """The host gives a runner execution breakpoints (perf_event_open)."""
 

@@ -60,7 +60,10 @@ async def output(folder: Path, words: str, direct: Any) -> tuple[str, dict[str, 
         return result.text, machine.stats()
 
 
-@pytest.mark.parametrize("name", ["identity", "faults", "compatibility", "code", "hidden", "memory", "signals", "calls"])
+PROGRAMS = ["identity", "faults", "compatibility", "code", "hidden", "memory", "signals", "calls"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 async def test_results_are_those_of_the_core(linux: Any, direct: None, programs: Path, name: str) -> None:
     native, counters = await output(programs, f"programs {name}", "on")
     core, none = await output(programs, f"programs {name}", "off")
