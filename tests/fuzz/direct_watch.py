@@ -1,0 +1,159 @@
+"""Watches runners from outside, for tests.fuzz.direct_fuzz: `python -m tests.fuzz.direct_watch PARENT NAME`
+
+Until its input ends it counts the system calls that the host's kernel carries out for processes of that name (tracefs;
+root), and looks again and again at what the children of PARENT of that name have mapped: nothing but their own pages
+and guest memory. Its first line of input says where the guest's kernel is, as FIRST-END in bytes, hexadecimal: its
+code, of which nothing may be mapped, and ranges in which nothing may be mapped writable (the vDSO and a page of zeros
+are in them). At the end it prints one line of JSON. Returns from signals and futex are not traced: they are so many
+that others would be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TRACING = Path("/sys/kernel/tracing")
+OWN = range(0x6A00_0000_0000, 0x6A00_0000_8000)
+"""Where a runner's own pages are (cpu/soft/direct/layout.h)."""
+PERIOD = 0.1
+
+
+@contextmanager
+def trace(name: str) -> Iterator[Path]:
+    """An instance of the kernel's trace with the system calls of processes of that name."""
+    instance = TRACING / "instances" / f"loopvisor-{os.getpid()}"
+    instance.mkdir()
+    event = instance / "events/raw_syscalls/sys_enter"
+    try:
+        (instance / "buffer_size_kb").write_text("8192")
+        (event / "filter").write_text(f'comm == "{name}" && id != 15 && id != 202')
+        (event / "enable").write_text("1")
+        yield instance
+    finally:
+        (event / "enable").write_text("0")
+        instance.rmdir()
+
+
+class Watch:
+    """What was seen so far."""
+
+    def __init__(self, parent: str, name: str) -> None:
+        self.calls: dict[str, Counter[int]] = {}
+        self.lost = self.looks = self.mappings = 0
+        self.wrong: list[str] = []
+        self.ranges: list[range] = []
+        """Of the guest's kernel: code, then others."""
+        self._parent, self._name = parent, name
+        self.over = threading.Event()
+        self._odd: set[tuple[str, str]] = set()
+
+    def read(self, pipe: Path) -> None:
+        """Count calls, until it is over and nothing comes any more."""
+        fd = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        rest = ""
+        try:
+            while True:
+                ready, _, _ = select.select([fd], [], [], PERIOD)
+                try:
+                    piece = os.read(fd, 1 << 16).decode(errors="replace") if ready else ""
+                except BlockingIOError:
+                    piece = ""
+                if not piece and self.over.wait(PERIOD / 10):
+                    return
+                *lines, rest = (rest + piece).split("\n")
+                for line in lines:
+                    self._count(line)
+        finally:
+            os.close(fd)
+
+    def _count(self, line: str) -> None:
+        head, found, rest = line.partition("sys_enter: NR ")
+        if found:
+            pid = re.search(r"-(\d+) +[\[(]", head)
+            self.calls.setdefault(pid[1] if pid else head, Counter())[int(rest.split(None, 1)[0])] += 1
+        elif "LOST" in line:
+            self.lost += 1
+
+    def look(self) -> None:
+        """At what each runner has mapped, until it is over."""
+        while not self.over.wait(PERIOD):
+            for pid in self._runners():
+                self._look_at(pid)
+
+    def _runners(self) -> list[str]:
+        found: list[str] = []
+        for path in Path("/proc", self._parent, "task").glob("*/children"):
+            try:
+                found += [
+                    pid
+                    for pid in path.read_text().split()
+                    if Path("/proc", pid, "comm").read_text() == self._name + "\n"
+                ]
+            except OSError:
+                continue
+        return found
+
+    def _look_at(self, pid: str) -> None:
+        try:
+            lines = Path("/proc", pid, "maps").read_text().splitlines()
+        except OSError:
+            return
+        self.looks += 1
+        self.mappings += len(lines)
+        odd = {line for line in lines if not self._right(line)}
+        # One that has just begun still has what it began with, until it is told to take that away.
+        self.wrong += [f"{pid}: {line}" for line in odd if (pid, line) in self._odd][:20]
+        self._odd = {pair for pair in self._odd if pair[0] != pid} | {(pid, line) for line in odd}
+
+    def _right(self, line: str) -> bool:
+        addresses, rights, offset, _, _, *name = line.split(None, 5)
+        first, end = (int(part, 16) for part in addresses.split("-"))
+        if name == ["[vsyscall]"] or (first in OWN and end <= OWN.stop):
+            return True
+        at = int(offset, 16)
+        return (
+            bool(name)
+            and name[0].startswith("/memfd:")
+            and not name[0].startswith("/memfd:runner")
+            and not any(
+                at < part.stop and part.start < at + end - first and (code or "w" in rights)
+                for code, part in zip((True, False, False), self.ranges, strict=False)
+            )
+        )
+
+
+def main() -> None:
+    parent, name = sys.argv[1:]
+    watch = Watch(parent, name)
+    with trace(name) as instance:
+        threads = [
+            threading.Thread(target=watch.read, args=(instance / "trace_pipe",)),
+            threading.Thread(target=watch.look),
+        ]
+        for thread in threads:
+            thread.start()
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        for word in sys.stdin.readline().split():
+            first, end = (int(part, 16) for part in word.split("-"))
+            watch.ranges.append(range(first, end + 1))
+        sys.stdin.read()
+        watch.over.set()
+        for thread in threads:
+            thread.join()
+    calls = {pid: dict(count) for pid, count in watch.calls.items()}
+    seen = {"lost": watch.lost, "looks": watch.looks, "mappings": watch.mappings, "wrong": watch.wrong}
+    sys.stdout.write(json.dumps({"calls": calls, **seen}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
