@@ -33,7 +33,7 @@ from tests.support.command import Session, wait_for
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<how>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
-BOOT = 180.0
+BOOT = 600.0
 
 
 @dataclass(frozen=True)
