@@ -88,11 +88,12 @@ PyObject *lv_vm_remove_shadow(VmObject *self, PyObject *args, PyObject *kwargs)
 static PyObject *ioeventfd(VmObject *self, PyObject *args, PyObject *kwargs, bool add)
 {
     static char *names[] = {"fd", "space", "address", "size", "match", "answerer", NULL};
+    static char *without[] = {"fd", "space", "address", "size", "match", NULL};
     int fd, space, size;
     PyObject *address, *match = Py_None, *capsule = Py_None;
     uint64_t at, value = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, add ? "iiOi|OO" : "iiOi|O", names, &fd, &space, &address, &size, &match,
-                                     &capsule) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, add ? "iiOi|OO" : "iiOi|O", add ? names : without, &fd, &space, &address,
+                                     &size, &match, &capsule) ||
         !lv_u64(address, &at) || (match != Py_None && !lv_u64(match, &value)))
         return NULL;
     struct lv_answerer *answerer = NULL;
