@@ -116,7 +116,9 @@ async def _run(
             if arguments.warm:
                 await _keep_warm(vm)
             try:
-                return None, await run_command(vm, command)
+                status = await run_command(vm, command)
+                vm.end(Outcome(Reason.KILLED, f"its program has ended with status {status}"))  # for who waits for it
+                return None, status
             except VmmError as error:
                 if not (vm.ending or (isinstance(error, GuestError) and await _ends_soon(vm))):
                     raise
