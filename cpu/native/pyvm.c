@@ -111,6 +111,8 @@ static void close_vm(VmObject *self)
         return;
     self->stopping = true;
     self->vm = NULL;
+    if (lv_forked(vm))
+        pthread_mutex_init(&self->log_lock, NULL); /* whoever held it is not here to give it up */
     Py_BEGIN_ALLOW_THREADS
     lv_vm_stop(vm);
     lv_vm_destroy(vm); /* KVM takes up to 20 ms */

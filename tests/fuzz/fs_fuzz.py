@@ -1,9 +1,9 @@
 """Hostile drivers of a shared directory for a time, under sanitizers: `python -m tests.fuzz.fs_fuzz SECONDS [SEED]`.
 
-FUSE messages that are whole, broken, cut, long, about nodes and files that exist or not, many at a time, with resets in
-the midst, while the host renames directories and puts links in their place. Failures: a change or a byte of anything
-outside the directory, a device that breaks by a ring that is right, descriptors or memory without bound, a sanitizer's
-report. FUZZ_PLAIN=1: without sanitizers.
+FUSE messages that are whole, broken, cut, long, about nodes and files that exist or not, many at a time, answered by
+the device's threads or by one that plays the vCPU, with resets in the midst, while the host renames directories and
+puts links in their place. Failures: a change or a byte of anything outside the directory, a device that breaks by a
+ring that is right, descriptors or memory without bound, a sanitizer's report. FUZZ_PLAIN=1: without sanitizers.
 """
 
 from __future__ import annotations
@@ -265,13 +265,15 @@ def resident() -> int:
 
 async def session(share: Path, folder: Path, seed: int) -> int:
     """One device, one hostile driver. How many messages."""
+    from tests.support.vcpu import VcpuDriver
     from tests.support.virtio import MmioDriver
     from virtio.devices.fs import FsDevice
 
     source = random.Random(seed)
     read_only = source.random() < 0.1
     device = FsDevice(share, "tag", read_only=read_only, cache=source.choice(("none", "auto", "always")))
-    driver = MmioDriver(device)
+    vcpu = source.random() < 0.7
+    driver = VcpuDriver(device, waits=source.random() < 0.3) if vcpu else MmioDriver(device)
     driver.initialize()
     guest, sent, mark = Guest(source), 0, driver.allocator._next
     first = struct.pack("<IIQQIIIHHIIII", 56, 26, 0, 0, 0, 0, 0, 0, 0, 7, 38, 0, 0xFFFFFFFF)
@@ -304,7 +306,12 @@ async def session(share: Path, folder: Path, seed: int) -> int:
                 guest.learn(opcode, reply)
         assert not driver.needs_reset, "the device broke by a ring that is right"
         driver.allocator._next = mark  # what the queues take stays
+        if isinstance(driver, VcpuDriver) and source.random() < 0.05:
+            driver.host.masked = not driver.host.masked
+            driver.pci.messages_changed()
     await device.aclose()
+    if isinstance(driver, VcpuDriver):
+        driver.close()
     return sent
 
 

@@ -201,9 +201,9 @@ class FuseDriver:
             raise AssertionError(f"{Opcode(opcode).name} was not refused")
 
 
-async def share(path: Path, *, begin: bool = True, **options: Any) -> FuseDriver:
-    """A device for a directory, with a driver that has begun a session."""
-    driver = MmioDriver(FsDevice(path, "shared", **options))
+async def share(path: Path, *, begin: bool = True, kind: type[Driver] = MmioDriver, **options: Any) -> FuseDriver:
+    """A device for a directory, with a driver of this kind that has begun a session."""
+    driver = kind(FsDevice(path, "shared", **options))
     driver.initialize()
     fuse = FuseDriver(driver)
     if begin:

@@ -144,9 +144,49 @@ class FsDevice(Device):
         self._reader = asyncio.get_running_loop()
         for descriptor in self._engine.descriptors():
             self._reader.add_reader(descriptor, self.guarded, self._reap)
+        self._lend()
         for queue in active.queues:
             if queue.enabled:
                 self.guarded(self.queue_notified, queue.index)
+
+    def _lend(self) -> None:
+        """vCPUs' threads may answer what is in the queues, if they may be used now; else no longer."""
+        queues = self.active.queues if self.is_active else ()
+        rings = {queue.index: queue.ring for queue in queues if queue.enabled}
+        for index in range(len(self.queue_sizes)):
+            ring = None if self.paused or self.synchronous else rings.get(index)
+            self._engine.lend(index, ring if isinstance(ring, _ring.Ring) else None)
+
+    def answerer(self, index: int) -> object:
+        """Device.answerer"""
+        return self._engine.answerer(index)
+
+    def queue_message(self, index: int, message: tuple[int, int] | None) -> None:
+        """Device.queue_message"""
+        self._engine.message(index, message)
+
+    def pause(self) -> None:
+        """Device.pause"""
+        super().pause()
+        self._lend()
+
+    def resume(self) -> None:
+        """Device.resume"""
+        if self.is_active:
+            self._paused = False
+            self._lend()
+        super().resume()
+
+    def needs_reset(self) -> None:
+        """Device.needs_reset"""
+        super().needs_reset()
+        self._lend()
+
+    def deactivate(self) -> bool:
+        """Device.deactivate"""
+        for index in range(len(self.queue_sizes)):
+            self._engine.lend(index, None)
+        return super().deactivate()
 
     def stopped(self) -> bool:
         if self._reader is not None:

@@ -18,29 +18,31 @@ typedef struct {
     PyObject_HEAD
     struct fs fs;
     struct fs_pool pool;
-    uint32_t in_flight; /* requests between pop and push */
+    struct fs_direct *direct;
     bool closed;
-    uint64_t requests, failures, bytes_read, bytes_written;
 } FsObject;
 
 /* Return a request to the driver unless its queue was reset; frees it. 0, or -1 with an exception. */
 static int give_back(FsObject *self, struct fs_request *request, bool answered)
 {
-    RingObject *ring = request->ring;
     int failed = 0;
-    self->in_flight--;
-    if (answered) {
-        self->requests++;
-        self->failures += !!request->error;
-        if (request->opcode == FUSE_READ)
-            self->bytes_read += request->moved;
-        else if (request->opcode == FUSE_WRITE)
-            self->bytes_written += request->moved;
+    if (!request->ring) {
+        close(request->closes);
+        free(request);
+        return 0;
+    }
+    RingObject *ring = request->ring->object;
+    if (answered)
         failed = segments_notify(ring->memory, request->chain.segments + request->chain.readable, request->chain.writable,
                                  request->written);
-        if (!ring->closed)
-            ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, (uint32_t)request->written);
-    }
+    pthread_mutex_lock(&self->direct->lock);
+    if (answered)
+        fs_count(&self->direct->counts, request);
+    else
+        self->direct->counts.in_flight--;
+    if (answered && !ring->closed)
+        ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, (uint32_t)request->written);
+    pthread_mutex_unlock(&self->direct->lock);
     fs_request_free(request);
     return failed;
 }
@@ -54,13 +56,29 @@ static int linger(FsObject *self, RingObject *ring)
     done = fs_pool_linger(&self->pool);
     Py_END_ALLOW_THREADS
     for (struct fs_request *request; (request = fs_list_take(&done));) {
-        if (request->ring == ring)
+        if (request->ring->object == ring)
             failed |= give_back(self, request, true);
         else
             fs_list_add(&others, request);
     }
     fs_pool_put_back(&self->pool, &others);
     return failed;
+}
+
+/* The ring, counted once more; NULL with an exception. */
+static struct fs_ring *counted(FsObject *self, RingObject *object)
+{
+    for (unsigned i = 0; i < FS_LANES; i++) {
+        struct fs_ring *lent = self->direct->lanes[i].ring; /* the loop's thread alone lends */
+        if (lent && lent->object == object) {
+            __atomic_fetch_add(&lent->count, 1, __ATOMIC_RELAXED);
+            return lent;
+        }
+    }
+    struct fs_ring *ring = fs_ring_new(object);
+    if (!ring)
+        PyErr_NoMemory();
+    return ring;
 }
 
 static PyObject *fs_drain(FsObject *self, PyObject *args)
@@ -73,9 +91,13 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "the queue was reset");
         return NULL;
     }
+    struct fs_ring *from = counted(self, ring);
+    if (!from)
+        return NULL;
     struct fs_list list = {0};
     int taken = 0, failed = 0, flags = 0;
     bool malformed = false;
+    pthread_mutex_lock(&self->direct->lock);
     ring_disable_notification(&ring->ring);
     for (;;) {
         struct chain chain;
@@ -94,15 +116,17 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
             continue;
         }
         taken++;
-        struct fs_request *request = fs_request_new(ring, &chain);
+        struct fs_request *request = fs_request_new(from, &chain);
         if (!request) {
             PyErr_NoMemory();
             failed = 1;
             break;
         }
-        self->in_flight++;
+        self->direct->counts.in_flight++;
         fs_list_add(&list, request);
     }
+    pthread_mutex_unlock(&self->direct->lock);
+    fs_ring_put(from);
     bool lingers = list.count;
     if (fs_pool_submit(&self->pool, &list, urgent)) {
         failed |= lingers && linger(self, ring);
@@ -112,13 +136,14 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
             failed |= give_back(self, request, true);
         }
     }
-    if (failed || ring_notify_area(ring))
-        return NULL;
-    if (malformed)
-        return ring_raise(ring);
-    if (ring_needs_notification(&ring->ring))
+    pthread_mutex_lock(&self->direct->lock);
+    failed = failed || ring_notify_area(ring);
+    if (!failed && !malformed && ring_needs_notification(&ring->ring))
         flags |= SIGNAL;
-    return PyLong_FromLong(flags);
+    pthread_mutex_unlock(&self->direct->lock);
+    if (failed)
+        return NULL;
+    return malformed ? ring_raise(ring) : PyLong_FromLong(flags);
 }
 
 static PyObject *fs_reap(FsObject *self, PyObject *Py_UNUSED(unused))
@@ -127,12 +152,22 @@ static PyObject *fs_reap(FsObject *self, PyObject *Py_UNUSED(unused))
     PyObject *rings = PyList_New(0);
     bool failed = !rings;
     for (struct fs_request *request; (request = fs_list_take(&done));) {
-        failed |= !failed && rings_add(rings, request->ring);
+        failed |= !failed && rings_add(rings, request->ring->object);
         failed |= !!give_back(self, request, true);
+    }
+    pthread_mutex_lock(&self->direct->lock);
+    for (unsigned i = 0; i < FS_LANES; i++) {
+        struct fs_lane *lane = &self->direct->lanes[i];
+        if (lane->owes && lane->ring)
+            failed = failed || rings_add(rings, lane->ring->object);
+        lane->owes = false;
     }
     if (failed)
         Py_CLEAR(rings);
-    return rings ? rings_to_notify(rings) : NULL;
+    else
+        rings = rings_to_notify(rings);
+    pthread_mutex_unlock(&self->direct->lock);
+    return rings;
 }
 
 /* Drop what no thread has begun. Whether nothing touches guest memory any more; waits for nothing. */
@@ -140,7 +175,8 @@ static bool cancel(FsObject *self)
 {
     struct fs_list dropped = {0};
     __atomic_store_n(&self->fs.abandoned, true, __ATOMIC_RELAXED);
-    bool idle = fs_pool_cancel(&self->pool, &dropped);
+    bool idle = fs_direct_idle(self->direct); /* first: what it leaves to the pool is dropped next */
+    idle = fs_pool_cancel(&self->pool, &dropped) && idle;
     for (struct fs_request *request; (request = fs_list_take(&dropped));)
         give_back(self, request, false);
     __atomic_store_n(&self->fs.abandoned, !idle, __ATOMIC_RELAXED);
@@ -154,7 +190,7 @@ static PyObject *fs_cancel(FsObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *fs_reset(FsObject *self, PyObject *Py_UNUSED(unused))
 {
-    if (self->in_flight || self->closed) {
+    if (self->direct->counts.in_flight || self->closed) {
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "requests are in flight");
         return NULL;
     }
@@ -170,10 +206,15 @@ static PyObject *fs_close(FsObject *self, PyObject *Py_UNUSED(unused))
     if (!self->closed) {
         self->closed = true;
         __atomic_store_n(&self->fs.abandoned, true, __ATOMIC_RELAXED);
+        for (unsigned i = 0; self->direct && i < FS_LANES; i++)
+            fs_direct_lend(self->direct, i, NULL);
         Py_BEGIN_ALLOW_THREADS
+        if (self->direct)
+            fs_direct_wait(self->direct);
         fs_pool_close(&self->pool);
         Py_END_ALLOW_THREADS
-        cancel(self);
+        if (self->direct)
+            cancel(self);
         nodes_close(&self->fs);
     }
     Py_RETURN_NONE;
@@ -182,6 +223,8 @@ static PyObject *fs_close(FsObject *self, PyObject *Py_UNUSED(unused))
 static void fs_dealloc(FsObject *self)
 {
     Py_XDECREF(fs_close(self, NULL));
+    if (self->direct)
+        fs_direct_free(self->direct);
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
     pthread_mutex_destroy(&self->fs.lock);
@@ -221,6 +264,9 @@ static PyObject *fs_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->fs.descriptors_max = self->fs.files_max = descriptors / 2;
     self->pool.event = -1;
     int error = fs_pool_open(&self->pool, &self->fs);
+    self->direct = fs_direct_new(&self->fs, &self->pool);
+    if (!error && !self->direct)
+        error = ENOMEM;
     if (!error) {
         int own = fcntl(root, F_DUPFD_CLOEXEC, 3);
         error = own < 0 ? errno : nodes_open(&self->fs, own);
@@ -239,7 +285,7 @@ static PyObject *fs_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static PyObject *fs_save(FsObject *self, PyObject *Py_UNUSED(unused))
 {
     struct fs *fs = &self->fs;
-    if (self->in_flight || self->closed) {
+    if (self->direct->counts.in_flight || self->closed) {
         PyErr_SetString(state_error, self->closed ? "the engine is closed" : "requests are in flight");
         return NULL;
     }
@@ -327,6 +373,60 @@ static PyObject *fs_restore(FsObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static bool lane_number(unsigned number)
+{
+    if (number < FS_LANES)
+        return true;
+    PyErr_Format(PyExc_ValueError, "queues are 0 to %d", FS_LANES - 1);
+    return false;
+}
+
+static void release_capsule(PyObject *capsule)
+{
+    struct lv_answerer *answerer = PyCapsule_GetPointer(capsule, LV_ANSWERER_CAPSULE);
+    answerer->release(answerer);
+}
+
+static PyObject *fs_answerer(FsObject *self, PyObject *args)
+{
+    unsigned number;
+    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number))
+        return NULL;
+    struct lv_answerer *answerer = &self->direct->lanes[number].answerer;
+    PyObject *capsule = PyCapsule_New(answerer, LV_ANSWERER_CAPSULE, release_capsule);
+    if (capsule)
+        answerer->retain(answerer);
+    return capsule;
+}
+
+static PyObject *fs_lend(FsObject *self, PyObject *args)
+{
+    unsigned number;
+    PyObject *object;
+    if (!PyArg_ParseTuple(args, "IO", &number, &object) || !lane_number(number))
+        return NULL;
+    struct fs_ring *ring = NULL;
+    if (object != Py_None && !PyObject_TypeCheck(object, &ring_type))
+        return PyErr_Format(PyExc_TypeError, "lend(queue, ring or None)");
+    if (object != Py_None && self->fs.local && !self->closed && fs_pool_ready(&self->pool) &&
+        !(ring = fs_ring_new((RingObject *)object)))
+        return PyErr_NoMemory();
+    fs_direct_lend(self->direct, number, ring);
+    Py_RETURN_NONE;
+}
+
+static PyObject *fs_message(FsObject *self, PyObject *args)
+{
+    unsigned number, data = 0;
+    unsigned long long address = 0;
+    PyObject *message;
+    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number) ||
+        (message != Py_None && !PyArg_ParseTuple(message, "KI", &address, &data)))
+        return NULL;
+    fs_direct_message(self->direct, number, message != Py_None, address, data);
+    Py_RETURN_NONE;
+}
+
 static PyObject *fs_descriptors(FsObject *self, PyObject *Py_UNUSED(unused))
 {
     return Py_BuildValue("(i)", self->pool.event);
@@ -334,12 +434,18 @@ static PyObject *fs_descriptors(FsObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *fs_in_flight(FsObject *self, void *Py_UNUSED(unused))
 {
-    return PyLong_FromUnsignedLong(self->in_flight);
+    pthread_mutex_lock(&self->direct->lock);
+    uint32_t in_flight = self->direct->counts.in_flight;
+    pthread_mutex_unlock(&self->direct->lock);
+    return PyLong_FromUnsignedLong(in_flight);
 }
 
 static PyObject *fs_counters(FsObject *self, void *Py_UNUSED(unused))
 {
-    return Py_BuildValue("(KKKK)", self->requests, self->failures, self->bytes_read, self->bytes_written);
+    pthread_mutex_lock(&self->direct->lock);
+    struct fs_counts counts = self->direct->counts;
+    pthread_mutex_unlock(&self->direct->lock);
+    return Py_BuildValue("(KKKK)", counts.requests, counts.failures, counts.bytes_read, counts.bytes_written);
 }
 
 /* How many (nodes, descriptors of nodes, open files) there are; while requests run, of a moment. */
@@ -391,6 +497,12 @@ static PyMethodDef fs_methods[] = {
      "(minor, flags, root's identity, nodes, open files); StateError while requests are in flight."},
     {"restore", (PyCFunction)fs_restore, METH_VARARGS, "restore(minor, flags, identity, nodes, files): what save() gave."},
     {"close", (PyCFunction)fs_close, METH_NOARGS, "Wait for system calls that run, drop the rest, close all files."},
+    {"answerer", (PyCFunction)fs_answerer, METH_VARARGS,
+     "answerer(queue) -> a capsule (answerer.h) for that queue's doorbell; it answers while the queue is lent and has a message."},
+    {"lend", (PyCFunction)fs_lend, METH_VARARGS,
+     "lend(queue, ring): vCPUs' threads may answer what comes in it; None: no longer. in_flight counts what is under way."},
+    {"message", (PyCFunction)fs_message, METH_VARARGS,
+     "message(queue, (address, data)): what its interrupt is now; None: only the loop can send it."},
     {"descriptors", (PyCFunction)fs_descriptors, METH_NOARGS, "One of them is readable when reap() has something."},
     {"layouts", fs_layouts, METH_NOARGS | METH_STATIC, "Every message: name -> [(field, offset, bytes)]."},
     {0},

@@ -2,6 +2,7 @@
  *
  * fs.c          the Python object: requests from rings to threads, and back
  * fs_threads.c  requests on native threads
+ * fs_direct.c   requests on the thread of the vCPU that makes them
  * fs_request.c  one request: its bytes in guest memory, what is done for which opcode, the reply
  * fs_names.c    what has to do with names and attributes
  * fs_files.c    what has to do with open files and directories
@@ -12,7 +13,8 @@
  * resolved by descriptors opened with O_PATH | O_NOFOLLOW below its parent's, so that no symbolic link and no ".." of the
  * host is ever followed. Only regular files and directories are opened. All numbers of the guest are looked up in tables.
  *
- * Rings and everything of Python is the loop's thread's; threads own the requests that they were given. */
+ * Everything of Python is the loop's thread's; rings are under `fs_direct.lock`; threads own the requests that they were
+ * given. */
 #ifndef VIRTIO_FS_H
 #define VIRTIO_FS_H
 
@@ -24,6 +26,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "answerer.h"
 #include "fs_wire.h"
 
 enum {
@@ -36,7 +39,8 @@ enum {
     FS_REPLY = 66 << 10,        /* bytes of a reply that is not file data: an xattr, or entries of a directory */
     FS_NODES = 1 << 20,         /* nodes that a guest may know of at a time */
     FS_IOVS = 1024,             /* IOV_MAX: what preadv(2) takes */
-    FS_COPY = 64 << 20          /* bytes of one COPY_FILE_RANGE at most */
+    FS_COPY = 64 << 20,         /* bytes of one COPY_FILE_RANGE at most */
+    FS_LATER = 4096             /* no errno: a vCPU's thread must not do this, and has done nothing of it */
 };
 
 /* What of open(2)'s flags a guest may ask for. The position and appending are the guest's kernel's matter, and its memory
@@ -83,16 +87,27 @@ struct fs {
     uint32_t next_generation;
     bool read_only, map_owner, keep_cache;
     bool own_ids;                       /* this process may give files to others */
+    bool local;                         /* the file system waits for no other machine and no process */
     bool fix_modes;                     /* atomic: the threads could not get a umask of their own */
     uint32_t uid, gid;                  /* as which the guest sees files of this process's user, if map_owner */
     uint64_t valid_ns;                  /* how long the guest may believe names and attributes */
     uint32_t minor, flags;              /* negotiated; 0: not initialised */
     bool abandoned;                     /* atomic: what was not begun is not done any more */
+    int *closing;                       /* descriptors that nobody uses any more: closed without the lock */
+    size_t closing_count, closing_room; /* the count is read without the lock */
+};
+
+/* A ring that requests came from. It is counted, since a vCPU's thread has no GIL for the Python object's own count. The
+ * loop's thread gives up the last one: while others have one, a lane or a request that the loop will free has another. */
+struct fs_ring {
+    uint32_t count; /* atomic */
+    RingObject *object;
 };
 
 struct fs_request {
     struct fs_request *next;
-    RingObject *ring;
+    struct fs_ring *ring;               /* NULL: there is nothing to answer, `closes` is to be closed */
+    int closes;
     struct chain chain;                 /* segments: own copy */
     uint64_t written;                   /* bytes of the reply */
     uint64_t moved;                     /* bytes of file data, for the counters */
@@ -140,6 +155,7 @@ struct call {
     size_t replied;                     /* bytes of `reply`, or of file data already in place */
     uint64_t room;                      /* bytes of the driver's buffer behind the header of the reply */
     bool placed;                        /* the reply is in guest memory already */
+    bool quick;                         /* a vCPU waits: FS_LATER for what may take long */
 };
 
 /* fs_nodes.c; any thread */
@@ -155,8 +171,9 @@ int node_fd(struct fs *fs, struct node *node);
 /* The node of an open descriptor (O_PATH; taken), which is `name` in `parent`: looked up once more. NULL: *error. */
 struct node *node_found(struct fs *fs, int fd, const struct statx *status, struct node *parent, const char *name, int *error);
 void node_forget(struct fs *fs, uint64_t id, uint64_t lookups);
-/* The node that `name` in a directory is now, pinned and with a descriptor; NULL: the guest knows none. */
-struct node *node_named(struct fs *fs, int directory, const char *name);
+/* The node that `name` in a directory is now, pinned and with a descriptor; NULL: the guest knows none. The descriptor is
+ * path_open()'s, or an error. */
+struct node *node_named(struct fs *fs, int fd);
 /* The node has lost this name, or got it. */
 void node_unnamed(struct fs *fs, struct node *node, const struct node *parent, const char *name);
 void node_renamed(struct fs *fs, struct node *node, struct node *parent, const char *name);
@@ -165,6 +182,12 @@ int node_restore(struct fs *fs, const struct node *saved, uint64_t parent, const
 int file_restore(struct fs *fs, uint64_t handle, uint64_t node, uint32_t flags, bool directory);
 
 int fs_status(int fd, struct statx *status); /* 0 or an errno */
+/* An O_PATH descriptor of `name` in a directory, or -errno. `near`: -FS_LATER if it is on another file system. */
+int path_open(int directory, const char *name, bool near);
+/* Whether the node's file is on the file system of the shared directory itself. */
+bool node_is_near(struct fs *fs, uint64_t id);
+/* Close what requests have left to be closed. `later`, if not NULL, gets files that have no name any more. */
+void fs_sweep(struct fs *fs, void (*later)(void *context, int fd), void *context);
 /* An open file (the descriptor is taken) of a pinned node. 0 or an errno. */
 int file_new(struct fs *fs, struct node *node, int fd, uint32_t flags, bool directory, uint64_t *handle);
 struct file *file_pin(struct fs *fs, uint64_t handle, bool directory);
@@ -174,9 +197,12 @@ int file_release(struct fs *fs, uint64_t handle);
 
 /* fs_request.c */
 
-struct fs_request *fs_request_new(RingObject *ring, const struct chain *chain); /* NULL: no memory */
-void fs_request_free(struct fs_request *request);                               /* loop thread */
-void fs_run(struct fs *fs, struct fs_request *request);                         /* any thread; may block */
+struct fs_request *fs_request_new(struct fs_ring *ring, const struct chain *chain); /* any thread. NULL: no memory */
+void fs_request_free(struct fs_request *request);                                   /* loop thread */
+void fs_request_drop(struct fs_request *request); /* any thread; somebody else has its ring, too */
+void fs_run(struct fs *fs, struct fs_request *request);                             /* any thread; may block */
+/* The same on a vCPU's thread. False: it may take long, and nothing was done. */
+bool fs_run_quick(struct fs *fs, struct fs_request *request);
 /* The next name among the arguments: one component. NULL with *error. */
 const char *call_name(struct call *call, int *error);
 /* The next `length` bytes of the arguments; NULL: there are not so many. */
@@ -198,7 +224,8 @@ int fs_rename(struct call *call);
 int fs_statfs(struct call *call);
 int fs_xattr(struct call *call);
 /* Look `name` up in a directory (pinned, `directory` its descriptor): *found is pinned. 0 or an errno. */
-int lookup_at(struct fs *fs, struct node *parent, int directory, const char *name, struct node **found, struct statx *status);
+int lookup_at(struct fs *fs, struct node *parent, int directory, const char *name, bool near, struct node **found,
+              struct statx *status);
 void fill_entry(const struct fs *fs, struct fuse_entry_out *entry, const struct node *node, const struct statx *status);
 /* A new file of mode `mode` in `directory` gets its owner from the request, where the host lets this process give it. */
 void finish_new(const struct call *call, int fd, int directory, mode_t mode);
@@ -220,7 +247,7 @@ int fs_copy(struct call *call);
 struct fd_path { char text[32]; };
 struct fd_path fd_path(int fd);
 
-/* fs_threads.c; all calls from the loop's thread */
+/* fs_threads.c; calls from the loop's thread, where not said */
 
 struct fs_pool {
     struct fs *fs;
@@ -245,7 +272,69 @@ struct fs_list fs_pool_done(struct fs_pool *pool);
 struct fs_list fs_pool_linger(struct fs_pool *pool);
 /* Requests that fs_pool_linger() gave and the caller cannot take: fs_pool_done() has them. */
 void fs_pool_put_back(struct fs_pool *pool, struct fs_list *requests);
+/* Start the threads; whether there are enough. */
+bool fs_pool_ready(struct fs_pool *pool);
+/* A vCPU's thread leaves a request to a pool that is ready; or what it has answered, but the loop has to return. */
+void fs_pool_hand_over(struct fs_pool *pool, struct fs_request *request, bool urgent);
+void fs_pool_answered(struct fs_pool *pool, struct fs_request *request);
+void fs_pool_wake_loop(struct fs_pool *pool); /* any thread: fs_pool_done() is to be called */
 bool fs_pool_cancel(struct fs_pool *pool, struct fs_list *dropped); /* whether nothing runs */
 void fs_pool_close(struct fs_pool *pool);                           /* waits for what runs; without the GIL */
+
+/* fs_direct.c */
+
+enum { FS_LANES = 2 };
+
+struct fs_counts {
+    uint32_t in_flight; /* requests between pop and push */
+    uint64_t requests, failures, bytes_read, bytes_written;
+};
+
+/* A request that was in flight is answered. */
+static inline void fs_count(struct fs_counts *counts, const struct fs_request *request)
+{
+    counts->in_flight--;
+    counts->requests++;
+    counts->failures += !!request->error;
+    if (request->opcode == FUSE_READ)
+        counts->bytes_read += request->moved;
+    else if (request->opcode == FUSE_WRITE)
+        counts->bytes_written += request->moved;
+}
+
+/* One queue as vCPUs' threads see it. */
+struct fs_lane {
+    struct lv_answerer answerer;
+    struct fs_direct *direct;
+    bool urgent;
+    bool owes;              /* an interrupt that could not be sent from there */
+    struct fs_ring *ring;   /* lent; NULL: vCPUs leave this queue to the loop */
+    bool has_message;       /* the interrupt that the driver wants of this queue can be sent as: */
+    uint64_t address;
+    uint32_t data;
+};
+
+struct fs_direct {
+    uint32_t count; /* atomic: of references */
+    pthread_mutex_t lock; /* recursive: what Python does in it may come back. The rings, and everything below */
+    pthread_cond_t ended;
+    struct fs *fs;
+    struct fs_pool *pool;
+    bool busy;              /* a vCPU's thread is at it; a second one is not let in */
+    uint32_t shy, shyness;  /* doorbells that are left to the loop: now, and after the next request that took long */
+    struct fs_counts counts;
+    struct fs_lane lanes[FS_LANES];
+};
+
+struct fs_ring *fs_ring_new(RingObject *object); /* loop thread, as the next. NULL: no memory */
+void fs_ring_put(struct fs_ring *ring);
+
+struct fs_direct *fs_direct_new(struct fs *fs, struct fs_pool *pool); /* NULL: no memory */
+void fs_direct_free(struct fs_direct *direct); /* one reference; nothing is lent and nothing runs */
+/* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. */
+void fs_direct_lend(struct fs_direct *direct, unsigned lane, struct fs_ring *ring);
+void fs_direct_message(struct fs_direct *direct, unsigned lane, bool valid, uint64_t address, uint32_t data);
+bool fs_direct_idle(struct fs_direct *direct); /* nothing runs */
+void fs_direct_wait(struct fs_direct *direct); /* until nothing runs; without the GIL */
 
 #endif

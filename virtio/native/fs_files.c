@@ -22,8 +22,9 @@ static int reply_open(struct call *call, struct node *node, int fd, uint32_t fla
     return error;
 }
 
-/* Open the file of a pinned node. -errno. */
-static int open_node(struct fs *fs, struct node *node, uint32_t flags, bool directory)
+/* Open the file of a pinned node. -errno. `quick`: -FS_LATER if another program has a lease on it (fcntl(2)), which may
+ * take as long to give back as the host allows. */
+static int open_node(struct fs *fs, struct node *node, uint32_t flags, bool directory, bool quick)
 {
     bool writes = (flags & O_ACCMODE) != O_RDONLY || flags & O_TRUNC;
     /* Opening a pipe may block, and opening a device may do anything: the guest's kernel opens its own instead. */
@@ -34,8 +35,13 @@ static int open_node(struct fs *fs, struct node *node, uint32_t flags, bool dire
     int path = node_fd(fs, node);
     if (path < 0)
         return path;
-    int fd = open(fd_path(path).text, (directory ? O_RDONLY | O_DIRECTORY : (int)flags & OPEN_FLAGS) | O_CLOEXEC);
-    return fd < 0 ? -errno : fd;
+    int how = (directory ? O_RDONLY | O_DIRECTORY : (int)flags & OPEN_FLAGS) | O_CLOEXEC;
+    int fd = open(fd_path(path).text, how | (quick ? O_NONBLOCK : 0));
+    if (fd < 0)
+        return quick && errno == EWOULDBLOCK ? -FS_LATER : -errno;
+    if (quick && !(how & O_NONBLOCK))
+        fcntl(fd, F_SETFL, how & ~O_NONBLOCK);
+    return fd;
 }
 
 int fs_open(struct call *call)
@@ -44,11 +50,13 @@ int fs_open(struct call *call)
     bool directory = call->in.opcode == FUSE_OPENDIR;
     if (!in)
         return EINVAL;
+    if (call->quick && !directory && in->flags & O_TRUNC)
+        return FS_LATER;
     struct node *node = node_pin(call->fs, call->in.nodeid);
     if (!node)
         return ESTALE;
     uint32_t flags = directory ? 0 : in->flags & (OPEN_FLAGS | O_APPEND);
-    int fd = open_node(call->fs, node, flags, directory);
+    int fd = open_node(call->fs, node, flags, directory, call->quick);
     int error = fd < 0 ? -fd : reply_open(call, node, fd, flags, directory);
     node_unpin(call->fs, node);
     return error;
@@ -80,6 +88,8 @@ int fs_create(struct call *call)
             finish_new(call, fd, directory, in->mode);
         else if (errno != EEXIST || in->flags & O_EXCL)
             error = errno;
+        else if (call->quick && flags & O_TRUNC)
+            error = FS_LATER;
     }
     if (!error) {
         if (fd >= 0) { /* the file that was made: another may have its name already */
@@ -90,9 +100,9 @@ int fs_create(struct call *call)
             else if (path >= 0)
                 close(path);
         } else { /* it was there already */
-            error = lookup_at(fs, parent, directory, name, &node, &status);
+            error = lookup_at(fs, parent, directory, name, call->quick, &node, &status);
             if (!error) {
-                fd = open_node(fs, node, flags, false);
+                fd = open_node(fs, node, flags, false, call->quick);
                 error = fd < 0 ? -fd : fs_status(fd, &status);
             }
         }
@@ -112,6 +122,14 @@ int fs_create(struct call *call)
     return error;
 }
 
+enum { QUICK_BYTES = 256 << 10 /* what a vCPU's thread moves at most: it takes some 50 us */ };
+
+static bool ends_at(int fd, uint64_t offset)
+{
+    struct statx status;
+    return !statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &status) && status.stx_size <= offset;
+}
+
 int fs_read(struct call *call)
 {
     const struct fuse_read_in *in = CALL_IN(call, fuse_read_in);
@@ -119,13 +137,17 @@ int fs_read(struct call *call)
     struct iovec iov[FS_IOVS];
     if (!in || in->size > FS_TRANSFER || in->size > call->room || in->offset > INT64_MAX)
         return EINVAL;
+    if (call->quick && in->size > QUICK_BYTES)
+        return FS_LATER;
     struct file *file = file_pin(call->fs, in->fh, false);
     if (!file)
         return EBADF;
     uint32_t count = segments_iovs(chain->segments + chain->readable, chain->writable, sizeof(struct fuse_out_header),
                                    in->size, iov, FS_IOVS);
-    ssize_t got = preadv(file->fd, iov, (int)count, (off_t)in->offset);
+    ssize_t got = preadv2(file->fd, iov, (int)count, (off_t)in->offset, call->quick ? RWF_NOWAIT : 0);
     int error = got < 0 ? file->fd < 0 ? ESTALE : errno : 0;
+    if (call->quick && (error || ((size_t)got < in->size && !ends_at(file->fd, in->offset + (uint64_t)got))))
+        error = FS_LATER; /* the page cache has only a part of it */
     file_unpin(call->fs, file);
     if (!error) {
         call->placed = true;
@@ -145,6 +167,8 @@ int fs_write(struct call *call)
         return EINVAL;
     if (call->fs->read_only)
         return EROFS;
+    if (call->quick && in->size > QUICK_BYTES)
+        return FS_LATER;
     struct file *file = file_pin(call->fs, in->fh, false);
     if (!file)
         return EBADF;
@@ -182,7 +206,7 @@ static bool add_entry(struct call *call, struct file *file, const struct entry *
     if (plus) {
         struct node *node;
         struct statx status;
-        if (!dots && !lookup_at(call->fs, file->node, file->fd, entry->name, &node, &status)) {
+        if (!dots && !lookup_at(call->fs, file->node, file->fd, entry->name, false, &node, &status)) {
             fill_entry(call->fs, (struct fuse_entry_out *)at, node, &status);
             node_unpin(call->fs, node);
         }

@@ -66,11 +66,12 @@ static int reply_attr(struct call *call, const struct statx *status)
     return 0;
 }
 
-int lookup_at(struct fs *fs, struct node *parent, int directory, const char *name, struct node **found, struct statx *status)
+int lookup_at(struct fs *fs, struct node *parent, int directory, const char *name, bool near, struct node **found,
+              struct statx *status)
 {
-    int error = 0, fd = openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    int error = 0, fd = path_open(directory, name, near);
     if (fd < 0)
-        return errno;
+        return -fd;
     error = fs_status(fd, status);
     if (error) {
         close(fd);
@@ -93,15 +94,15 @@ static int directory_of(struct fs *fs, uint64_t id, struct node **node, int *fd)
     return -*fd;
 }
 
-/* Look a name up for a reply that is an entry. If the driver left no room for one, it is forgotten again. */
-static int reply_entry(struct call *call, struct node *parent, int directory, const char *name)
+/* Look a name up for a reply that is an entry. `near`: only if it is on the shared directory's file system. */
+static int reply_entry(struct call *call, struct node *parent, int directory, const char *name, bool near)
 {
     struct node *node;
     struct statx status;
     struct fuse_entry_out *entry = CALL_OUT(call, fuse_entry_out);
     if (!entry)
         return EINVAL;
-    int error = lookup_at(call->fs, parent, directory, name, &node, &status);
+    int error = lookup_at(call->fs, parent, directory, name, near, &node, &status);
     if (error)
         return error;
     fill_entry(call->fs, entry, node, &status);
@@ -116,7 +117,7 @@ int fs_lookup(struct call *call)
     const char *name = call_name(call, &error);
     if (!name || (error = directory_of(call->fs, call->in.nodeid, &parent, &directory)))
         return error;
-    error = reply_entry(call, parent, directory, name);
+    error = reply_entry(call, parent, directory, name, call->quick);
     node_unpin(call->fs, parent);
     return error;
 }
@@ -209,6 +210,8 @@ int fs_setattr(struct call *call)
         return EINVAL;
     if (call->fs->read_only)
         return EROFS;
+    if (call->quick && in->valid & FATTR_SIZE)
+        return FS_LATER;
     struct node *node = node_pin(call->fs, call->in.nodeid);
     if (!node)
         return ESTALE;
@@ -323,7 +326,7 @@ int fs_make(struct call *call)
         }
     }
     if (!error)
-        error = reply_entry(call, parent, directory, name);
+        error = reply_entry(call, parent, directory, name, false);
     node_unpin(call->fs, parent);
     return error;
 }
@@ -340,8 +343,10 @@ int fs_remove(struct call *call)
     if ((error = directory_of(call->fs, call->in.nodeid, &parent, &directory)))
         return error;
     /* The guest may have it open: it keeps its descriptor when its name is gone. */
-    struct node *node = node_named(call->fs, directory, name);
-    error = unlinkat(directory, name, call->in.opcode == FUSE_RMDIR ? AT_REMOVEDIR : 0) ? errno : 0;
+    int fd = path_open(directory, name, call->quick);
+    struct node *node = node_named(call->fs, fd);
+    error = fd == -FS_LATER ? FS_LATER
+            : unlinkat(directory, name, call->in.opcode == FUSE_RMDIR ? AT_REMOVEDIR : 0) ? errno : 0;
     if (node) {
         if (!error)
             node_unnamed(call->fs, node, parent, name);
@@ -354,7 +359,7 @@ int fs_remove(struct call *call)
 /* The node that now has this name is told so. */
 static void moved(struct fs *fs, struct node *parent, int directory, const char *name)
 {
-    struct node *node = node_named(fs, directory, name);
+    struct node *node = node_named(fs, path_open(directory, name, false));
     if (node) {
         node_renamed(fs, node, parent, name);
         node_unpin(fs, node);
@@ -392,7 +397,7 @@ int fs_rename(struct call *call)
         node_unpin(call->fs, source);
         return error;
     }
-    struct node *replaced = node_named(call->fs, to, new);
+    struct node *replaced = node_named(call->fs, path_open(to, new, false));
     error = syscall(SYS_renameat2, from, old, to, new, flags) ? errno : 0;
     if (replaced) {
         if (!error)
@@ -490,10 +495,15 @@ static int get_xattr(struct call *call, const char *path, uint32_t size, const c
 {
     if (!may_read(name))
         return EOPNOTSUPP;
+    /* Mostly there is none, or it is short, and the host's kernel clears as much memory as it is offered. */
+    uint8_t few[256];
+    ssize_t got = getxattr(path, name, few, sizeof few);
+    if (got >= 0 || errno != ERANGE)
+        return got < 0 ? errno : reply_xattr(call, size, few, (size_t)got);
     void *value = malloc(XATTR_SIZE_MAX);
     if (!value)
         return ENOMEM;
-    ssize_t got = getxattr(path, name, value, XATTR_SIZE_MAX);
+    got = getxattr(path, name, value, XATTR_SIZE_MAX);
     int error = got < 0 ? errno : reply_xattr(call, size, value, (size_t)got);
     free(value);
     return error;

@@ -11,7 +11,11 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <linux/magic.h>
+#include <linux/openat2.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 enum { DEPTH_MAX = 256 /* parents that are opened again for one node */ };
@@ -19,6 +23,17 @@ enum { DEPTH_MAX = 256 /* parents that are opened again for one node */ };
 int fs_status(int fd, struct statx *status)
 {
     return statx(fd, "", AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS | STATX_BTIME, status) ? errno : 0;
+}
+
+int path_open(int directory, const char *name, bool near)
+{
+    struct open_how how = {.flags = O_PATH | O_NOFOLLOW | O_CLOEXEC, .resolve = RESOLVE_NO_XDEV};
+    int fd = near ? (int)syscall(SYS_openat2, directory, name, &how, sizeof how)
+                  : openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd >= 0)
+        return fd;
+    /* Another file system; or a host that has no such call, or forbids it. */
+    return near && (errno == EXDEV || errno == ENOSYS || errno == EPERM) ? -FS_LATER : -errno;
 }
 
 struct fd_path fd_path(int fd)
@@ -148,10 +163,53 @@ static void enlist(struct fs *fs, struct node *node)
     fs->newest = node;
 }
 
+/* Closing a file that has lost its name gives its blocks back, which takes time that nobody is to wait for the lock. */
+static void close_later(struct fs *fs, int fd)
+{
+    if (fs->closing_count == fs->closing_room) {
+        size_t room = fs->closing_room ? 2 * fs->closing_room : 16;
+        int *grown = realloc(fs->closing, room * sizeof *grown);
+        if (!grown) {
+            close(fd);
+            return;
+        }
+        fs->closing = grown;
+        fs->closing_room = room;
+    }
+    fs->closing[fs->closing_count] = fd;
+    __atomic_store_n(&fs->closing_count, fs->closing_count + 1, __ATOMIC_RELAXED);
+}
+
+static bool has_no_name(int fd)
+{
+    struct statx status;
+    return !statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_NLINK, &status) && !status.stx_nlink;
+}
+
+void fs_sweep(struct fs *fs, void (*later)(void *context, int fd), void *context)
+{
+    if (!__atomic_load_n(&fs->closing_count, __ATOMIC_RELAXED))
+        return;
+    pthread_mutex_lock(&fs->lock);
+    int *closing = fs->closing;
+    size_t count = fs->closing_count;
+    fs->closing = NULL;
+    fs->closing_room = 0;
+    __atomic_store_n(&fs->closing_count, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&fs->lock);
+    for (size_t i = 0; i < count; i++) {
+        if (later && has_no_name(closing[i]))
+            later(context, closing[i]);
+        else
+            close(closing[i]);
+    }
+    free(closing);
+}
+
 static void drop_fd(struct fs *fs, struct node *node)
 {
     unlist(fs, node);
-    close(node->fd);
+    close_later(fs, node->fd);
     node->fd = -1;
     fs->descriptors--;
 }
@@ -357,10 +415,18 @@ void node_forget(struct fs *fs, uint64_t id, uint64_t lookups)
     pthread_mutex_unlock(&fs->lock);
 }
 
-struct node *node_named(struct fs *fs, int directory, const char *name)
+bool node_is_near(struct fs *fs, uint64_t id)
+{
+    pthread_mutex_lock(&fs->lock);
+    const struct node *node = by_id(fs, id);
+    bool near = !node || node->device == fs->root->device;
+    pthread_mutex_unlock(&fs->lock);
+    return near;
+}
+
+struct node *node_named(struct fs *fs, int fd)
 {
     struct statx status;
-    int fd = openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return NULL;
     struct node *node = NULL;
@@ -464,7 +530,7 @@ static void file_free(struct fs *fs, struct file *file)
     file->node->holds--;
     collect(fs, file->node);
     if (file->fd >= 0)
-        close(file->fd);
+        close_later(fs, file->fd);
     pthread_mutex_destroy(&file->lock);
     free(file);
 }
@@ -526,6 +592,20 @@ int file_release(struct fs *fs, uint64_t handle)
 
 /* Life. */
 
+/* A file system that answers from memory and this host's disks. One that is not known may wait for anybody. */
+static bool is_local(int fd)
+{
+    static const unsigned long known[] = {EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, F2FS_SUPER_MAGIC,
+                                          TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC};
+    struct statfs status;
+    if (fstatfs(fd, &status))
+        return false;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if ((unsigned long)status.f_type == known[i])
+            return true;
+    return false;
+}
+
 int nodes_open(struct fs *fs, int root)
 {
     struct statx status;
@@ -543,6 +623,7 @@ int nodes_open(struct fs *fs, int root)
                           .born = status.stx_btime.tv_sec, .born_ns = status.stx_btime.tv_nsec, .type = S_IFDIR};
     fs->next_id = FUSE_ROOT_ID + 1;
     fs->next_generation = 1;
+    fs->local = is_local(root);
     fs->root = node;
     insert(fs, node);
     return 0;
@@ -579,6 +660,7 @@ void nodes_clear(struct fs *fs)
     fs->root->holds = fs->root->pins = 0;
     insert(fs, fs->root);
     pthread_mutex_unlock(&fs->lock);
+    fs_sweep(fs, NULL, NULL);
 }
 
 void nodes_close(struct fs *fs)

@@ -6,22 +6,35 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct fs_request *fs_request_new(RingObject *ring, const struct chain *chain)
+struct fs_request *fs_request_new(struct fs_ring *ring, const struct chain *chain)
 {
     struct fs_request *request = calloc(1, sizeof *request);
     if (!request || !chain_keep(&request->chain, chain)) {
         free(request);
         return NULL;
     }
-    request->ring = (RingObject *)Py_NewRef((PyObject *)ring);
+    __atomic_fetch_add(&ring->count, 1, __ATOMIC_RELAXED);
+    request->ring = ring;
+    request->closes = -1;
     return request;
+}
+
+static void free_request(struct fs_request *request)
+{
+    free(request->chain.segments);
+    free(request);
 }
 
 void fs_request_free(struct fs_request *request)
 {
-    Py_XDECREF(request->ring);
-    free(request->chain.segments);
-    free(request);
+    fs_ring_put(request->ring);
+    free_request(request);
+}
+
+void fs_request_drop(struct fs_request *request)
+{
+    __atomic_fetch_sub(&request->ring->count, 1, __ATOMIC_RELEASE);
+    free_request(request);
 }
 
 const void *call_bytes(struct call *call, size_t length)
@@ -161,8 +174,10 @@ static int answer(struct call *call)
     int error;
     if (alone)
         pthread_rwlock_wrlock(&fs->session);
-    else
+    else if (!call->quick)
         pthread_rwlock_rdlock(&fs->session);
+    else if (pthread_rwlock_tryrdlock(&fs->session))
+        return FS_LATER;
     if (opcode == FUSE_INIT) {
         error = init(call);
     } else if (!fs->minor) {
@@ -182,13 +197,47 @@ static int answer(struct call *call)
     return error;
 }
 
-void fs_run(struct fs *fs, struct fs_request *request)
+/* What a local file system does in about the time that waking a thread takes, for a file whose inode is in memory; and what
+ * is not done at all. Not among them: what reads or writes any number of blocks, and what has several files, of which one
+ * may be far away. */
+static bool may_be_quick(const struct call *call)
+{
+    switch (call->in.opcode) {
+    case FUSE_LOOKUP:
+    case FUSE_GETATTR:
+    case FUSE_SETATTR:
+    case FUSE_READLINK:
+    case FUSE_SYMLINK:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_UNLINK:
+    case FUSE_RMDIR:
+    case FUSE_OPEN:
+    case FUSE_OPENDIR:
+    case FUSE_CREATE:
+    case FUSE_READ:
+    case FUSE_WRITE:
+    case FUSE_RELEASE:
+    case FUSE_RELEASEDIR:
+    case FUSE_GETXATTR:
+    case FUSE_LISTXATTR:
+    case FUSE_FORGET:
+        return node_is_near(call->fs, call->in.nodeid);
+    case FUSE_FLUSH:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* False: a quick call that must not be; nothing was done. */
+static bool run(struct fs *fs, struct fs_request *request, bool quick)
 {
     struct chain *chain = &request->chain;
-    struct call call = {.fs = fs, .request = request};
+    struct call call = {.fs = fs, .request = request, .quick = quick};
     struct fuse_out_header out;
     if (__atomic_load_n(&fs->abandoned, __ATOMIC_RELAXED))
-        return;
+        return true;
     /* All but the data of a write is copied once, before anything of it is looked at. */
     size_t most = sizeof call.in + FS_ARGUMENTS;
     if (chain->readable_length < most)
@@ -202,11 +251,15 @@ void fs_run(struct fs *fs, struct fs_request *request)
         call.length = got - sizeof call.in;
     }
     request->opcode = call.in.opcode;
+    if (quick && got >= sizeof call.in && !may_be_quick(&call)) {
+        free(copy);
+        return false;
+    }
     bool silent = call.in.opcode == FUSE_FORGET || call.in.opcode == FUSE_BATCH_FORGET;
     int error = !copy ? ENOMEM : got < sizeof call.in || call.in.len != chain->readable_length ? EIO : 0;
     if (!silent && chain->writable_length < sizeof out) {
         free(copy);
-        return; /* there is no room to say anything, so nothing is done */
+        return true; /* there is no room to say anything, so nothing is done */
     }
     call.room = silent ? 0 : chain->writable_length - sizeof out;
     call.reply = silent ? NULL : malloc(sizeof out + FS_REPLY);
@@ -217,6 +270,11 @@ void fs_run(struct fs *fs, struct fs_request *request)
         call.reply += sizeof out;
     if (!error)
         error = answer(&call);
+    if (error == FS_LATER) {
+        free(reply);
+        free(copy);
+        return false;
+    }
     if (error)
         call.replied = 0;
     request->error = error;
@@ -232,4 +290,16 @@ void fs_run(struct fs *fs, struct fs_request *request)
     }
     free(reply);
     free(copy);
+    return true;
+}
+
+void fs_run(struct fs *fs, struct fs_request *request)
+{
+    (void)run(fs, request, false);
+    fs_sweep(fs, NULL, NULL);
+}
+
+bool fs_run_quick(struct fs *fs, struct fs_request *request)
+{
+    return run(fs, request, true);
 }

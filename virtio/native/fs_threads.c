@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -48,6 +49,13 @@ static void *serve(struct fs_pool *pool, struct fs_list *queue, pthread_cond_t *
         if (pool->stopping)
             break;
         struct fs_request *request = fs_list_take(queue);
+        if (!request->ring) {
+            pthread_mutex_unlock(&pool->lock);
+            close(request->closes);
+            free(request);
+            pthread_mutex_lock(&pool->lock);
+            continue;
+        }
         pool->running++;
         pthread_mutex_unlock(&pool->lock);
         fs_run(pool->fs, request);
@@ -109,6 +117,32 @@ bool fs_pool_submit(struct fs_pool *pool, struct fs_list *requests, bool urgent)
         while (wake--)
             pthread_cond_signal(&pool->work);
     return true;
+}
+
+bool fs_pool_ready(struct fs_pool *pool)
+{
+    return start(pool) >= 2;
+}
+
+void fs_pool_hand_over(struct fs_pool *pool, struct fs_request *request, bool urgent)
+{
+    pthread_mutex_lock(&pool->lock);
+    fs_list_add(urgent ? &pool->urgent : &pool->queue, request);
+    pthread_mutex_unlock(&pool->lock);
+    pthread_cond_signal(urgent ? &pool->urgent_work : &pool->work);
+}
+
+void fs_pool_answered(struct fs_pool *pool, struct fs_request *request)
+{
+    pthread_mutex_lock(&pool->lock);
+    fs_list_add(&pool->done, request);
+    pthread_mutex_unlock(&pool->lock);
+    fs_pool_wake_loop(pool);
+}
+
+void fs_pool_wake_loop(struct fs_pool *pool)
+{
+    eventfd_write(pool->event, 1);
 }
 
 struct fs_list fs_pool_linger(struct fs_pool *pool)

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.fuse import FuseDriver, FuseError, names, share
+from tests.support.vcpu import VcpuDriver
+from tests.support.virtio import MmioDriver
 from virtio.devices.fs import FsDevice
 from virtio.errors import ConfigError, HostError, StateError
 from virtio.fs import messages as m
@@ -26,13 +28,16 @@ NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 MODE, UID, GID, SIZE, ATIME, MTIME = 1, 2, 4, 8, 16, 32
 
 
-@pytest.fixture
-async def fuse(tmp_path: Path) -> AsyncIterator[FuseDriver]:
+@pytest.fixture(params=[MmioDriver, VcpuDriver], ids=["loop", "vcpu"])
+async def fuse(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[FuseDriver]:
+    """Answered by the device's threads, and by the vCPU's where that may be."""
     (tmp_path / "share").mkdir()
     (tmp_path / "secret").write_text("outside")
-    driver = await share(tmp_path / "share")
+    driver = await share(tmp_path / "share", kind=request.param)
     yield driver
     await driver.driver.transport.device.aclose()
+    if isinstance(driver.driver, VcpuDriver):
+        driver.driver.close()
 
 
 @pytest.fixture
