@@ -41,7 +41,7 @@ EMITTER(setcc_r)
     if (!condition(g, &cc))
         return false;
     g->r.dirty[h] = true;
-    gen_prefix(g, 2, 0, 0, h), gen_b1(g, 0x0F), gen_b1(g, 0x90 | cc), gen_b1(g, 0xC0 | (h & 7));
+    gen_prefix(g, 0, 0, 0, h), gen_b1(g, 0x0F), gen_b1(g, 0x90 | cc), gen_b1(g, 0xC0 | (h & 7));
     return true;
 }
 
@@ -75,7 +75,7 @@ EMITTER(call_rel)
         gen_go(g, u, true, false);
     } else {
         int64_t delta = LINKS((struct uop *)u)->delta;
-        gen_write_back(g);
+        gen_end_write_back(g);
         gen_due(g, u, delta, false);
         gen_add_rip(g, H_RDX, delta);
         gen_jump_entry(g, H_RDX);
@@ -86,7 +86,7 @@ EMITTER(call_rel)
 /* The block's end, after gen_probe(): on at the address in RCX, whose entry of the jump cache is in RAX. */
 static bool go_to_probed(struct gen *g, const struct uop *u)
 {
-    gen_write_back(g);
+    gen_end_write_back(g);
     gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
     gen_due(g, u, 0, false);
     gen_jump_cached(g);
@@ -129,7 +129,7 @@ EMITTER(call_r)
     gen_op_rr(g, 3, 0x8B, H_RDX, target); /* CALL RSP goes to the old one */
     gen_op_imm(g, 3, 5, h, 8);
     g->r.dirty[h] = true;
-    gen_write_back(g);
+    gen_end_write_back(g);
     gen_due(g, u, 0, false);
     gen_jump_entry(g, H_RDX);
     gen_jump_cached(g);
@@ -227,7 +227,7 @@ static void write_back_both(struct gen *g, const struct uop *u)
 {
     struct uop_links *l = LINKS((struct uop *)u);
     if (!gen_in_loop(g, l->taken) && !gen_in_loop(g, l->next))
-        gen_write_back(g);
+        gen_end_write_back(g);
 }
 EMITTER(jcc_rel)
 {

@@ -83,6 +83,7 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
     g->code = k->code;
     g->ops = block_ops(k);
     g->count = last;
+    g->from_start = from == 0;
     g->ended = false;
     gen_no_flags(g);
     if (from == 0 && gen_flags_entry(k) == ENTRY_WORD) {

@@ -28,12 +28,19 @@ static void b8(struct gen *g, uint64_t v)
     gen_b4(g, (uint32_t)v);
     gen_b4(g, (uint32_t)(v >> 32));
 }
+/* byte: a register is one of a byte, which without REX may be another. */
+static void prefix(struct gen *g, unsigned size, unsigned reg, unsigned index, unsigned base, bool byte)
+{
+    unsigned rex = (unsigned)(size == 3) << 3 | reg >> 3 << 2 | index >> 3 << 1 | base >> 3;
+    if (size == 1)
+        gen_b1(g, 0x66);
+    if (rex || byte)
+        gen_b1(g, 0x40u | rex);
+}
 /* size: log2. Opcodes are those of the word forms; a byte form is one less. */
 void gen_prefix(struct gen *g, unsigned size, unsigned reg, unsigned index, unsigned base)
 {
-    if (size == 1)
-        gen_b1(g, 0x66);
-    gen_b1(g, 0x40u | (size == 3) << 3 | reg >> 3 << 2 | index >> 3 << 1 | base >> 3);
+    prefix(g, size, reg, index, base, size == 0);
 }
 void gen_op_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm)
 {
@@ -44,7 +51,11 @@ void gen_op_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsi
 void gen_memory(struct gen *g, unsigned reg, unsigned base, int32_t disp)
 {
     bool sib = (base & 7) == 4;
-    if (disp == (int8_t)disp) {
+    if (disp == 0 && (base & 7) != 5) {
+        gen_b1(g, (reg & 7) << 3 | (base & 7));
+        if (sib)
+            gen_b1(g, 0x24);
+    } else if (disp == (int8_t)disp) {
         gen_b1(g, 0x40 | (reg & 7) << 3 | (base & 7));
         if (sib)
             gen_b1(g, 0x24);
@@ -64,7 +75,7 @@ void gen_op_rm(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsi
 }
 void gen_op_0f_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm)
 {
-    gen_prefix(g, size, reg, 0, rm);
+    prefix(g, size, reg, 0, rm, opcode == 0xB6 || opcode == 0xBE); /* MOVZX and MOVSX of bytes */
     gen_b1(g, 0x0F);
     gen_b1(g, opcode);
     gen_b1(g, 0xC0 | (reg & 7) << 3 | (rm & 7));
@@ -165,6 +176,13 @@ void gen_write_back(struct gen *g)
         if (g->r.holds[pool[i]] >= 0 && g->r.dirty[pool[i]])
             save(g, pool[i]);
 }
+void gen_end_write_back(struct gen *g)
+{
+    int address = g->r.where[OFF_T0 >> 3];
+    if (address >= 0)
+        g->r.dirty[address] = false; /* an instruction's own */
+    gen_write_back(g);
+}
 void gen_forget(struct gen *g)
 {
     memset(g->r.where, -1, sizeof g->r.where);
@@ -222,6 +240,10 @@ void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned
 {
     bool has_base = u->base != OFF_ZERO, has_index = form && u->index != OFF_ZERO;
     unsigned base = has_base ? gen_reg_of(g, u->base, true) : 0, index = has_index ? gen_reg_of(g, u->index, true) : 0;
+    if (!has_index && has_base && !u->disp) {
+        gen_op_rr(g, size, 0x8B, to, base);
+        return;
+    }
     gen_prefix(g, size, to, has_index ? index : 0, base);
     gen_b1(g, 0x8D);
     if (!has_index && has_base) {
@@ -232,13 +254,14 @@ void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned
     gen_b1(g, (unsigned)u->scale << 6 | (has_index ? index & 7 : 4) << 3 | (has_base ? base & 7 : 5));
     gen_b4(g, (uint32_t)u->disp);
 }
+static void and_eax(struct gen *g, uint32_t v) { gen_b1(g, 0x25), gen_b4(g, v); }
 /* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
 void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind)
 {
     int32_t table = (int32_t)(kind * sizeof(struct soft_tlb_entry) * TLB_SIZE);
-    gen_op_rr(g, 3, 0x8B, H_RAX, H_RSI);
-    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 8);    /* shr rax, 8 */
-    gen_op_imm(g, 2, 4, H_RAX, (TLB_SIZE - 1) << 4);
+    gen_op_rr(g, 2, 0x8B, H_RAX, H_RSI);
+    gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 8); /* shr eax, 8 */
+    and_eax(g, (TLB_SIZE - 1) << 4);
     gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(tlb));
     if (bytes > 1)
         gen_op_rm(g, 3, 0x8D, H_RCX, H_RSI, (int32_t)bytes - 1);
@@ -294,11 +317,11 @@ void gen_add_rip(struct gen *g, unsigned to, int64_t delta)
 /* RAX: the jump cache's entry for the linear address in a register. */
 void gen_jump_entry(struct gen *g, unsigned address)
 {
-    gen_op_rr(g, 3, 0x8B, H_RAX, address);
-    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12);
+    gen_op_rr(g, 2, 0x8B, H_RAX, address);
+    gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 12); /* shr eax, 12 */
     gen_op_rr(g, 2, 0x33, H_RAX, address);
-    gen_op_imm(g, 2, 4, H_RAX, JUMP_SIZE - 1);
-    gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);
+    and_eax(g, JUMP_SIZE - 1);
+    gen_b1(g, 0xC1), gen_b1(g, 0xE0), gen_b1(g, 4);  /* shl eax, 4 */
     gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(jumps));
 }
 
@@ -322,7 +345,7 @@ void gen_jump_cached(struct gen *g)
     gen_op_rm(g, 3, 0x8B, H_RSI, H_RAX, 8);
     jump_rsi(g, true);
 }
-/* To a linked block, after gen_due(). It dies with this one, and then attention is set: no look at the link is due. */
+/* To a linked block. It dies with this one, and then attention is set: no look at the link is due. */
 static void jump_linked(struct gen *g, struct uop *to)
 {
     struct block *b = gen_block_of(to);
@@ -346,9 +369,14 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
         gen_loop_edge(g, u, to, delta, fused);
         return;
     }
-    gen_write_back(g);
+    gen_end_write_back(g);
     if (to) {
-        gen_due(g, u, delta, fused);
+        /* Ways back, returns and others of unknown length look for attention. A way on in the page need not: in a run from
+         * the block's start no handler has run that could have asked for it. */
+        if (g->from_start && delta > (int64_t)u->off)
+            gen_budget(g, u, delta, fused);
+        else
+            gen_due(g, u, delta, fused);
         gen_add_rip(g, H_RDX, delta);
         jump_linked(g, to);
     } else {

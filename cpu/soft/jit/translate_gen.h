@@ -49,6 +49,7 @@ struct gen {
     struct uop *code;          /* its micro-ops, and their operations */
     const uint16_t *ops;
     unsigned uop, count;       /* the one under way, and how many there are */
+    bool from_start;           /* the run is all of the block so far */
     struct registers r;
     uint16_t pinned;
     uint32_t clock;
@@ -81,6 +82,7 @@ void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t 
 /* The host register of a guest register (byte offset); loaded unless it is about to be overwritten entirely. */
 unsigned gen_reg_of(struct gen *g, unsigned offset, bool load);
 void gen_write_back(struct gen *g);
+void gen_end_write_back(struct gen *g); /* at a block's end */
 void gen_forget(struct gen *g);
 void gen_movsx64(struct gen *g, unsigned size, unsigned to, unsigned from);
 
