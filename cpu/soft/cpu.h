@@ -116,8 +116,9 @@ struct soft_slot {
     bool readonly, log_dirty;
     uint8_t *dirty;      /* bitmap, when log_dirty */
     uint16_t *code_pages; /* for each page: bit i: vm->caches[i] has translated code of it */
-    uint64_t *granules;   /* parallel.c, else NULL: for each page, bit i: there is code in the i-th 64 bytes */
-    uint16_t *writers;    /* parallel.c, else NULL: for each page, bit i: vCPU i may have a TLB entry to write to it */
+    uint64_t *granules;   /* shared.c, else NULL: for each page, bit i: there is code in the i-th 64 bytes */
+    uint16_t *writers;    /* shared.c, else NULL: for each page, bit i: vCPU i may have a TLB entry to write to it, or a runner may */
+    uint16_t *executors;  /* shared.c, else NULL: for each page, bit i: a runner of vCPU i may execute it as it was looked at */
 };
 
 enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
@@ -191,8 +192,8 @@ struct soft_caller {
     uint64_t trace_count;    /* entries ever made */
 };
 
-/* parallel.c's own: what other threads ask of a vCPU's thread, which looks between blocks and as it enters the guest. */
-enum { INBOX_RANGES = 64 };
+/* shared.c's own: what other threads ask of a vCPU's thread, which looks between blocks and as it enters the guest. */
+enum { INBOX_RANGES = 64, INBOX_EXECUTED = 32 };
 struct soft_inbox {
     pthread_mutex_t lock;
     uint32_t pending;                       /* atomic: anything below */
@@ -201,6 +202,9 @@ struct soft_inbox {
     bool flush;                             /* there were more ranges */
     uint32_t range_count;
     struct { uint64_t gpa, size; } ranges[INBOX_RANGES]; /* code bytes that were written */
+    uint64_t executed[INBOX_EXECUTED];      /* pages that were written: no runner executes them any more */
+    uint32_t executed_count;                /* atomic; INBOX_EXECUTED + 1: there were more, so it is all pages */
+    uint32_t executed_served;               /* atomic: counts how often that was done */
 };
 struct soft_own_thread {
     struct soft_inbox inbox;
@@ -540,20 +544,29 @@ void soft_trace(struct soft_vcpu *c, unsigned kind, uint64_t rip, uint64_t instr
 void soft_direct_flushed(struct soft_vcpu *c);                         /* with soft_tlb_flush() */
 void soft_direct_flushed_page(struct soft_vcpu *c, uint64_t linear);   /* with soft_tlb_flush_page() */
 void soft_direct_switched(struct soft_vcpu *c, bool keep);             /* CR3 was written; keep: without a flush */
-void soft_direct_protect(struct soft_vm *vm, const uint8_t *host);     /* writes to the page must be seen */
-void soft_direct_protect_all(struct soft_vm *vm);                      /* the next write to every page must be */
+void soft_direct_protect(struct soft_vcpu *c, const uint8_t *host);    /* with soft_tlb_protect() */
+void soft_direct_code_written(struct soft_vcpu *c, uint64_t gpa);      /* a page that a runner may execute; PAGE_ALL: any of them */
 void soft_direct_returned(struct soft_vcpu *c);                        /* SYSRET or IRET, to a program perhaps */
 void soft_direct_mode(struct soft_vcpu *c);                            /* the privilege level may have changed */
 void soft_direct_kick(struct soft_vcpu *c);                            /* [any] c->attention was set */
 
-/* ---- parallel.c ---- */
+#define PAGE_ALL UINT64_MAX
+
+/* ---- parallel.c, shared.c ---- */
 /* A page of a slot gets (or has no longer) blocks of this vCPU. When it returns, writes to the page are told. */
 void soft_shared_mark(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page, bool on);
 void soft_shared_granules(struct soft_vm *vm, const uint8_t *host, uint64_t granules); /* of a page that is marked */
 /* Bytes of one page were written, by a vCPU or (NULL) by anyone: who has code of them is told. */
 void soft_shared_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, uint64_t size);
-/* A TLB entry to write to the page is about to be made: whether it may. */
+/* A TLB entry to write to the page is about to be made, or a mapping for a runner: whether it may. */
 bool soft_shared_may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page);
+/* A runner of this vCPU is about to execute the page. When it returns, writes to the page are told: by
+ * soft_direct_code_written(), before the writer goes on. */
+void soft_shared_execute(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page);
+/* Whether another vCPU may write to the page unseen. */
+bool soft_shared_others_write(const struct soft_vcpu *c, const struct soft_slot *slot, uint64_t page);
+/* This vCPU goes on writing to a page: all give up what they translated of it. */
+void soft_shared_give_up(struct soft_vcpu *c, struct soft_slot *slot, uint64_t page);
 /* PAUSE where vCPUs have threads of their own: now and then the processor goes to another thread. */
 void soft_shared_pause(struct soft_vcpu *c);
 /* Between the two no other vCPU executes (but for a fault, which ends it as well). */

@@ -44,4 +44,30 @@ static bool begin_64bit(struct soft_vm *vm, uint32_t index, const struct kvm_reg
            !soft_vcpu_set(vm, index, SOFT_STATE_MP, &mp, sizeof mp);
 }
 
+/* After that: it is a program for 64-bit Linux, as far as segments, control registers and RFLAGS go, at CPL 3. SYSCALL goes to
+ * `entry`. */
+static inline bool go_to_user(struct soft_vm *vm, uint32_t index, uint64_t entry)
+{
+    const struct kvm_segment code = { .limit = ~0u, .selector = 0x33, .type = 11, .dpl = 3, .present = 1, .s = 1, .l = 1, .g = 1 };
+    const struct kvm_segment data = { .limit = ~0u, .selector = 0x2B, .type = 3, .dpl = 3, .present = 1, .s = 1, .db = 1, .g = 1 };
+    const struct kvm_segment null = { .unusable = 1 };
+    struct {
+        struct kvm_msrs head;
+        struct kvm_msr_entry entries[2];
+    } msrs = { { .nmsrs = 2 }, { { .index = 0xC0000081, .data = 0x23ull << 48 | 0x10ull << 32 }, { .index = 0xC0000082, .data = entry } } };
+    struct kvm_sregs s;
+    struct kvm_regs r;
+    if (soft_vcpu_get(vm, index, SOFT_STATE_SREGS, &s, sizeof s) || soft_vcpu_get(vm, index, SOFT_STATE_REGS, &r, sizeof r))
+        return false;
+    s.cs = code;
+    s.ss = data;
+    s.ds = s.es = s.fs = s.gs = null;
+    s.cr0 |= 0x20;  /* NE */
+    s.cr4 |= 0x400; /* OSXMMEXCPT */
+    s.efer |= 1;    /* SCE */
+    r.rflags = 0x202;
+    return !soft_vcpu_set(vm, index, SOFT_STATE_SREGS, &s, sizeof s) && !soft_vcpu_set(vm, index, SOFT_STATE_REGS, &r, sizeof r) &&
+           !soft_vcpu_set(vm, index, SOFT_STATE_MSRS, &msrs, sizeof msrs);
+}
+
 #endif

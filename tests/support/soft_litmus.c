@@ -3,23 +3,29 @@
  * batch of rounds begins at a barrier and ends with HLT. Prints "ok NAME ROUNDS" for each; exits 1 at the first that fails.
  * Where threads seldom have two processors at the same time rounds take long: then those of a program end after SECONDS.
  *
- *   soft_litmus [ROUNDS [SECONDS [NAME]]]
+ *   soft_litmus [ROUNDS [SECONDS [NAME|all [core|native|mixed RUNNER]]]]
+ *
+ * native: the programs run at CPL 3, by direct execution with the program RUNNER of runners. mixed: every second vCPU does, and
+ * the others run in the core; by turns, so that each side of a program is once here and once there.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <linux/memfd.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "soft/direct/direct.h"
 #include "soft_guest.h"
 
 enum { RAM = 16 << 20, THREADS = 4, BATCH = 200, LINE = 128 };
-enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PT = 0x4000, STACKS = 0x10000, CODE = 0x20000, PATCHED = 0x40000,
+enum { PML4 = 0x1000, PDPT = 0x2000, PD = 0x3000, PT = 0x4000, ENTRY_POINT = 0x5000, STACKS = 0x10000, CODE = 0x20000, PATCHED = 0x40000,
        SHARED = 0x100000, X = 0x200000, Y = 0x300000, OUT = 0x400000 /* per thread 64 KiB: two words a round */ };
 enum { ALIAS = 1 << 30 }; /* the same memory once more */
 
@@ -127,6 +133,16 @@ PROGRAM(fresh, "test %r13, %r13; jnz 3f; mov $1, %eax; mov %r15, %r9;"
                "5: pause; cmp %r8, 0x80(%rdi); jb 5b; call *%r9; cmp %r8d, %eax; je 6f; lock incl 0x180(%rdi);"
                "6: lock incq 0x100(%rdi); add $16, %r9; inc %r8; cmp %rsi, %r8; jbe 5b; 9:");
 
+/* The first vCPU puts a CPUID into the function that the others call, and takes it away, every second time each: what they see is
+ * the guest's. */
+PROGRAM(hide, "mov $1, %eax; test %r13, %r13; jnz 3f;"
+              "2: mov $0x9090, %ecx; test $1, %al; jnz 7f; mov $0xA20F, %ecx; 7: mov %cx, 5(%r15); mov %rax, 0x80(%rdi);"
+              "lea -1(%r14), %rdx; imul %rax, %rdx; 4: pause; cmp %rdx, 0x100(%rdi); jb 4b; inc %rax; cmp %rsi, %rax; jbe 2b; jmp 9f;"
+              "3: mov $0x40000, %r9d; mov $1, %r8d;"
+              "5: pause; cmp %r8, 0x80(%rdi); jb 5b; xor %eax, %eax; mov %rbx, %r10; cpuid; xor %edx, %edx; call *%r9; mov %r10, %rbx;"
+              "mov %r8d, %eax; and $1, %eax; dec %eax; and $0x5A5A5A5A, %eax; cmp %eax, %edx; je 6f; lock incl 0x180(%rdi);"
+              "6: lock incq 0x100(%rdi); inc %r8; cmp %rsi, %r8; jbe 5b; 9:");
+
 /* Each vCPU changes a function of its own, all of them in one page, and calls it; R15: the page, as it is written to. The
  * first is translated anew at once (SDM vol. 3, 9.1.3, option 1), the second after a serializing instruction. */
 #define OWN(serialize)                                                                                                 \
@@ -142,6 +158,9 @@ static unsigned threads;
 static pthread_barrier_t begin, end;
 static bool ending;
 static const char *current;
+static enum { CORE, NATIVE, MIXED } how = CORE;
+static unsigned batches;
+static bool native_at(unsigned vcpu) { return how == NATIVE || (how == MIXED && ((vcpu ^ batches) & 1)); }
 
 static void fail(const char *format, ...)
 {
@@ -178,15 +197,20 @@ static uint32_t get32(uint32_t at)
     return v;
 }
 
+/* A program's last two bytes are CLI and HLT. At CPL 3 it calls the system, whose first instructions are these. */
 static void prepare(uint32_t index, const uint8_t *from, const uint8_t *to, uint64_t rounds, uint64_t r15)
 {
-    uint32_t at = CODE + index * 0x2000;
+    static const uint8_t syscall[] = { 0x0F, 0x05 };
+    uint32_t at = CODE + index * 0x2000, end = at + (uint32_t)(to - from);
+    bool native = native_at(index) && to - from > 2;
     memcpy(ram + at, from, (size_t)(to - from));
+    if (native)
+        memcpy(ram + end - sizeof syscall, syscall, sizeof syscall);
     soft_vm_memory_written(vm, at, (uint64_t)(to - from));
     struct kvm_regs r = { .rip = at, .rsp = STACKS + 0x1000 * (index + 1), .rflags = 2, .rdi = SHARED, .rsi = rounds, .rbx = X,
                           .rbp = Y, .r12 = OUT + 0x10000 * index, .r13 = index, .r14 = threads, .r15 = r15 };
     const struct kvm_dtable none = { 0 };
-    if (!begin_64bit(vm, index, &r, PML4, none, none))
+    if (!begin_64bit(vm, index, &r, PML4, none, none) || (native && !go_to_user(vm, index, ENTRY_POINT)))
         fail("a state was refused");
 }
 
@@ -205,6 +229,7 @@ static void batch(const struct program *programs, unsigned count, uint64_t round
         prepare(i, i < count ? programs[i].begin : halt, i < count ? programs[i].end : halt + sizeof halt, rounds, r15);
     pthread_barrier_wait(&begin);
     pthread_barrier_wait(&end);
+    batches++;
 }
 
 /* ---- what orders of loads and stores may be seen ---- */
@@ -336,6 +361,28 @@ static void modify(uint64_t rounds, unsigned count, uint64_t through)
     count_wrong("old code ran");
 }
 
+static void hide_cpuid(uint64_t rounds, unsigned count, uint64_t through)
+{
+    static const struct program all[THREADS] = { P(hide), P(hide), P(hide), P(hide) };
+    static const uint8_t function[] = { 0xB8, 4, 0, 0, 0x80, 0x90, 0x90, 0xC3 }; /* mov eax, 0x80000004; nop; nop; ret */
+    write_code(PATCHED, function, sizeof function);
+    batch(all, count, rounds, PATCHED + through);
+    count_wrong("another processor's CPUID was seen");
+}
+
+/* The guest's CPUID is one that no host has. */
+static void set_cpuid(void)
+{
+    static struct kvm_cpuid_entry2 entries[256];
+    uint32_t count = soft_supported_cpuid(entries, 256);
+    for (uint32_t i = 0; i < count; i++)
+        if (entries[i].function == 0x80000004)
+            entries[i].edx = 0x5A5A5A5A;
+    for (uint32_t i = 0; i < THREADS; i++)
+        if (soft_vcpu_set_cpuid(vm, i, entries, count))
+            fail("CPUID was refused");
+}
+
 static void modify_own(uint64_t rounds, unsigned count, uint64_t through)
 {
     static const struct program direct[THREADS] = { P(own_code), P(own_code), P(own_code), P(own_code) };
@@ -385,8 +432,8 @@ static void modify_by_device(uint64_t rounds, unsigned count)
     write_code(PATCHED, function, sizeof function);
     write_code(PATCHED + 0x40, other, sizeof other);
     memset(ram + SHARED, 0, 0x1000);
-    uint64_t how[2] = { rounds, count - 1 };
-    if (pthread_create(&thread, NULL, device, how))
+    uint64_t what[2] = { rounds, count - 1 };
+    if (pthread_create(&thread, NULL, device, what))
         fail("no thread");
     batch(programs, count, rounds, 0);
     pthread_join(thread, NULL);
@@ -395,29 +442,37 @@ static void modify_by_device(uint64_t rounds, unsigned count)
 
 static void build_tables(void)
 {
-    put64(PML4, PDPT | 3);
-    put64(PDPT, PD | 3);
-    put64(PDPT + 8, PD | 3); /* ALIAS */
-    put64(PD, PT | 3);
+    put64(PML4, PDPT | 7);
+    put64(PDPT, PD | 7);
+    put64(PDPT + 8, PD | 7); /* ALIAS */
+    put64(PD, PT | 7);
     for (unsigned i = 1; i < RAM >> 21; i++)
-        put64(PD + 8 * i, (uint64_t)i << 21 | 0x83);
+        put64(PD + 8 * i, (uint64_t)i << 21 | 0x87);
     for (unsigned i = 0; i < 512; i++)
-        put64(PT + 8 * i, (uint64_t)i << 12 | 3);
+        put64(PT + 8 * i, (uint64_t)i << 12 | 7);
+    memcpy(ram + ENTRY_POINT, (const uint8_t[]){ 0xFA, 0xF4 }, 2);
 }
 
 int main(int argc, char **argv)
 {
     uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 20000;
-    const char *only = argc > 3 ? argv[3] : NULL;
+    const char *only = argc > 3 && strcmp(argv[3], "all") ? argv[3] : NULL;
     seconds = argc > 2 ? atoi(argv[2]) : seconds;
     const struct soft_config config = { .vcpus = THREADS, .parallel = true, .tsc_khz = 1000000, .quantum = 50000 };
     pthread_t ids[THREADS];
-    ram = aligned_alloc(4096, RAM);
-    memset(ram, 0, RAM);
+    if (argc > 5)
+        how = !strcmp(argv[4], "native") ? NATIVE : MIXED;
+    int memory = memfd_create("litmus", MFD_CLOEXEC);
+    ram = memory < 0 || ftruncate(memory, RAM) < 0 ? MAP_FAILED : mmap(NULL, RAM, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    if (ram == MAP_FAILED)
+        fail("no memory");
     build_tables();
     vm = soft_vm_create(&config, &NO_DEVICES);
     if (!vm || soft_vm_set_slot(vm, 0, 0, RAM, ram, false, false))
         fail("no VM");
+    set_cpuid();
+    if (how != CORE && soft_vm_set_direct(vm, &(struct soft_direct_memory){ ram, RAM, 0 }, 1, memory, argv[5], true))
+        fail("no direct execution");
     pthread_barrier_init(&begin, NULL, THREADS + 1);
     pthread_barrier_init(&end, NULL, THREADS + 1);
     for (uintptr_t i = 0; i < THREADS; i++)
@@ -434,12 +489,16 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < sizeof ORDERS / sizeof *ORDERS; i++)
         CHECK(ORDERS[i].name, 0, done = order(&ORDERS[i], rounds));
     CHECK("whole words", rounds, whole_words(rounds));
-    CHECK("accessed and dirty bits", rounds, walk_tables(rounds));
+    if (how == CORE) { /* it needs INVLPG */
+        CHECK("accessed and dirty bits", rounds, walk_tables(rounds));
+    }
     uint64_t slow_rounds = seconds < 3600 ? rounds / 8 + 1 : rounds; /* some us each: a campaign does all of them */
     CHECK("locked counters", slow_rounds, count_up(slow_rounds));
     CHECK("changed code", slow_rounds, modify(slow_rounds, 2, 0));
     CHECK("changed code, three readers", slow_rounds, modify(slow_rounds, 4, 0));
     CHECK("changed code, another mapping", slow_rounds, modify(slow_rounds, 2, ALIAS));
+    CHECK("hidden CPUID", slow_rounds, hide_cpuid(slow_rounds, 2, 0));
+    CHECK("hidden CPUID, another mapping", slow_rounds, hide_cpuid(slow_rounds, 4, ALIAS));
     CHECK("own code", slow_rounds, modify_own(slow_rounds, 1, 0));
     CHECK("own code, four in a page", slow_rounds, modify_own(slow_rounds, 4, 0));
     CHECK("own code, another mapping", slow_rounds, modify_own(slow_rounds, 4, ALIAS));
@@ -447,12 +506,16 @@ int main(int argc, char **argv)
     CHECK("new code, three readers", slow_rounds, make_code(slow_rounds, 4, ALIAS));
     CHECK("code changed by a device", slow_rounds, modify_by_device(slow_rounds, 2));
     CHECK("code changed by a device, three readers", slow_rounds, modify_by_device(slow_rounds, 4));
+    struct soft_native_stats native;
+    soft_direct_stats(vm, &native);
+    printf("%llu us natively, %llu stops\n", (unsigned long long)native.ns / 1000, (unsigned long long)native.stops);
     printf("stores passed loads in %llu rounds of store buffering\n", (unsigned long long)weak);
     ending = true;
     pthread_barrier_wait(&begin);
     for (unsigned i = 0; i < THREADS; i++)
         pthread_join(ids[i], NULL);
     soft_vm_destroy(vm);
-    free(ram);
+    munmap(ram, RAM);
+    close(memory);
     return 0;
 }

@@ -24,9 +24,8 @@ enum {
 
 static void close_runner(struct soft_vcpu *c, struct runner *r)
 {
-    pthread_mutex_lock(&c->vm->direct->lock);
+    kick_settle(c->vm->direct);
     runner_close(r);
-    pthread_mutex_unlock(&c->vm->direct->lock);
     if (c->direct->current == r)
         c->direct->current = NULL;
 }
@@ -37,7 +36,7 @@ static struct runner *open_runner(struct soft_vcpu *c, struct runner *r, bool br
     const char *why;
     if (!kick_start(direct, c->vm) || runner_open(direct, r, breakpoints, &why) < 0) {
         if (++c->direct->failures >= FAILURES_MAX)
-            direct->off = true;
+            __atomic_store_n(&direct->off, true, __ATOMIC_RELAXED);
         return NULL;
     }
     return r;
@@ -76,7 +75,7 @@ static struct runner *take_runner(struct soft_vcpu *c)
 {
     struct direct_vcpu *d = c->direct;
     struct runner *r = &d->runner[0];
-    for (unsigned i = 1; i < RUNNERS && r->used; i++)
+    for (unsigned i = 1; i < c->vm->direct->runners && r->used; i++)
         if (!d->runner[i].used || d->runner[i].last_used < r->last_used)
             r = &d->runner[i];
     bool foreign = r->used || r->left; /* something of another address space is in it */
@@ -113,7 +112,7 @@ static void follow_thread(struct soft_vcpu *c)
         if (d->runner[i].mapper)
             close_runner(c, &d->runner[i]);
     d->thread = self;
-    d->bound = -1;
+    __atomic_store_n(&d->bound, -1, __ATOMIC_RELAXED);
 }
 
 /* How long an address space without a runner has been executing: those that die young get none. */
@@ -131,7 +130,7 @@ static void lose(struct soft_vcpu *c, struct runner *r)
 {
     close_runner(c, r);
     if (++c->direct->failures >= FAILURES_MAX)
-        c->vm->direct->off = true;
+        __atomic_store_n(&c->vm->direct->off, true, __ATOMIC_RELAXED);
     soft_raise_error(c, VEC_GP, 0);
 }
 
@@ -176,7 +175,7 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
 void soft_direct_returned(struct soft_vcpu *c)
 {
     struct direct_vcpu *d = c->direct;
-    if (c->cpl != 3 || !c->code64 || c->vm->direct->off)
+    if (c->cpl != 3 || !c->code64 || __atomic_load_n(&c->vm->direct->off, __ATOMIC_RELAXED))
         return;
     d->returned = true;
     const struct runner *r = d->current;
@@ -213,7 +212,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         return;
     }
     if (r->average_ns < BIND_NS && (d->bound < 0 || soft_host_now() - d->bound_ns < BOUND_NS))
-        runner_bind(d, r);
+        runner_bind(c, r);
     else
         runner_unbind(d);
     stay(c, SOFT_CORE_STOP);
@@ -226,7 +225,10 @@ void soft_direct_execute(struct soft_vcpu *c)
 {
     struct direct_vcpu *d = c->direct;
     struct direct_vm *direct = c->vm->direct;
-    if (direct->off || !trip_possible(c)) {
+    bool off = __atomic_load_n(&direct->off, __ATOMIC_RELAXED);
+    if (d->bound >= 0 && (off || soft_host_now() - d->bound_ns > BOUND_NS))
+        runner_unbind(d);
+    if (off || !trip_possible(c)) {
         stay(c, SOFT_CORE_IMPOSSIBLE);
         soft_execute(c);
         return;
@@ -311,12 +313,17 @@ void soft_direct_switched(struct soft_vcpu *c, bool keep)
     }
 }
 
-void soft_direct_protect(struct soft_vm *vm, const uint8_t *host)
+void soft_direct_protect(struct soft_vcpu *c, const uint8_t *host)
 {
-    const struct direct_range *range = range_of(vm->direct, host);
+    struct direct_vm *direct = c->vm->direct;
+    const struct direct_range *range = host ? range_of(direct, host) : NULL;
     uint64_t n = range ? (range->offset + (uint64_t)(host - range->host)) >> 12 : 0;
-    if (range && (vm->direct->writable[n >> 3] >> (n & 7) & 1))
-        vm->direct->protect_seq++;
+    if (!host || (range && (__atomic_load_n(&direct->writable[n >> 3], __ATOMIC_RELAXED) >> (n & 7) & 1)))
+        c->direct->protect_seq++;
 }
 
-void soft_direct_protect_all(struct soft_vm *vm) { vm->direct->protect_seq++; }
+void soft_direct_code_written(struct soft_vcpu *c, uint64_t gpa)
+{
+    for (unsigned i = 0; i < RUNNERS; i++)
+        pages_lose(&c->direct->runner[i], gpa);
+}

@@ -10,18 +10,21 @@
 #include "soft/direct/layout.h"
 #include "soft/system/system.h"
 
-enum { RUNNERS = 8, REGION_PAGES = 512, REGION_HASH = 256 };
+/* Runners: of a vCPU at most; of all vCPUs, as far as each has the least. Each is two processes. */
+enum { RUNNERS = 8, RUNNERS_ALL = 16, RUNNERS_LEAST = 2 };
+enum { REGION_PAGES = 512, REGION_HASH = 256 };
 /* A host allows a process vm.max_map_count mappings, 65,530 unless it was changed. And what a runner has mapped costs memory here
  * and in the host's page tables: some 10 KiB a region. */
 enum { MAX_MAPPED = 60000, MAX_REGIONS = 4096 };
 
-enum { PAGE_R = 1, PAGE_W = 2, PAGE_X = 4 };
+enum { PAGE_R = 1, PAGE_W = 2, PAGE_X = 4, PAGE_LOST = 8 /* with PAGE_X: it was written since it was looked at */ };
 
 /* What a runner has mapped in 2 MiB of the guest's linear addresses. */
 struct region {
     struct region *next;  /* of the same hash */
     uint64_t base;
-    uint32_t count;       /* pages mapped */
+    uint32_t count;       /* pages mapped; */
+    uint32_t executable;  /* those with PAGE_X */
     bool stale;           /* check against the page tables before it is used */
     uint64_t page[REGION_PAGES]; /* guest-physical address | PAGE_*; 0: not mapped */
     uint8_t turns[REGION_PAGES]; /* how often a page that is both writable and executable changed sides */
@@ -93,7 +96,8 @@ struct runner {
     uint64_t top;         /* of the page tables when that was last looked at: pages_replaced() */
     bool stale;           /* all regions have to be checked */
     bool some_stale;      /* some have */
-    uint32_t protect_seq; /* of struct direct_vm, when its writable pages were last checked */
+    uint32_t protect_seq; /* of struct direct_vcpu, when its writable pages were last checked */
+    bool some_lost;       /* a page has PAGE_LOST */
     struct region *regions[REGION_HASH];
     uint32_t mapped;      /* no more mappings than that since it was empty */
     uint32_t region_count;
@@ -133,6 +137,7 @@ struct direct_vcpu {
     bool returned;            /* the guest's kernel went back to a program */
     struct young young[YOUNG];
     uint64_t use;             /* counts look-ups */
+    uint32_t protect_seq;     /* bumped when pages that are mapped writable must no longer be */
     pid_t thread;             /* who made the runners: they end with that thread */
     pid_t running;            /* atomic: the guest half that executes, or 0 */
     pid_t mapper;             /* atomic: its mapper, set before */
@@ -141,7 +146,7 @@ struct direct_vcpu {
     uint64_t kicked, kicked_used; /* kick.c's own: the stretch whose deadline was over last, and kick_time() then */
     uint32_t kicks;           /* ... and how often it was kicked since */
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
-    int bound;                /* the processor, or -1 */
+    int bound;                /* atomic: the processor, or -1 */
     uint64_t bound_ns;
     struct soft_native_stats counts;
     enum soft_native_core why; /* user code is in the core, if it is */
@@ -160,14 +165,14 @@ struct direct_vm {
     uint32_t range_count;
     char stub[4096];
     uint32_t page_slice;      /* instructions in the core once a page cannot run natively */
-    bool off;                 /* it went wrong too often */
+    uint32_t runners;         /* for each vCPU */
+    bool off;                 /* atomic: it went wrong too often */
     bool no_guards;           /* the host has no breakpoints to give */
-    uint64_t floor_ns;        /* what a stop costs of the guest half's processor time, a moving average of those without a stretch */
+    uint64_t floor_ns;        /* atomic: what a stop costs of the guest half's processor time, a moving average of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
     bool sysenter;            /* 64-bit code can execute SYSENTER: an Intel host */
-    uint8_t *writable;        /* a bit a page of memory_fd: it was mapped writable for a runner */
-    uint32_t protect_seq;     /* bumped when pages that are mapped writable must no longer be */
+    uint8_t *writable;        /* atomic: a bit a page of memory_fd: it was mapped writable for a runner */
     /* kick.c */
     pthread_t kicker;
     bool kicker_started, kicker_end;
@@ -187,7 +192,7 @@ bool runner_command(struct runner *r, uint32_t count);
 /* Let the guest half go on by its frame, after the commands that wait, until it stops in the gate; with the arguments of its stop.
  * False: it is gone, or made a stop of its own, from which it would not go on by a frame. */
 bool runner_resume(struct runner *r, uint64_t arguments[6]);
-void runner_bind(struct direct_vcpu *d, struct runner *r);
+void runner_bind(struct soft_vcpu *c, struct runner *r);
 void runner_unbind(struct direct_vcpu *d);
 /* In a forked child: it is the parent's. */
 void runner_forget(struct runner *r);
@@ -204,6 +209,8 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r);
 bool pages_replaced(struct soft_vcpu *c, struct runner *r);
 /* Whether the runner has the page of `linear` mapped with these rights. */
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights);
+/* A page's bytes were written, or those of any (PAGE_ALL): it is not executed before it was looked at again. */
+void pages_lose(struct runner *r, uint64_t gpa);
 /* Take everything of it away, for another address space. */
 bool pages_drop_all(struct runner *r);
 
@@ -236,12 +243,14 @@ bool trip_possible(const struct soft_vcpu *c);
 bool trip_clean(struct runner *r);
 enum trip trip_run(struct soft_vcpu *c, struct runner *r);
 
-/* kick.c */
+/* kick.c. kick_start() may be called by several threads. */
 bool kick_start(struct direct_vm *direct, struct soft_vm *vm);
 void kick_end(struct direct_vm *direct);
 /* What a process has used of a processor, in ns: a busy host's waiting does not count. */
 uint64_t kick_time(pid_t pid);
 void kick_before(struct soft_vm *vm, struct direct_vcpu *d, const struct runner *r, uint64_t deadline);
 void kick_after(struct direct_vcpu *d);
+/* After kick_after(): nobody signals the process any more, so it may end and its number be another's. */
+void kick_settle(struct direct_vm *direct);
 
 #endif

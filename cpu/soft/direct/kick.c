@@ -12,7 +12,7 @@ enum { NS = 1000000000, AGAIN_NS = 500000 };
  * so much of it, and so many signals, are needed before it is deaf. */
 enum { DEAF_NS = 20000000, DEAF_KICKS = 20 };
 
-/* The lock is held: whoever ends the runner takes it first. */
+/* The lock is held: whoever ends the runner takes it before (kick_settle()). */
 static void stop(struct direct_vcpu *d)
 {
     pid_t pid = __atomic_load_n(&d->running, __ATOMIC_SEQ_CST);
@@ -97,14 +97,23 @@ static void *kicker(void *argument)
 
 bool kick_start(struct direct_vm *direct, struct soft_vm *vm)
 {
-    if (direct->kicker_started)
-        return true;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    direct->kicker_started = pthread_create(&direct->kicker, NULL, kicker, vm) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return direct->kicker_started;
+    pthread_mutex_lock(&direct->lock);
+    if (!direct->kicker_started) {
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        direct->kicker_started = pthread_create(&direct->kicker, NULL, kicker, vm) == 0;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    bool started = direct->kicker_started;
+    pthread_mutex_unlock(&direct->lock);
+    return started;
+}
+
+void kick_settle(struct direct_vm *direct)
+{
+    pthread_mutex_lock(&direct->lock);
+    pthread_mutex_unlock(&direct->lock);
 }
 
 void kick_end(struct direct_vm *direct)

@@ -41,7 +41,7 @@ static void free_direct(struct soft_vm *vm)
 /* No thread is inside soft_vm_run(). Any thread of this process may end runners, not only the one that made them. */
 static void close_runners(struct soft_vm *vm)
 {
-    pthread_mutex_lock(&vm->direct->lock);
+    kick_settle(vm->direct);
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         struct direct_vcpu *d = vm->vcpus[i]->direct;
         for (unsigned n = 0; d && n < RUNNERS; n++)
@@ -50,7 +50,6 @@ static void close_runners(struct soft_vm *vm)
         if (d)
             d->current = NULL;
     }
-    pthread_mutex_unlock(&vm->direct->lock);
 }
 
 void soft_direct_destroy(struct soft_vm *vm)
@@ -80,13 +79,13 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     if (vm->direct) {
         if (count || fd >= 0)
             return -EBUSY;
-        vm->direct->off = true;
+        __atomic_store_n(&vm->direct->off, true, __ATOMIC_RELAXED);
         close_runners(vm);
         return 0;
     }
     if (fd < 0)
         return 0;
-    if (vm->config.virtual_clock || vm->parallel || !count || count > 4 || strlen(program) >= sizeof vm->direct->stub)
+    if (vm->config.virtual_clock || (vm->config.vcpus > 1 && !vm->parallel) || !count || count > 4 || strlen(program) >= sizeof vm->direct->stub)
         return -EINVAL;
     struct direct_vm *direct = calloc(1, sizeof *direct);
     if (!direct)
@@ -95,6 +94,11 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     direct->memory_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     direct->sleeps_until = 0;
     direct->always = always;
+    direct->runners = RUNNERS_ALL / vm->config.vcpus;
+    if (direct->runners > RUNNERS)
+        direct->runners = RUNNERS;
+    if (direct->runners < RUNNERS_LEAST)
+        direct->runners = RUNNERS_LEAST;
     direct->sysenter = is_intel();
     direct->page_slice = PAGE_SLICE;
     direct->floor_ns = FLOOR_NS;

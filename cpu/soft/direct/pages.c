@@ -67,10 +67,12 @@ struct direct_range *range_of(struct direct_vm *direct, const uint8_t *host)
 }
 
 /* Whether a page of RAM may be written without the core seeing each store. */
-static bool unseen_writes(const struct soft_slot *slot, uint64_t gpa)
+static bool unseen_writes(struct soft_vcpu *c, struct soft_slot *slot, uint64_t gpa)
 {
     uint64_t n = (gpa - slot->gpa) >> 12;
-    return !slot->readonly && !slot->code_pages[n] && (!slot->log_dirty || (slot->dirty[n >> 3] >> (n & 7) & 1));
+    if (slot->readonly || (slot->log_dirty && !(__atomic_load_n(&slot->dirty[n >> 3], __ATOMIC_RELAXED) >> (n & 7) & 1)))
+        return false;
+    return c->vm->parallel ? soft_shared_may_write(c, slot, n) : !slot->code_pages[n];
 }
 
 /* What the tables allow of the i-th page, as region.page has it: nothing unless it was accessed, no writing unless it is
@@ -95,7 +97,7 @@ static uint64_t allowed(struct soft_vcpu *c, const struct leaf *leaf, unsigned i
     struct soft_slot *slot = soft_find_slot(c->vm, entry);
     if (!slot || !range_of(c->vm->direct, slot->host + (entry - slot->gpa)))
         return 0;
-    if ((rights & PAGE_W) && !unseen_writes(slot, entry))
+    if ((rights & PAGE_W) && !unseen_writes(c, slot, entry))
         rights &= ~(uint64_t)PAGE_W;
     return entry | rights;
 }
@@ -139,7 +141,8 @@ void pages_forget(struct runner *r)
 bool pages_have(struct runner *r, uint64_t linear, unsigned rights)
 {
     const struct region *region = region_of(r, linear);
-    return region && !region->stale && (region->page[linear >> 12 & 511] & rights) == rights;
+    uint64_t page = region && !region->stale ? region->page[linear >> 12 & 511] : 0;
+    return (page & rights) == rights && !((rights & PAGE_X) && (page & PAGE_LOST));
 }
 
 /* Changes that follow one another become one call. */
@@ -192,6 +195,7 @@ static void set_page(struct batch *b, struct region *region, unsigned i, uint64_
     uint64_t linear = region->base + i * PAGE_BYTES, *page = &region->page[i];
     bool had = *page != 0, has = what != 0;
     region->count += (uint32_t)has - (uint32_t)had;
+    region->executable += (uint32_t)((what & PAGE_X) != 0) - (uint32_t)((*page & PAGE_X) != 0);
     *page = what;
     bool follows = b->bytes && linear == b->linear + b->bytes && (what ? what == b->what + b->bytes && b->what : !b->what);
     if (what && follows) { /* one piece of the file, too */
@@ -236,11 +240,11 @@ static void check_region(struct batch *b, struct region *region)
         uint64_t old = region->page[i];
         if (!old)
             continue;
-        uint64_t now = allowed(b->c, &leaf, i);
+        uint64_t now = allowed(b->c, &leaf, i), had = old & PAGE_LOST ? old & ~(uint64_t)PAGE_X : old;
         if (((now ^ old) & PAGE_MASK) || !now)
             now = 0;
         else
-            now &= old | PAGE_MASK;
+            now &= had | PAGE_MASK;
         if (now != old)
             set_page(b, region, i, now);
     }
@@ -275,17 +279,45 @@ bool pages_replaced(struct soft_vcpu *c, struct runner *r)
     return lost > kept;
 }
 
-/* Pages of which code was made, or whose writes the dirty log wants to see again. */
+void pages_lose(struct runner *r, uint64_t gpa)
+{
+    for (unsigned i = 0; i < REGION_HASH && r->page; i++)
+        for (struct region *region = r->regions[i]; region; region = region->next)
+            for (unsigned n = 0; n < REGION_PAGES && region->executable; n++)
+                if ((region->page[n] & PAGE_X) && (gpa == PAGE_ALL || (region->page[n] & PAGE_MASK) == gpa)) {
+                    region->page[n] |= PAGE_LOST;
+                    r->some_lost = true;
+                }
+}
+
+/* Pages of which code was made, or whose writes the dirty log wants to see again; and code that was written. */
 static void protect_region(struct batch *b, struct region *region)
 {
     for (unsigned i = 0; i < REGION_PAGES; i++) {
-        uint64_t old = region->page[i];
-        if (!(old & PAGE_W))
-            continue;
-        const struct soft_slot *slot = soft_find_slot(b->c->vm, old & PAGE_MASK);
-        if (!slot || !unseen_writes(slot, old & PAGE_MASK))
-            set_page(b, region, i, old & ~(uint64_t)PAGE_W);
+        uint64_t old = region->page[i], now = old;
+        if (old & PAGE_LOST)
+            now &= ~(uint64_t)(PAGE_LOST | PAGE_X);
+        struct soft_slot *slot = old & PAGE_W ? soft_find_slot(b->c->vm, old & PAGE_MASK) : NULL;
+        if ((old & PAGE_W) && (!slot || !unseen_writes(b->c, slot, old & PAGE_MASK)))
+            now &= ~(uint64_t)PAGE_W;
+        if (now != old)
+            set_page(b, region, i, now);
     }
+}
+
+static bool unprotected(const struct soft_vcpu *c, const struct runner *r)
+{
+    return r->protect_seq != c->direct->protect_seq || r->some_lost;
+}
+
+static void protect(struct batch *b)
+{
+    b->r->protect_seq = b->c->direct->protect_seq;
+    b->r->some_lost = false;
+    for (unsigned i = 0; i < REGION_HASH; i++)
+        for (struct region *region = b->r->regions[i]; region; region = region->next)
+            if (region->count)
+                protect_region(b, region);
 }
 
 static bool maps_ours(struct soft_vcpu *c)
@@ -309,7 +341,7 @@ static void note_writable(struct direct_vm *direct, const uint8_t *host)
     const struct direct_range *range = range_of(direct, host);
     uint64_t n = range ? (range->offset + (uint64_t)(host - range->host)) >> 12 : 0;
     if (range)
-        direct->writable[n >> 3] |= (uint8_t)(1u << (n & 7));
+        __atomic_fetch_or(&direct->writable[n >> 3], (uint8_t)(1u << (n & 7)), __ATOMIC_RELAXED);
 }
 
 /* The bytes of a page that the runner may execute, or NULL. */
@@ -317,7 +349,7 @@ static const uint8_t *executable(struct batch *b, uint64_t linear)
 {
     const struct region *region = region_of(b->r, linear);
     uint64_t page = region ? region->page[linear >> 12 & 511] : 0;
-    return page & PAGE_X ? soft_phys(b->c->vm, page & PAGE_MASK, false, NULL) : NULL;
+    return (page & PAGE_X) && !(page & PAGE_LOST) ? soft_phys(b->c->vm, page & PAGE_MASK, false, NULL) : NULL;
 }
 
 /* Whether the code of a page may run natively. What sees the host is watched, if the page is worth it now. */
@@ -350,7 +382,15 @@ static void map_page(struct batch *b, struct region *region, unsigned i, uint64_
         if (touched && old && ((old ^ now) & (PAGE_W | PAGE_X)) && region->turns[i] < TURNS_MAX)
             region->turns[i]++;
     }
-    const uint8_t *host = soft_phys(b->c->vm, now & PAGE_MASK, false, NULL);
+    struct soft_slot *slot;
+    const uint8_t *host = soft_phys(b->c->vm, now & PAGE_MASK, false, &slot);
+    if ((now & PAGE_X) && b->c->vm->parallel) {
+        uint64_t n = ((now & PAGE_MASK) - slot->gpa) >> 12;
+        if (touched || !soft_shared_others_write(b->c, slot, n))
+            soft_shared_execute(b->c, slot, n); /* what is looked at now stays so */
+        else
+            now &= ~(uint64_t)PAGE_X;
+    }
     if ((now & PAGE_X) && !may_execute(b, region->base + i * PAGE_BYTES, host, touched && (executed || (old & PAGE_X))))
         now &= ~(uint64_t)PAGE_X;
     b->c->direct->counts.pages++;
@@ -380,8 +420,12 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
         uint64_t entry = leaf.table[target];
         struct soft_slot *slot;
         if (valid(c, entry, 0, P | U | A) && (entry & W) && (entry & D) && leaf.writable && soft_phys(c->vm, entry & ADDRESS, true, &slot) &&
-            slot->code_pages[((entry & ADDRESS) - slot->gpa) >> 12])
-            soft_blocks_invalidate(c->blocks, entry & ADDRESS, PAGE_BYTES);
+            __atomic_load_n(&slot->code_pages[((entry & ADDRESS) - slot->gpa) >> 12], __ATOMIC_RELAXED)) {
+            if (c->vm->parallel)
+                soft_shared_give_up(c, slot, ((entry & ADDRESS) - slot->gpa) >> 12);
+            else
+                soft_blocks_invalidate(c->blocks, entry & ADDRESS, PAGE_BYTES);
+        }
     }
     for (unsigned i = first; i < end; i++) {
         bool touched = i == target;
@@ -409,26 +453,24 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
 bool pages_prepare(struct soft_vcpu *c, struct runner *r)
 {
     struct direct_vcpu *d = c->direct;
-    struct direct_vm *direct = c->vm->direct;
-    uint32_t seq = direct->protect_seq;
-    bool all = r->stale, protect = r->protect_seq != seq;
+    bool all = r->stale;
     if (r->region_count > MAX_REGIONS && !pages_drop_all(r))
         return false;
     struct batch b = {.c = c, .r = r, .count = r->waiting};
     r->blocked = maps_ours(c);
-    if (all || protect || r->some_stale) {
+    if (all || r->some_stale) {
         for (unsigned i = 0; i < REGION_HASH; i++)
-            for (struct region *region = r->regions[i]; region; region = region->next) {
+            for (struct region *region = r->regions[i]; region; region = region->next)
                 if (all || region->stale)
                     check_region(&b, region);
-                if (protect && region->count)
-                    protect_region(&b, region);
-            }
     }
     r->stale = r->some_stale = false;
-    r->protect_seq = seq;
+    if (unprotected(c, r))
+        protect(&b);
     for (uint32_t i = 0; i < d->pending_count && d->pending_for == r; i++)
         map_around(&b, d->pending[i] & PAGE_MASK, d->pending[i] & 1);
     d->pending_count = 0;
+    while (unprotected(c, r)) /* by what was mapped now, or by what others asked for while this waited for them */
+        protect(&b);
     return end_batch(&b) && (!b.full || pages_drop_all(r));
 }

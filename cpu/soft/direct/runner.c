@@ -325,20 +325,41 @@ void runner_forget(struct runner *r)
     r->mapper = r->guest = 0;
 }
 
+/* The processor that this thread runs on, or one that no other vCPU is bound to: -1 if there is none. */
+static int free_processor(const struct soft_vcpu *c)
+{
+    const cpu_set_t *may = &c->direct->own_affinity;
+    cpu_set_t taken;
+    CPU_ZERO(&taken);
+    for (uint32_t i = 0; i < c->vm->config.vcpus; i++) {
+        int bound = i == c->index ? -1 : __atomic_load_n(&c->vm->vcpus[i]->direct->bound, __ATOMIC_RELAXED);
+        if (bound >= 0)
+            CPU_SET(bound, &taken);
+    }
+    int here = sched_getcpu();
+    if (here >= 0 && here < CPU_SETSIZE && CPU_ISSET(here, may) && !CPU_ISSET(here, &taken))
+        return here;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, may) && !CPU_ISSET(cpu, &taken))
+            return cpu;
+    return -1;
+}
+
 /* While stops follow each other quickly, the thread and the runner share a processor: to wake a process on another one takes
  * several times as long as a stop. */
-void runner_bind(struct direct_vcpu *d, struct runner *r)
+void runner_bind(struct soft_vcpu *c, struct runner *r)
 {
-    int cpu = sched_getcpu();
-    if (cpu < 0 || cpu >= CPU_SETSIZE)
+    struct direct_vcpu *d = c->direct;
+    int cpu = d->bound;
+    if (cpu < 0 && (sched_getaffinity(0, sizeof d->own_affinity, &d->own_affinity) < 0 || (cpu = free_processor(c)) < 0))
         return;
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(cpu, &one);
     if (d->bound < 0) {
-        if (sched_getaffinity(0, sizeof d->own_affinity, &d->own_affinity) < 0 || sched_setaffinity(0, sizeof one, &one) < 0)
+        if (sched_setaffinity(0, sizeof one, &one) < 0)
             return;
-        d->bound = cpu;
+        __atomic_store_n(&d->bound, cpu, __ATOMIC_RELAXED);
         d->bound_ns = soft_host_now();
     }
     if (r->cpu != cpu && sched_setaffinity(r->guest, sizeof one, &one) == 0 &&
@@ -350,7 +371,7 @@ void runner_unbind(struct direct_vcpu *d)
 {
     if (d->bound >= 0)
         sched_setaffinity(0, sizeof d->own_affinity, &d->own_affinity);
-    d->bound = -1;
+    __atomic_store_n(&d->bound, -1, __ATOMIC_RELAXED);
     struct runner *r = d->current;
     if (r && r->cpu >= 0 && sched_setaffinity(r->guest, sizeof d->own_affinity, &d->own_affinity) == 0)
         r->cpu = -1;

@@ -24,7 +24,6 @@ _Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 ha
 /* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
 enum { URETPROBE = 335 };
 #define LONGEST_NS 20000000ull
-#define SHARE_NS 500000ull
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
 
 static bool has_avx(const struct soft_vcpu *c) { return soft_vcpu_xcr0(c) & STATE_HAS_AVX; }
@@ -324,11 +323,11 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct 
     return result;
 }
 
-/* When the stretch has to end: at the next timer event, or sooner so that others have their turn. */
+/* When the stretch has to end: at the next timer event, or sooner. */
 static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
 {
     struct soft_vm *vm = c->vm;
-    uint64_t at = c->turn_limit_ns, limit = vm->config.vcpus > 1 ? SHARE_NS : LONGEST_NS;
+    uint64_t at = c->turn_limit_ns, limit = LONGEST_NS;
     uint64_t end = at > UINT64_MAX - vm->start_ns ? UINT64_MAX : at + vm->start_ns;
     return end < now + limit ? end : now + limit;
 }
@@ -339,7 +338,7 @@ static void account(const struct direct_vm *direct, struct runner *r, uint64_t w
     int64_t most = (int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX);
     if (!page)
         r->average_ns = (uint64_t)((int64_t)r->average_ns + (most - (int64_t)r->average_ns) / 8);
-    r->balance_ns += (int64_t)worked * GAIN - 2 * (int64_t)direct->floor_ns;
+    r->balance_ns += (int64_t)worked * GAIN - 2 * (int64_t)__atomic_load_n(&direct->floor_ns, __ATOMIC_RELAXED);
     if (r->balance_ns > CREDIT_NS)
         r->balance_ns = CREDIT_NS;
 }
@@ -362,8 +361,8 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     kick_after(d);
     uint64_t ns = soft_host_now() - began, used = kick_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
-    uint64_t spent = worked;
-    worked = worked > vm->direct->floor_ns ? worked - vm->direct->floor_ns : 0;
+    uint64_t spent = worked, floor = __atomic_load_n(&vm->direct->floor_ns, __ATOMIC_RELAXED);
+    worked = worked > floor ? worked - floor : 0;
     d->counts.ns += worked;
     d->counts.stops++;
     r->last_ns = worked;
@@ -374,7 +373,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
         return TRIP_LOST;
     d->failures = 0;
     if (c->rip == entered && stop.frame.info.signal == SIGSEGV) /* not one instruction was executed: so much does a stop cost */
-        vm->direct->floor_ns = (vm->direct->floor_ns * 7 + spent) / 8;
+        __atomic_store_n(&vm->direct->floor_ns, (floor * 7 + spent) / 8, __ATOMIC_RELAXED);
     account(vm->direct, r, worked, stop.frame.info.signal == SIGSEGV);
     return after_stop(c, r, &stop);
 }

@@ -415,6 +415,7 @@ static void free_maps(struct soft_slot *slot)
     free_map(slot, slot->code_pages, sizeof *slot->code_pages);
     free_map(slot, slot->granules, sizeof *slot->granules);
     free_map(slot, slot->writers, sizeof *slot->writers);
+    free_map(slot, slot->executors, sizeof *slot->executors);
     free(slot->dirty);
 }
 void soft_slots_free(struct soft_vm *vm)
@@ -443,7 +444,9 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
         fresh.dirty = log_dirty ? calloc((size >> 15) + 1, 1) : NULL;
         fresh.granules = vm->parallel ? make_map(&fresh, sizeof *fresh.granules) : NULL;
         fresh.writers = vm->parallel ? make_map(&fresh, sizeof *fresh.writers) : NULL;
-        if (!fresh.code_pages || (log_dirty && !fresh.dirty) || (vm->parallel && !(fresh.granules && fresh.writers))) {
+        fresh.executors = vm->parallel ? make_map(&fresh, sizeof *fresh.executors) : NULL;
+        if (!fresh.code_pages || (log_dirty && !fresh.dirty) ||
+            (vm->parallel && !(fresh.granules && fresh.writers && fresh.executors))) {
             free_maps(&fresh);
             return -ENOMEM;
         }

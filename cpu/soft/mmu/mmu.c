@@ -303,8 +303,6 @@ void soft_tlb_flush_all_vcpus(struct soft_vm *vm)
 
 void soft_tlb_flush_writes(struct soft_vm *vm)
 {
-    if (vm->direct)
-        soft_direct_protect_all(vm);
     for (unsigned index = 0; index < vm->config.vcpus; index++)
         soft_tlb_protect(vm->vcpus[index], NULL);
 }
@@ -312,6 +310,8 @@ void soft_tlb_flush_writes(struct soft_vm *vm)
 void soft_tlb_protect(struct soft_vcpu *c, const uint8_t *host)
 {
     clear_victims(c);
+    if (c->direct)
+        soft_direct_protect(c, host);
     for (unsigned view = 0; view < VIEW_COUNT; view++) {
         struct soft_tlb_entry *e = c->tlbs[view].e[ACCESS_WRITE];
         for (unsigned i = 0; i < TLB_SIZE; i++)
@@ -326,8 +326,6 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
     const uint8_t *host = soft_phys(vm, gpa & PAGE_MASK, false, &slot);
     if (!host)
         return;
-    if (vm->direct)
-        soft_direct_protect(vm, host);
     for (unsigned n = 0; n < vm->config.vcpus; n++)
         soft_tlb_protect(vm->vcpus[n], host);
 }

@@ -246,6 +246,8 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
         announce(vm);
     }
     soft_events_unlock(vm);
+    if (vm->parallel && vm->direct)
+        soft_shared_settle(vm);
 }
 
 bool soft_events_pending(const struct soft_vm *vm)

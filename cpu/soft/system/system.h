@@ -31,6 +31,13 @@ enum { SYS_TSS16 = 1, SYS_LDT = 2, SYS_TSS16_BUSY = 3, SYS_CALL16 = 4, SYS_TASK 
 #define DR7_GD (1u << 13)
 
 void soft_rouse(struct soft_vcpu *c); /* parallel.c: end its sleep */
+/* It looks up from guest code, if it executes some. */
+static inline void soft_attend_awake(struct soft_vcpu *c)
+{
+    __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
+    if (SOFT_UNLIKELY(c->direct != NULL))
+        soft_direct_kick(c);
+}
 static inline void soft_attend(struct soft_vcpu *c)
 {
     __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
@@ -157,12 +164,14 @@ void soft_events_set_levels(struct soft_vm *vm, uint32_t levels); /* of the GSIs
 void soft_events_lock(struct soft_vm *vm);
 void soft_events_unlock(struct soft_vm *vm);
 
-/* parallel.c */
+/* parallel.c, shared.c */
 int soft_parallel_create(struct soft_vm *vm); /* 0, or -ENOMEM */
 void soft_parallel_destroy(struct soft_vm *vm);
 /* The vCPU's thread has to leave guest code for more than what is pending. */
 bool soft_parallel_called(const struct soft_vcpu *c);
 void soft_lives_again(struct soft_vcpu *c); /* it sleeps no longer for good, perhaps */
+/* Pages were written by soft_shared_written() without a vCPU: give those that may execute them natively the time to stop. [any] */
+void soft_shared_settle(struct soft_vm *vm);
 
 /* cpuid.c */
 void soft_default_cpuid(struct soft_vcpu *c);
