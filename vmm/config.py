@@ -767,6 +767,13 @@ class Config(Checked):
         return self.cpus if self.max_cpus is None else self.max_cpus
 
     @property
+    def runs_in_parallel(self) -> bool:
+        """Whether each vCPU of the software core gets a host thread of its own."""
+        if self.parallel == "auto":
+            return self.most_cpus > 1 and self.clock == "real" and len(os.sched_getaffinity(0)) > 1
+        return self.parallel == "on"
+
+    @property
     def all_shares(self) -> tuple[Share, ...]:
         """The directories that the guest sees, each with its id. The root is the first."""
         shares = [share if share.id else share.replace(id=f"share{at}") for at, share in enumerate(self.shares)]

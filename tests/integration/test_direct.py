@@ -92,7 +92,7 @@ async def test_attacks_end_with_their_program(linux: Any, direct: None, programs
     [
         ({"clock": "virtual"}, "virtual clock"),
         ({"seed": 1}, "seed"),
-        ({"cpus": 2}, "several processors"),
+        ({"cpus": 2, "parallel": "off"}, "several processors"),
     ],
 )
 async def test_on_says_what_it_cannot(linux: Any, options: dict[str, Any], words: str) -> None:

@@ -22,10 +22,8 @@ def obstacle(config: Config, system: System) -> str:
         return "with a seed the guest may have no random bytes of the host"
     if config.hugepages:
         return "memory of reserved huge pages cannot be mapped page by page"
-    if config.parallel == "on":
-        return "a vCPU that has a thread of its own runs in the core (parallel: on)"
-    if config.most_cpus > 1:
-        return "a machine of several processors runs in the core"
+    if config.most_cpus > 1 and not config.runs_in_parallel:
+        return "several processors that share a thread run in the core (parallel: on gives each its own)"
     return ""
 
 

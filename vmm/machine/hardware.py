@@ -7,7 +7,6 @@ its other modules. Knows no devices and no loop.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -32,13 +31,6 @@ class Hardware:
         """The guest's wall clock at its start, ns since 1970."""
 
 
-def runs_in_parallel(config: Config) -> bool:
-    """Whether each vCPU of the software core gets a host thread of its own."""
-    if config.parallel == "auto":
-        return config.most_cpus > 1 and config.clock == "real" and len(os.sched_getaffinity(0)) > 1
-    return config.parallel == "on"
-
-
 def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
     """Memory is in its slots before there are vCPUs, which KVM takes better that way. Raises ConfigError, HostError,
     CpuError, and leaves nothing behind then."""
@@ -61,7 +53,7 @@ def make(config: Config, system: System, origin: Origin = BOOT) -> Hardware:
             VmConfig(
                 vcpus=config.most_cpus,
                 virtual_clock=virtual,
-                parallel=runs_in_parallel(config),
+                parallel=config.runs_in_parallel,
                 epoch_ns=epoch_ns,
                 seed=config.seed,
                 pit=config.platform != "bare",
