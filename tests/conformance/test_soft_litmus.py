@@ -6,16 +6,19 @@ LOOPVISOR_LITMUS gives the number of rounds of a campaign; otherwise those of a 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from cpu.direct import support
 from tests.conformance.test_soft_roms import CPUS, assemble
 from tests.support import soft_programs
 from tests.support.patience import PATIENCE
 
 ROUNDS = int(os.environ.get("LOOPVISOR_LITMUS", "20000"))
+NATIVE_ROUNDS = ROUNDS if "LOOPVISOR_LITMUS" in os.environ else 400
 SECONDS = "86400" if "LOOPVISOR_LITMUS" in os.environ else "1"
 
 
@@ -32,7 +35,26 @@ def test_nothing_forbidden_is_seen(hot: bool) -> None:
         timeout=(200 + ROUNDS / 100) * PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 29
+    assert run.stdout.count("ok ") == 31
+
+
+@pytest.mark.parametrize("how", ["native", "mixed"])
+def test_nothing_forbidden_is_seen_natively(how: str) -> None:
+    """The programs run directly, on all vCPUs or on every second one."""
+    if not support().available:
+        pytest.skip(f"direct execution: {support().reason}")
+    program = soft_programs.build("soft_litmus")
+    run = subprocess.run(
+        [program, str(NATIVE_ROUNDS), SECONDS, "all", how, soft_programs.ROOT / "cpu/runner/runner.bin"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=(200 + ROUNDS / 100) * PATIENCE,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("ok ") == 30
+    stops = re.search(r"^\d+ us natively, (\d+) stops$", run.stdout, re.MULTILINE)
+    assert stops is not None and int(stops[1]) > 100
 
 
 @pytest.mark.slow

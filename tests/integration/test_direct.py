@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build ha
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    for name, more in (("programs", []), ("attacks", OWN_PAGES)):
+    for name, more in (("programs", []), ("attacks", OWN_PAGES), ("threads", ["-pthread"])):
         subprocess.run(["gcc", *FLAGS, *more, "-o", folder / name, SOURCES / f"{name}.c"], check=True)
     return folder
 
@@ -47,10 +47,12 @@ def direct() -> None:
         pytest.skip(f"direct execution: {support().reason}")
 
 
-async def output(folder: Path, words: str, direct: Any) -> tuple[str, dict[str, int]]:
+async def output(folder: Path, words: str, direct: Any, cpus: int = 1) -> tuple[str, dict[str, int]]:
     """What a program prints in a guest, and the machine's counters."""
     shares = [Share(path=folder, mount="/work", readonly=True)]
     options: dict[str, Any] = {"core": "soft", "nets": [], "memory": "256M", "shares": shares, "direct": direct}
+    if cpus > 1:
+        options |= {"cpus": cpus, "parallel": "on"}
     async with vmm.run("linux", **options) as machine:
         result = await machine.exec(*f"/work/{words}".split(), timeout=240 * PATIENCE, check=True)
         if direct == "on":  # while the vCPU runs, counters are as they were when it last paused
@@ -81,10 +83,19 @@ def survived(text: str) -> bool:
     return last == "done" and len(lines) == 12 and all(found and found[1] == found[2] for found in counts)
 
 
-async def test_attacks_end_with_their_program(linux: Any, direct: None, programs: Path) -> None:
-    text, counters = await output(programs, "attacks", "on")
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_attacks_end_with_their_program(linux: Any, direct: None, programs: Path, cpus: int) -> None:
+    text, counters = await output(programs, "attacks", "on", cpus)
     assert survived(text), text
     assert counters["native-stops"] > 0
+
+
+async def test_processors_change_what_others_touch_and_execute(linux: Any, direct: None, programs: Path) -> None:
+    """Rights, mappings, copies and code, by threads and processes on two vCPUs that have runners of their own."""
+    text, counters = await output(programs, "threads 20", "on", 2)
+    *lines, last = text.splitlines()
+    assert last == "done" and len(lines) == 10 and all(": 0 wrong" in line for line in lines), text
+    assert counters["native-stops"] > 100
 
 
 @pytest.mark.parametrize(
@@ -101,14 +112,16 @@ async def test_on_says_what_it_cannot(linux: Any, options: dict[str, Any], words
             pass
 
 
-async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None) -> None:
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None, cpus: int) -> None:
     """To share memory with a copy it is taken from the runners; what a program computed natively goes on in both."""
     script = "i=0; while :; do i=$((i+1)); echo $i >/tmp/count; done"
     read = (
         'r() { while c=$(cat /tmp/count); [ -z "$c" ]; do :; done; echo $c; }; '
         "a=$(r); while b=$(r); [ $b -le $a ]; do :; done; echo $a $b"
     )
-    async with vmm.run("linux", core="soft", direct="on", nets=[], memory="256M") as machine:
+    options: dict[str, Any] = {"cpus": cpus, "parallel": "on" if cpus > 1 else "off"}
+    async with vmm.run("linux", core="soft", direct="on", nets=[], memory="256M", **options) as machine:
         await machine.exec("sh", "-c", f"({script}) >/dev/null 2>&1 &", timeout=240 * PATIENCE, check=True)
         first = (await machine.exec("sh", "-c", read, timeout=240 * PATIENCE, check=True)).text.split()
         assert machine.stats()["native-stops"] > 0

@@ -370,14 +370,19 @@ static void hide_cpuid(uint64_t rounds, unsigned count, uint64_t through)
     count_wrong("another processor's CPUID was seen");
 }
 
-/* The guest's CPUID is one that no host has. */
+/* The guest's CPUID is one that no host has, and without AVX, which the programs would have to enable. */
 static void set_cpuid(void)
 {
     static struct kvm_cpuid_entry2 entries[256];
     uint32_t count = soft_supported_cpuid(entries, 256);
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < count; i++) {
         if (entries[i].function == 0x80000004)
             entries[i].edx = 0x5A5A5A5A;
+        if (entries[i].function == 1)
+            entries[i].ecx &= ~(1u << 28);
+        if (entries[i].function == 13 && !entries[i].index)
+            entries[i].eax &= 3;
+    }
     for (uint32_t i = 0; i < THREADS; i++)
         if (soft_vcpu_set_cpuid(vm, i, entries, count))
             fail("CPUID was refused");
