@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
+from cpu.direct import support
 from tests.conformance.test_soft_roms import CPUS, ROMS, assemble
 from tests.support import soft_programs
 
 pytestmark = pytest.mark.slow
 
-BLOCK, JUMP, MEMORY, MMU, EVENTS, PARALLEL, LOCK = (
+BLOCK, JUMP, MEMORY, MMU, EVENTS, SHARED, LOCK = (
     f"cpu/soft/{name}.c"
-    for name in ("run/block", "run/jump", "mmu/memory", "mmu/mmu", "run/events", "run/parallel", "interp/exec_lock")
+    for name in ("run/block", "run/jump", "mmu/memory", "mmu/mmu", "run/events", "run/shared", "interp/exec_lock")
 )
 MUTANTS = {
     "stores are not looked at": ("smc", MEMORY, "if (slot->code_pages[first])", "if (0)"),
@@ -56,9 +57,15 @@ MUTANTS = {
         "soft_api", EVENTS, "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);",
         "soft_blocks_invalidate(vm->caches[0], ranges[i].gpa & ~0xFFFull, 1);",
     ),
-    "vCPUs on other threads are not told": ("soft_litmus", PARALLEL, "post_range(vm->vcpus[i], gpa, size);", ";"),
+    "vCPUs on other threads are not told": ("soft_litmus", SHARED, "post_range(vm->vcpus[i], gpa, size);", ";"),
     "vCPUs on other threads can still write": (
-        "soft_litmus", PARALLEL, "ask_to_protect(c->vm->vcpus[i], c, host);", ";",
+        "soft_litmus", SHARED, "ask_to_protect(c->vm->vcpus[i], c, host);", ";",
+    ),
+    "who executes a page natively is not stopped": (
+        "soft_litmus natively", SHARED, "if (SOFT_UNLIKELY(executors != 0))", "if (0)",
+    ),
+    "runners write to pages that are to be protected": (
+        "soft_litmus natively", MMU, "soft_direct_protect(c, host);", ";",
     ),
     "locked operations are none": ("soft_litmus", LOCK, "lock cmpxchg %[new]", "cmpxchg %[new]"),
     "locked operations across lines are none": (
@@ -81,6 +88,9 @@ def noticed(program: Path, check: str, folder: Path, seconds: float = 2 * SECOND
         wanted, status = None, 0
     elif check == "soft_litmus":
         command = [program, "50000", "1"]
+        wanted, status = None, 0
+    elif check == "soft_litmus natively":
+        command = [program, "2000", "1", "hidden CPUID", "native", soft_programs.ROOT / "cpu/runner/runner.bin"]
         wanted, status = None, 0
     else:
         command = [program, "--memory", "64", "--timeout", str(SECONDS), "--cpus", str(CPUS.get(check, 1)), "--bios",
@@ -113,7 +123,9 @@ def test_what_a_mutant_changes_is_there(mutant: str) -> None:
 @pytest.mark.parametrize(("mutant", "hot"), cases())
 def test_missing_invalidation_is_noticed(tmp_path: Path, mutant: str, hot: bool) -> None:
     check, source, old, new = MUTANTS[mutant]
-    name = check if check in ("soft_api", "soft_litmus") else "soft_boot"
+    if "natively" in check and (not support().available or support().cpuid_faults):
+        pytest.skip("needs direct execution where CPUID does not fault")
+    name = check.split()[0] if check.startswith(("soft_api", "soft_litmus")) else "soft_boot"
     program = soft_programs.build_mutant(name, source, old, new, tmp_path, hot=hot)
     # On a busy host the threads of a litmus program may never run at the same time, so it gets several tries.
     tries, seconds = (10, SECONDS / 2) if check == "soft_litmus" else (1, 2 * SECONDS)

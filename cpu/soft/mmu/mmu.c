@@ -309,9 +309,9 @@ void soft_tlb_flush_writes(struct soft_vm *vm)
 
 void soft_tlb_protect(struct soft_vcpu *c, const uint8_t *host)
 {
-    clear_victims(c);
     if (c->direct)
         soft_direct_protect(c, host);
+    clear_victims(c);
     for (unsigned view = 0; view < VIEW_COUNT; view++) {
         struct soft_tlb_entry *e = c->tlbs[view].e[ACCESS_WRITE];
         for (unsigned i = 0; i < TLB_SIZE; i++)

@@ -204,6 +204,8 @@ void soft_shared_pause(struct soft_vcpu *c)
 
 /* ---- the run loop of one vCPU ---- */
 
+__thread const struct soft_vcpu *soft_of_this_thread;
+
 void soft_vcpu_wake(struct soft_vm *vm, uint32_t vcpu)
 {
     struct soft_vcpu *c = vm->vcpus[vcpu];
@@ -266,6 +268,7 @@ enum soft_stop soft_vcpu_run(struct soft_vm *vm, uint32_t vcpu)
 {
     struct soft_vcpu *c = vm->vcpus[vcpu];
     int stop = GO_ON;
+    soft_of_this_thread = c;
     come_inside(c);
     while (stop == GO_ON) {
         between(c);

@@ -17,6 +17,8 @@ void soft_parallel_changed(struct soft_parallel *p);
 /* To be called until what the caller waits for is there: `*turn` counts from 0. */
 void soft_wait_for_change(struct soft_parallel *p, unsigned *turn, bool (*done)(void *what), void *what);
 bool soft_is_outside(void *vcpu);
+/* The vCPU that this thread ran last, or NULL. */
+extern __thread const struct soft_vcpu *soft_of_this_thread;
 
 /* What others ask of this vCPU. [its thread, inside or alone] The first does what can be done in the middle of an
  * instruction; what is left is done at its block's end. */

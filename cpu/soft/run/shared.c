@@ -262,7 +262,8 @@ void soft_shared_settle(struct soft_vm *vm)
     for (uint64_t end = soft_host_now() + SETTLE_NS; soft_host_now() < end; nanosleep(&look, NULL)) {
         bool waits = false;
         for (uint32_t i = 0; i < vm->config.vcpus; i++)
-            waits |= __atomic_load_n(&vm->vcpus[i]->own.inbox.executed_count, __ATOMIC_SEQ_CST) && !soft_is_outside(vm->vcpus[i]);
+            waits |= vm->vcpus[i] != soft_of_this_thread && !soft_is_outside(vm->vcpus[i]) &&
+                     __atomic_load_n(&vm->vcpus[i]->own.inbox.executed_count, __ATOMIC_SEQ_CST);
         if (!waits)
             return;
     }
