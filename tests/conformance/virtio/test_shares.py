@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import os
@@ -10,6 +11,7 @@ import random
 import resource
 import signal
 import stat
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +225,47 @@ async def test_owners_are_mapped(tmp_path: Path) -> None:
     with refusal(errno.EPERM):
         await fuse.setattr(entry.nodeid, UID, uid=5)
     await fuse.driver.transport.device.aclose()
+
+
+@pytest.mark.root
+async def test_an_ordinary_user_shares_what_is_theirs() -> None:
+    nobody, dumpable = 65534, 4
+    prctl = ctypes.CDLL(None).prctl
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "of-root").write_text("secret")
+        (folder / "of-root").chmod(0o600)
+        (folder / "readable").write_text("told")
+        os.chown(folder, nobody, nobody)
+        os.setegid(nobody)
+        os.seteuid(nobody)
+        prctl(dumpable, 1)  # as a process is that had this user from the start: /proc/self is its own
+        try:
+            fuse = await share(folder, owner=(0, 0))
+            entry, handle = await fuse.create("mine", mode=0o600)
+            assert (entry.attr.uid, entry.attr.gid) == (0, 0)
+            await fuse.write(entry.nodeid, handle, b"text")
+            below = await fuse.mkdir("below")
+            await fuse.rename("mine", "moved", target=below.nodeid)
+            assert (await fuse.setattr(entry.nodeid, MODE, mode=0o100644)).mode == 0o100644
+            with refusal(errno.EPERM):
+                await fuse.setattr(entry.nodeid, UID, uid=5)
+            theirs = await fuse.lookup("readable")
+            assert await fuse.read(theirs.nodeid, await fuse.open(theirs.nodeid), 10) == b"told"
+            with refusal(errno.EACCES):
+                await fuse.open(theirs.nodeid, os.O_WRONLY)
+            secret = await fuse.lookup("of-root")
+            with refusal(errno.EACCES):
+                await fuse.open(secret.nodeid)
+            with refusal(errno.EPERM):
+                await fuse.setattr(secret.nodeid, MODE, mode=0o100666)
+            await fuse.driver.transport.device.aclose()
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            prctl(dumpable, 1)
+        found = (folder / "below" / "moved").stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), found.st_size) == (nobody, nobody, 0o644, 4)
 
 
 async def test_extended_attributes(fuse: FuseDriver, host: Path) -> None:
