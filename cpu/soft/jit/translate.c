@@ -148,6 +148,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
         }
         if (code->used + RUN_MAX > soft_share(HOST_CODE_SIZE, code->shares))
             return false;
+        host_code_make_ready(code, RUN_MAX);
         unsigned from = i;
         uint8_t *word;
         g->runs = (uintptr_t)code->runs;

@@ -11,7 +11,10 @@ struct host_code {
     uint8_t *base;       /* where code is written; NULL: there is no memory */
     const uint8_t *runs; /* where it runs: the same memory */
     size_t used, touched;
+    size_t ready; /* up to there memory was made ready to be written and run */
     bool shares; /* memory, with other VMs (soft_share()) */
 };
+/* `size` more bytes are about to be written. */
+void host_code_make_ready(struct host_code *code, size_t size);
 
 #endif
