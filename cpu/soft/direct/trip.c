@@ -9,7 +9,8 @@
 
 #include <signal.h>
 
-enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80, TRAP_WATCHED = 6 /* TRAP_PERF */ };
+enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
+enum { TRAP_STEPPED = 2 /* TRAP_TRACE */, TRAP_WATCHED = 6 /* TRAP_PERF */ };
 enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */ };
 enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
 /* Component 2: upper halves of YMM registers, of guests that have them (SDM 1, 13.5.2: behind the header, in the format that
@@ -250,6 +251,23 @@ static enum trip page_stop(struct soft_vcpu *c, struct runner *r, uint64_t linea
     return TRIP_NATIVE;
 }
 
+static uint8_t code_byte(struct soft_vcpu *c, struct runner *r, uint64_t linear)
+{
+    const struct region *region = region_of(r, linear);
+    uint64_t page = region ? region->page[linear >> 12 & 511] : 0;
+    const uint8_t *host = page ? soft_phys(c->vm, page & PAGE_MASK, false, NULL) : NULL;
+    return host ? host[linear & ~PAGE_MASK] : 0;
+}
+
+/* Back to the instruction that trapped behind itself: INT3, INT1 or INT 3 in two bytes. */
+static void undo_trap(struct soft_vcpu *c, struct runner *r, const struct signal_frame *frame)
+{
+    if (frame->info.signal != SIGTRAP || frame->info.code == TRAP_STEPPED || frame->info.code == TRAP_WATCHED)
+        return;
+    bool two = code_byte(c, r, c->rip - 1) == 3 && code_byte(c, r, c->rip - 2) == 0xCD;
+    c->rip -= two ? 2 : 1;
+}
+
 /* A vsyscall address was called, and the host's kernel returned from it already: the core calls it. */
 static void undo_vsyscall(struct soft_vcpu *c, uint64_t called)
 {
@@ -283,11 +301,11 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct
             in_core(c);
             return TRIP_NATIVE;
         }
-        if (c->rflags & F_TF) { /* a single step of the guest's own ended */
+        if (code == TRAP_STEPPED) { /* a single step of the guest's own ended */
             c->dr[6] |= DR6_BS;
             soft_raise(c, VEC_DB);
         }
-        c->rip--; /* INT3 and INT1 trap behind themselves */
+        undo_trap(c, r, frame);
         break;
     default: /* a kick, or somebody's signal to the process: nothing of the guest's */
         c->direct->counts.stop[SOFT_NATIVE_KICK]++;
@@ -305,8 +323,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct 
     if (system_call) /* back to the instruction: the core executes it */
         c->rip -= SYSCALL_BYTES;
     if (segments_changed(stop)) {
-        if (signal == SIGTRAP && !(c->rflags & F_TF))
-            c->rip--;
+        undo_trap(c, r, &stop->frame);
         c->direct->slice = c->vm->direct->page_slice;
         take_segments(c, stop);
         soft_system_flags_changed(c);

@@ -96,12 +96,34 @@ static void identity(void)
 
 /* ---- faults ---- */
 
+/* In a page of its own, without an instruction that the core has to execute. */
+__attribute__((noinline, noclone, aligned(4096))) static void trap(int what)
+{
+    switch (what) {
+    case 0: __asm__ volatile(".global trapped_at\ntrapped_at: .byte 0xCD, 3; nop"); break;
+    case 1: __asm__ volatile(".byte 0xF1; nop"); break;
+    case 2: __asm__ volatile("pushf; orl $0x100, (%%rsp); popf; int3; nop" : : : "memory", "cc"); break;
+    case 3: __asm__ volatile("pushf; pushf; orl $0x100, (%%rsp); popf; popf; nop; nop" : : : "memory", "cc"); break;
+    default: __asm__ volatile("pushf; orl $0x100, (%%rsp); popf; nop; nop" : : : "memory", "cc");
+    }
+}
+__attribute__((noinline, aligned(4096))) static void traps(void)
+{
+    static const char *const names[] = {"int 3, two bytes", "int1", "int3 in a step", "end of steps", "step"};
+    extern const char trapped_at[];
+    for (volatile int i = 0; i < 5; i++) {
+        TRY(names[i], trap(i));
+        printf("  code %d at %ld\n", code, (long)(at - (uint64_t)trapped_at));
+    }
+}
+
 static void faults(void)
 {
     volatile int zero = 0;
     TRY("divide", printf("%d\n", 1 / zero));
     TRY("ud2", __asm__ volatile("ud2"));
     TRY("int3", __asm__ volatile("int3"));
+    traps();
     TRY("int 0x81", __asm__ volatile("int $0x81"));
     TRY("hlt", __asm__ volatile("hlt"));
     TRY("cli", __asm__ volatile("cli"));
