@@ -54,7 +54,6 @@ class Watch:
         """Of the guest's kernel: code, then others."""
         self._parent, self._name = parent, name
         self.over = threading.Event()
-        self._odd: set[tuple[str, str]] = set()
 
     def read(self, pipe: Path) -> None:
         """Count calls, until it is over and nothing comes any more."""
@@ -109,10 +108,9 @@ class Watch:
             return
         self.looks += 1
         self.mappings += len(lines)
-        odd = {line for line in lines if not self._right(line)}
-        # One that has just begun still has what it began with, until it is told to take that away.
-        self.wrong += [f"{pid}: {line}" for line in odd if (pid, line) in self._odd][:20]
-        self._odd = {pair for pair in self._odd if pair[0] != pid} | {(pid, line) for line in odd}
+        # One that has just begun has no guest memory yet, but what it began with.
+        if any("/memfd:guest-memory" in line for line in lines):
+            self.wrong += [f"{pid}: {line}" for line in lines if not self._right(line)][:20]
 
     def _right(self, line: str) -> bool:
         addresses, rights, offset, _, _, *name = line.split(None, 5)
@@ -122,8 +120,7 @@ class Watch:
         at = int(offset, 16)
         return (
             bool(name)
-            and name[0].startswith("/memfd:")
-            and not name[0].startswith("/memfd:runner")
+            and name[0].startswith("/memfd:guest-memory")
             and not any(
                 at < part.stop and part.start < at + end - first and (code or "w" in rights)
                 for code, part in zip((True, False, False), self.ranges, strict=False)
