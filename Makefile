@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test test-long check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures hostile clean
+.PHONY: help venv run test test-long check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures soak-programs hostile clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -102,6 +102,9 @@ soak-images: venv ## qcow2: 10,000 operations on each of 20 kinds, 2,000 power c
 
 soak-migration: venv ## a working Debian guest moved between two hosts over a slow cable, with a neighbour's connections, MOVES (200) times, CUTS (50) of them cut; root
 	$(VENV)/bin/python -m tests.soak.migration $${MOVES:-200} $${CUTS:-50}
+
+soak-programs: venv ## programs of this host in a guest with --direct on, with off, and here: the same output; CASES='java gdb'; root
+	$(VENV)/bin/python -m tests.soak.programs $$CASES
 
 hostile: venv    ## hostile programs natively in guests (--direct on, auto), watched from outside; SECONDS_EACH=3600 make hostile; root
 	$(VENV)/bin/python -m tests.fuzz.direct_fuzz $${SECONDS_EACH:-600}
