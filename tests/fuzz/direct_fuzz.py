@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -203,9 +204,10 @@ class Campaign:
 
 
 def left() -> tuple[int, int, int]:
-    """Descriptors, threads and children of this process."""
+    """Descriptors, threads and children of this process; the loop's pool of threads grows as it is used."""
+    pool = sum(thread.name.startswith("asyncio") for thread in threading.enumerate())
     children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children)
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")) - pool, len(children)
 
 
 async def campaign(found: Campaign) -> None:
