@@ -95,7 +95,7 @@ gdb)
 strace)
     : strace
     strace -e trace=write,brk -e signal=none -o t $W/small
-    sed -E 's/0x[0-9a-f]+/X/g' t
+    sed -E 's/0x[0-9a-f]+/X/g;s/ +/ /g' t
     ;;
 ltrace)
     : ltrace
