@@ -155,7 +155,8 @@ class FsDevice(Device):
         rings = {queue.index: queue.ring for queue in queues if queue.enabled}
         for index in range(len(self.queue_sizes)):
             ring = None if self.paused or self.synchronous else rings.get(index)
-            self._engine.lend(index, ring if isinstance(ring, _ring.Ring) else None)
+            if self._engine.lend(index, ring if isinstance(ring, _ring.Ring) else None) and self.is_active:
+                self.active.interrupts.signal_queue(index)
 
     def answerer(self, index: int) -> object:
         """Device.answerer"""

@@ -207,7 +207,7 @@ static PyObject *fs_close(FsObject *self, PyObject *Py_UNUSED(unused))
         self->closed = true;
         __atomic_store_n(&self->fs.abandoned, true, __ATOMIC_RELAXED);
         for (unsigned i = 0; self->direct && i < FS_LANES; i++)
-            fs_direct_lend(self->direct, i, NULL);
+            (void)fs_direct_lend(self->direct, i, NULL);
         Py_BEGIN_ALLOW_THREADS
         if (self->direct)
             fs_direct_wait(self->direct);
@@ -411,8 +411,7 @@ static PyObject *fs_lend(FsObject *self, PyObject *args)
     if (object != Py_None && self->fs.local && !self->closed && fs_pool_ready(&self->pool) &&
         !(ring = fs_ring_new((RingObject *)object)))
         return PyErr_NoMemory();
-    fs_direct_lend(self->direct, number, ring);
-    Py_RETURN_NONE;
+    return PyBool_FromLong(fs_direct_lend(self->direct, number, ring));
 }
 
 static PyObject *fs_message(FsObject *self, PyObject *args)
@@ -500,7 +499,8 @@ static PyMethodDef fs_methods[] = {
     {"answerer", (PyCFunction)fs_answerer, METH_VARARGS,
      "answerer(queue) -> a capsule (answerer.h) for that queue's doorbell; it answers while the queue is lent and has a message."},
     {"lend", (PyCFunction)fs_lend, METH_VARARGS,
-     "lend(queue, ring): vCPUs' threads may answer what comes in it; None: no longer. in_flight counts what is under way."},
+     "lend(queue, ring): vCPUs' threads may answer what comes in it; None: no longer. in_flight counts what is under way. "
+     "Whether an interrupt of the queue is owed."},
     {"message", (PyCFunction)fs_message, METH_VARARGS,
      "message(queue, (address, data)): what its interrupt is now; None: only the loop can send it."},
     {"descriptors", (PyCFunction)fs_descriptors, METH_NOARGS, "One of them is readable when reap() has something."},

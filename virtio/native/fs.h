@@ -331,8 +331,9 @@ void fs_ring_put(struct fs_ring *ring);
 
 struct fs_direct *fs_direct_new(struct fs *fs, struct fs_pool *pool); /* NULL: no memory */
 void fs_direct_free(struct fs_direct *direct); /* one reference; nothing is lent and nothing runs */
-/* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. */
-void fs_direct_lend(struct fs_direct *direct, unsigned lane, struct fs_ring *ring);
+/* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. Whether an
+ * interrupt of the ring that was lent before is owed. */
+bool fs_direct_lend(struct fs_direct *direct, unsigned lane, struct fs_ring *ring);
 void fs_direct_message(struct fs_direct *direct, unsigned lane, bool valid, uint64_t address, uint32_t data);
 bool fs_direct_idle(struct fs_direct *direct); /* nothing runs */
 void fs_direct_wait(struct fs_direct *direct); /* until nothing runs; without the GIL */

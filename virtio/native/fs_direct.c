@@ -217,16 +217,18 @@ void fs_direct_free(struct fs_direct *direct)
     free(direct);
 }
 
-void fs_direct_lend(struct fs_direct *direct, unsigned number, struct fs_ring *ring)
+bool fs_direct_lend(struct fs_direct *direct, unsigned number, struct fs_ring *ring)
 {
     struct fs_lane *lane = &direct->lanes[number];
     pthread_mutex_lock(&direct->lock);
     struct fs_ring *before = lane->ring;
+    bool owed = lane->owes;
     lane->ring = ring;
     lane->owes = false;
     pthread_mutex_unlock(&direct->lock);
     if (before)
         fs_ring_put(before);
+    return owed;
 }
 
 void fs_direct_message(struct fs_direct *direct, unsigned number, bool valid, uint64_t address, uint32_t data)
