@@ -40,7 +40,8 @@ def prepare() -> None:
         inspect.iscoroutinefunction = _is_coroutine_function  # type: ignore[attr-defined]
         inspect.isawaitable = _is_awaitable  # type: ignore[attr-defined]
         inspect.isgenerator = _is_generator  # type: ignore[attr-defined]
-    for name in ("pdb", "pickle", "linecache", "textwrap", "platform"):  # construct imports them, and traceback
+    # construct imports them, and traceback; hashlib loads OpenSSL.
+    for name in ("pdb", "pickle", "linecache", "textwrap", "platform", "hashlib"):
         sys.modules.setdefault(name, _StandIn(name))
     platform = sys.modules["platform"]
     if isinstance(platform, _StandIn):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
+
+import pytest
 
 from vmm.firmware import smbios
 from vmm.machine import layout
@@ -32,3 +35,11 @@ def test_6_1_structures_end_with_the_end_of_table() -> None:
             assert strings[system.serial - 1] == b"one"
         at = end + 2
     assert kinds == [0, 1, 3, 127]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_machine_s_uuid_follows_from_its_name(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not quick:
+        monkeypatch.setitem(sys.modules, "_sha1", None)
+    assert smbios.name_uuid("höst 1") == uuid.uuid5(uuid.NAMESPACE_URL, f"{smbios.NAME}:höst 1")
+    assert smbios.name_uuid("a") != smbios.name_uuid("b")

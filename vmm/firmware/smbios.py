@@ -7,6 +7,7 @@ Specification: DMTF DSP0134 3.4: 5.2.2 (64-bit entry point), 6.1 (structures), 7
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from construct import Bytes, Const, Int8ul, Int16ul, Int32ul, Int64ul, Struct
@@ -93,10 +94,15 @@ def tables(identity: UUID, serial: str) -> tuple[bytes, bytes]:
 
 
 def name_uuid(name: str) -> UUID:
-    """The UUID of a machine with this name to which none was given."""
+    """The UUID of a machine with this name to which none was given: version 5 (RFC 9562), of a URL."""
     import uuid  # loads what a machine that is restored does not need
 
-    return uuid.uuid5(uuid.NAMESPACE_URL, f"{NAME}:{name}")
+    try:
+        sha1 = import_module("_sha1").sha1  # hashlib, as uuid5() has it, loads OpenSSL: longer than all tables take
+    except ImportError:
+        return uuid.uuid5(uuid.NAMESPACE_URL, f"{NAME}:{name}")
+    digest = sha1(uuid.NAMESPACE_URL.bytes + f"{NAME}:{name}".encode()).digest()
+    return uuid.UUID(bytes=digest[:16], version=5)
 
 
 class Smbios:
