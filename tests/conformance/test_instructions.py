@@ -80,3 +80,5 @@ def test_programs(program: Path, mode: str) -> None:
     """What the decoder makes of instructions together: unread flags, fused comparisons, linked and repeated blocks."""
     result = oracle.run(program, "core", "--mode", mode, "--programs", "20000")
     assert result.differences == 0, result.report
+    result = oracle.run(program, "core", "--vex", "--mode", mode, "--programs", "5000")
+    assert result.differences == 0, result.report

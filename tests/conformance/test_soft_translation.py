@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.test_soft_roms import CPUS, ENDS, NAMES, ROMS, assemble
-from tests.support import soft_programs
+from tests.support import oracle, soft_programs
 
 CASES = 400
 
@@ -40,3 +40,16 @@ def test_firmware_images(tmp_path: Path, name: str) -> None:
                           assemble(name, tmp_path)], capture_output=True, text=True, timeout=90, check=False)
     assert run.stdout == (ROMS / f"{name}.expected").read_text()
     assert run.returncode == ENDS.get(name, 1), run.stderr
+
+
+@pytest.mark.parametrize("hot", [1, pytest.param(2, marks=pytest.mark.campaign)], ids=["blocks", "loops"])
+@pytest.mark.parametrize("mode", ["64", "32"])
+def test_vectors_of_avx(mode: str, hot: int) -> None:
+    """Host code keeps YMM registers in the host's: every instruction, and programs of several, loops among them, end as
+    on the host's processor."""
+    program = soft_programs.build("oracle", hot=hot)
+    result = oracle.run(program, "core", "--vex", "--mode", mode, "--per-slot", "2")
+    assert result.compared > 20_000
+    assert result.differences == 0, result.report
+    result = oracle.run(program, "core", "--vex", "--mode", mode, "--programs", "5000")
+    assert result.differences == 0, result.report

@@ -34,16 +34,17 @@ UNCHECKED = {"interp", "decode", "jit", "fpu", "ops"}
 """Folders whose code shares nothing with other threads but guest memory, for whose races guests answer."""
 
 
-def build(name: str, *, sanitize: bool = False, threads: bool = False, hot: bool = False) -> Path:
+def build(name: str, *, sanitize: bool = False, threads: bool = False, hot: int = 0) -> Path:
     """The path of the program `name`, built if need be; raises CalledProcessError if gcc fails.
 
     sanitize: with ASan and UBSan, interpreting alone. threads: with TSan, but for UNCHECKED. hot: every block becomes
-    host code when it is first entered.
+    host code when it is entered for that time: 1, before it has run at all; 2, when it is known where loops go.
     """
-    kind = "-sanitize" if sanitize else "-threads" if threads else "-hot" if hot else ""
+    kind = "-sanitize" if sanitize else "-threads" if threads else ("", "-hot", "-loops")[hot]
     out = ROOT / "build" / f"soft{kind}"
     out.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS + (SANITIZE if sanitize else THREADS if threads else ["-O2"]) + (["-DSOFT_HOT=1"] if hot else [])
+    flags = FLAGS + (SANITIZE if sanitize else THREADS if threads else ["-O2"])
+    flags += [f"-DSOFT_HOT={int(hot)}"] if hot else []
     sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.c"))
                if path.name not in PYTHON_ONLY]
     own = sorted(ROOT.glob(PROGRAMS[name]))
@@ -83,7 +84,7 @@ def build_mutant(name: str, source: str, old: str, new: str, folder: Path, *, ho
     mutated = folder / Path(source).relative_to("cpu")
     mutated.parent.mkdir(parents=True, exist_ok=True)
     mutated.write_text(text.replace(old, new))
-    flags = [f"-I{folder}", *FLAGS, "-O2", "-Wno-error", "-w", *(["-DSOFT_HOT=1"] if hot else [])]
+    flags = [f"-I{folder}", *FLAGS, "-O2", "-Wno-error", "-w", *([f"-DSOFT_HOT={int(hot)}"] if hot else [])]
     sources = [path for part in FOLDERS for path in sorted((ROOT / part).glob("*.c")) if path.name not in PYTHON_ONLY]
     include = f'#include "{Path(source).relative_to("cpu")}"'
     objects = []

@@ -170,6 +170,8 @@ static bool decode_vector_vex(struct dec *d, unsigned map, unsigned vvvv, bool l
     if (d->mem)
         emit_address(d, size, store);
     u = (d->mem && store ? emit_helper_store : emit_helper)(d, op->form < AVX_OF_STUBS ? h_avx_stub : h_avx_move);
+    if (avx_repeats(op, d->mem))
+        u->op = d->mem && store ? OP_avx_other_store : OP_avx_other;
     struct uop_meta *m = &d->meta[d->out->count - 1];
     m->effects = op->form == AVX_FLAGS || op->form == AVX_STRINGS ? FLAGS_ALL : 0;
     m->kills = m->effects;

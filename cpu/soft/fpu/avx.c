@@ -191,6 +191,18 @@ bool avx_uses_vvvv(const struct avx_op *op, bool reg_form)
     }
 }
 
+bool avx_repeats(const struct avx_op *op, bool memory)
+{
+    switch (op->form) {
+    case AVX_R_VM: case AVX_R_M: case AVX_LOAD_SCALAR: case AVX_STORE_SCALAR: case AVX_LOAD_LOW: case AVX_LOAD_HIGH: case AVX_LOAD_8:
+    case AVX_STORE_8: case AVX_FROM_GPR: case AVX_TO_GPR: case AVX_EXTRACT_128: case AVX_INSERT_128: case AVX_INSERT_PS: case AVX_BROADCAST:
+        return true;
+    case AVX_LOAD: case AVX_STORE: case AVX_V_M: case AVX_SHIFT_BYTES: return !memory; /* of memory: avx_load and avx_store */
+    case AVX_STORE_LOW: case AVX_STORE_HIGH: return memory;
+    default: return false;
+    }
+}
+
 static bool tiny(const struct avx_op *op, const union ymm *v)
 {
     switch (op->real) {

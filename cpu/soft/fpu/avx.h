@@ -70,6 +70,9 @@ struct avx_op {
 const struct avx_op *avx_lookup(unsigned map, unsigned prefix, uint8_t opcode, bool w, bool l, uint8_t modrm, bool code64);
 unsigned avx_memory_size(const struct avx_op *op, bool l);
 bool avx_uses_vvvv(const struct avx_op *op, bool reg_form);
+/* Whether the guest's instruction is a function of vectors, at most one general register and one operand in memory, which the host's
+ * own computes alike. (The approximations of vec_approx.c are not the host's.) */
+bool avx_repeats(const struct avx_op *op, bool memory);
 /* Computes: true if an unmasked exception was raised. reg is then as it was. */
 bool avx_compute(struct fpu *f, const struct avx_op *op, bool l, uint8_t imm, struct avx_values *v);
 

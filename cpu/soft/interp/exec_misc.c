@@ -4,21 +4,23 @@
 #include "soft/interp/exec.h"
 #include "soft/ops/helpers.h"
 
-HANDLER(call_helper)
-{
-    SYNC();
-    ((helper_fn)(uintptr_t)u->ptr)(c, u);
-    UNSYNC();
-    NEXT;
-}
-HANDLER(call_helper_store)
-{
-    SYNC();
-    ((helper_fn)(uintptr_t)u->ptr)(c, u);
-    UNSYNC();
-    AFTER_SLOW_STORE();
-    NEXT;
-}
+#define CALL_HELPER(name)                                                                                              \
+    HANDLER(name)                                                                                                      \
+    {                                                                                                                  \
+        SYNC();                                                                                                        \
+        ((helper_fn)(uintptr_t)u->ptr)(c, u);                                                                          \
+        UNSYNC();                                                                                                      \
+        NEXT;                                                                                                          \
+    }                                                                                                                  \
+    HANDLER(name##_store)                                                                                              \
+    {                                                                                                                  \
+        SYNC();                                                                                                        \
+        ((helper_fn)(uintptr_t)u->ptr)(c, u);                                                                          \
+        UNSYNC();                                                                                                      \
+        AFTER_SLOW_STORE();                                                                                            \
+        NEXT;                                                                                                          \
+    }
+CALL_HELPER(call_helper) CALL_HELPER(avx_other) /* apart for the translator, which knows the latter */
 HANDLER(call_helper_end)
 {
     SYNC();

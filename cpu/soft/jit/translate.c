@@ -44,13 +44,39 @@ static void to_handler(struct gen *g, struct block *k, unsigned uop, bool flags)
         gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_resume);
     gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
 }
+/* YMM registers go to memory by a function, one for each set of them, since stubs are many. */
+struct writer {
+    uint8_t *at;
+    uint16_t dirty;
+};
+enum { WRITERS = 16 };
+static uint8_t *vector_writer(struct gen *g, struct writer writers[WRITERS], unsigned *count, uint16_t dirty)
+{
+    for (unsigned i = 0; i < *count; i++)
+        if (writers[i].dirty == dirty)
+            return writers[i].at;
+    uint8_t *at = g->p;
+    gen_vectors_store(g, dirty);
+    gen_vectors_leave(g);
+    gen_b1(g, 0xC3);
+    if (*count < WRITERS)
+        writers[(*count)++] = (struct writer){at, dirty};
+    return at;
+}
 static void emit_stubs(struct gen *g)
 {
+    struct writer writers[WRITERS];
+    unsigned writer_count = 0;
     for (unsigned i = 0; i < g->stub_count && !g->failed; i++) {
         const struct stub *s = &g->stubs[i];
+        const uint8_t *writer = s->vectors ? vector_writer(g, writers, &writer_count, s->vectors_dirty) : NULL;
         uint32_t distance = (uint32_t)(g->p - g->start) - s->at - 4;
         memcpy(g->start + s->at, &distance, 4);
         g->bias = s->bias;
+        if (writer) {
+            gen_b1(g, 0xE8); /* call */
+            gen_b4(g, (uint32_t)(writer - g->p - 4));
+        }
         for (unsigned k = 0; k < s->dirty_count; k++)
             gen_op_rm(g, 3, 0x89, s->dirty[k].host, H_RDI, s->dirty[k].guest * 8);
         if (!s->leave) {

@@ -175,6 +175,10 @@ void gen_write_back(struct gen *g)
     for (unsigned i = 0; i < sizeof pool; i++)
         if (g->r.holds[pool[i]] >= 0 && g->r.dirty[pool[i]])
             save(g, pool[i]);
+    gen_vectors_store(g, g->r.vectors_dirty);
+    if (g->r.vectors)
+        gen_vectors_leave(g);
+    g->r.vectors = g->r.vectors_dirty = 0;
 }
 void gen_end_write_back(struct gen *g)
 {
@@ -188,6 +192,7 @@ void gen_forget(struct gen *g)
     memset(g->r.where, -1, sizeof g->r.where);
     memset(g->r.holds, -1, sizeof g->r.holds);
     memset(g->r.dirty, 0, sizeof g->r.dirty);
+    g->r.vectors = g->r.vectors_dirty = 0;
 }
 
 /* ---- leaving in the cold ---- */
@@ -203,6 +208,8 @@ static struct stub *new_stub(struct gen *g)
     s->block = g->block;
     s->bias = g->bias;
     s->uop = (uint16_t)g->uop;
+    s->vectors = g->r.vectors != 0;
+    s->vectors_dirty = g->r.vectors_dirty;
     if (!g->in_lazy) {
         s->flags = true;
         g->failed |= !g->in_word;
@@ -226,6 +233,7 @@ static struct stub *jump_to_stub(struct gen *g, unsigned cc)
     gen_b4(g, 0);
     return s;
 }
+void gen_to_handler(struct gen *g, unsigned cc) { jump_to_stub(g, cc); }
 /* jcc to one that leaves host code: the next instruction is at RDX + delta. fused: as in a stub. */
 static void leave_if(struct gen *g, unsigned cc, int64_t delta, bool fused)
 {

@@ -25,6 +25,8 @@ struct stub {
     uint8_t leave;             /* not back to the interpreter, but out: c->rip = RDX + delta */
     uint8_t fused;             /* leave: first do the comparison's flags */
     uint8_t flags;             /* they are in the word that LAHF made, not lazy */
+    bool vectors;              /* YMM registers are held, */
+    uint16_t vectors_dirty;    /* and these are changed */
     int64_t delta;
     struct { uint8_t guest, host; } dirty[10];
 };
@@ -33,6 +35,7 @@ struct registers {
     int8_t holds[16];          /* guest register in a host register, or -1 */
     bool dirty[16];
     uint32_t age[16];
+    uint16_t vectors, vectors_dirty; /* YMM registers that the host's of the same number hold (emit_avx.c) */
 };
 /* A block of a loop, as it is entered with registers in host registers (translate_loop.c). */
 struct label {
@@ -79,6 +82,10 @@ void gen_op_0f_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, u
 void gen_mov_imm64(struct gen *g, unsigned reg, uint64_t v);
 /* op r/m, imm of group 1 (80, 81, 83) */
 void gen_op_imm(struct gen *g, unsigned size, unsigned op, unsigned rm, int64_t imm);
+/* YMM registers (a bit each) from the vCPU's memory, and to it; none is held any more (emit_avx.c). */
+void gen_vectors_load(struct gen *g, unsigned which);
+void gen_vectors_store(struct gen *g, unsigned which);
+void gen_vectors_leave(struct gen *g);
 /* The host register of a guest register (byte offset); loaded unless it is about to be overwritten entirely. */
 unsigned gen_reg_of(struct gen *g, unsigned offset, bool load);
 void gen_write_back(struct gen *g);
@@ -124,6 +131,8 @@ void host_flags_leave(struct soft_vcpu *c);
 void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size);
 /* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
 void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind);
+/* To the micro-op's handler, on a condition. */
+void gen_to_handler(struct gen *g, unsigned cc);
 void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind);
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 /* Charge the budget, look for attention; out through a stub when due. */

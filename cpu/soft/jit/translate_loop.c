@@ -70,6 +70,8 @@ void gen_find_loop(struct gen *g, struct block *head)
 
 static bool holds_any(const struct gen *g)
 {
+    if (g->r.vectors)
+        return true;
     for (unsigned h = 0; h < 16; h++)
         if (g->r.holds[h] >= 0)
             return true;
@@ -133,6 +135,8 @@ static void reconcile(struct gen *g, const struct registers *to)
     for (unsigned h = 0; h < 16; h++)
         if (to->holds[h] >= 0 && g->r.where[to->holds[h]] < 0)
             gen_op_rm(g, 3, 0x8B, h, H_RDI, to->holds[h] * 8);
+    gen_vectors_store(g, g->r.vectors_dirty & ~to->vectors_dirty);
+    gen_vectors_load(g, to->vectors & ~g->r.vectors);
 }
 
 void gen_loop_edge(struct gen *g, const struct uop *u, struct uop *to, int64_t delta, bool fused)

@@ -239,7 +239,7 @@ HOST_FEATURE(PCLMUL, 1, 0, ecx, 1)
 HOST_FEATURE(SHA, 7, 0, ebx, 29)
 HOST_FEATURE(VAES, 7, 0, ecx, 9)
 HOST_FEATURE(VPCLMUL, 7, 0, ecx, 10)
-SINGLE(vex_available, none) /* aux 0: of general registers; 1: AVX: #UD, #NM */
+SINGLE(vex_available, vex_available) /* aux 0: of general registers; 1: AVX: #UD, #NM */
 
 /* x87, MMX and SSE (exec_fpu.c, exec_vec.c): r0, r1 are numbers of XMM registers; ptr: struct vec_op. */
 SINGLE(vec_copy, none)
@@ -249,12 +249,14 @@ SINGLE(fpu_available, none) /* aux: 0 SSE, 1 MMX, 2 x87: #UD, #NM */
 OPERATION(vec_fast, FPU_VECTOR_OPS, 1, 1, 4, none)
 
 /* With a VEX prefix (exec_avx.c); ptr: struct avx_op. */
-SINGLE(avx_rr, none)
-OPERATION(avx_rm, 1, 1, 1, 2, none)
-SINGLE(avx_mask, none)
-OPERATION(avx_load, 1, 1, 1, 2, none)
-OPERATION(avx_store, 1, 1, 1, 2, none)
-SINGLE(avx_zero_upper, none)
+SINGLE(avx_rr, avx_rr)
+OPERATION(avx_rm, 1, 1, 1, 2, avx_rm)
+SINGLE(avx_mask, avx_mask)
+OPERATION(avx_load, 1, 1, 1, 2, avx_load)
+OPERATION(avx_store, 1, 1, 1, 2, avx_store)
+SINGLE(avx_zero_upper, avx_zero_upper)
+SINGLE(avx_other, avx_other)       /* as call_helper, which the next micro-op goes with; those of avx_repeats() */
+SINGLE(avx_other_store, avx_other) /* as call_helper_store */
 
 /* Calls of plain functions (helpers.h). In a helper state is in SYNC; the micro-op has its operands. */
 SINGLE(call_helper, none)       /* ptr: helper; goes on with the next micro-op */

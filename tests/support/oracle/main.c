@@ -10,7 +10,7 @@
  * (those that are #UD on the core are not counted).
  *
  * --programs: run that many short programs instead of single instructions.
- * --vex: instructions with a VEX prefix.
+ * --vex: instructions with a VEX prefix; with --programs, programs that have them.
  * --rules: compare with a host of that vendor (see vendors.h); the default is what CPUID says. Programs are made for them.
  * --host intel: native execution is changed to what an Intel processor may do (foreign.c).
  * vendors: print the table of differences.
@@ -181,7 +181,7 @@ int main(int argc, char **argv)
         struct insn insn;
         static struct cpu_state in, got;
         struct rng one = {seed * 0x100000001B3 + n};
-        generate_program(&one, mode32, rules == RULES_COMMON, &insn, &in);
+        generate_program(&one, mode32, rules == RULES_COMMON, vex, &insn, &in);
         got = in;
         memory = before;
         core_run(&insn, &got, &memory);

@@ -80,8 +80,9 @@ unsigned insn_immediate_bytes(unsigned map, unsigned opcode, unsigned modrm, boo
 void any_registers(struct rng *r, struct cpu_state *state, bool mode32);
 void fill_memory(struct rng *r, struct memory *memory);
 
-/* sequence.c: insn is a whole program. common: one whose result is defined for every vendor's processors. */
-void generate_program(struct rng *r, bool mode32, bool common, struct insn *insn, struct cpu_state *state);
+/* sequence.c: insn is a whole program. common: one whose result is defined for every vendor's processors; vex: mostly
+ * instructions with a VEX prefix. */
+void generate_program(struct rng *r, bool mode32, bool common, bool vex, struct insn *insn, struct cpu_state *state);
 
 /* native.c */
 void native_init(void);

@@ -10,6 +10,7 @@ struct program {
     struct rng *r;
     struct insn *insn;
     bool mode32, x87, common;
+    unsigned vex; /* one in so many instructions is another; 0: none has VEX */
     unsigned undefined; /* common: status flags that some vendor's manual leaves undefined here */
 };
 
@@ -204,27 +205,87 @@ static bool settle(struct program *p, unsigned start)
     return true;
 }
 
+/* An instruction of vectors with a VEX prefix, which neither reads nor sets status flags. */
+static void avx(struct program *p)
+{
+    enum { L0 = 1, L1 = 2, REG = 4, MEM = 8, IMM = 16, W1 = 32, GROUP = 64, VVVV = 128, GPR = 256 };
+    static const struct { uint8_t map, pp, first, last; uint16_t how; } some[] = {
+        {1, 1, 0x54, 0x59, VVVV}, {1, 0, 0x54, 0x59, VVVV}, {1, 1, 0x5C, 0x5F, VVVV}, {1, 1, 0x14, 0x15, VVVV},
+        {1, 1, 0x60, 0x6D, VVVV}, {1, 1, 0x74, 0x76, VVVV}, {1, 1, 0xD1, 0xD5, VVVV}, {1, 1, 0xD8, 0xE5, VVVV},
+        {1, 1, 0xE8, 0xEF, VVVV}, {1, 1, 0xF1, 0xF6, VVVV}, {1, 1, 0xF8, 0xFE, VVVV}, {1, 2, 0x6F, 0x6F, 0}, {1, 2, 0x7F, 0x7F, 0},
+        {1, 0, 0x10, 0x11, 0}, {1, 1, 0x28, 0x29, 0}, {1, 2, 0x58, 0x5A, VVVV | L0}, {1, 3, 0x58, 0x5A, VVVV | L0},
+        {1, 2, 0x10, 0x11, MEM | L0}, {1, 3, 0x10, 0x11, REG | VVVV | L0}, {1, 1, 0x12, 0x13, MEM | L0}, {1, 0, 0x16, 0x16, VVVV | L0},
+        {1, 1, 0x70, 0x70, IMM}, {1, 2, 0x70, 0x70, IMM}, {1, 0, 0xC6, 0xC6, IMM | VVVV}, {1, 1, 0x71, 0x73, IMM | GROUP | REG | VVVV},
+        {1, 1, 0x6E, 0x6E, GPR | L0}, {1, 1, 0x7E, 0x7E, GPR | L0}, {1, 2, 0x7E, 0x7E, L0}, {1, 1, 0xD6, 0xD6, L0}, {1, 1, 0xD7, 0xD7, GPR | REG},
+        {1, 0, 0x5B, 0x5B, 0}, {1, 2, 0xE6, 0xE6, 0}, {1, 0, 0x77, 0x77, L0 | REG}, {2, 1, 0x00, 0x0B, VVVV}, {2, 1, 0x1C, 0x1E, 0},
+        {2, 1, 0x20, 0x25, 0}, {2, 1, 0x30, 0x35, 0}, {2, 1, 0x28, 0x29, VVVV}, {2, 1, 0x36, 0x36, VVVV | L1}, {2, 1, 0x37, 0x40, VVVV},
+        {2, 1, 0x45, 0x47, VVVV}, {2, 1, 0x45, 0x45, VVVV | W1}, {2, 1, 0x58, 0x59, 0}, {2, 1, 0x5A, 0x5A, MEM | L1}, {2, 1, 0x78, 0x79, 0},
+        {2, 1, 0x18, 0x18, 0}, {2, 1, 0x96, 0x9F, VVVV | W1}, {2, 1, 0xA6, 0xAF, VVVV}, {2, 1, 0xB6, 0xBF, VVVV | W1},
+        {3, 1, 0x00, 0x01, IMM | L1 | W1}, {3, 1, 0x02, 0x02, IMM | VVVV}, {3, 1, 0x06, 0x06, IMM | VVVV | L1}, {3, 1, 0x0C, 0x0F, IMM | VVVV},
+        {3, 1, 0x18, 0x18, IMM | VVVV | L1}, {3, 1, 0x19, 0x19, IMM | L1}, {3, 1, 0x38, 0x38, IMM | VVVV | L1}, {3, 1, 0x39, 0x39, IMM | L1},
+        {3, 1, 0x21, 0x21, IMM | VVVV | L0}, {3, 1, 0x46, 0x46, IMM | VVVV | L1}, {3, 1, 0x4A, 0x4C, IMM | VVVV},
+    };
+    static const uint8_t shifts[3][2] = {{2, 6}, {2, 6}, {3, 7}};
+    struct rng *r = p->r;
+    unsigned n = rng_below(r, sizeof some / sizeof some[0]), how = some[n].how;
+    unsigned opcode = some[n].first + rng_below(r, some[n].last - some[n].first + 1u);
+    unsigned map = some[n].map, pp = some[n].pp, count = p->mode32 ? 8 : 16;
+    bool memory = how & MEM || (!(how & REG) && rng_one_in(r, 3)), l = how & L1 || (!(how & L0) && rng_below(r, 2));
+    bool missing = (map == 2 && ((opcode & 0xEF) == 0x2F || opcode == 0x08 || opcode == 0x3F)) || (map == 1 && opcode == 0xF7);
+    if (missing && rng_below(r, 8)) /* of those that are there each goes, and rarely one that may not */
+        opcode = map == 2 ? 0x00 : 0xEF;
+    unsigned reg = rng_below(r, count), vvvv = how & VVVV ? rng_below(r, count) : 0, rm = memory ? (p->mode32 ? 6 : 14) : rng_below(r, count);
+    if (how & GPR && !memory) {
+        if (opcode == 0xD7)
+            reg = any_register(p);
+        else
+            rm = any_register(p);
+    }
+    if (how & GROUP)
+        reg = shifts[opcode - 0x71][rng_below(r, 2)];
+    if (p->mode32 && how & GPR)
+        reg &= 7, rm &= 7;
+    put(p, 0xC4);
+    put(p, (reg < 8) << 7 | 1 << 6 | (rm < 8) << 5 | map);
+    put(p, (how & W1 ? 0x80u : 0u) | (~vvvv & 15) << 3 | (unsigned)l << 2 | pp);
+    put(p, opcode);
+    if (opcode != 0x77 || map != 1)
+        put(p, (memory ? 0x40 : 0xC0) | (reg & 7) << 3 | (rm & 7));
+    if (memory)
+        put(p, rng_below(r, 7) * 16);
+    if (how & IMM)
+        put(p, (unsigned)rng_next(r) & 0xFF);
+}
+
 static void settled_instruction(struct program *p)
 {
     unsigned start;
+    if (p->vex && !rng_one_in(p->r, p->vex)) {
+        avx(p);
+        return;
+    }
     do {
         start = p->insn->length;
         one_instruction(p);
     } while (!settle(p, start));
 }
 
-void generate_program(struct rng *r, bool mode32, bool common, struct insn *insn, struct cpu_state *state)
+void generate_program(struct rng *r, bool mode32, bool common, bool vex, struct insn *insn, struct cpu_state *state)
 {
-    struct program p = {.r = r, .insn = insn, .mode32 = mode32, .x87 = rng_one_in(r, 4), .common = common};
+    struct program p = {.r = r, .insn = insn, .mode32 = mode32, .x87 = rng_one_in(r, 4), .common = common,
+                        .vex = !vex ? 0 : rng_one_in(r, 2) ? 4 : 1000 /* loops that are translated as a whole */};
     memset(insn, 0, sizeof *insn);
     memset(state, 0, sizeof *state);
     insn->mode32 = mode32;
     insn->program = true;
     insn->offset = rng_one_in(r, 4) ? 0x1000 - 1 - rng_below(r, 60) : 0x800 + rng_below(r, 64);
+    insn->vex = vex;
     any_registers(r, state, mode32);
+    for (unsigned i = 0; i < 16 && vex; i++)
+        any_operand(r, state->high[i]);
     state->gpr[4] = STACK_BASE + STACK_SIZE / 2 + 8 * rng_below(r, 32);
     state->gpr[mode32 ? 6 : 14] = DATA_BASE + 0x100 + 16 * rng_below(r, 32);
-    state->gpr[mode32 ? 5 : 15] = 1 + rng_below(r, 4);
+    state->gpr[mode32 ? 5 : 15] = 1 + rng_below(r, vex ? 8 : 4);
     uint32_t mxcsr = 0x1F80; /* no #XM */
     memcpy(state->fx + 24, &mxcsr, 4);
     while (insn->length < 64) {
