@@ -16,7 +16,7 @@ import pytest
 
 import cpu._core
 
-CALLERS = {"call_helper", "call_helper_store", "call_helper_end", "vec_rr"}
+CALLERS = {"call_helper", "call_helper_store", "call_helper_end", "avx_other", "avx_other_store", "vec_rr"}
 """Handlers that call a function through a pointer in the micro-op, which returns."""
 NORETURN = {"divide_error", "vex_unavailable"}
 LINE = re.compile(r"^\s+[0-9a-f]+:\s+(.*)$")
