@@ -216,7 +216,7 @@ void lv_table_free(struct lv_vm *vm)
  * threads, and then an interrupt, for each request of a driver that was about to make more. So an engine looks how
  * long telling takes. While that is long, doorbells are put off to the end of the vCPU's turn (at most
  * some 100 us), or until it halts or exits: what the driver has made available by then is served in one go, by the vCPU's
- * own thread if there is a patient answerer that can. Now and then one is told at once, to see whether that is still so.
+ * own thread if there is an answerer that can. Now and then one is told at once, to see whether that is still so.
  * Benchmark: tests/bench/bench_guest_io.py.
  */
 enum {
@@ -238,6 +238,13 @@ static bool no_processor_free(struct lv_engine *engine)
            (engine->doorbell_ns >= DOORBELL_SLOW_NS && ++engine->doorbells % DOORBELL_PROBE);
 }
 
+/* enum lv_asked; -1: there is nobody to ask. */
+static int when_asked(const struct lv_vm *vm, const struct lv_entry *e)
+{
+    bool asks = e->answerer && !vm->config.virtual_clock && vm->written;
+    return asks ? (int)__atomic_load_n(&e->answerer->asked, __ATOMIC_RELAXED) : -1;
+}
+
 static void doorbell(struct lv_engine *engine, struct lv_entry *e)
 {
     if (e->put_off && e->put_off_by != engine) {
@@ -247,7 +254,7 @@ static void doorbell(struct lv_engine *engine, struct lv_entry *e)
         tell(e, writes);
         return;
     }
-    if (engine->puts_off && no_processor_free(engine)) {
+    if (engine->puts_off && (when_asked(engine->vm, e) == LV_ASKED_LATER || no_processor_free(engine))) {
         if (!e->put_off++) {
             e->next_put_off = engine->put_off;
             e->put_off_by = engine;
@@ -319,7 +326,7 @@ void lv_tell_put_off(struct lv_engine *engine)
         engine->put_off = e->next_put_off;
         e->put_off = 0;
         /* If another has its place afterwards, that is told of nothing new, which is allowed. */
-        if (!e->answerer || (!answered(vm, e->answerer) && is_there(vm, slot, e)))
+        if (when_asked(vm, e) < LV_ASKED_IF_CROWDED || (!answered(vm, e->answerer) && is_there(vm, slot, e)))
             tell(e, writes);
     }
     pthread_mutex_unlock(&vm->lock);
@@ -337,7 +344,7 @@ static bool write_on_the_spot(struct lv_vcpu *vcpu, const struct lv_access *a, b
             posted = e;
         if (e->kind == ENTRY_IOEVENTFD && (!e->size || e->size == a->size) &&
             (!e->has_match || e->match == (a->value & mask(a->size)))) {
-            if (ask && e->answerer && !e->answerer->patient && !vm->config.virtual_clock && vm->written) {
+            if (ask && when_asked(vm, e) == LV_ASKED_AT_ONCE) {
                 if (!answered(vm, e->answerer))
                     return write_on_the_spot(vcpu, a, false);
                 lv_count(vm, LV_STAT_IOEVENTFD);

@@ -27,8 +27,14 @@ struct lv_answerer {
     /* One reference more or less; without the last it is gone. [any] */
     void (*retain)(struct lv_answerer *self);
     void (*release)(struct lv_answerer *self);
-    /* It is asked at the end of the vCPU's turn, of doorbells that were put off till then, and not when they are rung. */
-    bool patient;
+    uint32_t asked; /* enum lv_asked; atomic, since it may change at any time */
+};
+
+/* When it is asked. */
+enum lv_asked {
+    LV_ASKED_AT_ONCE,
+    LV_ASKED_IF_CROWDED, /* at the end of the vCPU's turn, where no processor is free for the loop; else not at all */
+    LV_ASKED_LATER,      /* at the end of the vCPU's turn, or when it halts or exits */
 };
 
 #endif

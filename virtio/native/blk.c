@@ -193,7 +193,10 @@ static int execute(BlockObject *self, struct jobs *jobs, PyObject *rings)
     struct jobs later = {0};
     int failed = 0;
     for (struct request *job; (job = jobs_take(jobs));) {
-        if (blk_try_now(&self->disk, job, false))
+        bool done = blk_try_now(&self->disk, job, false);
+        for (const struct request *part = job; part; part = part->merged)
+            blk_direct_learn(self->direct, part, done || is_cached_write(&self->disk, job));
+        if (done)
             failed |= job_finish(self, job, rings);
         else
             jobs_add(&later, job);

@@ -245,8 +245,14 @@ struct blk_direct {
     uint32_t shy, shyness;  /* doorbells whose writes are left to the loop: now, and after the next that took long */
     struct jobs undone, done; /* for the loop: to be carried out, to be returned */
     struct blk_counts counts;
+    uint32_t quick;         /* requests in a row that the page cache did at once, or would have */
+    uint32_t average;       /* bytes of a read or write */
+    uint32_t asked;         /* enum lv_asked, of all lanes */
     struct blk_lane lanes[BLK_LANES];
 };
+
+/* With the lock: a request was, or was not, one that a vCPU's thread can carry out quickly. */
+void blk_direct_learn(struct blk_direct *direct, const struct request *request, bool quick);
 
 struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool); /* NULL: no memory */
 void blk_direct_free(struct blk_direct *direct); /* one reference; nothing is lent and nothing runs */

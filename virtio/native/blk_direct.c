@@ -1,11 +1,12 @@
 /* Requests of BlockEngine that the thread of the vCPU carries out which makes them.
  *
- * The loop's thread, and the threads that write into the page cache, do a disk's work beside the guest while a processor is
- * free for them. Where none is, waking them takes the vCPU's, and each of them competes with it and with whoever else is
- * busy (tests/bench/bench_guest_io.py, one processor busy). So a core that finds this (cpu/native/access.c) has the thread
- * of the vCPU do at the end of its turn what was put off: it pops requests, moves their bytes if the page cache does that at
- * once, pushes them and sends the interrupt. What needs more goes to the loop, and so do writes for a while after one for
- * which the thread had to sleep.
+ * The loop's thread, and the threads that write into the page cache, do a disk's work beside the guest, which pays for large
+ * requests while a processor is free for them. Where none is, waking them takes the vCPU's, and each of them competes with it
+ * and with whoever else is busy (tests/bench/bench_guest_io.py, one processor busy); and waking one costs more than moving a
+ * few KiB. So the thread of the vCPU does small requests at the end of its turn, and where the core finds that no processor is
+ * free (cpu/native/access.c), large ones too: it pops requests, moves their bytes if the page cache does that at once, pushes
+ * them and sends the interrupt. What needs more goes to the loop, and so do writes for a while after one for which the thread
+ * had to sleep.
  *
  * A ring is lent while the device is active, not paused, and nothing else is to be done to its requests. After it was taken
  * back, a request that is under way is returned by the loop. */
@@ -20,8 +21,25 @@ enum {
     DIRECT_BYTES = 1 << 20,    /* after so many no more are */
     DIRECT_SLOW_NS = 500000,   /* a write for which the thread slept so long makes it shy */
     SHY_LEAST = 64,            /* doorbells */
-    SHY_MOST = 8192
+    SHY_MOST = 8192,
+    SMALL_BYTES = 16 << 10,    /* of an average request: moving them takes less than waking a thread */
+    QUICK_LEAST = 16           /* requests in a row, before it is believed that the page cache has them */
 };
+
+void blk_direct_learn(struct blk_direct *direct, const struct request *request, bool quick)
+{
+    if (request->type != T_IN && request->type != T_OUT)
+        return;
+    uint64_t bytes = request->length < DIRECT_BYTES ? request->length : DIRECT_BYTES;
+    direct->average = (uint32_t)((7 * (uint64_t)direct->average + bytes) / 8);
+    direct->quick = !quick ? 0 : direct->quick < QUICK_LEAST ? direct->quick + 1 : QUICK_LEAST;
+    uint32_t asked = direct->quick == QUICK_LEAST && direct->average <= SMALL_BYTES ? LV_ASKED_LATER : LV_ASKED_IF_CROWDED;
+    if (asked == direct->asked)
+        return;
+    direct->asked = asked;
+    for (unsigned i = 0; i < BLK_LANES; i++)
+        __atomic_store_n(&direct->lanes[i].answerer.asked, asked, __ATOMIC_RELAXED);
+}
 
 void blk_count(struct blk_counts *counts, const struct request *request)
 {
@@ -136,6 +154,7 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
         pthread_mutex_unlock(&direct->lock);
         bool done = attempt(direct, request);
         pthread_mutex_lock(&direct->lock);
+        blk_direct_learn(direct, request, done);
         if (!done) {
             leave_to_loop(direct, &direct->undone, request);
             break;
@@ -194,8 +213,9 @@ struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool)
     direct->count = 1;
     direct->disk = disk;
     direct->pool = pool;
+    direct->asked = LV_ASKED_IF_CROWDED;
     for (unsigned i = 0; i < BLK_LANES; i++)
-        direct->lanes[i] = (struct blk_lane){.answerer = {doorbell, retain, release, true}, .direct = direct};
+        direct->lanes[i] = (struct blk_lane){.answerer = {doorbell, retain, release, direct->asked}, .direct = direct};
     return direct;
 }
 
