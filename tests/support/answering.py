@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import enum
 import os
 import select
 import threading
@@ -30,9 +31,20 @@ class _Host(ctypes.Structure):
 
 
 class _Answerer(ctypes.Structure):
-    """The beginning of struct lv_answerer."""
+    """struct lv_answerer"""
 
-    _fields_ = (("ring", ctypes.c_void_p),)
+    _fields_ = (
+        ("ring", ctypes.c_void_p),
+        ("retain", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
+        ("asked", ctypes.c_uint32),
+    )
+
+
+class Asked(enum.IntEnum):
+    """enum lv_asked"""
+
+    AT_ONCE, IF_CROWDED, LATER = range(3)
 
 
 _RING = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.POINTER(_Host))
@@ -88,10 +100,16 @@ class AnsweringDriver(PciDriver):
 
     def ask(self, index: int) -> bool:
         """What a vCPU's thread does for a doorbell; whether nobody else has to hear of it. *any thread*"""
+        answerer = self._answerer(index)
+        return bool(_RING(answerer.ring)(ctypes.addressof(answerer), ctypes.byref(self._answerer_host)))
+
+    def asked(self, index: int) -> Asked:
+        """When a core asks the answerer of a doorbell."""
+        return Asked(self._answerer(index).asked)
+
+    def _answerer(self, index: int) -> _Answerer:
         address = (self.host.addresses[4] or 0) + 0x3000 + 4 * index
-        answerer = _pointer(self.host.answerers[address], CAPSULE)
-        ring = _RING(_Answerer.from_address(answerer).ring)
-        return bool(ring(answerer, ctypes.byref(self._answerer_host)))
+        return _Answerer.from_address(_pointer(self.host.answerers[address], CAPSULE))
 
     def notify(self, index: int) -> None:
         if self.ask(index):

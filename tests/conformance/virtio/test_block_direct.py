@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.answering import AnsweringDriver, VcpuThread
+from tests.support.answering import AnsweringDriver, Asked, VcpuThread
 from virtio.backends.file import FileBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
@@ -107,6 +107,29 @@ async def test_nothing_is_taken_from_a_queue_that_is_not_lent(driver: AnsweringD
     driver.pci.messages_changed()
     assert driver.ask(0)
     assert driver.bytes_at(status) == b"\0"
+
+
+async def test_no_other_processor_is_used_for_small_requests(driver: AnsweringDriver) -> None:
+    """The vCPU's thread is asked of them whether or not one is free; of large ones only where none is."""
+
+    async def read(count: int, size: int) -> Asked:
+        base = driver.allocator._next
+        for _ in range(count):
+            driver.allocator._next = base
+            status = add(driver, blk.IN, 0, driver.buffer(size))
+            driver.notify(0)
+            await driver.wait(lambda: driver.bytes_at(status) == b"\0", 30)  # noqa: B023
+            driver.queues[0].used()
+        return driver.asked(1)
+
+    assert driver.asked(0) is driver.asked(1) is Asked.IF_CROWDED
+    assert await read(40, 4096) is Asked.LATER
+    assert await read(40, 256 << 10) is Asked.IF_CROWDED
+    assert await read(40, 4096) is Asked.LATER
+    add(driver, blk.FLUSH, 0, None)
+    driver.notify(0)
+    await driver.used(0)
+    assert driver.asked(0) is Asked.LATER  # which has nothing to do with it
 
 
 async def test_requests_beside_the_loop(driver: AnsweringDriver, content: bytes) -> None:
