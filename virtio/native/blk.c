@@ -259,6 +259,7 @@ static PyObject *drain(BlockObject *self, RingObject *ring, int limit)
         }
     }
     failed |= execute(self, &jobs, NULL);
+    blk_direct_turn(self->direct, (uint32_t)taken);
     if (failed || ring_notify_area(ring))
         return NULL;
     if (malformed)

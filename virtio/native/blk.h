@@ -247,12 +247,15 @@ struct blk_direct {
     struct blk_counts counts;
     uint32_t quick;         /* requests in a row that the page cache did at once, or would have */
     uint32_t average;       /* bytes of a read or write */
+    uint32_t writes, together; /* of a few requests, as 256ths: how many write; how many come at a time */
     uint32_t asked;         /* enum lv_asked, of all lanes */
     struct blk_lane lanes[BLK_LANES];
 };
 
 /* With the lock: a request was, or was not, one that a vCPU's thread can carry out quickly. */
 void blk_direct_learn(struct blk_direct *direct, const struct request *request, bool quick);
+/* The same of so many requests that came together; then it is decided when vCPUs' threads are asked. */
+void blk_direct_turn(struct blk_direct *direct, uint32_t requests);
 
 struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool); /* NULL: no memory */
 void blk_direct_free(struct blk_direct *direct); /* one reference; nothing is lent and nothing runs */

@@ -23,17 +23,37 @@ enum {
     SHY_LEAST = 64,            /* doorbells */
     SHY_MOST = 8192,
     SMALL_BYTES = 16 << 10,    /* of an average request: moving them takes less than waking a thread */
-    QUICK_LEAST = 16           /* requests in a row, before it is believed that the page cache has them */
+    QUICK_LEAST = 16,          /* requests in a row, before it is believed that the page cache has them */
+    ONE = 256                  /* of averages of what is less than a few */
 };
+
+static uint32_t averaged(uint32_t before, uint64_t now)
+{
+    return (uint32_t)((7 * (uint64_t)before + now) / 8);
+}
+
+/* Whether a vCPU's thread is to carry requests out although a processor may be free. Writes cost it more than reads, and
+ * others can do them beside it; unless the driver waits for each of them. */
+static bool is_worth_it(const struct blk_direct *direct)
+{
+    return direct->quick == QUICK_LEAST && direct->average <= SMALL_BYTES &&
+           (direct->writes < ONE / 4 || direct->together < 2 * ONE);
+}
 
 void blk_direct_learn(struct blk_direct *direct, const struct request *request, bool quick)
 {
     if (request->type != T_IN && request->type != T_OUT)
         return;
-    uint64_t bytes = request->length < DIRECT_BYTES ? request->length : DIRECT_BYTES;
-    direct->average = (uint32_t)((7 * (uint64_t)direct->average + bytes) / 8);
+    direct->average = averaged(direct->average, request->length < DIRECT_BYTES ? request->length : DIRECT_BYTES);
+    direct->writes = averaged(direct->writes, request->type == T_OUT ? ONE : 0);
     direct->quick = !quick ? 0 : direct->quick < QUICK_LEAST ? direct->quick + 1 : QUICK_LEAST;
-    uint32_t asked = direct->quick == QUICK_LEAST && direct->average <= SMALL_BYTES ? LV_ASKED_LATER : LV_ASKED_IF_CROWDED;
+}
+
+void blk_direct_turn(struct blk_direct *direct, uint32_t requests)
+{
+    if (requests)
+        direct->together = averaged(direct->together, requests * ONE);
+    uint32_t asked = is_worth_it(direct) ? LV_ASKED_LATER : LV_ASKED_IF_CROWDED;
     if (asked == direct->asked)
         return;
     direct->asked = asked;
@@ -119,9 +139,10 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
     RingObject *lent = lane->ring;
     struct ring *ring = &lent->ring;
     uint64_t bytes = 0;
+    uint32_t taken = 0;
     bool all = false;
     ring_disable_notification(ring);
-    for (int left = DIRECT_REQUESTS; left-- && bytes < DIRECT_BYTES && lane->ring == lent;) {
+    for (int left = 2 * DIRECT_REQUESTS; left-- && taken < DIRECT_REQUESTS && bytes < DIRECT_BYTES && lane->ring == lent;) {
         struct chain chain;
         int got = ring_pop(ring, &chain);
         if (got < 0)
@@ -136,6 +157,7 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
             ring_undo_pop(ring, &chain);
             break;
         }
+        taken++;
         request->ring = lent;
         int status = blk_prepare(direct->disk, request);
         if (status < 0) {
@@ -164,6 +186,7 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
         else
             leave_to_loop(direct, &direct->done, request);
     }
+    blk_direct_turn(direct, taken);
     if (lane->ring != lent)
         return false;
     finish(direct, lane, host);

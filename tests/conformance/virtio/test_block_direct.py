@@ -110,22 +110,27 @@ async def test_nothing_is_taken_from_a_queue_that_is_not_lent(driver: AnsweringD
 
 
 async def test_no_other_processor_is_used_for_small_requests(driver: AnsweringDriver) -> None:
-    """The vCPU's thread is asked of them whether or not one is free; of large ones only where none is."""
+    """The vCPU's thread is asked of them whether or not one is free; of large ones, and of several writes at a time, only
+    where none is."""
 
-    async def read(count: int, size: int) -> Asked:
+    async def make(kind: int, turns: int, size: int = 4096, together: int = 1) -> Asked:
         base = driver.allocator._next
-        for _ in range(count):
+        for _ in range(turns):
             driver.allocator._next = base
-            status = add(driver, blk.IN, 0, driver.buffer(size))
+            made = [add(driver, kind, 0, driver.buffer(size)) for _ in range(together)]
             driver.notify(0)
-            await driver.wait(lambda: driver.bytes_at(status) == b"\0", 30)  # noqa: B023
+            await driver.wait(lambda: all(driver.bytes_at(status) == b"\0" for status in made), 30)  # noqa: B023
             driver.queues[0].used()
+        driver.allocator._next = base
         return driver.asked(1)
 
     assert driver.asked(0) is driver.asked(1) is Asked.IF_CROWDED
-    assert await read(40, 4096) is Asked.LATER
-    assert await read(40, 256 << 10) is Asked.IF_CROWDED
-    assert await read(40, 4096) is Asked.LATER
+    assert await make(blk.IN, 40) is Asked.LATER
+    assert await make(blk.IN, 40, 256 << 10) is Asked.IF_CROWDED
+    assert await make(blk.IN, 40) is Asked.LATER
+    assert await make(blk.IN, 20, together=8) is Asked.LATER
+    assert await make(blk.OUT, 20, together=8) is Asked.IF_CROWDED
+    assert await make(blk.OUT, 60) is Asked.LATER
     add(driver, blk.FLUSH, 0, None)
     driver.notify(0)
     await driver.used(0)
