@@ -110,8 +110,8 @@ async def test_nothing_is_taken_from_a_queue_that_is_not_lent(driver: AnsweringD
 
 
 async def test_no_other_processor_is_used_for_small_requests(driver: AnsweringDriver) -> None:
-    """The vCPU's thread is asked of them whether or not one is free; of large ones, and of several writes at a time, only
-    where none is."""
+    """The vCPU's thread is asked of them whether or not one is free; of large ones, and of several writes at a time,
+    only where none is."""
 
     async def make(kind: int, turns: int, size: int = 4096, together: int = 1) -> Asked:
         base = driver.allocator._next
