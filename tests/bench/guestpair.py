@@ -106,6 +106,7 @@ class Guest:
         self._output: IO[bytes] = self._process.stdout
         os.set_blocking(self._output.fileno(), False)
         self._seen = b""
+        self.pid = self._process.pid
 
     def wait_ready(self) -> None:
         """Until it has booted. Raises TimeoutError, EOFError."""
