@@ -2,7 +2,9 @@
  *
  * A stop costs some 7 us, as much as the core needs for two thousand instructions. So after the guest's kernel returned to a
  * program, its first instructions run in the core, unless this address space has shown that its native stretches are long
- * enough; and one whose stretches are short stays in the core for a while, longer each time.
+ * enough; and one whose stretches are short, or that has lost more by its stops than it gained, stays in the core for a while, longer
+ * each time. By what it then executes there it earns a part that it may lose again: so a program that will gain once its pages are
+ * mapped comes to that, and one that never does loses little.
  */
 #include "soft/direct/internal.h"
 
@@ -15,6 +17,7 @@ enum {
     POOR_NS = 2500,        /* and below which it stays away */
     BACKOFF = 200000,      /* instructions, doubled each time */
     BACKOFF_MAX = 6,
+    CREDIT_PART = 16,      /* after so many instructions in the core it may lose one's time, about 1 ns, again */
     GROWN = 400000,        /* instructions before an address space gets a runner */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core for want of breakpoints before an address space gets them */
@@ -168,7 +171,7 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
     if (r->backoff < BACKOFF_MAX)
         r->backoff++;
     r->average_ns = PAYS_NS;
-    r->balance_ns = CREDIT_NS / 4;
+    r->balance_ns = (int64_t)((BACKOFF << r->backoff) / CREDIT_PART);
     return true;
 }
 

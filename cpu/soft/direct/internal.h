@@ -168,7 +168,7 @@ struct direct_vm {
     uint32_t runners;         /* for each vCPU */
     bool off;                 /* atomic: it went wrong too often */
     bool no_guards;           /* the host has no breakpoints to give */
-    uint64_t floor_ns;        /* atomic: what a stop costs of the guest half's processor time, a moving average of those without a stretch */
+    uint64_t floor_ns;        /* atomic: what a stop costs of the guest half's processor time, the median of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
     bool sysenter;            /* 64-bit code can execute SYSENTER: an Intel host */

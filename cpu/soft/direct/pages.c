@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 16, TURNS_MAX = 32, POPULATE_MAX = 16, SLICE_DOUBLINGS = 10 };
+enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 32, TURNS_MAX = 32, POPULATE_MAX = 16, SLICE_DOUBLINGS = 10 };
 #define NX (1ull << 63)
 #define ADDRESS (PHYS_MASK & PAGE_MASK)
 #define REGION_BYTES (REGION_PAGES * PAGE_BYTES)

@@ -25,6 +25,7 @@ _Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 ha
 /* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
 enum { URETPROBE = 335 };
 #define LONGEST_NS 20000000ull
+#define FLOOR_STEP 32
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
 
 static bool has_avx(const struct soft_vcpu *c) { return soft_vcpu_xcr0(c) & STATE_HAS_AVX; }
@@ -349,11 +350,12 @@ static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
     return end < now + limit ? end : now + limit;
 }
 
-/* What a stretch was worth. Stops at pages are the fewer the longer a program runs, and say nothing about the next stretch. */
-static void account(const struct direct_vm *direct, struct runner *r, uint64_t worked, bool page)
+/* What a stretch was worth. Stops at pages are the fewer the longer a program runs, and kicks are not its own: neither says anything
+ * about the next stretch. */
+static void account(const struct direct_vm *direct, struct runner *r, uint64_t worked, bool own)
 {
     int64_t most = (int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX);
-    if (!page)
+    if (own)
         r->average_ns = (uint64_t)((int64_t)r->average_ns + (most - (int64_t)r->average_ns) / 8);
     r->balance_ns += (int64_t)worked * GAIN - 2 * (int64_t)__atomic_load_n(&direct->floor_ns, __ATOMIC_RELAXED);
     if (r->balance_ns > CREDIT_NS)
@@ -389,8 +391,11 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     if (!stands || !store(c, r, arguments, &stop))
         return TRIP_LOST;
     d->failures = 0;
-    if (c->rip == entered && stop.frame.info.signal == SIGSEGV) /* not one instruction was executed: so much does a stop cost */
-        __atomic_store_n(&vm->direct->floor_ns, (floor * 7 + spent) / 8, __ATOMIC_RELAXED);
-    account(vm->direct, r, worked, stop.frame.info.signal == SIGSEGV);
+    int signal = stop.frame.info.signal;
+    if (c->rip == entered && signal == SIGSEGV) { /* not one instruction was executed: so much does a stop cost */
+        uint64_t step = floor / FLOOR_STEP + 1;
+        __atomic_store_n(&vm->direct->floor_ns, spent > floor ? floor + step : floor - (step < floor ? step : floor), __ATOMIC_RELAXED);
+    }
+    account(vm->direct, r, worked, signal != SIGSEGV && signal != SIGUSR1);
     return after_stop(c, r, &stop);
 }
