@@ -18,7 +18,8 @@ enum {
     BACKOFF = 200000,      /* instructions, doubled each time */
     BACKOFF_MAX = 6,
     CREDIT_PART = 16,      /* after so many instructions in the core it may lose one's time, about 1 ns, again */
-    GROWN = 400000,        /* instructions before an address space gets a runner */
+    TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
+    GROWN = 200000,        /* instructions, twice, before an address space gets a runner */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core for want of breakpoints before an address space gets them */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -69,6 +70,7 @@ static void begin_space(struct soft_vcpu *c, struct runner *r)
     r->average_ns = PAYS_NS;
     r->balance_ns = CREDIT_NS;
     r->refused = 0;
+    r->trials = 0;
     r->core_until = 0;
     r->backoff = 0;
 }
@@ -119,13 +121,37 @@ static void follow_thread(struct soft_vcpu *c)
 }
 
 /* How long an address space without a runner has been executing: those that die young get none. */
-static struct young *young_of(struct soft_vcpu *c)
+static struct young *young_of(struct direct_vcpu *d, uint64_t root)
 {
-    uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK;
-    struct young *y = &c->direct->young[(root >> 12) % YOUNG];
+    struct young *y = &d->young[(root >> 12) % YOUNG];
     if (y->root != root)
         *y = (struct young){.root = root};
     return y;
+}
+
+/* Count what was executed since the last time for the address space that was the current one. */
+static struct young *count_age(struct soft_vcpu *c)
+{
+    struct direct_vcpu *d = c->direct;
+    struct young *y = young_of(d, d->root);
+    uint64_t now = soft_instructions(c);
+    y->spent += now - d->counted;
+    d->counted = now;
+    return y;
+}
+
+/* Whether it has lived so long that it may get a runner. */
+static bool grown(struct soft_vcpu *c)
+{
+    struct young *y = count_age(c);
+    if (y->spent < GROWN)
+        return false;
+    uint64_t top = pages_top(c);
+    if (y->top == top)
+        return true;
+    y->top = top;
+    y->spent = 0;
+    return false;
 }
 
 /* The guest's program is where it was when the stretch began, memory is not: only the program's end is left. */
@@ -148,11 +174,19 @@ static void in_core(struct soft_vcpu *c, int64_t most, enum soft_native_core why
 {
     uint64_t before = soft_instructions(c);
     stay(c, why);
-    struct young *y = young_of(c);
     soft_execute_some(c, most);
-    int64_t done = (int64_t)(soft_instructions(c) - before);
-    c->direct->slice -= done;
-    y->spent += (uint64_t)done;
+    c->direct->slice -= (int64_t)(soft_instructions(c) - before);
+}
+
+/* In the core for a while. */
+static void give_up(struct soft_vcpu *c, struct runner *r)
+{
+    r->core_until = soft_instructions(c) + ((uint64_t)BACKOFF << r->backoff);
+    if (r->backoff < BACKOFF_MAX)
+        r->backoff++;
+    r->average_ns = PAYS_NS;
+    r->balance_ns = (int64_t)((BACKOFF << r->backoff) / CREDIT_PART);
+    r->trials = 0;
 }
 
 /* Whether it stays in the core for a while, since stops follow each other too closely. */
@@ -167,11 +201,7 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
             r->backoff = 0;
         return false;
     }
-    r->core_until = soft_instructions(c) + ((uint64_t)BACKOFF << r->backoff);
-    if (r->backoff < BACKOFF_MAX)
-        r->backoff++;
-    r->average_ns = PAYS_NS;
-    r->balance_ns = (int64_t)((BACKOFF << r->backoff) / CREDIT_PART);
+    give_up(c, r);
     return true;
 }
 
@@ -182,10 +212,12 @@ void soft_direct_returned(struct soft_vcpu *c)
         return;
     d->returned = true;
     const struct runner *r = d->current;
-    if (!r || r->core_until <= soft_instructions(c))
-        __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
-    else
+    if (r && r->core_until > soft_instructions(c))
         d->why = SOFT_CORE_POOR;
+    else if (!r && !c->vm->direct->always && count_age(c)->spent < GROWN) /* the run loop is not left for it */
+        d->why = SOFT_CORE_YOUNG;
+    else
+        __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
 }
 
 /* Natively, once. */
@@ -218,6 +250,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         runner_bind(c, r);
     else
         runner_unbind(d);
+    r->trials = 0;
     stay(c, SOFT_CORE_STOP);
     d->slice_why = SOFT_CORE_REFUSED;
     if (trip_run(c, r) == TRIP_LOST)
@@ -242,18 +275,20 @@ void soft_direct_execute(struct soft_vcpu *c)
         r->used = false;
         r->left = true;
         r = d->current = NULL;
-        *young_of(c) = (struct young){.root = c->cr3 & PHYS_MASK & PAGE_MASK};
+        count_age(c)->spent = 0;
     }
     if (d->returned) {
         d->returned = false;
         d->slice_why = SOFT_CORE_TRIAL;
         d->slice = direct->always || (r && r->average_ns >= PAYS_NS) ? 0 : TRIAL;
+        if (r && d->slice && ++r->trials > TRIALS_MAX)
+            give_up(c, r);
     }
     if (d->slice > 0) {
         in_core(c, d->slice, d->slice_why);
         return;
     }
-    if (!r && !direct->always && young_of(c)->spent < GROWN) {
+    if (!r && !direct->always && !grown(c)) {
         in_core(c, GROWN, SOFT_CORE_YOUNG);
         return;
     }
@@ -298,6 +333,7 @@ void soft_direct_switched(struct soft_vcpu *c, bool keep)
 {
     uint64_t root = c->cr3 & PHYS_MASK & PAGE_MASK, pcid = c->cr4 & CR4_PCIDE ? c->cr3 & 0xFFF : 0;
     bool other = c->direct->root != root;
+    count_age(c);
     c->direct->current = NULL;
     c->direct->root = root;
     for (unsigned i = 0; i < RUNNERS; i++) {

@@ -117,11 +117,13 @@ struct runner {
     int64_t balance_ns;   /* gained and not lost again, at most CREDIT_NS */
     uint64_t core_until;  /* stay in the core until that many instructions are retired */
     uint32_t backoff;
+    uint32_t trials;          /* in a row that ended before it went native */
 };
 
 /* An address space without a runner. */
 struct young {
-    uint64_t root, spent; /* instructions */
+    uint64_t root, spent; /* instructions while it was the current one */
+    uint64_t top;         /* pages_top() when it had grown, lest another one under its root passes for it */
 };
 
 enum { PENDING = 8, YOUNG = 64 };
@@ -129,6 +131,7 @@ struct direct_vcpu {
     struct runner runner[RUNNERS];
     struct runner *current;   /* of c->cr3 when it was last looked for, else NULL */
     uint64_t root;            /* in c->cr3, when it was last written */
+    uint64_t counted;         /* instructions until here are in young.spent */
     uint64_t pending[PENDING];/* linear addresses that the guest touched without a mapping */
     uint32_t pending_count;
     const struct runner *pending_for;
@@ -205,6 +208,8 @@ void pages_forget(struct runner *r);
 struct direct_range *range_of(struct direct_vm *direct, const uint8_t *host);
 /* Bring what the runner has mapped in line with the guest's page tables, and map what is pending. */
 bool pages_prepare(struct soft_vcpu *c, struct runner *r);
+/* The tables that the lower half's top-level entries point to, as one number. */
+uint64_t pages_top(struct soft_vcpu *c);
 /* Whether the address space is another one than before, under the same root: little of what is mapped is there any more. */
 bool pages_replaced(struct soft_vcpu *c, struct runner *r);
 /* Whether the runner has the page of `linear` mapped with these rights. */

@@ -250,8 +250,7 @@ static void check_region(struct batch *b, struct region *region)
     }
 }
 
-/* The tables that the lower half's top-level entries point to, as one number. */
-static uint64_t top_of(struct soft_vcpu *c)
+uint64_t pages_top(struct soft_vcpu *c)
 {
     const uint64_t *top = (const uint64_t *)(const void *)soft_phys(c->vm, c->cr3 & ADDRESS, false, NULL);
     uint64_t sum = 0;
@@ -264,7 +263,7 @@ static uint64_t top_of(struct soft_vcpu *c)
 
 bool pages_replaced(struct soft_vcpu *c, struct runner *r)
 {
-    uint64_t top = r->stale ? top_of(c) : r->top;
+    uint64_t top = r->stale ? pages_top(c) : r->top;
     uint32_t kept = 0, lost = 0;
     if (top == r->top)
         return false;
