@@ -19,7 +19,7 @@ enum {
     BACKOFF_MAX = 6,
     CREDIT_PART = 16,      /* after so many instructions in the core it may lose one's time, about 1 ns, again */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
-    GROWN = 200000,        /* instructions, twice, before an address space gets a runner */
+    GROWN = 1000000,       /* instructions, twice, before an address space gets a runner */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core for want of breakpoints before an address space gets them */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -135,7 +135,7 @@ static struct young *count_age(struct soft_vcpu *c)
     struct direct_vcpu *d = c->direct;
     struct young *y = young_of(d, d->root);
     uint64_t now = soft_instructions(c);
-    y->spent += now - d->counted;
+    y->spent += (int64_t)(now - d->counted);
     d->counted = now;
     return y;
 }
@@ -147,8 +147,10 @@ static bool grown(struct soft_vcpu *c)
     if (y->spent < GROWN)
         return false;
     uint64_t top = pages_top(c);
-    if (y->top == top)
+    if (y->top == top) {
+        y->trials = 0;
         return true;
+    }
     y->top = top;
     y->spent = 0;
     return false;
@@ -187,6 +189,18 @@ static void give_up(struct soft_vcpu *c, struct runner *r)
     r->average_ns = PAYS_NS;
     r->balance_ns = (int64_t)((BACKOFF << r->backoff) / CREDIT_PART);
     r->trials = 0;
+}
+
+/* An address space without a runner whose trials all end in system calls is left alone for a while, too. */
+static void leave_alone(struct soft_vcpu *c)
+{
+    struct young *y = count_age(c);
+    if (++y->trials <= TRIALS_MAX)
+        return;
+    y->trials = 0;
+    y->spent = -((int64_t)BACKOFF << y->backoff);
+    if (y->backoff < BACKOFF_MAX)
+        y->backoff++;
 }
 
 /* Whether it stays in the core for a while, since stops follow each other too closely. */
@@ -283,6 +297,8 @@ void soft_direct_execute(struct soft_vcpu *c)
         d->slice = direct->always || (r && r->average_ns >= PAYS_NS) ? 0 : TRIAL;
         if (r && d->slice && ++r->trials > TRIALS_MAX)
             give_up(c, r);
+        else if (!r && d->slice)
+            leave_alone(c);
     }
     if (d->slice > 0) {
         in_core(c, d->slice, d->slice_why);

@@ -35,7 +35,7 @@ enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
     CREDIT_NS = 2000000, /* what an address space may lose before it has gained anything: its pages are mapped then */
-    GAIN = 4,            /* the core needs that many times a native stretch's time more */
+    GAIN = 8,            /* the core needs that many times a native stretch's time more */
 };
 /* A breakpoint of a page: guard.c. */
 struct guard {
@@ -122,7 +122,10 @@ struct runner {
 
 /* An address space without a runner. */
 struct young {
-    uint64_t root, spent; /* instructions while it was the current one */
+    uint64_t root;
+    int64_t spent;        /* instructions while it was the current one; below 0 while it is left alone */
+    uint32_t trials;      /* in a row that ended before it got a runner */
+    uint32_t backoff;
     uint64_t top;         /* pages_top() when it had grown, lest another one under its root passes for it */
 };
 
