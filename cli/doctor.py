@@ -76,7 +76,7 @@ def _print(facts: dict[str, Any], failure: str) -> None:
         lines.append(f"no stock kernel can run here: {failure}")
     direct = facts["direct"]
     can = "CPUID faults" if direct["cpuid_faults"] else "CPUID does not fault"
-    can += ", breakpoints" if direct["breakpoints"] else ", no breakpoints: pages that see the host stay in the core"
+    can += ", breakpoints" if direct["breakpoints"] else ", no breakpoints: code that sees the host stays in the core"
     lines.append(f"direct execution: {'yes: ' + can if direct['available'] else 'no: ' + direct['reason']}")
     lines.append(f"runtime directory: {facts['runtime_directory']}")
     passt = facts["passt"] or "not installed; --net user needs it: apt-get install passt"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmm.config import Config
-from vmm.errors import ConfigError, HostError, VmmError
+from vmm.errors import ConfigError, HostError, VmmError, os_reason
 from vmm.image import ImageLike, config_for
 from vmm.machine.hardware import HeadStart
 from vmm.timeline import now
@@ -115,7 +115,8 @@ async def keep_warm(vm: VirtualMachine) -> None:
             if ours:
                 await vm.snapshot(path)
     except (VmmError, OSError) as error:
-        vm.tell(f"the machine is not kept for warm starts: {error}")
+        reason = f"{path.parent}: {os_reason(error)}" if isinstance(error, OSError) else str(error)
+        vm.tell(f"the machine is not kept for warm starts: {reason}")
 
 
 @asynccontextmanager

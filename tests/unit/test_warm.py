@@ -61,3 +61,4 @@ async def test_a_cache_that_takes_nothing_is_a_warning(tmp_path: Path, monkeypat
     vm: Any = SimpleNamespace(restored=False, config=None, exec=execute, tell=told.append)
     await launch.keep_warm(vm)
     assert len(told) == 1 and "not kept for warm starts" in told[0]
+    assert told[0].endswith(f"{tmp_path / 'file' / 'warm'}: not a directory")
