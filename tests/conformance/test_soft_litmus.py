@@ -22,20 +22,25 @@ NATIVE_ROUNDS = ROUNDS if "LOOPVISOR_LITMUS" in os.environ else 400
 SECONDS = "86400" if "LOOPVISOR_LITMUS" in os.environ else "1"
 
 
-@pytest.mark.parametrize("hot", [False, True], ids=["", "translated"])
-def test_nothing_forbidden_is_seen(hot: bool) -> None:
-    """Every litmus program, also when every block is translated at once."""
-    sanitize = bool(os.environ.get("SOFT_SANITIZE"))
-    program = soft_programs.build("soft_litmus", sanitize=sanitize, hot=hot and not sanitize)
+def printed(program: Path, rounds: int, *more: str | Path) -> str:
+    """What the litmus programs print, which find nothing."""
     run = subprocess.run(
-        [program, str(ROUNDS), SECONDS],
+        [program, str(rounds), SECONDS, *more],
         capture_output=True,
         text=True,
         check=False,
         timeout=(200 + ROUNDS / 100) * PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 31
+    return run.stdout
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["", "translated"])
+def test_nothing_forbidden_is_seen(hot: bool) -> None:
+    """Every litmus program, also when every block is translated at once."""
+    sanitize = bool(os.environ.get("SOFT_SANITIZE"))
+    program = soft_programs.build("soft_litmus", sanitize=sanitize, hot=hot and not sanitize)
+    assert printed(program, ROUNDS).count("ok ") == 31
 
 
 @pytest.mark.parametrize("how", ["native", "mixed"])
@@ -44,16 +49,10 @@ def test_nothing_forbidden_is_seen_natively(how: str) -> None:
     if not support().available:
         pytest.skip(f"direct execution: {support().reason}")
     program = soft_programs.build("soft_litmus")
-    run = subprocess.run(
-        [program, str(NATIVE_ROUNDS), SECONDS, "all", how, soft_programs.ROOT / "cpu/runner/runner.bin"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=(200 + ROUNDS / 100) * PATIENCE,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("ok ") == 30
-    stops = re.search(r"^\d+ us natively, (\d+) stops$", run.stdout, re.MULTILINE)
+    runner = soft_programs.ROOT / "cpu/runner/runner.bin"
+    text = printed(program, NATIVE_ROUNDS, "all", how, runner)
+    assert text.count("ok ") == 30
+    stops = re.search(r"^\d+ us natively, (\d+) stops$", text, re.MULTILINE)
     assert stops is not None and int(stops[1]) > 100
 
 
