@@ -42,8 +42,7 @@ INIT = """#!/bin/sh
 export PATH=/usr/bin:/bin:/usr/sbin:/sbin
 mount -t proc p /proc; mount -t tmpfs t /tmp
 stty -echo
-mount -o ro /dev/vdb /mnt && cp -r /mnt/src /tmp/src && cd /tmp/src && make -s -j2 >/dev/null &&
-    echo && echo BENCH ready 0
+mount -o ro /dev/vdb /mnt && cp -r /mnt/src /tmp/src && cd /tmp/src && make -s -j2 >/dev/null && echo BENCH ready 0
 while read kind jobs rest; do
     [ "$kind" = make ] || break
     make -s clean; begin=$(date +%s%N)
