@@ -58,12 +58,12 @@ static void mark(BlockObject *self, const struct request *request)
 /* Rings are touched in here alone. Recursive. */
 static void enter(BlockObject *self)
 {
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
 }
 
 static void leave(BlockObject *self)
 {
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
 }
 
 static void job_free(BlockObject *self, struct request *job)
@@ -425,7 +425,7 @@ static PyObject *block_close(BlockObject *self, PyObject *Py_UNUSED(unused))
         blk_abandon(&self->disk, true);
         struct jobs dropped = {0};
         Py_BEGIN_ALLOW_THREADS
-        blk_direct_wait(self->direct);
+        answering_wait(&self->direct->answering);
         while (!blk_uring_cancel(&self->uring, clock_now() + 1000000000, &dropped))
             ;
         blk_uring_close(&self->uring);
@@ -445,7 +445,7 @@ static void block_dealloc(BlockObject *self)
     if (self->direct && self->leaving)
         Py_XDECREF(block_close(self, NULL));
     if (self->direct)
-        blk_direct_free(self->direct);
+        answering_put(&self->direct->answering);
     Py_XDECREF(self->leaving);
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
@@ -567,53 +567,30 @@ static PyObject *block_track(BlockObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static void release_capsule(PyObject *capsule)
-{
-    struct lv_answerer *answerer = PyCapsule_GetPointer(capsule, LV_ANSWERER_CAPSULE);
-    answerer->release(answerer);
-}
-
-static bool lane_number(unsigned number)
-{
-    if (number < BLK_LANES)
-        return true;
-    PyErr_Format(PyExc_ValueError, "queues are 0 to %d", BLK_LANES - 1);
-    return false;
-}
-
 static PyObject *block_answerer(BlockObject *self, PyObject *args)
 {
     unsigned number;
-    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number))
+    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number, BLK_LANES))
         return NULL;
-    struct lv_answerer *answerer = &self->direct->lanes[number].answerer;
-    PyObject *capsule = PyCapsule_New(answerer, LV_ANSWERER_CAPSULE, release_capsule);
-    if (capsule)
-        answerer->retain(answerer);
-    return capsule;
+    return lane_capsule(&self->direct->lanes[number].lane);
 }
 
 static PyObject *block_lend(BlockObject *self, PyObject *args)
 {
     unsigned number;
-    PyObject *ring;
-    if (!PyArg_ParseTuple(args, "IO", &number, &ring) || !lane_number(number))
+    RingObject *ring;
+    if (!PyArg_ParseTuple(args, "IO&", &number, lane_ring, &ring) || !lane_number(number, BLK_LANES))
         return NULL;
-    if (ring != Py_None && !PyObject_TypeCheck(ring, &ring_type))
-        return PyErr_Format(PyExc_TypeError, "lend(queue, ring or None)");
-    return lend(self, number, ring == Py_None ? NULL : (RingObject *)ring) ? NULL : Py_NewRef(Py_None);
+    return lend(self, number, ring) ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *block_message(BlockObject *self, PyObject *args)
 {
-    unsigned number, data = 0;
-    unsigned long long address = 0;
+    unsigned number;
     PyObject *message;
-    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number) ||
-        (message != Py_None && !PyArg_ParseTuple(message, "KI", &address, &data)))
+    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number, BLK_LANES))
         return NULL;
-    blk_direct_message(self->direct, number, message != Py_None, address, data);
-    Py_RETURN_NONE;
+    return lane_set_message(&self->direct->lanes[number].lane, message);
 }
 
 static PyObject *block_io_uring_error(PyObject *Py_UNUSED(type), PyObject *Py_UNUSED(unused))

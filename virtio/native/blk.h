@@ -10,7 +10,8 @@
  *
  * Where the bytes of the disk stand is the image's matter (image.h). A job is one request or several that are adjacent on
  * disk. Everything of Python is touched by the loop's thread alone; rings, status bytes and counters by it and by vCPUs'
- * threads, under `blk_direct.lock`; other threads own nothing but the system calls of the jobs that they were given.
+ * threads, under `blk_direct.answering.lock`; other threads own nothing but the system calls of the jobs that they were
+ * given.
  */
 #ifndef VIRTIO_BLK_H
 #define VIRTIO_BLK_H
@@ -20,7 +21,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
-#include "answerer.h"
+#include "answering.h"
 #include "image.h"
 #include "uring.h"
 
@@ -226,23 +227,15 @@ void blk_count(struct blk_counts *counts, const struct request *request);
 
 /* One queue as vCPUs' threads see it. */
 struct blk_lane {
-    struct lv_answerer answerer; /* first */
-    struct blk_direct *direct;
+    struct answering_lane lane; /* first */
     RingObject *ring;       /* lent, a reference; NULL: vCPUs leave this queue to the loop */
     RingObject *owes;       /* what was pushed there the driver is not told of yet; no reference */
-    bool has_message;       /* the interrupt that the driver wants of this queue can be sent as: */
-    uint64_t address;
-    uint32_t data;
 };
 
 struct blk_direct {
-    uint32_t count;         /* atomic: of references */
-    pthread_mutex_t lock;   /* recursive: what Python does in it may come back. The rings, and everything below */
-    pthread_cond_t ended;
+    struct answering answering; /* first; its lock is of everything below, too */
     struct disk *disk;
     struct pool *pool;
-    bool busy;              /* a vCPU's thread is at it; a second one is not let in */
-    uint32_t shy, shyness;  /* doorbells whose writes are left to the loop: now, and after the next that took long */
     struct jobs undone, done; /* for the loop: to be carried out, to be returned */
     struct blk_counts counts;
     uint32_t quick;         /* requests in a row that the page cache did at once, or would have */
@@ -258,13 +251,10 @@ void blk_direct_learn(struct blk_direct *direct, const struct request *request, 
 void blk_direct_turn(struct blk_direct *direct, uint32_t requests);
 
 struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool); /* NULL: no memory */
-void blk_direct_free(struct blk_direct *direct); /* one reference; nothing is lent and nothing runs */
 /* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. The ring that was
  * lent, which the caller gives up when nothing runs any more and blk_direct_take() took what there was. */
 RingObject *blk_direct_lend(struct blk_direct *direct, unsigned lane, RingObject *ring);
-void blk_direct_message(struct blk_direct *direct, unsigned lane, bool valid, uint64_t address, uint32_t data);
 /* Loop thread: what is left for it; the requests have references to their rings. Whether nothing runs. */
 bool blk_direct_take(struct blk_direct *direct, struct jobs *undone, struct jobs *done);
-void blk_direct_wait(struct blk_direct *direct); /* until nothing runs; without the GIL */
 
 #endif

@@ -11,17 +11,14 @@
  * A ring is lent while the device is active, not paused, and nothing else is to be done to its requests. After it was taken
  * back, a request that is under way is returned by the loop. */
 #include "blk.h"
-#include "clock.h"
 
 #include <stdlib.h>
-#include <sys/resource.h>
 
 enum {
     DIRECT_REQUESTS = 64,      /* that one doorbell has carried out at most */
     DIRECT_BYTES = 1 << 20,    /* after so many no more are */
     DIRECT_SLOW_NS = 500000,   /* a write for which the thread slept so long makes it shy */
     SHY_LEAST = 64,            /* doorbells */
-    SHY_MOST = 8192,
     SMALL_BYTES = 16 << 10,    /* of an average request: moving them takes less than waking a thread */
     QUICK_LEAST = 16,          /* requests in a row, before it is believed that the page cache has them */
     ONE = 256                  /* of averages of what is less than a few */
@@ -58,7 +55,7 @@ void blk_direct_turn(struct blk_direct *direct, uint32_t requests)
         return;
     direct->asked = asked;
     for (unsigned i = 0; i < BLK_LANES; i++)
-        __atomic_store_n(&direct->lanes[i].answerer.asked, asked, __ATOMIC_RELAXED);
+        __atomic_store_n(&direct->lanes[i].lane.answerer.asked, asked, __ATOMIC_RELAXED);
 }
 
 void blk_count(struct blk_counts *counts, const struct request *request)
@@ -79,18 +76,12 @@ static bool attempt(struct blk_direct *direct, struct request *request)
 {
     if (request->type != T_OUT)
         return blk_try_now(direct->disk, request, false);
-    if (direct->shy)
+    if (direct->answering.shy)
         return false;
-    struct rusage before, after;
-    getrusage(RUSAGE_THREAD, &before);
-    int64_t begin = clock_now();
+    struct attempt now;
+    attempt_begin(&now);
     bool done = blk_try_now(direct->disk, request, true);
-    if (clock_now() - begin >= DIRECT_SLOW_NS && !getrusage(RUSAGE_THREAD, &after) && after.ru_nvcsw != before.ru_nvcsw) {
-        direct->shyness = !direct->shyness ? SHY_LEAST : direct->shyness < SHY_MOST ? 2 * direct->shyness : SHY_MOST;
-        direct->shy = direct->shyness;
-    } else if (direct->shyness > 1) {
-        direct->shyness--;
-    }
+    attempt_end(&now, &direct->answering, DIRECT_SLOW_NS, SHY_LEAST);
     return done;
 }
 
@@ -111,18 +102,9 @@ static void push(struct blk_direct *direct, struct request *request, const struc
 /* With the lock: tell the driver of what was pushed, and whoever logs what was written. */
 static void finish(struct blk_direct *direct, struct blk_lane *lane, const struct lv_answerer_host *host)
 {
-    struct ring *ring = &lane->ring->ring;
-    if (ring->used_dirty) {
-        ring->used_dirty = false;
-        if (ring->packed)
-            host->written(host->machine, ring->desc_gpa, ring->desc_size);
-        host->written(host->machine, ring->device_gpa, ring->device_size);
-    }
-    if (!lane->has_message) { /* it was masked meanwhile */
+    if (!lane_tell(&lane->lane, &lane->ring->ring, host)) {
         lane->owes = lane->ring;
         pool_poke(direct->pool);
-    } else if (ring_needs_notification(ring)) {
-        host->message(host->machine, lane->address, lane->data);
     }
 }
 
@@ -173,9 +155,9 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
         }
         bytes += request->length;
         blk_request_alone(request);
-        pthread_mutex_unlock(&direct->lock);
+        pthread_mutex_unlock(&direct->answering.lock);
         bool done = attempt(direct, request);
-        pthread_mutex_lock(&direct->lock);
+        pthread_mutex_lock(&direct->answering.lock);
         blk_direct_learn(direct, request, done);
         if (!done) {
             leave_to_loop(direct, &direct->undone, request);
@@ -196,30 +178,20 @@ static bool serve(struct blk_direct *direct, struct blk_lane *lane, const struct
 static bool doorbell(struct lv_answerer *answerer, const struct lv_answerer_host *host)
 {
     struct blk_lane *lane = (struct blk_lane *)answerer; /* its first member */
-    struct blk_direct *direct = lane->direct;
+    struct blk_direct *direct = (struct blk_direct *)lane->lane.answering; /* likewise */
     bool done = false;
-    if (pthread_mutex_trylock(&direct->lock))
+    if (pthread_mutex_trylock(&direct->answering.lock))
         return false; /* the loop is at it, and may be for as long as it takes to move some MiB */
-    if (lane->ring && lane->has_message && !direct->busy && !lane->ring->memory->memory.incomplete) {
-        if (direct->shy)
-            direct->shy--;
-        direct->busy = true;
+    if (lane->ring && lane->lane.has_message && !direct->answering.busy && !lane->ring->memory->memory.incomplete) {
+        if (direct->answering.shy)
+            direct->answering.shy--;
+        direct->answering.busy = true;
         done = serve(direct, lane, host);
-        direct->busy = false;
-        pthread_cond_broadcast(&direct->ended);
+        direct->answering.busy = false;
+        pthread_cond_broadcast(&direct->answering.ended);
     }
-    pthread_mutex_unlock(&direct->lock);
+    pthread_mutex_unlock(&direct->answering.lock);
     return done;
-}
-
-static void retain(struct lv_answerer *answerer)
-{
-    __atomic_fetch_add(&((struct blk_lane *)answerer)->direct->count, 1, __ATOMIC_RELAXED);
-}
-
-static void release(struct lv_answerer *answerer)
-{
-    blk_direct_free(((struct blk_lane *)answerer)->direct);
 }
 
 struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool)
@@ -227,71 +199,38 @@ struct blk_direct *blk_direct_new(struct disk *disk, struct pool *pool)
     struct blk_direct *direct = calloc(1, sizeof *direct);
     if (!direct)
         return NULL;
-    pthread_mutexattr_t recursive;
-    pthread_mutexattr_init(&recursive);
-    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
-    pthread_mutex_init(&direct->lock, &recursive);
-    pthread_mutexattr_destroy(&recursive);
-    pthread_cond_init(&direct->ended, NULL);
-    direct->count = 1;
+    answering_open(&direct->answering);
     direct->disk = disk;
     direct->pool = pool;
     direct->asked = LV_ASKED_IF_CROWDED;
     for (unsigned i = 0; i < BLK_LANES; i++)
-        direct->lanes[i] = (struct blk_lane){.answerer = {doorbell, retain, release, direct->asked}, .direct = direct};
+        lane_open(&direct->lanes[i].lane, &direct->answering, doorbell, LV_ASKED_IF_CROWDED);
     return direct;
-}
-
-void blk_direct_free(struct blk_direct *direct)
-{
-    if (__atomic_sub_fetch(&direct->count, 1, __ATOMIC_ACQ_REL))
-        return;
-    pthread_mutex_destroy(&direct->lock);
-    pthread_cond_destroy(&direct->ended);
-    free(direct);
 }
 
 RingObject *blk_direct_lend(struct blk_direct *direct, unsigned number, RingObject *ring)
 {
     struct blk_lane *lane = &direct->lanes[number];
-    pthread_mutex_lock(&direct->lock);
+    pthread_mutex_lock(&direct->answering.lock);
     RingObject *before = lane->ring;
     lane->ring = ring;
     if (before && before != ring && before->ring.signal_delta)
         lane->owes = before; /* a vCPU has pushed something and does not come to telling the driver */
-    pthread_mutex_unlock(&direct->lock);
+    pthread_mutex_unlock(&direct->answering.lock);
     return before;
-}
-
-void blk_direct_message(struct blk_direct *direct, unsigned number, bool valid, uint64_t address, uint32_t data)
-{
-    struct blk_lane *lane = &direct->lanes[number];
-    pthread_mutex_lock(&direct->lock);
-    lane->has_message = valid;
-    lane->address = address;
-    lane->data = data;
-    pthread_mutex_unlock(&direct->lock);
 }
 
 bool blk_direct_take(struct blk_direct *direct, struct jobs *undone, struct jobs *done)
 {
-    pthread_mutex_lock(&direct->lock);
+    pthread_mutex_lock(&direct->answering.lock);
     *undone = direct->undone;
     *done = direct->done;
     direct->undone = direct->done = (struct jobs){0};
-    bool idle = !direct->busy;
-    pthread_mutex_unlock(&direct->lock);
+    bool idle = !direct->answering.busy;
+    pthread_mutex_unlock(&direct->answering.lock);
     for (struct request *request = undone->first; request; request = request->next)
         Py_INCREF(request->ring);
     for (struct request *request = done->first; request; request = request->next)
         Py_INCREF(request->ring);
     return idle;
-}
-
-void blk_direct_wait(struct blk_direct *direct)
-{
-    pthread_mutex_lock(&direct->lock);
-    while (direct->busy)
-        pthread_cond_wait(&direct->ended, &direct->lock);
-    pthread_mutex_unlock(&direct->lock);
 }

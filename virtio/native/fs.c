@@ -35,14 +35,14 @@ static int give_back(FsObject *self, struct fs_request *request, bool answered)
     if (answered)
         failed = segments_notify(ring->memory, request->chain.segments + request->chain.readable, request->chain.writable,
                                  request->written);
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     if (answered)
         fs_count(&self->direct->counts, request);
     else
         self->direct->counts.in_flight--;
     if (answered && !ring->closed)
         ring_push(&ring->ring, request->chain.order, request->chain.id, request->chain.slots, (uint32_t)request->written);
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     fs_request_free(request);
     return failed;
 }
@@ -97,7 +97,7 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
     struct fs_list list = {0};
     int taken = 0, failed = 0, flags = 0;
     bool malformed = false;
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     ring_disable_notification(&ring->ring);
     for (;;) {
         struct chain chain;
@@ -125,7 +125,7 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
         self->direct->counts.in_flight++;
         fs_list_add(&list, request);
     }
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     fs_ring_put(from);
     bool lingers = list.count;
     if (fs_pool_submit(&self->pool, &list, urgent)) {
@@ -136,11 +136,11 @@ static PyObject *fs_drain(FsObject *self, PyObject *args)
             failed |= give_back(self, request, true);
         }
     }
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     failed = failed || ring_notify_area(ring);
     if (!failed && !malformed && ring_needs_notification(&ring->ring))
         flags |= SIGNAL;
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     if (failed)
         return NULL;
     return malformed ? ring_raise(ring) : PyLong_FromLong(flags);
@@ -155,7 +155,7 @@ static PyObject *fs_reap(FsObject *self, PyObject *Py_UNUSED(unused))
         failed |= !failed && rings_add(rings, request->ring->object);
         failed |= !!give_back(self, request, true);
     }
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     for (unsigned i = 0; i < FS_LANES; i++) {
         struct fs_lane *lane = &self->direct->lanes[i];
         if (lane->owes && lane->ring)
@@ -166,7 +166,7 @@ static PyObject *fs_reap(FsObject *self, PyObject *Py_UNUSED(unused))
         Py_CLEAR(rings);
     else
         rings = rings_to_notify(rings);
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     return rings;
 }
 
@@ -175,7 +175,7 @@ static bool cancel(FsObject *self)
 {
     struct fs_list dropped = {0};
     __atomic_store_n(&self->fs.abandoned, true, __ATOMIC_RELAXED);
-    bool idle = fs_direct_idle(self->direct); /* first: what it leaves to the pool is dropped next */
+    bool idle = answering_is_idle(&self->direct->answering); /* first: what it leaves to the pool is dropped next */
     idle = fs_pool_cancel(&self->pool, &dropped) && idle;
     for (struct fs_request *request; (request = fs_list_take(&dropped));)
         give_back(self, request, false);
@@ -210,7 +210,7 @@ static PyObject *fs_close(FsObject *self, PyObject *Py_UNUSED(unused))
             (void)fs_direct_lend(self->direct, i, NULL);
         Py_BEGIN_ALLOW_THREADS
         if (self->direct)
-            fs_direct_wait(self->direct);
+            answering_wait(&self->direct->answering);
         fs_pool_close(&self->pool);
         Py_END_ALLOW_THREADS
         if (self->direct)
@@ -224,7 +224,7 @@ static void fs_dealloc(FsObject *self)
 {
     Py_XDECREF(fs_close(self, NULL));
     if (self->direct)
-        fs_direct_free(self->direct);
+        answering_put(&self->direct->answering);
     pthread_mutex_destroy(&self->pool.lock);
     pthread_cond_destroy(&self->pool.work);
     pthread_mutex_destroy(&self->fs.lock);
@@ -373,57 +373,33 @@ static PyObject *fs_restore(FsObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static bool lane_number(unsigned number)
-{
-    if (number < FS_LANES)
-        return true;
-    PyErr_Format(PyExc_ValueError, "queues are 0 to %d", FS_LANES - 1);
-    return false;
-}
-
-static void release_capsule(PyObject *capsule)
-{
-    struct lv_answerer *answerer = PyCapsule_GetPointer(capsule, LV_ANSWERER_CAPSULE);
-    answerer->release(answerer);
-}
-
 static PyObject *fs_answerer(FsObject *self, PyObject *args)
 {
     unsigned number;
-    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number))
+    if (!PyArg_ParseTuple(args, "I", &number) || !lane_number(number, FS_LANES))
         return NULL;
-    struct lv_answerer *answerer = &self->direct->lanes[number].answerer;
-    PyObject *capsule = PyCapsule_New(answerer, LV_ANSWERER_CAPSULE, release_capsule);
-    if (capsule)
-        answerer->retain(answerer);
-    return capsule;
+    return lane_capsule(&self->direct->lanes[number].lane);
 }
 
 static PyObject *fs_lend(FsObject *self, PyObject *args)
 {
     unsigned number;
-    PyObject *object;
-    if (!PyArg_ParseTuple(args, "IO", &number, &object) || !lane_number(number))
+    RingObject *object;
+    if (!PyArg_ParseTuple(args, "IO&", &number, lane_ring, &object) || !lane_number(number, FS_LANES))
         return NULL;
     struct fs_ring *ring = NULL;
-    if (object != Py_None && !PyObject_TypeCheck(object, &ring_type))
-        return PyErr_Format(PyExc_TypeError, "lend(queue, ring or None)");
-    if (object != Py_None && self->fs.local && !self->closed && fs_pool_ready(&self->pool) &&
-        !(ring = fs_ring_new((RingObject *)object)))
+    if (object && self->fs.local && !self->closed && fs_pool_ready(&self->pool) && !(ring = fs_ring_new(object)))
         return PyErr_NoMemory();
     return PyBool_FromLong(fs_direct_lend(self->direct, number, ring));
 }
 
 static PyObject *fs_message(FsObject *self, PyObject *args)
 {
-    unsigned number, data = 0;
-    unsigned long long address = 0;
+    unsigned number;
     PyObject *message;
-    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number) ||
-        (message != Py_None && !PyArg_ParseTuple(message, "KI", &address, &data)))
+    if (!PyArg_ParseTuple(args, "IO", &number, &message) || !lane_number(number, FS_LANES))
         return NULL;
-    fs_direct_message(self->direct, number, message != Py_None, address, data);
-    Py_RETURN_NONE;
+    return lane_set_message(&self->direct->lanes[number].lane, message);
 }
 
 static PyObject *fs_descriptors(FsObject *self, PyObject *Py_UNUSED(unused))
@@ -433,17 +409,17 @@ static PyObject *fs_descriptors(FsObject *self, PyObject *Py_UNUSED(unused))
 
 static PyObject *fs_in_flight(FsObject *self, void *Py_UNUSED(unused))
 {
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     uint32_t in_flight = self->direct->counts.in_flight;
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     return PyLong_FromUnsignedLong(in_flight);
 }
 
 static PyObject *fs_counters(FsObject *self, void *Py_UNUSED(unused))
 {
-    pthread_mutex_lock(&self->direct->lock);
+    pthread_mutex_lock(&self->direct->answering.lock);
     struct fs_counts counts = self->direct->counts;
-    pthread_mutex_unlock(&self->direct->lock);
+    pthread_mutex_unlock(&self->direct->answering.lock);
     return Py_BuildValue("(KKKK)", counts.requests, counts.failures, counts.bytes_read, counts.bytes_written);
 }
 

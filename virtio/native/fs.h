@@ -13,8 +13,8 @@
  * resolved by descriptors opened with O_PATH | O_NOFOLLOW below its parent's, so that no symbolic link and no ".." of the
  * host is ever followed. Only regular files and directories are opened. All numbers of the guest are looked up in tables.
  *
- * Everything of Python is the loop's thread's; rings are under `fs_direct.lock`; threads own the requests that they were
- * given. */
+ * Everything of Python is the loop's thread's; rings are under `fs_direct.answering.lock`; threads own the requests that they
+ * were given. */
 #ifndef VIRTIO_FS_H
 #define VIRTIO_FS_H
 
@@ -26,7 +26,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#include "answerer.h"
+#include "answering.h"
 #include "fs_wire.h"
 
 enum {
@@ -304,24 +304,16 @@ static inline void fs_count(struct fs_counts *counts, const struct fs_request *r
 
 /* One queue as vCPUs' threads see it. */
 struct fs_lane {
-    struct lv_answerer answerer;
-    struct fs_direct *direct;
+    struct answering_lane lane; /* first */
     bool urgent;
     bool owes;              /* an interrupt that could not be sent from there */
     struct fs_ring *ring;   /* lent; NULL: vCPUs leave this queue to the loop */
-    bool has_message;       /* the interrupt that the driver wants of this queue can be sent as: */
-    uint64_t address;
-    uint32_t data;
 };
 
 struct fs_direct {
-    uint32_t count; /* atomic: of references */
-    pthread_mutex_t lock; /* recursive: what Python does in it may come back. The rings, and everything below */
-    pthread_cond_t ended;
+    struct answering answering; /* first; its lock is of everything below, too */
     struct fs *fs;
     struct fs_pool *pool;
-    bool busy;              /* a vCPU's thread is at it; a second one is not let in */
-    uint32_t shy, shyness;  /* doorbells that are left to the loop: now, and after the next request that took long */
     struct fs_counts counts;
     struct fs_lane lanes[FS_LANES];
 };
@@ -330,12 +322,8 @@ struct fs_ring *fs_ring_new(RingObject *object); /* loop thread, as the next. NU
 void fs_ring_put(struct fs_ring *ring);
 
 struct fs_direct *fs_direct_new(struct fs *fs, struct fs_pool *pool); /* NULL: no memory */
-void fs_direct_free(struct fs_direct *direct); /* one reference; nothing is lent and nothing runs */
 /* Loop thread: vCPUs may answer what comes in this queue; with NULL no longer, though one may be at it still. Whether an
  * interrupt of the ring that was lent before is owed. */
 bool fs_direct_lend(struct fs_direct *direct, unsigned lane, struct fs_ring *ring);
-void fs_direct_message(struct fs_direct *direct, unsigned lane, bool valid, uint64_t address, uint32_t data);
-bool fs_direct_idle(struct fs_direct *direct); /* nothing runs */
-void fs_direct_wait(struct fs_direct *direct); /* until nothing runs; without the GIL */
 
 #endif

@@ -10,19 +10,16 @@
  * returned by the loop, as one of the pool's threads' is. */
 #define _GNU_SOURCE
 #include "fs.h"
-#include "clock.h"
 
 #include <sched.h>
 #include <stdlib.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 enum {
     DIRECT_TURN = 16,         /* requests that one ringing of the doorbell answers at most */
     DIRECT_SLOW_NS = 4000000, /* a request for which the thread slept so long makes it shy: more than a turn of the host's
                                * scheduler, which a guest has to bear as well */
-    SHY_LEAST = 16,           /* doorbells */
-    SHY_MOST = 8192
+    SHY_LEAST = 16            /* doorbells */
 };
 
 struct fs_ring *fs_ring_new(RingObject *object)
@@ -70,17 +67,11 @@ static void leave_to_pool(void *context, int fd)
 /* Answer a request without the lock. False: a thread of the pool has to. */
 static bool attempt(struct fs_direct *direct, struct fs_request *request)
 {
-    struct rusage before, after;
-    getrusage(RUSAGE_THREAD, &before);
-    int64_t begin = clock_now();
+    struct attempt now;
+    attempt_begin(&now);
     bool answered = fs_run_quick(direct->fs, request);
     fs_sweep(direct->fs, leave_to_pool, direct->pool);
-    if (clock_now() - begin >= DIRECT_SLOW_NS && !getrusage(RUSAGE_THREAD, &after) && after.ru_nvcsw != before.ru_nvcsw) {
-        direct->shyness = !direct->shyness ? SHY_LEAST : direct->shyness < SHY_MOST ? 2 * direct->shyness : SHY_MOST;
-        direct->shy = direct->shyness;
-    } else if (direct->shyness > 1) {
-        direct->shyness--;
-    }
+    attempt_end(&now, &direct->answering, DIRECT_SLOW_NS, SHY_LEAST);
     return answered;
 }
 
@@ -103,18 +94,9 @@ static void push(struct fs_direct *direct, struct fs_request *request, const str
 /* With the lock: tell the driver of what was pushed, and whoever logs what was written. */
 static void finish(struct fs_direct *direct, struct fs_lane *lane, const struct lv_answerer_host *host)
 {
-    struct ring *ring = &lane->ring->object->ring;
-    if (ring->used_dirty) {
-        ring->used_dirty = false;
-        if (ring->packed)
-            host->written(host->machine, ring->desc_gpa, ring->desc_size);
-        host->written(host->machine, ring->device_gpa, ring->device_size);
-    }
-    if (!lane->has_message) { /* it was masked meanwhile */
+    if (!lane_tell(&lane->lane, &lane->ring->object->ring, host)) {
         lane->owes = true;
         fs_pool_wake_loop(direct->pool);
-    } else if (ring_needs_notification(ring)) {
-        host->message(host->machine, lane->address, lane->data);
     }
 }
 
@@ -141,9 +123,9 @@ static bool serve(struct fs_direct *direct, struct fs_lane *lane, const struct l
             break;
         }
         direct->counts.in_flight++;
-        pthread_mutex_unlock(&direct->lock);
+        pthread_mutex_unlock(&direct->answering.lock);
         bool answered = attempt(direct, request);
-        pthread_mutex_lock(&direct->lock);
+        pthread_mutex_lock(&direct->answering.lock);
         if (!answered)
             fs_pool_hand_over(direct->pool, request, lane->urgent);
         else if (lane->ring == lent)
@@ -160,32 +142,22 @@ static bool serve(struct fs_direct *direct, struct fs_lane *lane, const struct l
 static bool doorbell(struct lv_answerer *answerer, const struct lv_answerer_host *host)
 {
     struct fs_lane *lane = (struct fs_lane *)answerer; /* its first member */
-    struct fs_direct *direct = lane->direct;
+    struct fs_direct *direct = (struct fs_direct *)lane->lane.answering; /* likewise */
     bool done = false;
-    pthread_mutex_lock(&direct->lock);
-    if (lane->ring && lane->has_message && !direct->busy && !lane->ring->object->memory->memory.incomplete) {
-        if (direct->shy) {
-            direct->shy--;
+    pthread_mutex_lock(&direct->answering.lock);
+    if (lane->ring && lane->lane.has_message && !direct->answering.busy && !lane->ring->object->memory->memory.incomplete) {
+        if (direct->answering.shy) {
+            direct->answering.shy--;
         } else {
             have_own_umask(direct->fs);
-            direct->busy = true;
+            direct->answering.busy = true;
             done = serve(direct, lane, host);
-            direct->busy = false;
-            pthread_cond_broadcast(&direct->ended);
+            direct->answering.busy = false;
+            pthread_cond_broadcast(&direct->answering.ended);
         }
     }
-    pthread_mutex_unlock(&direct->lock);
+    pthread_mutex_unlock(&direct->answering.lock);
     return done;
-}
-
-static void retain(struct lv_answerer *answerer)
-{
-    __atomic_fetch_add(&((struct fs_lane *)answerer)->direct->count, 1, __ATOMIC_RELAXED);
-}
-
-static void release(struct lv_answerer *answerer)
-{
-    fs_direct_free(((struct fs_lane *)answerer)->direct);
 }
 
 struct fs_direct *fs_direct_new(struct fs *fs, struct fs_pool *pool)
@@ -193,66 +165,26 @@ struct fs_direct *fs_direct_new(struct fs *fs, struct fs_pool *pool)
     struct fs_direct *direct = calloc(1, sizeof *direct);
     if (!direct)
         return NULL;
-    pthread_mutexattr_t recursive;
-    pthread_mutexattr_init(&recursive);
-    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
-    pthread_mutex_init(&direct->lock, &recursive);
-    pthread_mutexattr_destroy(&recursive);
-    pthread_cond_init(&direct->ended, NULL);
-    direct->count = 1;
+    answering_open(&direct->answering);
     direct->fs = fs;
     direct->pool = pool;
-    for (unsigned i = 0; i < FS_LANES; i++)
-        direct->lanes[i] = (struct fs_lane){.answerer = {.ring = doorbell, .retain = retain, .release = release},
-                                            .direct = direct, .urgent = !i};
+    for (unsigned i = 0; i < FS_LANES; i++) {
+        lane_open(&direct->lanes[i].lane, &direct->answering, doorbell, LV_ASKED_AT_ONCE);
+        direct->lanes[i].urgent = !i;
+    }
     return direct;
-}
-
-void fs_direct_free(struct fs_direct *direct)
-{
-    if (__atomic_sub_fetch(&direct->count, 1, __ATOMIC_ACQ_REL))
-        return;
-    pthread_mutex_destroy(&direct->lock);
-    pthread_cond_destroy(&direct->ended);
-    free(direct);
 }
 
 bool fs_direct_lend(struct fs_direct *direct, unsigned number, struct fs_ring *ring)
 {
     struct fs_lane *lane = &direct->lanes[number];
-    pthread_mutex_lock(&direct->lock);
+    pthread_mutex_lock(&direct->answering.lock);
     struct fs_ring *before = lane->ring;
     bool owed = lane->owes;
     lane->ring = ring;
     lane->owes = false;
-    pthread_mutex_unlock(&direct->lock);
+    pthread_mutex_unlock(&direct->answering.lock);
     if (before)
         fs_ring_put(before);
     return owed;
-}
-
-void fs_direct_message(struct fs_direct *direct, unsigned number, bool valid, uint64_t address, uint32_t data)
-{
-    struct fs_lane *lane = &direct->lanes[number];
-    pthread_mutex_lock(&direct->lock);
-    lane->has_message = valid;
-    lane->address = address;
-    lane->data = data;
-    pthread_mutex_unlock(&direct->lock);
-}
-
-bool fs_direct_idle(struct fs_direct *direct)
-{
-    pthread_mutex_lock(&direct->lock);
-    bool idle = !direct->busy;
-    pthread_mutex_unlock(&direct->lock);
-    return idle;
-}
-
-void fs_direct_wait(struct fs_direct *direct)
-{
-    pthread_mutex_lock(&direct->lock);
-    while (direct->busy)
-        pthread_cond_wait(&direct->ended, &direct->lock);
-    pthread_mutex_unlock(&direct->lock);
 }
