@@ -1,17 +1,5 @@
-/* Compute guests for tests.bench: one workload each (-DWORKLOAD=...). Port 0xe9: "S" at the start, then the result in
- * hexadecimal and "E". Results must be equal on every machine. */
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long u64;
-
-static inline void put(char c) { __asm__ volatile("outb %0, %1" : : "a"(c), "Nd"((unsigned short)0xe9)); }
-
-/* The compiler may call these. */
-void *memcpy(void *to, const void *from, u64 n) { void *r = to; __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory"); return r; }
-void *memset(void *to, int c, u64 n) { void *r = to; __asm__ volatile("rep stosb" : "+D"(to), "+c"(n) : "a"(c) : "memory"); return r; }
-
-#define HEAP ((u8 *)0x4000000)   /* 64 MiB on, in large pages */
-#define SMALL ((u8 *)0x40000000) /* the same in 4 KiB pages */
+/* Compute guests for tests.bench: one workload each (-DWORKLOAD=...). Results must be equal on every machine. */
+#include "guest.h"
 
 /* ---- SHA-256 (FIPS 180-4) ---- */
 static const u32 K[64] = {
@@ -150,9 +138,6 @@ static u64 movs(void)
 void run(void)
 {
     put('S');
-    u64 result = WORKLOAD();
-    for (int shift = 60; shift >= 0; shift -= 4)
-        put("0123456789abcdef"[result >> shift & 15]);
-    put('E');
+    end(WORKLOAD());
     (void)sha256, (void)sort, (void)branches, (void)tlb, (void)movs;
 }
