@@ -277,9 +277,7 @@ EMITTER(cmpxchg_m)
     unsigned size = (unsigned)__builtin_ctz(u->size);
     if (!ok_reg(u->r1))
         return false;
-    gen_clobber(g);
-    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
-    gen_tlb(g, u->size, ACCESS_WRITE);
+    gen_access_tmp(g, u, ACCESS_WRITE);
     unsigned a = gen_reg_of(g, RAX * 8, true), from = gen_reg_of(g, u->r1, true);
     gen_op_rr(g, 3, 0x8B, H_RAX, a);
     gen_prefix(g, size, from, 0, H_RSI), gen_b1(g, 0x0F), gen_b1(g, size ? 0xB1 : 0xB0), gen_memory(g, from, H_RSI, 0);

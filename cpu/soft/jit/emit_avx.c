@@ -199,12 +199,6 @@ EMITTER(avx_zero_upper)
  * r0 ModRM.reg, r1 ModRM.rm (a vector or a general register), base VEX.vvvv, index: an operand in memory, of `size` bytes at
  * tmp[0]; scale VEX.L, aux the immediate; the next micro-op has the operation and the operand size. */
 
-static void at_tmp(struct gen *g, const struct uop *u, enum soft_kind kind)
-{
-    gen_clobber(g);
-    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
-    gen_tlb(g, u->size, kind);
-}
 EMITTER(avx_other)
 {
     const struct avx_op *op = u[1].ptr;
@@ -216,7 +210,7 @@ EMITTER(avx_other)
     switch (op->form) {
     case AVX_STORE: case AVX_STORE_SCALAR: case AVX_STORE_LOW: case AVX_STORE_HIGH: case AVX_STORE_8: case AVX_EXTRACT_128:
         if (rm == AT_RSI)
-            at_tmp(g, u, ACCESS_WRITE);
+            gen_access_tmp(g, u, ACCESS_WRITE);
         else if (scalar)
             reads(g, vvvv);
         reads(g, reg);
@@ -226,7 +220,7 @@ EMITTER(avx_other)
         return true;
     case AVX_TO_GPR:
         if (rm == AT_RSI)
-            at_tmp(g, u, ACCESS_WRITE);
+            gen_access_tmp(g, u, ACCESS_WRITE);
         reads(g, reg);
         if (rm != AT_RSI) {
             rm = gen_reg_of(g, u->r1 * 8u, false);
@@ -236,7 +230,7 @@ EMITTER(avx_other)
         return true;
     case AVX_FROM_GPR:
         if (rm == AT_RSI)
-            at_tmp(g, u, ACCESS_READ);
+            gen_access_tmp(g, u, ACCESS_READ);
         else
             rm = gen_reg_of(g, u->r1 * 8u, true);
         instruction(g, op, l, reg, NO_VVVV, rm, imm);
@@ -250,7 +244,7 @@ EMITTER(avx_other)
     default: { /* to ModRM.reg */
         bool second = avx_uses_vvvv(op, rm != AT_RSI);
         if (rm == AT_RSI)
-            at_tmp(g, u, ACCESS_READ);
+            gen_access_tmp(g, u, ACCESS_READ);
         else
             reads(g, rm);
         if (second)

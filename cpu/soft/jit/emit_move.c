@@ -77,9 +77,7 @@ EMITTER(store_i)
 EMITTER(rmw_load)
 {
     unsigned size = (unsigned)__builtin_ctz(u->size);
-    gen_clobber(g);
-    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
-    gen_tlb(g, u->size, ACCESS_WRITE);
+    gen_access_tmp(g, u, ACCESS_WRITE);
     unsigned h = write_reg(g, OFF_T1, false);
     if (size >= 2) {
         gen_op_rm(g, size, 0x8B, h, H_RSI, 0);
@@ -91,9 +89,7 @@ EMITTER(rmw_load)
 }
 EMITTER(rmw_store)
 {
-    gen_clobber(g);
-    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
-    gen_tlb(g, u->size, ACCESS_WRITE);
+    gen_access_tmp(g, u, ACCESS_WRITE);
     gen_op_rm(g, (unsigned)__builtin_ctz(u->size), 0x89, gen_reg_of(g, OFF_T1, true), H_RSI, 0);
     return true;
 }

@@ -286,6 +286,12 @@ void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size
     gen_lea_address(g, u, form, H_RSI, 3);
     gen_tlb(g, 1u << size, kind);
 }
+void gen_access_tmp(struct gen *g, const struct uop *u, enum soft_kind kind)
+{
+    gen_clobber(g);
+    gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
+    gen_tlb(g, u->size, kind);
+}
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
 {
     int64_t distance = (int64_t)(u->imm + (uint64_t)g->bias);

@@ -133,7 +133,10 @@ void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned
 void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind);
 /* To the micro-op's handler, on a condition. */
 void gen_to_handler(struct gen *g, unsigned cc);
+/* The host pointer to an operand in memory to RSI, or to the handler: to `size` (log2) bytes at the address that the micro-op
+ * forms, or to u->size bytes at tmp[0]. Flags are lost. */
 void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind);
+void gen_access_tmp(struct gen *g, const struct uop *u, enum soft_kind kind);
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 /* Charge the budget, look for attention; out through a stub when due. */
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
