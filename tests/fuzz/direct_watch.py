@@ -4,8 +4,7 @@ Until its input ends it counts the system calls that the host's kernel carries o
 root), and looks again and again at what the children of PARENT of that name have mapped: nothing but their own pages
 and guest memory. Its first line of input says where the guest's kernel is, as FIRST-END in bytes, hexadecimal: its
 code, of which nothing may be mapped, and ranges in which nothing may be mapped writable (the vDSO and a page of zeros
-are in them). At the end it prints one line of JSON. Returns from signals and futex are not traced: they are so many
-that others would be lost.
+are in them). At the end it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -17,30 +16,13 @@ import select
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-TRACING = Path("/sys/kernel/tracing")
+from tests.support.calltrace import trace
+
 OWN = range(0x6A00_0000_0000, 0x6A00_0000_8000)
 """Where a runner's own pages are (cpu/soft/direct/layout.h)."""
 PERIOD = 0.1
-
-
-@contextmanager
-def trace(name: str) -> Iterator[Path]:
-    """An instance of the kernel's trace with the system calls of processes of that name."""
-    instance = TRACING / "instances" / f"loopvisor-{os.getpid()}"
-    instance.mkdir()
-    event = instance / "events/raw_syscalls/sys_enter"
-    try:
-        (instance / "buffer_size_kb").write_text("8192")
-        (event / "filter").write_text(f'comm == "{name}" && id != 15 && id != 202')
-        (event / "enable").write_text("1")
-        yield instance
-    finally:
-        (event / "enable").write_text("0")
-        instance.rmdir()
 
 
 class Watch:

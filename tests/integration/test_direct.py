@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import pytest
 import vmm
 from cpu import _core
 from cpu.direct import support
+from tests.support import calltrace
 from tests.support.patience import PATIENCE
 from vmm.config import Share
 from vmm.errors import ConfigError
@@ -25,7 +27,6 @@ SOURCES = Path(__file__).parents[1] / "support" / "direct"
 FLAGS = ["-O1", "-static", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-mno-red-zone", "-mxsavec", "-mxsave"]
 OWN_PAGES = ["-falign-functions=4096", f"-I{SOURCES.parents[2] / 'cpu'}"]
 """So that no attack shares a page with code that the core has to execute."""
-TRACING = Path("/sys/kernel/tracing")
 SECCOMP, STOP, MAPPING_CALLS, UNFILTERED = 317, 436, {9, 10, 11, 16}, {335, 336}
 """System calls of x86-64: seccomp; close_range, by which a guest half stops; mmap, mprotect, munmap, ioctl; uretprobe
 and uprobe, which Linux passes by every filter and refuses outside of its own trampolines."""
@@ -177,29 +178,15 @@ async def test_a_mapper_that_the_host_refuses_memory_ends_with_its_program(linux
 
 @pytest.fixture
 def calls_of_runners() -> Iterator[Path]:
-    """A trace of the system calls of processes of the name runner.bin, but for rt_sigreturn and futex: they are so many
-    that others would be lost. Calls that a filter answers are in no trace."""
-    mounted = False
+    """A trace of the system calls of processes of the name runner.bin."""
     if os.geteuid() != 0:
         pytest.skip("needs root, for the kernel's trace of system calls")
-    if not (TRACING / "instances").is_dir():
-        mounted = subprocess.run(["mount", "-t", "tracefs", "none", TRACING], capture_output=True).returncode == 0
-    instance = TRACING / "instances" / f"loopvisor-{os.getpid()}"
-    try:
-        instance.mkdir()
-        (instance / "buffer_size_kb").write_text("4096")
-        event = instance / "events/raw_syscalls/sys_enter"
-        (event / "filter").write_text('comm == "runner.bin" && id != 15 && id != 202')
-        (event / "enable").write_text("1")
-    except OSError as error:
-        pytest.skip(f"the kernel gives no trace of system calls: {error}")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            instance = stack.enter_context(calltrace.trace("runner.bin"))
+        except OSError as error:
+            pytest.skip(f"the kernel gives no trace of system calls: {error}")
         yield instance / "trace"
-    finally:
-        (event / "enable").write_text("0")
-        instance.rmdir()
-        if mounted:
-            subprocess.run(["umount", TRACING], check=False)
 
 
 def calls(trace: str) -> dict[int, list[int]]:
