@@ -86,20 +86,26 @@ static void load_fpu(struct soft_vcpu *c, struct runner *r)
     memcpy(state + STATE_HEADER + sizeof in_use, none, sizeof none);
 }
 
-static void load(struct soft_vcpu *c, struct runner *r)
+/* A frame by which the guest half goes on at `rip`, with its general registers 0. */
+static struct signal_frame frame_to(const struct runner *r, uint64_t rip, uint64_t flags)
 {
-    uint64_t flags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
-    struct signal_frame to = {
+    return (struct signal_frame){
         .context = CONTEXT,
         .stack = RUNNER_STACK,
         .stack_flags = RUNNER_STACK_FLAGS,
         .stack_bytes = RUNNER_STACK_BYTES,
-        .rip = c->rip,
+        .rip = rip,
         .flags = flags,
         .cs = USER_CS,
         .ss = USER_DS,
         .state = RUNNER_FRAME + r->state,
     };
+}
+
+static void load(struct soft_vcpu *c, struct runner *r)
+{
+    uint64_t flags = soft_flags(c) & ~F_RF; /* there is no breakpoint that it could hold back */
+    struct signal_frame to = frame_to(r, c->rip, flags);
     for (unsigned i = 0; i < 16; i++)
         to.gpr[places[i]] = c->gpr[i];
     memcpy(runner_at(r, r->stack), &to, offsetof(struct signal_frame, info));
@@ -165,17 +171,7 @@ static bool store(struct soft_vcpu *c, struct runner *r, const uint64_t argument
 
 bool trip_clean(struct runner *r)
 {
-    struct signal_frame frame = {
-        .context = CONTEXT,
-        .stack = RUNNER_STACK,
-        .stack_flags = RUNNER_STACK_FLAGS,
-        .stack_bytes = RUNNER_STACK_BYTES,
-        .rip = RUNNER_REST,
-        .flags = F_ALWAYS,
-        .cs = USER_CS,
-        .ss = USER_DS,
-        .state = RUNNER_FRAME + r->state,
-    };
+    struct signal_frame frame = frame_to(r, RUNNER_REST, F_ALWAYS);
     uint8_t *state = runner_at(r, r->state);
     uint64_t arguments[6];
     memcpy(runner_at(r, r->stack), &frame, offsetof(struct signal_frame, info));
