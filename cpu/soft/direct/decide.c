@@ -1,10 +1,10 @@
 /* When guest code runs natively: the run loop's way in, and what decides.
  *
- * A stop costs some 7 us, as much as the core needs for two thousand instructions. So after the guest's kernel returned to a
- * program, its first instructions run in the core, unless this address space has shown that its native stretches are long
- * enough; and one whose stretches are short, or that has lost more by its stops than it gained, stays in the core for a while, longer
- * each time. By what it then executes there it earns a part that it may lose again: so a program that will gain once its pages are
- * mapped comes to that, and one that never does loses little.
+ * A stop costs some 7 us, as much as the core needs for two thousand instructions. So an address space gets a runner only after
+ * it has been executing for a while; and after the guest's kernel returned to a program, its first instructions run in the core,
+ * unless this address space has shown that its native stretches are long enough. One whose stretches are short, whose trials all
+ * end in system calls, or that has lost more by its stops than it gained, stays in the core for a while, longer each time. Then it
+ * may lose a little again: so a program that will gain once its pages are mapped comes to that, and one that never does loses little.
  */
 #include "soft/direct/internal.h"
 
@@ -14,14 +14,14 @@
 
 enum {
     TRIAL = 3000,          /* instructions in the core before an unknown program goes native */
-    POOR_NS = 2500,        /* and below which it stays away */
-    BACKOFF = 200000,      /* instructions, doubled each time */
-    BACKOFF_MAX = 6,
-    CREDIT_PART = 16,      /* after so many instructions in the core it may lose one's time, about 1 ns, again */
+    POOR_NS = 2500,        /* average native stretch below which an address space stays in the core for a while */
+    BACKOFF = 200000,      /* instructions of such a while, doubled each time, */
+    BACKOFF_MAX = 6,       /* so often at most */
+    CREDIT_PART = 16,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
     GROWN = 1000000,       /* instructions, twice, before an address space gets a runner */
     FAILURES_MAX = 3,
-    HOT = 1000000,         /* instructions in the core for want of breakpoints before an address space gets them */
+    HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
     BOUND_NS = 4000000,    /* another one perhaps after this */
 };

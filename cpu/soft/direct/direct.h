@@ -7,9 +7,9 @@
  * concurrent with the same vCPU's user code. Of a runner's memory the core reads guest RAM and the frame of the signal that
  * stopped it; what is there is copied once and checked, since guest code may have written it.
  *
- * Files: runner.c (the processes), pages.c (what they have mapped), scan.c (which code pages may run), trip.c (state in and
- * out, why it stopped), decide.c (when it pays; the run loop's only entry), kick.c (ends native execution in time),
- * life.c (switching it on and off).
+ * Files: runner.c (the processes), pages.c (what they have mapped), scan.c (which instructions of a code page must not run),
+ * guard.c (breakpoints at them), trip.c (state in and out, why it stopped), decide.c (when it pays; the run loop's only entry),
+ * kick.c (ends native execution in time), life.c (switching it on and off).
  */
 #ifndef SOFT_DIRECT_DIRECT_H
 #define SOFT_DIRECT_DIRECT_H

@@ -34,8 +34,8 @@ struct region {
 enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
-    CREDIT_NS = 2000000, /* what an address space may lose before it has gained anything: its pages are mapped then */
-    GAIN = 8,            /* the core needs that many times a native stretch's time more */
+    CREDIT_NS = 2000000, /* what an address space may lose at first, while its pages are mapped, and at most */
+    GAIN = 8,            /* so much of the core's time does 1 ns of native execution save */
 };
 /* A breakpoint of a page: guard.c. */
 struct guard {
@@ -109,12 +109,12 @@ struct runner {
     bool suspect;         /* its address space may be another one, under the same root */
     int cpu;              /* it is bound to this processor; -1: to none */
     struct guard guards[GUARDS];
-    uint64_t refused;     /* instructions that the core was to execute for want of them */
-    /* Whether it pays: decide.c's own. */
+    uint64_t refused;     /* instructions that were left to the core, of pages that may not run natively */
+    /* Whether it pays: trip.c measures it, decide.c decides. */
     uint64_t used_ns;     /* processor time of the guest half */
-    uint64_t average_ns;  /* of native time between two stops, a moving average */
-    uint64_t last_ns;     /* of the last */
-    int64_t balance_ns;   /* gained and not lost again, at most CREDIT_NS */
+    uint64_t average_ns;  /* of native time until a stop that is neither a page's nor a kick, a moving average */
+    uint64_t last_ns;     /* of native time until the last stop */
+    int64_t balance_ns;   /* what it may still lose by stops: what it gains is added, up to CREDIT_NS */
     uint64_t core_until;  /* stay in the core until that many instructions are retired */
     uint32_t backoff;
     uint32_t trials;          /* in a row that ended before it went native */
@@ -142,7 +142,7 @@ struct direct_vcpu {
     int64_t slice;            /* instructions to execute in the core before it goes native */
     bool returned;            /* the guest's kernel went back to a program */
     struct young young[YOUNG];
-    uint64_t use;             /* counts look-ups */
+    uint64_t use;             /* counts stretches, for runner.last_used */
     uint32_t protect_seq;     /* bumped when pages that are mapped writable must no longer be */
     pid_t thread;             /* who made the runners: they end with that thread */
     pid_t running;            /* atomic: the guest half that executes, or 0 */
