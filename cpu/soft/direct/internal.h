@@ -177,7 +177,7 @@ struct direct_vm {
     uint64_t floor_ns;        /* atomic: what a stop costs of the guest half's processor time, the median of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
-    bool sysenter;            /* 64-bit code can execute SYSENTER: an Intel host */
+    bool sysenter;            /* 64-bit code can execute SYSENTER: any host but AMD's is taken to be as Intel's */
     uint8_t *writable;        /* atomic: a bit a page of memory_fd: it was mapped writable for a runner */
     /* kick.c */
     pthread_t kicker;

@@ -12,10 +12,10 @@
 
 enum { PAGE_SLICE = 500, FLOOR_NS = 4000 };
 
-static bool is_intel(void)
+static bool is_amd(void)
 {
     unsigned most, b = 0, c = 0, d = 0;
-    return __get_cpuid(0, &most, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
+    return __get_cpuid(0, &most, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
 }
 
 static void free_direct(struct soft_vm *vm)
@@ -99,7 +99,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
         direct->runners = RUNNERS;
     if (direct->runners < RUNNERS_LEAST)
         direct->runners = RUNNERS_LEAST;
-    direct->sysenter = is_intel();
+    direct->sysenter = !is_amd();
     direct->page_slice = PAGE_SLICE;
     direct->floor_ns = FLOOR_NS;
     strcpy(direct->stub, program);
