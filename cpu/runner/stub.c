@@ -177,8 +177,6 @@ static void open_breakpoints(void)
         ++*n;
     while (*n && *n < RUNNER_BREAKPOINTS)
         CALL(__NR_close, breakpoints[--*n], 0, 0, 0);
-    if (*n < RUNNER_BREAKPOINTS)
-        *n = 0;
 }
 
 __attribute__((used)) void guest_half(void)
