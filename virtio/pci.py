@@ -178,10 +178,11 @@ class PciTransport(Transport):
 
     def messages_changed(self) -> None:
         """The queues' interrupts may be other messages now, or none."""
-        host = self._host
         for index, queue in enumerate(self.queues):
-            known = host is not None and queue.vector != NO_VECTOR
-            self.device.queue_message(index, host.msix_message(queue.vector) if host is not None and known else None)
+            message = None
+            if self._host is not None and queue.vector != NO_VECTOR:
+                message = self._host.msix_message(queue.vector)
+            self.device.queue_message(index, message)
 
     def _drop_ioeventfds(self) -> None:
         undo, self._undo = self._undo, []
