@@ -12,13 +12,12 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.bench.guestpair import Guest
+from tests.bench.guestpair import Guest, begin_tree, our_command, qemu_command
 from tests.support import programs
 
 LAPS = int(os.environ.get("BENCH_DIRECT_LAPS", "3"))
@@ -111,10 +110,7 @@ def place(tree: Path, path: Path) -> None:
         shutil.copytree(path, target, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.a", "*.pyc"))
         return
     shutil.copy(path, target)
-    for word in subprocess.run(["ldd", path], capture_output=True, text=True).stdout.split():
-        if word.startswith("/") and not (tree / word.lstrip("/")).exists():
-            (tree / word.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(word, tree / word.lstrip("/"))
+    programs.add_libraries(tree, path)
 
 
 def answer(*command: str) -> str:
@@ -123,9 +119,7 @@ def answer(*command: str) -> str:
 
 def build_tree(tree: Path) -> None:
     """Busybox, the programs, what they read, and INIT."""
-    for name in ("bin", "sbin", "proc", "sys", "dev", "tmp", "bench"):
-        (tree / name).mkdir(parents=True)
-    shutil.copy(shutil.which("busybox") or "", tree / "bin/busybox")
+    begin_tree(tree, INIT, ("proc", "sys", "dev", "tmp", "bench"))
     for name in answer(str(tree / "bin/busybox"), "--list").split():
         if name != "busybox":
             (tree / "bin" / name).symlink_to("busybox")
@@ -152,23 +146,6 @@ def build_tree(tree: Path) -> None:
         (tree / "bench" / name).write_text(text)
     for name, text in PROGRAMS.items():
         (tree / "bench" / f"{name.replace(' ', '-')}.sh").write_text(text)
-    (tree / "sbin/init").write_text(INIT)
-    (tree / "sbin/init").chmod(0o755)
-
-
-def our_command(kernel: Path, initrd: Path, disk: Path, direct: str) -> list[str | Path]:
-    """`vmm run` as a user has it."""
-    command: list[str | Path] = [Path(sys.executable).with_name("vmm"), "run", "--core", "soft", "--kernel", kernel]
-    command += ["--initrd", initrd, "--append", "root=/dev/vda rw quiet", "--memory", "1G", "--net", "none"]
-    return [*command, "--disk", f"{disk},format=raw", "--direct", direct]
-
-
-def qemu_command(kernel: Path, initrd: Path, disk: Path) -> list[str | Path]:
-    """QEMU with the same devices and processor."""
-    command: list[str | Path] = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "1024"]
-    command += ["-smp", "1", "-no-reboot", "-nographic", "-kernel", kernel, "-initrd", initrd, "-nodefaults"]
-    command += ["-serial", "stdio", "-append", "root=/dev/vda rw quiet console=ttyS0"]
-    return [*command, "-drive", f"file={disk},if=none,id=d0,format=raw", "-device", "virtio-blk-pci,drive=d0"]
 
 
 def processor_time(pid: int) -> float:
@@ -253,14 +230,16 @@ def rows() -> Iterator[dict[str, object]]:
         tree, disk = folder / "tree", folder / "ours.img"
         build_tree(tree)
         programs.image(tree, disk, "1500M")
-        for device in ("null", "zero", "urandom"):
-            number = {"null": 3, "zero": 5, "urandom": 9}[device]
+        for device, number in {"null": 3, "zero": 5, "urandom": 9}.items():
             os.mknod(tree / "dev" / device, 0o20666, os.makedev(1, number))
         disks = [disk, folder / "off.img", folder / "qemu.img"]
         for copy in disks[1:]:
             subprocess.run(["cp", "--reflink=auto", "--sparse=always", disk, copy], check=True)
-        commands = [our_command(image.kernel, image.initrd, disks[n], how) for n, how in enumerate(("auto", "off"))]
-        commands.append(qemu_command(image.kernel, image.initrd, disks[2]))
+        commands: list[list[str | Path]] = [
+            [*our_command(image.kernel, image.initrd, own, 1024), "--net", "none", "--direct", how]
+            for own, how in zip(disks, ("auto", "off"), strict=False)
+        ]
+        commands.append(qemu_command(image.kernel, image.initrd, disks[2], 1024))
         yield from measured(tree, commands)
 
 

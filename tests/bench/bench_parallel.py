@@ -23,7 +23,7 @@ from pathlib import Path
 
 import vmm
 from images import builder, built
-from tests.bench.guestpair import FIO, Guest, build_root, laps, our_command
+from tests.bench.guestpair import FIO, Guest, build_root, laps, ours_with
 from tests.soak import sources
 from tests.support import programs, soft_programs
 from vmm.vm import VirtualMachine
@@ -186,7 +186,7 @@ def disks() -> Iterator[Row]:
             shutil.copyfile(root, own)
             disk.write_bytes(bytes(256 << 20))
             data.append(disk)
-            command = our_command(image.kernel, image.initrd, own, disk, None, "raw")
+            command = ours_with(image.kernel, image.initrd, own, disk, None, "raw")
             guests.append(Guest([*command, "--cpus", "2", "--parallel", mode]))
             stack.callback(guests[-1].end)
         for guest in guests:

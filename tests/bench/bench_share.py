@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.guestpair import Guest
+from tests.bench.guestpair import Guest, begin_tree, our_command, qemu_command
 from tests.support import programs
 
 LAPS = int(os.environ.get("BENCH_SHARE_LAPS", "5"))
@@ -88,13 +88,9 @@ def tree(folder: Path) -> Path:
 def root(folder: Path, archive: Path) -> Path:
     """A disk with busybox, git, the archive and INIT."""
     made = folder / "root"
-    for name in ("bin", "sbin", "mnt", "proc", "sys", "dev", "tmp"):
-        (made / name).mkdir(parents=True)
-    shutil.copy(shutil.which("busybox") or "", made / "bin/busybox")
+    begin_tree(made, INIT, ("mnt", "proc", "sys", "dev", "tmp"))
     programs.add(made, ("git",))
     shutil.copy(archive, made / "tree.tar")
-    (made / "sbin/init").write_text(INIT)
-    (made / "sbin/init").chmod(0o755)
     return programs.image(made, folder / "root.img", f"{256 + (archive.stat().st_size >> 20)}M")
 
 
@@ -129,19 +125,14 @@ def virtiofsd(folder: Path, path: Path) -> Iterator[Path]:
             process.terminate()
 
 
-def our_command(kernel: Path, initrd: Path, disk: Path, share: Path) -> list[str | Path]:
-    """`vmm run` as a user has it."""
-    command: list[str | Path] = [Path(sys.executable).with_name("vmm"), "run", "--core", "soft", "--kernel", kernel]
-    command += ["--initrd", initrd, "--append", "root=/dev/vda rw quiet", "--memory", "512M", "--net", "none"]
-    return [*command, "--disk", f"{disk},format=raw", "--share", f"{share}:/mnt"]
+def with_share(kernel: Path, initrd: Path, disk: Path, share: Path) -> list[str | Path]:
+    """Our machine with a shared directory."""
+    return [*our_command(kernel, initrd, disk, 512), "--net", "none", "--share", f"{share}:/mnt"]
 
 
-def qemu_command(kernel: Path, initrd: Path, disk: Path, socket: Path) -> list[str | Path]:
-    """QEMU with the same devices; its memory is shared with the daemon, as vhost-user wants."""
-    command: list[str | Path] = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512"]
-    command += ["-smp", "1", "-no-reboot", "-nographic", "-kernel", kernel, "-initrd", initrd, "-nodefaults"]
-    command += ["-serial", "stdio", "-append", f"root=/dev/vda rw quiet console=ttyS0 {SHARE}"]
-    command += ["-drive", f"file={disk},if=none,id=d0,format=raw", "-device", "virtio-blk-pci,drive=d0"]
+def with_virtiofsd(kernel: Path, initrd: Path, disk: Path, socket: Path) -> list[str | Path]:
+    """QEMU's, whose memory is shared with the daemon, as vhost-user wants."""
+    command = qemu_command(kernel, initrd, disk, 512, SHARE)
     command += ["-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem"]
     command += ["-chardev", f"socket,id=fs,path={socket}"]
     return [*command, "-device", "vhost-user-fs-pci,chardev=fs,tag=share0"]
@@ -169,8 +160,8 @@ def rows() -> Iterator[dict[str, object]]:
         with virtiofsd(folder, shares[1]) as socket:
             guests: list[Guest] = []
             try:
-                guests.append(Guest(our_command(image.kernel, image.initrd, disks[0], shares[0])))
-                guests.append(Guest(qemu_command(image.kernel, image.initrd, disks[1], socket)))
+                guests.append(Guest(with_share(image.kernel, image.initrd, disks[0], shares[0])))
+                guests.append(Guest(with_virtiofsd(image.kernel, image.initrd, disks[1], socket)))
                 for guest in guests:
                     guest.wait_ready()
                 yield from measured(guests, shares)

@@ -74,15 +74,20 @@ poweroff -f
 """
 
 
+def begin_tree(tree: Path, init: str, folders: Sequence[str] = ()) -> None:
+    """Make a directory with busybox, this script as /sbin/init, and empty directories."""
+    for name in ("bin", "sbin", *folders):
+        (tree / name).mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "/bin/busybox", tree / "bin/busybox")
+    (tree / "sbin/init").write_text(init)
+    (tree / "sbin/init").chmod(0o755)
+
+
 def build_root(folder: Path) -> Path:
     """An ext4 image with busybox, fio, iperf3, their libraries, and INIT as /sbin/init."""
     tree = folder / "tree"
-    for name in ("bin", "sbin"):
-        (tree / name).mkdir(parents=True)
-    shutil.copy(shutil.which("busybox") or "/bin/busybox", tree / "bin/busybox")
+    begin_tree(tree, INIT)
     programs.add(tree, ("fio", "iperf3"))
-    (tree / "sbin/init").write_text(INIT)
-    (tree / "sbin/init").chmod(0o755)
     return programs.image(tree, folder / "root.img", "256M")
 
 
@@ -151,26 +156,38 @@ class Guest:
         self._output.close()
 
 
-def _append(tap: Tap | None) -> str:
-    return "root=/dev/vda rw quiet" + (f" bench.net={tap.prefix}" if tap else "")
-
-
-def our_command(kernel: Path, initrd: Path, root: Path, data: Path, tap: Tap | None, format: str) -> list[str | Path]:
-    """`vmm run` as a user has it."""
+def our_command(kernel: Path, initrd: Path, root: Path, memory: int, words: str = "") -> list[str | Path]:
+    """`vmm run` as a user has it, with a raw disk, MiB of memory, and more words for the kernel."""
     command: list[str | Path] = [Path(sys.executable).with_name("vmm"), "run", "--core", "soft", "--kernel", kernel]
-    command += ["--initrd", initrd, "--append", _append(tap), "--memory", "512M"]
-    command += ["--disk", f"{root},format=raw", "--disk", f"{data},format={format}"]
+    command += ["--initrd", initrd, "--append", f"root=/dev/vda rw quiet {words}".rstrip(), "--memory", f"{memory}M"]
+    return [*command, "--disk", f"{root},format=raw"]
+
+
+def qemu_command(kernel: Path, initrd: Path, root: Path, memory: int, words: str = "") -> list[str | Path]:
+    """QEMU with the same devices."""
+    command: list[str | Path] = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", str(memory)]
+    command += ["-smp", "1", "-no-reboot", "-nographic", "-kernel", kernel, "-initrd", initrd, "-nodefaults"]
+    command += ["-serial", "stdio", "-append", f"root=/dev/vda rw quiet {words} console=ttyS0"]
+    command += ["-drive", f"file={root},if=none,id=d0,format=raw,cache=writeback"]
+    return [*command, "-device", "virtio-blk-pci,drive=d0"]
+
+
+def _words(tap: Tap | None) -> str:
+    """What tells INIT its network."""
+    return f"bench.net={tap.prefix}" if tap else ""
+
+
+def ours_with(kernel: Path, initrd: Path, root: Path, data: Path, tap: Tap | None, format: str) -> list[str | Path]:
+    """Our machine with a second disk and perhaps a network."""
+    command = [*our_command(kernel, initrd, root, 512, _words(tap)), "--disk", f"{data},format={format}"]
     return [*command, "--net", f"tap={tap.name}" if tap else "none"]
 
 
-def qemu_command(kernel: Path, initrd: Path, root: Path, data: Path, tap: Tap | None, format: str) -> list[str | Path]:
-    """QEMU with the same devices."""
-    command: list[str | Path] = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "512"]
-    command += ["-smp", "1", "-no-reboot", "-nographic", "-kernel", kernel, "-initrd", initrd, "-nodefaults"]
-    command += ["-serial", "stdio", "-append", f"{_append(tap)} console=ttyS0"]
-    for number, (path, kind) in enumerate(((root, "raw"), (data, format))):
-        command += ["-drive", f"file={path},if=none,id=d{number},format={kind},cache=writeback"]
-        command += ["-device", f"virtio-blk-pci,drive=d{number}"]
+def qemu_with(kernel: Path, initrd: Path, root: Path, data: Path, tap: Tap | None, format: str) -> list[str | Path]:
+    """QEMU's with the same."""
+    command = qemu_command(kernel, initrd, root, 512, _words(tap))
+    command += ["-drive", f"file={data},if=none,id=d1,format={format},cache=writeback"]
+    command += ["-device", "virtio-blk-pci,drive=d1"]
     if tap:
         command += ["-netdev", f"tap,id=n,ifname={tap.name},script=no,downscript=no,vhost=off"]
         command += ["-device", "virtio-net-pci,netdev=n"]
@@ -239,7 +256,7 @@ def pair(
         build_root(folder)
     guests: list[Guest] = []
     try:
-        for number, command in enumerate((our_command, qemu_command)):
+        for number, command in enumerate((ours_with, qemu_with)):
             own = folder / f"root{number}.img"
             shutil.copyfile(root, own)
             tap = nets[number] if nets else None

@@ -25,12 +25,17 @@ def add(tree: Path, names: Iterable[str]) -> None:
         if program is None:
             raise FileNotFoundError(name)
         shutil.copy(program, tree / "usr/bin" / name)
-        loaded = subprocess.run(["ldd", program], capture_output=True, text=True, timeout=_SECONDS)
-        for word in loaded.stdout.split():  # nothing for a static one
-            if word.startswith("/"):
-                target = tree / word.lstrip("/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(word, target)
+        add_libraries(tree, program)
+
+
+def add_libraries(tree: Path, program: str | Path) -> None:
+    """Copy the libraries that the host would load for a program to the same places below `tree`."""
+    loaded = subprocess.run(["ldd", program], capture_output=True, text=True, timeout=_SECONDS)
+    for word in loaded.stdout.split():  # nothing for a static one
+        target = tree / word.lstrip("/")
+        if word.startswith("/") and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(word, target)
 
 
 def image(tree: Path, path: Path, size: str) -> Path:
