@@ -49,17 +49,18 @@ C = """
 G(1) G(2) G(3) G(4) G(5) G(6) G(7)
 """
 GIT = """
-cd /tmp && rm -rf repo && mkdir repo && cd repo && git init -q . && cp -r /bench/json /bench/asyncio . && git add . &&
+cd /tmp && rm -rf repo && mkdir repo && cd repo && git init -q . &&
+/usr/bin/cp -r /bench/json /bench/asyncio . && git add . &&
 GIT_AUTHOR_DATE='1 Jan 2026 00:00 +0000' GIT_COMMITTER_DATE='1 Jan 2026 00:00 +0000' \\
     git -c user.name=a -c user.email=b commit -qm x && git log --stat | cat
 """
 COMPUTE: dict[str, str] = {
-    "sha256": "sha256sum /bench/data /bench/data /bench/data /bench/data",
+    "sha256": "/usr/bin/sha256sum /bench/data /bench/data /bench/data /bench/data",
     "python work": "python3 /bench/work.py",
     "perl": "perl /bench/work.pl",
     "node": "node /bench/work.js",
-    "xz": "xz -1 -c /bench/data",
-    "gzip": "gzip -nc /bench/data",
+    "xz": "/usr/bin/xz -1 -c /bench/data",
+    "gzip": "/usr/bin/gzip -nc /bench/data",
     "openssl": "cat /bench/data /bench/data /bench/data | openssl dgst -sha512",
 }
 OTHER: dict[str, str] = {
@@ -67,11 +68,12 @@ OTHER: dict[str, str] = {
     "gcc": "cd /tmp && gcc -O2 -S -o work.s /bench/work.c && cat work.s",
     "git": GIT,
     "fork loop": "i=0; while [ $i -lt 200 ]; do /bin/true; i=$((i + 1)); done; echo $i",
-    "find": "i=0; while [ $i -lt 20 ]; do find /usr /bench -type f; i=$((i + 1)); done | wc -l",
-    "dd": "dd if=/dev/zero of=/dev/null bs=512 count=100000 2>/dev/null; echo $?",
+    "find": "i=0; while [ $i -lt 20 ]; do /usr/bin/find /usr /bench -type f; i=$((i + 1)); done | wc -l",
+    "dd": "/usr/bin/dd if=/dev/zero of=/dev/null bs=512 count=100000 2>/dev/null; echo $?",
 }
 PROGRAMS = COMPUTE | OTHER
-"""Shell scripts. What they print is compared."""
+"""Shell scripts. What they print is compared. They call what busybox has, too, by its path: the shell of busybox-static
+would take its own."""
 FILES = {"work.py": PYTHON, "work.pl": PERL, "work.js": NODE, "work.c": C}
 BINARIES = ("python3", "perl", "node", "xz", "gzip", "openssl", "git", "gcc", "sha256sum", "find", "dd", "cp", "true")
 INIT = """#!/bin/busybox sh
