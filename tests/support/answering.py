@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import enum
+import errno
 import os
 import select
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests.support.virtio import FakePciHost, PciDriver
@@ -22,6 +24,21 @@ CAPSULE = b"loopvisor.answerer.1"
 _libc = ctypes.CDLL(None)
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+
+
+def reads_at_once(folder: Path) -> bool:
+    """Whether its file system can be told to read what the page cache has and no more (RWF_NOWAIT). tmpfs cannot."""
+    file = folder / "asked"
+    file.write_bytes(b"x")
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        return error.errno != errno.EOPNOTSUPP
+    finally:
+        os.close(descriptor)
+        file.unlink()
+    return True
 
 
 class _Host(ctypes.Structure):

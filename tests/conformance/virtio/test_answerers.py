@@ -5,26 +5,39 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from tests.support.answering import reads_at_once
 from tests.support.fuse import HIPRIO, REQUESTS, FuseDriver, share
 from tests.support.vcpu import VcpuDriver
 from virtio.devices.fs import FsDevice
 from virtio.fs import messages as m
 from virtio.fs.messages import ROOT_ID, Opcode
 
+LOCAL = {"ext2/ext3", "xfs", "btrfs", "f2fs", "tmpfs", "overlayfs"}
+"""File systems that wait for no other machine, as virtio/native/fs_nodes.c knows them, by the names of stat(1)."""
+
 
 @pytest.fixture
-async def fuse(tmp_path: Path) -> AsyncIterator[FuseDriver]:
-    driver = await share(tmp_path, kind=VcpuDriver)
-    if not vcpu(driver).answered:
-        await driver.getattr(ROOT_ID)
-        if not vcpu(driver).answered:
-            pytest.skip(f"{tmp_path} is on a file system that may be another machine's")
+def local(tmp_path: Path) -> Path:
+    """A folder of which a vCPU's thread may answer requests."""
+    found = subprocess.run(
+        ["stat", "-f", "-c", "%T", tmp_path], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    if found not in LOCAL:
+        pytest.skip(f"{tmp_path} is on a file system that may be another machine's: {found}")
+    return tmp_path
+
+
+@pytest.fixture
+async def fuse(local: Path) -> AsyncIterator[FuseDriver]:
+    driver = await share(local, kind=VcpuDriver)
+    assert vcpu(driver).answered, "the vCPU's thread has taken nothing"
     yield driver
     await driver.driver.transport.device.aclose()
     vcpu(driver).close()
@@ -49,6 +62,8 @@ async def left_to_others(fuse: FuseDriver, opcode: int, node: int, body: bytes, 
 
 async def test_the_vcpu_answers_what_is_quick(fuse: FuseDriver, tmp_path: Path) -> None:
     loop, left = len(vcpu(fuse).host.messages), vcpu(fuse).left
+    if not reads_at_once(tmp_path):
+        loop += 1  # the one read is the pool's
     entry, handle = await fuse.create("new", mode=0o640)
     assert await fuse.write(entry.nodeid, handle, b"content") == 7
     assert await fuse.read(entry.nodeid, handle, 4096) == b"content"
@@ -68,9 +83,7 @@ async def test_the_vcpu_answers_what_is_quick(fuse: FuseDriver, tmp_path: Path) 
 
 def test_both_packages_declare_the_same_answerer() -> None:
     root = Path(__file__).parents[3]
-    one, two = (
-        (root / package / "native/answerer.h").read_text().split("#ifndef")[1] for package in ("cpu", "virtio")
-    )
+    one, two = ((root / package / "native/answerer.h").read_text().split("#ifndef")[1] for package in ("cpu", "virtio"))
     assert one == two
 
 

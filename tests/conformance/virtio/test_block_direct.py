@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.answering import AnsweringDriver, Asked, VcpuThread
+from tests.support.answering import AnsweringDriver, Asked, VcpuThread, reads_at_once
 from virtio.backends.file import FileBlock
 from virtio.devices import blk
 from virtio.devices.blk import BlockDevice
@@ -28,6 +28,12 @@ def content(tmp_path: Path) -> bytes:
     data = random.Random(3).randbytes(SECTORS * 512)
     (tmp_path / "disk").write_bytes(data)
     return data
+
+
+@pytest.fixture
+def at_once(tmp_path: Path) -> None:
+    if not reads_at_once(tmp_path):
+        pytest.skip(f"the file system of {tmp_path} does not read from the page cache alone (RWF_NOWAIT)")
 
 
 @pytest.fixture
@@ -57,6 +63,7 @@ def device(driver: AnsweringDriver) -> BlockDevice:
     return found
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_reads_and_writes_are_over_when_the_doorbell_is(driver: AnsweringDriver, content: bytes) -> None:
     space = driver.buffer(4096)
     status = add(driver, blk.IN, 8, space)
@@ -85,6 +92,7 @@ async def test_what_may_take_long_is_the_loops(driver: AnsweringDriver, content:
     assert driver.bytes_at(space) == content[4096:8192]
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_nothing_is_taken_from_a_queue_that_is_not_lent(driver: AnsweringDriver) -> None:
     disk, space = device(driver), driver.buffer(4096)
     status = add(driver, blk.IN, 8, space)
@@ -109,6 +117,7 @@ async def test_nothing_is_taken_from_a_queue_that_is_not_lent(driver: AnsweringD
     assert driver.bytes_at(status) == b"\0"
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_no_other_processor_is_used_for_small_requests(driver: AnsweringDriver) -> None:
     """The vCPU's thread is asked of them whether or not one is free; of large ones, and of several writes at a time,
     only where none is."""
