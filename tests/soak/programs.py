@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vmm
+from cpu.direct import support
 from tests.support.patience import PATIENCE
 from vmm.config import Share
 
@@ -124,7 +126,7 @@ async def run(names: list[str]) -> int:
         folder = Path(place)
         folder.chmod(0o755)
         without = build(folder)
-        cases = [name for name in CASES if (not names or name in names)]
+        cases = [name for name in CASES if not names or name in names]
         for case in list(cases):
             if case in without or shutil.which(CASES[case]) is None:
                 sys.stdout.write(f"{case}: left out, its program or compiler is not here\n")
@@ -154,6 +156,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    if os.geteuid() != 0 or not support().available:
+        why = f"direct execution: {support().reason}" if os.geteuid() == 0 else "needs root, for mounts"
+        sys.stdout.write(f"cannot run here: {why}\n")
+        return 1
     return asyncio.run(run(arguments.names))
 
 
