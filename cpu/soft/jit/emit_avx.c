@@ -88,7 +88,21 @@ static bool reads_reg(const struct avx_op *op)
 {
     return op->map == MAP_0F38 && op->opcode >= 0x90 && op->opcode < 0xC0 && (op->opcode & 15) >= 6;
 }
-static bool uses_vvvv(const struct avx_op *op) { return op->form == AVX_R_VM; }
+/* To ModRM.reg, of all that the operation reads. */
+static void computes(struct gen *g, const struct avx_op *op, unsigned l, unsigned reg, unsigned vvvv, unsigned rm, unsigned imm)
+{
+    bool second = avx_uses_vvvv(op, rm != AT_RSI);
+    if (second)
+        reads(g, vvvv);
+    if (reads_reg(op))
+        reads(g, reg);
+    if (rm != AT_RSI)
+        reads(g, rm);
+    if (op->imm == AVX_IS4)
+        reads(g, imm >> 4);
+    instruction(g, op, l, reg, second ? vvvv : NO_VVVV, rm, imm);
+    writes(g, reg);
+}
 
 /* ---- the frequent ones: see the end of interp/exec_avx.c for their operands ---- */
 
@@ -108,20 +122,9 @@ EMITTER(vex_available)
     return true;
 }
 
-static void computes(struct gen *g, const struct avx_op *op, unsigned l, unsigned reg, unsigned vvvv, unsigned rm, unsigned imm)
-{
-    check_float(g, op);
-    if (uses_vvvv(op))
-        reads(g, vvvv);
-    if (reads_reg(op))
-        reads(g, reg);
-    if (rm != AT_RSI)
-        reads(g, rm);
-    instruction(g, op, l, reg, uses_vvvv(op) ? vvvv : NO_VVVV, rm, imm);
-    writes(g, reg);
-}
 EMITTER(avx_rr)
 {
+    check_float(g, u->ptr);
     computes(g, u->ptr, u->scale, u->r0, u->base, u->r1, u->aux);
     return true;
 }
@@ -129,13 +132,7 @@ EMITTER(avx_rm)
 {
     check_float(g, u->ptr); /* before the access: it uses RAX */
     gen_access(g, u, v.form, u->size == 32 ? 5 : 4, ACCESS_READ);
-    const struct avx_op *op = u->ptr;
-    if (uses_vvvv(op))
-        reads(g, u->r1);
-    if (reads_reg(op))
-        reads(g, u->r0);
-    instruction(g, op, u->size == 32, u->r0, uses_vvvv(op) ? u->r1 : NO_VVVV, AT_RSI, u->aux);
-    writes(g, u->r0);
+    computes(g, u->ptr, u->size == 32, u->r0, u->r1, AT_RSI, u->aux);
     return true;
 }
 /* VPMOVMSKB and its like. */
@@ -241,21 +238,10 @@ EMITTER(avx_other)
         instruction(g, op, l, (unsigned)op->group, vvvv, rm, imm);
         writes(g, vvvv);
         return true;
-    default: { /* to ModRM.reg */
-        bool second = avx_uses_vvvv(op, rm != AT_RSI);
+    default:
         if (rm == AT_RSI)
             gen_access_tmp(g, u, ACCESS_READ);
-        else
-            reads(g, rm);
-        if (second)
-            reads(g, vvvv);
-        if (reads_reg(op))
-            reads(g, reg);
-        if (op->imm == AVX_IS4)
-            reads(g, imm >> 4);
-        instruction(g, op, l, reg, second ? vvvv : NO_VVVV, rm, imm);
-        writes(g, reg);
+        computes(g, op, l, reg, vvvv, rm, imm);
         return true;
-    }
     }
 }
