@@ -40,11 +40,9 @@ static inline void soft_attend_awake(struct soft_vcpu *c)
 }
 static inline void soft_attend(struct soft_vcpu *c)
 {
-    __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
+    soft_attend_awake(c);
     if (SOFT_UNLIKELY(__atomic_load_n(&c->asleep, __ATOMIC_SEQ_CST)))
         soft_rouse(c);
-    if (SOFT_UNLIKELY(c->direct != NULL))
-        soft_direct_kick(c);
 }
 
 /* mmu.c: RAM was written, by a vCPU's store or (NULL) by anyone. */
