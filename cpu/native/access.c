@@ -277,13 +277,14 @@ static void signal_message(void *machine, uint64_t address, uint32_t data)
     vm->ops->signal_msi(vm, address, data);
 }
 
-static void note_written(void *machine, uint64_t gpa, uint64_t size)
+void lv_memory_written(struct lv_vm *vm, uint64_t gpa, uint64_t size)
 {
-    struct lv_vm *vm = machine;
     vm->written(vm->owner, gpa, size);
     if (vm->ops->memory_written)
         vm->ops->memory_written(vm, gpa, size);
 }
+
+static void note_written(void *machine, uint64_t gpa, uint64_t size) { lv_memory_written(machine, gpa, size); }
 
 /* Whether the answerer did what the doorbell asks for. The lock is held on entry and on return, but not meanwhile. */
 static bool answered(struct lv_vm *vm, struct lv_answerer *answerer)

@@ -314,6 +314,8 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit);
 /* Shared engines: every RUNNING vCPU with `kicked` set is held and gets its Interrupted exit. Returns how many of the
  * engine's vCPUs are still RUNNING. [engine] */
 uint32_t lv_park_kicked(struct lv_engine *engine);
+/* A device wrote there: the logs and the core are told. vm->written is not NULL. [any] */
+void lv_memory_written(struct lv_vm *vm, uint64_t gpa, uint64_t size);
 /* Tell the ioeventfds whose telling was put off. Called by cores with engine->puts_off between their vCPUs' turns and before the
  * thread sleeps by other means than lv_engine_wait(). [engine] */
 void lv_tell_put_off(struct lv_engine *engine);

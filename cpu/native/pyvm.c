@@ -333,13 +333,6 @@ static PyObject *vm_dirty_log(VmObject *self, PyObject *args)
     return bitmap;
 }
 
-static void note_written(VmObject *self, uint64_t gpa, uint64_t size)
-{
-    log_written(self, gpa, size);
-    if (self->vm->ops->memory_written)
-        self->vm->ops->memory_written(self->vm, gpa, size);
-}
-
 static PyObject *vm_memory_written(VmObject *self, PyObject *args)
 {
     PyObject *address, *length;
@@ -348,7 +341,7 @@ static PyObject *vm_memory_written(VmObject *self, PyObject *args)
         return NULL;
     if (!lv_open(self))
         return NULL;
-    note_written(self, gpa, size);
+    lv_memory_written(self->vm, gpa, size);
     Py_RETURN_NONE;
 }
 
@@ -361,7 +354,7 @@ static PyObject *vm_memory_written_ranges(VmObject *self, PyObject *ranges)
         return NULL;
     for (Py_ssize_t at = 0; at + (Py_ssize_t)sizeof pair <= size; at += (Py_ssize_t)sizeof pair) {
         memcpy(pair, data + at, sizeof pair);
-        note_written(self, pair[0], pair[1]);
+        lv_memory_written(self->vm, pair[0], pair[1]);
     }
     Py_RETURN_NONE;
 }
