@@ -326,7 +326,8 @@ void lv_tell_put_off(struct lv_engine *engine)
         uint64_t writes = e->put_off;
         engine->put_off = e->next_put_off;
         e->put_off = 0;
-        /* If another has its place afterwards, that is told of nothing new, which is allowed. */
+        /* If the entry was freed meanwhile and a new one stands at the same place in memory, the new one's descriptor is told:
+         * a spurious notification, which is allowed. */
         if (when_asked(vm, e) < LV_ASKED_IF_CROWDED || (!answered(vm, e->answerer) && is_there(vm, slot, e)))
             tell(e, writes);
     }

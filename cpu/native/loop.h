@@ -319,7 +319,8 @@ void lv_memory_written(struct lv_vm *vm, uint64_t gpa, uint64_t size);
 /* Tell the ioeventfds whose telling was put off. Called by cores with engine->puts_off between their vCPUs' turns and before the
  * thread sleeps by other means than lv_engine_wait(). [engine] */
 void lv_tell_put_off(struct lv_engine *engine);
-/* Whether there are any; who answers them may take its time, without what others wait for. [engine] */
+/* Whether any telling was put off. Answerers may take their time, so a core that holds what other threads wait for gives it up
+ * before it calls lv_tell_put_off(). [engine] */
 bool lv_has_put_off(const struct lv_engine *engine);
 /* Sleep until engine->seq differs from `seq` (read it before looking at the states). [engine] */
 void lv_engine_wait(struct lv_engine *engine, uint32_t seq);

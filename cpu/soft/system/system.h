@@ -31,13 +31,14 @@ enum { SYS_TSS16 = 1, SYS_LDT = 2, SYS_TSS16_BUSY = 3, SYS_CALL16 = 4, SYS_TASK 
 #define DR7_GD (1u << 13)
 
 void soft_rouse(struct soft_vcpu *c); /* parallel.c: end its sleep */
-/* It looks up from guest code, if it executes some. */
+/* The vCPU leaves guest code at its next look at `attention`, or its runner is stopped; a sleeping vCPU is not woken. */
 static inline void soft_attend_awake(struct soft_vcpu *c)
 {
     __atomic_store_n(&c->attention, 1, __ATOMIC_SEQ_CST);
     if (SOFT_UNLIKELY(c->direct != NULL))
         soft_direct_kick(c);
 }
+/* The same, and a sleeping vCPU wakes. */
 static inline void soft_attend(struct soft_vcpu *c)
 {
     soft_attend_awake(c);
