@@ -19,6 +19,7 @@ import vmm
 from cpu import _core
 from cpu.direct import support
 from tests.support import calltrace
+from tests.support.counted import counters
 from tests.support.patience import PATIENCE
 from vmm.config import Share
 from vmm.errors import ConfigError
@@ -56,11 +57,7 @@ async def output(folder: Path, words: str, direct: Any, cpus: int = 1) -> tuple[
         options |= {"cpus": cpus, "parallel": "on"}
     async with vmm.run("linux", **options) as machine:
         result = await machine.exec(*f"/work/{words}".split(), timeout=240 * PATIENCE, check=True)
-        if direct == "on":  # while the vCPU runs, counters are as they were when it last paused
-            async with asyncio.timeout(60 * PATIENCE):
-                while machine.stats()["native-stops"] == 0:
-                    await asyncio.sleep(0.01)
-        return result.text, machine.stats()
+        return result.text, await counters(machine)
 
 
 PROGRAMS = ["identity", "faults", "compatibility", "code", "hidden", "memory", "signals", "calls"]
@@ -68,13 +65,13 @@ PROGRAMS = ["identity", "faults", "compatibility", "code", "hidden", "memory", "
 
 @pytest.mark.parametrize("name", PROGRAMS)
 async def test_results_are_those_of_the_core(linux: Any, direct: None, programs: Path, name: str) -> None:
-    native, counters = await output(programs, f"programs {name}", "on")
+    native, counted = await output(programs, f"programs {name}", "on")
     core, none = await output(programs, f"programs {name}", "off")
     assert native.splitlines() == core.splitlines()
     assert native.splitlines()[-1] == "done"
-    assert counters["native-stops"] > 0 and none["native-stops"] == 0
+    assert counted["native-stops"] > 0 and none["native-stops"] == 0
     if name == "hidden" and support().breakpoints and not support().cpuid_faults:
-        assert counters["native-stops.guard"] > 10
+        assert counted["native-stops.guard"] > 10
 
 
 def survived(text: str) -> bool:
@@ -86,17 +83,17 @@ def survived(text: str) -> bool:
 
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_attacks_end_with_their_program(linux: Any, direct: None, programs: Path, cpus: int) -> None:
-    text, counters = await output(programs, "attacks", "on", cpus)
+    text, counted = await output(programs, "attacks", "on", cpus)
     assert survived(text), text
-    assert counters["native-stops"] > 0
+    assert counted["native-stops"] > 0
 
 
 async def test_processors_change_what_others_touch_and_execute(linux: Any, direct: None, programs: Path) -> None:
     """Rights, mappings, copies and code, by threads and processes on two vCPUs that have runners of their own."""
-    text, counters = await output(programs, "threads 20", "on", 2)
+    text, counted = await output(programs, "threads 20", "on", 2)
     *lines, last = text.splitlines()
     assert last == "done" and len(lines) == 10 and all(": 0 wrong" in line for line in lines), text
-    assert counters["native-stops"] > 100
+    assert counted["native-stops"] > 100
 
 
 @pytest.mark.parametrize(
@@ -113,14 +110,6 @@ async def test_on_says_what_it_cannot(linux: Any, options: dict[str, Any], words
             pass
 
 
-async def stops_of(machine: Any) -> int:
-    """While vCPUs execute, counters may be told as they were before."""
-    await machine.pause()
-    stops: int = machine.stats()["native-stops"]
-    machine.resume()
-    return stops
-
-
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None, cpus: int) -> None:
     """To share memory with a copy it is taken from the runners; what a program computed natively goes on in both."""
@@ -133,14 +122,14 @@ async def test_a_copy_and_its_machine_go_on_in_the_core(linux: Any, direct: None
     async with vmm.run("linux", core="soft", direct="on", nets=[], memory="256M", **options) as machine:
         await machine.exec("sh", "-c", f"({script}) >/dev/null 2>&1 &", timeout=240 * PATIENCE, check=True)
         first = (await machine.exec("sh", "-c", read, timeout=240 * PATIENCE, check=True)).text.split()
-        assert machine.stats()["native-stops"] > 0
+        assert (await counters(machine))["native-stops"] > 0
         (copy,) = await machine.fork()
-        stops = await stops_of(machine)
+        stops = (await counters(machine))["native-stops"]
         for one in (machine, copy):
             later = (await one.exec("sh", "-c", read, timeout=240 * PATIENCE, check=True)).text.split()
             assert int(later[1]) > int(later[0]) >= int(first[1])
-        assert await stops_of(machine) == stops
-        assert copy.stats()["native-stops"] == 0
+        assert (await counters(machine))["native-stops"] == stops
+        assert (await counters(copy))["native-stops"] == 0
 
 
 # ---- seen from outside ----
@@ -207,10 +196,10 @@ async def test_runners_make_no_other_system_call(
 ) -> None:
     """Hostile programs in the guest: once its filter stands, the half that executes them makes only the call that gives
     up its descriptors (and returns from signals), and the other nothing but what it is for."""
-    _, counters = await output(programs, words, "on")
+    _, counted = await output(programs, words, "on")
     found = calls(calls_of_runners.read_text())
     after = {pid: numbers[numbers.index(SECCOMP) + 1 :] for pid, numbers in found.items() if SECCOMP in numbers}
-    assert counters["native-stops"] > 0 and len(after) >= 2
+    assert counted["native-stops"] > 0 and len(after) >= 2
     halves = [pid for pid, made in after.items() if made[:1] == [STOP] and set(made[1:]) <= UNFILTERED]
     assert halves and len(halves) >= len(after) // 2, after
     assert all(set(numbers) <= MAPPING_CALLS for pid, numbers in after.items() if pid not in halves), after

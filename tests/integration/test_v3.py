@@ -17,6 +17,7 @@ from cpu import _core
 from cpu.direct import support
 from cpu.model import V2, V3, lacking
 from cpu.system import NativeSystem, soft_system
+from tests.support.counted import counters
 from tests.support.patience import PATIENCE
 from vmm import _native
 from vmm.config import Share
@@ -169,7 +170,7 @@ async def test_natively_programs_have_the_hosts_results(linux: Any, direct: Path
             host = subprocess.run([direct / "programs", name], capture_output=True, text=True, check=True)
             guest = await machine.exec("/work/programs", name, timeout=SECONDS, check=True)
             assert (name, guest.text.strip()) == (name, host.stdout.strip())
-        assert machine.stats()["native-ns"] > 0
+        assert (await counters(machine))["native-ns"] > 0
 
 
 @pytest.mark.campaign
@@ -182,7 +183,7 @@ async def test_attacks_change_no_vectors_of_others(linux: Any, direct: Path) -> 
         *attacks, done, kept = (await machine.exec("sh", "-c", script, timeout=SECONDS, check=True)).text.splitlines()
         assert (done, kept) == ("done", "kept"), attacks
         assert attacks and all(line.endswith("as expected, sound") for line in attacks), attacks
-        assert machine.stats()["native-stops"] > 0
+        assert (await counters(machine))["native-stops"] > 0
 
 
 async def test_a_kernel_that_does_not_enable_avx_has_its_programs_in_the_core(linux: Any, direct: Path) -> None:
@@ -191,4 +192,4 @@ async def test_a_kernel_that_does_not_enable_avx_has_its_programs_in_the_core(li
     async with vmm.run("linux", direct="on", append="noxsave", **options(direct)) as machine:
         ended = await machine.exec("sh", "-c", "/work/programs results; echo $?", timeout=SECONDS, check=True)
         assert ended.text.split()[-1] == str(128 + signal.SIGILL)
-        assert machine.stats()["native-stops"] == 0
+        assert (await counters(machine))["native-stops"] == 0

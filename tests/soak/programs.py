@@ -23,6 +23,7 @@ from typing import Any
 
 import vmm
 from cpu.direct import support
+from tests.support.counted import counters
 from tests.support.patience import PATIENCE
 from vmm.config import Share
 
@@ -95,7 +96,8 @@ async def in_guest(direct: Any, cases: list[str], folder: Path) -> dict[str, tup
         for case in cases:
             environment = (f"{key}={value}" for key, value in ENVIRONMENT.items())
             words = ("chroot", "/host", "env", "-i", *environment, "sh", "-c", script(case, WORK))
-            begin, stops = time.monotonic(), machine.stats()["native-stops"]
+            stops = (await counters(machine))["native-stops"]
+            begin = time.monotonic()
             try:
                 result = await machine.exec(*words, timeout=CASE_SECONDS * PATIENCE)
             except TimeoutError:
@@ -103,8 +105,9 @@ async def in_guest(direct: Any, cases: list[str], folder: Path) -> dict[str, tup
                 continue
             text = result.stdout.decode(errors="replace")
             text += result.stderr.decode(errors="replace") if result.status else ""
-            stops = machine.stats()["native-stops"] - stops
-            found[case] = f"{text}status {result.status}\n", time.monotonic() - begin, stops
+            seconds = time.monotonic() - begin
+            stops = (await counters(machine))["native-stops"] - stops
+            found[case] = f"{text}status {result.status}\n", seconds, stops
         log = (await machine.exec("dmesg", timeout=60 * PATIENCE)).text
         if trouble := re.findall(r".*(?:Oops|BUG:|WARNING:|Call Trace).*", log):
             found["kernel log"] = "\n".join(trouble), 0.0, 0
