@@ -117,8 +117,9 @@ struct soft_slot {
     uint8_t *dirty;      /* bitmap, when log_dirty */
     uint16_t *code_pages; /* for each page: bit i: vm->caches[i] has translated code of it */
     uint64_t *granules;   /* shared.c, else NULL: for each page, bit i: there is code in the i-th 64 bytes */
-    uint16_t *writers;    /* shared.c, else NULL: for each page, bit i: vCPU i may have a TLB entry to write to it, or a runner may */
-    uint16_t *executors;  /* shared.c, else NULL: for each page, bit i: a runner of vCPU i may execute it as it was looked at */
+    /* shared.c, with threads of their own or direct execution, else NULL: for each page, */
+    uint16_t *writers;    /* bit i: vCPU i may have a TLB entry to write to it, or a runner may; */
+    uint16_t *executors;  /* bit i: a runner of vCPU i may execute it as it was looked at */
 };
 
 enum soft_activity { ACT_RUNNING, ACT_HALTED, ACT_WAIT_SIPI, ACT_MWAIT };
@@ -549,6 +550,7 @@ void soft_direct_code_written(struct soft_vcpu *c, uint64_t gpa);      /* a page
 void soft_direct_returned(struct soft_vcpu *c);                        /* SYSRET or IRET, to a program perhaps */
 void soft_direct_mode(struct soft_vcpu *c);                            /* the privilege level may have changed */
 void soft_direct_kick(struct soft_vcpu *c);                            /* [any] c->attention was set */
+bool soft_direct_runs(const struct soft_vcpu *c);                      /* [any] native code may be executing */
 
 #define PAGE_ALL UINT64_MAX
 

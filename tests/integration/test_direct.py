@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build ha
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    for name, more in (("programs", []), ("attacks", OWN_PAGES), ("threads", ["-pthread"])):
+    for name, more in (("programs", []), ("attacks", OWN_PAGES), ("threads", ["-pthread"]), ("rewritten", OWN_PAGES)):
         subprocess.run(["gcc", *FLAGS, *more, "-o", folder / name, SOURCES / f"{name}.c"], check=True)
     return folder
 
@@ -49,10 +49,10 @@ def direct() -> None:
         pytest.skip(f"direct execution: {support().reason}")
 
 
-async def output(folder: Path, words: str, direct: Any, cpus: int = 1) -> tuple[str, dict[str, int]]:
+async def output(folder: Path, words: str, direct: Any, cpus: int = 1, **more: Any) -> tuple[str, dict[str, int]]:
     """What a program prints in a guest, and the machine's counters."""
     shares = [Share(path=folder, mount="/work", readonly=True)]
-    options: dict[str, Any] = {"core": "soft", "nets": [], "memory": "256M", "shares": shares, "direct": direct}
+    options: dict[str, Any] = {"core": "soft", "nets": [], "memory": "256M", "shares": shares, "direct": direct, **more}
     if cpus > 1:
         options |= {"cpus": cpus, "parallel": "on"}
     async with vmm.run("linux", **options) as machine:
@@ -72,6 +72,24 @@ async def test_results_are_those_of_the_core(linux: Any, direct: None, programs:
     assert counted["native-stops"] > 0 and none["native-stops"] == 0
     if name == "hidden" and support().breakpoints and not support().cpuid_faults:
         assert counted["native-stops.guard"] > 10
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_code_that_others_rewrite_is_looked_at_anew(
+    linux: Any, direct: None, programs: Path, tmp_path: Path, cpus: int
+) -> None:
+    """By its kernel, a disk, a share, a debugger, through another mapping: CPUID and XGETBV are the guest's."""
+    image = subprocess.run([programs / "rewritten", "image"], check=True, stdout=subprocess.PIPE).stdout
+    for path in (programs / "image", tmp_path / "disk"):
+        path.write_bytes(image.ljust(1 << 20, b"\0"))
+    disks = [vmm.Disk(path=tmp_path / "disk")]
+    text, counted = await output(programs, "rewritten /dev/vdb /work/image", "on", cpus, disks=disks)
+    *lines, last = text.splitlines()
+    answers = {tuple(line.partition(": ")[2].partition(" after ")[0].split()) for line in lines}
+    brand, components = int.from_bytes(b"loopviso", "little"), 3
+    assert answers == {(f"{brand:x}",) * 3, (f"{components:x}",) * 3}, text
+    assert last == "done" and len(lines) == 7 * 6
+    assert counted["native-ns"] > 1_000_000
 
 
 def survived(text: str) -> bool:

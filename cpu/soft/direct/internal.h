@@ -27,7 +27,6 @@ struct region {
     uint32_t executable;  /* those with PAGE_X */
     bool stale;           /* check against the page tables before it is used */
     uint64_t page[REGION_PAGES]; /* guest-physical address | PAGE_*; 0: not mapped */
-    uint8_t turns[REGION_PAGES]; /* how often a page that is both writable and executable changed sides */
     uint8_t in_core[REGION_PAGES]; /* how long code of a page stays in the core, in powers of two */
 };
 

@@ -49,6 +49,8 @@ static void insist(struct direct_vcpu *d)
     kill(pid, deaf ? SIGKILL : SIGUSR1);
 }
 
+bool soft_direct_runs(const struct soft_vcpu *c) { return __atomic_load_n(&c->direct->running, __ATOMIC_SEQ_CST) != 0; }
+
 void soft_direct_kick(struct soft_vcpu *c)
 {
     struct direct_vm *direct = c->vm->direct;

@@ -125,6 +125,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
             vm->vcpus[i]->direct = d;
         }
     }
+    ok = ok && soft_slots_know_users(vm) == 0;
     if (!ok)
         free_direct(vm);
     return ok ? 0 : -ENOMEM;

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 32, TURNS_MAX = 32, POPULATE_MAX = 16, SLICE_DOUBLINGS = 10 };
+enum { P = 1, W = 2, U = 4, A = 0x20, D = 0x40, PS = 0x80, AROUND = 32, POPULATE_MAX = 16, SLICE_DOUBLINGS = 10 };
 #define NX (1ull << 63)
 #define ADDRESS (PHYS_MASK & PAGE_MASK)
 #define REGION_BYTES (REGION_PAGES * PAGE_BYTES)
@@ -72,7 +72,7 @@ static bool unseen_writes(struct soft_vcpu *c, struct soft_slot *slot, uint64_t 
     uint64_t n = (gpa - slot->gpa) >> 12;
     if (slot->readonly || (slot->log_dirty && !(__atomic_load_n(&slot->dirty[n >> 3], __ATOMIC_RELAXED) >> (n & 7) & 1)))
         return false;
-    return c->vm->parallel ? soft_shared_may_write(c, slot, n) : !slot->code_pages[n];
+    return soft_shared_may_write(c, slot, n);
 }
 
 /* What the tables allow of the i-th page, as region.page has it: nothing unless it was accessed, no writing unless it is
@@ -375,15 +375,11 @@ static void map_page(struct batch *b, struct region *region, unsigned i, uint64_
 {
     struct direct_vm *direct = b->c->vm->direct;
     uint64_t old = region->page[i];
-    if ((now & PAGE_W) && (now & PAGE_X) && !(direct->cpuid_faults && region->turns[i] >= TURNS_MAX)) {
-        /* Either side in turn, so that what is executed was looked at as it is. */
+    if ((now & PAGE_W) && (now & PAGE_X)) /* either side in turn, so that what is executed was looked at as it is */
         now &= ~(uint64_t)(executed && touched ? PAGE_W : PAGE_X);
-        if (touched && old && ((old ^ now) & (PAGE_W | PAGE_X)) && region->turns[i] < TURNS_MAX)
-            region->turns[i]++;
-    }
     struct soft_slot *slot;
     const uint8_t *host = soft_phys(b->c->vm, now & PAGE_MASK, false, &slot);
-    if ((now & PAGE_X) && b->c->vm->parallel) {
+    if (now & PAGE_X) {
         uint64_t n = ((now & PAGE_MASK) - slot->gpa) >> 12;
         if (touched || !soft_shared_others_write(b->c, slot, n))
             soft_shared_execute(b->c, slot, n); /* what is looked at now stays so */
@@ -420,10 +416,7 @@ static void map_around(struct batch *b, uint64_t linear, bool executed)
         struct soft_slot *slot;
         if (valid(c, entry, 0, P | U | A) && (entry & W) && (entry & D) && leaf.writable && soft_phys(c->vm, entry & ADDRESS, true, &slot) &&
             __atomic_load_n(&slot->code_pages[((entry & ADDRESS) - slot->gpa) >> 12], __ATOMIC_RELAXED)) {
-            if (c->vm->parallel)
-                soft_shared_give_up(c, slot, ((entry & ADDRESS) - slot->gpa) >> 12);
-            else
-                soft_blocks_invalidate(c->blocks, entry & ADDRESS, PAGE_BYTES);
+            soft_shared_give_up(c, slot, ((entry & ADDRESS) - slot->gpa) >> 12);
         }
     }
     for (unsigned i = first; i < end; i++) {

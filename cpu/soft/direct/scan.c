@@ -6,9 +6,8 @@
  * its 0F byte, and those of the prefixes before it. At most of them none ever does, as the bytes are part of others. guard.c
  * watches these addresses.
  *
- * A page is looked at when it becomes executable, together with the neighbours that are. Where vCPUs have threads of their own,
- * it is looked at anew after it was written (run/shared.c). Elsewhere it is not seen if the core, a device, or native code through
- * another mapping writes to it later: a program that hides such an instruction so learns what every program of the host may know.
+ * A page is looked at when it becomes executable, together with the neighbours that are. Whoever writes to it then, the core, a
+ * device, or native code through another mapping, is seen, and it is looked at anew before it is executed again (run/shared.c).
  */
 #include "soft/direct/internal.h"
 

@@ -43,7 +43,7 @@ void soft_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *sl
         soft_set_dirty(slot, first);
     if (SOFT_UNLIKELY(vm->host.written != NULL))
         vm->host.written(vm->host.ctx, gpa & PAGE_MASK);
-    if (vm->parallel)
+    if (slot->executors)
         soft_shared_written(vm, by, slot, gpa, size);
     else if (slot->code_pages[first])
         soft_blocks_invalidate(vm->caches[0], gpa, size);
@@ -418,6 +418,31 @@ static void free_maps(struct soft_slot *slot)
     free_map(slot, slot->executors, sizeof *slot->executors);
     free(slot->dirty);
 }
+/* Who may write to each page, and whose runners execute it: false if there is no memory for it. */
+static bool make_users(struct soft_slot *slot)
+{
+    slot->writers = make_map(slot, sizeof *slot->writers);
+    slot->executors = make_map(slot, sizeof *slot->executors);
+    return slot->writers && slot->executors;
+}
+
+int soft_slots_know_users(struct soft_vm *vm)
+{
+    for (uint32_t i = 0; i < vm->slot_count; i++) {
+        struct soft_slot *slot = &vm->slots[i], fresh = *slot;
+        if (!slot->size || slot->executors)
+            continue;
+        if (!make_users(&fresh)) {
+            free_map(&fresh, fresh.writers, sizeof *fresh.writers);
+            free_map(&fresh, fresh.executors, sizeof *fresh.executors);
+            return -ENOMEM;
+        }
+        *slot = fresh;
+    }
+    soft_tlb_flush_writes(vm); /* the next write to each page is noted */
+    return 0;
+}
+
 void soft_slots_free(struct soft_vm *vm)
 {
     for (uint32_t i = 0; i < SOFT_MAX_SLOTS; i++)
@@ -443,10 +468,8 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
         fresh.code_pages = make_map(&fresh, sizeof *fresh.code_pages);
         fresh.dirty = log_dirty ? calloc((size >> 15) + 1, 1) : NULL;
         fresh.granules = vm->parallel ? make_map(&fresh, sizeof *fresh.granules) : NULL;
-        fresh.writers = vm->parallel ? make_map(&fresh, sizeof *fresh.writers) : NULL;
-        fresh.executors = vm->parallel ? make_map(&fresh, sizeof *fresh.executors) : NULL;
-        if (!fresh.code_pages || (log_dirty && !fresh.dirty) ||
-            (vm->parallel && !(fresh.granules && fresh.writers && fresh.executors))) {
+        bool users = !(vm->parallel || vm->direct) || make_users(&fresh);
+        if (!fresh.code_pages || (log_dirty && !fresh.dirty) || (vm->parallel && !fresh.granules) || !users) {
             free_maps(&fresh);
             return -ENOMEM;
         }
@@ -463,6 +486,9 @@ int soft_vm_set_slot(struct soft_vm *vm, uint32_t index, uint64_t gpa, uint64_t 
     soft_events_unlock(vm);
     free_maps(&old);
     soft_tlb_flush_all_vcpus(vm);
+    for (uint32_t i = 0; i < vm->config.vcpus; i++)
+        if (vm->vcpus[i]->direct)
+            soft_direct_code_written(vm->vcpus[i], PAGE_ALL); /* no page has an executor's mark any more */
     return 0;
 }
 

@@ -335,7 +335,8 @@ void soft_tlb_protect_page(struct soft_vm *vm, uint64_t gpa)
 /* Without paging the whole address space is one page. */
 enum { UNPAGED = 32 };
 
-/* Before the n-th page of a slot is written directly: false if it holds code, so that every write must be seen. */
+/* Before the n-th page of a slot is written directly: false if it holds code that was translated or looked at, so that every write
+ * must be seen. */
 static inline bool may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64_t n)
 {
     struct soft_vm *vm = c->vm;
@@ -343,7 +344,7 @@ static inline bool may_write(struct soft_vcpu *c, struct soft_slot *slot, uint64
         vm->host.written(vm->host.ctx, slot->gpa + (n << 12));
     if (slot->log_dirty)
         soft_set_dirty(slot, n);
-    if (vm->parallel)
+    if (slot->writers)
         return soft_shared_may_write(c, slot, n);
     return !slot->code_pages[n];
 }

@@ -198,7 +198,7 @@ uint64_t soft_alarm(struct soft_vm *vm)
     return alarm;
 }
 
-/* vCPUs with threads of their own: tell those that have code of the range. The lock is held, so slots do not change. */
+/* Tell those vCPUs that have code of the range. Slots do not change: the lock is held, or this is the VM's thread. */
 static void tell_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
 {
     for (uint32_t i = 0; i < vm->slot_count; i++) {
@@ -214,7 +214,7 @@ static void tell_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
     }
 }
 
-/* Does any page of the range hold translated code? The lock is held, so slots do not change. */
+/* Does any page of the range hold code that was translated, or that runs natively? The lock is held, so slots do not change. */
 static bool holds_code(const struct soft_vm *vm, uint64_t gpa, uint64_t size)
 {
     for (uint32_t i = 0; i < vm->slot_count; i++) {
@@ -224,7 +224,8 @@ static bool holds_code(const struct soft_vm *vm, uint64_t gpa, uint64_t size)
         uint64_t first = gpa > slot->gpa ? (gpa - slot->gpa) >> 12 : 0;
         uint64_t end = gpa + size - slot->gpa < slot->size ? gpa + size - slot->gpa : slot->size;
         for (uint64_t page = first; page < (end + PAGE_BYTES - 1) >> 12; page++)
-            if (__atomic_load_n(&slot->code_pages[page], __ATOMIC_ACQUIRE))
+            if (__atomic_load_n(&slot->code_pages[page], __ATOMIC_ACQUIRE) ||
+                (slot->executors && __atomic_load_n(&slot->executors[page], __ATOMIC_ACQUIRE)))
                 return true;
     }
     return false;
@@ -235,8 +236,9 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
     struct vm_events *e = vm->events;
     if (!size || gpa >> PHYS_BITS || size > 1ull << PHYS_BITS)
         return;
+    bool told = vm->parallel != NULL;
     soft_events_lock(vm);
-    if (vm->parallel) {
+    if (told) {
         tell_written(vm, gpa, size);
     } else if (holds_code(vm, gpa, size)) {
         if (e->range_count < DMA_RANGES)
@@ -244,9 +246,10 @@ void soft_vm_memory_written(struct soft_vm *vm, uint64_t gpa, uint64_t size)
         else
             e->all_memory = true;
         announce(vm);
+        told = true;
     }
     soft_events_unlock(vm);
-    if (vm->parallel && vm->direct)
+    if (told && vm->direct)
         soft_shared_settle(vm);
 }
 
@@ -328,8 +331,13 @@ bool soft_events_apply(struct soft_vm *vm)
             vm->vcpus[i]->nmi_pending = true;
     if (all_memory) {
         soft_blocks_flush_all(vm);
-    } else {
-        for (unsigned i = 0; i < range_count; i++)
+        if (vm->direct)
+            soft_direct_code_written(vm->vcpus[0], PAGE_ALL);
+    }
+    for (unsigned i = 0; i < range_count && !all_memory; i++) {
+        if (vm->direct)
+            tell_written(vm, ranges[i].gpa, ranges[i].size);
+        else
             soft_blocks_invalidate(vm->caches[0], ranges[i].gpa, ranges[i].size);
     }
     return wake;

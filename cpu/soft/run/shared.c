@@ -1,6 +1,6 @@
-/* Guest memory that several vCPUs share, each on a thread of its own: what is known of it by page, who has translated code of it
- * (slot->code_pages, granules), who may write to it through a TLB entry or a runner (writers), and whose runners may execute
- * it (executors); and the inbox by which a vCPU's thread hears what others ask of it.
+/* Guest memory that several vCPUs share, each on a thread of its own, or one vCPU and its runners: what is known of it by page,
+ * who has translated code of it (slot->code_pages, granules), who may write to it through a TLB entry or a runner (writers), and
+ * whose runners may execute it (executors); and the inbox by which a vCPU's thread hears what others ask of it.
  *
  * Code that another vCPU writes (Intel SDM vol. 3, 9.1.3): before a vCPU reads bytes to translate them, it marks their page,
  * and every other vCPU that may have a TLB entry to write to it gives that up at its next block's end, which the translator
@@ -255,6 +255,14 @@ static void stop_executors(struct soft_vm *vm, struct soft_vcpu *by, struct soft
     }
 }
 
+/* Whether this vCPU's runner may not have stopped yet for what was written. */
+static bool owes_stop(const struct soft_vm *vm, struct soft_vcpu *c)
+{
+    if (!vm->parallel)
+        return soft_events_pending(vm) && c->direct && soft_direct_runs(c);
+    return c != soft_of_this_thread && !soft_is_outside(c) && __atomic_load_n(&c->own.inbox.executed_count, __ATOMIC_SEQ_CST);
+}
+
 void soft_shared_settle(struct soft_vm *vm)
 {
     enum { SETTLE_NS = 1000000, LOOK_NS = 20000 };
@@ -262,8 +270,7 @@ void soft_shared_settle(struct soft_vm *vm)
     for (uint64_t end = soft_host_now() + SETTLE_NS; soft_host_now() < end; nanosleep(&look, NULL)) {
         bool waits = false;
         for (uint32_t i = 0; i < vm->config.vcpus; i++)
-            waits |= vm->vcpus[i] != soft_of_this_thread && !soft_is_outside(vm->vcpus[i]) &&
-                     __atomic_load_n(&vm->vcpus[i]->own.inbox.executed_count, __ATOMIC_SEQ_CST);
+            waits |= owes_stop(vm, vm->vcpus[i]);
         if (!waits)
             return;
     }
@@ -328,6 +335,8 @@ void soft_shared_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_s
 {
     uint64_t page = (gpa - slot->gpa) >> 12;
     unsigned low = (unsigned)(gpa & ~PAGE_MASK), high = low + (unsigned)size - 1;
+    if (!vm->parallel)
+        by = vm->vcpus[0]; /* the only one, and this is the thread that runs it */
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* what was written is there before the look */
     uint16_t executors = __atomic_load_n(&slot->executors[page], __ATOMIC_SEQ_CST);
     if (SOFT_UNLIKELY(executors != 0))
@@ -335,7 +344,7 @@ void soft_shared_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_s
     uint16_t who = __atomic_load_n(&slot->code_pages[page], __ATOMIC_SEQ_CST);
     if (!who)
         return;
-    if (!(__atomic_load_n(&slot->granules[page], __ATOMIC_SEQ_CST) & soft_granules(low, high < 0xFFF ? high : 0xFFF)))
+    if (slot->granules && !(__atomic_load_n(&slot->granules[page], __ATOMIC_SEQ_CST) & soft_granules(low, high < 0xFFF ? high : 0xFFF)))
         return;
     for (uint32_t i = 0; i < vm->config.vcpus; i++) {
         if (!(who >> i & 1))

@@ -56,6 +56,8 @@ static inline void soft_set_dirty(struct soft_slot *slot, uint64_t page)
         __atomic_fetch_or(&slot->dirty[page >> 3], bit, __ATOMIC_RELAXED);
 }
 void soft_slots_free(struct soft_vm *vm); /* what belongs to them; no thread is left */
+/* From now on it is known of each page who may write to it and who executes it. 0, -ENOMEM. */
+int soft_slots_know_users(struct soft_vm *vm);
 /* As soft_mmu_lookup(), with another view. */
 uint8_t *soft_mmu_lookup_as(struct soft_vcpu *c, uint64_t linear, enum soft_kind kind, enum soft_view view, uint64_t *gpa);
 /* Load the four PDPTEs of PAE paging; false: a reserved bit is set (#GP). */
