@@ -172,7 +172,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
             i++;
             continue;
         }
-        if (code->used + RUN_MAX > soft_share(HOST_CODE_SIZE, code->shares))
+        if (code->used + RUN_MAX > soft_share(&host_code_supply, code->shares))
             return false;
         host_code_make_ready(code, RUN_MAX);
         unsigned from = i;

@@ -10,10 +10,16 @@
 #define SOFT_HOT 40 /* entries until a block is translated; tests build with 1 */
 #endif
 
-/* A VM's part of memory, in bytes: of what those that share have together, or the whole (block.c). */
-size_t soft_share(size_t whole, bool shares);
+/* Memory that the VMs of a process share, in bytes. */
+struct soft_supply {
+    size_t whole;   /* that one has alone, or all together */
+    size_t many;    /* that each of many has */
+    size_t resting; /* that all together keep when they have slept for a while */
+};
+/* A VM's part of it, or the whole (block.c). */
+size_t soft_share(const struct soft_supply *supply, bool shares);
 /* The part that it keeps when it has slept for a while: all of it, if it is the only one. */
-size_t soft_resting_share(size_t whole, bool shares);
+size_t soft_resting_share(const struct soft_supply *supply, bool shares);
 /* Memory from `base` on was used up to `used`, and before up to `touched`: the host gets back what exceeds `share`,
  * by madvise() with `advice`. */
 void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice);

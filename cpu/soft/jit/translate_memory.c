@@ -6,7 +6,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "soft/jit/translate.h"
 #include "soft/jit/translate_memory.h"
 
 #ifndef MFD_EXEC
@@ -18,6 +17,8 @@
 #endif
 /* Memory is made ready for an AHEADth of what is used, if that is some: two page faults less for each page of it. */
 enum { AHEAD = 8, AHEAD_LEAST = 64 << 10 };
+
+const struct soft_supply host_code_supply = { .whole = HOST_CODE_SIZE, .many = 768 << 10, .resting = 8 << 20 };
 
 /* Two mappings of unnamed memory. False: the host does not allow it. */
 static bool map_twice(struct host_code *code)
@@ -67,7 +68,7 @@ struct host_code *host_code_create(bool shares)
 }
 void host_code_make_ready(struct host_code *code, size_t size)
 {
-    size_t share = soft_share(HOST_CODE_SIZE, code->shares), ahead = code->used / AHEAD;
+    size_t share = soft_share(&host_code_supply, code->shares), ahead = code->used / AHEAD;
     size_t from = code->ready, end = (code->used + size + ahead) & ~(size_t)4095;
     if (code->used + size <= from || ahead < AHEAD_LEAST)
         return;
@@ -99,7 +100,7 @@ static void give_back(struct host_code *code, size_t keep)
 }
 bool host_code_rest(struct host_code *code)
 {
-    size_t share = soft_share(HOST_CODE_SIZE, code->shares);
+    size_t share = soft_share(&host_code_supply, code->shares);
     if (!code->base)
         return true;
     if (code->used > share)
@@ -110,7 +111,7 @@ bool host_code_rest(struct host_code *code)
 bool host_code_exceeds_rest(const struct host_code *code)
 {
     size_t most = code->touched > code->used ? code->touched : code->used;
-    return code->base && most > soft_resting_share(HOST_CODE_SIZE, code->shares);
+    return code->base && most > soft_resting_share(&host_code_supply, code->shares);
 }
 static void reset(struct host_code *code, size_t keep)
 {
@@ -119,5 +120,5 @@ static void reset(struct host_code *code, size_t keep)
     give_back(code, keep);
     code->used = 0;
 }
-void host_code_reset(struct host_code *code) { reset(code, soft_share(HOST_CODE_SIZE, code->shares)); }
+void host_code_reset(struct host_code *code) { reset(code, soft_share(&host_code_supply, code->shares)); }
 void host_code_drop(struct host_code *code) { reset(code, 0); }

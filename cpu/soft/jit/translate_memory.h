@@ -6,7 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { HOST_CODE_SIZE = 32 << 20 };
+#include "soft/jit/translate.h"
+
+enum { HOST_CODE_SIZE = 128 << 20 };
+extern const struct soft_supply host_code_supply;
 struct host_code {
     uint8_t *base;       /* where code is written; NULL: there is no memory */
     const uint8_t *runs; /* where it runs: the same memory */

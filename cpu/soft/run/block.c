@@ -5,7 +5,7 @@
  * change). Dead blocks are not reused before, so a running block that is invalidated may finish its instruction. All
  * VMs of a process share what one alone may take. One that goes to sleep with more than its share gives it back, and, if it
  * is one of several, also what stands beyond the blocks made since the last flush. After a while of sleep it keeps no more
- * than its part of a quarter of that, so that many VMs at rest take little (python -m tests.bench many, state). One with a
+ * than its part of an eighth of that, so that many VMs at rest take little (python -m tests.bench many, state). One with a
  * virtual clock has all for itself: when blocks are made anew decides where turns end, and that must not depend on who else
  * is there.
  * Links only join blocks of the same page, and a page's blocks die together. A dead block's first handler looks its address up
@@ -22,11 +22,11 @@
 /* What a block can consist of at most, in multiples of 8. */
 enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
-enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 4, HASH_BITS_MAX = 17, PAGE_HASH_BITS = 12, IN_PAGE_BITS = 7 };
-enum { ARENA_SIZE = 64 << 20, HUGE = 2 << 20 };
+enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 5, HASH_BITS_MAX = 19, PAGE_HASH_BITS = 12, IN_PAGE_BITS = 7 };
+enum { ARENA_SIZE = 128 << 20, HUGE = 2 << 20 };
+static const struct soft_supply arena_supply = { .whole = ARENA_SIZE, .many = 1536 << 10, .resting = 16 << 20 };
 enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back when a VM goes to sleep */
-enum { RESTING = 4 }; /* VMs at rest keep one RESTINGth of what working ones may have */
-enum { SHARERS_MANY = 20, PARTS_MOST = 42 }; /* so many VMs or more have one PARTS_MOSTth each */
+enum { SHARERS_MANY = 20 }; /* VMs, of which each has the same however many there are */
 enum { RESTERS_MAX = 32 }; /* with more VMs at rest a part is no smaller than with so many */
 
 /* A host page that code was translated from. */
@@ -135,16 +135,16 @@ static size_t part(size_t whole, uint32_t parts)
     return size & ~(unit(size) - 1);
 }
 
-size_t soft_share(size_t whole, bool shares)
+size_t soft_share(const struct soft_supply *supply, bool shares)
 {
     uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
-    return part(whole, n < SHARERS_MANY ? n : PARTS_MOST);
+    return n < SHARERS_MANY ? part(supply->whole, n) : supply->many;
 }
 
-size_t soft_resting_share(size_t whole, bool shares)
+size_t soft_resting_share(const struct soft_supply *supply, bool shares)
 {
     uint32_t n = shares ? __atomic_load_n(&sharers, __ATOMIC_RELAXED) : 1;
-    return n <= 1 ? whole : part(whole / RESTING, n < RESTERS_MAX ? n : RESTERS_MAX);
+    return n <= 1 ? supply->whole : part(supply->resting, n < RESTERS_MAX ? n : RESTERS_MAX);
 }
 
 void soft_give_back(uint8_t *base, size_t *touched, size_t used, size_t share, int advice)
@@ -416,7 +416,7 @@ static size_t kept(const struct block_cache *b, size_t share)
 
 void soft_blocks_rest(struct block_cache *b)
 {
-    size_t share = soft_share(ARENA_SIZE, b->shares);
+    size_t share = soft_share(&arena_supply, b->shares);
     if (b->used > share || !host_code_rest(b->host_code)) {
         soft_blocks_flush(b);
         recycle(b, share);
@@ -429,7 +429,7 @@ void soft_blocks_rest(struct block_cache *b)
 bool soft_blocks_exceed_rest(const struct block_cache *b)
 {
     size_t most = b->touched > b->used ? b->touched : b->used;
-    return most > soft_resting_share(ARENA_SIZE, b->shares) || host_code_exceeds_rest(b->host_code);
+    return most > soft_resting_share(&arena_supply, b->shares) || host_code_exceeds_rest(b->host_code);
 }
 
 void soft_blocks_rest_long(struct block_cache *b)
@@ -449,7 +449,7 @@ void soft_blocks_rest_long(struct block_cache *b)
  * if another thread makes a VM meanwhile and this VM's share shrinks. */
 static void reserve(struct block_cache *b)
 {
-    size_t share = soft_share(ARENA_SIZE, b->shares);
+    size_t share = soft_share(&arena_supply, b->shares);
     size_t size = sizeof(struct block) + BLOCK_MAX_UOPS * (sizeof(struct uop) + sizeof(uint16_t)) + 4096;
     if (b->used > share || share - b->used < size)
         soft_blocks_flush(b);
@@ -460,7 +460,7 @@ static void *allocate(struct block_cache *b, size_t size)
 {
     size = (size + 7) & ~(size_t)7;
     if (b->reset) {
-        recycle(b, soft_share(ARENA_SIZE, b->shares));
+        recycle(b, soft_share(&arena_supply, b->shares));
         host_code_reset(b->host_code);
     }
     void *p = b->arena + b->used;
