@@ -611,6 +611,16 @@ static bool changed_meanwhile(const struct block_cache *b, const struct block *k
     return memcmp(now, crossing, rest + 15) != 0;
 }
 
+/* Whether the instruction at `host`, in the last `rest` bytes of its page, goes on in the next one. */
+static bool crosses_page(struct block_cache *b, const uint8_t *host, unsigned rest, unsigned mode)
+{
+    if (rest >= 15)
+        return false;
+    soft_load_code(b->bytes, host, rest);
+    decode_block(&b->scratch, b->bytes, rest, mode, 1);
+    return b->scratch.need_more;
+}
+
 /* The block at c->rip, made if necessary. Raises if it cannot be fetched. */
 static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
 {
@@ -647,26 +657,26 @@ static struct uop *find_code(struct soft_vcpu *c, unsigned mode, bool keep)
             return decode_unkept(c, linear, mode, limit);
         unsigned rest = 4096 - (unsigned)(linear & 0xFFF);
         const uint8_t *host2 = NULL;
-        reserve(b);
-        struct code_page *p = make_page(b, page_of(host)), *q = NULL;
-        unsigned until = until_stop(b, (unsigned)(linear & 0xFFF), rest), most = rest < CODE_BYTES ? rest : CODE_BYTES;
-        uint8_t bytes[32];
-        soft_load_code(b->bytes, host, most);
-        decode_block(&b->scratch, b->bytes, until < most ? until : most, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
-        if (b->scratch.need_more && until < rest) /* a stop inside of the first instruction */
-            decode_block(&b->scratch, b->bytes, most, mode, 1);
-        if (b->scratch.need_more) {
+        if (crosses_page(b, host, rest, mode)) { /* the walk may raise or write: nothing is marked yet */
             uint64_t page2 = (linear & ~0xFFFull) + 4096;
-            if (limit <= rest)
+            if (limit <= rest || !(host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa)))
                 return decode_unkept(c, linear, mode, limit);
-            host2 = fetch_page(c, c->code64 ? page2 : page2 & UINT32_MAX, &gpa);
-            if (!host2)
-                return decode_unkept(c, linear, mode, limit);
-            p = make_page(b, page_of(host)); /* again: the walk may have written to it */
-            q = make_page(b, host2);
+        }
+        reserve(b);
+        struct code_page *p = make_page(b, page_of(host)), *q = host2 ? make_page(b, host2) : NULL;
+        uint8_t bytes[32];
+        if (host2) {
             soft_load_code(bytes, host, rest);
             soft_load_code(bytes + rest, host2, 15);
             decode_block(&b->scratch, bytes, rest + 15, mode, 1);
+        } else {
+            unsigned until = until_stop(b, (unsigned)(linear & 0xFFF), rest), most = rest < CODE_BYTES ? rest : CODE_BYTES;
+            soft_load_code(b->bytes, host, most);
+            decode_block(&b->scratch, b->bytes, until < most ? until : most, mode, mode & MODE_SINGLE ? 1 : BLOCK_MAX_INSNS);
+            if (b->scratch.need_more && until < rest) /* a stop inside of the first instruction */
+                decode_block(&b->scratch, b->bytes, most, mode, 1);
+            if (b->scratch.need_more) /* written meanwhile, it crosses now */
+                continue;
         }
         if (b->scratch.bytes > limit)
             return decode_unkept(c, linear, mode, limit);
