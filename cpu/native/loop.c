@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include "native/loop_internal.h"
+#include "soft/hostclock.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -32,12 +33,7 @@ enum {
 _Atomic int lv_spinners;
 _Atomic int lv_spinners_max = -1; /* processors of this process but one: the loop needs one to answer on */
 
-uint64_t lv_clock(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
+uint64_t lv_clock(void) { return soft_host_now(); }
 
 static long futex(_Atomic uint32_t *word, int op, uint32_t value)
 {
@@ -145,7 +141,7 @@ void lv_push_locked(struct lv_engine *engine, const struct lv_event *event)
     if (waits)
         vm->barriers++;
     if (posted)
-        vm->posted_tsc = __builtin_ia32_rdtsc();
+        vm->posted_ns = lv_clock();
     bool quiet = posted && !waits && vm->moderated && vm->fill.count < QUEUE_LIMIT / 2;
     bool signal = !quiet && !vm->signalled;
     if (signal)
@@ -192,8 +188,8 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
         if (!timer_fired || now < vm->moderation_ns)
             return;
         /* A guest that has fallen silent may wait for what its last write does: then let the next one signal. */
-        uint64_t tsc = __builtin_ia32_rdtsc();
-        bool silent = (tsc - vm->posted_tsc) * 3 > tsc - vm->moderation_tsc;
+        uint64_t at = lv_clock();
+        bool silent = (at - vm->posted_ns) * 3 > at - vm->began_ns;
         if (!vm->posted_since_timer || silent) {
             vm->moderated = false;
             vm->moderation_ns = UINT64_MAX;
@@ -206,7 +202,7 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
     vm->moderated = true;
     vm->posted_since_timer = false;
     vm->moderation_ns = now + vm->moderation_window;
-    vm->moderation_tsc = __builtin_ia32_rdtsc();
+    vm->began_ns = lv_clock();
 }
 
 const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)

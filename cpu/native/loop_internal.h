@@ -16,6 +16,8 @@ enum {
 extern _Atomic int lv_spinners;     /* threads spinning now, over all VMs */
 extern _Atomic int lv_spinners_max; /* threads that may spin at once, over all VMs; -1: not known yet */
 
+uint64_t lv_clock(void); /* CLOCK_MONOTONIC, ns */
+
 static inline void lv_count(struct lv_vm *vm, uint32_t stat)
 {
     atomic_fetch_add_explicit(&vm->stats[stat], 1, memory_order_relaxed);
@@ -26,9 +28,14 @@ static inline void lv_count(struct lv_vm *vm, uint32_t stat)
 static inline void lv_remember(struct lv_vcpu *vcpu, uint8_t kind, uint8_t size, uint64_t address, uint64_t value, uint8_t done)
 {
     struct lv_past_exit *last = &vcpu->past[(vcpu->past_count - 1) % LV_PAST_EXITS];
-    struct timespec t;
-    clock_gettime(done == LV_PAST_ON_THE_SPOT ? CLOCK_MONOTONIC_COARSE : CLOCK_MONOTONIC, &t);
-    uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    uint64_t now;
+    if (done == LV_PAST_ON_THE_SPOT) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+        now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    } else {
+        now = lv_clock();
+    }
     if (vcpu->past_count && last->kind == kind && last->address == address && last->value == value && last->size == size &&
         last->done == done && done == LV_PAST_ON_THE_SPOT && last->repeats < UINT32_MAX) {
         last->repeats++;
@@ -49,7 +56,6 @@ static inline void lv_remember_answer(struct lv_vcpu *vcpu, uint64_t value)
         last->value = value;
 }
 
-uint64_t lv_clock(void); /* CLOCK_MONOTONIC, ns */
 void lv_signal(struct lv_vm *vm);
 /* Queue `event` and wake the loop as needed. Called with vm->lock held; returns with it released; may wait (room in the
  * queue; virtual clock). */

@@ -183,10 +183,6 @@ __attribute__((used)) void guest_half(void)
 {
     CALL(__NR_prctl, PR_SET_PDEATHSIG, KILL, 0, 0);
     handle_signals();
-    if (CALL(__NR_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0) == 0)
-        flags |= RUNNER_NO_TSC;
-    if (CALL(__NR_arch_prctl, ARCH_SET_CPUID, 0, 0, 0) == 0)
-        flags |= RUNNER_CPUID_FAULTS;
     if (((const volatile struct runner_page *)RUNNER_COMMANDS)->count)
         open_breakpoints();
     long fd = filter(guest_filter, sizeof guest_filter / sizeof guest_filter[0],
@@ -263,11 +259,16 @@ __attribute__((used)) void begin(void)
         fail(1);
     CALL(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0);
     CALL(__NR_prctl, PR_SET_SPECULATION_CTRL, PR_SPEC_STORE_BYPASS, PR_SPEC_FORCE_DISABLE, 0);
+    /* Of both halves, though only one executes guest code: what differs between them is changed at each switch. */
+    if (CALL(__NR_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0) == 0)
+        flags |= RUNNER_NO_TSC;
+    if (CALL(__NR_arch_prctl, ARCH_SET_CPUID, 0, 0, 0) == 0)
+        flags |= RUNNER_CPUID_FAULTS;
     limit(RLIMIT_CORE, 0);
     limit(RLIMIT_FSIZE, 0);
     limit(RLIMIT_MEMLOCK, 0);
     limit(RLIMIT_MSGQUEUE, 0);
-    flags = forbid_files();
+    flags |= forbid_files();
 
     char *gate = (char *)CALL(__NR_mmap, RUNNER_GATE, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS);
     if (gate != (char *)RUNNER_GATE)

@@ -265,6 +265,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
     else
         runner_unbind(d);
     r->trials = 0;
+    soft_host_give_up_tsc();
     stay(c, SOFT_CORE_STOP);
     d->slice_why = SOFT_CORE_REFUSED;
     if (trip_run(c, r) == TRIP_LOST)

@@ -5,7 +5,10 @@
  */
 #include <errno.h>
 #include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "soft/system/system.h"
 
@@ -19,10 +22,27 @@ enum {
 };
 typedef unsigned __int128 wide;
 
+static bool tsc_given_up; /* by some thread of this process */
+
+void soft_host_give_up_tsc(void)
+{
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* their run-time libraries read clocks in any thread */
+    static __thread bool done;
+    if (done)
+        return;
+    done = true;
+    __atomic_store_n(&tsc_given_up, true, __ATOMIC_SEQ_CST);
+    prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0);
+#endif
+}
+
 uint64_t soft_host_now(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    if (__atomic_load_n(&tsc_given_up, __ATOMIC_RELAXED))
+        syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t);
+    else
+        clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * NS + (uint64_t)t.tv_nsec;
 }
 

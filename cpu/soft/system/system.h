@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "soft/cpu.h"
+#include "soft/hostclock.h"
 #include "soft/ops/flags.h"
 
 enum { PHYS_BITS = 48, LINEAR_BITS = 48 };
@@ -136,7 +137,7 @@ void soft_caller_event(struct soft_vcpu *c, uint8_t vector, uint64_t rip);
 void soft_caller_free(struct soft_vcpu *c);
 
 /* clock.c: TSC of `c` at a time of the VM's clock and back, kvmclock pages; instructions left until a time. */
-uint64_t soft_host_now(void);
+
 int64_t soft_budget_until(const struct soft_vcpu *c, uint64_t now, uint64_t deadline);
 /* Real clock: a turn used up so many instructions of its budget in so many ns. */
 void soft_pace(struct soft_vcpu *c, uint64_t ns, uint64_t instructions);

@@ -1,0 +1,17 @@
+/* The host's clock, for threads that may not read the TSC.
+ *
+ * A runner's guest half may not read the host's TSC (PR_SET_TSC: CR4.TSD, prctl(2)). The kernel writes CR4 whenever a processor goes
+ * from a thread that may to one that may not, and back; on a host that is a virtual machine itself each such write can be an exit
+ * to its hypervisor, which costs more than the rest of a stop. So the thread that runs a vCPU natively gives the TSC up, too. It
+ * executes only code of this package and system calls. The C library's clock_gettime() reads the TSC, so from then on
+ * all threads of the process that ask here make the system call: a thread inherits from the one that starts it.
+ */
+#ifndef SOFT_HOSTCLOCK_H
+#define SOFT_HOSTCLOCK_H
+
+#include <stdint.h>
+
+uint64_t soft_host_now(void); /* CLOCK_MONOTONIC, ns. Any thread. */
+void soft_host_give_up_tsc(void); /* of the calling thread, for ever; nothing where it cannot be given up */
+
+#endif
