@@ -64,7 +64,7 @@ static int insert(struct lv_vm *vm, const struct lv_entry *entry)
     if (!made)
         return -ENOMEM;
     *made = *entry;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     struct lv_entry **head = &vm->table[slot_of(entry->space, entry->address)];
     made->next = *head;
     *head = made;
@@ -89,7 +89,7 @@ static void forget_doorbell(struct lv_entry *e)
 static void unlink_entry(struct lv_vm *vm, struct lv_entry **link)
 {
     struct lv_entry *gone = *link;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     *link = gone->next;
     vm->entry_count--;
     forget_doorbell(gone);
@@ -145,7 +145,7 @@ int lv_shadow_set(struct lv_vm *vm, uint8_t space, uint64_t address, uint8_t siz
     struct lv_entry **link = find(vm, ENTRY_SHADOW, space, address, size);
     if (!link)
         return -ENOENT;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     (*link)->value = value & mask(size);
     (*link)->after = after & mask(size);
     (*link)->has_after = has_after;
@@ -159,7 +159,7 @@ int lv_shadow_invalidate(struct lv_vm *vm, uint8_t space, uint64_t address, uint
     struct lv_entry **link = find(vm, ENTRY_SHADOW, space, address, size);
     if (!link)
         return -ENOENT;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     (*link)->valid = false;
     pthread_mutex_unlock(&vm->lock);
     return 0;
@@ -294,7 +294,7 @@ static bool answered(struct lv_vm *vm, struct lv_answerer *answerer)
     pthread_mutex_unlock(&vm->lock);
     bool done = answerer->ring(answerer, &host);
     answerer->release(answerer);
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     if (done)
         lv_count(vm, LV_STAT_ANSWERED);
     return done;
@@ -319,7 +319,7 @@ void lv_tell_put_off(struct lv_engine *engine)
     struct lv_vm *vm = engine->vm;
     if (!lv_has_put_off(engine))
         return;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     while (engine->put_off) {
         struct lv_entry *e = engine->put_off;
         uint32_t slot = slot_of(e->space, e->address);
@@ -405,7 +405,7 @@ bool lv_try_access(struct lv_vcpu *vcpu, const struct lv_access *a, uint64_t *va
     if (vm->entry_count) {
         /* While this waits (virtual clock, full queue) the vCPU is inside an instruction: a kick must not park it here. */
         vcpu->engine->waiting = vcpu;
-        pthread_mutex_lock(&vm->lock);
+        lv_lock(vm);
         done = a->write ? write_on_the_spot(vcpu, a, true) : read_on_the_spot(vcpu, a, value);
         if (!done)
             pthread_mutex_unlock(&vm->lock);

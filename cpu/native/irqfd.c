@@ -35,7 +35,7 @@ static void serve(struct lv_vm *vm, struct lv_irqfd *irqfd)
         /* In this order: an acknowledgement of an earlier interrupt that comes between must leave a line that the next
          * one lowers. The other way round it would lower nothing and the line would stay up for ever. */
         vm->ops->set_irq(vm, irqfd->gsi, true);
-        pthread_mutex_lock(&vm->lock);
+        lv_lock(vm);
         irqfd->asserted = true;
         pthread_mutex_unlock(&vm->lock);
     } else {
@@ -56,7 +56,7 @@ void lv_irqfds_serve(struct lv_vm *vm)
 void lv_eoi(struct lv_vm *vm, uint32_t gsi)
 {
     bool lower = false;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
         if (i->gsi == gsi && i->asserted) {
             i->asserted = false;
@@ -67,7 +67,7 @@ void lv_eoi(struct lv_vm *vm, uint32_t gsi)
         return;
     /* Lower first: the owner may raise it again as soon as it hears of the acknowledgement. */
     vm->ops->set_irq(vm, gsi, false);
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
         if (i->gsi == gsi && i->resample_fd >= 0) {
             uint64_t one = 1;
@@ -97,7 +97,7 @@ int lv_irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add)
         if (!gone)
             return -ENOENT;
         epoll_ctl(vm->poll_fd, EPOLL_CTL_DEL, gone->fd, NULL);
-        pthread_mutex_lock(&vm->lock);
+        lv_lock(vm);
         *link = gone->next;
         bool lower = gone->asserted;
         for (struct lv_irqfd *i = vm->irqfds; i; i = i->next)
@@ -124,7 +124,7 @@ int lv_irqfd(struct lv_vm *vm, int fd, uint32_t gsi, int resample_fd, bool add)
         discard(made);
         return error;
     }
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     made->next = vm->irqfds;
     vm->irqfds = made;
     pthread_mutex_unlock(&vm->lock);

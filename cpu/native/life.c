@@ -123,11 +123,7 @@ struct lv_vm *lv_vm_create(const struct lv_ops *ops, const struct lv_config *con
     vm->generation = lv_generation;
     vm->alarm_ns = vm->timer_ns = vm->moderation_ns = UINT64_MAX;
     vm->linger_ns = LV_LINGER_MAX_NS;
-    pthread_mutexattr_t attr;
-    pthread_mutexattr_init(&attr);
-    pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);
-    pthread_mutex_init(&vm->lock, &attr);
-    pthread_mutexattr_destroy(&attr);
+    pthread_mutex_init(&vm->lock, NULL);
     vm->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     vm->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     vm->poll_fd = epoll_create1(EPOLL_CLOEXEC);

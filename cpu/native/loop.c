@@ -91,7 +91,7 @@ static void wait_for_room(struct lv_engine *engine)
     lv_count(vm, LV_STAT_POSTED_WAIT);
     for (;;) {
         uint32_t seq = atomic_load(&engine->seq);
-        pthread_mutex_lock(&vm->lock);
+        lv_lock(vm);
         bool full = vm->fill.count >= QUEUE_LIMIT;
         if (full)
             vm->room_waiters++;
@@ -111,7 +111,7 @@ void lv_wait_handled(struct lv_engine *engine, uint64_t taken)
     struct lv_vm *vm = engine->vm;
     for (;;) {
         uint32_t seq = atomic_load(&engine->seq);
-        pthread_mutex_lock(&vm->lock);
+        lv_lock(vm);
         bool done = vm->take_seq >= taken + 2 || lv_closing(vm);
         if (done)
             vm->barriers--;
@@ -133,7 +133,7 @@ void lv_push_locked(struct lv_engine *engine, const struct lv_event *event)
         while (vm->fill.count >= QUEUE_LIMIT && !lv_closing(vm)) {
             pthread_mutex_unlock(&vm->lock);
             wait_for_room(engine);
-            pthread_mutex_lock(&vm->lock);
+            lv_lock(vm);
         }
     }
     append(vm, event);
@@ -219,7 +219,7 @@ const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)
     if (vm->irqfds)
         lv_irqfds_serve(vm);
 
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     vm->drain.count = 0;
     struct lv_queue taken = vm->fill;
     vm->fill = vm->drain;
@@ -299,7 +299,7 @@ void lv_post_exit(struct lv_vcpu *vcpu, const struct lv_exit *exit)
     if (exit->kind != LV_INTERRUPTED)
         lv_remember(vcpu, (uint8_t)exit->kind, (uint8_t)exit->size, exit->kind <= LV_MMIO_WRITE ? exit->address : exit->rip,
                     exit->kind <= LV_MMIO_WRITE ? exit->value : exit->code, LV_PAST_WAITS);
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     atomic_store(&vcpu->state, LV_QUEUED);
     lv_push_locked(vcpu->engine, &event);
 }
@@ -383,7 +383,7 @@ void lv_park(struct lv_vcpu *vcpu, const struct lv_exit *exit)
 void lv_alarm_due(struct lv_engine *engine)
 {
     struct lv_event event = {.kind = LV_EVENT_ALARM};
-    pthread_mutex_lock(&engine->vm->lock);
+    lv_lock(engine->vm);
     lv_push_locked(engine, &event);
 }
 
@@ -404,7 +404,7 @@ int lv_vm_set_alarm(struct lv_vm *vm, uint64_t deadline_ns)
     /* start_ns may be "before 0": a restored VM's time can be more than this host's. */
     uint64_t now = lv_clock() - vm->start_ns, left = deadline_ns > now ? deadline_ns - now : 0;
     uint64_t at = deadline_ns > UINT64_MAX / 2 ? UINT64_MAX : lv_clock() + left;
-    pthread_mutex_lock(&vm->lock);
+    lv_lock(vm);
     vm->alarm_ns = at;
     uint64_t next = at < vm->moderation_ns ? at : vm->moderation_ns;
     pthread_mutex_unlock(&vm->lock);

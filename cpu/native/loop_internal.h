@@ -9,6 +9,7 @@
 enum {
     LV_TABLE_SIZE = 256,
     LV_TABLE_ENTRIES_MAX = 8192,
+    LV_LOCK_TRIES = 100, /* some microseconds */
     LV_SPIN_MAX_NS = 40000, /* tests.bench exits: beyond this a sleeping thread costs less than it delays */
     LV_LINGER_MAX_NS = 20000, /* the same for the loop's thread, which others wait for as well */
 };
@@ -21,6 +22,18 @@ uint64_t lv_clock(void); /* CLOCK_MONOTONIC, ns */
 static inline void lv_count(struct lv_vm *vm, uint32_t stat)
 {
     atomic_fetch_add_explicit(&vm->stats[stat], 1, memory_order_relaxed);
+}
+
+/* Take vm->lock, which is held for less time than a thread needs to fall asleep. Not by an adaptive mutex: that reads the TSC, which
+ * the thread may have given up (cpu/soft/hostclock.h). */
+static inline void lv_lock(struct lv_vm *vm)
+{
+    for (int tries = 0; tries < LV_LOCK_TRIES && lv_spinners_max > 0; tries++) {
+        if (!pthread_mutex_trylock(&vm->lock))
+            return;
+        __builtin_ia32_pause();
+    }
+    pthread_mutex_lock(&vm->lock);
 }
 
 /* Keep what happened among the vCPU's last exits. Of an access that is answered on the spot the time is read coarsely, which

@@ -3,8 +3,9 @@
  * A runner's guest half may not read the host's TSC (PR_SET_TSC: CR4.TSD, prctl(2)). The kernel writes CR4 whenever a processor goes
  * from a thread that may to one that may not, and back; on a host that is a virtual machine itself each such write can be an exit
  * to its hypervisor, which costs more than the rest of a stop. So the thread that runs a vCPU natively gives the TSC up, too. It
- * executes only code of this package and system calls. The C library's clock_gettime() reads the TSC, so from then on
- * all threads of the process that ask here make the system call: a thread inherits from the one that starts it.
+ * executes only code of this package, which calls nothing that reads the TSC: not the C library's clock_gettime(), no adaptive
+ * mutex (tests/unit/test_native_sources.py). It asks here, by a system call until it has not run natively for many such
+ * questions, as a guest's kernel that reads its TSC often; then it has the TSC again.
  */
 #ifndef SOFT_HOSTCLOCK_H
 #define SOFT_HOSTCLOCK_H
@@ -12,6 +13,7 @@
 #include <stdint.h>
 
 uint64_t soft_host_now(void); /* CLOCK_MONOTONIC, ns. Any thread. */
-void soft_host_give_up_tsc(void); /* of the calling thread, for ever; nothing where it cannot be given up */
+void soft_host_give_up_tsc(void); /* of the calling thread; nothing where it cannot be given up */
+void soft_host_take_tsc(void);    /* the calling thread may read it; one that was just started may not if its creator may not */
 
 #endif

@@ -7,8 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* CLOCK_MONOTONIC, ns. By a system call: the C library's function reads the TSC, which a vCPU's thread may have given up
- * (cpu/soft/hostclock.h). */
+/* CLOCK_MONOTONIC, ns. By a system call: the C library's function reads the TSC, which a vCPU's thread and those that it
+ * started may have given up (cpu/soft/hostclock.h). */
 static inline int64_t clock_now(void)
 {
     struct timespec now;

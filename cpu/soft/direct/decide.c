@@ -23,7 +23,8 @@ enum {
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
-    BOUND_NS = 4000000,    /* another one perhaps after this */
+    BOUND_STOPS = 256,     /* another one perhaps after so many, */
+    BOUND_CORE = 4000000,  /* or so many instructions in the core */
 };
 
 static void close_runner(struct soft_vcpu *c, struct runner *r)
@@ -69,7 +70,7 @@ static void begin_space(struct soft_vcpu *c, struct runner *r)
     r->stale = true;
     r->average_ns = PAYS_NS;
     r->balance_ns = CREDIT_NS;
-    r->refused = 0;
+    r->refused = r->stops = 0;
     r->trials = 0;
     r->core_until = 0;
     r->backoff = 0;
@@ -225,13 +226,38 @@ void soft_direct_returned(struct soft_vcpu *c)
     if (c->cpl != 3 || !c->code64 || __atomic_load_n(&c->vm->direct->off, __ATOMIC_RELAXED))
         return;
     d->returned = true;
-    const struct runner *r = d->current;
-    if (r && r->core_until > soft_instructions(c))
-        d->why = SOFT_CORE_POOR;
-    else if (!r && !c->vm->direct->always && count_age(c)->spent < GROWN) /* the run loop is not left for it */
-        d->why = SOFT_CORE_YOUNG;
+    uint64_t now = soft_instructions(c);
+    if (now < d->quiet_until) { /* the run loop is not left for it */
+        d->why = d->current ? SOFT_CORE_POOR : SOFT_CORE_YOUNG;
+        return;
+    }
+    const struct runner *r = known_runner(c);
+    if (r)
+        d->quiet_until = r->core_until;
+    else if (!c->vm->direct->always)
+        d->quiet_until = now + (uint64_t)(GROWN - count_age(c)->spent);
     else
+        d->quiet_until = 0;
+    if (now >= d->quiet_until)
         __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
+}
+
+/* Whether the pages that may not run natively cost more than stops with breakpoints would. */
+static bool breakpoints_pay(const struct soft_vcpu *c, const struct runner *r)
+{
+    const uint64_t *cost = c->direct->cost_ns;
+    uint64_t more = cost[true] > cost[false] ? cost[true] - cost[false] : 0; /* and an instruction takes about 1 ns in the core */
+    return !guard_any(r) && !c->vm->direct->no_guards && r->refused > HOT + r->stops * more;
+}
+
+static void bind(struct soft_vcpu *c, struct runner *r)
+{
+    struct direct_vcpu *d = c->direct;
+    bool was = d->bound >= 0;
+    runner_bind(c, r);
+    if (!was)
+        d->bound_stops = BOUND_STOPS;
+    d->bound_until = soft_instructions(c) + BOUND_CORE;
 }
 
 /* Natively, once. */
@@ -249,7 +275,7 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
         d->slice = TRIAL, d->slice_why = SOFT_CORE_IMPOSSIBLE;
     if (d->slice > 0)
         return;
-    if (r->refused > HOT && !guard_any(r) && !c->vm->direct->no_guards) {
+    if (breakpoints_pay(c, r)) {
         give_breakpoints(c, r);
         return;
     }
@@ -260,10 +286,10 @@ static void stretch(struct soft_vcpu *c, struct runner *r)
             close_runner(c, r);
         return;
     }
-    if (r->average_ns < BIND_NS && (d->bound < 0 || soft_host_now() - d->bound_ns < BOUND_NS))
-        runner_bind(c, r);
-    else
+    if (r->average_ns >= BIND_NS || (d->bound >= 0 && !d->bound_stops--))
         runner_unbind(d);
+    else
+        bind(c, r);
     r->trials = 0;
     soft_host_give_up_tsc();
     stay(c, SOFT_CORE_STOP);
@@ -277,7 +303,7 @@ void soft_direct_execute(struct soft_vcpu *c)
     struct direct_vcpu *d = c->direct;
     struct direct_vm *direct = c->vm->direct;
     bool off = __atomic_load_n(&direct->off, __ATOMIC_RELAXED);
-    if (d->bound >= 0 && (off || soft_host_now() - d->bound_ns > BOUND_NS))
+    if (d->bound >= 0 && (off || soft_instructions(c) > d->bound_until))
         runner_unbind(d);
     if (off || !trip_possible(c)) {
         stay(c, SOFT_CORE_IMPOSSIBLE);
@@ -352,6 +378,7 @@ void soft_direct_switched(struct soft_vcpu *c, bool keep)
     bool other = c->direct->root != root;
     count_age(c);
     c->direct->current = NULL;
+    c->direct->quiet_until = 0;
     c->direct->root = root;
     for (unsigned i = 0; i < RUNNERS; i++) {
         struct runner *r = &c->direct->runner[i];

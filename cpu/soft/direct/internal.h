@@ -34,7 +34,7 @@ enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
     CREDIT_NS = 2000000, /* what an address space may lose at first, while its pages are mapped, and at most */
-    GAIN = 8,            /* so much of the core's time does 1 ns of native execution save */
+    GAIN = 5,            /* so much of the core's time does 1 ns of native execution save */
 };
 /* A breakpoint of a page: guard.c. */
 struct guard {
@@ -111,6 +111,7 @@ struct runner {
     uint64_t refused;     /* instructions that were left to the core, of pages that may not run natively */
     /* Whether it pays: trip.c measures it, decide.c decides. */
     uint64_t used_ns;     /* processor time of the guest half */
+    uint64_t stops;
     uint64_t average_ns;  /* of native time until a stop that is neither a page's nor a kick, a moving average */
     uint64_t last_ns;     /* of native time until the last stop */
     int64_t balance_ns;   /* what it may still lose by stops: what it gains is added, up to CREDIT_NS */
@@ -152,7 +153,12 @@ struct direct_vcpu {
     uint32_t kicks;           /* ... and how often it was kicked since */
     cpu_set_t own_affinity;   /* of the thread, before it was bound to a processor */
     int bound;                /* atomic: the processor, or -1 */
-    uint64_t bound_ns;
+    uint32_t bound_stops;     /* so many more stops it stays bound, */
+    uint64_t bound_until;     /* and until so many instructions are retired */
+    /* Medians, of runners without breakpoints and with them: what a stop costs of the guest half's processor time, of those without
+     * a stretch; and what it costs in all, of all. */
+    uint64_t floor_ns[2], cost_ns[2];
+    uint64_t quiet_until;     /* until so many instructions are retired, a return to a program is nothing to look at */
     struct soft_native_stats counts;
     enum soft_native_core why; /* user code is in the core, if it is */
     bool in_user;             /* it executes at CPL 3 in the core, */
@@ -173,7 +179,6 @@ struct direct_vm {
     uint32_t runners;         /* for each vCPU */
     bool off;                 /* atomic: it went wrong too often */
     bool no_guards;           /* the host has no breakpoints to give */
-    uint64_t floor_ns;        /* atomic: what a stop costs of the guest half's processor time, the median of those without a stretch */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
     bool sysenter;            /* 64-bit code can execute SYSENTER: any host but AMD's is taken to be as Intel's */

@@ -65,6 +65,7 @@ static void *kicker(void *argument)
 {
     struct soft_vm *vm = argument;
     struct direct_vm *direct = vm->direct;
+    soft_host_take_tsc();
     pthread_mutex_lock(&direct->lock);
     while (!direct->kicker_end) {
         uint64_t now = soft_host_now(), next = UINT64_MAX;

@@ -360,7 +360,6 @@ void runner_bind(struct soft_vcpu *c, struct runner *r)
         if (sched_setaffinity(0, sizeof one, &one) < 0)
             return;
         __atomic_store_n(&d->bound, cpu, __ATOMIC_RELAXED);
-        d->bound_ns = soft_host_now();
     }
     if (r->cpu != cpu && sched_setaffinity(r->guest, sizeof one, &one) == 0 &&
         sched_setaffinity(r->mapper, sizeof one, &one) == 0)

@@ -25,7 +25,7 @@ _Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 ha
 /* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
 enum { URETPROBE = 335 };
 #define LONGEST_NS 20000000ull
-#define FLOOR_STEP 32
+#define MEDIAN_STEP 32
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
 
 static bool has_avx(const struct soft_vcpu *c) { return soft_vcpu_xcr0(c) & STATE_HAS_AVX; }
@@ -346,14 +346,20 @@ static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
     return end < now + limit ? end : now + limit;
 }
 
+static void follow_median(uint64_t *median, uint64_t sample)
+{
+    uint64_t step = *median / MEDIAN_STEP + 1;
+    *median = sample > *median ? *median + step : *median - (step < *median ? step : *median);
+}
+
 /* What a stretch was worth. Stops at pages are the fewer the longer a program runs, and kicks are not its own: neither says anything
  * about the next stretch. */
-static void account(const struct direct_vm *direct, struct runner *r, uint64_t worked, bool own)
+static void account(struct runner *r, uint64_t worked, uint64_t cost, bool own)
 {
     int64_t most = (int64_t)(worked < STRETCH_MAX ? worked : STRETCH_MAX);
     if (own)
         r->average_ns = (uint64_t)((int64_t)r->average_ns + (most - (int64_t)r->average_ns) / 8);
-    r->balance_ns += (int64_t)worked * GAIN - 2 * (int64_t)__atomic_load_n(&direct->floor_ns, __ATOMIC_RELAXED);
+    r->balance_ns += (int64_t)worked * GAIN - (int64_t)cost;
     if (r->balance_ns > CREDIT_NS)
         r->balance_ns = CREDIT_NS;
 }
@@ -376,11 +382,12 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     kick_after(d);
     uint64_t ns = soft_host_now() - began, used = kick_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
-    uint64_t spent = worked, floor = __atomic_load_n(&vm->direct->floor_ns, __ATOMIC_RELAXED);
-    worked = worked > floor ? worked - floor : 0;
+    uint64_t spent = worked, *floor = &d->floor_ns[guard_any(r)], *cost = &d->cost_ns[guard_any(r)];
+    worked = worked > *floor ? worked - *floor : 0;
     d->counts.ns += worked;
     d->counts.stops++;
     r->last_ns = worked;
+    r->stops++;
     /* As many instructions as the core would have executed: turns and budgets are in its measure. */
     c->budget -= (int64_t)(ns / 4);
     d->user_from = soft_instructions(c);
@@ -388,10 +395,9 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
         return TRIP_LOST;
     d->failures = 0;
     int signal = stop.frame.info.signal;
-    if (c->rip == entered && signal == SIGSEGV) { /* not one instruction was executed: so much does a stop cost */
-        uint64_t step = floor / FLOOR_STEP + 1;
-        __atomic_store_n(&vm->direct->floor_ns, spent > floor ? floor + step : floor - (step < floor ? step : floor), __ATOMIC_RELAXED);
-    }
-    account(vm->direct, r, worked, signal != SIGSEGV && signal != SIGUSR1);
+    if (c->rip == entered && signal == SIGSEGV) /* not one instruction was executed */
+        follow_median(floor, spent);
+    follow_median(cost, ns > worked ? ns - worked : 0);
+    account(r, worked, *cost, signal != SIGSEGV && signal != SIGUSR1);
     return after_stop(c, r, &stop);
 }

@@ -20,26 +20,33 @@ enum {
     PACE_MOST = 128 * 1024, /* slower ones are a thread that had no processor */
     PACE_FROM = 1000,       /* instructions: a shorter turn tells nothing */
 };
+enum { READS_MAX = 64 /* so many system calls cost about as much as giving the TSC up once more */ };
 typedef unsigned __int128 wide;
 
-static bool tsc_given_up; /* by some thread of this process */
+static __thread bool tsc_given_up;
+static __thread uint32_t reads; /* of the clock since then */
 
 void soft_host_give_up_tsc(void)
 {
+    reads = 0;
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* their run-time libraries read clocks in any thread */
-    static __thread bool done;
-    if (done)
-        return;
-    done = true;
-    __atomic_store_n(&tsc_given_up, true, __ATOMIC_SEQ_CST);
-    prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0);
+    if (!tsc_given_up)
+        tsc_given_up = prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0) == 0;
 #endif
+}
+
+void soft_host_take_tsc(void)
+{
+    prctl(PR_SET_TSC, PR_TSC_ENABLE, 0, 0, 0);
+    tsc_given_up = false;
 }
 
 uint64_t soft_host_now(void)
 {
     struct timespec t;
-    if (__atomic_load_n(&tsc_given_up, __ATOMIC_RELAXED))
+    if (tsc_given_up && ++reads > READS_MAX)
+        soft_host_take_tsc();
+    if (tsc_given_up)
         syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t);
     else
         clock_gettime(CLOCK_MONOTONIC, &t);
