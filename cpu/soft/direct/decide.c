@@ -19,7 +19,7 @@ enum {
     BACKOFF_MAX = 6,       /* so often at most */
     CREDIT_PART = 16,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
-    GROWN = 1000000,       /* instructions, twice, before an address space gets a runner */
+    GROWN = 4000000,       /* instructions, twice, before an address space gets a runner */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -245,8 +245,8 @@ void soft_direct_returned(struct soft_vcpu *c)
 /* Whether the pages that may not run natively cost more than stops with breakpoints would. */
 static bool breakpoints_pay(const struct soft_vcpu *c, const struct runner *r)
 {
-    const uint64_t *cost = c->direct->cost_ns;
-    uint64_t more = cost[true] > cost[false] ? cost[true] - cost[false] : 0; /* and an instruction takes about 1 ns in the core */
+    const uint64_t *floor = c->direct->floor_ns;
+    uint64_t more = floor[true] > floor[false] ? STOP_FLOORS * (floor[true] - floor[false]) : 0; /* an instruction takes about 1 ns in the core */
     return !guard_any(r) && !c->vm->direct->no_guards && r->refused > HOT + r->stops * more;
 }
 

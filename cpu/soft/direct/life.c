@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGE_SLICE = 500, FLOOR_NS = 4000, COST_NS = 12000 }; /* what follows what is measured begins so */
+enum { PAGE_SLICE = 500, FLOOR_NS = 4000 };
 
 static bool is_amd(void)
 {
@@ -120,9 +120,8 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
         struct direct_vcpu *d = calloc(1, sizeof *d);
         if ((ok = d != NULL)) {
             d->bound = -1;
-            d->floor_ns[false] = d->floor_ns[true] = FLOOR_NS;
-            d->cost_ns[false] = COST_NS;
-            d->cost_ns[true] = 2 * COST_NS;
+            d->floor_ns[false] = FLOOR_NS;
+            d->floor_ns[true] = 2 * FLOOR_NS;
             d->deadline = d->kicked = UINT64_MAX;
             vm->vcpus[i]->direct = d;
         }

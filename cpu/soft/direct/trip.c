@@ -382,7 +382,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     kick_after(d);
     uint64_t ns = soft_host_now() - began, used = kick_time(r->guest), worked = used - r->used_ns;
     r->used_ns = used;
-    uint64_t spent = worked, *floor = &d->floor_ns[guard_any(r)], *cost = &d->cost_ns[guard_any(r)];
+    uint64_t spent = worked, *floor = &d->floor_ns[guard_any(r)];
     worked = worked > *floor ? worked - *floor : 0;
     d->counts.ns += worked;
     d->counts.stops++;
@@ -397,7 +397,6 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     int signal = stop.frame.info.signal;
     if (c->rip == entered && signal == SIGSEGV) /* not one instruction was executed */
         follow_median(floor, spent);
-    follow_median(cost, ns > worked ? ns - worked : 0);
-    account(r, worked, *cost, signal != SIGSEGV && signal != SIGUSR1);
+    account(r, worked, STOP_FLOORS * *floor, signal != SIGSEGV && signal != SIGUSR1);
     return after_stop(c, r, &stop);
 }

@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include "native/loop.h"
+#include "soft/hostclock.h"
 #include "soft/run/entropy.h"
 #include "soft/soft.h"
 
@@ -343,9 +344,7 @@ static void hold(struct lv_vcpu *vcpu, bool held)
 /* The loop's timer descriptor counts from start_ns: keep it where the core's time 0 is. */
 static void align_clock(struct lv_vm *vm)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    vm->start_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec - soft_vm_now(of(vm)->soft);
+    vm->start_ns = soft_host_now() - soft_vm_now(of(vm)->soft);
 }
 
 static int vm_create(struct lv_vm *vm)
