@@ -63,15 +63,91 @@ static uint8_t *vector_writer(struct gen *g, struct writer writers[WRITERS], uns
         writers[(*count)++] = (struct writer){at, dirty};
     return at;
 }
-static void emit_stubs(struct gen *g)
+/* What stubs end with stands once for several of them, since it is as long as all else in them. */
+struct tail {
+    uint8_t *at; /* NULL: none yet */
+    const struct block *block;
+    int64_t bias;
+};
+struct tails {
+    struct tail handlers[2], leave[2]; /* by `flags` of their stubs */
+};
+/* To what was made before. */
+static void jump_back(struct gen *g, const uint8_t *to)
+{
+    ptrdiff_t distance = to - g->p - 2;
+    if (distance == (int8_t)distance) {
+        gen_b1(g, 0xEB), gen_b1(g, (uint8_t)distance);
+    } else {
+        gen_b1(g, 0xE9);
+        gen_b4(g, (uint32_t)(distance - 3));
+    }
+}
+/* On with the handler that a micro-op has as its `fn`: all but the first of a run. */
+static void stub_to_handler(struct gen *g, const struct stub *s, unsigned from, struct tails *tails)
+{
+    struct tail *t = &tails->handlers[s->flags];
+    if (s->uop == 0 || (s->block == g->head && s->uop == from)) {
+        to_handler(g, s->block, s->uop, s->flags);
+        return;
+    }
+    gen_b1(g, 0xB8 | H_RCX), gen_b4(g, s->uop * (uint32_t)sizeof(struct uop)); /* mov ecx */
+    if (t->at && t->block == s->block && t->bias == s->bias) {
+        jump_back(g, t->at);
+        return;
+    }
+    *t = (struct tail){g->p, s->block, s->bias};
+    gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)s->block->code);
+    gen_op_rr(g, 3, 0x03, H_RSI, H_RCX);
+    if (g->bias)
+        gen_add_rip(g, H_RDX, 0);
+    if (s->flags) {
+        gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_enter);
+        gen_b1(g, 0xFF), gen_b1(g, 0xE0); /* jmp rax */
+    } else {
+        gen_b1(g, 0xFF), gen_b1(g, 0x26); /* jmp [rsi] */
+    }
+}
+/* Out of host code: the next instruction's address is in RAX. */
+static void stub_leave(struct gen *g, const struct stub *s, struct tails *tails)
+{
+    struct tail *t = &tails->leave[s->flags];
+    if (t->at) {
+        jump_back(g, t->at);
+        return;
+    }
+    t->at = g->p;
+    gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
+    if (s->flags) {
+        gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
+        gen_b1(g, 0xFF), gen_b1(g, 0xE0);
+    } else {
+        gen_b1(g, 0xC3);
+    }
+}
+/* Whether two stubs are the same code, as those of a budget and of attention are. */
+static bool same(const struct stub *a, const struct stub *b)
+{
+    return a->leave && b->leave && a->block == b->block && a->uop == b->uop && a->delta == b->delta && a->fused == b->fused &&
+           a->flags == b->flags && a->vectors == b->vectors && a->vectors_dirty == b->vectors_dirty &&
+           a->dirty_count == b->dirty_count && !memcmp(a->dirty, b->dirty, a->dirty_count * sizeof a->dirty[0]);
+}
+static void emit_stubs(struct gen *g, unsigned from)
 {
     struct writer writers[WRITERS];
+    struct tails tails = {0};
     unsigned writer_count = 0;
+    const uint8_t *last = g->p;
     for (unsigned i = 0; i < g->stub_count && !g->failed; i++) {
         const struct stub *s = &g->stubs[i];
-        const uint8_t *writer = s->vectors ? vector_writer(g, writers, &writer_count, s->vectors_dirty) : NULL;
-        uint32_t distance = (uint32_t)(g->p - g->start) - s->at - 4;
+        bool again = i && same(s, s - 1);
+        const uint8_t *writer = s->vectors && !again ? vector_writer(g, writers, &writer_count, s->vectors_dirty) : NULL;
+        if (!again)
+            last = g->p;
+        uint32_t distance = (uint32_t)(last - g->start) - s->at - 4;
         memcpy(g->start + s->at, &distance, 4);
+        if (again)
+            continue;
         g->bias = s->bias;
         if (writer) {
             gen_b1(g, 0xE8); /* call */
@@ -80,7 +156,7 @@ static void emit_stubs(struct gen *g)
         for (unsigned k = 0; k < s->dirty_count; k++)
             gen_op_rm(g, 3, 0x89, s->dirty[k].host, H_RDI, s->dirty[k].guest * 8);
         if (!s->leave) {
-            to_handler(g, s->block, s->uop, s->flags);
+            stub_to_handler(g, s, from, &tails);
             continue;
         }
         if (s->fused) {
@@ -90,13 +166,7 @@ static void emit_stubs(struct gen *g)
             emit_compare_flags(g, &s->block->code[s->uop], block_ops(s->block)[s->uop]);
         }
         gen_add_rip(g, H_RAX, s->delta);
-        gen_op_rm(g, 3, 0x89, H_RAX, H_RDI, FIELD(rip));
-        if (s->flags) {
-            gen_mov_imm64(g, H_RAX, (uint64_t)(uintptr_t)host_flags_leave);
-            gen_b1(g, 0xFF), gen_b1(g, 0xE0);
-        } else {
-            gen_b1(g, 0xC3);
-        }
+        stub_leave(g, s, &tails);
     }
 }
 
@@ -139,6 +209,7 @@ static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned f
 {
     struct block *next;
     g->start = g->p = at;
+    g->head = k;
     g->end = at + RUN_MAX;
     g->stub_count = g->loop_count = g->label_count = g->jump_count = 0;
     g->failed = false;
@@ -154,7 +225,7 @@ static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned f
     unsigned end = emit_run(g, k, 0, from);
     while ((next = gen_loop_next(g)))
         emit_run(g, next, next->host - k->host, 0);
-    emit_stubs(g);
+    emit_stubs(g, from);
     return end;
 }
 

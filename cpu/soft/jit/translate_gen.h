@@ -47,7 +47,8 @@ struct gen {
     uint8_t *start, *p, *end;
     uintptr_t runs, runs_size; /* host code as it runs, all of it, */
     uintptr_t runs_start;      /* and what stands at `start` */
-    struct block *block;
+    struct block *head;        /* what is being made, */
+    struct block *block;       /* and which block of a loop */
     int64_t bias;              /* of its start from the address in RDX */
     struct uop *code;          /* its micro-ops, and their operations */
     const uint16_t *ops;
