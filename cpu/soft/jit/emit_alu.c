@@ -117,7 +117,7 @@ EMITTER(alu_rm)
     unsigned a = destination(g, v.op, gen_reg_of(g, u->r0, true));
     if (reads_carry(v.op))
         gen_carry_to_host(g);
-    gen_op_rm(g, v.size, opcode(v.op), a, H_RSI, 0);
+    gen_op_rm(g, v.size, opcode(v.op), a, g->at, g->at_disp);
     alu_flags(g, v.flags && !u->aux, v, a);
     return true;
 }
@@ -127,12 +127,12 @@ EMITTER(alu_mr)
         return false;
     gen_access(g, u, v.form, v.size, modifies(v.op) ? ACCESS_WRITE : ACCESS_READ);
     unsigned b = gen_reg_of(g, u->r1, true);
-    gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    gen_op_rm(g, v.size, 0x8B, H_RAX, g->at, g->at_disp);
     if (reads_carry(v.op))
         gen_carry_to_host(g);
     gen_op_rr(g, v.size, opcode(v.op), H_RAX, b);
     if (modifies(v.op))
-        gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
+        gen_op_rm(g, v.size, 0x89, H_RAX, g->at, g->at_disp);
     alu_flags(g, v.flags && !u->aux, v, H_RAX);
     return true;
 }
@@ -142,12 +142,12 @@ EMITTER(alu_mi)
     if (imm != (int32_t)imm)
         return false;
     gen_access(g, u, v.form, v.size, modifies(v.op) ? ACCESS_WRITE : ACCESS_READ);
-    gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    gen_op_rm(g, v.size, 0x8B, H_RAX, g->at, g->at_disp);
     if (reads_carry(v.op))
         gen_carry_to_host(g);
     gen_op_imm(g, v.size, group(v.op), H_RAX, imm);
     if (modifies(v.op))
-        gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
+        gen_op_rm(g, v.size, 0x89, H_RAX, g->at, g->at_disp);
     alu_flags(g, v.flags && !u->aux, v, H_RAX);
     return true;
 }
@@ -178,11 +178,11 @@ EMITTER(unary_r)
 EMITTER(unary_m)
 {
     gen_access(g, u, v.form, v.size, ACCESS_WRITE);
-    gen_op_rm(g, v.size, 0x8B, H_RAX, H_RSI, 0);
+    gen_op_rm(g, v.size, 0x8B, H_RAX, g->at, g->at_disp);
     if (v.flags && v.op < UN_NEG)
         gen_carry_to_host(g);
     unary(g, v, H_RAX);
-    gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
+    gen_op_rm(g, v.size, 0x89, H_RAX, g->at, g->at_disp);
     if (v.flags && v.op != UN_NOT)
         set_flags(g, AF_HOST, v.size, H_RAX);
     else if (v.op == UN_NEG)
@@ -280,7 +280,7 @@ EMITTER(cmpxchg_m)
     gen_access_tmp(g, u, ACCESS_WRITE);
     unsigned a = gen_reg_of(g, RAX * 8, true), from = gen_reg_of(g, u->r1, true);
     gen_op_rr(g, 3, 0x8B, H_RAX, a);
-    gen_prefix(g, size, from, 0, H_RSI), gen_b1(g, 0x0F), gen_b1(g, size ? 0xB1 : 0xB0), gen_memory(g, from, H_RSI, 0);
+    gen_prefix(g, size, from, 0, g->at), gen_b1(g, 0x0F), gen_b1(g, size ? 0xB1 : 0xB0), gen_memory(g, from, g->at, g->at_disp);
     if (size == 2) {
         gen_op_rr(g, 2, 0x8B, H_RCX, H_RAX);
         gen_op_0f_rr(g, 3, 0x45, a, H_RCX); /* cmovne */
@@ -314,7 +314,7 @@ EMITTER(lzcnt)
     gen_op_rr(g, 3, 0x33, H_RAX, H_RSI);
     gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 63);   /* shr: OF */
     gen_op_rr(g, 2, 0x8B, H_RSI, H_RCX);
-    gen_prefix(g, 2, 0, 0, H_RSI), gen_b1(g, 0xC1), gen_b1(g, 0xEE), gen_b1(g, (unsigned)__builtin_ctz(bits)); /* shr: CF */
+    gen_prefix(g, 2, 0, 0, g->at), gen_b1(g, 0xC1), gen_b1(g, 0xEE), gen_b1(g, (unsigned)__builtin_ctz(bits)); /* shr: CF */
     gen_op_rr(g, 2, 0x33, H_RAX, H_RSI);
     gen_op_rr(g, 2, 0x03, H_RSI, H_RSI);
     gen_op_rr(g, 2, 0x0B, H_RAX, H_RSI);

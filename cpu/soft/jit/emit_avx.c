@@ -131,7 +131,7 @@ EMITTER(avx_rr)
 EMITTER(avx_rm)
 {
     check_float(g, u->ptr); /* before the access: it uses RAX */
-    gen_access(g, u, v.form, u->size == 32 ? 5 : 4, ACCESS_READ);
+    gen_access_alone(g, u, v.form, u->size == 32 ? 5 : 4, ACCESS_READ);
     computes(g, u->ptr, u->size == 32, u->r0, u->r1, AT_RSI, u->aux);
     return true;
 }

@@ -57,6 +57,16 @@ EMITTER(jmp_fall)
     gen_go(g, u, false, false);
     return g->ended = true;
 }
+/* The address of the next instruction to the stack. */
+static void push_next(struct gen *g, const struct uop *u)
+{
+    unsigned h = gen_reg_of(g, RSP * 8, true);
+    gen_access_stack(g, u, -8, ACCESS_WRITE);
+    gen_add_rip(g, H_RAX, u->off + u->len);
+    gen_op_rm(g, 3, 0x89, H_RAX, g->at, g->at_disp);
+    gen_op_imm(g, 3, 5, h, 8);
+    g->r.dirty[h] = true;
+}
 EMITTER(call_rel)
 {
     gen_flags_for(g, LINKS((struct uop *)u)->taken);
@@ -64,13 +74,7 @@ EMITTER(call_rel)
         gen_add_rip(g, H_RCX, LINKS((struct uop *)u)->delta);
         gen_probe(g);
     }
-    unsigned h = gen_reg_of(g, RSP * 8, true);
-    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
-    gen_tlb(g, 8, ACCESS_WRITE);
-    gen_add_rip(g, H_RAX, u->off + u->len);
-    gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
-    gen_op_imm(g, 3, 5, h, 8);
-    g->r.dirty[h] = true;
+    push_next(g, u);
     if (LINKS((struct uop *)u)->taken) {
         gen_go(g, u, true, false);
     } else {
@@ -96,9 +100,8 @@ EMITTER(ret64)
 {
     gen_flags_for(g, NULL);
     unsigned h = gen_reg_of(g, RSP * 8, true);
-    gen_op_rr(g, 3, 0x8B, H_RSI, h);
-    gen_tlb(g, 8, ACCESS_READ);
-    gen_op_rm(g, 3, 0x8B, H_RCX, H_RSI, 0);
+    gen_access_stack(g, u, 0, ACCESS_READ);
+    gen_op_rm(g, 3, 0x8B, H_RCX, g->at, g->at_disp);
     gen_probe(g);
     gen_op_imm(g, 3, 0, h, (int64_t)(8 + u->imm));
     g->r.dirty[h] = true;
@@ -116,19 +119,14 @@ EMITTER(jmp_r)
 }
 EMITTER(call_r)
 {
-    if (!ok_reg(u->r1))
+    if (!ok_reg(u->r1) || u->r1 == RSP * 8) /* CALL RSP goes to the old one */
         return false;
     gen_flags_for(g, NULL);
-    unsigned target = gen_reg_of(g, u->r1, true), h = gen_reg_of(g, RSP * 8, true);
+    unsigned target = gen_reg_of(g, u->r1, true);
     gen_op_rr(g, 3, 0x8B, H_RCX, target);
     gen_probe(g);
-    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
-    gen_tlb(g, 8, ACCESS_WRITE);
-    gen_add_rip(g, H_RAX, u->off + u->len);
-    gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
-    gen_op_rr(g, 3, 0x8B, H_RDX, target); /* CALL RSP goes to the old one */
-    gen_op_imm(g, 3, 5, h, 8);
-    g->r.dirty[h] = true;
+    push_next(g, u);
+    gen_op_rr(g, 3, 0x8B, H_RDX, target);
     gen_end_write_back(g);
     gen_due(g, u, 0, false);
     gen_jump_entry(g, H_RDX);

@@ -38,7 +38,7 @@ EMITTER(load_r)
     if (!ok_reg(u->r0))
         return false;
     gen_access(g, u, v.form, v.size, ACCESS_READ);
-    gen_op_rm(g, v.size, 0x8B, write_reg(g, u->r0, v.size < 2), H_RSI, 0);
+    gen_op_rm(g, v.size, 0x8B, write_reg(g, u->r0, v.size < 2), g->at, g->at_disp);
     return true;
 }
 EMITTER(load_rip)
@@ -46,7 +46,7 @@ EMITTER(load_rip)
     if (!ok_reg(u->r0))
         return false;
     rip_access(g, u, v.size, ACCESS_READ);
-    gen_op_rm(g, v.size, 0x8B, write_reg(g, u->r0, v.size < 2), H_RSI, 0);
+    gen_op_rm(g, v.size, 0x8B, write_reg(g, u->r0, v.size < 2), g->at, g->at_disp);
     return true;
 }
 EMITTER(store_r)
@@ -54,7 +54,7 @@ EMITTER(store_r)
     if (!ok_reg(u->r1))
         return false;
     gen_access(g, u, v.form, v.size, ACCESS_WRITE);
-    gen_op_rm(g, v.size, 0x89, gen_reg_of(g, u->r1, true), H_RSI, 0);
+    gen_op_rm(g, v.size, 0x89, gen_reg_of(g, u->r1, true), g->at, g->at_disp);
     return true;
 }
 EMITTER(store_rip)
@@ -62,14 +62,14 @@ EMITTER(store_rip)
     if (!ok_reg(u->r1))
         return false;
     rip_access(g, u, v.size, ACCESS_WRITE);
-    gen_op_rm(g, v.size, 0x89, gen_reg_of(g, u->r1, true), H_RSI, 0);
+    gen_op_rm(g, v.size, 0x89, gen_reg_of(g, u->r1, true), g->at, g->at_disp);
     return true;
 }
 EMITTER(store_i)
 {
     gen_access(g, u, v.form, v.size, ACCESS_WRITE);
     gen_mov_imm64(g, H_RAX, v.size == 3 ? u->imm : (uint32_t)u->imm);
-    gen_op_rm(g, v.size, 0x89, H_RAX, H_RSI, 0);
+    gen_op_rm(g, v.size, 0x89, H_RAX, g->at, g->at_disp);
     return true;
 }
 
@@ -80,17 +80,17 @@ EMITTER(rmw_load)
     gen_access_tmp(g, u, ACCESS_WRITE);
     unsigned h = write_reg(g, OFF_T1, false);
     if (size >= 2) {
-        gen_op_rm(g, size, 0x8B, h, H_RSI, 0);
+        gen_op_rm(g, size, 0x8B, h, g->at, g->at_disp);
     } else {
-        gen_prefix(g, 2, h, 0, H_RSI);
-        gen_b1(g, 0x0F), gen_b1(g, 0xB6u | size), gen_memory(g, h, H_RSI, 0); /* movzx */
+        gen_prefix(g, 2, h, 0, g->at);
+        gen_b1(g, 0x0F), gen_b1(g, 0xB6u | size), gen_memory(g, h, g->at, g->at_disp); /* movzx */
     }
     return true;
 }
 EMITTER(rmw_store)
 {
     gen_access_tmp(g, u, ACCESS_WRITE);
-    gen_op_rm(g, (unsigned)__builtin_ctz(u->size), 0x89, gen_reg_of(g, OFF_T1, true), H_RSI, 0);
+    gen_op_rm(g, (unsigned)__builtin_ctz(u->size), 0x89, gen_reg_of(g, OFF_T1, true), g->at, g->at_disp);
     return true;
 }
 
@@ -113,12 +113,12 @@ static bool extend_rm(struct gen *g, const struct uop *u, unsigned form, unsigne
     gen_access(g, u, form, from_size, ACCESS_READ);
     unsigned h = write_reg(g, u->r0, size == 1);
     if (from_size == 2) {
-        gen_op_rm(g, sign ? 3 : 2, sign ? 0x63 : 0x8B, h, H_RSI, 0);
+        gen_op_rm(g, sign ? 3 : 2, sign ? 0x63 : 0x8B, h, g->at, g->at_disp);
     } else {
-        gen_prefix(g, size, h, 0, H_RSI);
+        gen_prefix(g, size, h, 0, g->at);
         gen_b1(g, 0x0F);
         gen_b1(g, (sign ? 0xBEu : 0xB6u) | from_size);
-        gen_memory(g, h, H_RSI, 0);
+        gen_memory(g, h, g->at, g->at_disp);
     }
     return true;
 }
@@ -192,42 +192,37 @@ EMITTER(ea_abs)
     return address_to_t0(g);
 }
 
+/* RSP changes; the host's flags stay. */
+static void move_stack(struct gen *g, int32_t by)
+{
+    unsigned h = gen_reg_of(g, RSP * 8, true);
+    gen_op_rm(g, 3, 0x8D, h, h, by);
+    g->r.dirty[h] = true;
+}
 EMITTER(push64_r)
 {
     if (!ok_reg(u->r1))
         return false;
-    gen_clobber(g);
-    unsigned h = gen_reg_of(g, RSP * 8, true);
-    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
-    gen_tlb(g, 8, ACCESS_WRITE);
-    gen_op_rm(g, 3, 0x89, gen_reg_of(g, u->r1, true), H_RSI, 0);
-    gen_op_imm(g, 3, 5, h, 8);
-    g->r.dirty[h] = true;
+    gen_access_stack(g, u, -8, ACCESS_WRITE);
+    gen_op_rm(g, 3, 0x89, gen_reg_of(g, u->r1, true), g->at, g->at_disp);
+    move_stack(g, -8);
     return true;
 }
 EMITTER(push64_i)
 {
-    gen_clobber(g);
-    unsigned h = gen_reg_of(g, RSP * 8, true);
-    gen_op_rm(g, 3, 0x8D, H_RSI, h, -8);
-    gen_tlb(g, 8, ACCESS_WRITE);
+    gen_access_stack(g, u, -8, ACCESS_WRITE);
     gen_mov_imm64(g, H_RAX, u->imm);
-    gen_op_rm(g, 3, 0x89, H_RAX, H_RSI, 0);
-    gen_op_imm(g, 3, 5, h, 8);
-    g->r.dirty[h] = true;
+    gen_op_rm(g, 3, 0x89, H_RAX, g->at, g->at_disp);
+    move_stack(g, -8);
     return true;
 }
 EMITTER(pop64_r)
 {
     if (!ok_reg(u->r0))
         return false;
-    gen_clobber(g);
-    unsigned h = gen_reg_of(g, RSP * 8, true);
-    gen_op_rr(g, 3, 0x8B, H_RSI, h);
-    gen_tlb(g, 8, ACCESS_READ);
-    gen_op_imm(g, 3, 0, h, 8);
-    g->r.dirty[h] = true;
-    gen_op_rm(g, 3, 0x8B, write_reg(g, u->r0, false), H_RSI, 0);
+    gen_access_stack(g, u, 0, ACCESS_READ);
+    move_stack(g, 8);
+    gen_op_rm(g, 3, 0x8B, write_reg(g, u->r0, false), g->at, g->at_disp);
     return true;
 }
 

@@ -182,6 +182,7 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
     g->from_start = from == 0;
     g->ended = false;
     gen_no_flags(g);
+    gen_windows_forget(g);
     if (from == 0 && gen_flags_entry(k) == ENTRY_WORD) {
         g->in_word = g->unknown = true;
         g->in_lazy = false;
@@ -192,6 +193,7 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
         g->pinned = 0;
         if (!emit || !emit(g, &k->code[i], op_variant(g->ops[i])))
             break;
+        gen_windows_follow(g, &k->code[i], g->ops[i]);
         i++;
     }
     if (!g->ended) {

@@ -263,34 +263,53 @@ void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned
     gen_b4(g, (uint32_t)u->disp);
 }
 static void and_eax(struct gen *g, uint32_t v) { gen_b1(g, 0x25), gen_b4(g, v); }
-/* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
-void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind)
+void gen_tlb_at(struct gen *g, unsigned h, unsigned bytes, enum soft_kind kind)
 {
     int32_t table = (int32_t)(kind * sizeof(struct soft_tlb_entry) * TLB_SIZE);
-    gen_op_rr(g, 2, 0x8B, H_RAX, H_RSI);
+    gen_op_rr(g, 2, 0x8B, H_RAX, h);
     gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 8); /* shr eax, 8 */
     and_eax(g, (TLB_SIZE - 1) << 4);
     gen_op_rm(g, 3, 0x03, H_RAX, H_RDI, FIELD(tlb));
     if (bytes > 1)
-        gen_op_rm(g, 3, 0x8D, H_RCX, H_RSI, (int32_t)bytes - 1);
+        gen_op_rm(g, 3, 0x8D, H_RCX, h, (int32_t)bytes - 1);
     else
-        gen_op_rr(g, 3, 0x8B, H_RCX, H_RSI);
+        gen_op_rr(g, 3, 0x8B, H_RCX, h);
     gen_op_imm(g, 3, 4, H_RCX, -4096);
     gen_op_rm(g, 3, 0x3B, H_RCX, H_RAX, table);
     jump_to_stub(g, 5);
-    gen_op_rm(g, 3, 0x03, H_RSI, H_RAX, table + 8);
+    gen_op_rm(g, 3, 0x03, h, H_RAX, table + 8);
 }
-void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind)
+void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind)
+{
+    g->at = H_RSI, g->at_disp = 0;
+    gen_tlb_at(g, H_RSI, bytes, kind);
+}
+void gen_access_alone(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind)
 {
     gen_clobber(g);
     gen_lea_address(g, u, form, H_RSI, 3);
     gen_tlb(g, 1u << size, kind);
 }
+void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind)
+{
+    if (!gen_window(g, u))
+        gen_access_alone(g, u, form, size, kind);
+}
 void gen_access_tmp(struct gen *g, const struct uop *u, enum soft_kind kind)
 {
+    if (gen_window(g, u))
+        return;
     gen_clobber(g);
     gen_op_rr(g, 3, 0x8B, H_RSI, gen_reg_of(g, OFF_T0, true));
     gen_tlb(g, u->size, kind);
+}
+void gen_access_stack(struct gen *g, const struct uop *u, int32_t disp, enum soft_kind kind)
+{
+    if (gen_window(g, u))
+        return;
+    gen_clobber(g);
+    gen_op_rm(g, 3, 0x8D, H_RSI, gen_reg_of(g, RSP * 8, true), disp);
+    gen_tlb(g, 8, kind);
 }
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to)
 {
@@ -379,6 +398,7 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
     const struct uop_links *l = LINKS((struct uop *)u);
     int64_t delta = taken ? l->delta : u->off + u->len;
     struct uop *to = taken ? l->taken : l->next;
+    gen_windows_forget(g);
     if (gen_in_loop(g, to)) {
         gen_loop_edge(g, u, to, delta, fused);
         return;

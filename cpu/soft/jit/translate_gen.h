@@ -10,7 +10,7 @@
 #include "soft/ops/operations.h"
 
 enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
-enum { GUESTS = 20, STUBS = 512, LABELS = 12, JUMPS = 4 * LABELS };
+enum { GUESTS = 20, WINDOWS = 3, STUBS = 512, LABELS = 12, JUMPS = 4 * LABELS };
 #define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
 
 /* Of flags that are not lazy: AF as the host has it, clear, or set. */
@@ -31,11 +31,18 @@ struct stub {
     struct { uint8_t guest, host; } dirty[10];
 };
 struct registers {
-    int8_t where[GUESTS];      /* host register of a guest register, or -1 */
-    int8_t holds[16];          /* guest register in a host register, or -1 */
+    int8_t where[GUESTS + WINDOWS]; /* host register of a guest register, or of a window's pointer; or -1 */
+    int8_t holds[16];          /* what of these is in a host register, or -1 */
     bool dirty[16];
     uint32_t age[16];
     uint16_t vectors, vectors_dirty; /* YMM registers that the host's of the same number hold (emit_avx.c) */
+};
+/* Bytes that were looked up in the TLB as one (translate_window.c): those from low to high, as seen from the value that a guest
+ * register had then; by now it is higher by `at`. */
+struct window {
+    uint8_t guest;
+    bool write;
+    int32_t low, high, at;
 };
 /* A block of a loop, as it is entered with registers in host registers (translate_loop.c). */
 struct label {
@@ -55,6 +62,9 @@ struct gen {
     unsigned uop, count;       /* the one under way, and how many there are */
     bool from_start;           /* the run is all of the block so far */
     struct registers r;
+    struct window windows[WINDOWS]; /* those whose pointers are in host registers */
+    unsigned at;               /* host register and distance of the operand in memory, behind gen_access() */
+    int32_t at_disp;
     uint16_t pinned;
     uint32_t clock;
     bool in_host, in_word, in_lazy; /* where the guest's flags are (translate_flags.c) */
@@ -130,14 +140,19 @@ void host_flags_leave(struct soft_vcpu *c);
 
 /* ---- translate_gen.c ---- */
 void gen_lea_address(struct gen *g, const struct uop *u, unsigned form, unsigned to, unsigned size);
-/* The linear address is in RSI: turn it into a host pointer, or go to the interpreter. Flags are lost. */
+/* The linear address is in RSI, or `h`: turn it into a host pointer, or go to the interpreter. Flags are lost. Uses RAX, RCX. */
 void gen_tlb(struct gen *g, unsigned bytes, enum soft_kind kind);
+void gen_tlb_at(struct gen *g, unsigned h, unsigned bytes, enum soft_kind kind);
 /* To the micro-op's handler, on a condition. */
 void gen_to_handler(struct gen *g, unsigned cc);
-/* The host pointer to an operand in memory to RSI, or to the handler: to `size` (log2) bytes at the address that the micro-op
- * forms, or to u->size bytes at tmp[0]. Flags are lost. */
+/* An operand in memory, which is then at [g->at + g->at_disp], or to the handler: `size` (log2) bytes at the address that the
+ * micro-op forms, or u->size bytes at tmp[0]. Flags are lost, unless they are kept as g->in_host says. */
 void gen_access(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind);
 void gen_access_tmp(struct gen *g, const struct uop *u, enum soft_kind kind);
+/* The same of 8 bytes on the stack, at a distance from RSP. */
+void gen_access_stack(struct gen *g, const struct uop *u, int32_t disp, enum soft_kind kind);
+/* The same by a look-up of its own, at RSI. */
+void gen_access_alone(struct gen *g, const struct uop *u, unsigned form, unsigned size, enum soft_kind kind);
 void gen_rip_address(struct gen *g, const struct uop *u, unsigned to);
 /* Charge the budget, look for attention; out through a stub when due. */
 void gen_due(struct gen *g, const struct uop *u, int64_t delta, bool fused);
@@ -156,6 +171,13 @@ void gen_probe(struct gen *g);
 void gen_jump_cached(struct gen *g);
 /* To a fixed successor. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
+
+/* ---- translate_window.c ---- */
+/* The operand in memory of the micro-op under way by a window that there is or that pays: as gen_access(). False: neither. */
+bool gen_window(struct gen *g, const struct uop *u);
+/* A micro-op was made: what has become of the registers that windows are seen from. */
+void gen_windows_follow(struct gen *g, const struct uop *u, unsigned op);
+void gen_windows_forget(struct gen *g);
 
 /* ---- translate_loop.c ---- */
 /* Find the loop that a block begins: g->loop, without blocks if there is none. */
