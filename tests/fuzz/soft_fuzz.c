@@ -140,8 +140,63 @@ static unsigned put_instruction(uint8_t *p)
     return n;
 }
 
+/* 64-bit code as compilers make it: an access at a small distance from register `base`, a push, a pop, or a change of `base`,
+ * which now and then points near the end of a page. */
+static unsigned put_access(uint8_t *p, unsigned base)
+{
+    static const uint8_t opcodes[] = { 0x8B, 0x8B, 0x89, 0x89, 0x03, 0x01, 0x11, 0x13, 0x2B, 0x39, 0x3B, 0x85, 0x8A, 0x88, 0x63, 0x31 };
+    unsigned n = 0, reg = below(16), wide = below(2) << 3, high = base >> 3;
+    int8_t distance = (int8_t)(below(80) - 40);
+    switch (below(12)) {
+    case 0:
+        if (reg >> 3)
+            p[n++] = 0x41;
+        p[n++] = (uint8_t)((below(2) ? 0x50 : 0x58) | (reg & 7)); /* push, pop */
+        return n;
+    case 1: {
+        uint64_t at = DATA + 0x1000 * (1 + below(8)) - below(96);
+        if (below(8))
+            break;
+        p[n++] = (uint8_t)(0x48 | high);
+        p[n++] = (uint8_t)(0xB8 | (base & 7)); /* mov base, imm64 */
+        memcpy(p + n, &at, 8);
+        return n + 8;
+    }
+    case 2:
+        p[n++] = (uint8_t)(0x48 | high);
+        p[n++] = 0x83;
+        p[n++] = (uint8_t)((below(2) ? 0xC0 : 0xE8) | (base & 7)); /* add, sub base, imm8 */
+        p[n++] = (uint8_t)(below(32) - 16);
+        return n;
+    case 3: reg = base, wide = 8; p[n++] = (uint8_t)(0x48 | high << 2 | high), p[n++] = 0x8D; goto operand; /* lea base, [base + d] */
+    case 4: reg = below(2); p[n++] = (uint8_t)(0x40 | wide | high), p[n++] = 0xFF; goto operand; /* inc, dec */
+    case 5: p[n++] = (uint8_t)(0x40 | wide | (reg >> 3) << 2 | high), p[n++] = 0x0F, p[n++] = below(2) ? 0xB6 : 0xBF; goto operand;
+    default: break;
+    }
+    if (below(6) == 0)
+        p[n++] = 0x66;
+    p[n++] = (uint8_t)(0x40 | wide | (reg >> 3) << 2 | high);
+    p[n++] = opcodes[below(sizeof opcodes)];
+operand:
+    p[n++] = (uint8_t)(0x40 | (reg & 7) << 3 | (base & 7));
+    if ((base & 7) == 4)
+        p[n++] = 0x24;
+    p[n++] = (uint8_t)distance;
+    return n;
+}
+
 static void fill_code(uint8_t *at, unsigned size)
 {
+    if (below(4) == 0) {
+        unsigned n = 0, base = below(16);
+        uint64_t data = DATA + 0x1000 * (1 + below(8)) - below(96);
+        at[n++] = (uint8_t)(0x48 | base >> 3);
+        at[n++] = (uint8_t)(0xB8 | (base & 7));
+        memcpy(at + n, &data, 8);
+        for (n += 8; n + 32 < size;)
+            n += below(64) ? put_access(at + n, below(8) ? base : below(16)) : put_instruction(at + n);
+        return;
+    }
     if (below(4) == 0) {
         for (unsigned i = 0; i < size; i++)
             at[i] = (uint8_t)rnd();
