@@ -18,6 +18,8 @@ import pytest
 import vmm
 from cpu import _core
 from cpu.direct import support
+from cpu.model import unavailable
+from cpu.system import soft_system
 from tests.support import calltrace
 from tests.support.counted import counters
 from tests.support.patience import PATIENCE
@@ -28,6 +30,13 @@ SOURCES = Path(__file__).parents[1] / "support" / "direct"
 FLAGS = ["-O1", "-static", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-mno-red-zone", "-mxsavec", "-mxsave"]
 OWN_PAGES = ["-falign-functions=4096", f"-I{SOURCES.parents[2] / 'cpu'}"]
 """So that no attack shares a page with code that the core has to execute."""
+MORE_FLAGS = {
+    "programs": [],
+    "attacks": OWN_PAGES,
+    "threads": ["-pthread"],
+    "rewritten": OWN_PAGES,
+    "instructions": OWN_PAGES,
+}
 SECCOMP, STOP, MAPPING_CALLS, UNFILTERED = 317, 436, {9, 10, 11, 16}, {335, 336}
 """System calls of x86-64: seccomp; close_range, by which a guest half stops; mmap, mprotect, munmap, ioctl; uretprobe
 and uprobe, which Linux passes by every filter and refuses outside of its own trampolines."""
@@ -38,7 +47,7 @@ pytestmark = pytest.mark.skipif("soft" not in _core.CORES, reason="this build ha
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    for name, more in (("programs", []), ("attacks", OWN_PAGES), ("threads", ["-pthread"]), ("rewritten", OWN_PAGES)):
+    for name, more in MORE_FLAGS.items():
         subprocess.run(["gcc", *FLAGS, *more, "-o", folder / name, SOURCES / f"{name}.c"], check=True)
     return folder
 
@@ -90,6 +99,21 @@ async def test_code_that_others_rewrite_is_looked_at_anew(
     assert answers == {(f"{brand:x}",) * 3, (f"{components:x}",) * 3}, text
     assert last == "done" and len(lines) == 7 * 6
     assert counted["native-ns"] > 1_000_000
+
+
+@pytest.mark.parametrize("model", ["v2", "v3"])
+async def test_each_instruction_ends_as_in_the_core(linux: Any, direct: None, programs: Path, model: str) -> None:
+    if unavailable(model, soft_system().supported_cpuid()):
+        pytest.skip(f"this host's core has no {model}")
+    native, counted = await output(programs, "instructions", "on", cpu_model=model)
+    core, _ = await output(programs, "instructions", "off", cpu_model=model)
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    compared = ("exact ", "vendor ") if amd else ("exact ",)
+    pairs = list(zip(native.splitlines(), core.splitlines(), strict=True))
+    assert [one for one, other in pairs if one != other and one.startswith(compared)] == []
+    assert pairs[-1] == ("done", "done") and len(pairs) > 800
+    assert {one.partition(":")[0] for one, _ in pairs} == {other.partition(":")[0] for _, other in pairs}
+    assert counted["native-stops.fault"] > 300
 
 
 def survived(text: str) -> bool:

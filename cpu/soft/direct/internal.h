@@ -102,7 +102,7 @@ struct runner {
     uint32_t mapped;      /* no more mappings than that since it was empty */
     uint32_t region_count;
     uint64_t last_used;
-    bool blocked;         /* the guest has a page where ours are */
+    bool blocked;         /* the guest has a page where ours are, or an LDT */
     uint8_t fx[512] __attribute__((aligned(16))); /* x87 and SSE of the guest half as it stopped last, or will go on */
     struct fpu fpu;       /* what `fx` is in the core */
     bool fp_known;

@@ -319,8 +319,11 @@ static void protect(struct batch *b)
                 protect_region(b, region);
 }
 
-static bool maps_ours(struct soft_vcpu *c)
+/* Whether the address space has what a runner cannot: pages of its own where ours are, or a table of descriptors. */
+static bool beyond_runners(struct soft_vcpu *c)
 {
+    if (c->ldtr.selector & ~3u)
+        return true;
     struct leaf leaf = walk(c, RUNNER_GATE & ~(REGION_BYTES - 1), P | U);
     for (uint64_t at = RUNNER_GATE; at < RUNNER_OWN_END; at += PAGE_BYTES)
         if (leaf.table ? (leaf.table[at >> 12 & 511] & P) : (leaf.large & P))
@@ -449,7 +452,7 @@ bool pages_prepare(struct soft_vcpu *c, struct runner *r)
     if (r->region_count > MAX_REGIONS && !pages_drop_all(r))
         return false;
     struct batch b = {.c = c, .r = r, .count = r->waiting};
-    r->blocked = maps_ours(c);
+    r->blocked = beyond_runners(c);
     if (all || r->some_stale) {
         for (unsigned i = 0; i < REGION_HASH; i++)
             for (struct region *region = r->regions[i]; region; region = region->next)

@@ -27,15 +27,17 @@ static unsigned sees_host(const struct direct_vm *direct, const uint8_t *p, int 
     unsigned modrm = p[2], reg = modrm >> 3 & 7;
     bool memory = modrm < 0xC0, sees = false;
     switch (p[1]) {
-    case 0x01: /* XGETBV; RDPKRU and WRPKRU; VMCALL and VMMCALL, which a host that is a guest itself answers */
-        sees = modrm == 0xD0 || modrm == 0xEE || modrm == 0xEF || modrm == 0xC1 || modrm == 0xD9;
+    case 0x01: /* XGETBV; RDPKRU and WRPKRU; VMCALL, VMMCALL and VMFUNC, which a host that is a guest itself answers */
+        sees = modrm == 0xD0 || modrm == 0xEE || modrm == 0xEF || modrm == 0xC1 || modrm == 0xD9 || modrm == 0xD4;
         break;
-    case 0x02: /* LAR, LSL of a register: the host's descriptors (Linux's getcpu() keeps the processor's number in one) */
+    case 0x02: /* LAR, LSL of a register: the host's descriptors (Linux's getcpu() keeps the processor's number in one). With an
+                * operand in memory, as VERR and VERW, they are not looked for: nothing uses them, and their bytes are in one page
+                * of thirteen, in constants mostly. */
     case 0x03:
         sees = !memory;
         break;
-    case 0xAE: /* XSAVE, XRSTOR, XSAVEOPT: the host's components */
-        sees = memory && reg >= 4 && reg <= 6;
+    case 0xAE: /* FXSAVE and FXRSTOR: the host's MXCSR_MASK; XSAVE, XRSTOR, XSAVEOPT: its components */
+        sees = memory && (reg <= 1 || (reg >= 4 && reg <= 6));
         break;
     case 0xC7: /* XRSTORS, XSAVEC, XSAVES; RDPID */
         sees = (memory && reg >= 3 && reg <= 5) || (!memory && reg == 7);

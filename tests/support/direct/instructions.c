@@ -1,0 +1,291 @@
+/* What each instruction of a table does in a guest program: a line of what it changed, or of the signal it ended with. They are
+ * instructions that could show which processor executes, or whose ends differ between a processor and an operating system on one.
+ * Each stands in a page of its own, with nothing else that has to be executed in the core. Static, x86-64 Linux.
+ *
+ * A line begins with `exact` (decided by the guest), with `vendor` (the host's way, which the core has as AMD's processors), or with
+ * `open` (docs/security.md says what is different natively). */
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, BYTES = 40, BUFFER = 512 };
+/* Addresses are part of what is printed. */
+#define CODE ((uint8_t *)0x20000000)
+#define DATA ((uint8_t *)0x30000000)
+
+/* Loaded before the instruction, in this order, and stored after it. RSP stays. */
+struct registers {
+    uint64_t ax, bx, cx, dx, si, di, bp, r8, r9, r10, r11, flags;
+};
+static const char *const names[] = {"ax", "bx", "cx", "dx", "si", "di", "bp", "r8", "r9", "r10", "r11", "flags"};
+enum { REGISTERS = sizeof names / sizeof names[0] };
+
+void execute(struct registers *r, const uint8_t *code);
+__asm__(".balign 4096\n"
+        "execute:\n\t"
+        "push %rbx; push %rbp; push %r12; push %r13; push %rdi; push %rsi\n\t"
+        "pushq 88(%rdi); popfq\n\t"
+        "mov (%rdi), %rax; mov 8(%rdi), %rbx; mov 16(%rdi), %rcx; mov 24(%rdi), %rdx; mov 32(%rdi), %rsi; mov 48(%rdi), %rbp\n\t"
+        "mov 56(%rdi), %r8; mov 64(%rdi), %r9; mov 72(%rdi), %r10; mov 80(%rdi), %r11; mov 40(%rdi), %rdi\n\t"
+        "call *(%rsp)\n\t"
+        "mov 8(%rsp), %r12; mov %rdi, 40(%r12); mov %rax, (%r12); mov %rbx, 8(%r12); mov %rcx, 16(%r12); mov %rdx, 24(%r12)\n\t"
+        "mov %rsi, 32(%r12); mov %rbp, 48(%r12); mov %r8, 56(%r12); mov %r9, 64(%r12); mov %r10, 72(%r12); mov %r11, 80(%r12)\n\t"
+        "pushfq; popq 88(%r12); pushq $0x202; popfq; cld\n\t"
+        "pop %rsi; pop %rdi; pop %r13; pop %r12; pop %rbp; pop %rbx; ret\n\t"
+        ".balign 4096\n");
+
+static sigjmp_buf back;
+static uint64_t fs_base, gs_base;
+static volatile uint64_t at, code, trap, error;
+
+static void set_bases(void)
+{
+    uint64_t no = 0;
+    __asm__ volatile("mov %w0, %%ds; mov %w0, %%es; wrfsbase %1; wrgsbase %2" : : "r"(no), "r"(fs_base), "r"(gs_base));
+}
+
+static void handler(int number, siginfo_t *info, void *context)
+{
+    set_bases(); /* siglongjmp() needs the thread's own */
+    ucontext_t *u = context;
+    at = (uint64_t)u->uc_mcontext.gregs[REG_RIP];
+    trap = (uint64_t)u->uc_mcontext.gregs[REG_TRAPNO];
+    error = (uint64_t)u->uc_mcontext.gregs[REG_ERR];
+    code = (uint32_t)info->si_code;
+    siglongjmp(back, number);
+}
+
+struct entry {
+    const char *name;
+    uint8_t code[BYTES]; /* ends with the last byte that is not 0, or at `length` */
+    unsigned length;
+    uint64_t ax, cx, dx, bx;
+    enum { EXACT, VENDOR, OPEN } group;
+    unsigned shown;      /* bytes of DATA */
+};
+
+static uint8_t *next = CODE;
+
+static void run(const struct entry *e)
+{
+    static const char *const groups[] = {"exact", "vendor", "open"};
+    uint8_t *page = next;
+    next += 2 * PAGE;
+    if (mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != page)
+        abort();
+    unsigned length = e->length;
+    for (unsigned i = 0; !e->length && i < BYTES; i++)
+        length = e->code[i] ? i + 1 : length;
+    memset(page, 0xCC, PAGE);
+    memset(page, 0x90, 64);
+    memcpy(page + 64, e->code, length);
+    page[64 + length] = 0xC3;
+    mprotect(page, PAGE, PROT_READ | PROT_EXEC);
+    for (int i = 0; i < BUFFER; i++)
+        DATA[i] = (uint8_t)(i * 7 + 1);
+    struct registers r = {e->ax, e->bx, e->cx, e->dx, 8, (uint64_t)DATA, 6, 8, 9, 10, 11, 0x202}, before;
+    r.si = (uint64_t)DATA + 256;
+    before = r;
+    printf("%s %s:", groups[e->group], e->name);
+    int number = sigsetjmp(back, 1);
+    if (!number) {
+        execute(&r, page); /* NOPs, so that the page is there natively when it comes to the instruction */
+        set_bases();
+    }
+    __asm__ volatile("fninit; ldmxcsr %0" : : "m"((uint32_t){0x1F80}));
+    if (number)
+        printf(" signal %d code %d trap %lu error %lx at %ld", number, (int)code, trap, error, (long)(at - (uint64_t)page - 64));
+    for (unsigned i = 0; !number && i < REGISTERS; i++) {
+        uint64_t a = ((uint64_t *)&r)[i], b = ((uint64_t *)&before)[i];
+        if (a != b)
+            printf(" %s=%lx", names[i], a);
+    }
+    for (unsigned i = 0; !number && i < e->shown; i++)
+        printf("%s%02x", i % 8 ? "" : " ", DATA[i]);
+    puts("");
+}
+
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+static const struct entry table[] = {
+    /* tables and the machine's status, by UMIP */
+    {"sgdt", {0x0F, 0x01, 0x07}, .shown = 16},
+    {"sidt", {0x0F, 0x01, 0x0F}, .shown = 16},
+    {"sldt", {0x48, 0x0F, 0x00, 0xC0}, .ax = ~0ul},
+    {"sldt, 16 bits", {0x66, 0x0F, 0x00, 0xC0}, .ax = ~0ul},
+    {"sldt, memory", {0x0F, 0x00, 0x07}, .shown = 8},
+    {"str", {0x48, 0x0F, 0x00, 0xC8}, .ax = ~0ul},
+    {"str, memory", {0x0F, 0x00, 0x0F}, .shown = 8},
+    {"smsw", {0x48, 0x0F, 0x01, 0xE0}, .ax = ~0ul},
+    {"smsw, 32 bits", {0x0F, 0x01, 0xE0}, .ax = ~0ul},
+    {"smsw, 16 bits", {0x66, 0x0F, 0x01, 0xE0}, .ax = ~0ul},
+    {"smsw, memory", {0x0F, 0x01, 0x27}, .shown = 8},
+    /* segment registers: load, read, 0 */
+    {"ds 0", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0},
+    {"ds 3", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 3},
+    {"ds 8", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 8},
+    {"ds 10", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x10},
+    {"ds 18", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x18},
+    {"ds 23", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x23},
+    {"ds 2b", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x2B},
+    {"ds 33", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x33},
+    {"ds 3b", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x3B},
+    {"ds 40", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x40},
+    {"ds 53", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x53},
+    {"ds 63", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x63},
+    {"ds 6b", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x6B},
+    {"ds 7b", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x7B},
+    {"ds 83", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x83},
+    {"ds 7", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 7},
+    {"ds 2b, and a system call", {0x8E, 0xD8, 0xB8, 39, 0, 0, 0, 0x0F, 0x05, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0x2B},
+    {"es 2b", {0x8E, 0xC0, 0x8C, 0xC0, 0x31, 0xC9, 0x8E, 0xC1}, .ax = 0x2B},
+    {"ss 2b", {0x8E, 0xD0, 0x8C, 0xD0}, .ax = 0x2B},
+    {"ss 0", {0x8E, 0xD0, 0x8C, 0xD0}, .ax = 0},
+    {"ss 33", {0x8E, 0xD0, 0x8C, 0xD0}, .ax = 0x33},
+    {"ss 23", {0x8E, 0xD0, 0x8C, 0xD0}, .ax = 0x23},
+    /* wrfsbase rdx; mov fs, eax; rdfsbase rbx; mov eax, fs; mov fs, ecx */
+    {"fs 0, and its base", {0xF3, 0x48, 0x0F, 0xAE, 0xD2, 0x8E, 0xE0, 0xF3, 0x48, 0x0F, 0xAE, 0xC3, 0x8C, 0xE0, 0x8E, 0xE1}, .dx = 0x123456},
+    {"fs 3, and its base", {0xF3, 0x48, 0x0F, 0xAE, 0xD2, 0x8E, 0xE0, 0xF3, 0x48, 0x0F, 0xAE, 0xC3, 0x8C, 0xE0, 0x8E, 0xE1}, .ax = 3, .dx = 0x123456},
+    {"fs 2b, and its base", {0xF3, 0x48, 0x0F, 0xAE, 0xD2, 0x8E, 0xE0, 0xF3, 0x48, 0x0F, 0xAE, 0xC3, 0x8C, 0xE0, 0x8E, 0xE1}, .ax = 0x2B, .dx = 0x123456},
+    {"gs 2b, and its base", {0xF3, 0x48, 0x0F, 0xAE, 0xDA, 0x8E, 0xE8, 0xF3, 0x48, 0x0F, 0xAE, 0xCB, 0x8C, 0xE8, 0x8E, 0xE9}, .ax = 0x2B, .dx = 0x123456},
+    {"wrfsbase, not canonical", {0xF3, 0x48, 0x0F, 0xAE, 0xD2}, .dx = 1ul << 63},
+    {"wrfsbase, 57 bits", {0xF3, 0x48, 0x0F, 0xAE, 0xD2}, .dx = 1ul << 55},
+    {"wrfsbase, the kernel's half", {0xF3, 0x48, 0x0F, 0xAE, 0xD2, 0xF3, 0x48, 0x0F, 0xAE, 0xC3}, .dx = ~0xFFFul},
+    /* flags */
+    {"pushf", {0x9C, 0x58}},
+    {"popf, all but TF", {0x50, 0x9D, 0x9C, 0x58, 0x68, 0x02, 0x02, 0, 0, 0x9D}, .ax = ~0x40100ul},
+    {"popf, NT", {0x50, 0x9D, 0x9C, 0x58, 0x68, 0x02, 0x02, 0, 0, 0x9D}, .ax = 0x4202},
+    {"popf, 16 bits", {0x66, 0x50, 0x66, 0x9D, 0x9C, 0x58, 0x68, 0x02, 0x02, 0, 0, 0x9D}, .ax = 0xFEFF},
+    {"sti", {0xFB}}, {"cli", {0xFA}},
+    /* x87's pointers, and MXCSR */
+    {"fnstenv", {0xD9, 0x06, 0xDD, 0xD8, 0xD9, 0x37}, .shown = 28, .group = VENDOR},
+    {"fnstenv after an exception", {0xD9, 0xEE, 0xD9, 0xE8, 0xDE, 0xF1, 0xD9, 0x06, 0xD8, 0xF0, 0xD9, 0xEE, 0xD8, 0x36, 0xD9, 0x37}, .shown = 28, .group = VENDOR},
+    {"fnsave", {0xD9, 0x06, 0xDD, 0x37}, .shown = 28, .group = VENDOR},
+    {"fxsave", {0xD9, 0x06, 0xDD, 0xD8, 0x0F, 0xAE, 0x07}, .shown = 32},
+    {"fxsave64", {0xD9, 0x06, 0xDD, 0xD8, 0x48, 0x0F, 0xAE, 0x07}, .shown = 32},
+    {"ldmxcsr, bit 16", {0xC7, 0x07, 0x80, 0x1F, 0x01, 0, 0x0F, 0xAE, 0x17, 0x0F, 0xAE, 0x1F}, .shown = 4},
+    {"ldmxcsr, bit 17", {0xC7, 0x07, 0x80, 0x1F, 0x02, 0, 0x0F, 0xAE, 0x17, 0x0F, 0xAE, 0x1F}, .shown = 4, .group = OPEN},
+    {"stmxcsr", {0x0F, 0xAE, 0x1F}, .shown = 4},
+    /* identity and extended state */
+    {"xgetbv 0", {0x0F, 0x01, 0xD0}}, {"xgetbv 1", {0x0F, 0x01, 0xD0}, .cx = 1}, {"xgetbv 2", {0x0F, 0x01, 0xD0}, .cx = 2},
+    {"xsetbv", {0x0F, 0x01, 0xD1}, .ax = 7},
+    {"rdpid", {0xF3, 0x0F, 0xC7, 0xF8}}, {"rdpru", {0x0F, 0x01, 0xFD}}, {"rdpmc", {0x0F, 0x33}}, {"rdpkru", {0x0F, 0x01, 0xEE}},
+    {"wrpkru", {0x0F, 0x01, 0xEF}},
+    {"rdtscp, its number", {0x0F, 0x01, 0xF9, 0x31, 0xC0, 0x31, 0xD2}},
+    /* calls, of every kind */
+    {"int 80", {0xCD, 0x80}, .ax = 24 + (5ul << 32)}, {"int 80, unknown", {0xCD, 0x80}, .ax = 0xFFFF, .dx = 77ul << 40},
+    {"syscall", {0x0F, 0x05}, .ax = 1000},
+    {"syscall, and then a syscall", {0x0F, 0x05, 0xB8, 0xE7, 3, 0, 0, 0x0F, 0x05}, .ax = 1000},
+    {"sysret", {0x0F, 0x07}}, {"sysexit", {0x0F, 0x35}}, {"iret, 16 bits", {0x66, 0xCF}},
+    {"vmcall", {0x0F, 0x01, 0xC1}}, {"vmmcall", {0x0F, 0x01, 0xD9}}, {"vmfunc", {0x0F, 0x01, 0xD4}},
+    {"vmrun", {0x0F, 0x01, 0xD8}}, {"vmlaunch", {0x0F, 0x01, 0xC2}}, {"vmread", {0x0F, 0x78, 0xC0}}, {"stgi", {0x0F, 0x01, 0xDC}},
+    {"skinit", {0x0F, 0x01, 0xDE}}, {"enclu", {0x0F, 0x01, 0xD7}, .ax = 2}, {"encls", {0x0F, 0x01, 0xCF}}, {"tdcall", {0x66, 0x0F, 0x01, 0xCC}},
+    /* privileged */
+    {"hlt", {0xF4}}, {"in", {0xE4, 0x60}}, {"out", {0xE6, 0x80}}, {"insb", {0x6C}}, {"mov cr0", {0x0F, 0x20, 0xC0}},
+    {"mov to cr3", {0x0F, 0x22, 0xD8}}, {"mov dr7", {0x0F, 0x21, 0xF8}}, {"mov to dr7", {0x0F, 0x23, 0xF8}}, {"clts", {0x0F, 0x06}},
+    {"lmsw", {0x0F, 0x01, 0xF0}}, {"lgdt", {0x0F, 0x01, 0x17}}, {"lldt", {0x0F, 0x00, 0xD0}}, {"ltr", {0x0F, 0x00, 0xD8}},
+    {"invlpg", {0x0F, 0x01, 0x3F}}, {"invd", {0x0F, 0x08}}, {"wbinvd", {0x0F, 0x09}}, {"rdmsr", {0x0F, 0x32}}, {"wrmsr", {0x0F, 0x30}},
+    {"swapgs", {0x0F, 0x01, 0xF8}}, {"monitor", {0x0F, 0x01, 0xC8}}, {"mwait", {0x0F, 0x01, 0xC9}}, {"clac", {0x0F, 0x01, 0xCA}},
+    {"stac", {0x0F, 0x01, 0xCB}}, {"invpcid", {0x66, 0x0F, 0x38, 0x82, 0x07}}, {"rsm", {0x0F, 0xAA}}, {"mov cr8", {0x44, 0x0F, 0x20, 0xC0}},
+    /* what no processor has, or not in this mode */
+    {"ud0", {0x0F, 0xFF, 0xC0}}, {"ud1", {0x0F, 0xB9, 0xC0}}, {"ud2", {0x0F, 0x0B}}, {"into", {0xCE}}, {"push cs", {0x0E}},
+    {"lock mov", {0xF0, 0x89, 0x07}}, {"16 bytes", {0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90}},
+    {"far jump", {0xEA}}, {"salc", {0xD6}}, {"int3", {0xCC}},
+    {"jump, not canonical", {0xFF, 0xE0}, .ax = 1ul << 63}, {"return, not canonical", {0x50, 0xC3}, .ax = 1ul << 63},
+    {"jump, 57 bits", {0xFF, 0xE0}, .ax = 1ul << 55}, {"jump to the kernel", {0xFF, 0xE0}, .ax = ~0xFFFul},
+    {"load, not canonical", {0x8B, 0x00}, .ax = 1ul << 63}, {"load, 57 bits", {0x8B, 0x00}, .ax = 1ul << 55},
+    {"push, not canonical", {0x48, 0x89, 0xE1, 0x48, 0x89, 0xC4, 0x50, 0x48, 0x89, 0xCC}, .ax = 1ul << 55},
+    {"vsyscall page, read", {0x8B, 0x00}, .ax = 0xFFFFFFFFFF600000}, {"vsyscall page, jump", {0xFF, 0xE0}, .ax = 0xFFFFFFFFFF600010},
+    /* what some processors have */
+    {"monitorx", {0x0F, 0x01, 0xFA}, .ax = (uint64_t)0x30000000, .group = OPEN},
+    {"mwaitx", {0x0F, 0x01, 0xFB}, .cx = 2, .bx = 100, .group = OPEN},
+    {"clzero", {0x0F, 0x01, 0xFC}, .ax = 0x30000000, .shown = 64, .group = OPEN},
+    {"clflush", {0x0F, 0xAE, 0x3F}}, {"clflushopt", {0x66, 0x0F, 0xAE, 0x3F}, .group = OPEN}, {"clwb", {0x66, 0x0F, 0xAE, 0x37}},
+    {"cldemote", {0x0F, 0x1C, 0x07}}, {"ptwrite", {0xF3, 0x0F, 0xAE, 0xE0}},
+    {"serialize", {0x0F, 0x01, 0xE8}, .group = OPEN}, {"tpause", {0x66, 0x0F, 0xAE, 0xF1}, .group = OPEN},
+    {"umonitor", {0xF3, 0x0F, 0xAE, 0xF7}, .group = OPEN}, {"umwait", {0xF2, 0x0F, 0xAE, 0xF1}, .group = OPEN},
+    {"xbegin", {0xC7, 0xF8, 0, 0, 0, 0, 0x31, 0xC0}, .group = OPEN}, {"xtest", {0x0F, 0x01, 0xD6}, .group = OPEN},
+    {"xend", {0x0F, 0x01, 0xD5}, .group = OPEN}, {"xabort", {0xC6, 0xF8, 0x01}, .group = OPEN},
+    {"movdiri", {0x0F, 0x38, 0xF9, 0x07}, .group = OPEN}, {"movdir64b", {0x66, 0x0F, 0x38, 0xF8, 0x3E}, .group = OPEN},
+    {"enqcmd", {0xF2, 0x0F, 0x38, 0xF8, 0x3E}, .group = OPEN}, {"enqcmds", {0xF3, 0x0F, 0x38, 0xF8, 0x3E}},
+    {"endbr64", {0xF3, 0x0F, 0x1E, 0xFA}}, {"rdsspq", {0xF3, 0x48, 0x0F, 0x1E, 0xC8}}, {"incsspq", {0xF3, 0x48, 0x0F, 0xAE, 0xE8}},
+    {"wrssq", {0x48, 0x0F, 0x38, 0xF6, 0x07}}, {"wrussq", {0x66, 0x48, 0x0F, 0x38, 0xF5, 0x07}}, {"rstorssp", {0xF3, 0x0F, 0x01, 0x2F}},
+    {"saveprevssp", {0xF3, 0x0F, 0x01, 0xEA}}, {"clrssbsy", {0xF3, 0x0F, 0xAE, 0x37}},
+    {"uiret", {0xF3, 0x0F, 0x01, 0xEC}}, {"testui", {0xF3, 0x0F, 0x01, 0xED}}, {"stui", {0xF3, 0x0F, 0x01, 0xEF}},
+    {"senduipi", {0xF3, 0x0F, 0xC7, 0xF0}}, {"tilerelease", {0xC4, 0xE2, 0x78, 0x49, 0xC0}}, {"ldtilecfg", {0xC4, 0xE2, 0x78, 0x49, 0x07}},
+    {"llwpcb", {0x8F, 0xE9, 0x78, 0x12, 0xC0}}, {"aesencwide", {0xF3, 0x0F, 0x38, 0xD8, 0x07}}, {"hreset", {0xF3, 0x0F, 0x3A, 0xF0, 0xC0, 0x01}},
+    {"fs base by rdfsbase", {0xF3, 0x48, 0x0F, 0xAE, 0xD2, 0xF3, 0x48, 0x0F, 0xAE, 0xC0}, .dx = 0x7000},
+};
+
+/* The same with a table of descriptors of the program's own. */
+static const struct entry with_ldt[] = {
+    {"sldt, with one", {0x48, 0x0F, 0x00, 0xC0}, .ax = ~0ul}, {"sldt, memory, with one", {0x0F, 0x00, 0x07}, .shown = 8},
+    {"ds F, of the LDT", {0x8E, 0xD8, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0xF},
+    {"ds F, of the LDT, and a system call", {0x8E, 0xD8, 0xB8, 39, 0, 0, 0, 0x0F, 0x05, 0x8C, 0xD8, 0x31, 0xC9, 0x8E, 0xD9}, .ax = 0xF},
+    {"gs F, of the LDT", {0x8E, 0xE8, 0xF3, 0x48, 0x0F, 0xAE, 0xCB, 0x8C, 0xE8, 0x8E, 0xE9}, .ax = 0xF},
+    {"lar f", {0x0F, 0x02, 0xC1}, .cx = 0xF}, {"lar f, memory", {0x66, 0x89, 0x0F, 0x0F, 0x02, 0x07}, .cx = 0xF},
+    {"lsl f, memory", {0x66, 0x89, 0x0F, 0x0F, 0x03, 0x07}, .cx = 0xF}, {"verr f", {0x0F, 0x00, 0xE1}, .cx = 0xF},
+    {"verw f", {0x0F, 0x00, 0xE9}, .cx = 0xF}, {"verw f, memory", {0x66, 0x89, 0x0F, 0x0F, 0x00, 0x2F}, .cx = 0xF},
+};
+
+/* Selectors as LAR, LSL, VERR and VERW answer them; with an operand in memory or a register. */
+static void selectors(void)
+{
+    static const struct { const char *name; uint8_t in_register[4], in_memory[4]; } all[] = {
+        {"lar", {0x0F, 0x02, 0xC1}, {0x0F, 0x02, 0x07}}, {"lsl", {0x0F, 0x03, 0xC1}, {0x0F, 0x03, 0x07}},
+        {"verr", {0x0F, 0x00, 0xE1}, {0x0F, 0x00, 0x27}}, {"verw", {0x0F, 0x00, 0xE9}, {0x0F, 0x00, 0x2F}}};
+    for (unsigned i = 0; i < 4; i++)
+        for (uint64_t selector = 0; selector < 0x90; selector += selector % 8 == 3 ? 4 : selector % 8 == 7 ? 1 : 3) {
+            char name[64];
+            struct entry e = {.name = name, .cx = selector, .ax = 0x5555};
+            snprintf(name, sizeof name, "%s %lx", all[i].name, selector);
+            memcpy(e.code, all[i].in_register, 4);
+            run(&e);
+            snprintf(name, sizeof name, "%s %lx, memory", all[i].name, selector);
+            static const uint8_t put[] = {0x66, 0x89, 0x0F}; /* mov [rdi], cx */
+            memcpy(e.code, put, sizeof put);
+            memcpy(e.code + sizeof put, all[i].in_memory, 4);
+            e.group = strcmp(all[i].name, "lsl") ? VENDOR : selector >= 0x78 ? OPEN : EXACT;
+            run(&e);
+        }
+}
+
+int main(void)
+{
+    static char stack[65536];
+    stack_t alternate = {.ss_sp = stack, .ss_size = sizeof stack};
+    struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    static const int faults[] = {SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS};
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    sigaltstack(&alternate, NULL);
+    for (unsigned i = 0; i < sizeof faults / sizeof faults[0]; i++)
+        sigaction(faults[i], &action, NULL);
+    __asm__ volatile("rdfsbase %0; rdgsbase %1" : "=r"(fs_base), "=r"(gs_base));
+    if (mmap(DATA, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != DATA)
+        abort();
+    for (unsigned i = 0; i < sizeof table / sizeof table[0]; i++)
+        run(&table[i]);
+    for (unsigned n = 0; n < 256; n++) {
+        char name[16];
+        struct entry e = {.name = name, .code = {0xCD, (uint8_t)n}, .length = 2};
+        snprintf(name, sizeof name, "int %x", n);
+        if (n != 0x80 && n != 4)
+            run(&e);
+    }
+    selectors();
+    /* The LDT's second descriptor: data of 64 KiB. */
+    struct { uint32_t entry, base, limit, bits; } data = {1, 0x30000000, 0xFFFF, 0x51};
+    syscall(SYS_modify_ldt, 1, &data, sizeof data);
+    for (unsigned i = 0; i < sizeof with_ldt / sizeof with_ldt[0]; i++)
+        run(&with_ldt[i]);
+    puts("done");
+    return 0;
+}
