@@ -70,10 +70,8 @@ static void push_next(struct gen *g, const struct uop *u)
 EMITTER(call_rel)
 {
     gen_flags_for(g, LINKS((struct uop *)u)->taken);
-    if (!LINKS((struct uop *)u)->taken) { /* the probe comes before anything is changed */
-        gen_add_rip(g, H_RCX, LINKS((struct uop *)u)->delta);
-        gen_probe(g);
-    }
+    if (!LINKS((struct uop *)u)->taken) /* the probe comes before anything is changed */
+        gen_probe_fixed(g, LINKS((struct uop *)u)->delta);
     push_next(g, u);
     if (LINKS((struct uop *)u)->taken) {
         gen_go(g, u, true, false);
@@ -82,8 +80,7 @@ EMITTER(call_rel)
         gen_end_write_back(g);
         gen_due(g, u, delta, false);
         gen_add_rip(g, H_RDX, delta);
-        gen_jump_entry(g, H_RDX);
-        gen_jump_cached(g);
+        gen_jump_fixed(g, delta);
     }
     return g->ended = true;
 }

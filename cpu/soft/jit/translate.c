@@ -232,7 +232,7 @@ static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned f
 }
 
 /* Replace the runs of known micro-ops of a block by host code. True: it did, or there is nothing to do; false: no room. */
-bool host_code_translate(struct host_code *code, struct block *k)
+bool host_code_translate(struct host_code *code, struct block *k, uint64_t linear)
 {
     static __thread struct gen gen;
     struct gen *g = &gen;
@@ -250,6 +250,7 @@ bool host_code_translate(struct host_code *code, struct block *k)
         host_code_make_ready(code, RUN_MAX);
         unsigned from = i;
         uint8_t *word;
+        g->linear = linear;
         g->runs = (uintptr_t)code->runs;
         g->runs_size = code->used;
         g->runs_start = g->runs + code->used;

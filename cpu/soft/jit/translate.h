@@ -33,8 +33,9 @@ bool host_code_rest(struct host_code *code);
 /* Whether it holds more than a VM keeps that has slept for a while. */
 bool host_code_exceeds_rest(const struct host_code *code);
 void host_code_drop(struct host_code *code); /* all translations are dead, and all memory goes back */
-/* False: no room is left. */
-bool host_code_translate(struct host_code *code, struct block *k);
+/* False: no room is left. linear: 0, or where a block of a 64-bit kernel stands just now: code that is always there is found
+ * sooner (gen_probe()). */
+bool host_code_translate(struct host_code *code, struct block *k, uint64_t linear);
 /* A block's word_fn as long as it is not translated: make flags lazy. */
 void host_flags_enter(struct soft_vcpu *c, struct uop *u, uint64_t rip);
 /* Call u->fn, the way into blocks: translations do not preserve callee-saved registers. */

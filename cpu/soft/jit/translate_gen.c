@@ -392,6 +392,36 @@ static void jump_linked(struct gen *g, struct uop *to)
     gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)to);
     jump_rsi(g, word);
 }
+/* Where in the vCPU the jump cache's entry for a fixed address is, if that is known: in the table of 64-bit kernels, as only
+ * they run this code. At another address than now it is the wrong one, and the handler goes on. */
+static bool fixed_entry(const struct gen *g, int64_t delta, int32_t *at)
+{
+    uint64_t to = g->linear + (uint64_t)(g->bias + delta);
+    *at = FIELD(jump.table) + (int32_t)(jump_hash(to) * sizeof(struct soft_jump));
+    return g->linear != 0;
+}
+void gen_probe_fixed(struct gen *g, int64_t delta)
+{
+    int32_t at;
+    gen_add_rip(g, H_RCX, delta);
+    if (!fixed_entry(g, delta, &at)) {
+        gen_probe(g);
+        return;
+    }
+    gen_op_rm(g, 3, 0x3B, H_RCX, H_RDI, at);
+    jump_to_stub(g, 5);
+}
+void gen_jump_fixed(struct gen *g, int64_t delta)
+{
+    int32_t at;
+    if (fixed_entry(g, delta, &at)) {
+        gen_op_rm(g, 3, 0x8B, H_RSI, H_RDI, at + (int32_t)offsetof(struct soft_jump, code));
+        jump_rsi(g, true);
+    } else {
+        gen_jump_entry(g, H_RDX);
+        gen_jump_cached(g);
+    }
+}
 /* To a fixed successor. In a loop registers may stay in host registers; on any other way they are written back first. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
 {
@@ -414,10 +444,12 @@ void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused)
         gen_add_rip(g, H_RDX, delta);
         jump_linked(g, to);
     } else {
-        gen_add_rip(g, H_RCX, delta);
-        gen_probe(g);
+        gen_probe_fixed(g, delta);
         gen_due(g, u, delta, fused);
         gen_op_rr(g, 3, 0x8B, H_RDX, H_RCX);
-        gen_jump_cached(g);
+        if (g->linear)
+            gen_jump_fixed(g, delta);
+        else
+            gen_jump_cached(g);
     }
 }

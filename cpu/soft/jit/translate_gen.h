@@ -54,6 +54,7 @@ struct gen {
     uint8_t *start, *p, *end;
     uintptr_t runs, runs_size; /* host code as it runs, all of it, */
     uintptr_t runs_start;      /* and what stands at `start` */
+    uint64_t linear;           /* 0, or the address in RDX as a kernel's block is made: likely the only one that it ever has */
     struct block *head;        /* what is being made, */
     struct block *block;       /* and which block of a loop */
     int64_t bias;              /* of its start from the address in RDX */
@@ -163,12 +164,15 @@ static inline struct block *gen_block_of(const struct uop *first)
 {
     return !first ? NULL : (struct block *)((char *)(uintptr_t)first - offsetof(struct block, code));
 }
-/* RAX: the jump cache's entry for the linear address in a register. */
-void gen_jump_entry(struct gen *g, unsigned address);
 /* The successor's address is in RCX: find it in the jump cache (RAX: entry), else go to the interpreter. */
 void gen_probe(struct gen *g);
 /* To the block of the jump cache's entry in RAX; its address is in RDX. Uses RSI. */
 void gen_jump_cached(struct gen *g);
+/* The same for a fixed address: `delta` from the block's start. */
+void gen_probe_fixed(struct gen *g, int64_t delta);
+void gen_jump_fixed(struct gen *g, int64_t delta); /* uses RAX, too */
+/* RAX: the jump cache's entry for the linear address in a register. */
+void gen_jump_entry(struct gen *g, unsigned address);
 /* To a fixed successor. */
 void gen_go(struct gen *g, const struct uop *u, bool taken, bool fused);
 

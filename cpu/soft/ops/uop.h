@@ -59,7 +59,7 @@ _Static_assert(offsetof(struct soft_vcpu, gpr) == 0 && OFF_T2 < 256, "register o
 
 /* How block code depends on the processor's mode, and on its CPUID (FEATURE_*, operations.h); part of a block's key. */
 #define MODE_FEATURE(n) (1u << (8 + (n)))
-enum { MODE_CODE64 = 1, MODE_DB = 2 /* CS.D */, MODE_SS32 = 4 /* SS.B */, MODE_USER = 8 /* jump cache only */,
+enum { MODE_CODE64 = 1, MODE_DB = 2 /* CS.D */, MODE_SS32 = 4 /* SS.B */, MODE_USER = 8 /* not for decoding */,
        MODE_SINGLE = 16 /* blocks of one instruction */ };
 enum { BLOCK_MAX_INSNS = 48, BLOCK_MAX_UOPS = 160, INSN_MAX_UOPS = 12 };
 

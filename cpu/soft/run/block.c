@@ -204,8 +204,9 @@ static unsigned current_mode(struct soft_vcpu *c)
     if (!c->jumps)
         soft_jump_cache_flush(c, true);
     if (c->code64) {
-        c->jumps = c->jump.table[c->view == VIEW_USER];
-        return MODE_CODE64 | c->features;
+        bool user = c->view == VIEW_USER;
+        c->jumps = c->jump.table[user];
+        return MODE_CODE64 | (user ? MODE_USER : 0) | c->features;
     }
     unsigned mode = (SEG_DB(&c->seg[SEG_CS]) ? MODE_DB : 0) | (SEG_DB(&c->seg[SEG_SS]) ? MODE_SS32 : 0);
     unsigned key = mode | (c->view == VIEW_USER ? MODE_USER : 0);
@@ -491,7 +492,8 @@ static HANDLER(count_entry)
     struct block *k = (struct block *)((char *)u - offsetof(struct block, code));
     if (++k->entered >= SOFT_HOT) {
         u->fn = k->first;
-        if (!host_code_translate(c->blocks->host_code, k))
+        bool kernel = (k->mode & (MODE_CODE64 | MODE_USER)) == MODE_CODE64;
+        if (!host_code_translate(c->blocks->host_code, k, kernel ? rip : 0))
             soft_blocks_flush(c->blocks);
         return u->fn(c, u, rip);
     }
