@@ -11,18 +11,6 @@ static const uint8_t pool[] = {8, 9, 10, 11};
 static const uint8_t pool[] = {H_RBX, H_RBP, 8, 9, 10, 11, 12, 13, 14, 15};
 #endif
 
-void gen_b1(struct gen *g, unsigned v)
-{
-    if (g->p < g->end)
-        *g->p++ = (uint8_t)v;
-    else
-        g->failed = true;
-}
-void gen_b4(struct gen *g, uint32_t v)
-{
-    for (unsigned i = 0; i < 4; i++)
-        gen_b1(g, v >> (8 * i));
-}
 static void b8(struct gen *g, uint64_t v)
 {
     gen_b4(g, (uint32_t)v);

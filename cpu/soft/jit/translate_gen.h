@@ -83,8 +83,22 @@ struct gen {
     unsigned jump_count;
 };
 
-void gen_b1(struct gen *g, unsigned v);
-void gen_b4(struct gen *g, uint32_t v);
+static inline void gen_b1(struct gen *g, unsigned v)
+{
+    if (SOFT_LIKELY(g->p < g->end))
+        *g->p++ = (uint8_t)v;
+    else
+        g->failed = true;
+}
+static inline void gen_b4(struct gen *g, uint32_t v)
+{
+    if (SOFT_LIKELY(g->end - g->p >= 4)) {
+        __builtin_memcpy(g->p, &v, 4);
+        g->p += 4;
+    } else {
+        g->failed = true;
+    }
+}
 void gen_prefix(struct gen *g, unsigned size, unsigned reg, unsigned index, unsigned base);
 /* reg is the ModRM.reg operand. */
 void gen_op_rr(struct gen *g, unsigned size, unsigned opcode, unsigned reg, unsigned rm);
