@@ -17,9 +17,9 @@ enum {
     POOR_NS = 2500,        /* average native stretch below which an address space stays in the core for a while */
     BACKOFF = 200000,      /* instructions of such a while, doubled each time, */
     BACKOFF_MAX = 6,       /* so often at most */
-    CREDIT_PART = 16,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
+    CREDIT_PART = 32,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
-    GROWN = 4000000,       /* instructions, twice, before an address space gets a runner */
+    GROWN = 16000000,       /* instructions, twice, before an address space gets a runner */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -185,10 +185,10 @@ static void in_core(struct soft_vcpu *c, int64_t most, enum soft_native_core why
 static void give_up(struct soft_vcpu *c, struct runner *r)
 {
     r->core_until = soft_instructions(c) + ((uint64_t)BACKOFF << r->backoff);
-    if (r->backoff < BACKOFF_MAX)
-        r->backoff++;
     r->average_ns = PAYS_NS;
     r->balance_ns = (int64_t)((BACKOFF << r->backoff) / CREDIT_PART);
+    if (r->backoff < BACKOFF_MAX)
+        r->backoff++;
     r->trials = 0;
 }
 
@@ -225,7 +225,6 @@ void soft_direct_returned(struct soft_vcpu *c)
     struct direct_vcpu *d = c->direct;
     if (c->cpl != 3 || !c->code64 || __atomic_load_n(&c->vm->direct->off, __ATOMIC_RELAXED))
         return;
-    d->returned = true;
     uint64_t now = soft_instructions(c);
     if (now < d->quiet_until) { /* the run loop is not left for it */
         d->why = d->current ? SOFT_CORE_POOR : SOFT_CORE_YOUNG;
@@ -238,8 +237,10 @@ void soft_direct_returned(struct soft_vcpu *c)
         d->quiet_until = now + (uint64_t)(GROWN - count_age(c)->spent);
     else
         d->quiet_until = 0;
-    if (now >= d->quiet_until)
-        __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
+    if (now < d->quiet_until)
+        return;
+    d->returned = true;
+    __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
 }
 
 /* Whether the pages that may not run natively cost more than stops with breakpoints would. */
