@@ -182,6 +182,7 @@ struct direct_vm {
     bool no_guards;           /* the host has no breakpoints to give */
     bool always;              /* `on`: whether or not it pays */
     bool cpuid_faults;        /* CPUID at CPL 3 comes back to the core */
+    bool rex2;                /* the processor has APX's prefixes */
     bool sysenter;            /* 64-bit code can execute SYSENTER: any host but AMD's is taken to be as Intel's */
     uint8_t *writable;        /* atomic: a bit a page of memory_fd: it was mapped writable for a runner */
     /* kick.c */

@@ -18,6 +18,13 @@ static bool is_amd(void)
     return __get_cpuid(0, &most, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
 }
 
+/* Intel APX Architecture Specification, 3.1.4.1. */
+static bool has_apx(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (d >> 21 & 1);
+}
+
 static void free_direct(struct soft_vm *vm)
 {
     struct direct_vm *direct = vm->direct;
@@ -100,6 +107,7 @@ int soft_vm_set_direct(struct soft_vm *vm, const struct soft_direct_memory *memo
     if (direct->runners < RUNNERS_LEAST)
         direct->runners = RUNNERS_LEAST;
     direct->sysenter = !is_amd();
+    direct->rex2 = has_apx();
     direct->page_slice = PAGE_SLICE;
     strcpy(direct->stub, program);
     pthread_condattr_t attributes;

@@ -3,7 +3,7 @@
  * state to show. AMD APM vol. 3, Intel SDM vol. 2.)
  *
  * Code has no marks where instructions begin, so this finds every address at which such an instruction *could* begin: that of
- * its 0F byte, and those of the prefixes before it. At most of them none ever does, as the bytes are part of others. guard.c
+ * its 0F byte (or the prefix REX2 in its place), and those of the prefixes before it. At most of them none ever does, as the bytes are part of others. guard.c
  * watches these addresses.
  *
  * A page is looked at when it becomes executable, together with the neighbours that are. Whoever writes to it then, the core, a
@@ -12,6 +12,8 @@
 #include "soft/direct/internal.h"
 
 enum { AROUND = 14 /* an instruction has 15 bytes at most */, PREFIXES_MAX = 12 };
+/* With bit 7 of its second byte the opcode that follows is one behind 0F (Intel APX Architecture Specification, 3.1.1). */
+enum { ESCAPE = 0x0F, REX2 = 0xD5, REX2_MAP1 = 0x80 };
 
 /* Bytes 0F, p[1] and perhaps p[2], of which `have` are there: the length of the opcode if it sees the host, else 0. */
 static unsigned sees_host(const struct direct_vm *direct, const uint8_t *p, int have)
@@ -56,19 +58,22 @@ static bool is_prefix(uint8_t byte)
     }
 }
 
-int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8_t *page, const uint8_t *after,
-              int16_t starts[SCAN_MOST])
+/* The length of what begins with `escape` at p, without prefixes before it, up to its opcode, if it sees the host, else 0. */
+static int length_at(const struct direct_vm *direct, uint8_t escape, const uint8_t *p, int have)
 {
-    uint8_t window[AROUND + PAGE_BYTES + AROUND];
-    int first = before ? 0 : AROUND, end = AROUND + PAGE_BYTES + (after ? AROUND : 0), count = 0;
-    if (before)
-        memcpy(window, before + PAGE_BYTES - AROUND, AROUND);
-    memcpy(window + AROUND, page, PAGE_BYTES);
-    if (after)
-        memcpy(window + AROUND + PAGE_BYTES, after, AROUND);
+    if (escape == ESCAPE)
+        return (int)sees_host(direct, p, have);
+    int length = have > 1 && (p[1] & REX2_MAP1) ? (int)sees_host(direct, p + 1, have - 1) : 0;
+    return length ? length + 1 : 0;
+}
+
+/* The same as scan_page(), of a page with its surroundings. Returns the new count, or -1. */
+static int add_starts(const struct direct_vm *direct, uint8_t escape, const uint8_t *window, int first, int end, int count,
+                      int16_t starts[SCAN_MOST])
+{
     const uint8_t *at = window + first;
-    for (; (at = memchr(at, 0x0F, (size_t)(window + end - at))) != NULL; at++) {
-        int opcode = (int)(at - window), length = (int)sees_host(direct, at, end - opcode);
+    for (; (at = memchr(at, escape, (size_t)(window + end - at))) != NULL; at++) {
+        int opcode = (int)(at - window), length = length_at(direct, escape, at, end - opcode);
         if (!length || opcode + length <= AROUND)
             continue;
         for (int start = opcode; start >= first && opcode - start <= PREFIXES_MAX; start--) {
@@ -82,4 +87,18 @@ int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8
         }
     }
     return count;
+}
+
+int scan_page(const struct direct_vm *direct, const uint8_t *before, const uint8_t *page, const uint8_t *after,
+              int16_t starts[SCAN_MOST])
+{
+    uint8_t window[AROUND + PAGE_BYTES + AROUND];
+    int first = before ? 0 : AROUND, end = AROUND + PAGE_BYTES + (after ? AROUND : 0), count;
+    if (before)
+        memcpy(window, before + PAGE_BYTES - AROUND, AROUND);
+    memcpy(window + AROUND, page, PAGE_BYTES);
+    if (after)
+        memcpy(window + AROUND + PAGE_BYTES, after, AROUND);
+    count = add_starts(direct, ESCAPE, window, first, end, 0, starts);
+    return count >= 0 && direct->rex2 ? add_starts(direct, REX2, window, first, end, count, starts) : count;
 }
