@@ -15,8 +15,6 @@
 #include "soft/jit/translate.h"
 #include "soft/jit/translate_memory.h"
 
-enum { RUN_MAX = 24 << 10 };
-
 /* ---- the translator's column ---- */
 
 EMITTER(none) { return false; }
@@ -144,7 +142,7 @@ static void emit_stubs(struct gen *g, unsigned from)
         const uint8_t *writer = s->vectors && !again ? vector_writer(g, writers, &writer_count, s->vectors_dirty) : NULL;
         if (!again)
             last = g->p;
-        uint32_t distance = (uint32_t)(last - g->start) - s->at - 4;
+        uint32_t distance = (uint32_t)(last - (g->start + s->at + 4));
         memcpy(g->start + s->at, &distance, 4);
         if (again)
             continue;
@@ -206,13 +204,26 @@ static unsigned emit_run(struct gen *g, struct block *k, int64_t bias, unsigned 
     return i;
 }
 
-/* Host code for a run of a block, with the loop that the block begins. Returns as emit_run(); *word: the second entry. */
-static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned from, bool loop, uint8_t **word)
+/* Write from a piece's next byte on. */
+static uint8_t *begin_in(struct gen *g, const struct host_code *code, const struct host_piece *piece)
+{
+    size_t most = piece->end - piece->at;
+    g->p = code->base + piece->at;
+    g->end = g->p + (most < RUN_MAX ? most : RUN_MAX);
+    return g->p;
+}
+
+/* Host code for a run of a block, with the loop that the block begins. Returns as emit_run(); *word: the second entry; *hot,
+ * *cold: bytes of it, and of its stubs. */
+static unsigned make_run(struct gen *g, const struct host_code *code, struct block *k, unsigned from, bool loop, uint8_t **word,
+                         size_t *hot, size_t *cold)
 {
     struct block *next;
-    g->start = g->p = at;
+    g->start = begin_in(g, code, &code->hot);
     g->head = k;
-    g->end = at + RUN_MAX;
+    g->runs = (uintptr_t)code->runs;
+    g->runs_size = code->used;
+    g->runs_start = g->runs + code->hot.at;
     g->stub_count = g->loop_count = g->label_count = g->jump_count = 0;
     g->failed = false;
     g->clock = 0;
@@ -227,7 +238,10 @@ static unsigned make_run(struct gen *g, uint8_t *at, struct block *k, unsigned f
     unsigned end = emit_run(g, k, 0, from);
     while ((next = gen_loop_next(g)))
         emit_run(g, next, next->host - k->host, 0);
+    *hot = (size_t)(g->p - g->start);
+    const uint8_t *stubs = begin_in(g, code, &code->cold);
     emit_stubs(g, from);
+    *cold = (size_t)(g->p - stubs);
     return end;
 }
 
@@ -245,23 +259,29 @@ bool host_code_translate(struct host_code *code, struct block *k, uint64_t linea
             i++;
             continue;
         }
-        if (code->used + RUN_MAX > soft_share(&host_code_supply, code->shares))
-            return false;
-        host_code_make_ready(code, RUN_MAX);
         unsigned from = i;
         uint8_t *word;
         g->linear = linear;
-        g->runs = (uintptr_t)code->runs;
-        g->runs_size = code->used;
-        g->runs_start = g->runs + code->used;
-        i = make_run(g, code->base + code->used, k, from, from == 0, &word);
-        if (g->failed && g->label_count)
-            i = make_run(g, code->base + code->used, k, from, false, &word);
+        size_t hot, cold;
+        for (bool loop = from == 0;;) {
+            i = make_run(g, code, k, from, loop, &word, &hot, &cold);
+            if (!g->failed)
+                break;
+            /* Perhaps for want of room: not in a new piece. */
+            struct host_piece *small = code->hot.end - code->hot.at < RUN_MAX ? &code->hot
+                                       : code->cold.end - code->cold.at < RUN_MAX ? &code->cold : NULL;
+            if (small && !host_code_next_piece(code, small))
+                return false;
+            if (!small && !(loop && g->label_count))
+                break;
+            loop &= small != NULL;
+        }
         if (!g->failed && i > from) {
             k->code[from].fn = (uop_fn)(uintptr_t)(code->runs + (g->start - code->base));
             if (from == 0 && gen_flags_entry(k) != ENTRY_LAZY)
                 k->word_fn = (uop_fn)(uintptr_t)(code->runs + (word - code->base));
-            code->used += ((size_t)(g->p - g->start) + 15) & ~(size_t)15;
+            code->hot.at += (hot + 15) & ~(size_t)15;
+            code->cold.at += cold;
         }
         if (i == from)
             i++;

@@ -11,6 +11,7 @@
 
 enum { H_RAX, H_RCX, H_RDX, H_RBX, H_RSP, H_RBP, H_RSI, H_RDI };
 enum { GUESTS = 20, WINDOWS = 3, STUBS = 512, LABELS = 12, JUMPS = 4 * LABELS };
+enum { RUN_MAX = 24 << 10 }; /* bytes of a run, and of its stubs */
 #define FIELD(f) ((int32_t)offsetof(struct soft_vcpu, f))
 
 /* Of flags that are not lazy: AF as the host has it, clear, or set. */

@@ -89,7 +89,7 @@ bool gen_in_loop(const struct gen *g, const struct uop *to)
     if (!to || !g->loop_count || find(g, gen_block_of(to)) < 0 || g->jump_count == JUMPS)
         return false;
     return find_label(g, gen_block_of(to)) >= 0 ||
-           (g->label_count < LABELS && g->stub_count < STUBS / 2 && g->p - g->start < (g->end - g->start) / 2);
+           (g->label_count < LABELS && g->stub_count < STUBS / 2 && g->p - g->start < RUN_MAX / 2);
 }
 
 /* Registers where the label expects them. A register that the label takes for changed (dirty) may be unchanged; one that is

@@ -59,6 +59,7 @@ struct host_code *host_code_create(bool shares)
     if (!code)
         return &none;
     code->used = code->touched = code->ready = 0;
+    code->hot = code->cold = (struct host_piece){0};
     code->shares = shares;
     if (!map_twice(code)) {
         free(code);
@@ -66,7 +67,8 @@ struct host_code *host_code_create(bool shares)
     }
     return code;
 }
-void host_code_make_ready(struct host_code *code, size_t size)
+/* `size` more bytes are about to be written. */
+static void make_ready(struct host_code *code, size_t size)
 {
     size_t share = soft_share(&host_code_supply, code->shares), ahead = code->used / AHEAD;
     size_t from = code->ready, end = (code->used + size + ahead) & ~(size_t)4095;
@@ -83,6 +85,15 @@ void host_code_make_ready(struct host_code *code, size_t size)
         if (code->touched < end)
             code->touched = end;
     }
+}
+bool host_code_next_piece(struct host_code *code, struct host_piece *piece)
+{
+    if (code->used + HOST_CODE_PIECE > soft_share(&host_code_supply, code->shares))
+        return false;
+    make_ready(code, HOST_CODE_PIECE);
+    *piece = (struct host_piece){ .at = code->used, .end = code->used + HOST_CODE_PIECE };
+    code->used += HOST_CODE_PIECE;
+    return true;
 }
 void host_code_destroy(struct host_code *code)
 {
@@ -119,6 +130,7 @@ static void reset(struct host_code *code, size_t keep)
         return;
     give_back(code, keep);
     code->used = 0;
+    code->hot = code->cold = (struct host_piece){0};
 }
 void host_code_reset(struct host_code *code) { reset(code, soft_share(&host_code_supply, code->shares)); }
 void host_code_drop(struct host_code *code) { reset(code, 0); }

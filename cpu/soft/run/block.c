@@ -24,6 +24,8 @@ enum { CODE_BYTES = BLOCK_MAX_INSNS * 15 + 8 * 2 };
 enum { REMADE_MOST = 16 }; /* times that a block is made until its bytes stay the same meanwhile */
 enum { HASH_BITS_MIN = 9, HASH_BITS_STEP = 5, HASH_BITS_MAX = 19, PAGE_HASH_BITS = 12, IN_PAGE_BITS = 7 };
 enum { ARENA_SIZE = 128 << 20, HUGE = 2 << 20 };
+/* No other memory of the process is its direct neighbour. */
+enum { GUARD = 4096, MAPPING_SIZE = GUARD + ARENA_SIZE + HUGE + GUARD };
 static const struct soft_supply arena_supply = { .whole = ARENA_SIZE, .many = 1536 << 10, .resting = 16 << 20 };
 enum { DEAD_LEAST = 128 << 10 }; /* less than that is not given back when a VM goes to sleep */
 enum { SHARERS_MANY = 20 }; /* VMs, of which each has the same however many there are */
@@ -165,16 +167,17 @@ struct block_cache *soft_blocks_create(struct soft_vm *vm, uint32_t index)
         return NULL;
     b->hash_bits = HASH_BITS_MIN;
     b->hash = make_hash(b->hash_bits);
-    b->mapping = mmap(NULL, ARENA_SIZE + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!b->hash || b->mapping == MAP_FAILED) {
+    b->mapping = mmap(NULL, MAPPING_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (b->mapping != MAP_FAILED)
+        b->arena = (uint8_t *)(((uintptr_t)b->mapping + GUARD + HUGE - 1) & ~(uintptr_t)(HUGE - 1));
+    if (!b->hash || b->mapping == MAP_FAILED || mprotect(b->arena, ARENA_SIZE, PROT_READ | PROT_WRITE) != 0) {
         if (b->hash)
             munmap(b->hash, hash_bytes(b->hash_bits));
         if (b->mapping != MAP_FAILED)
-            munmap(b->mapping, ARENA_SIZE + HUGE);
+            munmap(b->mapping, MAPPING_SIZE);
         free(b);
         return NULL;
     }
-    b->arena = b->mapping + (-(uintptr_t)b->mapping & (HUGE - 1));
     /* Huge pages but for the first, so that a tiny guest has none to clear. */
     madvise(b->arena + HUGE, ARENA_SIZE - HUGE, MADV_HUGEPAGE);
     b->vm = vm;
@@ -189,7 +192,7 @@ void soft_blocks_destroy(struct block_cache *b)
 {
     if (b) {
         __atomic_sub_fetch(&sharers, 1, __ATOMIC_RELAXED);
-        munmap(b->mapping, ARENA_SIZE + HUGE);
+        munmap(b->mapping, MAPPING_SIZE);
         munmap(b->hash, hash_bytes(b->hash_bits));
         host_code_destroy(b->host_code);
         free(b);
