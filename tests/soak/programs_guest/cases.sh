@@ -55,9 +55,10 @@ python)
     : python3
     python3 -m test -v test_json test_re test_struct test_zlib test_mmap test_float test_generators test_bytes test_array \
         test_signal test_threadsignals >out 2>&1
-    echo $?
-    grep -E '^(test_|Result|FAIL|ERROR)' out | grep -v -i -e ' ms' -e 'sec' | sed 's/ in .*//' | sort | sha256sum
-    grep -E '^(Result|FAIL|ERROR)' out
+    status=$?
+    grep -E '^(test_|Result|Tests result|FAIL|ERROR)' out | grep -v -i -e ' ms' -e 'sec' | sed 's/ in .*//' | sort | sha256sum
+    grep -E '^(Result|Tests result|FAIL|ERROR)' out
+    exit $status
     ;;
 git)
     : git
