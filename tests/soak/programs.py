@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,32 +88,47 @@ def here(case: str, folder: Path) -> str:
     return done.stdout + (done.stderr if done.returncode else "") + f"status {done.returncode}\n"
 
 
-async def in_guest(direct: Any, cases: list[str], folder: Path) -> dict[str, tuple[str, float, int]]:
-    """By case: what it prints, seconds, native stops. env is named by its path, since busybox would be env itself, and
-    then the shell and whatever else it can be."""
+@asynccontextmanager
+async def guest(direct: Any, folder: Path) -> AsyncIterator[vmm.VirtualMachine]:
+    """A guest that has this host's root directory, and the folder."""
     shares = [Share(path=Path("/"), mount="/host", readonly=True), Share(path=folder, mount="/work", readonly=True)]
-    found = {}
     async with vmm.run("linux", core="soft", nets=[], memory="2G", shares=shares, direct=direct) as machine:
         await machine.exec("sh", "-c", f"{PREPARE}; mount --bind /work /host{WORK}", check=True)
-        for case in cases:
-            environment = (f"{key}={value}" for key, value in ENVIRONMENT.items())
-            words = ("chroot", "/host", "/usr/bin/env", "-i", *environment, "sh", "-c", script(case, WORK))
-            stops = (await counters(machine))["native-stops"]
-            begin = time.monotonic()
-            try:
-                result = await machine.exec(*words, timeout=CASE_SECONDS * PATIENCE)
-            except TimeoutError:
-                found[case] = "did not end\n", time.monotonic() - begin, 0
-                continue
-            text = result.stdout.decode(errors="replace")
-            text += result.stderr.decode(errors="replace") if result.status else ""
-            seconds = time.monotonic() - begin
-            stops = (await counters(machine))["native-stops"] - stops
-            found[case] = f"{text}status {result.status}\n", seconds, stops
-        log = (await machine.exec("dmesg", timeout=60 * PATIENCE)).text
-        if trouble := re.findall(r".*(?:Oops|BUG:|WARNING:|Call Trace).*", log):
-            found["kernel log"] = "\n".join(trouble), 0.0, 0
-    return found
+        yield machine
+
+
+async def in_guest(machine: vmm.VirtualMachine, case: str) -> tuple[str, float, int]:
+    """What the case prints, seconds, native stops. env is named by its path, since busybox would be env itself, and
+    then the shell and whatever else it can be."""
+    environment = (f"{key}={value}" for key, value in ENVIRONMENT.items())
+    words = ("chroot", "/host", "/usr/bin/env", "-i", *environment, "sh", "-c", script(case, WORK))
+    stops = (await counters(machine))["native-stops"]
+    begin = time.monotonic()
+    try:
+        result = await machine.exec(*words, timeout=CASE_SECONDS * PATIENCE)
+    except TimeoutError:
+        return "did not end\n", time.monotonic() - begin, 0
+    seconds = time.monotonic() - begin
+    text = result.stdout.decode(errors="replace")
+    text += result.stderr.decode(errors="replace") if result.status else ""
+    return f"{text}status {result.status}\n", seconds, (await counters(machine))["native-stops"] - stops
+
+
+async def compare(case: str, folder: Path, on: vmm.VirtualMachine, off: vmm.VirtualMachine) -> bool:
+    """Run the case here and in both, and print what differs; whether nothing does."""
+    native = await asyncio.to_thread(here, case, folder)
+    status = native.splitlines()[-1]
+    if status != "status 0":
+        sys.stdout.write(f"{case}: left out, here already it ends with {status}\n")
+        return True
+    text, seconds, stops = await in_guest(on, case)
+    other, other_seconds, _ = await in_guest(off, case)
+    wrong = [f"on beside off, {difference(text, other)}"] if text != other else []
+    wrong += [f"on beside the host, {difference(text, native)}"] if text != native else []
+    verdict = "; ".join(wrong) or "equal"
+    last = text.splitlines()[-1]
+    sys.stdout.write(f"{case}: {verdict} ({last}, {stops} stops, {seconds:.1f} s; off {other_seconds:.1f} s)\n")
+    return not wrong
 
 
 def difference(ours: str, theirs: str) -> str:
@@ -135,27 +151,16 @@ async def run(names: list[str]) -> int:
             if case in without or shutil.which(CASES[case]) is None:
                 sys.stdout.write(f"{case}: left out, its program or compiler is not here\n")
                 cases.remove(case)
-        native = {}
-        for case in list(cases):
-            native[case] = await asyncio.to_thread(here, case, folder)
-            if not native[case].endswith("status 0\n"):
-                sys.stdout.write(f"{case}: left out, here already it ends with {native[case].splitlines()[-1]}\n")
-                cases.remove(case)
-        on = await in_guest("on", cases, folder)
-        off = await in_guest("off", cases, folder)
-    bad = 0
-    for case in cases:
-        (text, seconds, stops), (other, other_seconds, _) = on[case], off[case]
-        wrong = [f"on beside off, {difference(text, other)}"] if text != other else []
-        wrong += [f"on beside the host, {difference(text, native[case])}"] if text != native[case] else []
-        bad += bool(wrong)
-        verdict = "equal" if not wrong else "; ".join(wrong)
-        last = text.splitlines()[-1]
-        sys.stdout.write(f"{case}: {verdict} ({last}, {stops} stops, {seconds:.1f} s; off {other_seconds:.1f} s)\n")
-    for found, name in ((on, "on"), (off, "off")):
-        if "kernel log" in found:
-            bad += 1
-            sys.stdout.write(f"kernel log, {name}: {found['kernel log'][0]}\n")
+        bad = 0
+        async with guest("on", folder) as on, guest("off", folder) as off:
+            for case in cases:
+                bad += not await compare(case, folder, on, off)
+                sys.stdout.flush()
+            for name, machine in (("on", on), ("off", off)):
+                log = (await machine.exec("dmesg", timeout=60 * PATIENCE)).text
+                if trouble := re.findall(r".*(?:Oops|BUG:|WARNING:|Call Trace).*", log):
+                    bad += 1
+                    sys.stdout.write(f"kernel log, {name}: {trouble[0]}\n")
     return 1 if bad else 0
 
 
