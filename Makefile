@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 C_FILES := $(wildcard cpu/*/*.[chS] cpu/soft/*/*.[ch] virtio/native/*.[ch] vmm/native/*.[ch] images/guests/*.[Sh] images/init/*.[ch])
 
-.PHONY: help venv run test test-long check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures soak-programs hostile clean
+.PHONY: help venv run test test-long test-direct check docs bench soak test-libvirtd test-kvm-rig test-system-rig test-gdb-rig test-kut test-matrix sanitize fuzz soak-images soak-state soak-disks soak-share soak-migration soak-migration-failures soak-programs hostile clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -39,6 +39,10 @@ test: venv       ## every test but the campaigns, in TEST_PROCESSES (2) processe
 test-long: venv  ## the tests that `make test` skips as campaigns
 	@.ci/packages test
 	LOOPVISOR_CAMPAIGN=1 $(BIN)/python -m pytest -q -m campaign
+
+test-direct: venv ## tests of guests with direct execution and parallel vCPUs, also where no test asks for them
+	@.ci/packages test
+	LOOPVISOR_DIRECT=on $(BIN)/python -m tests.support.lanes $${TEST_PROCESSES:-2} tests/integration tests/conformance/state
 
 check: venv      ## ruff, mypy --strict, layering
 	$(BIN)/ruff check .

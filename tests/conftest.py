@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def natively() -> Iterator[None]:
+    """Direct execution in this process and in those that tests start, where LOOPVISOR_DIRECT asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("LOOPVISOR_DIRECT"):
+            from tests.support.natively import sitecustomize
+
+            patch.setenv("PYTHONPATH", str(Path(sitecustomize.__file__).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def runtime_directory() -> Iterator[None]:
     """XDG_RUNTIME_DIR, while the tests run."""
     before = os.environ.get("XDG_RUNTIME_DIR")
