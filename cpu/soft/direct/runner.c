@@ -253,6 +253,10 @@ static int begin(struct direct_vm *direct, struct runner *r, int fd, const char 
     *why = "RDTSC cannot be made to fault";
     if (!(hello.flags & RUNNER_NO_TSC))
         return -ENOTSUP;
+    /* One that wakes does not interrupt the thread that woke it, and is about to sleep: it would have to be switched to once more. */
+    const struct sched_param same = {0};
+    sched_setscheduler(r->mapper, SCHED_BATCH, &same);
+    sched_setscheduler(r->guest, SCHED_BATCH, &same);
     *why = "the runner's memory cannot be emptied";
     return pages_drop_all(r) ? 0 : -EIO;
 }
