@@ -75,6 +75,7 @@ struct stop {
     struct signal_frame frame;
     uint64_t fs_base, gs_base;
     uint16_t ds, es, fs, gs;
+    uint64_t entered; /* where the stretch began */
 };
 
 enum { FX_USED = 416 };   /* of an FXSAVE image: what follows is unused, or the kernel's own */

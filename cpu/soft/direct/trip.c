@@ -10,6 +10,7 @@
 #include <signal.h>
 
 enum { USER_CS = 0x33, USER_DS = 0x2B, SYSCALL_BYTES = 2, SI_KERNEL_CODE = 0x80 };
+enum { INT_N = 0xCD, INT1 = 0xF1 };
 enum { TRAP_STEPPED = 2 /* TRAP_TRACE */, TRAP_WATCHED = 6 /* TRAP_PERF */ };
 enum { CONTEXT = 7 /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */ };
 enum { X87_BYTES = 24, X87_STACK = 32, XMM = 160, X87_AND_SSE = 3 };
@@ -161,6 +162,7 @@ static bool store(struct soft_vcpu *c, struct runner *r, const uint64_t argument
         return false;
     for (unsigned i = 0; i < 16; i++)
         c->gpr[i] = from->gpr[places[i]];
+    stop->entered = c->rip;
     c->rip = from->rip;
     soft_set_flags(c, ((uint32_t)from->flags & F_USER) | (soft_flags(c) & ~(F_USER | F_RF)));
     c->seg[SEG_FS].base = stop->fs_base;
@@ -256,12 +258,21 @@ static uint8_t code_byte(struct soft_vcpu *c, struct runner *r, uint64_t linear)
     return host ? host[linear & ~PAGE_MASK] : 0;
 }
 
-/* Back to the instruction that trapped behind itself: INT3, INT1 or INT 3 in two bytes. */
-static void undo_trap(struct soft_vcpu *c, struct runner *r, const struct signal_frame *frame)
+/* Back to the instruction that trapped behind itself: INT3, INTO, or INT 3 or INT 4 in two bytes. A host that is a virtual machine may
+ * stop at INT1, others behind it. */
+static void undo_trap(struct soft_vcpu *c, struct runner *r, const struct stop *stop)
 {
-    if (frame->info.signal != SIGTRAP || frame->info.code == TRAP_STEPPED || frame->info.code == TRAP_WATCHED)
+    const struct signal_frame *frame = &stop->frame;
+    bool overflow = frame->info.signal == SIGSEGV && frame->trap == VEC_OF;
+    if (!overflow && (frame->info.signal != SIGTRAP || frame->info.code == TRAP_STEPPED || frame->info.code == TRAP_WATCHED))
         return;
-    bool two = code_byte(c, r, c->rip - 1) == 3 && code_byte(c, r, c->rip - 2) == 0xCD;
+    uint8_t last = code_byte(c, r, c->rip - 1);
+    if (!overflow && frame->trap == VEC_DB) {
+        bool at = last != INT1 || (c->rip == stop->entered && code_byte(c, r, c->rip) == INT1);
+        c->rip -= at ? 0 : 1;
+        return;
+    }
+    bool two = last == (overflow ? VEC_OF : VEC_BP) && code_byte(c, r, c->rip - 2) == INT_N;
     c->rip -= two ? 2 : 1;
 }
 
@@ -272,13 +283,15 @@ static void undo_vsyscall(struct soft_vcpu *c, uint64_t called)
     c->gpr[RSP] -= 8;
 }
 
-static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct signal_frame *frame)
+static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct stop *stop)
 {
+    const struct signal_frame *frame = &stop->frame;
     int32_t code = frame->info.code;
     switch (frame->info.signal) {
     case SIGSEGV:
         if (code > 0 && code != SI_KERNEL_CODE)
             return page_stop(c, r, frame->info.address);
+        undo_trap(c, r, stop);
         break;
     case SIGILL:
         if (code == SI_KERNEL_CODE) { /* a call of URETPROBE */
@@ -302,7 +315,7 @@ static enum trip signal_stop(struct soft_vcpu *c, struct runner *r, const struct
             c->dr[6] |= DR6_BS;
             soft_raise(c, VEC_DB);
         }
-        undo_trap(c, r, frame);
+        undo_trap(c, r, stop);
         break;
     default: /* a kick, or somebody's signal to the process: nothing of the guest's */
         c->direct->counts.stop[SOFT_NATIVE_KICK]++;
@@ -320,7 +333,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct 
     if (system_call) /* back to the instruction: the core executes it */
         c->rip -= SYSCALL_BYTES;
     if (segments_changed(stop)) {
-        undo_trap(c, r, &stop->frame);
+        undo_trap(c, r, stop);
         c->direct->slice = c->vm->direct->page_slice;
         take_segments(c, stop);
         soft_system_flags_changed(c);
@@ -332,7 +345,7 @@ static enum trip after_stop(struct soft_vcpu *c, struct runner *r, const struct 
         in_core(c);
         return c->cpl == 3 ? TRIP_NATIVE : TRIP_CORE;
     }
-    enum trip result = signal_stop(c, r, &stop->frame);
+    enum trip result = signal_stop(c, r, stop);
     soft_system_flags_changed(c);
     return result;
 }

@@ -198,7 +198,7 @@ static const struct entry table[] = {
     /* what no processor has, or not in this mode */
     {"ud0", {0x0F, 0xFF, 0xC0}}, {"ud1", {0x0F, 0xB9, 0xC0}}, {"ud2", {0x0F, 0x0B}}, {"into", {0xCE}}, {"push cs", {0x0E}},
     {"lock mov", {0xF0, 0x89, 0x07}}, {"16 bytes", {0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x66, 0x90}},
-    {"far jump", {0xEA}}, {"salc", {0xD6}}, {"int3", {0xCC}},
+    {"far jump", {0xEA}}, {"salc", {0xD6}}, {"int1", {0xF1}}, {"int3", {0xCC}},
     {"jump, not canonical", {0xFF, 0xE0}, .ax = 1ul << 63}, {"return, not canonical", {0x50, 0xC3}, .ax = 1ul << 63},
     {"jump, 57 bits", {0xFF, 0xE0}, .ax = 1ul << 55}, {"jump to the kernel", {0xFF, 0xE0}, .ax = ~0xFFFul},
     {"load, not canonical", {0x8B, 0x00}, .ax = 1ul << 63}, {"load, 57 bits", {0x8B, 0x00}, .ax = 1ul << 55},
@@ -277,7 +277,7 @@ int main(void)
         char name[16];
         struct entry e = {.name = name, .code = {0xCD, (uint8_t)n}, .length = 2};
         snprintf(name, sizeof name, "int %x", n);
-        if (n != 0x80 && n != 4)
+        if (n != 0x80)
             run(&e);
     }
     selectors();
