@@ -241,6 +241,7 @@ async def test_runners_make_no_other_system_call(
     _, counted = await output(programs, words, "on")
     found = calls(calls_of_runners.read_text())
     after = {pid: numbers[numbers.index(SECCOMP) + 1 :] for pid, numbers in found.items() if SECCOMP in numbers}
+    after = {pid: made for pid, made in after.items() if made}  # one may be ended before its first
     assert counted["native-stops"] > 0 and len(after) >= 2
     halves = [pid for pid, made in after.items() if made[:1] == [STOP] and set(made[1:]) <= UNFILTERED]
     assert halves and len(halves) >= len(after) // 2, after
