@@ -162,6 +162,9 @@ class SlotEvents(Protocol):
     def restore(self, state: HotplugState | None) -> None:
         """None: of a machine that had none."""
 
+    def show(self) -> None:
+        """Slots were filled or emptied."""
+
 
 def _window(bar: Bar) -> str:
     return "io" if bar.spec.kind == "io" else "mem"
@@ -210,6 +213,7 @@ class PciBus:
         slot = Slot(self, self._board, function, device, line)
         self._place(slot)
         self._slots[device] = slot
+        self._show()
         return device
 
     def hide(self, device: int) -> None:
@@ -222,6 +226,11 @@ class PciBus:
         if there is none."""
         slot = self._slots.pop(device)
         slot.detach()
+        self._show()
+
+    def _show(self) -> None:
+        if self.hotplug is not None:
+            self.hotplug.show()
 
     def attach(self, reset: BusDevice | None = None) -> None:
         """Put the configuration mechanisms on the machine's buses. `reset`: the one-byte device at 0xCF9."""

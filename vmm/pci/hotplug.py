@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from cpu.contract import Space
+from cpu.contract import Shadow, Space
 from vmm.acpi import aml
 from vmm.machine import layout
 from vmm.machine.bus import Register, RegisterMap
@@ -57,6 +57,7 @@ class PciHotplug:
     def __init__(self, bus: PciBus, pm: EventBlock) -> None:
         self._bus, self._pm = bus, pm
         self._inserted = self._asked = self._ost_event = 0
+        self._shadow: Shadow | None = None  # of PRESENT
         self.known = True
         """The guest's tables describe all this; a machine that was saved by a program without it has others."""
         self.leaving: set[int] = set()
@@ -85,6 +86,14 @@ class PciHotplug:
     def attach(self, board: Board) -> None:
         """Put the registers on the machine's ports."""
         board.map(Space.PORT, layout.PCI_HOTPLUG, layout.PCI_HOTPLUG_SIZE, self, "pci hot plug")
+        self._shadow = board.shadow(Space.PORT, layout.PCI_HOTPLUG + PRESENT, 4)
+        self.show()
+
+    def show(self) -> None:
+        """What is present changed. Linux asks for it 150 times as it boots, five for each slot, so the loop is not
+        woken for that."""
+        if self._shadow is not None:
+            self._shadow.set(self._present())
 
     # What the machine's owner calls.
 
@@ -108,12 +117,14 @@ class PciHotplug:
         self._asked &= ~(1 << device)
         self.leaving.add(device)
         self.unsettled.add(device)
+        self.show()
         self._inserted |= 1
         self._pm.general_event(layout.PCI_EVENT)
 
     def gone(self, device: int) -> None:
         """The slot is empty."""
         self.leaving.discard(device)
+        self.show()
         self._inserted &= ~(1 << device)
         self._asked &= ~(1 << device)
 
