@@ -433,6 +433,8 @@ uint64_t soft_phys_load(struct soft_vcpu *c, uint64_t gpa, unsigned size);      
 void soft_phys_store(struct soft_vcpu *c, uint64_t gpa, unsigned size, uint64_t value);
 /* Write guest-physical RAM on the processor's behalf (A/D bits, kvmclock): dirty log and code invalidation done. */
 void soft_phys_write(struct soft_vm *vm, uint64_t gpa, const void *from, unsigned size); /* by no vCPU's store */
+/* Bytes of one page of a slot were written at soft_phys(), by a vCPU's store or (NULL) by anyone. */
+void soft_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, unsigned size);
 void soft_tlb_flush(struct soft_vcpu *c, bool global_too);
 /* For another CR3; keep: the guest asked for no flush. */
 void soft_tlb_switch(struct soft_vcpu *c, bool keep);

@@ -28,6 +28,9 @@ MUTANTS = {
     "strings of several pages look at the first": (
         "smc", MMU, "while (run < size && may_write(c, slot, ++n))", "while (run < size)",
     ),
+    "strings into a page of code are not told": (
+        "smc", "cpu/soft/interp/string.c", "soft_written(s->c->vm, s->c, s->code, s->gpa, (unsigned)bytes);", ";",
+    ),
     "the block that is written to goes on": (
         "smc", BLOCK, "bool changed = c->blocks->changed;", "bool changed = false;",
     ),

@@ -11,6 +11,8 @@ struct string_op {
     int64_t step;   /* + or - size */
     bool repeat;
     uint64_t work;  /* what was done, in bytes; see TURN */
+    struct soft_slot *code; /* span(): the destination holds code, and is at this address: tell what was written */
+    uint64_t gpa;
 };
 
 /* Bytes that are copied or stored before events are looked for; bytes after which a repetition that goes on counts as one
@@ -50,9 +52,38 @@ static void count_down(const struct string_op *s, uint64_t n)
         s->c->gpr[RCX] = v & s->mask;
 }
 
+/* Whether the instruction under way may be in the page of `host`. Then it is done element by element, for it may change itself. */
+static bool in_its_page(struct soft_vcpu *c, const uint8_t *host)
+{
+    uint64_t rip = c->code64 ? c->rip : (c->seg[SEG_CS].base + c->rip) & UINT32_MAX;
+    uint8_t *own;
+    if ((rip & 0xFFF) > 4096 - 15 || !tlb_hit(c, rip, 1, ACCESS_EXEC, &own))
+        return true;
+    return (((uintptr_t)own ^ (uintptr_t)host) & ~(uintptr_t)0xFFF) == 0;
+}
+/* RAM that is not written unseen since it holds code: as soon as it is cleared for another use, all of it is written. */
+static uint8_t *code_page(struct string_op *s, uint64_t gpa)
+{
+    struct soft_vcpu *c = s->c;
+    uint8_t *host = c->mmu.watching ? NULL : soft_phys(c->vm, gpa, true, &s->code);
+    if (host && !in_its_page(c, host)) {
+        s->gpa = gpa;
+        return host;
+    }
+    s->code = NULL;
+    return NULL;
+}
+/* The destination was written, so many bytes. */
+static void written(struct string_op *s, uint64_t bytes)
+{
+    if (SOFT_UNLIKELY(s->code != NULL))
+        soft_written(s->c->vm, s->c, s->code, s->gpa, (unsigned)bytes);
+    s->code = NULL;
+}
+
 /* How many elements from `offset` upwards lie in one piece of plain RAM, at most n; *host is their address. 0: go element
  * by element (something unusual, or to raise the right fault). All of them are going to be accessed, if more than a page. */
-static uint64_t span(const struct string_op *s, unsigned seg, uint64_t offset, bool write, uint64_t n, uint8_t **host)
+static uint64_t span(struct string_op *s, unsigned seg, uint64_t offset, bool write, uint64_t n, uint8_t **host)
 {
     struct soft_vcpu *c = s->c;
     enum soft_kind kind = write ? ACCESS_WRITE : ACCESS_READ;
@@ -80,14 +111,19 @@ static uint64_t span(const struct string_op *s, unsigned seg, uint64_t offset, b
     if (n == 0)
         return 0;
     c->access_ss = seg == SEG_SS;
-    if (n * s->size > 2 * 4096)
-        return soft_mmu_run(c, at, n * s->size, kind, host) >> s->shift;
+    if (n * s->size > 2 * 4096) {
+        room = soft_mmu_run(c, at, n * s->size, kind, host) >> s->shift;
+        if (room || !write)
+            return room;
+    }
     room = (4096 - (at & 0xFFF)) >> s->shift;
     n = n < room ? n : room;
     if (n == 0 || tlb_hit(c, at, s->size, kind, host))
         return n;
     uint64_t gpa;
     *host = soft_mmu_lookup(c, at, kind, &gpa);
+    if (!*host && write)
+        *host = code_page(s, gpa);
     return *host ? n : 0;
 }
 
@@ -163,6 +199,7 @@ static uint64_t chunk(struct string_op *s, unsigned op, unsigned until, uint64_t
             k = span(s, SEG_ES, c->gpr[RDI], true, k, &to);
         if (k) {
             move(to, from, size, k);
+            written(s, k * size);
             s->work += k * size;
         } else {
             k = single(s);
@@ -176,6 +213,7 @@ static uint64_t chunk(struct string_op *s, unsigned op, unsigned until, uint64_t
         k = n > 1 ? span(s, SEG_ES, c->gpr[RDI], true, n, &to) : 0;
         if (k) {
             fill(to, c->gpr[RAX], size, k);
+            written(s, k * size);
             s->work += k * size;
         } else {
             k = single(s);

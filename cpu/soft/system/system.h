@@ -47,8 +47,6 @@ static inline void soft_attend(struct soft_vcpu *c)
         soft_rouse(c);
 }
 
-/* mmu.c: RAM was written, by a vCPU's store or (NULL) by anyone. */
-void soft_written(struct soft_vm *vm, struct soft_vcpu *by, struct soft_slot *slot, uint64_t gpa, unsigned size);
 struct soft_slot *soft_find_slot(struct soft_vm *vm, uint64_t gpa);
 static inline void soft_set_dirty(struct soft_slot *slot, uint64_t page)
 {
