@@ -655,7 +655,7 @@ class Config(Checked):
     """Seconds of host time after which the machine is ended (outcome `timeout`)."""
     clock: ClockKind = "real"
     """virtual: guest time follows the instructions executed, so that runs repeat; only on the software core."""
-    parallel: Parallel = "off"
+    parallel: Parallel = "auto"
     """Whether each vCPU of the software core has a host thread of its own. auto: if there are two vCPUs or more, two
     host processors or more, and the real clock. On KVM each vCPU always has one."""
     seed: int | None = None
