@@ -19,7 +19,10 @@ enum {
     BACKOFF_MAX = 6,       /* so often at most */
     CREDIT_PART = 32,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
-    GROWN = 16000000,       /* instructions, twice, before an address space gets a runner */
+    GROWN = 32000000,       /* instructions, twice, before an address space gets a runner */
+    BRIEF = 8000,          /* instructions between two entries into the kernel: fewer are done in the core sooner than a stop */
+    KNOWN = 64,            /* returns from which that is known, */
+    RECENT = 512,          /* and at which both are halved */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -141,6 +144,23 @@ static struct young *count_age(struct soft_vcpu *c)
     return y;
 }
 
+/* From the guest's kernel to a program that stays in the core. */
+static void count_return(struct direct_vcpu *d)
+{
+    struct young *y = young_of(d, d->root);
+    if (++y->returns >= RECENT) {
+        y->returns /= 2;
+        y->user /= 2;
+    }
+}
+
+/* Whether its program enters the guest's kernel too often for native stretches, as far as the core saw. */
+static bool brief(struct direct_vcpu *d)
+{
+    const struct young *y = young_of(d, d->root);
+    return y->returns >= KNOWN && y->user < (uint64_t)y->returns * BRIEF;
+}
+
 /* Whether it has lived so long that it may get a runner. */
 static bool grown(struct soft_vcpu *c)
 {
@@ -148,7 +168,7 @@ static bool grown(struct soft_vcpu *c)
     if (y->spent < GROWN)
         return false;
     uint64_t top = pages_top(c);
-    if (y->top == top) {
+    if (y->top == top && !brief(c->direct)) {
         y->trials = 0;
         return true;
     }
@@ -211,6 +231,12 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
         return false;
     if (r->core_until > soft_instructions(c))
         return true;
+    bool was_poor = r->core_until;
+    r->core_until = 0;
+    if (was_poor && brief(c->direct)) {
+        give_up(c, r);
+        return true;
+    }
     if (r->average_ns >= POOR_NS && r->balance_ns >= 0) {
         if (r->average_ns > 4 * PAYS_NS)
             r->backoff = 0;
@@ -228,6 +254,7 @@ void soft_direct_returned(struct soft_vcpu *c)
     uint64_t now = soft_instructions(c);
     if (now < d->quiet_until) { /* the run loop is not left for it */
         d->why = d->current ? SOFT_CORE_POOR : SOFT_CORE_YOUNG;
+        count_return(d);
         return;
     }
     const struct runner *r = known_runner(c);
@@ -350,8 +377,11 @@ void soft_direct_mode(struct soft_vcpu *c)
 {
     struct direct_vcpu *d = c->direct;
     uint64_t now = soft_instructions(c);
-    if (d->in_user)
+    if (d->in_user) {
         d->counts.core[d->why] += now - d->user_from;
+        if (d->why == SOFT_CORE_YOUNG || d->why == SOFT_CORE_POOR)
+            young_of(d, d->root)->user += now - d->user_from;
+    }
     d->in_user = c->cpl == 3;
     d->user_from = now;
 }

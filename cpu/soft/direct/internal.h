@@ -122,13 +122,15 @@ struct runner {
     uint32_t trials;          /* in a row that ended before it went native */
 };
 
-/* An address space without a runner. */
+/* An address space, as it is in the core. */
 struct young {
     uint64_t root;
     int64_t spent;        /* instructions while it was the current one; below 0 while it is left alone */
     uint32_t trials;      /* in a row that ended before it got a runner */
     uint32_t backoff;
     uint64_t top;         /* pages_top() when it had grown, lest another one under its root passes for it */
+    uint64_t user;        /* instructions of its program, and returns of the kernel to it, of late */
+    uint32_t returns;
 };
 
 enum { PENDING = 8, YOUNG = 64 };
