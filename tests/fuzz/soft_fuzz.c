@@ -171,6 +171,11 @@ static unsigned put_access(uint8_t *p, unsigned base)
     case 3: reg = base, wide = 8; p[n++] = (uint8_t)(0x48 | high << 2 | high), p[n++] = 0x8D; goto operand; /* lea base, [base + d] */
     case 4: reg = below(2); p[n++] = (uint8_t)(0x40 | wide | high), p[n++] = 0xFF; goto operand; /* inc, dec */
     case 5: p[n++] = (uint8_t)(0x40 | wide | (reg >> 3) << 2 | high), p[n++] = 0x0F, p[n++] = below(2) ? 0xB6 : 0xBF; goto operand;
+    case 6: /* POPCNT, TZCNT, LZCNT of registers */
+        p[n++] = 0xF3, p[n++] = (uint8_t)(0x40 | wide | below(2)), p[n++] = 0x0F;
+        p[n++] = below(3) ? 0xBD : below(2) ? 0xBC : 0xB8;
+        p[n++] = (uint8_t)(0xC0 | (reg & 7) << 3 | below(8));
+        return n;
     default: break;
     }
     if (below(6) == 0)

@@ -314,7 +314,7 @@ EMITTER(lzcnt)
     gen_op_rr(g, 3, 0x33, H_RAX, H_RSI);
     gen_prefix(g, 3, 0, 0, H_RAX), gen_b1(g, 0xC1), gen_b1(g, 0xE8), gen_b1(g, 63);   /* shr: OF */
     gen_op_rr(g, 2, 0x8B, H_RSI, H_RCX);
-    gen_prefix(g, 2, 0, 0, g->at), gen_b1(g, 0xC1), gen_b1(g, 0xEE), gen_b1(g, (unsigned)__builtin_ctz(bits)); /* shr: CF */
+    gen_prefix(g, 2, 0, 0, H_RSI), gen_b1(g, 0xC1), gen_b1(g, 0xEE), gen_b1(g, (unsigned)__builtin_ctz(bits)); /* shr: CF */
     gen_op_rr(g, 2, 0x33, H_RAX, H_RSI);
     gen_op_rr(g, 2, 0x03, H_RSI, H_RSI);
     gen_op_rr(g, 2, 0x0B, H_RAX, H_RSI);
