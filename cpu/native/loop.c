@@ -189,7 +189,7 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
             return;
         /* A guest that has fallen silent may wait for what its last write does: then let the next one signal. */
         uint64_t at = lv_clock();
-        bool silent = (at - vm->posted_ns) * 3 > at - vm->began_ns;
+        bool silent = (at - vm->posted_ns) * 3 > at - (vm->moderation_ns - vm->moderation_window);
         if (!vm->posted_since_timer || silent) {
             vm->moderated = false;
             vm->moderation_ns = UINT64_MAX;
@@ -202,7 +202,6 @@ static void moderate(struct lv_vm *vm, const struct lv_queue *taken, bool timer_
     vm->moderated = true;
     vm->posted_since_timer = false;
     vm->moderation_ns = now + vm->moderation_window;
-    vm->began_ns = lv_clock();
 }
 
 const struct lv_event *lv_vm_take(struct lv_vm *vm, uint32_t *count)

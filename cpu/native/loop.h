@@ -277,7 +277,7 @@ struct lv_vm {
     bool posted_since_timer;
     uint32_t moderation_window;      /* ns from one look to the next; grows while a stream goes on */
     uint32_t sparse_takes;           /* in a row, with few posted writes each */
-    uint64_t posted_ns, began_ns;    /* CLOCK_MONOTONIC of the last posted write, and of the timer's start */
+    uint64_t posted_ns;              /* CLOCK_MONOTONIC of the last posted write */
     uint64_t moderation_ns;          /* absolute CLOCK_MONOTONIC; UINT64_MAX: off */
     uint64_t take_seq;
     uint32_t barriers;               /* engines waiting for the loop to have handled a posted write */
