@@ -1,10 +1,12 @@
 /* When guest code runs natively: the run loop's way in, and what decides.
  *
- * A stop costs some 7 us, as much as the core needs for two thousand instructions. So an address space gets a runner only after
- * it has been executing for a while; and after the guest's kernel returned to a program, its first instructions run in the core,
- * unless this address space has shown that its native stretches are long enough. One whose stretches are short, whose trials all
- * end in system calls, or that has lost more by its stops than it gained, stays in the core for a while, longer each time. Then it
- * may lose a little again: so a program that will gain once its pages are mapped comes to that, and one that never does loses little.
+ * On a host that is itself a virtual machine a stop costs some 9 us, as much as the core needs for eight thousand instructions, and
+ * up to 25 us if it maps something. So an address space gets a runner only after it has been executing for a while, and not while
+ * its program enters the guest's kernel more often than every eight thousand instructions. After the kernel returned to a program,
+ * its first instructions run in the core, unless this address space has shown that its native stretches are long enough. One
+ * whose stretches are short, whose trials all end in system calls, or that has lost more by its stops than it gained, stays in the
+ * core for a while, longer each time. Then it may lose a little again: so a program that will gain once its pages are mapped comes
+ * to that, and one that never does loses little.
  */
 #include "soft/direct/internal.h"
 
@@ -19,10 +21,10 @@ enum {
     BACKOFF_MAX = 6,       /* so often at most */
     CREDIT_PART = 32,      /* after a while in the core an address space may lose 1 ns for each so many instructions of the next */
     TRIALS_MAX = 64,       /* in a row that ended in system calls, before it is left alone for a while */
-    GROWN = 32000000,       /* instructions, twice, before an address space gets a runner */
+    GROWN = 32000000,      /* instructions, twice, before an address space gets a runner */
     BRIEF = 8000,          /* instructions between two entries into the kernel: fewer are done in the core sooner than a stop */
-    KNOWN = 64,            /* returns from which that is known, */
-    RECENT = 512,          /* and at which both are halved */
+    KNOWN = 64,            /* returns to the program from which that is known, */
+    RECENT = 512,          /* and at which their number and that of the program's instructions are halved */
     FAILURES_MAX = 3,
     HOT = 1000000,         /* instructions in the core, of pages that may not run natively, before an address space gets breakpoints */
     BIND_NS = 50000,       /* stretches shorter than this share a processor with the core's thread, */
@@ -233,17 +235,23 @@ static bool poor(struct soft_vcpu *c, struct runner *r)
         return true;
     bool was_poor = r->core_until;
     r->core_until = 0;
-    if (was_poor && brief(c->direct)) {
+    if ((was_poor && brief(c->direct)) || r->average_ns < POOR_NS || r->balance_ns < 0) {
         give_up(c, r);
         return true;
     }
-    if (r->average_ns >= POOR_NS && r->balance_ns >= 0) {
-        if (r->average_ns > 4 * PAYS_NS)
-            r->backoff = 0;
-        return false;
-    }
-    give_up(c, r);
-    return true;
+    if (r->average_ns > 4 * PAYS_NS)
+        r->backoff = 0;
+    return false;
+}
+
+/* Until how many instructions are retired the current address space stays in the core in any case: 0, or one that is past, if it
+ * need not. */
+static uint64_t stays_until(struct soft_vcpu *c)
+{
+    const struct runner *r = known_runner(c);
+    if (r)
+        return r->core_until;
+    return c->vm->direct->always ? 0 : soft_instructions(c) + (uint64_t)(GROWN - count_age(c)->spent);
 }
 
 void soft_direct_returned(struct soft_vcpu *c)
@@ -252,20 +260,13 @@ void soft_direct_returned(struct soft_vcpu *c)
     if (c->cpl != 3 || !c->code64 || __atomic_load_n(&c->vm->direct->off, __ATOMIC_RELAXED))
         return;
     uint64_t now = soft_instructions(c);
+    if (now >= d->quiet_until)
+        d->quiet_until = stays_until(c);
     if (now < d->quiet_until) { /* the run loop is not left for it */
         d->why = d->current ? SOFT_CORE_POOR : SOFT_CORE_YOUNG;
         count_return(d);
         return;
     }
-    const struct runner *r = known_runner(c);
-    if (r)
-        d->quiet_until = r->core_until;
-    else if (!c->vm->direct->always)
-        d->quiet_until = now + (uint64_t)(GROWN - count_age(c)->spent);
-    else
-        d->quiet_until = 0;
-    if (now < d->quiet_until)
-        return;
     d->returned = true;
     __atomic_store_n(&c->attention, 1, __ATOMIC_RELAXED);
 }
