@@ -65,7 +65,6 @@ static uint8_t *vector_writer(struct gen *g, struct writer writers[WRITERS], uns
 struct tail {
     uint8_t *at; /* NULL: none yet */
     const struct block *block;
-    int64_t bias;
 };
 struct tails {
     struct tail handlers[2], leave[2]; /* by `flags` of their stubs */
@@ -90,11 +89,11 @@ static void stub_to_handler(struct gen *g, const struct stub *s, unsigned from, 
         return;
     }
     gen_b1(g, 0xB8 | H_RCX), gen_b4(g, s->uop * (uint32_t)sizeof(struct uop)); /* mov ecx */
-    if (t->at && t->block == s->block && t->bias == s->bias) {
+    if (t->at && t->block == s->block) {
         jump_back(g, t->at);
         return;
     }
-    *t = (struct tail){g->p, s->block, s->bias};
+    *t = (struct tail){g->p, s->block};
     gen_mov_imm64(g, H_RSI, (uint64_t)(uintptr_t)s->block->code);
     gen_op_rr(g, 3, 0x03, H_RSI, H_RCX);
     if (g->bias)

@@ -135,7 +135,6 @@ void soft_caller_event(struct soft_vcpu *c, uint8_t vector, uint64_t rip);
 void soft_caller_free(struct soft_vcpu *c);
 
 /* clock.c: TSC of `c` at a time of the VM's clock and back, kvmclock pages; instructions left until a time. */
-
 int64_t soft_budget_until(const struct soft_vcpu *c, uint64_t now, uint64_t deadline);
 /* Real clock: a turn used up so many instructions of its budget in so many ns. */
 void soft_pace(struct soft_vcpu *c, uint64_t ns, uint64_t instructions);
