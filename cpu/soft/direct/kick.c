@@ -54,7 +54,7 @@ bool soft_direct_runs(const struct soft_vcpu *c) { return __atomic_load_n(&c->di
 void soft_direct_kick(struct soft_vcpu *c)
 {
     struct direct_vm *direct = c->vm->direct;
-    if (!__atomic_load_n(&c->direct->running, __ATOMIC_SEQ_CST))
+    if (!soft_direct_runs(c))
         return;
     pthread_mutex_lock(&direct->lock);
     stop(c->direct);
