@@ -383,7 +383,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     struct direct_vcpu *d = c->direct;
     struct soft_vm *vm = c->vm;
     load(c, r);
-    uint64_t began = soft_host_now(), entered = c->rip;
+    uint64_t began = soft_host_now();
     kick_before(vm, d, r, deadline_of(c, began));
     if (__atomic_load_n(&c->attention, __ATOMIC_SEQ_CST)) {
         kick_after(d);
@@ -409,7 +409,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
         return TRIP_LOST;
     d->failures = 0;
     int signal = stop.frame.info.signal;
-    if (c->rip == entered && signal == SIGSEGV) /* not one instruction was executed */
+    if (c->rip == stop.entered && signal == SIGSEGV) /* not one instruction was executed */
         follow_quartile(floor, spent);
     account(r, worked, STOP_FLOORS * *floor, signal != SIGSEGV && signal != SIGUSR1);
     return after_stop(c, r, &stop);
