@@ -4,16 +4,17 @@
  * from a thread that may to one that may not, and back; on a host that is a virtual machine itself each such write can be an exit
  * to its hypervisor, which costs more than the rest of a stop. So the thread that runs a vCPU natively gives the TSC up, too. It
  * executes only code of this package, which calls nothing that reads the TSC: not the C library's clock_gettime(), no adaptive
- * mutex (tests/unit/test_native_sources.py). It asks here, by a system call until it has not run natively for many such
- * questions, as a guest's kernel that reads its TSC often; then it has the TSC again.
+ * mutex (tests/unit/test_native_sources.py). It asks here, which makes a system call of it. If it asks many times without running
+ * natively in between, as for a guest's kernel that reads its TSC often, it gets the host's TSC back.
  */
 #ifndef SOFT_HOSTCLOCK_H
 #define SOFT_HOSTCLOCK_H
 
 #include <stdint.h>
 
-uint64_t soft_host_now(void); /* CLOCK_MONOTONIC, ns. Any thread. */
+/* CLOCK_MONOTONIC, ns. Any thread, but one that a vCPU's thread started calls soft_host_take_tsc() before. */
+uint64_t soft_host_now(void);
 void soft_host_give_up_tsc(void); /* of the calling thread; nothing where it cannot be given up */
-void soft_host_take_tsc(void);    /* the calling thread may read it; one that was just started may not if its creator may not */
+void soft_host_take_tsc(void);    /* the calling thread may read it; a thread that was just started may only if its creator may */
 
 #endif
