@@ -34,7 +34,7 @@ enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
     CREDIT_NS = 2000000, /* what an address space may lose at first, while its pages are mapped, and at most */
-    STOP_FLOORS = 2,     /* a stop costs so many times as much as of the guest half's processor time */
+    STOP_FLOORS = 3,     /* a stop costs so many times as much as of the guest half's processor time */
     GAIN = 8,            /* so much of the core's time does 1 ns of native execution save */
 };
 /* A breakpoint of a page: guard.c. */
@@ -159,8 +159,8 @@ struct direct_vcpu {
     int bound;                /* atomic: the processor, or -1 */
     uint32_t bound_stops;     /* so many more stops it stays bound, */
     uint64_t bound_until;     /* and until so many instructions are retired */
-    /* What a stop costs of the guest half's processor time, of a runner without breakpoints and with them: the lower quartiles of
-     * stops without a stretch, since a busy host makes the others dearer. */
+    /* What a stop costs of the guest half's processor time, of a runner without breakpoints and with them: the lowest tenths of
+     * stops without a stretch, since others cost more that find less in the caches. */
     uint64_t floor_ns[2];
     uint64_t quiet_until;     /* until so many instructions are retired, a return to a program is nothing to look at */
     struct soft_native_stats counts;

@@ -26,7 +26,7 @@ _Static_assert(sizeof ((struct fpu *)0)->high == UPPER_BYTES, "as component 2 ha
 /* Linux passes this call by all filters, and answers it by SIGILL outside of its own trampolines. */
 enum { URETPROBE = 335 };
 #define LONGEST_NS 20000000ull
-#define QUARTILE_STEP 64
+#define LOWEST_STEP 128
 #define STRETCH_MAX 100000ull /* that one long stretch does not pay for many short ones */
 
 static bool has_avx(const struct soft_vcpu *c) { return soft_vcpu_xcr0(c) & STATE_HAS_AVX; }
@@ -359,11 +359,11 @@ static uint64_t deadline_of(struct soft_vcpu *c, uint64_t now)
     return end < now + limit ? end : now + limit;
 }
 
-/* Up by a step for a larger sample, down by three for a smaller one: it stays where three of four are larger. */
-static void follow_quartile(uint64_t *quartile, uint64_t sample)
+/* Up by a step for a larger sample, down by nine for a smaller one: it stays where nine of ten are larger. */
+static void follow_lowest(uint64_t *lowest, uint64_t sample)
 {
-    uint64_t step = *quartile / QUARTILE_STEP + 1;
-    *quartile = sample > *quartile ? *quartile + step : *quartile - (3 * step < *quartile ? 3 * step : *quartile);
+    uint64_t step = *lowest / LOWEST_STEP + 1, down = 9 * step;
+    *lowest = sample > *lowest ? *lowest + step : *lowest - (down < *lowest ? down : *lowest);
 }
 
 /* What a stretch was worth. Stops at pages are the fewer the longer a program runs, and kicks are not its own: neither says anything
@@ -410,7 +410,7 @@ enum trip trip_run(struct soft_vcpu *c, struct runner *r)
     d->failures = 0;
     int signal = stop.frame.info.signal;
     if (c->rip == stop.entered && signal == SIGSEGV) /* not one instruction was executed */
-        follow_quartile(floor, spent);
+        follow_lowest(floor, spent);
     account(r, worked, STOP_FLOORS * *floor, signal != SIGSEGV && signal != SIGUSR1);
     return after_stop(c, r, &stop);
 }
