@@ -1,7 +1,7 @@
 """Real programs in a Linux guest on the software core: with direct execution, without, beside QEMU's TCG, and natively.
 
 Three guests stay up, of the same kernel and initrd, each with a copy of the same disk with this host's programs, and
-run them by turns; natively they run in a chroot of the same tree. What computes takes between half a second and two
+run them by turns; natively they run in a chroot of the same tree. What computes takes 0.4 seconds or more
 natively: shorter, it would show how a program starts. BENCH_DIRECT_LAPS (3) times, of which the best
 counts. The value of a row is a ratio of wall clocks, for an idle host; its note has the ratio of processor time, of all
 processes of a guest, which says more on a busy one. BENCH_DIRECT_PROGRAMS names some, separated by commas. Needs root.

@@ -34,7 +34,7 @@ enum { GUARDS = RUNNER_BREAKPOINTS };
 enum {
     PAYS_NS = 4000,      /* a native stretch of this length is worth its stop */
     CREDIT_NS = 2000000, /* what an address space may lose at first, while its pages are mapped, and at most */
-    STOP_FLOORS = 3,     /* a stop costs so many times as much as of the guest half's processor time */
+    STOP_FLOORS = 3,     /* a stop costs so many times what it takes of the guest half's processor time */
     GAIN = 8,            /* so much of the core's time does 1 ns of native execution save */
 };
 /* A breakpoint of a page: guard.c. */
